@@ -1,0 +1,64 @@
+# shellcheck shell=bash
+# Makes .venv from requirements.lock, and reuses it while nothing changed. Sourced by the scripts beside it, which then
+# call make_venv and use $root (the repository) and $python (the environment's interpreter).
+#
+# PYTHON=... chooses the interpreter for a new .venv (3.11 or newer). A torch in .venv that sees a GPU is never replaced.
+
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+venv=$root/.venv
+python=$venv/bin/python
+stamp=$venv/dtrain.stamp
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
+
+say() { printf '%s\n' "$*" >&2; }
+
+# What .venv was made from. The folder belongs to it: an environment that was moved does not find itself any more.
+wanted() { printf '%s\n' "$root"; cat "$root/requirements.lock" "$root/pyproject.toml"; }
+
+make_venv() {
+    if "$python" -c 'import pip' 2>/dev/null; then
+        if [[ -n ${PYTHON:-} ]]; then say "$venv exists and is used; delete it to have it made with PYTHON=$PYTHON"; fi
+    else
+        local interpreter
+        interpreter=$(find_python)
+        "$interpreter" -m venv --clear "$venv"
+    fi
+    if [[ $(wanted) != "$(cat "$stamp" 2>/dev/null)" ]]; then
+        rm -f "$stamp"
+        install_packages
+        wanted >"$stamp" # last: an installation that was cut off is taken up again
+    fi
+}
+
+find_python() {
+    local candidates=(python3 python3.13 python3.12 python3.11) candidate
+    if [[ -n ${PYTHON:-} ]]; then candidates=("$PYTHON"); fi
+    for candidate in "${candidates[@]}"; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            printf '%s\n' "$candidate"
+            return
+        fi
+    done
+    say "dtrain needs Python 3.11 or newer; tried: ${candidates[*]}. Choose one: PYTHON=/path/to/python3.11 bash $0"
+    return 1
+}
+
+install_packages() {
+    local torch
+    torch=$(grep '^torch==' "$root/requirements.lock")
+    say "installing requirements.lock into $venv; this takes some minutes"
+    if sees_gpu; then
+        torch=$("$python" -c 'import torch; print(f"torch=={torch.__version__}")')
+        say "$torch sees a GPU and is kept"
+    elif ! command -v nvidia-smi >/dev/null; then
+        # The CPU build, 200 MB instead of 3 GB. Where its index is out of reach, the lock's own line is installed below.
+        "$python" -m pip install --quiet --no-deps --retries 0 --timeout 15 \
+            --index-url https://download.pytorch.org/whl/cpu "$torch" 2>/dev/null || true
+    fi
+    sed "s/^torch==.*/$torch/" "$root/requirements.lock" >"$venv/requirements.txt"
+    "$python" -m pip install --quiet --progress-bar off -r "$venv/requirements.txt"
+    # Without isolation: the lock holds setuptools, nothing more is downloaded.
+    "$python" -m pip install --quiet --no-deps --no-build-isolation --editable "$root"
+}
+
+sees_gpu() { "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; }
