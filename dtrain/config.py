@@ -219,7 +219,7 @@ def _canonical_names(tree: _Tree) -> None:
             text = f"'{dotted(old)}' and '{dotted(new)}' are two names of one setting; keep one of them"
             raise ConfigError(Mistake(text, place))
         value = parent.pop(old[-1])
-        target[new[-1]] = _MODES.get(value, value) if old[-1] == "eval_score_higher_is_better" else value
+        target[new[-1]] = _MODES[value] if isinstance(value, bool) and new == ("trainer", "mode") else value
         moved = {(*new, *path[len(old) :]): where for path, where in tree.places.items() if path[: len(old)] == old}
         tree.places = {path: where for path, where in tree.places.items() if path[: len(old)] != old} | moved
     metrics = tree.values.get("metrics")
@@ -227,7 +227,7 @@ def _canonical_names(tree: _Tree) -> None:
         del metrics["multiple"]  # a fork's flag for 'name is a list', which the list itself says
 
 
-def _mapping_at(values: Any, path: KeyPath, create: bool = False) -> dict[str, Any] | None:
+def _mapping_at(values: Any, path: KeyPath, create: bool = False) -> dict[Any, Any] | None:
     for key in path:
         if isinstance(values, dict) and create and values.get(key) is None:
             values[key] = {}
@@ -276,7 +276,7 @@ def _override(tree: _Tree, text: str) -> None:
             parent = parent[index]
 
 
-def _step(parent: Any, part: str, done: KeyPath, place: Place) -> str | int:
+def _step(parent: Any, part: str, done: KeyPath, place: Place) -> Any:
     """The key or the list index that `part` means inside `parent`."""
     if isinstance(parent, dict):
         if part.startswith("__") or not part.isprintable():
