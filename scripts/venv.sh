@@ -12,12 +12,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 
 say() { printf '%s\n' "$*" >&2; }
 
-# What .venv was made from. The folder belongs to it: an environment that was moved does not find itself any more.
+# What .venv was made from. The folder is part of it, since the editable installation points there.
 wanted() { printf '%s\n' "$root"; cat "$root/requirements.lock" "$root/pyproject.toml"; }
 
 make_venv() {
-    if "$python" -c 'import pip' 2>/dev/null; then
+    if "$python" -c '' 2>/dev/null; then
         if [[ -n ${PYTHON:-} ]]; then say "$venv exists and is used; delete it to have it made with PYTHON=$PYTHON"; fi
+        # Other makers of environments leave pip out, and so does a creation that was cut off.
+        "$python" -c 'import pip' 2>/dev/null || "$python" -m ensurepip >/dev/null
     else
         local interpreter
         interpreter=$(find_python)
@@ -52,13 +54,13 @@ install_packages() {
         say "$torch sees a GPU and is kept"
     elif ! command -v nvidia-smi >/dev/null; then
         # The CPU build, 200 MB instead of 3 GB. Where its index is out of reach, the lock's own line is installed below.
-        "$python" -m pip install --quiet --no-deps --retries 0 --timeout 15 \
+        "$python" -m pip install -qq --no-deps --retries 0 --timeout 15 \
             --index-url https://download.pytorch.org/whl/cpu "$torch" 2>/dev/null || true
     fi
     sed "s/^torch==.*/$torch/" "$root/requirements.lock" >"$venv/requirements.txt"
-    "$python" -m pip install --quiet --progress-bar off -r "$venv/requirements.txt"
+    "$python" -m pip install -qq --progress-bar off -r "$venv/requirements.txt"
     # Without isolation: the lock holds setuptools, nothing more is downloaded.
-    "$python" -m pip install --quiet --no-deps --no-build-isolation --editable "$root"
+    "$python" -m pip install -qq --no-deps --no-build-isolation --editable "$root"
 }
 
 sees_gpu() { "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; }
