@@ -25,7 +25,7 @@ LAYERS = (
     ("trainer",),
     (*GET_ROOMS, "checkpoint", "tracking", "sender", "progress"),
     ("build", "distributed"),
-    ("config",),
+    ("config", "batch", "rng"),  # these know nobody
 )
 # A room that was divided for its size: the part lies in its owner's layer and may know its owner and the other parts.
 HELPERS = {
