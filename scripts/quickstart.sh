@@ -24,4 +24,4 @@ threads=$(($(getconf _NPROCESSORS_ONLN) / ranks))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 "$python" -m torch.distributed.run --nproc_per_node="$ranks" -m dtrain configfiles/digits.yaml "$@"
 
-say "to use dtrain and mlflow by name: source $venv/bin/activate"
+say "to use dtrain and mlflow by name: source $(printf %q "$venv/bin/activate")"
