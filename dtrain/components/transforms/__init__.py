@@ -1,0 +1,1 @@
+"""Transforms a dataset section can name. Knows no model, no loader and nothing of the engine."""
