@@ -14,11 +14,10 @@ from time import perf_counter
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from rich.text import Text
 
 REDRAW_SECONDS = 0.5  # a bar is for eyes; a redraw costs the step under it about a millisecond
-BAR_COLUMNS = (8, 40)  # at least, at most
+BAR_COLUMNS = (6, 40)  # at least, at most
 
 
 class SilentProgress:
@@ -112,6 +111,13 @@ class TerminalProgress:
         from rich.live import Live
 
         self._console = Console(file=_Outlet(stream), force_terminal=True, highlight=False)  # type: ignore[arg-type]
+        self._pace = _Pace()
+        self._rows = _Rows()
+        self._next_redraw = 0.0
+        self._step = 0
+        self._trained: dict[str, float] = {}  # the training's latest figures
+        self._evaluated: dict[str, float] = {}  # the validation's
+        self._row_is_due = False
         ours = stream is sys.stdout
         self._live = Live(
             console=self._console,
@@ -121,13 +127,6 @@ class TerminalProgress:
             redirect_stdout=ours,  # what the user's model prints goes above the bar
             redirect_stderr=ours and sys.stderr.isatty(),  # but `2> errors.log` is meant
         )
-        self._pace = _Pace()
-        self._rows = _Rows()
-        self._next_redraw = 0.0
-        self._step = 0
-        self._trained: dict[str, float] = {}  # the training's latest figures
-        self._evaluated: dict[str, float] = {}  # the validation's
-        self._row_is_due = False
 
     def begin(self, facts: Mapping[str, str]) -> None:
         """The table before the first step.
@@ -135,7 +134,7 @@ class TerminalProgress:
         Args:
             facts: What is going to run, name -> value, shown in this order. Long values are folded.
         """
-        self._console.print(self._table(facts))
+        self._print_table(facts)
 
     def start_epoch(self, epoch: int, epochs: int | None, steps: int, done: int = 0) -> None:
         """A new bar.
@@ -211,7 +210,7 @@ class TerminalProgress:
         self.close()
         room = self._console.width - max(map(len, facts), default=0) - 6  # frame, padding, gap
         long = {key: value for key, value in facts.items() if len(value) > room}
-        self._console.print(self._table({key: value for key, value in facts.items() if key not in long}))
+        self._print_table({key: value for key, value in facts.items() if key not in long})
         for key, value in long.items():
             self._print(key, "cyan")
             self._console.print(value, markup=False, emoji=False, soft_wrap=True)
@@ -247,38 +246,40 @@ class TerminalProgress:
         self._row_is_due = False
         pace.start_row()
 
-    def _table(self, facts: Mapping[str, str]) -> "Table":
+    def _print_table(self, facts: Mapping[str, str]) -> None:
         """Facts in a frame; nothing in them is taken for rich's markup."""
         from rich.box import ROUNDED
+        from rich.panel import Panel
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=ROUNDED, show_header=False, border_style="dim", padding=(0, 1, 0, 1))
+        table = Table.grid(padding=(0, 2))
         table.add_column(style="cyan", no_wrap=True)
         table.add_column(overflow="fold")
         for key, value in facts.items():
             table.add_row(Text(key), Text(value))
-        return table
+        self._console.print(Panel(table, box=ROUNDED, border_style="dim", expand=False))
 
     def _bar(self) -> "Text":
         """The line with the bar: as many figures as the terminal is wide, the most important ones first."""
         from rich.text import Text
 
         pace, console = self._pace, self._console
-        named = {name.removeprefix("train/"): text for name, text in _pairs({**self._evaluated, **self._trained})}
-        wanted = ["loss", *(name for name in self._evaluated if name != "val/loss"), *named]
-        after = [f"{pace.done:,}/{pace.steps:,}", pace.left_text() if pace.done < pace.steps else "evaluating"]
-        room = console.width - 1 - len(pace.epoch_text()) - len("epoch  ") - BAR_COLUMNS[0]
-        for name in dict.fromkeys(wanted):
-            if name in named and sum(len(part) + 2 for part in (*after, named[name])) <= room:
-                after.insert(-1, named[name])
-        tail = "  ".join(filter(None, after))
-        columns = max(0, min(console.width - 1 - len(f"epoch {pace.epoch_text()}  {tail}"), BAR_COLUMNS[1]))
+        head = f"epoch {pace.epoch_text()} "
+        named = {name: text.rjust(15) if "samples/s" in text else text for name, text in _pairs(self._trained)}
+        named |= {name: text for name, text in _pairs(self._evaluated) if name != "val/loss"}
+        left = pace.left_text() if pace.done < pace.steps else "evaluating"
+        tail = [f" {pace.done:>{len(f'{pace.steps:,}')},}/{pace.steps:,}", left.ljust(16)]  # so that nothing jumps
+        room = console.width - 1 - len(head) - BAR_COLUMNS[0]
+        for name in dict.fromkeys(["train/loss", "samples_per_second", *self._evaluated, *named]):
+            if name in named and len("  ".join([*tail, named[name]])) <= room:
+                tail.insert(-1, named[name])
+        text = "  ".join(tail)
+        columns = max(0, min(console.width - 1 - len(head) - len(text), BAR_COLUMNS[1]))
         full = columns * min(pace.done, pace.steps) // max(pace.steps, 1)
         heavy, light = "=-" if console.options.ascii_only else "━─"  # told apart without colours, too
-        line = Text(no_wrap=True, overflow="crop")
-        line.append(f"epoch {pace.epoch_text()} ", "bold").append(heavy * full, "cyan")
-        return line.append(light * (columns - full), "dim").append(f" {tail}")
+        line = Text(head, "bold", no_wrap=True, overflow="crop")
+        return line.append(heavy * full, "cyan").append(light * (columns - full), "dim").append(text)
 
 
 Progress = SilentProgress | LineProgress | TerminalProgress
