@@ -80,8 +80,14 @@ def _described(annotation: ast.expr) -> str:
             items = inside.elts if isinstance(inside, ast.Tuple) else [inside]
             return f"one of {', '.join(ast.unparse(item) for item in items)}"
         if name == "Union" and isinstance(inside, ast.Tuple):
-            return " or ".join(_described(item) for item in inside.elts)
+            return _either(inside.elts)
     if isinstance(annotation, ast.BinOp):
-        return f"{_described(annotation.left)} or {_described(annotation.right)}"
+        return _either([annotation.left, annotation.right])
     text = ast.unparse(annotation)
     return {"None": "null", "str": "text"}.get(text, text)
+
+
+def _either(items: list[ast.expr]) -> str:
+    """What can be written in YAML of several types; an object is named only where there is nothing else."""
+    writable = [item for item in items if _last_name(item) not in _OBJECTS] or items
+    return " or ".join(_described(item) for item in writable)

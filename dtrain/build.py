@@ -17,7 +17,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dtrain.annotations import expectation, is_numbers
-from dtrain.check import argument_mistakes, call_mistakes, names_of, takes_config
+from dtrain.check import argument_mistakes, call_mistakes, later, names_of, takes_config
 from dtrain.config import to_config_dict, to_plain
 from dtrain.locate import locate
 from dtrain.sections import Call, call_at, calls, is_component, nested_slot, refused
@@ -40,12 +40,13 @@ def build(config: ConfigDict, key: str, *given: Any, **given_names: Any) -> Any:
     return make(config, calls(config)[key], *given, **given_names)
 
 
-def settings(config: ConfigDict, key: str) -> dict[str, Any]:
-    """The arguments of one of dtrain's own calls, checked, as plain values."""
+def defaults(config: ConfigDict, key: str) -> dict[str, Any]:
+    """The arguments of one of dtrain's own calls as plain values, with the signature's defaults for those left out."""
     call = calls(config)[key]
-    if mistakes := call_mistakes(config, call):
-        raise ConfigError(mistakes)
-    return {name: to_plain(value) for name, value in call.arguments.items()}
+    found = import_object(config, call, locate(config, call).target)
+    parameters = inspect.signature(found).parameters.values()
+    values = {item.name: item.default for item in parameters if item.default is not item.empty}
+    return values | {name: to_plain(value) for name, value in call.arguments.items()}
 
 
 def make(config: ConfigDict, call: Call, *given: Any, **given_names: Any) -> Any:
@@ -66,9 +67,9 @@ def make(config: ConfigDict, call: Call, *given: Any, **given_names: Any) -> Any
         for key, value in call.arguments.items()
         if key not in call.shared or callee.open or key in names_of(callee)
     }
-    if call.slot.function_arguments is not None and not callee.is_class:
+    if later(call, callee):
         return functools.partial(found, **arguments) if arguments else found
-    return _called(config, call, found, *given, **arguments, **given_names)
+    return _called(config, call, found, *given, **arguments | given_names)
 
 
 def _value(config: ConfigDict, call: Call, path: KeyPath, value: Any, annotation: ast.expr | None = None) -> Any:

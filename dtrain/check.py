@@ -12,7 +12,21 @@ from ml_collections import ConfigDict
 from dtrain.annotations import expectation
 from dtrain.config import to_plain
 from dtrain.locate import locate, user_modules
-from dtrain.sections import READERS, TOP_LEVEL, Call, call_at, calls, is_component, mistake, nested, nested_slot
+from dtrain.sections import (
+    ANY,
+    LEAST,
+    PHASES,
+    READERS,
+    REQUIRED,
+    TOP_LEVEL,
+    Call,
+    call_at,
+    calls,
+    is_component,
+    mistake,
+    nested,
+    nested_slot,
+)
 from dtrain.source import SOURCE, Callee, Dynamic, Parameter
 from dtrain.yamlfile import ConfigError, KeyPath, Mistake, did_you_mean, dotted, type_name
 
@@ -26,9 +40,9 @@ def check(config: ConfigDict) -> None:
     mistakes = _top_level_mistakes(config)
     for call in _tolerant_calls(config, mistakes).values():
         mistakes += call_mistakes(config, call)
-    mistakes += _shared_mistakes(config)
+    mistakes += _shared_mistakes(config) + _range_mistakes(config) + _missing_mistakes(config)
     if mistakes:
-        raise ConfigError(mistakes)
+        raise ConfigError(sorted(mistakes, key=lambda item: (item.place is None, item.place or ())))
 
 
 def _tolerant_calls(config: ConfigDict, mistakes: list[Mistake]) -> dict[str, Call]:
@@ -106,13 +120,15 @@ def argument_mistakes(config: ConfigDict, call: Call, callee: Callee) -> list[Mi
         if key in given:
             text = f"'{key}' is supplied by dtrain; remove it"
         elif key not in taken and not callee.open:
-            text = f"{callee.name} takes no '{key}'{did_you_mean(key, taken)}; {_shown_signature(callee, given)}"
+            hint = did_you_mean(key, {*taken, *call.others})
+            text = f"{callee.name} takes no '{key}'{hint}; {_shown_signature(callee, given)}"
         elif key in taken and (expected := _unexpected(value, taken[key])):
             text = f"expected {expected}, found {type_name(value)} {_short(value)}; {_shown_signature(callee, given)}"
         else:
             continue
         mistakes.append(mistake(config, call.path_of(key), text))
-    missing = [key for key, item in taken.items() if item.default is None and key not in call.arguments]
+    present = {*call.arguments, *call.filled}
+    missing = [key for key, item in taken.items() if item.default is None and key not in present]
     if missing:
         names = " and ".join(f"'{key}'" for key in missing)
         mistakes.append(mistake(config, call.path, f"{callee.name} needs {names}; {_shown_signature(callee, given)}"))
@@ -139,12 +155,20 @@ def _short(value: Any) -> str:
 
 
 def _given(call: Call, callee: Callee) -> frozenset[str]:
-    """The names of the arguments that dtrain supplies."""
-    count = call.slot.given
-    if call.slot.function_arguments is not None and not callee.is_class:
-        count = call.slot.function_arguments
+    """The names of the arguments that dtrain supplies, now or later."""
     positional = [item.name for item in callee.parameters if item.positional]
-    return frozenset(positional[:count]) | call.slot.given_names
+    return frozenset(positional[: call.slot.given or later(call, callee)]) | call.slot.given_names
+
+
+def later(call: Call, callee: Callee) -> int:
+    """How many leading arguments a function is still to get when it is itself what is wanted; 0: it is to be called."""
+    if callee.is_class or call.slot.later is None:
+        return 0
+    missing = [
+        item.default is None and item.positional and item.name not in call.arguments for item in callee.parameters
+    ]
+    leading = missing.index(False) if False in missing else len(missing)
+    return leading if call.slot.later == ANY else min(leading, call.slot.later)
 
 
 def takes_config(callee: Callee, call: Call) -> bool:
@@ -187,6 +211,40 @@ def _shared_mistakes(config: ConfigDict) -> list[Mistake]:
         known = {name for item in callees for name in names_of(item)} | {call.name for call in metrics}
         text = f"no metric takes '{key}'{did_you_mean(key, known)}; " + "; ".join(item.signature for item in callees)
         mistakes.append(mistake(config, ("metrics", key), text))
+    return mistakes
+
+
+def _range_mistakes(config: ConfigDict) -> list[Mistake]:
+    """Numbers that are too small, wherever in their section they stand."""
+    mistakes = []
+    for section, least in LEAST.items():
+        values = config.get(section)
+        places = [((section,), values), *(((section, phase), _section(values, phase)) for phase in PHASES)]
+        for path, mapping in places:
+            for key, smallest in least.items() if isinstance(mapping, Mapping | ConfigDict) else ():
+                value = mapping.get(key)
+                if type(value) in (int, float) and not value >= smallest:
+                    mistakes.append(mistake(config, (*path, key), f"must be at least {smallest}, found {value}"))
+    return mistakes
+
+
+def _section(values: Any, key: str) -> Any:
+    return values.get(key) if isinstance(values, Mapping | ConfigDict) else None
+
+
+def _missing_mistakes(config: ConfigDict) -> list[Mistake]:
+    """What a training cannot do without."""
+    mistakes = [
+        Mistake(f"{name}: missing, such as {name}: {example}")
+        for name, example in REQUIRED.items()
+        if config.get(name) is None
+    ]
+    loaders, trainer = config.get("loaders"), config.get("trainer")
+    if isinstance(loaders, Mapping | ConfigDict) and loaders.get("train") is None:
+        mistakes.append(mistake(config, ("loaders",), "has no 'train', so there is nothing to train on"))
+    limits = [_section(trainer, key) for key in ("max_epochs", "max_steps")]
+    if trainer is None or (isinstance(trainer, Mapping | ConfigDict) and limits == [None, None]):
+        mistakes.append(mistake(config, ("trainer",), "needs max_epochs or max_steps, such as max_epochs: 10"))
     return mistakes
 
 

@@ -4,7 +4,7 @@ import copy
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
         ConfigError: With every mistake that reading can find.
     """
     tree = _read_file(Path(path), ancestors=())
+    tree.values.setdefault("experiment", Path(path).stem)
     mistakes: list[Mistake] = []
     for text in overrides:
         try:
@@ -37,7 +38,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
             mistakes += error.mistakes
     if mistakes:
         raise ConfigError(mistakes)
+    if overrides:
+        tree.texts["overrides.txt"] = "\n".join([*overrides, ""])
     return _to_config(tree)
+
+
+def sources(config: ConfigDict) -> dict[str, str]:
+    """The texts that a config was read from, as written: file name -> text."""
+    return dict(getattr(config, "_texts", {}))
 
 
 def from_mapping(values: Mapping[str, Any]) -> ConfigDict:
@@ -101,6 +109,7 @@ class _Tree:
 
     values: dict[str, Any]
     places: dict[KeyPath, Place]
+    texts: dict[str, str] = field(default_factory=dict)  # the files as written, by name
 
 
 def _read_file(path: Path, ancestors: tuple[Path, ...], place: Place | None = None) -> _Tree:
@@ -115,7 +124,7 @@ def _read_file(path: Path, ancestors: tuple[Path, ...], place: Place | None = No
                 f"the file {found}; a config is a mapping of sections (model, loaders, ...)", Place(str(path), 1, 1)
             )
         )
-    tree = _Tree(values, places)
+    tree = _Tree(values, places, {path.name: text})
     bases = tree.values.pop("_base_", None)
     _canonical_names(tree)
     if bases is None:
@@ -128,7 +137,9 @@ def _read_file(path: Path, ancestors: tuple[Path, ...], place: Place | None = No
             raise ConfigError(Mistake(f"'_base_' takes a file name or a list of them, found {name!r}", where))
         base = _read_file(path.parent / name, (*ancestors, path.resolve()), where)
         _merge(result, base, ())
+        result.texts |= base.texts
     _merge(result, tree, ())
+    result.texts |= tree.texts
     return result
 
 
@@ -381,6 +392,7 @@ def _to_config(tree: _Tree) -> ConfigDict:
     _lock(config)
     # Places ride along outside of the fields: they are no settings, and a copy of a section needs none.
     object.__setattr__(config, "_places", tree.places)
+    object.__setattr__(config, "_texts", tree.texts)
     return config
 
 

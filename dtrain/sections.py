@@ -12,6 +12,9 @@ from dtrain.config import place_of
 from dtrain.source import SOURCE, Callee
 from dtrain.yamlfile import ConfigError, KeyPath, Mistake, dotted, type_name
 
+ANY = -1
+NONE: frozenset[str] = frozenset()
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -20,10 +23,10 @@ class Slot:
     libraries: tuple[str, ...] = ()
     given: int = 0  # leading positional arguments that dtrain supplies
     given_names: frozenset[str] = frozenset()  # keyword arguments that dtrain supplies
-    function_arguments: int | None = None  # a function is itself what is wanted, called with so many arguments later
+    later: int | None = None  # a function that still lacks so many leading arguments is itself what is wanted
 
 
-_LOSS = Slot(("torch.nn", "torch.nn.functional", "monai.losses"), function_arguments=2)
+_LOSS = Slot(("torch.nn", "torch.nn.functional", "monai.losses"), later=2)
 SLOTS = {
     "model": Slot(
         ("torch.nn", "monai.networks.nets", "vit_pytorch.vit", "pytorch3dunet.unet3d.model", "torchvision.models")
@@ -40,20 +43,38 @@ SLOTS = {
             "torchmetrics.functional",
             "monai.metrics",
         ),
-        function_arguments=2,
+        later=2,
     ),
     "optimizer": Slot(("torch.optim",), given=1),
     "lr_scheduler": Slot(("torch.optim.lr_scheduler",), given=1),
 }
 
 # The settings of dtrain's own rooms are arguments of these functions, so they are checked like everything else.
-PARTS = frozenset({"model", "loaders", "loss", "metrics", "optimizer", "scheduler", "ranks", "journal", "progress"})
 HOUSE = {
-    "trainer": ("dtrain.trainer", "Trainer", PARTS),
+    "trainer": ("dtrain.trainer", "Trainer", frozenset({"parts"})),
     "mlflow": ("dtrain.tracking", "Journal", frozenset({"folder", "experiment", "run_name"})),
     "loader": ("dtrain.dataloader", "loader_settings", frozenset()),
     "schedule": ("dtrain.optimizer", "schedule_settings", frozenset()),
 }
+# The schedules whose length dtrain fills in where the config leaves it out: it knows it, and PolynomialLR's default
+# of 5 is nobody's wish.
+FILLED = {"CosineAnnealingLR": "T_max", "OneCycleLR": "total_steps", "PolynomialLR": "total_iters"}
+REQUIRED = {  # what training needs, and an example of each
+    "model": "{name: ViT, ...}",
+    "loaders": "{name: Digits, batch_size: 64, train: {split: train}}",
+    "loss": "{name: CrossEntropyLoss}",
+    "optimizer": "{name: AdamW, lr: 1e-3}",
+}
+LEAST: dict[str, dict[str, float]] = {  # the least that a number may be, where the type alone admits less
+    "trainer": {
+        "max_epochs": 0, "max_steps": 0, "accumulate": 1, "log_every_steps": 1, "validate_every_steps": 1,
+        "checkpoint_every_steps": 1, "keep_last": 1, "keep_best": 0, "early_stop_patience": 1, "clip_grad_norm": 0,
+        "ema_decay": 0,
+    },
+    "loaders": {"batch_size": 1, "global_batch_size": 1, "num_workers": 0, "prefetch_factor": 1, "timeout": 0},
+    "lr_scheduler": {"warmup_steps": 0, "warmup_start": 0},
+    "mlflow": {"exit_timeout_seconds": 0},
+}  # fmt: skip
 PHASES = ("train", "val", "test", "predict")
 TOP_LEVEL = {
     "experiment": "str",
@@ -81,9 +102,9 @@ class Call:
     name: Any
     arguments: Mapping[str, Any] = field(default_factory=dict)
     paths: Mapping[str, KeyPath] = field(default_factory=dict)
-    shared: frozenset[str] = (
-        frozenset()
-    )  # arguments meant for several calls: dropped where the callee does not take them
+    shared: frozenset[str] = NONE  # arguments meant for several calls: dropped where the callee takes none
+    others: frozenset[str] = NONE  # what else may stand in this section; for 'did you mean'
+    filled: frozenset[str] = NONE  # arguments that dtrain fills where the config leaves them out
 
     def path_of(self, argument: str) -> KeyPath:
         """Where an argument stands in the config."""
@@ -158,18 +179,19 @@ def _house_call(config: ConfigDict, section: str) -> dict[str, Call]:
 def _split(config: ConfigDict, path: KeyPath, values: Mapping[str, Any], house: str) -> tuple[dict[str, Any], Call]:
     """Take the keys that one of dtrain's own functions takes out of a section; returns the others and that call."""
     module, name, _ = HOUSE[house]
-    settings = {item.name for item in _house_callee(house).parameters}
+    settings = _settings(house)
     own = {key: values[key] for key in values if key in settings}
     rest = {key: values[key] for key in values if key not in settings}
     return rest, Call(path, Slot((module,)), f"{module}:{name}", own)
 
 
 @functools.cache
-def _house_callee(house: str) -> Callee:
+def _settings(house: str) -> tuple[str, ...]:
+    """The keys that one of dtrain's own functions takes."""
     module, name, _ = HOUSE[house]
     found = SOURCE.lookup(module, name)
     assert isinstance(found, Callee), f"{module}:{name} cannot be read"
-    return found
+    return tuple(item.name for item in found.parameters)
 
 
 def _loader_calls(config: ConfigDict, section: str) -> dict[str, Call]:
@@ -185,14 +207,18 @@ def _loader_calls(config: ConfigDict, section: str) -> dict[str, Call]:
         merged = shared | {key: own[key] for key in own}
         paths = {key: (section, phase, key) if key in own else (section, key) for key in merged}
         rest, loader = _split(config, (section, phase), merged, "loader")
-        result[f"loaders.{phase}"] = replace(call_at(config, (section, phase), rest, SLOTS["loaders"]), paths=paths)
+        dataset = call_at(config, (section, phase), rest, SLOTS["loaders"])
+        result[f"loaders.{phase}"] = replace(dataset, paths=paths, others=frozenset(_settings("loader")))
         result[f"loaders.{phase}.loader"] = replace(loader, paths=paths)
     return result
 
 
 def _scheduler_calls(config: ConfigDict, section: str) -> dict[str, Call]:
     rest, schedule = _split(config, (section,), _mapping(config, section), "schedule")
-    return {section: call_at(config, (section,), rest, SLOTS[section]), f"{section}.schedule": schedule}
+    call = call_at(config, (section,), rest, SLOTS[section])
+    filled = FILLED.get(str(call.name).rpartition(".")[2])
+    call = replace(call, others=frozenset(_settings("schedule")), filled=frozenset({filled} if filled else ()))
+    return {section: call, f"{section}.schedule": schedule}
 
 
 def _metric_calls(config: ConfigDict, section: str) -> dict[str, Call]:
@@ -260,7 +286,7 @@ def nested(call: Call) -> Iterator[tuple[KeyPath, Any]]:
 
 def nested_slot(slot: Slot) -> Slot:
     """What a component inside a call of this slot may name; dtrain supplies nothing to it."""
-    return Slot(slot.libraries, function_arguments=slot.function_arguments)
+    return Slot(slot.libraries, later=ANY)
 
 
 READERS = {

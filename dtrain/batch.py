@@ -1,0 +1,107 @@
+"""What is input, target and main output: the forms that batches and outputs may have; knows no config and no loop."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+INPUT_KEYS = ("input", "image", "images", "x")
+TARGET_KEYS = ("target", "label", "labels", "mask", "y")
+
+
+def split(batch: Any, input_key: str | None = None, target_key: str | None = None) -> tuple[Any, Any]:
+    """A batch as (input, target).
+
+    Args:
+        batch: A pair; a longer sequence, whose last element is the target and the others the inputs; or a dict.
+        input_key: Which entry of a dict is the input. Default: one of INPUT_KEYS, else all but the target, as a dict.
+        target_key: Which entry of a dict is the target. Default: one of TARGET_KEYS.
+
+    Raises:
+        ValueError: The batch has no target.
+    """
+    if isinstance(batch, Mapping):
+        return _split_dict(batch, input_key, target_key)
+    if isinstance(batch, list | tuple) and len(batch) >= 2:
+        return (batch[0] if len(batch) == 2 else tuple(batch[:-1])), batch[-1]
+    raise ValueError(f"a batch is (input, target) or a dict, found {_described(batch)}")
+
+
+def _split_dict(batch: Mapping[str, Any], input_key: str | None, target_key: str | None) -> tuple[Any, Any]:
+    target_key = target_key or next((key for key in TARGET_KEYS if key in batch), None)
+    if target_key is None or target_key not in batch:
+        raise ValueError(
+            f"no target in a batch with the keys {', '.join(map(repr, batch))}: "
+            f"expected {target_key or ' or '.join(TARGET_KEYS)}; name it with trainer.target_key"
+        )
+    input_key = input_key or next((key for key in INPUT_KEYS if key in batch), None)
+    if input_key is not None:
+        return batch[input_key], batch[target_key]
+    return {key: value for key, value in batch.items() if key != target_key}, batch[target_key]
+
+
+def _described(batch: Any) -> str:
+    if isinstance(batch, torch.Tensor):
+        return f"one tensor of shape {tuple(batch.shape)}"
+    size = f" of {len(batch)}" if hasattr(batch, "__len__") else ""
+    return f"a {type(batch).__name__}{size}"
+
+
+def caller(model: torch.nn.Module, example: Any) -> Callable[[torch.nn.Module, Any], Any]:
+    """How a model takes an input of this form: as one argument, as several, or by name; decided by its signature."""
+    if isinstance(example, Mapping):
+        return _by_name if _binds(model, **example) else _as_one
+    if isinstance(example, list | tuple):
+        return _as_several if _binds(model, *example) else _as_one
+    return _as_one
+
+
+def _binds(model: torch.nn.Module, *args: Any, **kwargs: Any) -> bool:
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def _as_one(model: torch.nn.Module, value: Any) -> Any:
+    return model(value)
+
+
+def _as_several(model: torch.nn.Module, value: Any) -> Any:
+    return model(*value)
+
+
+def _by_name(model: torch.nn.Module, value: Any) -> Any:
+    return model(**value)
+
+
+def main_output(output: Any) -> Any:
+    """The main one of a model's outputs: a tensor itself, a sequence's first, a dict's 'out', 'logits' or first."""
+    if isinstance(output, Mapping):
+        key = next((key for key in ("out", "logits") if key in output), None)
+        return output[key] if key else next(iter(output.values()))
+    return main_output(output[0]) if isinstance(output, list | tuple) else output
+
+
+def size(value: Any) -> int:
+    """The number of samples in an input or target of any form."""
+    if isinstance(value, torch.Tensor):
+        return len(value)
+    if isinstance(value, Mapping):
+        return size(next(iter(value.values())))
+    return size(value[0]) if isinstance(value, list | tuple) else len(value)
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """The same with its tensors on the device; copies from pinned memory do not wait."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(to_device(item, device) for item in value))
+    if isinstance(value, list | tuple):
+        return type(value)(to_device(item, device) for item in value)
+    return value

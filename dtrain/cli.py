@@ -1,0 +1,134 @@
+"""The commands and their help. Imports torch only where a command needs it; knows what is asked, not how it is done."""
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from dtrain import __version__
+from dtrain.yamlfile import ConfigError
+
+USAGE = 2
+
+EXAMPLES = {
+    "train": "dtrain train configfiles/digits.yaml trainer.max_epochs=3 optimizer.lr=5e-4",
+    "test": "dtrain test configfiles/digits.yaml --checkpoint runs/digits/checkpoints/best",
+    "check": "dtrain check configfiles/digits.yaml",
+    "config": "dtrain config configfiles/digits.yaml optimizer.lr=5e-4",
+    "sync": "dtrain sync runs/digits",
+}
+HELP = {
+    "train": "train, validate, test; go on where an earlier start ended",
+    "test": "loss and metrics of a checkpoint on the test data",
+    "check": "build everything and try one batch of each phase; train nothing, write nothing",
+    "config": "print the resolved config, with the class of each section",
+    "sync": "send what a run's journal holds and MLflow has not to MLflow",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """A mistake on the command line is one line on stderr and exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(USAGE)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="dtrain",
+        description="Train PyTorch models from one YAML file. A first argument ending in .yaml or .yml means 'train'.",
+        epilog="example: torchrun --nproc_per_node=4 -m dtrain configfiles/digits.yaml",
+    )
+    parser.add_argument("--version", action="version", version=f"dtrain {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+    for name, text in HELP.items():
+        command = commands.add_parser(
+            name, help=text, description=text.capitalize() + ".", epilog=f"example: {EXAMPLES[name]}"
+        )
+        if name == "sync":
+            command.add_argument("folder", metavar="RUN_FOLDER", help="what trainer.checkpoint_dir named")
+            continue
+        command.add_argument("config", metavar="CONFIG", help="a YAML file")
+        command.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="dotted keys, values in YAML")
+        if name == "test":
+            command.add_argument("--checkpoint", metavar="PATH", help="a checkpoint folder (default: the best)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit status: 0 done, 1 failed while running, 2 config or command line wrong, 75 stopped early.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0].endswith((".yaml", ".yml")):
+        words.insert(0, "train")
+    options = _parser().parse_args(words)
+    if str(Path.cwd()) not in sys.path:  # for `modules:` of the current folder, as `python -m` has it
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return {"config": _config, "sync": _sync}.get(options.command, _work)(options)
+    except ConfigError as error:
+        return _refuse(error)
+    except BrokenPipeError:  # `dtrain config ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _refuse(error: ConfigError) -> int:
+    """One line per mistake, once, whatever the number of ranks."""
+    from dtrain.distributed import is_main
+
+    if is_main():
+        for mistake in error.mistakes:
+            print(mistake, file=sys.stderr)
+        if len(error.mistakes) > 1:
+            print(f"{len(error.mistakes)} mistakes; nothing was started", file=sys.stderr)
+    return USAGE
+
+
+def _work(options: argparse.Namespace) -> int:
+    """The commands that need torch; the config is checked before it is imported."""
+    from dtrain.check import check
+    from dtrain.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    check(config)
+    from dtrain import worker
+
+    if options.command == "train":
+        return worker.train(config)
+    if options.command == "check":
+        return worker.rehearse(config)
+    return worker.test(config, options.checkpoint)
+
+
+def _config(options: argparse.Namespace) -> int:
+    from dtrain.check import check
+    from dtrain.config import load_config, to_yaml
+    from dtrain.locate import locate
+    from dtrain.sections import calls
+    from dtrain.source import Callee
+
+    config = load_config(options.config, options.overrides)
+    check(config)
+    for name, call in calls(config).items():
+        if name.endswith((".loader", ".schedule")):
+            continue  # dtrain's own keys beside a component's
+        target = locate(config, call).target
+        where = f"  {target.file}:{target.line}" if isinstance(target, Callee) else ""
+        print(f"# {name + ':':<22} {target.module}.{target.name}{where}")
+    print(to_yaml(config), end="")
+    return 0
+
+
+def _sync(options: argparse.Namespace) -> int:
+    if not (Path(options.folder) / "run.json").is_file():
+        print(f"dtrain sync: {options.folder} is no run folder: it has no run.json", file=sys.stderr)
+        return USAGE
+    return subprocess.run([sys.executable, "-m", "dtrain.sender", options.folder], check=False).returncode

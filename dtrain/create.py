@@ -1,0 +1,202 @@
+"""create_trainer: every part of a training, built in the order of need; the last room that sees the config."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from ml_collections import ConfigDict
+
+from dtrain import report, rng
+from dtrain.build import build, defaults
+from dtrain.check import check, notes
+from dtrain.checkpoint import CheckpointError, Checkpoints, load, load_weights
+from dtrain.config import from_mapping, sources, to_plain, to_yaml
+from dtrain.dataloader import Loaders, get_train_loaders
+from dtrain.distributed import Ranks, set_up
+from dtrain.loss import get_loss_criterion
+from dtrain.metrics import Metrics, get_evaluation_metric
+from dtrain.modelloader import get_model, load_into
+from dtrain.optimizer import end_points, get_lr_scheduler, get_optimizer
+from dtrain.progress import get_progress
+from dtrain.resume import CHECKPOINTS, ResumeError, Start, find_start
+from dtrain.sections import refused
+from dtrain.tracking import Journal, NoJournal, flatten, redact, ui_command
+from dtrain.trainer import Parts, Trainer
+
+
+def create_trainer(config: ConfigDict | Mapping[str, Any], package: str | Path | None = None) -> Trainer:
+    """Build model, loaders, loss, metrics, optimizer and scheduler as the config names them, and a trainer of them.
+
+    Every rank calls it. What an earlier start of the same training left is read, so that `fit` goes on from there.
+
+    Args:
+        config: From `load_config`, or a mapping of the same form.
+        package: A file or folder against which a relative `checkpoint_dir` resolves. Default: the current folder.
+
+    Raises:
+        ConfigError: With every mistake that can be found.
+    """
+    config = from_mapping(config)
+    check(config)
+    options = defaults(config, "trainer")
+    seed = config.get("seed") or 0
+    ranks = set_up(config.get("device", "auto"), options["ddp"], options["deterministic"])
+    progress = get_progress(ranks.is_main)
+    for line in (ranks.notes + notes(config)) if ranks.is_main else ():
+        progress.note(line)
+    start = _start(config, options, ranks, package)
+
+    rng.seed_all(seed)
+    module = _prepared_model(config, options, ranks, start)
+    compiled = _compiled(module, options["compile"])
+    pin_memory = ranks.device.type == "cuda"
+    loaders = get_train_loaders(config, ranks.rank, ranks.world_size, seed, pin_memory, options["accumulate"])
+    loss = get_loss_criterion(config).to(ranks.device)
+    metrics = get_evaluation_metric(config, ranks, ranks.device)
+    optimizer = get_optimizer(config, module)
+    steps, epochs = _length(options, loaders)
+    schedule = get_lr_scheduler(config, optimizer, steps, epochs)
+    monitor = _monitor(config, options, metrics)
+    mode = options["mode"] or ("min" if monitor.endswith(("loss", "Error")) else "max")
+    checkpoints = Checkpoints(
+        start.folder / CHECKPOINTS, keep_last=options["keep_last"], keep_best=options["keep_best"], mode=mode
+    )
+    journal = _journal(config, ranks, start)
+    rates = end_points(config, optimizer, schedule, steps, epochs)
+    parts = Parts(
+        ranks, module, compiled, ranks.wrap(compiled), loaders, loss, metrics, optimizer, schedule, checkpoints,
+        journal, progress, start, seed,
+        table=_table(config, module, loaders, ranks, journal, start, {"steps": steps, "rates": rates}),
+        record=_record(config, options, ranks),
+        texts={"config.yaml": to_yaml(config)} | {f"config/{name}": text for name, text in sources(config).items()},
+    )  # fmt: skip
+    trainer: Trainer = build(config, "trainer", parts, monitor=monitor, mode=mode)
+    rng.seed_all(seed, 1 + ranks.rank)  # dropout differs between ranks; the weights, drawn before, do not
+    _restore(trainer, ranks, start)
+    return trainer
+
+
+def _start(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks, package: str | Path | None) -> Start:
+    """Where to begin, decided by rank 0 and told to the others: what one rank sees on a disk, another may not yet."""
+    found: Start | str | None = None
+    if ranks.is_main:
+        base = Path(package or ".")
+        base = base.parent if base.is_file() else base
+        folder = base / (options["checkpoint_dir"] or f"runs/{config.get('experiment') or 'default'}")
+        run_name = config.get("run_name") or report.default_run_name(config.get("experiment") or "run")
+        uri = config.mlflow.get("tracking_uri") if config.get("mlflow") else None
+        try:
+            found = find_start(folder, options["resume"], run_name, options, uri)
+        except (ResumeError, CheckpointError, OSError) as error:
+            found = str(error)
+    found = ranks.broadcast(found)
+    if isinstance(found, str):
+        raise refused(config, ("trainer", "resume"), found)
+    assert isinstance(found, Start)
+    return found
+
+
+def _prepared_model(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks, start: Start) -> torch.nn.Module:
+    """The bare model on its device, with pre-trained weights where a new training asks for them."""
+    module = get_model(config)
+    if options["pre_trained"] and start.checkpoint is None:
+        if ranks.is_main:
+            _load_pre_trained(config, module, options["pre_trained"])
+        module = module.to(ranks.device)
+        ranks.share_weights(module)
+    if options["sync_batchnorm"] and ranks.world_size > 1:
+        if ranks.device.type != "cuda":
+            raise refused(config, ("trainer", "sync_batchnorm"), "needs GPUs; torch has none of it for the CPU")
+        module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    return module.to(ranks.device)
+
+
+def _load_pre_trained(config: ConfigDict, module: torch.nn.Module, path: str) -> None:
+    try:
+        misfits = load_into(module, load_weights(Path(path)))
+    except (CheckpointError, OSError) as error:
+        raise refused(config, ("trainer", "pre_trained"), str(error)) from error
+    if misfits:
+        shown = "; ".join(misfits[:10]) + (f"; and {len(misfits) - 10} more" if len(misfits) > 10 else "")
+        raise refused(config, ("trainer", "pre_trained"), f"{path} does not fit the model: {shown}")
+
+
+def _compiled(module: torch.nn.Module, wish: bool | str | dict[str, Any]) -> torch.nn.Module:
+    if not wish:
+        return module
+    options = wish if isinstance(wish, dict) else {"mode": wish} if isinstance(wish, str) else {}
+    return torch.compile(module, **options)  # type: ignore[return-value]
+
+
+def _length(options: Mapping[str, Any], loaders: Loaders) -> tuple[int, int]:
+    """Steps and epochs of the whole training."""
+    assert loaders.train is not None
+    per_epoch = loaders.train.steps()
+    steps = min(options["max_steps"] or math.inf, (options["max_epochs"] or math.inf) * per_epoch)
+    return int(steps), -(-int(steps) // per_epoch)
+
+
+def _monitor(config: ConfigDict, options: Mapping[str, Any], metrics: Metrics) -> str:
+    """The figure that 'best' means, known to be one that the validation gives."""
+    wish = options["monitor"]
+    names = [f"val/{name}" for name in (*metrics.names, "loss")]
+    if wish is None:
+        return names[0]
+    if not wish.startswith("val/"):
+        wish = f"val/{wish}"
+    if not any(wish == name or wish.startswith(f"{name}_") for name in names):
+        text = f"{options['monitor']!r} is no figure of the validation; possible: {', '.join(names)}"
+        raise refused(config, ("trainer", "monitor"), text)
+    return wish
+
+
+def _journal(config: ConfigDict, ranks: Ranks, start: Start) -> Journal | NoJournal:
+    if not ranks.is_main:
+        return NoJournal()
+    experiment = config.get("experiment") or "default"
+    return build(config, "mlflow", folder=start.folder, experiment=experiment, run_name=start.run_name)
+
+
+def _record(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """What the journal is told at the start."""
+    return {
+        "params": flatten(to_plain(config)),
+        "tags": {"launcher": ranks.launcher, "device": ranks.device.type},
+        "artifacts": [("config.yaml", "config"), ("config", "config/as-written")],
+        "world_size": ranks.world_size,
+        "max_epochs": options["max_epochs"],
+        "max_steps": options["max_steps"],
+    }
+
+
+def _table(
+    config: ConfigDict, module: torch.nn.Module, loaders: Loaders, ranks: Ranks, journal: Any, start: Start,
+    plan: Mapping[str, Any],
+) -> dict[str, str]:  # fmt: skip
+    """What is shown before the first step."""
+    train = loaders.train
+    assert train is not None
+    sizes = {phase: len(loader.loader.dataset if phase == "train" else loader.dataset)
+             for phase, loader in loaders._asdict().items() if loader is not None}  # fmt: skip
+    table = {
+        "model": report.model_line(str(config.model.name), module),
+        "data": report.data_line(sizes),
+        "global batch": f"{train.global_batch} = {train.shard.batch_size} x {ranks.world_size} rank(s)"
+        + (f" x {train.accumulate} accumulated" if train.accumulate > 1 else ""),
+        "steps": f"{train.steps():,} per epoch, {plan['steps']:,} in all",
+        "learning rate": plan["rates"],
+        "device": f"{ranks.device}, {(config.get('trainer') or {}).get('precision') or 'fp32'}",
+        "run folder": str(start.folder),
+    }
+    if isinstance(journal, Journal):
+        table["tracking"] = f"{redact(journal.tracking_uri)} ({ui_command(journal.tracking_uri)})"
+    if start.checkpoint:
+        table["goes on from"] = start.checkpoint.name
+    return table
+
+
+def _restore(trainer: Trainer, ranks: Ranks, start: Start) -> None:
+    if start.checkpoint is not None:
+        trainer.restore(load(start.checkpoint) if ranks.is_main else None)

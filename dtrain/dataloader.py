@@ -1,0 +1,312 @@
+"""get_train_loaders: batches for this rank, exact and resumable; knows no model, no loop, no checkpoint.
+
+The order of samples is a function of (seed, epoch), a sample's randomness of (seed, epoch, index): neither depends on
+the number of ranks, workers or restarts. Progress is a position, counted in samples of the epoch's order.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from ml_collections import ConfigDict
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from dtrain import rng
+from dtrain.build import build
+from dtrain.sections import PHASES, refused
+
+
+def loader_settings(
+    *,
+    batch_size: int | None = None,
+    global_batch_size: int | None = None,
+    num_workers: int = 0,
+    shuffle: bool = True,
+    drop_last: bool = False,
+    pin_memory: bool | None = None,
+    persistent_workers: bool = True,
+    prefetch_factor: int | None = None,
+    timeout: float = 0,
+    multiprocessing_context: str | None = None,
+    in_order: bool = True,
+    collate_fn: Callable | None = None,
+) -> dict[str, Any]:
+    """The loader's own keys under `loaders`; the other keys are the dataset's.
+
+    Args:
+        batch_size: Samples per rank and batch (default 1).
+        global_batch_size: Samples per batch over all ranks; instead of `batch_size`.
+        num_workers: Processes that load, per rank.
+        shuffle: For `train` only; the other phases keep the dataset's order.
+        drop_last: For `train` only: leave out the last samples of an epoch where they fill no batch of all ranks.
+        pin_memory: Default: yes on a GPU.
+        persistent_workers: Keep the workers from epoch to epoch.
+        prefetch_factor: Batches that each worker loads ahead.
+        timeout: Seconds to wait for a batch from a worker; 0 waits for ever.
+        multiprocessing_context: fork, spawn or forkserver.
+        in_order: Hand out batches in the order asked for.
+        collate_fn: A function by name that makes a batch of a list of samples.
+    """
+    return dict(locals())
+
+
+class Micro(NamedTuple):
+    """One batch of this rank, and its place in the optimizer step that it belongs to."""
+
+    batch: Any
+    weight: float  # this rank's share in the step's mean over samples, times the number of ranks (DDP averages)
+    samples: int  # of this rank that count: 0 where a rank has none left and lends a hand with weight 0
+    closes: bool  # whether it is the last one of its optimizer step
+    position: int  # samples of the epoch done by all ranks once that step is done
+
+
+class TrainLoader:
+    """This rank's part of the training data, epoch by epoch, from any position."""
+
+    def __init__(self, dataset: Any, seed: int, rank: int, world_size: int, batch_size: int, **options: Any) -> None:
+        self.accumulate = options.pop("accumulate", 1)
+        self.shard = ShuffledShard(
+            len(dataset), seed, rank, world_size, batch_size, options.pop("shuffle"), options.pop("drop_last")
+        )
+        self.loader = _data_loader(dataset, seed, self.shard, options)
+
+    @property
+    def global_batch(self) -> int:
+        """Samples per optimizer step, over all ranks."""
+        return self.shard.global_batch * self.accumulate
+
+    def end(self, start: int = 0) -> int:
+        """The position at which an epoch that begins at `start` ends."""
+        return self.shard.end(start)
+
+    def steps(self, start: int = 0) -> int:
+        """Optimizer steps from a position to the end of the epoch."""
+        return -(-(self.end(start) - start) // self.global_batch)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Micro]:
+        """The batches of an epoch from position `start` on; nothing before it is loaded."""
+        self.shard.set_epoch(epoch, start)
+        world = self.shard.world_size
+        end = self.shard.end(start)
+        for number, batch in enumerate(self.loader):
+            low = start + number * self.shard.global_batch
+            high = min(low + self.shard.global_batch, end)
+            group_low = start + number // self.accumulate * self.global_batch
+            group_high = min(group_low + self.global_batch, end)
+            samples = max(0, -(-(high - low - self.shard.rank) // world))
+            weight = samples * world / (group_high - group_low)
+            yield Micro(batch, weight, samples, high == group_high, group_high)
+
+
+class ShuffledShard:
+    """A batch sampler with DistributedSampler's semantics that can start anywhere and stores no permutation.
+
+    Position p of epoch e holds sample permuted(p); rank r of W takes positions r, r + W, ... of each global batch. The
+    last batch is short rather than padded; a rank that has no sample left in it takes one that does not count.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        batch_size: int,
+        shuffle: bool = True,
+        drop_last: bool = False,
+    ) -> None:
+        self.size, self.seed, self.rank, self.world_size = size, seed, rank, world_size
+        self.batch_size, self.shuffle, self.drop_last = batch_size, shuffle, drop_last
+        self.global_batch = batch_size * world_size
+        self.epoch, self.start = 0, 0
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch whose order is used, and the position to begin at."""
+        self.epoch, self.start = epoch, start
+
+    def end(self, start: int) -> int:
+        """The position after the last sample that is used."""
+        return start + (self.size - start) // self.global_batch * self.global_batch if self.drop_last else self.size
+
+    def __len__(self) -> int:
+        return -(-(self.end(self.start) - self.start) // self.global_batch)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Batches as [epoch, index, index, ...]: the epoch travels with the indices to the workers that live on."""
+        epoch, end = self.epoch, self.end(self.start)
+        block = self.global_batch * max(1, 8192 // self.global_batch)  # permuting in blocks costs a tenth
+        for low in range(self.start, end, block):
+            high = min(low + block, end)
+            own = np.arange(low + self.rank, high, self.world_size)
+            indices = self._indices(own).tolist()
+            full = (high - low) // self.global_batch * self.batch_size
+            for first in range(0, full, self.batch_size):
+                yield [epoch, *indices[first : first + self.batch_size]]
+            if (high - low) % self.global_batch:
+                yield [epoch, *(indices[full:] or self._indices(np.array([high - 1])).tolist())]
+
+    def _indices(self, positions: np.ndarray) -> np.ndarray:
+        return permuted(positions, self.size, self.seed, self.epoch) if self.shuffle else positions
+
+
+def permuted(positions: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
+    """Where a pseudo-random permutation of range(size) sends the given positions, each computed on its own.
+
+    A Feistel network permutes the next power of four; positions that land outside walk on until they are inside
+    (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002). Memory does not grow with `size`.
+    """
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    keys = np.random.SeedSequence((seed, epoch)).generate_state(6, np.uint64)
+    result = positions.astype(np.uint64)
+    outside = np.ones(len(result), dtype=bool)
+    while outside.any():
+        left, right = result[outside] >> half, result[outside] & mask
+        for key in keys:
+            left, right = right, left ^ (_mixed(right ^ key) & mask)
+        result[outside] = (left << half) | right
+        outside = result >= size
+    return result.astype(np.int64)
+
+
+def _mixed(value: np.ndarray) -> np.ndarray:
+    """The finalizer of splitmix64 (Steele, Lea and Flood, 2014): every input bit reaches every output bit."""
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+class EvaluationShard:
+    """A batch sampler that deals whole batches to the ranks: each sample once, in the batches that one process has."""
+
+    def __init__(self, size: int, rank: int, world_size: int, batch_size: int) -> None:
+        self.size, self.rank, self.world_size, self.batch_size = size, rank, world_size, batch_size
+
+    def __len__(self) -> int:
+        return len(range(self.rank * self.batch_size, self.size, self.world_size * self.batch_size))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for low in range(self.rank * self.batch_size, self.size, self.world_size * self.batch_size):
+            yield [0, *range(low, min(low + self.batch_size, self.size))]
+
+
+class _Samples(Dataset):
+    """A dataset as the loaders see it: asked for [epoch, index, ...], it seeds the generators for each sample.
+
+    A dataset whose items need no random numbers says so with `random = False` and is spared the seeding.
+    """
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+        self.random = getattr(dataset, "random", not isinstance(dataset, TensorDataset))
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, request: list[int]) -> Any:
+        epoch, *indices = request
+        if not self.random:
+            return self.dataset.__getitems__(indices) if hasattr(self.dataset, "__getitems__") else self._items(indices)
+        if torch.utils.data.get_worker_info() is not None:
+            return self._random_items(epoch, indices)
+        with rng.untouched():  # this process's generators belong to the model
+            return self._random_items(epoch, indices)
+
+    def _items(self, indices: Sequence[int]) -> list[Any]:
+        return [self._item(index) for index in indices]
+
+    def _random_items(self, epoch: int, indices: Sequence[int]) -> list[Any]:
+        items = []
+        for index in indices:
+            rng.seed_sample(self.seed, epoch, index)
+            items.append(self._item(index))
+        return items
+
+    def _item(self, index: int) -> Any:
+        try:
+            return self.dataset[index]
+        except Exception as error:
+            error.add_note(f"while loading sample {index} of {type(self.dataset).__name__}")
+            raise
+
+
+def _data_loader(dataset: Dataset, seed: int, batches: Any, options: dict[str, Any]) -> DataLoader:
+    workers = options["num_workers"]
+    if not workers:
+        options = options | {"prefetch_factor": None, "multiprocessing_context": None, "timeout": 0}
+    return DataLoader(
+        _Samples(dataset, seed),
+        batch_sampler=batches,
+        generator=torch.Generator(),  # else each epoch would draw a seed from the generator that dropout uses
+        **options | {"persistent_workers": bool(workers) and options["persistent_workers"]},
+    )
+
+
+class Loaders(NamedTuple):
+    """What each phase reads; None where the config has no such phase."""
+
+    train: TrainLoader | None = None
+    val: DataLoader | None = None
+    test: DataLoader | None = None
+    predict: DataLoader | None = None
+
+
+def get_train_loaders(
+    config: ConfigDict, rank: int, world_size: int, seed: int, pin_memory: bool = False, accumulate: int = 1
+) -> Loaders:
+    """Build the dataset and the loader of every phase under `loaders`.
+
+    Raises:
+        ConfigError: The batch size does not fit the ranks, or a dataset is empty or has no length.
+    """
+    result: dict[str, Any] = {}
+    for phase in PHASES:
+        if config.loaders.get(phase) is None:
+            continue
+        options = build(config, f"loaders.{phase}.loader")
+        batch_size = _batch_size(config, phase, options, world_size)
+        if options["pin_memory"] is None:
+            options["pin_memory"] = pin_memory
+        dataset = _checked(config, phase, build(config, f"loaders.{phase}"))
+        if phase == "train":
+            loader = TrainLoader(dataset, seed, rank, world_size, batch_size, accumulate=accumulate, **options)
+            if not loader.steps():
+                batch = loader.shard.global_batch
+                text = f"drop_last leaves nothing: {len(dataset)} samples, and a batch of all ranks takes {batch}"
+                raise refused(config, ("loaders", phase), text)
+            result[phase] = loader
+        else:
+            shard = EvaluationShard(len(dataset), rank, world_size, batch_size)
+            del options["shuffle"], options["drop_last"]
+            result[phase] = _data_loader(dataset, seed, shard, options)
+    return Loaders(**result)
+
+
+def _batch_size(config: ConfigDict, phase: str, options: dict[str, Any], world_size: int) -> int:
+    """Samples per rank and batch."""
+    own, together = options.pop("batch_size"), options.pop("global_batch_size")
+    path = ("loaders", phase)
+    if own is not None and together is not None:
+        raise refused(config, path, "'batch_size' and 'global_batch_size' exclude one another; keep one of them")
+    if together is not None and together % world_size:
+        below = together // world_size * world_size
+        text = f"global_batch_size {together} cannot be divided over {world_size} ranks; possible: {below + world_size}"
+        raise refused(config, path, text)
+    size = together // world_size if together is not None else 1 if own is None else own
+    if size < 1:
+        raise refused(config, path, f"a batch needs at least 1 sample, found {size}")
+    return size
+
+
+def _checked(config: ConfigDict, phase: str, dataset: Any) -> Any:
+    path = ("loaders", phase)
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        text = (
+            f"{type(dataset).__name__} has no length; a dataset here has __len__ and __getitem__, "
+            "so that ranks can share it and a stopped training can go on"
+        )
+        raise refused(config, path, text)
+    if not len(dataset):
+        raise refused(config, path, f"{type(dataset).__name__} is empty")
+    return dataset

@@ -1,0 +1,362 @@
+"""This rank: device, world, process group, agreement between ranks; alone reads RANK & co.; knows no training."""
+
+import contextlib
+import os
+import re
+import socket
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import psutil
+
+from dtrain.yamlfile import ConfigError, Mistake
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Environment(NamedTuple):
+    """What the launcher says about this process."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    launcher: str = "none"
+
+
+def environment() -> Environment:
+    """Read this process's place from torchrun's or accelerate's variables, else from srun's.
+
+    Inside torchrun, SLURM's variables are those of the node's one task, and in a batch script they are set although
+    srun started nothing; so they count only where srun itself started several tasks.
+
+    Raises:
+        ConfigError: The variables contradict one another.
+    """
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        world = int(env["WORLD_SIZE"])
+        local_world = int(env.get("LOCAL_WORLD_SIZE", world))
+        found = Environment(int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), world, local_world, "torchrun")
+    elif int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in env:
+        world, node = int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_NODEID", 0))
+        local_world = _tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", str(world)))[node]
+        found = Environment(int(env["SLURM_PROCID"]), int(env.get("SLURM_LOCALID", 0)), world, local_world, "srun")
+    else:
+        found = Environment()
+    if not 0 <= found.rank < found.world_size:
+        raise ConfigError(f"RANK is {found.rank}, but WORLD_SIZE is {found.world_size}")
+    return found
+
+
+def is_main() -> bool:
+    """Whether this process is the one that speaks, before there is a process group."""
+    try:
+        return environment().rank == 0
+    except ConfigError:
+        return True
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """SLURM's '2(x3),1' -> [2, 2, 2, 1]."""
+    result: list[int] = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        result += [int(count)] * int(times or 1)
+    return result
+
+
+def _first_host(nodelist: str) -> str:
+    """SLURM's 'node[03-07,9],other' -> 'node03'."""
+    match = re.match(r"([^,\[]+)(?:\[(\d+))?", nodelist)
+    return (match[1] + (match[2] or "")) if match else "127.0.0.1"
+
+
+def _export_srun(found: Environment) -> None:
+    """Give torch the variables that it reads, since srun sets only its own."""
+    job = int(os.environ.get("SLURM_JOB_ID", 0)) * 7 + int(os.environ.get("SLURM_STEP_ID", 0) or 0)
+    os.environ.setdefault("MASTER_ADDR", _first_host(os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1")))
+    os.environ.setdefault("MASTER_PORT", str(20000 + job % 20000))  # jobs on one node must not meet on a port
+    names = {"RANK": found.rank, "LOCAL_RANK": found.local_rank, "WORLD_SIZE": found.world_size}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    os.environ["LOCAL_WORLD_SIZE"] = str(found.local_world_size)
+
+
+@dataclass
+class Ranks:
+    """This rank among the others. All ranks call the same methods in the same order."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: "torch.device"
+    launcher: str = "none"
+    accelerator: Any = None
+    notes: list[str] = field(default_factory=list)
+    host: str = field(default_factory=socket.gethostname)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank is the one that writes."""
+        return self.rank == 0
+
+    def wrap(self, model: "torch.nn.Module") -> "torch.nn.Module":
+        """The model as the ranks train it: DistributedDataParallel when there are several."""
+        trainable = any(item.requires_grad for item in model.parameters())
+        return self.accelerator.prepare_model(model) if self.world_size > 1 and trainable else model
+
+    def no_sync(self, model: Any) -> Any:
+        """A context in which gradients add up on each rank alone, until the last batch of a step."""
+        return model.no_sync() if hasattr(model, "no_sync") else contextlib.nullcontext()
+
+    def sum_(self, tensor: "torch.Tensor") -> "torch.Tensor":
+        """Add a tensor up over the ranks, in place."""
+        if self.world_size > 1:
+            import torch.distributed as dist
+
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Every rank's value, in the order of ranks, on the main rank; None on the others."""
+        if self.world_size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values = [None] * self.world_size if self.is_main else None
+        dist.gather_object(value, values)
+        return values
+
+    def broadcast(self, value: Any = None) -> Any:
+        """The main rank's value, on every rank."""
+        if self.world_size == 1:
+            return value
+        import torch.distributed as dist
+
+        values = [value]
+        dist.broadcast_object_list(values)
+        return values[0]
+
+    def share_weights(self, model: "torch.nn.Module") -> None:
+        """Give every rank the main rank's parameters and buffers."""
+        if self.world_size > 1:
+            import torch
+            import torch.distributed as dist
+
+            for value in model.state_dict().values():
+                if isinstance(value, torch.Tensor):
+                    dist.broadcast(value, src=0)
+
+    def agree_on_buffers(self, model: "torch.nn.Module") -> None:
+        """Give every rank the main rank's buffers: BatchNorm's running statistics differ between ranks."""
+        if self.world_size > 1:
+            import torch.distributed as dist
+
+            for buffer in model.buffers():
+                dist.broadcast(buffer.data, src=0)
+
+    def close(self) -> None:
+        """Leave the process group; only after success, since it waits for the others."""
+        if self.world_size > 1:
+            import torch.distributed as dist
+
+            dist.destroy_process_group()
+
+
+class Vote:
+    """A flag that any rank can raise and that all ranks see after the same step, without waiting for one another.
+
+    Each call starts a one-element all-reduce and returns the result of the call before: it has had a whole step to
+    finish. The tensor lives on the CPU, so that reading it never waits for the device.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self._pending: Any = None
+        self._flag: Any = None
+
+    def cast(self, wish: bool) -> bool:
+        """Vote, and learn whether any rank had voted yes one call ago (with one rank: now)."""
+        if self.ranks.world_size == 1:
+            return wish
+        import torch
+        import torch.distributed as dist
+
+        decided = False
+        if self._pending is not None:
+            self._pending.wait()
+            decided = self._flag[0].item() > 0
+        if self._flag is None:
+            self._flag = torch.zeros(1)
+        self._flag[0] = float(wish)
+        self._pending = dist.all_reduce(self._flag, async_op=True)
+        return decided
+
+    def settle(self) -> None:
+        """Wait for the vote under way; before anything else is agreed on after the last step."""
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
+
+
+def set_up(device: str = "auto", ddp: dict[str, Any] | None = None, deterministic: bool = False) -> Ranks:
+    """Join the process group, choose the device, set the threads.
+
+    Args:
+        device: The config's `device`.
+        ddp: DistributedDataParallel's options, and `backend` (gloo lets ranks share a GPU) and `timeout_seconds`.
+        deterministic: Ask torch for deterministic algorithms.
+
+    Raises:
+        ConfigError: The device does not exist, or there are fewer GPUs than ranks.
+    """
+    import torch
+
+    found = environment()
+    if found.launcher == "srun":
+        _export_srun(found)
+    options = dict(ddp or {})
+    backend = options.pop("backend", None)
+    timeout_seconds = options.pop("timeout_seconds", None)
+    notes = _thread_notes(found) + _lost_process_notes(found)
+    chosen, device_notes = choose_device(device, found, torch.cuda.device_count(), backend)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    ranks = Ranks(found.rank, found.local_rank, found.world_size, chosen, found.launcher, notes=notes + device_notes)
+    if found.world_size > 1:
+        ranks.accelerator = _join(found, chosen, backend, timeout_seconds, options)
+    return ranks
+
+
+def _join(found: Environment, device: Any, backend: str | None, timeout_seconds: float | None, options: Any) -> Any:
+    """Join the process group and let accelerate, whose `prepare_model` wraps the model, find it.
+
+    The group is ours to make because CPU tensors need gloo beside NCCL: votes and objects must not wait for the GPU.
+    """
+    from datetime import timedelta
+
+    import torch.distributed as dist
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    default = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = None if timeout_seconds is None else timedelta(seconds=timeout_seconds)
+    dist.init_process_group(backend or default, timeout=timeout)
+    if device.type == "cuda":
+        # Where ranks share a GPU, accelerate must see the device's index, not the rank's.
+        os.environ["LOCAL_RANK"] = str(device.index)
+    handlers = [DistributedDataParallelKwargs(**options)] if options else []
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=handlers)
+    if accelerator.num_processes != found.world_size:
+        raise ConfigError(
+            f"accelerate sees {accelerator.num_processes} process(es), but WORLD_SIZE is {found.world_size}; "
+            "every rank would train alone"
+        )
+    return accelerator
+
+
+def choose_device(wish: str, found: Environment, gpus: int, backend: str | None = None) -> tuple[Any, list[str]]:
+    """The device of this rank, and what is worth saying about it.
+
+    Raises:
+        ConfigError: There is no such device, or fewer GPUs than ranks.
+    """
+    import torch
+
+    def wrong(text: str) -> ConfigError:
+        return ConfigError(Mistake(f"device: {text}"))
+
+    kind, _, index = wish.partition(":")
+    if kind == "auto":
+        kind = "cuda" if gpus else "cpu"
+    if kind == "mps":
+        if not torch.backends.mps.is_available():
+            raise wrong("'mps' was asked for, but this torch sees none; possible here: cpu")
+        return torch.device("mps"), []
+    if kind == "cpu":
+        return torch.device("cpu"), _one_process_note(
+            found, "the CPU" + ("" if wish == "cpu" else " (torch sees no GPU)")
+        )
+    if not gpus:
+        raise wrong(f"'{wish}' was asked for, but torch {torch.__version__} sees no GPU; possible here: auto, cpu")
+    if found.world_size == 1:
+        if index and int(index) >= gpus:
+            raise wrong(f"'{wish}' was asked for, but there are {gpus} GPU(s): cuda:0 to cuda:{gpus - 1}")
+        idle = f"; {gpus - 1} more idle, torchrun --nproc_per_node={gpus} uses all" if gpus > 1 else ""
+        return torch.device("cuda", int(index or 0)), _one_process_note(found, f"cuda:{index or 0}{idle}")
+    if found.launcher == "srun" and gpus == 1:
+        return torch.device("cuda", 0), []  # each task was given a GPU of its own, and sees no other
+    if found.local_world_size > gpus:
+        if backend != "gloo":
+            raise wrong(
+                f"{found.local_world_size} ranks on this node, but {gpus} GPU(s); start {gpus}, or let ranks share "
+                "with trainer.ddp.backend=gloo, or use device=cpu"
+            )
+        text = f"{found.local_world_size} ranks share {gpus} GPU(s) over gloo: slower than one rank per GPU"
+        return torch.device("cuda", found.local_rank % gpus), [text]
+    return torch.device("cuda", found.local_rank), []
+
+
+def _one_process_note(found: Environment, where: str) -> list[str]:
+    return [f"one process on {where}"] if found.world_size == 1 else []
+
+
+def _lost_process_notes(found: Environment) -> list[str]:
+    """A line where more processes were asked for than there are.
+
+    Raises:
+        ConfigError: `accelerate launch --cpu --num_processes N` starts one process and says nothing.
+    """
+    if found.world_size > 1:
+        return []
+    words = _parent_words()
+    if any("accelerate" in word for word in words[:3]) and "--num_processes" in words:
+        asked = words[words.index("--num_processes") + 1 :][:1]
+        if asked and asked[0].isdigit() and int(asked[0]) > 1:
+            raise ConfigError(
+                f"accelerate was asked for {asked[0]} processes, but started one (as `--cpu` makes it do); "
+                f"use: accelerate launch --multi_gpu --num_processes {asked[0]} (gloo ranks where there is no GPU)"
+            )
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if tasks.isdigit() and int(tasks) > 1:
+        return [f"this job has {tasks} tasks, but one process was started: use srun or torchrun for all of them"]
+    return []
+
+
+def _parent_words() -> list[str]:
+    try:
+        return psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        return []
+
+
+def _thread_notes(found: Environment) -> list[str]:
+    """Give each of several ranks its share of the cores, unless the user chose.
+
+    torchrun writes OMP_NUM_THREADS=1 into its ranks' environment when the user said nothing; only its own
+    environment, which is its parent's, tells the two apart.
+    """
+    if found.world_size == 1:
+        return []
+    import torch
+
+    if "OMP_NUM_THREADS" in os.environ:
+        try:
+            chosen_by_user = found.launcher == "srun" or "OMP_NUM_THREADS" in psutil.Process(os.getppid()).environ()
+        except psutil.Error:
+            chosen_by_user = True
+        if chosen_by_user:
+            torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+            return []
+    threads = max(1, _cores() // found.local_world_size)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
+    return []
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,42 @@
+"""A request to stop, made by a signal: only a flag, which the loop reads between two steps; knows no training."""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+REPEAT_SECONDS = 0.5  # launchers deliver one signal several times within milliseconds
+
+
+class StopRequest:
+    """True once a signal has come; `reason` names it. A second Ctrl-C raises KeyboardInterrupt at once."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self._first_seconds = 0.0
+
+    def __bool__(self) -> bool:
+        return bool(self.reason)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the signals over, and give them back at the end."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._take) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _take(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self.reason:
+            self.reason, self._first_seconds = f"signal {signal.Signals(number).name}", now
+        elif number == signal.SIGINT and now - self._first_seconds > REPEAT_SECONDS:
+            raise KeyboardInterrupt

@@ -1,0 +1,222 @@
+"""get_evaluation_metric: the metrics that the config names, exact over ranks; knows no model, no loop, no journal.
+
+Three forms: a torchmetrics.Metric (its states are gathered once and reduced as it says), any object with update,
+compute and reset (the main rank replays all batches in order), a plain function f(output, target) (mean over samples).
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from ml_collections import ConfigDict
+
+from dtrain.batch import main_output
+from dtrain.build import make
+from dtrain.sections import calls, refused
+
+
+class Group(Protocol):
+    """What metrics need of the ranks."""
+
+    @property
+    def world_size(self) -> int: ...  # noqa: D102
+    @property
+    def is_main(self) -> bool: ...  # noqa: D102
+    def gather(self, value: Any) -> list[Any] | None: ...  # noqa: D102
+    def broadcast(self, value: Any = None) -> Any: ...  # noqa: D102
+
+
+class Metrics:
+    """All metrics of a training, updated batch by batch and computed over every rank's batches at once.
+
+    They are made when first needed: importing torchmetrics takes seconds, which the first step need not wait for.
+    """
+
+    def __init__(self, makers: Mapping[str, Callable[[], Any]], ranks: Group, device: torch.device) -> None:
+        self._makers, self._ranks, self._device = makers, ranks, device
+        self._metrics: dict[str, Any] | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The labels under which they are logged."""
+        return list(self._makers)
+
+    def prepare(self) -> dict[str, Any]:
+        """Make the metrics, once."""
+        if self._metrics is None:
+            self._metrics = {name: self._adapted(make_one()) for name, make_one in self._makers.items()}
+        return self._metrics
+
+    def higher_is_better(self, name: str) -> bool | None:
+        """What the metric says of itself; None when it says nothing."""
+        return getattr(self.prepare()[name].metric, "higher_is_better", None)
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        for metric in self.prepare().values():
+            metric.reset()
+
+    def update(self, output: Any, target: Any, number: int) -> None:
+        """Take in one batch.
+
+        Args:
+            output: What the model returned; metrics are given its main output.
+            target: The batch's target; of a sequence its first.
+            number: Which batch of the whole evaluation this is, counted over all ranks.
+        """
+        output, target = main_output(output), main_output(target)
+        for metric in self.prepare().values():
+            metric.update(output, target, number)
+
+    def compute(self) -> dict[str, float]:
+        """The figures over all ranks' batches, the same on every rank. A vector gives its mean and its elements."""
+        values = {name: metric.compute(self._ranks) for name, metric in self.prepare().items()}
+        return {key: figure for name, value in values.items() for key, figure in _figures(name, value).items()}
+
+    def _adapted(self, metric: Any) -> Any:
+        if callable(getattr(metric, "update", None)) and callable(getattr(metric, "compute", None)):
+            return _Reduced(metric.to(self._device)) if hasattr(metric, "_reductions") else _Replayed(metric)
+        return _Averaged(metric)
+
+
+class _Reduced:
+    """A torchmetrics.Metric. Its own synchronisation needs data on every rank, which an exact shard cannot promise."""
+
+    def __init__(self, metric: Any) -> None:
+        self.metric = metric
+        for part in self._parts():
+            part.distributed_available_fn = _never  # its states are reduced here, once
+
+    def _parts(self) -> list[Any]:
+        return [part for part in self.metric.modules() if hasattr(part, "_reductions")]
+
+    def reset(self) -> None:
+        self.metric.reset()
+
+    def update(self, output: Any, target: Any, number: int) -> None:
+        self.metric.update(output, target)
+
+    def compute(self, ranks: Group) -> Any:
+        if ranks.world_size > 1:
+            self._reduce(ranks)
+        return ranks.broadcast(_plain(self.metric.compute()) if ranks.is_main else None)
+
+    def _reduce(self, ranks: Group) -> None:
+        """Put the states of all ranks together on the main rank, by the reductions that the metric declares."""
+        states = ranks.gather([(part._update_count, _moved(part.metric_state, "cpu")) for part in self._parts()])
+        for index, part in enumerate(self._parts()) if states is not None else ():
+            of_ranks = [rank[index][1] for rank in states or () if rank[index][0]]
+            for name, reduction in part._reductions.items():
+                values = [_moved(state[name], part.device) for state in of_ranks]
+                if not values:
+                    continue
+                if isinstance(values[0], list):
+                    setattr(part, name, [item for value in values for item in value])
+                else:
+                    stacked = torch.stack(values)
+                    setattr(part, name, stacked if reduction is None else reduction(stacked))
+
+
+class _Replayed:
+    """Any object with update, compute and reset: nothing is known of its state, so one rank sees every batch."""
+
+    def __init__(self, metric: Any) -> None:
+        self.metric = metric
+        self.batches: list[tuple[int, Any, Any]] = []
+
+    def reset(self) -> None:
+        self.metric.reset()
+        self.batches = []
+
+    def update(self, output: Any, target: Any, number: int) -> None:
+        self.batches.append((number, _moved(output, "cpu"), _moved(target, "cpu")))
+
+    def compute(self, ranks: Group) -> Any:
+        everybody = ranks.gather(self.batches)
+        if everybody is not None:
+            for _, output, target in sorted((item for rank in everybody for item in rank), key=lambda item: item[0]):
+                self.metric.update(output, target)
+        return ranks.broadcast(_plain(self.metric.compute()) if ranks.is_main else None)
+
+
+class _Averaged:
+    """A plain function of one batch: its mean over the samples."""
+
+    def __init__(self, function: Callable[[Any, Any], Any]) -> None:
+        self.metric = function
+        self.values: list[tuple[int, int, Any]] = []
+
+    def reset(self) -> None:
+        self.values = []
+
+    def update(self, output: Any, target: Any, number: int) -> None:
+        value = self.metric(output, target)
+        self.values.append((number, len(output), value.detach() if isinstance(value, torch.Tensor) else value))
+
+    def compute(self, ranks: Group) -> Any:
+        everybody = ranks.gather([(number, count, _plain(value)) for number, count, value in self.values])
+        if everybody is None:
+            return ranks.broadcast()
+        values = sorted((item for rank in everybody for item in rank), key=lambda item: item[0])
+        return ranks.broadcast(_mean([(count, value) for _, count, value in values]))
+
+
+def _never() -> bool:
+    return False
+
+
+def _mean(weighted: list[tuple[int, Any]]) -> Any:
+    """The mean of numbers, of lists element by element, or of dicts key by key."""
+    first = weighted[0][1]
+    if isinstance(first, dict):
+        return {key: _mean([(count, value[key]) for count, value in weighted]) for key in first}
+    if isinstance(first, list):
+        return [_mean([(count, value[index]) for count, value in weighted]) for index in range(len(first))]
+    return sum(count * value for count, value in weighted) / sum(count for count, _ in weighted)
+
+
+def _moved(value: Any, device: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().to(device)
+    if isinstance(value, Mapping):
+        return {key: _moved(item, device) for key, item in value.items()}
+    return [_moved(item, device) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _plain(value: Any) -> Any:
+    """Numbers, lists and dicts of what a metric returned."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().double().tolist()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value.tolist() if hasattr(value, "tolist") else float(value)
+
+
+def _figures(name: str, value: Any) -> dict[str, float]:
+    if isinstance(value, dict):
+        return {key: figure for part, item in value.items() for key, figure in _figures(f"{name}_{part}", item).items()}
+    if isinstance(value, list):
+        parts = [_figures(f"{name}_{index}", item) for index, item in enumerate(value)]
+        numbers = [item for item in value if isinstance(item, float | int) and item == item]
+        mean = {name: sum(numbers) / len(numbers)} if numbers else {}
+        return mean | {key: figure for part in parts for key, figure in part.items()}
+    return {name: float(value)}
+
+
+def get_evaluation_metric(config: ConfigDict, ranks: Group, device: torch.device) -> Metrics:
+    """The metrics under `metrics`, by label; their constructors run when they are first needed.
+
+    Raises:
+        ConfigError: Two metrics have one label.
+    """
+    found = (
+        {key.removeprefix("metrics."): call for key, call in calls(config, "metrics").items()}
+        if config.get("metrics")
+        else {}
+    )
+    if "loss" in found:
+        raise refused(config, ("metrics",), "'loss' is the loss's own name; give the metric another label")
+    return Metrics({label: functools.partial(make, config, call) for label, call in found.items()}, ranks, device)

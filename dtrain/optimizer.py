@@ -1,0 +1,161 @@
+"""get_optimizer and get_lr_scheduler: what moves the weights and how fast; knows no loop, no rank, no checkpoint."""
+
+import warnings
+from typing import Any, Literal
+
+import torch
+from ml_collections import ConfigDict
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from dtrain.build import build
+from dtrain.sections import calls, refused
+
+
+def get_optimizer(config: ConfigDict, model: torch.nn.Module) -> Optimizer:
+    """Build `optimizer` over the parameters that are trained.
+
+    On a GPU, torch's fused kernels are used where the optimizer has them and the config says nothing: they are the
+    fastest, and skip a step with a non-finite gradient without asking the host.
+
+    Raises:
+        ConfigError: The name or an argument is wrong, or there is nothing to train.
+    """
+    parameters = [item for item in model.parameters() if item.requires_grad]
+    if not parameters:
+        raise refused(config, ("model",), "has no parameters to train")
+    optimizer = build(config, "optimizer", parameters)
+    if not isinstance(optimizer, Optimizer):
+        text = f"{config.optimizer.name} made a {type(optimizer).__name__}; expected a torch.optim.Optimizer"
+        raise refused(config, ("optimizer", "name"), text)
+    on_gpu = parameters[0].device.type == "cuda"
+    chosen = {"fused", "foreach", "capturable", "differentiable"} & set(config.optimizer)
+    if on_gpu and not chosen and "fused" in optimizer.defaults and type(optimizer).__module__.startswith("torch."):
+        optimizer = build(config, "optimizer", parameters, fused=True)
+    return optimizer
+
+
+def schedule_settings(
+    *, interval: Literal["epoch", "step", "validation"] | None = None, warmup_steps: int = 0, warmup_start: float = 0.0
+) -> dict[str, Any]:
+    """Dtrain's own keys under `lr_scheduler`; the other keys are the scheduler's.
+
+    Args:
+        interval: When the scheduler steps: after each optimizer step, epoch or validation. Default: epoch, and
+            validation for ReduceLROnPlateau.
+        warmup_steps: Optimizer steps over which the rate rises linearly from `warmup_start` times itself to itself.
+        warmup_start: The factor at the first step; 0 starts at one part in warmup_steps.
+    """
+    return dict(locals())
+
+
+class Schedule:
+    """A learning-rate scheduler with its clock. torch's scheduler (if any) knows nothing of warm-up.
+
+    During warm-up the rate that the scheduler chose is multiplied by a factor that depends on the step alone, and only
+    while the optimizer steps; so schedulers that compute the next rate from the present one are not disturbed.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        scheduler: Any = None,
+        interval: str = "epoch",
+        warmup_steps: int = 0,
+        warmup_start: float = 0.0,
+    ) -> None:
+        self.optimizer, self.scheduler, self.interval = optimizer, scheduler, interval
+        self.warmup_steps, self.warmup_start = warmup_steps, warmup_start
+
+    def rate(self, step: int) -> float:
+        """The first group's learning rate in optimizer step `step` (from 0)."""
+        return float(self.optimizer.param_groups[0]["lr"]) * self._factor(step)
+
+    def _factor(self, step: int) -> float:
+        if step >= self.warmup_steps:
+            return 1.0
+        return self.warmup_start + (1 - self.warmup_start) * (step + 1) / self.warmup_steps
+
+    def apply(self, step: int, take: Any) -> None:
+        """Call `take()` (the optimizer's step) with the rate of this step."""
+        if step >= self.warmup_steps:
+            take()
+            return
+        groups = self.optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        for group in groups:
+            group["lr"] = group["lr"] * self._factor(step)
+        take()
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+
+    def tick(self, clock: str, score: float | None = None) -> None:
+        """Something ended: a 'step', an 'epoch' or a 'validation'. The scheduler steps if that is its clock."""
+        if self.scheduler is None or clock != self.interval:
+            return
+        with warnings.catch_warnings():
+            # A first step that was skipped for its gradient makes torch believe that the order of calls is wrong.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            if isinstance(self.scheduler, ReduceLROnPlateau):
+                self.scheduler.step(score if score is not None else float("nan"))
+            else:
+                self.scheduler.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scheduler's state; the warm-up has none."""
+        return self.scheduler.state_dict() if self.scheduler is not None else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        if self.scheduler is not None and state:
+            self.scheduler.load_state_dict(state)
+
+
+def get_lr_scheduler(config: ConfigDict, optimizer: Optimizer, steps: int, epochs: int) -> Schedule:
+    """Build `lr_scheduler`.
+
+    Args:
+        config: The whole config.
+        optimizer: What it drives.
+        steps: Optimizer steps of the whole training.
+        epochs: Epochs of the whole training. T_max, total_steps and PolynomialLR's total_iters are filled with one of
+            the two, by `interval`, where the config leaves them out.
+
+    Raises:
+        ConfigError: The name or an argument is wrong.
+    """
+    if config.get("lr_scheduler") is None:
+        return Schedule(optimizer)
+    options = build(config, "lr_scheduler.schedule")
+    length = steps if options["interval"] == "step" else epochs
+    scheduler = build(config, "lr_scheduler", optimizer, **_lengths(config, length))
+    if not isinstance(scheduler, LRScheduler | ReduceLROnPlateau):
+        text = f"{config.lr_scheduler.name} made a {type(scheduler).__name__}; expected a scheduler of torch.optim"
+        raise refused(config, ("lr_scheduler", "name"), text)
+    default = "validation" if isinstance(scheduler, ReduceLROnPlateau) else "epoch"
+    return Schedule(optimizer, scheduler, **options | {"interval": options["interval"] or default})
+
+
+def _lengths(config: ConfigDict, length: int) -> dict[str, int]:
+    """The schedule's length where its scheduler needs one and the config does not say it."""
+    call = calls(config, "lr_scheduler")["lr_scheduler"]
+    return {key: length for key in call.filled if key not in call.arguments and "epochs" not in call.arguments}
+
+
+def end_points(config: ConfigDict, optimizer: Optimizer, schedule: Schedule, steps: int, epochs: int) -> str:
+    """The learning rate of the first and the last step, found by running a copy of the schedule."""
+    first = schedule.rate(0)
+    ticks = {"step": steps, "epoch": epochs}.get(schedule.interval, 0)
+    if schedule.scheduler is None or ticks > 20_000:
+        return f"{first:.3g}" + ("" if schedule.scheduler is None else f", then by {type(schedule.scheduler).__name__}")
+    rate = float(optimizer.param_groups[0]["initial_lr"])
+    probe = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate, momentum=0.9)
+    try:
+        copy = get_lr_scheduler(config, probe, steps, epochs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _ in range(ticks - 1):
+                copy.tick(schedule.interval)
+        return f"{first:.3g} to {copy.rate(steps):.3g}"
+    except Exception:  # a scheduler that wants this very optimizer; the table can do without
+        return f"{first:.3g}, then by {type(schedule.scheduler).__name__}"

@@ -1,0 +1,122 @@
+"""The small files of a run folder: run.json, JSON in general, a journal's line; knows nothing of what they are for."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+JOURNAL = "metrics.jsonl"
+RUN_FACTS = "run.json"
+DELIVERY = "mlflow.json"  # the sender's memory: what MLflow has acknowledged
+SENDER_LOG = "logs/sender.log"
+
+_log = logging.getLogger(__name__)
+_LOCK_SECONDS = 10.0
+_DIED = "rank 0 died without a word"
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What run.json of a run folder holds; {} when there is none."""
+    return read_json(Path(folder) / RUN_FACTS)
+
+
+def update_run(folder: Path, *, when: Mapping[str, Any] | None = None, **changes: Any) -> bool:
+    """Changes facts in run.json, one process at a time, whole or not at all.
+
+    Args:
+        folder: the run folder.
+        when: do so only if these facts still hold.
+        **changes: the facts and their new values, JSON types.
+
+    Returns:
+        whether it was done.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(Path(folder) / f".{RUN_FACTS}.lock", timeout=_LOCK_SECONDS)
+    try:
+        lock.acquire()
+    except (Timeout, NotImplementedError) as error:  # some network disks have no locks; the write below is whole anyway
+        _log.warning("%s is changed without its lock: %s", Path(folder) / RUN_FACTS, error)
+    try:
+        facts = read_run(folder)
+        if when is not None and any(facts.get(key) != value for key, value in when.items()):
+            return False
+        write_json(Path(folder) / RUN_FACTS, {**facts, **changes}, durable=True)
+        return True
+    finally:
+        lock.release()
+
+
+def write_json(path: Path, value: Mapping[str, Any], durable: bool = False) -> None:
+    """Writes a JSON file whole or not at all; durable: it also outlives a power failure."""
+    write_text(path, json.dumps(value, indent=1, default=str) + "\n", durable)
+
+
+def write_text(path: Path, text: str, durable: bool = False) -> None:
+    """Writes a text file whole or not at all; durable: it also outlives a power failure."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; {} when it is not there, and, with a warning, when it is damaged."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        _log.warning("%s is damaged and taken as empty: %s", path, error)
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def read_line(line: bytes) -> dict[str, Any]:
+    """One line of the journal; {} when it is not a JSON object."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return {}
+    return entry if isinstance(entry, dict) else {}
+
+
+def close_run_of(folder: Path, pid: int) -> bool:
+    """Writes into run.json how a rank 0 that is gone ended: as the journal's last line says, else FAILED.
+
+    Returns:
+        False when the run folder belongs to another process by now.
+    """
+    with (folder / JOURNAL).open("rb") as journal:
+        journal.seek(max(0, os.fstat(journal.fileno()).st_size - 65536))
+        whole = [line for line in journal if line.endswith(b"\n")]
+    last = read_line(whole[-1]) if whole else {}
+    status, reason = (last["status"], last["reason"]) if last.get("kind") == "end" else ("FAILED", _DIED)
+    ended = round(time.time(), 3)
+    update_run(folder, when={"pid": pid, "state": "RUNNING"}, state=status, reason=reason, ended=ended)
+    return bool(read_run(folder).get("pid") == pid)
+
+
+def lives(facts: Mapping[str, Any]) -> bool:
+    """Whether the process that run.json names is there, and not another one with its number."""
+    import psutil
+
+    try:
+        process = psutil.Process(facts["pid"])
+        return bool(process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= facts["attempt_started"])
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,550 @@
+"""The run's journal on disk: figures, params, artifacts, status; it knows no MLflow, no torch, no rank and no config."""
+
+import json
+import logging
+import math
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+JOURNAL = "metrics.jsonl"
+RUN_FACTS = "run.json"
+DELIVERY = "mlflow.json"  # the sender's memory: what MLflow has acknowledged
+SENDER_LOG = "logs/sender.log"
+STATUSES = ("FINISHED", "FAILED", "KILLED")
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+_log = logging.getLogger(__name__)
+
+# Stores that MLflow itself knows; a driver may follow, as in mysql+pymysql.
+_SERVERS = ("http", "https", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc")
+_LOCK_SECONDS = 10.0
+_UNWRITTEN_BYTES = 16 * 2**20  # what is kept in memory while the disk takes nothing
+
+
+class Journal:
+    """Rank 0's record of a run, one JSON object per line, and the starter of the process that feeds MLflow from it.
+
+    A line is handed to the operating system before `log` returns, which a kill -9 of this process survives; the sender
+    flushes it to the disk before it tells MLflow. Nothing here waits for MLflow, except `finish`, and that is bounded.
+
+    Args:
+        folder: the run folder; made when it is not there.
+        experiment: MLflow's experiment.
+        run_name: MLflow's name of the run.
+        tracking_uri: see `resolve_tracking_uri`.
+        system_metrics: whether CPU, memory and GPU figures of this machine go to MLflow too.
+        exit_timeout_seconds: how long `finish` waits at most until MLflow has everything.
+
+    Raises:
+        ValueError: the tracking URI is one that MLflow cannot write to; the text holds the cure.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        experiment: str,
+        run_name: str,
+        tracking_uri: str | None = None,
+        system_metrics: bool = True,
+        exit_timeout_seconds: float = 25.0,
+    ) -> None:
+        self.folder = Path(folder).absolute()
+        self.tracking_uri = resolve_tracking_uri(tracking_uri)
+        self._experiment = experiment
+        self._run_name = run_name
+        self._system_metrics = system_metrics
+        self._exit_timeout_seconds = exit_timeout_seconds
+        self._file: int | None = None
+        self._unwritten = b""
+        self._disk_is_full = False
+        self._last_steps: dict[str, int] = {}
+        self._bad_keys: set[str] = set()
+        self._sender: subprocess.Popen[bytes] | None = None
+        self._ended = False
+
+    def start(
+        self,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        artifacts: Sequence[tuple[str, str]] = (),
+        **run_facts: Any,
+    ) -> None:
+        """Opens the journal, or goes on in the one that is there, and starts the sender.
+
+        Args:
+            params: the flattened config, see `flatten`. Secrets in it are masked.
+            tags: for MLflow; they win over the ones that every run gets.
+            artifacts: pairs (path in the run folder, folder in MLflow).
+            **run_facts: what else run.json shall hold, such as world_size.
+
+        Raises:
+            OSError: the run folder cannot be written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        attempt = 1 + self._read_back()
+        self._file = os.open(self.folder / JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        known = read_run(self.folder)
+        host = socket.gethostname()
+        update_run(
+            self.folder,
+            id=known.get("id") or uuid.uuid4().hex,
+            run_id=known.get("run_id"),
+            experiment=self._experiment,
+            run_name=self._run_name,
+            tracking_uri=redact(self.tracking_uri),
+            state="RUNNING",
+            reason="",
+            exit_status=None,
+            host=host,
+            pid=os.getpid(),
+            attempt=attempt,
+            started=known.get("started") or round(time.time(), 3),
+            ended=None,
+            **run_facts,
+        )
+        own_tags = {"mlflow.source.name": "dtrain", "host": host, "dtrain.checkpoint_dir": str(self.folder)}
+        if "world_size" in run_facts:
+            own_tags["world_size"] = str(run_facts["world_size"])
+        self._write("start", attempt=attempt)
+        self._write("tags", values={key: redact(str(value)) for key, value in {**own_tags, **tags}.items()})
+        self._write("params", attempt=attempt, values={key: _as_text(key, value) for key, value in params.items()})
+        for path, to in artifacts:
+            self.artifact(path, to)
+        self._start_sender()
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        """Writes the figures of one step: one line, a few tens of microseconds, no waiting.
+
+        A figure that is no number costs one warning per key. A step that the journal already holds for a key is dropped:
+        a resumed training repeats the steps after its checkpoint, and MLflow would store them a second time.
+
+        Args:
+            step: number of optimizer steps done.
+            figures: name -> number; one-element tensors and arrays will do.
+        """
+        values: dict[str, float | str] = {}
+        for key, figure in figures.items():
+            number = self._as_number(key, figure)
+            if number is None or step <= self._last_steps.get(key, step - 1):
+                continue
+            self._last_steps[key] = step
+            values[key] = number if math.isfinite(number) else str(number)
+        if values:
+            self._write("metrics", step=int(step), values=values)
+
+    def artifact(self, path: str, to: str = "") -> None:
+        """Has a file or folder of the run folder sent to MLflow.
+
+        Args:
+            path: in the run folder, relative to it or absolute.
+            to: folder among the run's artifacts; empty: the top.
+
+        Raises:
+            ValueError: the path, or the place in MLflow, leaves its folder.
+        """
+        relative = os.path.relpath(self.folder / path, self.folder)
+        for kind, place in (("path", relative), ("folder in MLflow", os.path.normpath(to or "."))):
+            if os.path.isabs(place) or place.split(os.sep)[0] == "..":
+                raise ValueError(f"artifact {path!r} to {to!r}: the {kind} must stay inside; found {place}")
+        self._write("artifact", path=relative, to=to)
+
+    def finish(self, status: Status, reason: str = "", exit_status: int = 0) -> str:
+        """Writes how the run ended and waits, at most `exit_timeout_seconds`, until MLflow has everything.
+
+        A second call does nothing, so that an error path may call it without knowing what happened before.
+
+        Returns:
+            '' when MLflow has everything, else one line that says why not and how to send the rest.
+
+        Raises:
+            ValueError: the status is not one of STATUSES.
+        """
+        if status not in STATUSES:
+            raise ValueError(f"status {status!r}: a run ends as one of {', '.join(STATUSES)}")
+        if self._ended or self._file is None:
+            return ""
+        self._ended = True
+        reason = redact(reason)
+        self._write("end", status=status, reason=reason)
+        try:
+            update_run(
+                self.folder, state=status, reason=reason, exit_status=exit_status, ended=round(time.time(), 3)
+            )
+        except OSError as error:
+            _log.warning("%s could not be written: %s", self.folder / RUN_FACTS, error)
+        hint = self._wait_for_sender()
+        if self._unwritten:
+            hint = f"the last {len(self._unwritten)} bytes of {self.folder / JOURNAL} are lost: the disk took nothing"
+        self.close()
+        return hint
+
+    def close(self) -> None:
+        """Closes the journal. A run that was not finished is then closed by the sender, as FAILED."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def _write(self, kind: str, **fields: Any) -> None:
+        """Appends one line; a disk that is full costs a warning and memory, and gets the line when it has room again."""
+        if self._file is None:
+            raise RuntimeError("the journal is not open: call start() first, and nothing after finish()")
+        line = {"kind": kind, "time": round(time.time(), 3), **fields}
+        self._unwritten += json.dumps(line, allow_nan=False).encode() + b"\n"
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
+            self._disk_is_full = False
+        except OSError as error:
+            if len(self._unwritten) > _UNWRITTEN_BYTES:
+                raise
+            if not self._disk_is_full:
+                _log.warning("%s: %s; its lines wait in memory", self.folder / JOURNAL, error.strerror)
+            self._disk_is_full = True
+
+    def _as_number(self, key: str, figure: Any) -> float | None:
+        try:
+            if isinstance(figure, (str, bytes)):  # float("0.3") would do, but a text is a mistake
+                raise TypeError(f"it is the text {figure!r}")
+            return float(figure)
+        except Exception as error:  # whatever a foreign number type raises, the loop must not see it
+            if key not in self._bad_keys:
+                self._bad_keys.add(key)
+                _log.warning("%s is not logged: one number is needed, found %s (%s)", key, type(figure).__name__, error)
+            return None
+
+    def _read_back(self) -> int:
+        """Learns from an old journal which steps it holds, cuts off a torn last line; returns its number of starts."""
+        path = self.folder / JOURNAL
+        if not path.exists():
+            return 0
+        starts = whole = 0
+        with path.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                whole += len(line)
+                entry = read_line(line)
+                starts += entry.get("kind") == "start"
+                if entry.get("kind") == "metrics":
+                    for key in entry["values"]:
+                        self._last_steps[key] = max(entry["step"], self._last_steps.get(key, entry["step"]))
+        if whole < path.stat().st_size:  # rank 0 was killed while it wrote; that figure was never acknowledged
+            os.truncate(path, whole)
+        return starts
+
+    def _start_sender(self) -> None:
+        log = self.folder / SENDER_LOG
+        log.parent.mkdir(exist_ok=True)
+        options = [] if self._system_metrics else ["--no-system-metrics"]
+        command = _sender_command(str(self.folder), "--parent", str(os.getpid()), *options)
+        with log.open("ab") as output:
+            try:
+                # Its own session: Ctrl-C and torchrun's killing of process groups must not reach it.
+                self._sender = subprocess.Popen(
+                    command,
+                    env=_sender_environment(self.tracking_uri),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                _log.warning("MLflow gets nothing for now, its sender could not be started: %s", error)
+
+    def _wait_for_sender(self) -> str:
+        deadline = time.monotonic() + self._exit_timeout_seconds
+        if self._sender is None or self._sender.poll():  # it died early, of memory for instance: one more try
+            self._start_sender()
+        if self._sender is not None:
+            try:
+                self._sender.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                self._sender.kill()  # safe at any moment: it only ever remembers what MLflow has acknowledged
+                self._sender.wait()
+        state = _read_json(self.folder / DELIVERY)
+        if self._sender is not None and self._sender.returncode == 0:
+            return str(state.get("note", ""))
+        why = state.get("problem") or f"see {self.folder / SENDER_LOG}"
+        rest = f"dtrain sync {shlex.quote(str(self.folder))}"
+        return f"MLflow does not have all of this run yet ({why}). Nothing is lost; send the rest with: {rest}"
+
+
+class NoJournal:
+    """What the other ranks hold: Journal's methods, letter for letter, and none of its effects."""
+
+    def start(
+        self,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        artifacts: Sequence[tuple[str, str]] = (),
+        **run_facts: Any,
+    ) -> None:
+        """Does nothing."""
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        """Does nothing."""
+
+    def artifact(self, path: str, to: str = "") -> None:
+        """Does nothing."""
+
+    def finish(self, status: Status, reason: str = "", exit_status: int = 0) -> str:
+        """Does nothing; returns ''."""
+        return ""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Makes one level of many: {'optimizer': {'lr': 0.1}, 'a': [1]} -> {'optimizer.lr': 0.1, 'a.0': 1}.
+
+    Empty sections and lists are kept as they are, and two ways to one key are kept apart, so that no value is lost.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in _leaves("", config):
+        count = 2
+        name = key
+        while name in flat:
+            name, count = f"{key}#{count}", count + 1
+        flat[name] = value
+    return flat
+
+
+def _leaves(prefix: str, value: Any) -> Iterable[tuple[str, Any]]:
+    if hasattr(value, "items") and len(value):
+        pairs = [(str(key), below) for key, below in value.items()]
+    elif isinstance(value, (list, tuple)) and value:
+        pairs = [(str(index), below) for index, below in enumerate(value)]
+    else:
+        yield prefix, value
+        return
+    for key, below in pairs:
+        yield from _leaves(f"{prefix}.{key}" if prefix else key, below)
+
+
+def resolve_tracking_uri(uri: str | None) -> str:
+    """Says where MLflow's data are, as an address that is good from any folder.
+
+    Args:
+        uri: a server's address, a database's, or a folder, which becomes a sqlite database with its artifacts beside it;
+            None: MLFLOW_TRACKING_URI, else sqlite in the current folder, as MLflow does.
+
+    Raises:
+        ValueError: `file:` (MLflow 3 refuses it), an unknown scheme or a database in memory; the text holds the cure.
+    """
+    text = str(uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db")
+    if text in _SERVERS:  # MLflow takes a bare `databricks`
+        return text
+    match = re.match(r"([A-Za-z][\w.-]+)(\+\w+)?:", text)
+    if match is None:
+        folder = os.path.abspath(os.path.expanduser(text))
+        if os.path.isfile(folder):
+            raise ValueError(f"tracking URI {text!r} is a file; a folder is needed, or sqlite:///{folder}")
+        return f"sqlite:///{folder}/mlflow.db"
+    scheme = match[1].lower()
+    if scheme == "sqlite":
+        return _absolute_sqlite(text)
+    if scheme == "file":
+        folder = os.path.abspath(re.sub(r"^file:(//(localhost(?=/))?)?", "", text, flags=re.IGNORECASE))
+        raise ValueError(
+            f"tracking URI {text!r}: MLflow 3 no longer writes to `file:` stores; "
+            f"give the folder itself, {folder} (a sqlite database is made in it), or a server's http address"
+        )
+    if scheme not in _SERVERS:
+        known = ", ".join(("a folder", "sqlite", *_SERVERS))
+        raise ValueError(f"tracking URI {redact(text)!r}: unknown kind {scheme!r}; possible are {known}")
+    return text
+
+
+def _absolute_sqlite(uri: str) -> str:
+    head, slashes, rest = uri.partition(":///")
+    path, mark, query = rest.partition("?")
+    if not slashes or path in ("", ":memory:"):
+        raise ValueError(f"tracking URI {uri!r}: the sender is a process of its own, name a file: sqlite:///mlflow.db")
+    return f"{head}:///{os.path.abspath(path)}{mark}{query}"
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The database file of a resolved sqlite URI; None for anything else."""
+    head, slashes, rest = uri.partition(":///")
+    return Path(rest.partition("?")[0]) if slashes and head.partition("+")[0] == "sqlite" else None
+
+
+def ui_command(uri: str) -> str:
+    """What opens MLflow's pages for a resolved tracking URI: a command, or the server's own address."""
+    if uri.startswith(("http:", "https:")):
+        return redact(uri)
+    if "://" not in uri:
+        return f"the MLflow pages of your {uri} workspace"
+    return f"mlflow ui --backend-store-uri {shlex.quote(redact(uri))}"
+
+
+def find_run(run_id: str, uri: str | None = None, timeout_seconds: float = 60.0) -> dict[str, Any]:
+    """Asks MLflow about a run, in a process of its own.
+
+    Args:
+        run_id: MLflow's id.
+        uri: see `resolve_tracking_uri`.
+        timeout_seconds: how long to wait for the answer; importing mlflow takes 3 of them.
+
+    Returns:
+        run_id, run_name, status, lifecycle ('active' or 'deleted') and tags, of which `dtrain.checkpoint_dir` is the
+        run folder.
+
+    Raises:
+        LookupError: there is no such run, or MLflow does not answer; the text says which.
+        ValueError: see `resolve_tracking_uri`.
+    """
+    where = resolve_tracking_uri(uri)
+    command = _sender_command("--find", run_id)
+    try:
+        done = subprocess.run(
+            command,
+            env=_sender_environment(where),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout_seconds,
+        )
+        answer = json.loads(done.stdout.strip().splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        answer = {"error": f"no answer within {timeout_seconds:g} s"}
+    except (ValueError, IndexError):
+        answer = {"error": redact((done.stderr.strip().splitlines() or ["the sender said nothing"])[-1])}
+    if "error" in answer:
+        raise LookupError(f"MLflow run {run_id} in {redact(where)}: {answer['error']}")
+    return dict(answer)
+
+
+def _sender_command(*arguments: str) -> list[str]:
+    # -P: a file of the current folder named like one of mlflow's many imports must not be taken for it.
+    return [sys.executable, "-P", "-m", "dtrain.sender", *arguments]
+
+
+def _sender_environment(uri: str) -> dict[str, str]:
+    """The sender's environment: the true URI, which may hold a password, is shown neither by `ps` nor in run.json."""
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": uri}
+    # numpy under mlflow would start a thread, with its memory, for every core.
+    environment.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+    home = Path(__file__).resolve().parent.parent
+    if home.name not in ("site-packages", "dist-packages"):  # run from a checkout
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(home), os.environ.get("PYTHONPATH"))))
+    return environment
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What run.json of a run folder holds; {} when there is none."""
+    return _read_json(Path(folder) / RUN_FACTS)
+
+
+def update_run(folder: Path, *, when: Mapping[str, Any] | None = None, **changes: Any) -> bool:
+    """Changes facts in run.json, one process at a time, whole or not at all.
+
+    Args:
+        folder: the run folder.
+        when: do so only if these facts still hold.
+        **changes: the facts and their new values, JSON types.
+
+    Returns:
+        whether it was done.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(Path(folder) / f".{RUN_FACTS}.lock", timeout=_LOCK_SECONDS)
+    try:
+        lock.acquire()
+    except (Timeout, NotImplementedError) as error:  # some network disks have no locks; the write below is whole anyway
+        _log.warning("%s is changed without its lock: %s", Path(folder) / RUN_FACTS, error)
+    try:
+        facts = read_run(folder)
+        if when is not None and any(facts.get(key) != value for key, value in when.items()):
+            return False
+        write_json(Path(folder) / RUN_FACTS, {**facts, **changes}, durable=True)
+        return True
+    finally:
+        lock.release()
+
+
+def write_json(path: Path, value: Mapping[str, Any], durable: bool = False) -> None:
+    """Writes a JSON file whole or not at all; durable: it also outlives a power failure."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w") as file:
+            json.dump(value, file, indent=1, default=str)
+            file.write("\n")
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        _log.warning("%s is damaged and taken as empty: %s", path, error)
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def read_line(line: bytes) -> dict[str, Any]:
+    """One line of the journal; {} when it is not a JSON object."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return {}
+    return entry if isinstance(entry, dict) else {}
+
+
+# A password in an address, a credential in its query, `password: ...` in a text, and tokens known by their beginning.
+_SECRETS = (
+    (re.compile(r"(?<=://)[^\s/'\"]+@"), "***@"),
+    (re.compile(r"(?i)([?&][\w-]*(?:password|token|secret|key|signature|sig)=)[^&\s'\"]+"), r"\1***"),
+    (re.compile(r"(?i)(bearer|basic)\s+[\w.~+/=-]{8,}"), r"\1 ***"),
+    (re.compile(r"\b(?:gh[opsu]_|github_pat_|glpat-|hf_|sk-|xox[abp]-|dapi|AKIA)[\w-]{12,}"), "***"),
+    (
+        re.compile(
+            r"(?i)([\w-]*(?:password|passwd|secret|api_?key|secret_?key|access_?key|(?:auth|access|api)_?token)"
+            r"['\"]?\s*[=:]\s*['\"]?)[^\s'\",;]+"
+        ),
+        r"\1***",
+    ),
+)
+_SECRET_NAME = re.compile(r"(?i)(^|[_.-])(password|passwd|secret|token|(api|access|secret)_?key(_id)?)$")
+
+
+def redact(text: str) -> str:
+    """Replaces what looks like a credential by ***, and every value of an environment variable that is named like one."""
+    for name, value in os.environ.items():
+        if len(value) >= 8 and _SECRET_NAME.search(name):
+            text = text.replace(value, "***")
+    for pattern, replacement in _SECRETS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def _as_text(key: str, value: Any) -> str:
+    """A param's value as MLflow shows it: text, without secrets and without addresses that change at each start."""
+    if isinstance(value, str) and value and _SECRET_NAME.search(key):
+        return "***"
+    if callable(value) and hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    return redact(str(value))

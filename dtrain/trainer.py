@@ -1,0 +1,552 @@
+"""Trainer.fit is the loop, top to bottom; knows no config.
+
+What is not here: how the parts are made (create.py), which samples a rank gets (dataloader.py), how ranks find one
+another (distributed.py), how anything is written (checkpoint.py, tracking.py) or shown (progress.py).
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from dtrain import batch as batches
+from dtrain import report, rng
+from dtrain.checkpoint import CheckpointError, Checkpoints, Loaded, load
+from dtrain.dataloader import Loaders, Micro
+from dtrain.distributed import Ranks, Vote
+from dtrain.evaluation import Outcome, evaluate
+from dtrain.interrupt import StopRequest
+from dtrain.loss import Criterion
+from dtrain.metrics import Metrics
+from dtrain.optimizer import Schedule
+from dtrain.resume import Start, move_aside
+from dtrain.runfiles import write_text
+from dtrain.tracking import Journal, NoJournal, Status, ui_command
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or a gradient became NaN or infinite; the weights are those of before that step."""
+
+
+@dataclass
+class Parts:
+    """What a trainer works with; `create_trainer` makes them."""
+
+    ranks: Ranks
+    module: torch.nn.Module  # the bare model: what is saved
+    compiled: torch.nn.Module  # the same, compiled if so configured: what is evaluated
+    model: torch.nn.Module  # the same, wrapped for the ranks: what is trained
+    loaders: Loaders
+    loss: Criterion
+    metrics: Metrics
+    optimizer: Optimizer
+    schedule: Schedule
+    checkpoints: Checkpoints
+    journal: Journal | NoJournal
+    progress: Any
+    start: Start
+    seed: int
+    table: Mapping[str, str]  # what is shown before the first step
+    record: Mapping[str, Any]  # what the journal is told at the start
+    texts: Mapping[str, str]  # what goes into the run folder as it is: the config, resolved and as written
+
+
+class Trainer:
+    """Trains, validates and tests one model. Its settings are the keys under `trainer` in the config.
+
+    Args:
+        parts: The objects that it works with.
+        max_epochs: Passes over the training data.
+        max_steps: Optimizer steps; with max_epochs, whichever comes first.
+        checkpoint_dir: The run folder. Default: runs/<experiment>.
+        resume: auto | none | a checkpoint | an MLflow run id.
+        pre_trained: A checkpoint or weight file to start a new training from.
+        monitor: The figure that 'best' means. Default: the first metric of the validation, else val/loss.
+        mode: min | max. Default: min for a loss or an ...Error, else max.
+        precision: fp32 | bf16 | fp16. Default: accelerate's own setting, else fp32.
+        accumulate: Batches per optimizer step.
+        clip_grad_norm: The largest total gradient norm; larger ones are scaled down to it.
+        log_every_steps: train/loss is the mean since its last point; also at each epoch's end.
+        validate_every_steps: Default: at each epoch's end.
+        checkpoint_every_steps: Besides the checkpoints after each validation and epoch.
+        keep_last: Newest checkpoints to keep.
+        keep_best: Best checkpoints to keep besides.
+        on_nonfinite: stop | skip, when a loss or gradient on any rank is NaN or infinite.
+        early_stop_patience: Validations without a new best after which the training ends.
+        ema_decay: Keep an exponential moving average of the weights, validate and test it.
+        compile: true, a mode of torch.compile, or its arguments.
+        sync_batchnorm: BatchNorm over all ranks (GPU only).
+        deterministic: torch's deterministic algorithms.
+        ddp: Options of DistributedDataParallel, and backend and timeout_seconds of its process group.
+        input_key: Which entry of a dict batch is the input.
+        target_key: Which entry of a dict batch is the target.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        *,
+        max_epochs: int | None = None,
+        max_steps: int | None = None,
+        checkpoint_dir: str | None = None,
+        resume: str = "auto",
+        pre_trained: str | None = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] | None = None,
+        precision: Literal["fp32", "bf16", "fp16"] | None = None,
+        accumulate: int = 1,
+        clip_grad_norm: float | None = None,
+        log_every_steps: int = 50,
+        validate_every_steps: int | None = None,
+        checkpoint_every_steps: int | None = None,
+        keep_last: int = 2,
+        keep_best: int = 1,
+        on_nonfinite: Literal["stop", "skip"] = "stop",
+        early_stop_patience: int | None = None,
+        ema_decay: float | None = None,
+        compile: bool | str | dict = False,
+        sync_batchnorm: bool = False,
+        deterministic: bool = False,
+        ddp: dict | None = None,
+        input_key: str | None = None,
+        target_key: str | None = None,
+    ) -> None:
+        assert parts.loaders.train is not None
+        self.parts, self.ranks, self.loaders, self.train_loader = parts, parts.ranks, parts.loaders, parts.loaders.train
+        self.module, self.model, self.compiled = parts.module, parts.model, parts.compiled
+        self.loss, self.metrics, self.optimizer, self.schedule = (
+            parts.loss,
+            parts.metrics,
+            parts.optimizer,
+            parts.schedule,
+        )
+        self.checkpoints, self.journal, self.progress = parts.checkpoints, parts.journal, parts.progress
+        self.device = parts.ranks.device
+        self.max_epochs = math.inf if max_epochs is None else max_epochs
+        self.max_steps = math.inf if max_steps is None else max_steps
+        self.monitor, self.mode = monitor or "val/loss", mode or "min"
+        self.precision, self.clip_grad_norm, self.on_nonfinite = precision or "fp32", clip_grad_norm, on_nonfinite
+        self.log_every_steps, self.validate_every_steps = log_every_steps, validate_every_steps
+        self.checkpoint_every_steps, self.early_stop_patience = checkpoint_every_steps, early_stop_patience
+        self.input_key, self.target_key = input_key, target_key
+        self.scaler = torch.amp.GradScaler(self.device.type) if precision == "fp16" else None
+        self.ema: AveragedModel | None = None
+        if ema_decay is not None:
+            self.ema = AveragedModel(self.module, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True)
+        self.parameters = [item for item in self.module.parameters() if item.requires_grad]
+        self.vote, self.stop_request = Vote(parts.ranks), StopRequest()
+        self.epoch = self.step = self.position = 0  # position: samples of this epoch done, by all ranks together
+        self.best: float | None = None
+        self.bad_validations = 0  # since the last best
+        self.stopped = False  # all ranks agreed to stop on a signal
+        self.ended = ""  # why the training ended before its limits
+        self.test_figures: dict[str, float] = {}
+        self._skipped = 0
+        self._validated_step = self._saved_step = -1
+        self._call: Callable[[torch.nn.Module, Any], Any] | None = None
+        self._weights: dict[tuple[float, torch.dtype], torch.Tensor] = {}
+        self._bad_steps = torch.zeros((), device=self.device)
+        self._sum_dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        self._clear_sums()
+
+    # ---------------------------------------------------------------------------------------------------- the loop
+
+    def fit(self) -> str:
+        """Train to the end of max_epochs or max_steps, then test; go on where the last start ended.
+
+        Returns:
+            FINISHED, or KILLED when a signal ended it early (its checkpoint is written).
+
+        Raises:
+            NonFiniteError: A loss or gradient was not finite, and on_nonfinite is stop.
+        """
+        if self.parts.start.finished:
+            self.progress.note(self.parts.start.finished)
+            return "FINISHED"
+        with self._recorded():
+            while self.epoch < self.max_epochs and self.step < self.max_steps and not self.ended:
+                self._train_epoch()
+            if self.loaders.test is not None and not self.stopped:
+                self.test_figures = self.test()
+        return "KILLED" if self.stopped else "FINISHED"
+
+    def _train_epoch(self) -> None:
+        """One pass over the training data, or what is left of it."""
+        loader = self.train_loader
+        end = loader.end(self.position)
+        self.progress.start_epoch(self.epoch + 1, *self._extent())
+        self.model.train()
+        self._restart_clock()
+        for micro in loader.epoch(self.epoch, self.position):
+            with contextlib.nullcontext() if micro.closes else self.ranks.no_sync(self.model):
+                self._forward_backward(micro)
+            if micro.closes:
+                self._optimizer_step()
+                self._after_step(micro.position)
+                if self.ended or self.step >= self.max_steps:
+                    break
+        if self.position >= end:
+            self._after_epoch()
+        if self.ended or self.step >= self.max_steps:
+            self._after_last_step()
+        self.progress.end_epoch()
+
+    def _forward_backward(self, micro: Micro) -> None:
+        """Forward, loss, backward; the gradients become those of the mean over all ranks' samples of this step."""
+        loss, terms, _ = self._outcome(self.model, micro.batch)
+        value = loss.detach()
+        # 0 * loss is NaN for a loss that is not finite; so then are its gradients, which every rank gets to see.
+        seed = torch.add(self._weight(micro.weight, value.dtype), value, alpha=0)
+        (self.scaler.scale(loss) if self.scaler else loss).backward(seed)
+        self._sums["loss"].add_(value, alpha=micro.samples)
+        for name, term in terms.items():
+            self._sum_of(f"loss_{name}").add_(term.detach(), alpha=micro.samples)
+
+    def _optimizer_step(self) -> None:
+        """Clip, and step unless a gradient is not finite."""
+        if self.scaler:
+            self.scaler.unscale_(self.optimizer)
+        self.grad_norm = get_total_norm([item.grad for item in self.parameters if item.grad is not None])
+        if self.clip_grad_norm is not None:
+            clip_grads_with_norm_(self.parameters, self.clip_grad_norm, self.grad_norm)
+        self.rate = self.schedule.rate(self.step)
+        self.schedule.apply(self.step, self._take_step)
+        self.optimizer.zero_grad()
+
+    def _take_step(self) -> None:
+        """optimizer.step(), but not where the norm of the reduced gradients, equal on all ranks, is not finite."""
+        if self.scaler:  # skips a step that overflowed, and lowers its scale
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif getattr(self.optimizer, "_step_supports_amp_scaling", False):  # fused: the device skips, nobody waits
+            bad = torch.isfinite(self.grad_norm).logical_not().float()
+            self.optimizer.found_inf = bad  # type: ignore[attr-defined]
+            self.optimizer.step()
+            self._bad_steps += bad
+        elif math.isfinite(self.grad_norm.item()):
+            self.optimizer.step()
+        else:
+            self._bad_steps += 1
+            self._judge_bad_steps()
+
+    def _after_step(self, position: int) -> None:
+        """What follows each optimizer step, in this order."""
+        self._samples += position - self.position
+        self.step, self.position = self.step + 1, position
+        if self.ema:
+            self.ema.update_parameters(self.module)
+        self.progress.step()
+        if self.step % self.log_every_steps == 0:
+            self._log()
+        self.schedule.tick("step")
+        if self.validate_every_steps and self.step % self.validate_every_steps == 0:
+            self._validate()
+        if self.checkpoint_every_steps and self.step % self.checkpoint_every_steps == 0:
+            self._save()
+        if self.vote.cast(bool(self.stop_request)):
+            self.stopped, self.ended = True, self.stop_request.reason or "another rank was asked to stop"
+        if self.step == 1:
+            self._prepare_metrics()
+
+    def _after_epoch(self) -> None:
+        """What follows each epoch, in this order."""
+        self._log()
+        self.epoch, self.position = self.epoch + 1, 0
+        self.schedule.tick("epoch")
+        if self.validate_every_steps is None and not self.stopped:
+            self._validate()
+        self._save()
+
+    def _after_last_step(self) -> None:
+        """Leave nothing that is not logged, validated and saved, wherever in an epoch the end came."""
+        self.vote.settle()
+        self._log()
+        if not self.stopped:
+            self._validate()
+        self._save()
+
+    # -------------------------------------------------------------------------------------------------- evaluation
+
+    def _validate(self) -> None:
+        """Validate, keep the best, count towards early stopping; once per step at most."""
+        if self.loaders.val is None or self._validated_step == self.step:
+            return
+        self._validated_step = self.step
+        with self._paused_clock():
+            figures = self.evaluate("val")
+        score = figures.get(self.monitor)
+        if score is None:
+            raise KeyError(f"trainer.monitor is {self.monitor!r}, but the validation gives {', '.join(figures)}")
+        better = self.best is None or (score > self.best if self.mode == "max" else score < self.best)
+        is_best = better and math.isfinite(score)
+        self.bad_validations = 0 if is_best else self.bad_validations + 1
+        self.best = score if is_best else self.best
+        self.progress.evaluation("val", self.step, figures, is_best)
+        self.schedule.tick("validation", score)
+        self._save(score)
+        if self.early_stop_patience is not None and self.bad_validations >= self.early_stop_patience:
+            self.ended = f"no better {self.monitor} in {self.bad_validations} validations"
+
+    def evaluate(self, phase: str, module: torch.nn.Module | None = None) -> dict[str, float]:
+        """Loss and metrics over a whole phase, journalled.
+
+        Args:
+            phase: val or test.
+            module: What to evaluate. Default: the averaged weights where there are some, else the model.
+        """
+        module = module or (self.ema.module if self.ema else self.compiled)
+        means = evaluate(module, getattr(self.loaders, phase), self._outcome, self.metrics, self.ranks)
+        self.model.train()
+        figures = {f"{phase}/{name}": value for name, value in means.items()}
+        self.journal.log(self.step, figures)
+        return figures
+
+    def test(self, checkpoint: Path | None = None) -> dict[str, float]:
+        """Loss and metrics on the test data, with the weights of a checkpoint (default: the best, else the last).
+
+        The model keeps these weights.
+        """
+        loaded = None
+        if self.ranks.is_main:
+            path = checkpoint or self.checkpoints.best() or self.checkpoints.last()
+            loaded = load(path) if path else None
+        if self.ranks.broadcast(loaded is not None):
+            if loaded is not None:
+                self.module.load_state_dict(loaded.ema or loaded.weights)
+            self.ranks.share_weights(self.module)
+        figures = self.evaluate("test", self.compiled)
+        self.progress.evaluation("test", self.step, figures)
+        return figures
+
+    def rehearse(self) -> Iterator[str]:
+        """Try one batch of each phase, and the metrics; yields a line for each. Trains nothing."""
+        loss, _, _ = self._outcome(self.model, next(iter(self.train_loader.epoch(0))).batch)
+        loss.backward()
+        self.optimizer.zero_grad()
+        yield f"train: one batch forward and backward, loss {float(loss.detach()):.4g}"
+        for phase in ("val", "test"):
+            if getattr(self.loaders, phase) is not None:
+                figures = evaluate(
+                    self.compiled, islice(getattr(self.loaders, phase), 1), self._outcome, self.metrics, self.ranks
+                )
+                yield f"{phase}: one batch, " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+
+    # ------------------------------------------------------------------------------------- figures and checkpoints
+
+    def _log(self) -> None:
+        """Reduce the sums since the last point once, and give the same floats to journal and progress."""
+        if not self._samples:
+            return
+        self._judge_bad_steps()
+        figures = {name: value for name, value in self._train_figures().items() if math.isfinite(value)}
+        if "train/loss" not in figures and self.on_nonfinite == "stop":
+            raise NonFiniteError(f"train/loss is not finite at step {self.step}")
+        figures |= {"lr": self.rate, "samples_per_second": self._samples / max(self._elapsed(), 1e-9)}
+        if self.clip_grad_norm is not None:
+            figures["grad_norm"] = float(self.grad_norm)
+        if self._skipped:
+            figures["skipped_steps"] = self._skipped
+        self._clear_sums()
+        self.journal.log(self.step, figures)
+        self.progress.figures(self.step, figures)
+        self._restart_clock()
+
+    def _train_figures(self) -> dict[str, float]:
+        sums = self.ranks.sum_(torch.stack(list(self._sums.values()))).tolist()
+        return {f"train/{name}": value / self._samples for name, value in zip(self._sums, sums, strict=True)}
+
+    def _judge_bad_steps(self) -> None:
+        """Stop for the steps that were skipped since the last look, or count them; the same on every rank."""
+        bad = int(self._bad_steps.item())
+        if not bad:
+            return
+        self._bad_steps.zero_()
+        self._skipped += bad
+        text = f"step {self.step + 1}: loss or gradient not finite (gradient norm {float(self.grad_norm)})"
+        if self.on_nonfinite == "stop":
+            raise NonFiniteError(f"{text}; the weights are those of before it. trainer.on_nonfinite=skip would go on")
+        self.progress.note(f"{text}; skipped, {self._skipped} so far")
+
+    def _save(self, score: float | None = None) -> None:
+        """Write a checkpoint of this step, once; a disk that takes none costs a warning, not the training."""
+        if self._saved_step == self.step:
+            return
+        self._saved_step = self.step
+        with self._paused_clock():
+            self.ranks.agree_on_buffers(self.module)
+            state = self._state()
+            if not self.ranks.is_main:
+                return
+            try:
+                ema = self.ema.module.state_dict() if self.ema else None
+                self.checkpoints.save(self.step, self.module.state_dict(), state, ema=ema, score=score)
+            except CheckpointError as error:
+                self.progress.note(f"warning: no checkpoint of step {self.step}: {error}")
+
+    def _state(self) -> dict[str, Any]:
+        """Everything but the weights that going on needs. All ranks call it, the main rank's is complete."""
+        sums = self.ranks.sum_(torch.stack(list(self._sums.values()))).tolist()
+        return {
+            "step": self.step,
+            "epoch": self.epoch,
+            "position": self.position,
+            "best": self.best,
+            "bad_validations": self.bad_validations,
+            "skipped": self._skipped,
+            "sums": dict(zip(self._sums, sums, strict=True)),
+            "samples": self._samples,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else {},
+            "averaged": int(self.ema.n_averaged) if self.ema else 0,
+            "seed": self.parts.seed,
+            "rng": self.ranks.gather(rng.get_state()),
+        }
+
+    def restore(self, loaded: Loaded | None) -> None:
+        """Go on from a checkpoint, which only the main rank has read (None elsewhere)."""
+        if loaded is not None:
+            self.module.load_state_dict(loaded.weights)
+            if self.ema and loaded.ema is not None:
+                self.ema.module.load_state_dict(loaded.ema)
+        for module in (self.module, self.ema.module) if self.ema else (self.module,):
+            self.ranks.share_weights(module)
+        state = self.ranks.broadcast(loaded.state if loaded else None)
+        self.step, self.epoch, self.position = state["step"], state["epoch"], state["position"]
+        self.best, self.bad_validations, self._skipped = state["best"], state["bad_validations"], state["skipped"]
+        self._samples = state["samples"]
+        for name, value in state["sums"].items() if self.ranks.is_main else ():
+            self._sum_of(name).fill_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if self.scaler and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        if self.ema:
+            self.ema.n_averaged.fill_(state["averaged"])
+        self._saved_step = self._validated_step = self.step
+        if len(state["rng"]) == self.ranks.world_size:
+            rng.set_state(state["rng"][self.ranks.rank])
+        else:  # another number of ranks: new streams, that no earlier start has used
+            rng.seed_all(self.parts.seed, 2 + self.ranks.rank, self.step)
+
+    # ------------------------------------------------------------------------------------------------ small change
+
+    @contextlib.contextmanager
+    def _recorded(self) -> Iterator[None]:
+        """Open the run, and close it with the status that is true, whatever happens inside."""
+        began = time.monotonic()
+        if self.ranks.is_main:
+            self._lay_out_folder()
+        self.journal.start(**self.parts.record)
+        self.progress.begin(self.parts.table)
+        status: Status = "FAILED"
+        reason, code = "", 1
+        try:
+            with self.stop_request.listening():
+                yield
+            status, reason, code = ("KILLED", self.ended, 75) if self.stopped else ("FINISHED", self.ended, 0)
+        except BaseException as error:
+            reason = f"{type(error).__name__}: {error}"
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                status, code = "KILLED", 130
+            raise
+        finally:
+            self._close(status, reason, code, time.monotonic() - began)
+
+    def _lay_out_folder(self) -> None:
+        start = self.parts.start
+        if start.moves_aside and (line := move_aside(start.folder)):
+            self.progress.note(line)
+        for name, text in self.parts.texts.items():
+            path = start.folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, text)
+
+    def _close(self, status: Status, reason: str, code: int, seconds: float) -> None:
+        """Deliver what there is and say where everything is. No collective: the other ranks may be gone."""
+        hint = ""
+        if self.ranks.is_main:
+            if (best := self.checkpoints.folder / "best").exists() or (
+                best := self.checkpoints.folder / "last"
+            ).exists():
+                for file in best.glob("*.safetensors"):
+                    self.journal.artifact(str(best.resolve() / file.name), "model")
+            hint = self.journal.finish(status, reason, code)
+        best_line = "" if self.best is None else f"{self.monitor} {self.best:.4g}"
+        folder = self.checkpoints.folder.parent
+        table = report.summary(status, reason, best_line, self.test_figures, seconds, self.step, folder)
+        if isinstance(self.journal, Journal):
+            table |= {"MLflow": ui_command(self.journal.tracking_uri)}
+        self.progress.summary(table)
+        if hint:
+            self.progress.note(hint)
+        self.progress.close()
+
+    def _prepare_metrics(self) -> None:
+        """Make the metrics after the first step: their imports take seconds, but a mistake in them should show now."""
+        with self._paused_clock():
+            self.metrics.prepare()
+
+    def _outcome(self, model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, Mapping[str, torch.Tensor], Outcome]:
+        """What a model makes of one batch: the loss, its terms, and what metrics look at."""
+        if self.device.type != "cpu":
+            batch = batches.to_device(batch, self.device)
+        inputs, target = batches.split(batch, self.input_key, self.target_key)
+        if self._call is None:
+            self._call = batches.caller(self.module, inputs)
+        with self._autocast():
+            output = self._call(model, inputs)
+            loss, terms = self.loss(output, target)
+        return loss, terms, Outcome(inputs, output, target)
+
+    def _autocast(self) -> Any:
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, DTYPES[self.precision])
+
+    def _weight(self, weight: float, dtype: torch.dtype) -> torch.Tensor:
+        """A batch's weight as a tensor on the device; there are few different ones."""
+        if (weight, dtype) not in self._weights:
+            self._weights[weight, dtype] = torch.tensor(weight, dtype=dtype, device=self.device)
+        return self._weights[weight, dtype]
+
+    def _sum_of(self, name: str) -> torch.Tensor:
+        if name not in self._sums:
+            self._sums[name] = torch.zeros((), dtype=self._sum_dtype, device=self.device)
+        return self._sums[name]
+
+    def _clear_sums(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._sum_of("loss")
+        self._samples = 0  # of all ranks, since the last point
+
+    def _extent(self) -> tuple[int | None, int, int]:
+        """Epochs, steps of an epoch, and how many of them are done, for the progress bar."""
+        loader = self.train_loader
+        steps = loader.steps(self.position)
+        done = -(-self.position // loader.global_batch)
+        return None if math.isinf(self.max_epochs) else int(self.max_epochs), steps + done, done
+
+    def _restart_clock(self) -> None:
+        self._clock = time.perf_counter()
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self._clock
+
+    @contextlib.contextmanager
+    def _paused_clock(self) -> Iterator[None]:
+        """Time that is not training does not count in samples per second."""
+        before = time.perf_counter()
+        yield
+        self._clock += time.perf_counter() - before

@@ -1,0 +1,82 @@
+"""What every rank runs: create the trainer, fit, close; says how it ended as an exit status; knows no command line."""
+
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from dtrain.create import create_trainer
+from dtrain.sections import refused
+from dtrain.tracking import NoJournal
+from dtrain.trainer import Trainer
+from dtrain.yamlfile import ConfigError
+
+FAILED, STOPPED_EARLY, INTERRUPTED = 1, 75, 130
+
+
+def train(config: ConfigDict) -> int:
+    """Train as the config says; 0 done, 1 failed, 75 stopped early with its checkpoint written."""
+
+    def action() -> int:
+        trainer = create_trainer(config)
+        status = trainer.fit()
+        trainer.ranks.close()
+        return STOPPED_EARLY if status == "KILLED" else 0
+
+    return _status(action)
+
+
+def test(config: ConfigDict, checkpoint: str | None = None) -> int:
+    """Evaluate a checkpoint (default: the best) on the test data and print the figures; writes nothing."""
+
+    def action() -> int:
+        trainer = _silent(config)
+        if trainer.loaders.test is None:
+            raise refused(config, ("loaders",), "has no 'test', so there is nothing to test on")
+        path = Path(checkpoint) if checkpoint else None
+        if path is None and trainer.ranks.is_main and trainer.checkpoints.last() is None:
+            raise ConfigError(
+                f"{trainer.checkpoints.folder} holds no checkpoint; train first, or name one: --checkpoint"
+            )
+        trainer.test(path)
+        trainer.progress.close()
+        trainer.ranks.close()
+        return 0
+
+    return _status(action)
+
+
+def rehearse(config: ConfigDict) -> int:
+    """Build everything and try one batch of each phase; trains nothing, writes nothing."""
+
+    def action() -> int:
+        trainer = _silent(config)
+        for line in trainer.rehearse():
+            trainer.progress.note(line)
+        trainer.progress.close()
+        trainer.ranks.close()
+        return 0
+
+    return _status(action)
+
+
+def _silent(config: ConfigDict) -> Trainer:
+    trainer = create_trainer(config)
+    trainer.journal = NoJournal()
+    return trainer
+
+
+def _status(action: Callable[[], int]) -> int:
+    """The exit status of an action. Nothing here waits for other ranks: they may be gone."""
+    try:
+        return action()
+    except ConfigError:
+        raise
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        return FAILED
