@@ -1,0 +1,271 @@
+"""What a checkpoint holds: state_dicts and plain values in host memory, checked. Knows no files, ranks or config."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
+from enum import Enum
+from pathlib import PurePath
+from types import NoneType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _name(kind: type) -> str:
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+# What torch.load(weights_only=True) builds without being told to trust anything (torch/_weights_only_unpickler.py).
+# Types are compared exactly: numpy.float64 is a float and an IntEnum an int, yet both are pickled as themselves.
+_SCALARS = (NoneType, bool, int, float, complex, str, bytes, bytearray, torch.Size, torch.dtype, torch.device)
+_CONTAINERS = (list, tuple, set, dict, OrderedDict, Counter)
+_ALLOWED = "tensors, None, " + ", ".join(_name(kind) for kind in (*_SCALARS[1:], *_CONTAINERS))
+_MAX_DEPTH = 100
+_MAX_INT_BITS = 2039  # a longer int gets a pickle opcode that weights_only does not know; so do empty bytes
+
+_LAYOUTS = {torch.strided, torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
+_SAFETENSORS_DTYPES = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+    *(torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float8_e8m0fnu),
+}
+_DTYPES = _SAFETENSORS_DTYPES | {torch.complex32, torch.complex128}
+
+_PLAIN_FORMS: tuple[tuple[Callable[[Any], bool], str], ...] = (
+    (lambda x: hasattr(x, "tolist"), "give x.item() of a scalar, torch.from_numpy(x) or x.tolist() of an array"),
+    (lambda x: isinstance(x, PurePath), "give str(x)"),
+    (lambda x: isinstance(x, Enum), "give x.value or x.name"),
+    (dataclasses.is_dataclass, "give dataclasses.asdict(x)"),
+    (lambda x: hasattr(x, "to_dict"), "give x.to_dict()"),
+    (lambda x: hasattr(x, "state_dict"), "give x.state_dict()"),
+    (lambda x: isinstance(x, torch.Generator), "give x.get_state()"),
+    (lambda x: isinstance(x, Mapping), "give dict(x)"),
+    (lambda x: isinstance(x, tuple), "give tuple(x)"),
+    (lambda x: hasattr(x, "isoformat"), "give x.isoformat()"),
+    (lambda x: hasattr(x, "__iter__"), "give list(x)"),
+    (lambda x: True, "save the plain values in it"),
+)
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be written, is damaged, or is none; the message says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """One state_dict, split by what can hold it.
+
+    Attributes:
+        tensors: contiguous tensors in host memory that share none of it, for safetensors.
+        aliases: the tied names: name -> the name in `tensors` that has the same elements.
+        rest: all other entries (`get_extra_state`, sparse tensors), in plain types.
+    """
+
+    tensors: dict[str, Tensor]
+    aliases: dict[str, str]
+    rest: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """All that one checkpoint holds, in host memory; `need_bytes` is the size of its tensors."""
+
+    weights: Weights
+    ema: Weights | None
+    state: dict[str, Any]
+    need_bytes: int
+
+    def is_finite(self) -> bool:
+        """Whether no weight, averaged ones included, is nan or infinite."""
+        parts = [self.weights] if self.ema is None else [self.weights, self.ema]
+        return all(_is_finite(tensor) for part in parts for tensor in part.tensors.values())
+
+
+def take_snapshot(
+    weights: Mapping[str, Any], state: Mapping[str, Any], ema: Mapping[str, Any] | None = None
+) -> Snapshot:
+    """Bring everything to host memory and check that it can be loaded again with `weights_only=True`.
+
+    Tensors of a device are copied. Those on the CPU are not: they must not change until the snapshot is written.
+
+    Raises:
+        CheckpointError: values of other types, each with its key path, its type and what to give instead.
+    """
+    walk = _Walk()
+    snapshot = Snapshot(
+        walk.weights(weights, "weights"),
+        None if ema is None else walk.weights(ema, "ema"),
+        walk.value(dict(state), "state"),
+        walk.need_bytes,
+    )
+    if walk.problems:
+        shown, hidden = walk.problems[:10], len(walk.problems[10:])
+        raise CheckpointError(
+            "\n  ".join(["a checkpoint holds only what can be loaded without running code:", *shown])
+            + (f"\n  and {hidden} more" if hidden else "")
+            + f"\nPossible: {_ALLOWED}. Nothing was saved."
+        )
+    return snapshot
+
+
+def find_weights(content: Any) -> dict[str, Any]:
+    """The state_dict in what people save: the content itself, or what lies in it under one of the usual keys.
+
+    Raises:
+        ValueError: there is none; says what was found instead.
+    """
+    wrappers = ("model_state_dict", "state_dict", "model")
+    weights = content
+    while isinstance(weights, dict) and (inner := [weights[k] for k in wrappers if isinstance(weights.get(k), dict)]):
+        weights = inner[0]
+    if isinstance(weights, dict) and any(isinstance(value, Tensor) for value in weights.values()):
+        return weights
+    found = f"the keys {list(weights)[:10]}" if isinstance(weights, dict) else f"a {type(weights).__name__}"
+    raise ValueError(f"holds no weights but {found}. Possible: a state_dict, or one under {', '.join(wrappers)}.")
+
+
+def unwrapped_names(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """The same weights without what DDP and torch.compile put into names, in whatever order they were applied."""
+    weights = {str(name).replace("_orig_mod.", ""): value for name, value in weights.items()}
+    while weights and all(name.startswith("module.") for name in weights):
+        weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    return weights
+
+
+class _Walk:
+    """One walk over all that is to be saved; collects every problem before any is raised.
+
+    A tensor or container that is met twice is copied once, and so stored once. The originals are held until the walk is
+    over: an address says who is who only as long as its owner lives.
+    """
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self.need_bytes = 0
+        self._done: dict[int, tuple[Any, Any]] = {}
+        self._dtypes: dict[int, torch.dtype] = {}
+
+    def value(self, value: Any, place: str, depth: int = 0) -> Any:
+        """The host copy of a value; `place` is its key path, for messages."""
+        if isinstance(value, Tensor):
+            return self.tensor(value, place)
+        kind = type(value)
+        if kind in _SCALARS:
+            if (kind is bytes and not value) or (kind is int and value.bit_length() > _MAX_INT_BITS):
+                self._refuse(value, place, f"empty bytes and ints of over {_MAX_INT_BITS} bits cannot be loaded again")
+            return value
+        if kind not in _CONTAINERS:
+            self._refuse(value, place, next(cure for fits, cure in _PLAIN_FORMS if fits(value)))
+            return None
+        if id(value) not in self._done:
+            self._done[id(value)] = value, self  # itself as the mark of one whose inside is being walked
+            self._done[id(value)] = value, self._container(value, place, depth + 1)
+        copy = self._done[id(value)][1]
+        if copy is self or depth == _MAX_DEPTH:
+            self._refuse(value, place, f"it contains itself or lies deeper than {_MAX_DEPTH} levels")
+            return None
+        return copy
+
+    def tensor(self, tensor: Tensor, place: str) -> Tensor:
+        """A tensor of the CPU itself, detached, or the copy of another; with no more memory behind it than it shows."""
+        if id(tensor) in self._done:
+            return self._done[id(tensor)][1]
+        if reason := _why_not(tensor):
+            self._refuse(tensor, place, reason)
+            return torch.empty(0)
+        host = tensor.detach().to("cpu").resolve_conj().resolve_neg()
+        if host.layout == torch.strided:
+            memory = host.untyped_storage()
+            # torch.save would write all the memory behind a view, and refuses to write any under two dtypes.
+            if memory.nbytes() > host.nbytes or self._dtypes.setdefault(memory.data_ptr(), host.dtype) != host.dtype:
+                host = host.clone()
+        self.need_bytes += _elements(host).nbytes
+        self._done[id(tensor)] = tensor, host
+        return host
+
+    def weights(self, weights: Mapping[str, Any], place: str) -> Weights:
+        """Split a state_dict into what safetensors can hold, the aliases among it, and the rest."""
+        tensors: dict[str, Tensor] = {}
+        aliases: dict[str, str] = {}
+        rest: OrderedDict[str, Any] = OrderedDict()
+        if metadata := getattr(weights, "_metadata", None):
+            rest._metadata = metadata  # type: ignore[attr-defined]  # by these versions modules upgrade old entries
+        names: dict[tuple[Any, ...], str] = {}
+        memory: set[int] = set()
+        for name, value in weights.items():
+            if not _fits_safetensors(name, value):
+                rest[name] = value
+            elif value.numel() and (tied := names.setdefault(_identity(value), name)) != name:
+                aliases[name] = tied
+            else:
+                host = self.tensor(value, f"{place}[{name!r}]").contiguous()
+                # The same memory in another shape is no alias, and safetensors refuses to write it twice.
+                tensors[name] = host.clone() if host.data_ptr() in memory else host
+                memory.add(tensors[name].data_ptr())
+        return Weights(tensors, aliases, self.value(rest, place))
+
+    def _container(self, value: Any, place: str, depth: int) -> Any:
+        kind = type(value)
+        if depth > _MAX_DEPTH:
+            return None
+        if not isinstance(value, dict):
+            return kind(self.value(item, f"{place}[{index}]", depth) for index, item in enumerate(value))
+        copy = kind()
+        for key, item in value.items():
+            if type(key) not in (*_SCALARS, tuple):
+                self._refuse(key, f"a key of {place}", "use text or a number as the key")
+                continue
+            self.value(key, f"a key of {place}", depth)
+            copy[key] = self.value(item, f"{place}[{key!r}]", depth)
+        if kind is OrderedDict and vars(value):  # pickled with it: a state_dict's _metadata, for example
+            vars(copy).update(self.value(vars(value), f"{place}.__dict__", depth) or {})
+        return copy
+
+    def _refuse(self, value: Any, place: str, reason: str) -> None:
+        self.problems.append(f"{place} is a {_name(type(value))}: {reason}")
+
+
+def _fits_safetensors(name: Any, value: Any) -> bool:
+    if type(value) not in (Tensor, torch.nn.Parameter) or value.is_meta or value.is_nested:
+        return False
+    named = type(name) is str and name != "__metadata__"  # that name is the format's own
+    return named and value.layout == torch.strided and value.dtype in _SAFETENSORS_DTYPES
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    """What two names of the same elements in the same order have in common; to be asked of originals, not of copies."""
+    view = tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg()
+    return tensor.device, tensor.data_ptr(), *view
+
+
+def _why_not(tensor: Tensor) -> str:
+    """Why a tensor cannot be saved, '' if it can."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        return "a subclass of torch.Tensor; give x.full_tensor() of a DTensor, else x.as_subclass(torch.Tensor)"
+    if tensor.is_meta:
+        return "it has no data (meta device); make it with real data first"
+    if tensor.is_nested or tensor.layout not in _LAYOUTS or tensor.dtype not in _DTYPES:
+        form = "nested" if tensor.is_nested else f"{tensor.layout}, {tensor.dtype}"
+        return f"tensors of this form ({form}) cannot be stored; give a dense one of an ordinary dtype"
+    return ""
+
+
+def _elements(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor; of a sparse one those that it stores."""
+    if tensor.layout == torch.strided:
+        return tensor
+    return tensor._values() if tensor.layout == torch.sparse_coo else tensor.values()
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.numel() == 0 or not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if tensor.itemsize == 1:
+        tensor = tensor.float()  # the 8-bit formats have no minimum
+    # isfinite().all() takes 30 times as long and a copy of the tensor; a nan anywhere makes both ends nan.
+    return all(bool(end.isfinite()) for end in torch.aminmax(tensor))
