@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from dtrain import rng
 from dtrain.build import build
+from dtrain.interrupt import leave_to_parent
 from dtrain.sections import PHASES, refused
 
 
@@ -238,6 +239,7 @@ def _data_loader(dataset: Dataset, seed: int, batches: Any, options: dict[str, A
     return DataLoader(
         _Samples(dataset, seed),
         batch_sampler=batches,
+        worker_init_fn=leave_to_parent,
         generator=torch.Generator(),  # else each epoch would draw a seed from the generator that dropout uses
         **options | {"persistent_workers": bool(workers) and options["persistent_workers"]},
     )

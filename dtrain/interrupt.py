@@ -1,5 +1,6 @@
 """A request to stop, made by a signal: only a flag, which the loop reads between two steps; knows no training."""
 
+import multiprocessing
 import signal
 import threading
 import time
@@ -40,3 +41,17 @@ class StopRequest:
             self.reason, self._first_seconds = f"signal {signal.Signals(number).name}", now
         elif number == signal.SIGINT and now - self._first_seconds > REPEAT_SECONDS:
             raise KeyboardInterrupt
+
+
+def leave_to_parent(_worker: int = 0) -> None:
+    """For loader workers: schedulers and terminals signal every process of a job; when to stop is the rank's word."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers() -> None:
+    """Kill the loader workers, which ignore milder signals; they hold nothing that could be lost."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a killed worker for an accident
+    for child in multiprocessing.active_children():
+        child.kill()

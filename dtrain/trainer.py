@@ -24,7 +24,7 @@ from dtrain.checkpoint import CheckpointError, Checkpoints, Loaded, load
 from dtrain.dataloader import Loaders, Micro
 from dtrain.distributed import Ranks, Vote
 from dtrain.evaluation import Outcome, evaluate
-from dtrain.interrupt import StopRequest
+from dtrain.interrupt import StopRequest, end_workers
 from dtrain.loss import Criterion
 from dtrain.metrics import Metrics
 from dtrain.optimizer import Schedule
@@ -175,6 +175,7 @@ class Trainer:
             self.progress.note(self.parts.start.finished)
             return "FINISHED"
         with self._recorded():
+            self._check_that_saving_works()
             while self.epoch < self.max_epochs and self.step < self.max_steps and not self.ended:
                 self._train_epoch()
             if self.loaders.test is not None and not self.stopped:
@@ -243,6 +244,7 @@ class Trainer:
     def _after_step(self, position: int) -> None:
         """What follows each optimizer step, in this order."""
         self._samples += position - self.position
+        self._timed_samples += position - self.position
         self.step, self.position = self.step + 1, position
         if self.ema:
             self.ema.update_parameters(self.module)
@@ -271,8 +273,8 @@ class Trainer:
     def _after_last_step(self) -> None:
         """Leave nothing that is not logged, validated and saved, wherever in an epoch the end came."""
         self.vote.settle()
-        self._log()
-        if not self.stopped:
+        if not self.stopped:  # else the sums go into the checkpoint, and the next start logs what this one would have
+            self._log()
             self._validate()
         self._save()
 
@@ -352,7 +354,7 @@ class Trainer:
         figures = {name: value for name, value in self._train_figures().items() if math.isfinite(value)}
         if "train/loss" not in figures and self.on_nonfinite == "stop":
             raise NonFiniteError(f"train/loss is not finite at step {self.step}")
-        figures |= {"lr": self.rate, "samples_per_second": self._samples / max(self._elapsed(), 1e-9)}
+        figures |= {"lr": self.rate, "samples_per_second": self._timed_samples / max(self._elapsed(), 1e-9)}
         if self.clip_grad_norm is not None:
             figures["grad_norm"] = float(self.grad_norm)
         if self._skipped:
@@ -393,6 +395,13 @@ class Trainer:
                 self.checkpoints.save(self.step, self.module.state_dict(), state, ema=ema, score=score)
             except CheckpointError as error:
                 self.progress.note(f"warning: no checkpoint of step {self.step}: {error}")
+
+    def _check_that_saving_works(self) -> None:
+        """A full disk, or a state that could not be loaded again, should show now rather than after the first epoch."""
+        state = self._state()
+        if self.ranks.is_main:
+            ema = self.ema.module.state_dict() if self.ema else None
+            self.checkpoints.check(self.module.state_dict(), state, ema=ema)
 
     def _state(self) -> dict[str, Any]:
         """Everything but the weights that going on needs. All ranks call it, the main rank's is complete."""
@@ -476,6 +485,7 @@ class Trainer:
     def _close(self, status: Status, reason: str, code: int, seconds: float) -> None:
         """Deliver what there is and say where everything is. No collective: the other ranks may be gone."""
         hint = ""
+        end_workers()
         if self.ranks.is_main:
             if (best := self.checkpoints.folder / "best").exists() or (
                 best := self.checkpoints.folder / "last"
@@ -539,7 +549,7 @@ class Trainer:
         return None if math.isinf(self.max_epochs) else int(self.max_epochs), steps + done, done
 
     def _restart_clock(self) -> None:
-        self._clock = time.perf_counter()
+        self._clock, self._timed_samples = time.perf_counter(), 0
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self._clock
