@@ -22,6 +22,7 @@ from dtrain.optimizer import end_points, get_lr_scheduler, get_optimizer
 from dtrain.progress import get_progress
 from dtrain.resume import CHECKPOINTS, ResumeError, Start, find_start
 from dtrain.sections import refused
+from dtrain.state import restore
 from dtrain.tracking import Journal, NoJournal, flatten, redact, ui_command
 from dtrain.trainer import Parts, Trainer
 
@@ -199,4 +200,4 @@ def _table(
 
 def _restore(trainer: Trainer, ranks: Ranks, start: Start) -> None:
     if start.checkpoint is not None:
-        trainer.restore(load(start.checkpoint) if ranks.is_main else None)
+        restore(trainer, load(start.checkpoint) if ranks.is_main else None)

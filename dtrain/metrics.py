@@ -42,6 +42,11 @@ class Metrics:
         """The labels under which they are logged."""
         return list(self._makers)
 
+    @property
+    def ready(self) -> bool:
+        """Whether they are made."""
+        return self._metrics is not None
+
     def prepare(self) -> dict[str, Any]:
         """Make the metrics, once."""
         if self._metrics is None:

@@ -19,18 +19,18 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dtrain import batch as batches
-from dtrain import report, rng
-from dtrain.checkpoint import CheckpointError, Checkpoints, Loaded, load
+from dtrain.checkpoint import CheckpointError, Checkpoints, load
 from dtrain.dataloader import Loaders, Micro
 from dtrain.distributed import Ranks, Vote
 from dtrain.evaluation import Outcome, evaluate
-from dtrain.interrupt import StopRequest, end_workers
+from dtrain.interrupt import StopRequest
 from dtrain.loss import Criterion
 from dtrain.metrics import Metrics
 from dtrain.optimizer import Schedule
-from dtrain.resume import Start, move_aside
-from dtrain.runfiles import write_text
-from dtrain.tracking import Journal, NoJournal, Status, ui_command
+from dtrain.record import recorded
+from dtrain.resume import Start
+from dtrain.state import state_of
+from dtrain.tracking import Journal, NoJournal
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -152,8 +152,8 @@ class Trainer:
         self.stopped = False  # all ranks agreed to stop on a signal
         self.ended = ""  # why the training ended before its limits
         self.test_figures: dict[str, float] = {}
-        self._skipped = 0
-        self._validated_step = self._saved_step = -1
+        self.skipped = 0
+        self.validated_step = self.saved_step = -1
         self._call: Callable[[torch.nn.Module, Any], Any] | None = None
         self._weights: dict[tuple[float, torch.dtype], torch.Tensor] = {}
         self._bad_steps = torch.zeros((), device=self.device)
@@ -174,7 +174,7 @@ class Trainer:
         if self.parts.start.finished:
             self.progress.note(self.parts.start.finished)
             return "FINISHED"
-        with self._recorded():
+        with recorded(self):
             self._check_that_saving_works()
             while self.epoch < self.max_epochs and self.step < self.max_steps and not self.ended:
                 self._train_epoch()
@@ -210,9 +210,9 @@ class Trainer:
         # 0 * loss is NaN for a loss that is not finite; so then are its gradients, which every rank gets to see.
         seed = torch.add(self._weight(micro.weight, value.dtype), value, alpha=0)
         (self.scaler.scale(loss) if self.scaler else loss).backward(seed)
-        self._sums["loss"].add_(value, alpha=micro.samples)
+        self.sums["loss"].add_(value, alpha=micro.samples)
         for name, term in terms.items():
-            self._sum_of(f"loss_{name}").add_(term.detach(), alpha=micro.samples)
+            self.sum_of(f"loss_{name}").add_(term.detach(), alpha=micro.samples)
 
     def _optimizer_step(self) -> None:
         """Clip, and step unless a gradient is not finite."""
@@ -243,7 +243,7 @@ class Trainer:
 
     def _after_step(self, position: int) -> None:
         """What follows each optimizer step, in this order."""
-        self._samples += position - self.position
+        self.samples += position - self.position
         self._timed_samples += position - self.position
         self.step, self.position = self.step + 1, position
         if self.ema:
@@ -258,7 +258,7 @@ class Trainer:
             self._save()
         if self.vote.cast(bool(self.stop_request)):
             self.stopped, self.ended = True, self.stop_request.reason or "another rank was asked to stop"
-        if self.step == 1:
+        if not self.metrics.ready:
             self._prepare_metrics()
 
     def _after_epoch(self) -> None:
@@ -282,9 +282,9 @@ class Trainer:
 
     def _validate(self) -> None:
         """Validate, keep the best, count towards early stopping; once per step at most."""
-        if self.loaders.val is None or self._validated_step == self.step:
+        if self.loaders.val is None or self.validated_step == self.step:
             return
-        self._validated_step = self.step
+        self.validated_step = self.step
         with self._paused_clock():
             figures = self.evaluate("val")
         score = figures.get(self.monitor)
@@ -297,6 +297,10 @@ class Trainer:
         self.progress.evaluation("val", self.step, figures, is_best)
         self.schedule.tick("validation", score)
         self._save(score)
+        self.judge_patience()
+
+    def judge_patience(self) -> None:
+        """End the training where too many validations have brought no new best."""
         if self.early_stop_patience is not None and self.bad_validations >= self.early_stop_patience:
             self.ended = f"no better {self.monitor} in {self.bad_validations} validations"
 
@@ -348,7 +352,7 @@ class Trainer:
 
     def _log(self) -> None:
         """Reduce the sums since the last point once, and give the same floats to journal and progress."""
-        if not self._samples:
+        if not self.samples:
             return
         self._judge_bad_steps()
         figures = {name: value for name, value in self._train_figures().items() if math.isfinite(value)}
@@ -357,16 +361,16 @@ class Trainer:
         figures |= {"lr": self.rate, "samples_per_second": self._timed_samples / max(self._elapsed(), 1e-9)}
         if self.clip_grad_norm is not None:
             figures["grad_norm"] = float(self.grad_norm)
-        if self._skipped:
-            figures["skipped_steps"] = self._skipped
+        if self.skipped:
+            figures["skipped_steps"] = self.skipped
         self._clear_sums()
         self.journal.log(self.step, figures)
         self.progress.figures(self.step, figures)
         self._restart_clock()
 
     def _train_figures(self) -> dict[str, float]:
-        sums = self.ranks.sum_(torch.stack(list(self._sums.values()))).tolist()
-        return {f"train/{name}": value / self._samples for name, value in zip(self._sums, sums, strict=True)}
+        sums = self.ranks.sum_(torch.stack(list(self.sums.values()))).tolist()
+        return {f"train/{name}": value / self.samples for name, value in zip(self.sums, sums, strict=True)}
 
     def _judge_bad_steps(self) -> None:
         """Stop for the steps that were skipped since the last look, or count them; the same on every rank."""
@@ -374,20 +378,20 @@ class Trainer:
         if not bad:
             return
         self._bad_steps.zero_()
-        self._skipped += bad
+        self.skipped += bad
         text = f"step {self.step + 1}: loss or gradient not finite (gradient norm {float(self.grad_norm)})"
         if self.on_nonfinite == "stop":
             raise NonFiniteError(f"{text}; the weights are those of before it. trainer.on_nonfinite=skip would go on")
-        self.progress.note(f"{text}; skipped, {self._skipped} so far")
+        self.progress.note(f"{text}; skipped, {self.skipped} so far")
 
     def _save(self, score: float | None = None) -> None:
         """Write a checkpoint of this step, once; a disk that takes none costs a warning, not the training."""
-        if self._saved_step == self.step:
+        if self.saved_step == self.step:
             return
-        self._saved_step = self.step
+        self.saved_step = self.step
         with self._paused_clock():
             self.ranks.agree_on_buffers(self.module)
-            state = self._state()
+            state = state_of(self)
             if not self.ranks.is_main:
                 return
             try:
@@ -398,110 +402,12 @@ class Trainer:
 
     def _check_that_saving_works(self) -> None:
         """A full disk, or a state that could not be loaded again, should show now rather than after the first epoch."""
-        state = self._state()
+        state = state_of(self)
         if self.ranks.is_main:
             ema = self.ema.module.state_dict() if self.ema else None
             self.checkpoints.check(self.module.state_dict(), state, ema=ema)
 
-    def _state(self) -> dict[str, Any]:
-        """Everything but the weights that going on needs. All ranks call it, the main rank's is complete."""
-        sums = self.ranks.sum_(torch.stack(list(self._sums.values()))).tolist()
-        return {
-            "step": self.step,
-            "epoch": self.epoch,
-            "position": self.position,
-            "best": self.best,
-            "bad_validations": self.bad_validations,
-            "skipped": self._skipped,
-            "sums": dict(zip(self._sums, sums, strict=True)),
-            "samples": self._samples,
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "scaler": self.scaler.state_dict() if self.scaler else {},
-            "averaged": int(self.ema.n_averaged) if self.ema else 0,
-            "seed": self.parts.seed,
-            "rng": self.ranks.gather(rng.get_state()),
-        }
-
-    def restore(self, loaded: Loaded | None) -> None:
-        """Go on from a checkpoint, which only the main rank has read (None elsewhere)."""
-        if loaded is not None:
-            self.module.load_state_dict(loaded.weights)
-            if self.ema and loaded.ema is not None:
-                self.ema.module.load_state_dict(loaded.ema)
-        for module in (self.module, self.ema.module) if self.ema else (self.module,):
-            self.ranks.share_weights(module)
-        state = self.ranks.broadcast(loaded.state if loaded else None)
-        self.step, self.epoch, self.position = state["step"], state["epoch"], state["position"]
-        self.best, self.bad_validations, self._skipped = state["best"], state["bad_validations"], state["skipped"]
-        self._samples = state["samples"]
-        for name, value in state["sums"].items() if self.ranks.is_main else ():
-            self._sum_of(name).fill_(value)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        if self.scaler and state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
-        if self.ema:
-            self.ema.n_averaged.fill_(state["averaged"])
-        self._saved_step = self._validated_step = self.step
-        if len(state["rng"]) == self.ranks.world_size:
-            rng.set_state(state["rng"][self.ranks.rank])
-        else:  # another number of ranks: new streams, that no earlier start has used
-            rng.seed_all(self.parts.seed, 2 + self.ranks.rank, self.step)
-
     # ------------------------------------------------------------------------------------------------ small change
-
-    @contextlib.contextmanager
-    def _recorded(self) -> Iterator[None]:
-        """Open the run, and close it with the status that is true, whatever happens inside."""
-        began = time.monotonic()
-        if self.ranks.is_main:
-            self._lay_out_folder()
-        self.journal.start(**self.parts.record)
-        self.progress.begin(self.parts.table)
-        status: Status = "FAILED"
-        reason, code = "", 1
-        try:
-            with self.stop_request.listening():
-                yield
-            status, reason, code = ("KILLED", self.ended, 75) if self.stopped else ("FINISHED", self.ended, 0)
-        except BaseException as error:
-            reason = f"{type(error).__name__}: {error}"
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                status, code = "KILLED", 130
-            raise
-        finally:
-            self._close(status, reason, code, time.monotonic() - began)
-
-    def _lay_out_folder(self) -> None:
-        start = self.parts.start
-        if start.moves_aside and (line := move_aside(start.folder)):
-            self.progress.note(line)
-        for name, text in self.parts.texts.items():
-            path = start.folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, text)
-
-    def _close(self, status: Status, reason: str, code: int, seconds: float) -> None:
-        """Deliver what there is and say where everything is. No collective: the other ranks may be gone."""
-        hint = ""
-        end_workers()
-        if self.ranks.is_main:
-            if (best := self.checkpoints.folder / "best").exists() or (
-                best := self.checkpoints.folder / "last"
-            ).exists():
-                for file in best.glob("*.safetensors"):
-                    self.journal.artifact(str(best.resolve() / file.name), "model")
-            hint = self.journal.finish(status, reason, code)
-        best_line = "" if self.best is None else f"{self.monitor} {self.best:.4g}"
-        folder = self.checkpoints.folder.parent
-        table = report.summary(status, reason, best_line, self.test_figures, seconds, self.step, folder)
-        if isinstance(self.journal, Journal):
-            table |= {"MLflow": ui_command(self.journal.tracking_uri)}
-        self.progress.summary(table)
-        if hint:
-            self.progress.note(hint)
-        self.progress.close()
 
     def _prepare_metrics(self) -> None:
         """Make the metrics after the first step: their imports take seconds, but a mistake in them should show now."""
@@ -531,15 +437,16 @@ class Trainer:
             self._weights[weight, dtype] = torch.tensor(weight, dtype=dtype, device=self.device)
         return self._weights[weight, dtype]
 
-    def _sum_of(self, name: str) -> torch.Tensor:
-        if name not in self._sums:
-            self._sums[name] = torch.zeros((), dtype=self._sum_dtype, device=self.device)
-        return self._sums[name]
+    def sum_of(self, name: str) -> torch.Tensor:
+        """The running sum of a loss or one of its terms since the last point, on the device."""
+        if name not in self.sums:
+            self.sums[name] = torch.zeros((), dtype=self._sum_dtype, device=self.device)
+        return self.sums[name]
 
     def _clear_sums(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
-        self._sum_of("loss")
-        self._samples = 0  # of all ranks, since the last point
+        self.sums: dict[str, torch.Tensor] = {}
+        self.sum_of("loss")
+        self.samples = 0  # of all ranks, since the last point
 
     def _extent(self) -> tuple[int | None, int, int]:
         """Epochs, steps of an epoch, and how many of them are done, for the progress bar."""

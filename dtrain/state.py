@@ -1,0 +1,60 @@
+"""All that a training is at one step, besides its weights: out of a trainer into plain values, and back; no files."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dtrain import rng
+from dtrain.checkpoint import Loaded
+
+if TYPE_CHECKING:
+    from dtrain.trainer import Trainer
+
+
+def state_of(trainer: "Trainer") -> dict[str, Any]:
+    """Everything but the weights that going on needs. All ranks call it, the main rank's is complete."""
+    sums = trainer.ranks.sum_(torch.stack(list(trainer.sums.values()))).tolist()
+    return {
+        "step": trainer.step,
+        "epoch": trainer.epoch,
+        "position": trainer.position,
+        "best": trainer.best,
+        "bad_validations": trainer.bad_validations,
+        "skipped": trainer.skipped,
+        "sums": dict(zip(trainer.sums, sums, strict=True)),
+        "samples": trainer.samples,
+        "optimizer": trainer.optimizer.state_dict(),
+        "schedule": trainer.schedule.state_dict(),
+        "scaler": trainer.scaler.state_dict() if trainer.scaler else {},
+        "averaged": int(trainer.ema.n_averaged) if trainer.ema else 0,
+        "seed": trainer.parts.seed,
+        "rng": trainer.ranks.gather(rng.get_state()),
+    }
+
+
+def restore(trainer: "Trainer", loaded: Loaded | None) -> None:
+    """Go on from a checkpoint, which only the main rank has read (None elsewhere)."""
+    if loaded is not None:
+        trainer.module.load_state_dict(loaded.weights)
+        if trainer.ema and loaded.ema is not None:
+            trainer.ema.module.load_state_dict(loaded.ema)
+    for module in (trainer.module, trainer.ema.module) if trainer.ema else (trainer.module,):
+        trainer.ranks.share_weights(module)
+    state = trainer.ranks.broadcast(loaded.state if loaded else None)
+    trainer.step, trainer.epoch, trainer.position = state["step"], state["epoch"], state["position"]
+    trainer.best, trainer.bad_validations, trainer.skipped = state["best"], state["bad_validations"], state["skipped"]
+    trainer.samples = state["samples"]
+    for name, value in state["sums"].items() if trainer.ranks.is_main else ():
+        trainer.sum_of(name).fill_(value)
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    trainer.schedule.load_state_dict(state["schedule"])
+    if trainer.scaler and state["scaler"]:
+        trainer.scaler.load_state_dict(state["scaler"])
+    if trainer.ema:
+        trainer.ema.n_averaged.fill_(state["averaged"])
+    trainer.judge_patience()
+    trainer.saved_step = trainer.validated_step = trainer.step
+    if len(state["rng"]) == trainer.ranks.world_size:
+        rng.set_state(state["rng"][trainer.ranks.rank])
+    else:  # another number of ranks: new streams, that no earlier start has used
+        rng.seed_all(trainer.parts.seed, 2 + trainer.ranks.rank, trainer.step)
