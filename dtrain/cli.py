@@ -118,7 +118,7 @@ def _config(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     check(config)
     for name, call in calls(config).items():
-        if name.endswith((".loader", ".schedule")):
+        if name.endswith((".loader", ".schedule", ".ddp")):
             continue  # dtrain's own keys beside a component's
         target = locate(config, call).target
         where = f"  {target.file}:{target.line}" if isinstance(target, Callee) else ""

@@ -14,7 +14,7 @@ from dtrain.check import check, notes
 from dtrain.checkpoint import CheckpointError, Checkpoints, load, load_weights
 from dtrain.config import from_mapping, sources, to_plain, to_yaml
 from dtrain.dataloader import Loaders, get_train_loaders
-from dtrain.distributed import Ranks, set_up
+from dtrain.distributed import Ranks, launcher_precision, set_up
 from dtrain.loss import get_loss_criterion
 from dtrain.metrics import Metrics, get_evaluation_metric
 from dtrain.modelloader import get_model, load_into
@@ -42,6 +42,7 @@ def create_trainer(config: ConfigDict | Mapping[str, Any], package: str | Path |
     config = from_mapping(config)
     check(config)
     options = defaults(config, "trainer")
+    options["precision"] = options["precision"] or launcher_precision() or "fp32"
     seed = config.get("seed") or 0
     ranks = set_up(config.get("device", "auto"), options["ddp"], options["deterministic"])
     progress = get_progress(ranks.is_main)
@@ -66,14 +67,15 @@ def create_trainer(config: ConfigDict | Mapping[str, Any], package: str | Path |
     )
     journal = _journal(config, ranks, start)
     rates = end_points(config, optimizer, schedule, steps, epochs)
+    plan = {"steps": steps, "rates": rates, "precision": options["precision"]}
     parts = Parts(
         ranks, module, compiled, ranks.wrap(compiled), loaders, loss, metrics, optimizer, schedule, checkpoints,
         journal, progress, start, seed,
-        table=_table(config, module, loaders, ranks, journal, start, {"steps": steps, "rates": rates}),
+        table=_table(config, module, loaders, ranks, journal, start, plan),
         record=_record(config, options, ranks),
         texts={"config.yaml": to_yaml(config)} | {f"config/{name}": text for name, text in sources(config).items()},
     )  # fmt: skip
-    trainer: Trainer = build(config, "trainer", parts, monitor=monitor, mode=mode)
+    trainer: Trainer = build(config, "trainer", parts, monitor=monitor, mode=mode, precision=options["precision"])
     rng.seed_all(seed, 1 + ranks.rank)  # dropout differs between ranks; the weights, drawn before, do not
     _restore(trainer, ranks, start)
     return trainer
@@ -188,7 +190,7 @@ def _table(
         + (f" x {train.accumulate} accumulated" if train.accumulate > 1 else ""),
         "steps": f"{train.steps():,} per epoch, {plan['steps']:,} in all",
         "learning rate": plan["rates"],
-        "device": f"{ranks.device}, {(config.get('trainer') or {}).get('precision') or 'fp32'}",
+        "device": f"{ranks.device}, {plan['precision']}",
         "run folder": str(start.folder),
     }
     if isinstance(journal, Journal):

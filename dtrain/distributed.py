@@ -5,7 +5,7 @@ import os
 import re
 import socket
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import psutil
 
@@ -199,6 +199,37 @@ class Vote:
             self._pending = None
 
 
+def ddp_options(
+    *,
+    backend: Literal["gloo", "nccl"] | None = None,
+    timeout_seconds: float | None = None,
+    broadcast_buffers: bool | None = None,
+    bucket_cap_mb: int | None = None,
+    find_unused_parameters: bool | None = None,
+    gradient_as_bucket_view: bool | None = None,
+    static_graph: bool | None = None,
+    comm_hook: Literal["no", "fp16", "bf16", "power_sgd", "batched_power_sgd"] | None = None,
+) -> dict[str, Any]:
+    """The keys under `trainer.ddp`: DistributedDataParallel's own, and two of the process group.
+
+    Args:
+        backend: gloo lets several ranks share a GPU. Default: NCCL on GPUs, gloo on CPUs.
+        timeout_seconds: After so long a wait for another rank, a collective fails.
+        broadcast_buffers: Give all ranks rank 0's buffers before each forward (default true).
+        bucket_cap_mb: Size of the buckets in which gradients are reduced.
+        find_unused_parameters: For models that leave some parameters out of some steps.
+        gradient_as_bucket_view: Let gradients live in the buckets, which saves memory.
+        static_graph: Promise that every step uses the same parameters.
+        comm_hook: How gradients are compressed on the way.
+    """
+    return dict(locals())
+
+
+def launcher_precision() -> str | None:
+    """The precision that `accelerate launch` was asked for, in dtrain's words; None when it was not."""
+    return {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}.get(os.environ.get("ACCELERATE_MIXED_PRECISION", ""))
+
+
 def set_up(device: str = "auto", ddp: dict[str, Any] | None = None, deterministic: bool = False) -> Ranks:
     """Join the process group, choose the device, set the threads.
 
@@ -215,7 +246,7 @@ def set_up(device: str = "auto", ddp: dict[str, Any] | None = None, deterministi
     found = environment()
     if found.launcher == "srun":
         _export_srun(found)
-    options = dict(ddp or {})
+    options = {key: value for key, value in ddp_options(**(ddp or {})).items() if value is not None}
     backend = options.pop("backend", None)
     timeout_seconds = options.pop("timeout_seconds", None)
     notes = _thread_notes(found) + _lost_process_notes(found)
@@ -241,7 +272,7 @@ def _join(found: Environment, device: Any, backend: str | None, timeout_seconds:
 
     import torch.distributed as dist
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
+    from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
 
     default = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = None if timeout_seconds is None else timedelta(seconds=timeout_seconds)
@@ -249,6 +280,8 @@ def _join(found: Environment, device: Any, backend: str | None, timeout_seconds:
     if device.type == "cuda":
         # Where ranks share a GPU, accelerate must see the device's index, not the rank's.
         os.environ["LOCAL_RANK"] = str(device.index)
+    if "comm_hook" in options:
+        options["comm_hook"] = DDPCommunicationHookType(options["comm_hook"])
     handlers = [DistributedDataParallelKwargs(**options)] if options else []
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=handlers)
     if accelerator.num_processes != found.world_size:

@@ -54,6 +54,7 @@ HOUSE = {
     "trainer": ("dtrain.trainer", "Trainer", frozenset({"parts"})),
     "mlflow": ("dtrain.tracking", "Journal", frozenset({"folder", "experiment", "run_name"})),
     "loader": ("dtrain.dataloader", "loader_settings", frozenset()),
+    "ddp": ("dtrain.distributed", "ddp_options", frozenset()),
     "schedule": ("dtrain.optimizer", "schedule_settings", frozenset()),
 }
 # The schedules whose length dtrain fills in where the config leaves it out: it knows it, and PolynomialLR's default
@@ -173,7 +174,13 @@ def _house_call(config: ConfigDict, section: str) -> dict[str, Call]:
     module, name, given = HOUSE[section]
     wanted = values.get("name") if section == "trainer" else None
     arguments = {key: values[key] for key in values if key != "name" or section != "trainer"}
-    return {section: Call((section,), Slot((module,), given_names=given), wanted or f"{module}:{name}", arguments)}
+    result = {section: Call((section,), Slot((module,), given_names=given), wanted or f"{module}:{name}", arguments)}
+    if section == "trainer" and isinstance(ddp := values.get("ddp"), Mapping | ConfigDict):
+        module, name, _ = HOUSE["ddp"]
+        result["trainer.ddp"] = Call(
+            (section, "ddp"), Slot((module,)), f"{module}:{name}", {key: ddp[key] for key in ddp}
+        )
+    return result
 
 
 def _split(config: ConfigDict, path: KeyPath, values: Mapping[str, Any], house: str) -> tuple[dict[str, Any], Call]:

@@ -125,25 +125,20 @@ class Trainer:
         assert parts.loaders.train is not None
         self.parts, self.ranks, self.loaders, self.train_loader = parts, parts.ranks, parts.loaders, parts.loaders.train
         self.module, self.model, self.compiled = parts.module, parts.model, parts.compiled
-        self.loss, self.metrics, self.optimizer, self.schedule = (
-            parts.loss,
-            parts.metrics,
-            parts.optimizer,
-            parts.schedule,
-        )
+        self.loss, self.metrics = parts.loss, parts.metrics
+        self.optimizer, self.schedule = parts.optimizer, parts.schedule
         self.checkpoints, self.journal, self.progress = parts.checkpoints, parts.journal, parts.progress
         self.device = parts.ranks.device
         self.max_epochs = math.inf if max_epochs is None else max_epochs
         self.max_steps = math.inf if max_steps is None else max_steps
-        self.monitor, self.mode = monitor or "val/loss", mode or "min"
-        self.precision, self.clip_grad_norm, self.on_nonfinite = precision or "fp32", clip_grad_norm, on_nonfinite
+        self.monitor, self.mode, self.precision = monitor or "val/loss", mode or "min", precision or "fp32"
+        self.clip_grad_norm, self.on_nonfinite = clip_grad_norm, on_nonfinite
         self.log_every_steps, self.validate_every_steps = log_every_steps, validate_every_steps
         self.checkpoint_every_steps, self.early_stop_patience = checkpoint_every_steps, early_stop_patience
         self.input_key, self.target_key = input_key, target_key
         self.scaler = torch.amp.GradScaler(self.device.type) if precision == "fp16" else None
-        self.ema: AveragedModel | None = None
-        if ema_decay is not None:
-            self.ema = AveragedModel(self.module, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True)
+        average = None if ema_decay is None else get_ema_multi_avg_fn(ema_decay)
+        self.ema = AveragedModel(self.module, multi_avg_fn=average, use_buffers=True) if average else None
         self.parameters = [item for item in self.module.parameters() if item.requires_grad]
         self.vote, self.stop_request = Vote(parts.ranks), StopRequest()
         self.epoch = self.step = self.position = 0  # position: samples of this epoch done, by all ranks together
@@ -152,8 +147,8 @@ class Trainer:
         self.stopped = False  # all ranks agreed to stop on a signal
         self.ended = ""  # why the training ended before its limits
         self.test_figures: dict[str, float] = {}
-        self.skipped = 0
         self.validated_step = self.saved_step = -1
+        self.skipped = 0  # steps whose gradient was not finite
         self._call: Callable[[torch.nn.Module, Any], Any] | None = None
         self._weights: dict[tuple[float, torch.dtype], torch.Tensor] = {}
         self._bad_steps = torch.zeros((), device=self.device)
