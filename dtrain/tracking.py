@@ -1,4 +1,4 @@
-"""The run's journal on disk: figures, params, artifacts, status; it knows no MLflow, no torch, no rank and no config."""
+"""The run's journal on disk: figures, params, artifacts, status; it knows no MLflow, torch, rank or config."""
 
 import json
 import logging
@@ -15,10 +15,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-JOURNAL = "metrics.jsonl"
-RUN_FACTS = "run.json"
-DELIVERY = "mlflow.json"  # the sender's memory: what MLflow has acknowledged
-SENDER_LOG = "logs/sender.log"
+from dtrain.redact import SECRET_NAME, redact
+from dtrain.runfiles import DELIVERY, JOURNAL, RUN_FACTS, SENDER_LOG, read_json, read_line, read_run, update_run
+
+__all__ = [
+    "Journal",
+    "NoJournal",
+    "find_run",
+    "flatten",
+    "read_run",
+    "redact",
+    "resolve_tracking_uri",
+    "sqlite_file",
+    "ui_command",
+    "update_run",
+]
+
 STATUSES = ("FINISHED", "FAILED", "KILLED")
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -26,7 +38,6 @@ _log = logging.getLogger(__name__)
 
 # Stores that MLflow itself knows; a driver may follow, as in mysql+pymysql.
 _SERVERS = ("http", "https", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc")
-_LOCK_SECONDS = 10.0
 _UNWRITTEN_BYTES = 16 * 2**20  # what is kept in memory while the disk takes nothing
 
 
@@ -94,7 +105,7 @@ class Journal:
         attempt = 1 + self._read_back()
         self._file = os.open(self.folder / JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         known = read_run(self.folder)
-        host = socket.gethostname()
+        host, now = socket.gethostname(), round(time.time(), 3)
         update_run(
             self.folder,
             id=known.get("id") or uuid.uuid4().hex,
@@ -108,7 +119,8 @@ class Journal:
             host=host,
             pid=os.getpid(),
             attempt=attempt,
-            started=known.get("started") or round(time.time(), 3),
+            started=known.get("started") or now,
+            attempt_started=now,
             ended=None,
             **run_facts,
         )
@@ -125,8 +137,8 @@ class Journal:
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Writes the figures of one step: one line, a few tens of microseconds, no waiting.
 
-        A figure that is no number costs one warning per key. A step that the journal already holds for a key is dropped:
-        a resumed training repeats the steps after its checkpoint, and MLflow would store them a second time.
+        A figure that is no number costs one warning per key. A step that the journal already holds for a key is
+        dropped: a resumed training repeats the steps after its checkpoint, and MLflow would store them twice.
 
         Args:
             step: number of optimizer steps done.
@@ -153,8 +165,10 @@ class Journal:
             ValueError: the path, or the place in MLflow, leaves its folder.
         """
         relative = os.path.relpath(self.folder / path, self.folder)
+        if relative.startswith(".."):  # given with its links resolved: clusters have many
+            relative = os.path.relpath((self.folder / path).resolve(), self.folder.resolve())
         for kind, place in (("path", relative), ("folder in MLflow", os.path.normpath(to or "."))):
-            if os.path.isabs(place) or place.split(os.sep)[0] == "..":
+            if place.startswith("/") or place.split("/")[0] == "..":
                 raise ValueError(f"artifact {path!r} to {to!r}: the {kind} must stay inside; found {place}")
         self._write("artifact", path=relative, to=to)
 
@@ -177,9 +191,7 @@ class Journal:
         reason = redact(reason)
         self._write("end", status=status, reason=reason)
         try:
-            update_run(
-                self.folder, state=status, reason=reason, exit_status=exit_status, ended=round(time.time(), 3)
-            )
+            update_run(self.folder, state=status, reason=reason, exit_status=exit_status, ended=round(time.time(), 3))
         except OSError as error:
             _log.warning("%s could not be written: %s", self.folder / RUN_FACTS, error)
         hint = self._wait_for_sender()
@@ -195,9 +207,11 @@ class Journal:
             self._file = None
 
     def _write(self, kind: str, **fields: Any) -> None:
-        """Appends one line; a disk that is full costs a warning and memory, and gets the line when it has room again."""
+        """Appends one line; a full disk costs a warning and some memory, and gets the line when it has room again."""
         if self._file is None:
             raise RuntimeError("the journal is not open: call start() first, and nothing after finish()")
+        if kind == "metrics" and len(self._unwritten) > _UNWRITTEN_BYTES:
+            return
         line = {"kind": kind, "time": round(time.time(), 3), **fields}
         self._unwritten += json.dumps(line, allow_nan=False).encode() + b"\n"
         try:
@@ -205,8 +219,6 @@ class Journal:
                 self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
             self._disk_is_full = False
         except OSError as error:
-            if len(self._unwritten) > _UNWRITTEN_BYTES:
-                raise
             if not self._disk_is_full:
                 _log.warning("%s: %s; its lines wait in memory", self.folder / JOURNAL, error.strerror)
             self._disk_is_full = True
@@ -271,7 +283,7 @@ class Journal:
             except subprocess.TimeoutExpired:
                 self._sender.kill()  # safe at any moment: it only ever remembers what MLflow has acknowledged
                 self._sender.wait()
-        state = _read_json(self.folder / DELIVERY)
+        state = read_json(self.folder / DELIVERY)
         if self._sender is not None and self._sender.returncode == 0:
             return str(state.get("note", ""))
         why = state.get("problem") or f"see {self.folder / SENDER_LOG}"
@@ -305,7 +317,7 @@ class NoJournal:
         """Does nothing."""
 
 
-def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+def flatten(config: Mapping[Any, Any]) -> dict[str, Any]:
     """Makes one level of many: {'optimizer': {'lr': 0.1}, 'a': [1]} -> {'optimizer.lr': 0.1, 'a.0': 1}.
 
     Empty sections and lists are kept as they are, and two ways to one key are kept apart, so that no value is lost.
@@ -336,33 +348,34 @@ def resolve_tracking_uri(uri: str | None) -> str:
     """Says where MLflow's data are, as an address that is good from any folder.
 
     Args:
-        uri: a server's address, a database's, or a folder, which becomes a sqlite database with its artifacts beside it;
+        uri: the address of a server or a database, or a folder: a sqlite database and its artifacts are put in there;
             None: MLFLOW_TRACKING_URI, else sqlite in the current folder, as MLflow does.
 
     Raises:
         ValueError: `file:` (MLflow 3 refuses it), an unknown scheme or a database in memory; the text holds the cure.
     """
+    what = "tracking URI" if uri else "MLFLOW_TRACKING_URI"
     text = str(uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db")
     if text in _SERVERS:  # MLflow takes a bare `databricks`
         return text
     match = re.match(r"([A-Za-z][\w.-]+)(\+\w+)?:", text)
     if match is None:
-        folder = os.path.abspath(os.path.expanduser(text))
-        if os.path.isfile(folder):
-            raise ValueError(f"tracking URI {text!r} is a file; a folder is needed, or sqlite:///{folder}")
+        folder = _absolute(text)
+        if Path(folder).is_file():
+            raise ValueError(f"{what} {text!r} is a file; a folder is needed, or sqlite:///{folder}")
         return f"sqlite:///{folder}/mlflow.db"
     scheme = match[1].lower()
     if scheme == "sqlite":
         return _absolute_sqlite(text)
     if scheme == "file":
-        folder = os.path.abspath(re.sub(r"^file:(//(localhost(?=/))?)?", "", text, flags=re.IGNORECASE))
+        folder = _absolute(re.sub(r"^file:(//(localhost(?=/))?)?", "", text, flags=re.IGNORECASE))
         raise ValueError(
-            f"tracking URI {text!r}: MLflow 3 no longer writes to `file:` stores; "
+            f"{what} {text!r}: MLflow 3 no longer writes to `file:` stores; "
             f"give the folder itself, {folder} (a sqlite database is made in it), or a server's http address"
         )
     if scheme not in _SERVERS:
         known = ", ".join(("a folder", "sqlite", *_SERVERS))
-        raise ValueError(f"tracking URI {redact(text)!r}: unknown kind {scheme!r}; possible are {known}")
+        raise ValueError(f"{what} {redact(text)!r}: unknown kind {scheme!r}; possible are {known}")
     return text
 
 
@@ -371,7 +384,11 @@ def _absolute_sqlite(uri: str) -> str:
     path, mark, query = rest.partition("?")
     if not slashes or path in ("", ":memory:"):
         raise ValueError(f"tracking URI {uri!r}: the sender is a process of its own, name a file: sqlite:///mlflow.db")
-    return f"{head}:///{os.path.abspath(path)}{mark}{query}"
+    return f"{head}:///{_absolute(path)}{mark}{query}"
+
+
+def _absolute(path: str) -> str:
+    return os.path.normpath(Path(path).expanduser().absolute())
 
 
 def sqlite_file(uri: str) -> Path | None:
@@ -442,108 +459,9 @@ def _sender_environment(uri: str) -> dict[str, str]:
     return environment
 
 
-def read_run(folder: Path) -> dict[str, Any]:
-    """What run.json of a run folder holds; {} when there is none."""
-    return _read_json(Path(folder) / RUN_FACTS)
-
-
-def update_run(folder: Path, *, when: Mapping[str, Any] | None = None, **changes: Any) -> bool:
-    """Changes facts in run.json, one process at a time, whole or not at all.
-
-    Args:
-        folder: the run folder.
-        when: do so only if these facts still hold.
-        **changes: the facts and their new values, JSON types.
-
-    Returns:
-        whether it was done.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(Path(folder) / f".{RUN_FACTS}.lock", timeout=_LOCK_SECONDS)
-    try:
-        lock.acquire()
-    except (Timeout, NotImplementedError) as error:  # some network disks have no locks; the write below is whole anyway
-        _log.warning("%s is changed without its lock: %s", Path(folder) / RUN_FACTS, error)
-    try:
-        facts = read_run(folder)
-        if when is not None and any(facts.get(key) != value for key, value in when.items()):
-            return False
-        write_json(Path(folder) / RUN_FACTS, {**facts, **changes}, durable=True)
-        return True
-    finally:
-        lock.release()
-
-
-def write_json(path: Path, value: Mapping[str, Any], durable: bool = False) -> None:
-    """Writes a JSON file whole or not at all; durable: it also outlives a power failure."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w") as file:
-            json.dump(value, file, indent=1, default=str)
-            file.write("\n")
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        _log.warning("%s is damaged and taken as empty: %s", path, error)
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def read_line(line: bytes) -> dict[str, Any]:
-    """One line of the journal; {} when it is not a JSON object."""
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return {}
-    return entry if isinstance(entry, dict) else {}
-
-
-# A password in an address, a credential in its query, `password: ...` in a text, and tokens known by their beginning.
-_SECRETS = (
-    (re.compile(r"(?<=://)[^\s/'\"]+@"), "***@"),
-    (re.compile(r"(?i)([?&][\w-]*(?:password|token|secret|key|signature|sig)=)[^&\s'\"]+"), r"\1***"),
-    (re.compile(r"(?i)(bearer|basic)\s+[\w.~+/=-]{8,}"), r"\1 ***"),
-    (re.compile(r"\b(?:gh[opsu]_|github_pat_|glpat-|hf_|sk-|xox[abp]-|dapi|AKIA)[\w-]{12,}"), "***"),
-    (
-        re.compile(
-            r"(?i)([\w-]*(?:password|passwd|secret|api_?key|secret_?key|access_?key|(?:auth|access|api)_?token)"
-            r"['\"]?\s*[=:]\s*['\"]?)[^\s'\",;]+"
-        ),
-        r"\1***",
-    ),
-)
-_SECRET_NAME = re.compile(r"(?i)(^|[_.-])(password|passwd|secret|token|(api|access|secret)_?key(_id)?)$")
-
-
-def redact(text: str) -> str:
-    """Replaces what looks like a credential by ***, and every value of an environment variable that is named like one."""
-    for name, value in os.environ.items():
-        if len(value) >= 8 and _SECRET_NAME.search(name):
-            text = text.replace(value, "***")
-    for pattern, replacement in _SECRETS:
-        text = pattern.sub(replacement, text)
-    return text
-
-
 def _as_text(key: str, value: Any) -> str:
     """A param's value as MLflow shows it: text, without secrets and without addresses that change at each start."""
-    if isinstance(value, str) and value and _SECRET_NAME.search(key):
+    if isinstance(value, str) and value and SECRET_NAME.search(key):
         return "***"
     if callable(value) and hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"
