@@ -1,0 +1,372 @@
+"""How a run's journal gets to a tracking store and what has been acknowledged; it does not know whose store that is."""
+
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from dtrain.redact import redact
+from dtrain.runfiles import DELIVERY, JOURNAL, close_run_of, read_json, read_line, read_run, update_run, write_json
+
+PATIENCE_SECONDS = 30.0  # without any success, once no rank 0 is there any more
+_LOOK_EVERY_SECONDS = 0.1  # a read at the journal's end
+_SEND_EVERY_SECONDS = 1.0  # a batch to the store, as long as the run lasts
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 10.0  # after a failure; doubled each time
+_ROWS_PER_BATCH = 1000
+_TRIES_PER_ARTIFACT = 3
+_log = logging.getLogger(__name__)
+
+Row = tuple[str, float, int, int]  # key, value, timestamp in ms, step
+
+
+class Run(Protocol):
+    """A run in the store, open for writing. All of this may be repeated: it adds nothing then. Errors: any."""
+
+    id: str
+
+    def log_metrics(self, rows: Sequence[Row]) -> None:
+        """Stores figures."""
+
+    def log_params(self, values: Mapping[str, str], attempt: int) -> None:
+        """Stores params, those that changed on a resume (attempt 2, 3, ...) beside the old ones."""
+
+    def log_tags(self, values: Mapping[str, str]) -> None:
+        """Stores tags; the last value holds."""
+
+    def log_file(self, path: Path, to: str) -> None:
+        """Stores a file or a folder, in a folder among the run's artifacts."""
+
+    def set_status(self, status: str, time_ms: int) -> None:
+        """RUNNING, or how and when the run ended."""
+
+
+class Store(Protocol):
+    """Where runs are."""
+
+    uri: str
+
+    def known(self, run_id: str | None) -> Run | None:
+        """The run of that id, unless it is not there or deleted."""
+
+    def create(self, folder: Path, facts: Mapping[str, Any]) -> Run:
+        """The run of a run folder with these facts (run.json): one, however often this is called."""
+
+
+class SystemFigures:
+    """Figures of this machine that wait to be sent; their step is the number of sampling intervals since the start.
+
+    Args:
+        monitor: mlflow's SystemMetricsMonitor, of which only the sampling is used: its own thread ends for good at the
+            first request that fails, and stores nothing of a run shorter than ten seconds.
+        started: when the run began, unix seconds.
+    """
+
+    def __init__(self, monitor: Any, started: float) -> None:
+        self.waiting: deque[Row] = deque(maxlen=10_000)  # an outage that outlasts it costs the oldest
+        self._monitor = monitor
+        self._every_seconds: float = monitor.sampling_interval * monitor.samples_before_logging
+        self._prefix = f"system/{monitor.node_id}/" if monitor.node_id else "system/"
+        self._started = started
+        self._due_at = time.monotonic()
+
+    def sample(self) -> None:
+        """Takes a sample when one is due; a run can do without."""
+        if time.monotonic() < self._due_at:
+            return
+        self._due_at = time.monotonic() + self._every_seconds
+        now = time.time()
+        step = round((now - self._started) / self._every_seconds)
+        try:
+            self._monitor.collect_metrics()
+            for key, value in self._monitor.aggregate_metrics().items():
+                self.waiting.append((self._prefix + key, float(value), round(now * 1000), step))
+            for monitor in self._monitor.monitors:
+                monitor.clear_metrics()
+        except Exception as error:
+            _log.warning("no more system metrics: %s", brief(error))
+            self._due_at = float("inf")
+
+
+@dataclass
+class Batch:
+    """Lines of the journal on their way. It closes with an 'end' line, so that nothing overtakes a status."""
+
+    offset: int  # in bytes: where in the journal the last of its lines ends
+    lines: int = 0
+    metrics: list[Row] = field(default_factory=list)
+    params: list[tuple[int, dict[str, str]]] = field(default_factory=list)  # attempt, values
+    tags: dict[str, str] = field(default_factory=dict)
+    artifacts: list[list[str]] = field(default_factory=list)  # path in the run folder, folder in the store
+    started: bool = False
+    end: str = ""  # the status, after an 'end' line
+    time_ms: int = 0  # of the last line
+
+    @property
+    def full(self) -> bool:
+        """Whether it must be sent before another line is read."""
+        return bool(self.end) or len(self.metrics) >= _ROWS_PER_BATCH
+
+    def fill(self, journal: IO[bytes]) -> None:
+        """Adds what the journal holds beyond `offset`; a last line that is still being written is left for later."""
+        journal.seek(self.offset)
+        while not self.full and (line := journal.readline()).endswith(b"\n"):
+            try:
+                self._add(read_line(line))
+            except (KeyError, TypeError, ValueError, AttributeError):
+                _log.warning("the journal's line at byte %d is damaged and left out", self.offset)
+            self.offset += len(line)
+            self.lines += 1
+
+    def _add(self, entry: dict[str, Any]) -> None:
+        self.time_ms = round(entry["time"] * 1000)
+        match entry["kind"]:
+            case "metrics":
+                step = int(entry["step"])
+                self.metrics += [(key, float(value), self.time_ms, step) for key, value in entry["values"].items()]
+            case "params":
+                self.params.append((entry["attempt"], entry["values"]))
+            case "tags":
+                self.tags.update(entry["values"])
+            case "artifact":
+                self.artifacts.append([entry["path"], entry["to"]])
+            case "start":
+                self.started = True
+            case "end":
+                self.tags["dtrain.reason"] = entry["reason"]
+                self.end = entry["status"]
+
+
+@dataclass
+class Memory:
+    """What the store has acknowledged: the run folder's mlflow.json. Losing it costs a replay, which adds no rows."""
+
+    path: Path
+    run_id: str = ""  # the run that the rest is about
+    offset: int = 0  # in bytes, in the journal
+    status: str = ""  # RUNNING, FINISHED, FAILED or KILLED, as the store has it
+    artifacts: list[list[str]] = field(default_factory=list)  # not sent yet; as in Batch
+    problem: str = ""  # why the store does not have everything: for the hint that rank 0 prints
+    note: str = ""  # what else rank 0 should print
+
+    @classmethod
+    def read(cls, path: Path) -> "Memory":
+        """Reads it back, without the problem and the note of an earlier time."""
+        known = read_json(path)
+        return cls(path, **{key: known[key] for key in ("run_id", "offset", "status", "artifacts") if key in known})
+
+    def save(self) -> None:
+        """Writes it, whole or not at all."""
+        write_json(self.path, {key: value for key, value in vars(self).items() if key != "path"})
+
+
+class Delivery:
+    """Carries the journal of one run folder to the store, step by step, exactly once.
+
+    Args:
+        folder: the run folder.
+        store: where to.
+        system: figures of this machine, to be sent along.
+    """
+
+    def __init__(self, folder: Path, store: Store, system: SystemFigures | None = None) -> None:
+        self.folder = folder
+        self.memory = Memory.read(folder / DELIVERY)
+        self.draining = False  # nobody writes the journal any more
+        self._store = store
+        self._run: Run | None = None
+        self._system = system
+        self._code_tags: dict[str, str] = {}
+        self._failures: dict[str, int] = {}  # per artifact, in this life
+        self._send_at = 0.0
+        self._journal = (folder / JOURNAL).open("rb")
+        if os.fstat(self._journal.fileno()).st_size < self.memory.offset:  # it is not the journal that it once was
+            self.memory.offset = 0
+        self._batch = Batch(self.memory.offset)
+
+    def begin(self, code_tags: Mapping[str, str], code_folder: str) -> None:
+        """For a training that starts: whatever an earlier one ended as, this one has not ended, and runs this code."""
+        self.memory.status = ""
+        self._code_tags = dict(code_tags)
+        self._queue([[code_folder, code_folder]])
+
+    def step(self) -> bool:
+        """Sends what is due, one batch at most.
+
+        Returns:
+            whether there is more to be sent at once.
+
+        Raises:
+            Exception: whatever the store raised; the next call starts anew with what was not acknowledged.
+        """
+        self._batch.fill(self._journal)
+        if self.done:
+            return False
+        try:
+            run = self._run or self._open()
+            if self._system is not None:
+                self._system.sample()
+            if not (self.draining or self._batch.full) and time.monotonic() < self._send_at:
+                return False
+            if self._batch.lines or (self._system and self._system.waiting):
+                self._send_batch(run)
+                self._send_at = time.monotonic() + _SEND_EVERY_SECONDS
+            if self.draining and not self._batch.lines and (facts := self._ending_due()):
+                run.log_tags({"dtrain.reason": facts["reason"]})
+                self._set_status(run, facts["state"], round(facts["ended"] * 1000))
+            self._send_artifacts(run)
+        except Exception:
+            self._run = None  # it may be deleted, or in a database that was replaced: look it up again
+            raise
+        return self._batch.full
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left that could be sent now, nor will be."""
+        if self._batch.lines or self._artifacts_due():
+            return False
+        return not self._ending_due() if self.draining else self.memory.status not in ("", "RUNNING")
+
+    def report(self, problem: str) -> None:
+        """Says a problem once, and '' after it, and leaves it where rank 0 finds it."""
+        if problem != self.memory.problem:
+            _log.warning(problem or "delivering again")
+            self.memory.problem = problem
+            self.memory.save()
+
+    def _open(self) -> Run:
+        facts = read_run(self.folder)
+        old = facts.get("run_id")
+        run = self._store.known(old) or self._store.create(self.folder, facts)
+        if run.id != old:
+            update_run(self.folder, run_id=run.id)
+            if old:
+                self.memory.note = f"run {old} is not in {redact(self._store.uri)} any more; its successor is {run.id}"
+                _log.warning(self.memory.note)
+        if self.memory.run_id not in ("", run.id):  # what another run has acknowledged, this one has not
+            self.memory.offset, self.memory.status, self._batch = 0, "", Batch(0)
+            self._batch.fill(self._journal)
+        self.memory.run_id = run.id
+        run.log_tags(self._code_tags)
+        self.memory.save()
+        self._run = run
+        return run
+
+    def _send_batch(self, run: Run) -> None:
+        """Figures first, then the status; what may take long, files, is queued."""
+        batch = self._batch
+        os.fsync(self._journal.fileno())  # no training waits for it here; the store never knows more than the disk
+        if batch.started and self.memory.status != "RUNNING":
+            self._set_status(run, "RUNNING", batch.time_ms)
+        while batch.params:  # what has got through is taken off, so that a bad line brings the rest on all the same
+            attempt, values = batch.params[0]
+            run.log_params(values, attempt)
+            del batch.params[0]
+        run.log_tags(batch.tags)
+        batch.tags = {}
+        run.log_metrics(batch.metrics)
+        batch.metrics = []
+        if self._system is not None:
+            run.log_metrics(list(self._system.waiting))
+            self._system.waiting.clear()
+        if batch.end:
+            self._set_status(run, batch.end, batch.time_ms)
+        self._queue(batch.artifacts)
+        self.memory.offset = batch.offset
+        self.memory.save()
+        self._batch = Batch(batch.offset)
+        self._batch.fill(self._journal)
+
+    def _set_status(self, run: Run, status: str, time_ms: int) -> None:
+        run.set_status(status, time_ms)
+        self.memory.status = status
+        self.memory.save()
+
+    def _ending_due(self) -> dict[str, Any]:
+        """run.json, if it says that the run ended and the store does not: rank 0 could write no 'end' line then."""
+        facts = read_run(self.folder)
+        return facts if facts.get("state") not in (None, "RUNNING", self.memory.status) else {}
+
+    def _queue(self, artifacts: list[list[str]]) -> None:
+        self.memory.artifacts += [item for item in artifacts if item not in self.memory.artifacts]
+
+    def _artifacts_due(self) -> list[list[str]]:
+        return [item for item in self.memory.artifacts if self._failures.get(item[0], 0) < _TRIES_PER_ARTIFACT]
+
+    def _send_artifacts(self, run: Run) -> None:
+        """Sends the files in the queue; one that fails holds up no other, and is tried again."""
+        failure = ""
+        due = self._artifacts_due()
+        for item in due:
+            path = self.folder / item[0]
+            try:
+                if path.exists() and path.resolve().is_relative_to(self.folder.resolve()):
+                    run.log_file(path, item[1])
+                else:
+                    _log.warning("%s is not there, or not in the run folder, and is not sent", item[0])
+                self.memory.artifacts.remove(item)
+            except Exception as error:
+                self._failures[item[0]] = self._failures.get(item[0], 0) + 1
+                failure = f"{item[0]} could not be sent: {brief(error)}"
+        if due:
+            self.memory.save()
+        if failure:
+            raise RuntimeError(failure)
+
+
+def follow(delivery: Delivery, parent: int | None = None, patience_seconds: float = PATIENCE_SECONDS) -> int:
+    """Delivers until the run has ended and all of it is there.
+
+    Args:
+        delivery: what to drive.
+        parent: rank 0's process id; None: nobody writes any more, deliver what is there.
+        patience_seconds: how long to go on without success once nobody writes any more.
+
+    Returns:
+        0, or 1 when something is left.
+    """
+    pause, try_at, give_up_at = _FIRST_PAUSE_SECONDS, 0.0, float("inf")
+    while True:
+        if not delivery.draining and (parent is None or os.getppid() != parent):
+            if parent is not None and not close_run_of(delivery.folder, parent):
+                return 1  # a new rank 0 has taken the run over, and its own sender goes on from here
+            delivery.draining, give_up_at = True, time.monotonic() + patience_seconds
+        more = False
+        if time.monotonic() >= try_at:
+            try:
+                more = delivery.step()
+            except ImportError as error:  # mlflow, or a database's driver: waiting does not install it
+                delivery.report(brief(error))
+                return 1
+            except Exception as error:
+                delivery.report(brief(error))
+                try_at, pause = time.monotonic() + pause, min(2 * pause, _LONGEST_PAUSE_SECONDS)
+                if try_at > give_up_at:
+                    return 1
+            else:
+                left = ", ".join(path for path, _ in delivery.memory.artifacts) if delivery.done else ""
+                delivery.report(f"not sent: {left}" if left else "")
+                if delivery.done:
+                    return 1 if left else 0
+                pause = _FIRST_PAUSE_SECONDS
+                if delivery.draining:
+                    give_up_at = time.monotonic() + patience_seconds
+        if not more:
+            time.sleep(_LOOK_EVERY_SECONDS)
+
+
+def brief(error: BaseException) -> str:
+    """One line on an error: where it began ('Connection refused') says more than the six errors wrapped around it."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"{error.name} is not installed here: pip install {error.name}"
+    root = error
+    while below := root.__cause__ or root.__context__:
+        root = below
+    if isinstance(root, OSError) and root.strerror:
+        return redact(f"{root.strerror}: {root.filename}" if root.filename else root.strerror)
+    from_network = isinstance(root, OSError) or str(error).startswith("API request to")
+    lines = str(root if from_network else error).strip().splitlines()
+    return redact(lines[0][:300]) if lines else type(error).__name__

@@ -1,0 +1,356 @@
+"""The process that feeds MLflow from a run's journal, the only importer of mlflow; it knows no torch and no config."""
+
+import argparse
+import contextlib
+import getpass
+import hashlib
+import json
+import logging
+import os
+import posixpath
+import re
+import signal
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dtrain.codestate import capture_code
+from dtrain.delivery import PATIENCE_SECONDS, Delivery, Row, SystemFigures, brief, follow
+from dtrain.redact import Redacted, redact
+from dtrain.runfiles import JOURNAL, SENDER_LOG, close_run_of, lives, read_run
+from dtrain.tracking import resolve_tracking_uri, sqlite_file
+
+# One attempt per request: the pauses between attempts are `follow`'s, and a request whose answer was lost must not be
+# repeated behind its back (a repeated "create run" would make a second run).
+_CLIENT_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+_UPLOAD_TIMEOUT_SECONDS = "300"  # a server may answer late when it has gigabytes to put away
+_MOST_AT_ONCE = {"metrics": 1000, "params": 100, "tags": 100}  # MLflow's limits per request
+_LONGEST_KEY, _LONGEST_PARAM, _LONGEST_TAG = 250, 6000, 5000
+_log = logging.getLogger(__name__)
+
+
+class RunIsGoneError(Exception):
+    """The run was deleted while it was being fed."""
+
+
+class MlflowStore:
+    """MLflow at one address; it is connected to when it is first needed.
+
+    Args:
+        uri: resolved tracking URI.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._client: Any = None
+
+    @property
+    def client(self) -> Any:
+        """The client of mlflow.
+
+        Raises:
+            ImportError: mlflow is not installed.
+        """
+        if self._client is None:
+            self._client = connect(self.uri)
+        return self._client
+
+    def known(self, run_id: str | None) -> "MlflowRun | None":
+        """The run of that id, unless it is not there or deleted."""
+        run = _get_run(self.client, run_id) if run_id else None
+        return MlflowRun(self.client, run) if run else None
+
+    def create(self, folder: Path, facts: Mapping[str, Any]) -> "MlflowRun":
+        """Creates the run of a run folder, or finds it, where the answer to an earlier attempt was lost.
+
+        Args:
+            folder: the run folder.
+            facts: from run.json; its `id` is a tag of the run, by which it is found.
+        """
+        experiment = self._active_experiment(str(facts["experiment"]))
+        found = self.client.search_runs([experiment], f"tags.`dtrain.id` = '{facts['id']}'", max_results=1)
+        if found:
+            return MlflowRun(self.client, found[0])
+        tags = {"dtrain.id": str(facts["id"]), "dtrain.checkpoint_dir": str(folder), "mlflow.user": _user()}
+        if facts.get("run_id"):
+            tags["dtrain.replaces"] = facts["run_id"]
+        started_ms = round(facts["started"] * 1000)
+        return MlflowRun(self.client, self.client.create_run(experiment, started_ms, tags, run_name=facts["run_name"]))
+
+    def _active_experiment(self, name: str) -> str:
+        """The id of the experiment, made if need be; a deleted one keeps its name, so the next free name is taken."""
+        count, candidate = 1, name
+        while True:
+            known = self.client.get_experiment_by_name(candidate)
+            if known is None:
+                try:
+                    return str(self.client.create_experiment(candidate))
+                except Exception as error:
+                    if _code_of(error) != "RESOURCE_ALREADY_EXISTS":  # else another training was faster: look again
+                        raise
+            elif known.lifecycle_stage == "active":
+                return str(known.experiment_id)
+            else:
+                count += 1
+                candidate = f"{name} ({count})"
+
+
+class MlflowRun:
+    """One run in MLflow, open for writing; what MLflow cannot take is changed or left out, and said.
+
+    Args:
+        client: mlflow's client.
+        run: mlflow's Run, active.
+    """
+
+    def __init__(self, client: Any, run: Any) -> None:
+        self.id: str = run.info.run_id
+        self._client = client
+        self._params: dict[str, str] = dict(run.data.params)
+        self._tags: dict[str, str] = dict(run.data.tags)
+
+    def log_metrics(self, rows: Sequence[Row]) -> None:
+        """Sends figures; NaN stays NaN, infinities become the largest numbers that MLflow has."""
+        from mlflow.entities import Metric
+
+        self._log("metrics", [Metric(mlflow_key(key), value, time_ms, step) for key, value, time_ms, step in rows])
+
+    def log_params(self, values: Mapping[str, str], attempt: int) -> None:
+        """Sends params; of a resumed training (attempt 2, 3, ...), those that changed as `resume_2/<key>`.
+
+        MLflow refuses a second value of a param, and with it everything in the same request.
+        """
+        from mlflow.entities import Param
+
+        new: dict[str, str] = {}
+        for name, text in values.items():
+            key, value = mlflow_key(name), _clean(text, _LONGEST_PARAM)
+            if self._params.get(key, value) != value:
+                key = mlflow_key(f"resume_{attempt}/{key}")
+            if key not in self._params:
+                new[key] = value
+        self._log("params", [Param(key, value) for key, value in new.items()])
+        self._params.update(new)
+
+    def log_tags(self, values: Mapping[str, str]) -> None:
+        """Sends tags; an empty one only where it takes the place of another."""
+        from mlflow.entities import RunTag
+
+        new = {key: _clean(text, _LONGEST_TAG) for key, text in values.items() if text or key in self._tags}
+        self._log("tags", [RunTag(mlflow_key(key), text) for key, text in new.items()])
+        self._tags.update(new)
+
+    def log_file(self, path: Path, to: str) -> None:
+        """Sends a file, or a folder with all that is in it."""
+        send = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
+        name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+        usual = os.environ[name]
+        os.environ[name] = _UPLOAD_TIMEOUT_SECONDS
+        try:
+            send(self.id, str(path), to or None)
+        finally:
+            os.environ[name] = usual
+
+    def set_status(self, status: str, time_ms: int) -> None:
+        """RUNNING, or how and when the run ended."""
+        if status == "RUNNING":
+            self._client.update_run(self.id, status=status)
+        else:
+            self._client.set_terminated(self.id, status=status, end_time=time_ms)
+
+    def _log(self, kind: str, items: list[Any]) -> None:
+        most = _MOST_AT_ONCE[kind]
+        for first in range(0, len(items), most):
+            self._log_or_halve(kind, items[first : first + most])
+
+    def _log_or_halve(self, kind: str, items: list[Any]) -> None:
+        """MLflow stores nothing of a request in which it refuses one value: halve it until that one is alone."""
+        try:
+            self._client.log_batch(self.id, synchronous=True, **{kind: items})
+        except Exception as error:
+            if _code_of(error) not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
+                raise
+            if _get_run(self._client, self.id) is None:  # refused for this reason: all of it is to be sent again
+                raise RunIsGoneError(f"MLflow run {self.id} was deleted") from error
+            if len(items) == 1:
+                _log.warning("MLflow refuses %s %r; it stays in the journal: %s", kind[:-1], items[0].key, brief(error))
+                return
+            half = len(items) // 2
+            self._log_or_halve(kind, items[:half])
+            self._log_or_halve(kind, items[half:])
+
+
+def connect(uri: str) -> Any:
+    """MLflow's client. One process at a time: of four that make the same sqlite store together, three die.
+
+    Raises:
+        ImportError: mlflow is not installed.
+    """
+    from filelock import FileLock
+    from mlflow import MlflowClient
+
+    database = sqlite_file(uri)
+    if database is None:
+        return MlflowClient(tracking_uri=uri)
+    database.parent.mkdir(parents=True, exist_ok=True)
+    # MLflow puts artifacts into ./mlruns of the folder it is in when it opens the store: let that be the store's own.
+    with FileLock(database.with_name(f".{database.name}.lock"), timeout=120), contextlib.chdir(database.parent):
+        client = MlflowClient(tracking_uri=uri)
+        client.search_experiments(max_results=1)
+    return client
+
+
+def find(run_id: str, uri: str) -> dict[str, Any]:
+    """What MLflow knows of a run, or why not, as {'error': ...}."""
+    database = sqlite_file(uri)
+    if database is not None and not database.exists():
+        return {"error": f"there is no {database}"}
+    try:
+        run = connect(uri).get_run(run_id)
+    except Exception as error:
+        return {"error": brief(error)}
+    info, tags = run.info, dict(run.data.tags)
+    known = {"run_id": info.run_id, "run_name": info.run_name, "status": info.status, "lifecycle": info.lifecycle_stage}
+    return {**known, "checkpoint_dir": tags.get("dtrain.checkpoint_dir"), "tags": tags}
+
+
+def _get_run(client: Any, run_id: str) -> Any:
+    """The run as mlflow has it, None when it is not there or deleted; a server that is away is another matter."""
+    try:
+        run = client.get_run(run_id)
+    except Exception as error:
+        if _code_of(error) == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+    return run if run.info.lifecycle_stage == "active" else None
+
+
+def _code_of(error: Exception) -> str:
+    return str(getattr(error, "error_code", ""))
+
+
+def mlflow_key(name: str) -> str:
+    """A key that MLflow takes: the name itself, or what can be left of it and a mark that keeps two of these apart."""
+    clean = re.sub(r"[^\w.\-/ :]", "_", name)
+    whole = posixpath.normpath(name) == name and not name.startswith(("/", "..")) and name != "."
+    if clean == name and whole and len(name) <= _LONGEST_KEY:
+        return name
+    parts = [part for part in clean.split("/") if part.strip(".")]
+    mark = hashlib.sha1(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{'/'.join(parts).lstrip('.')[:240]}-{mark}"
+
+
+def _clean(text: str, longest: int) -> str:
+    """Text that every database takes: no NUL, no half of a surrogate pair, not too long."""
+    return text.encode("utf-8", "replace").decode().replace("\x00", "\\0")[:longest]
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # in a container a user may have no name
+        return "unknown"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command `python -m dtrain.sender`.
+
+    Returns:
+        0 when all is delivered or found, else 1; a wrong command line exits with 2.
+    """
+    parser = argparse.ArgumentParser(prog="python -m dtrain.sender", description="Feeds MLflow from a run's journal.")
+    parser.add_argument("folder", nargs="?", type=Path, metavar="RUN_FOLDER")
+    parser.add_argument("--parent", type=int, metavar="PID", help="rank 0, whose journal is followed until it ends")
+    parser.add_argument("--no-system-metrics", action="store_true")
+    parser.add_argument("--tracking-uri", metavar="URI", help="default: run.json's, else MLFLOW_TRACKING_URI")
+    parser.add_argument("--find", metavar="RUN_ID", help="print what MLflow knows of a run, as one JSON line")
+    options = parser.parse_args(arguments)
+    os.environ.update(_CLIENT_SETTINGS)
+    with contextlib.redirect_stderr(Redacted(sys.stderr)), contextlib.redirect_stdout(Redacted(sys.stdout)):
+        logging.basicConfig(format="%(asctime)s %(message)s")
+        try:
+            if options.find:
+                answer = find(options.find, resolve_tracking_uri(options.tracking_uri))
+                print(json.dumps(answer))
+                return 1 if "error" in answer else 0
+            if options.folder is None or not (options.folder / JOURNAL).is_file():
+                parser.error(f"a run folder is needed, with a {JOURNAL} in it; found {options.folder}")
+            folder = options.folder.absolute()
+            uri = _uri_of(folder, options.tracking_uri)
+        except ValueError as error:
+            parser.error(str(error))
+        if options.parent is None:
+            return _deliver_rest(folder, uri)
+        return _feed(folder, options.parent, uri, not options.no_system_metrics)
+
+
+def _uri_of(folder: Path, given: str | None) -> str:
+    """The tracking URI: the one given, else run.json's; one with a password in it is only in the environment."""
+    known = str(read_run(folder).get("tracking_uri") or "")
+    if "***" in known and not given and not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise ValueError(f"{known} had a password, which is stored nowhere: give --tracking-uri or MLFLOW_TRACKING_URI")
+    return resolve_tracking_uri(given or (known if "***" not in known else None))
+
+
+def _feed(folder: Path, parent: int, uri: str, system_metrics: bool) -> int:
+    """The sender of a training that runs."""
+    from filelock import FileLock
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+        # A batch system sends these to every process of a job, but there is work to do until rank 0 is done.
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    os.nice(10)  # the ranks come first
+    facts = read_run(folder)
+    code_folder = "code" if facts["attempt"] == 1 else f"code/resume_{facts['attempt']}"
+    code_tags = capture_code(folder / code_folder)  # first of all, before anybody edits a file
+    system = _system_figures(uri, facts["started"]) if system_metrics else None
+    with FileLock(folder / ".sender.lock", timeout=2 * PATIENCE_SECONDS):  # the sender of a rank 0 that died may drain
+        delivery = Delivery(folder, MlflowStore(uri), system)
+        delivery.begin(code_tags, code_folder)
+        return follow(delivery, parent)
+
+
+def _system_figures(uri: str, started: float) -> SystemFigures | None:
+    try:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        return SystemFigures(SystemMetricsMonitor(run_id="", tracking_uri=uri), started)
+    except Exception as error:
+        _log.warning("no system metrics: %s", brief(error))
+        return None
+
+
+def _deliver_rest(folder: Path, uri: str) -> int:
+    """`dtrain sync`: sends what is left of a run that nobody writes any more."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / ".sender.lock", timeout=5)
+    try:
+        lock.acquire()
+    except Timeout:
+        _log.warning("another sender is at work on %s, see %s", folder, folder / SENDER_LOG)
+        return 1
+    try:
+        facts = read_run(folder)
+        if facts.get("state") == "RUNNING" and facts.get("host") == socket.gethostname() and not lives(facts):
+            close_run_of(folder, facts["pid"])
+        delivery = Delivery(folder, MlflowStore(uri))
+        left = follow(delivery)
+        if not left:
+            print(f"all of {folder} is in MLflow: run {delivery.memory.run_id} in {redact(uri)}")
+        return left
+    finally:
+        lock.release()
+
+
+if __name__ == "__main__":
+    exit_status = main()
+    sys.stdout.flush()
+    os._exit(exit_status)  # taking 2,000 modules apart, for nothing, would cost rank 0 another second of waiting
