@@ -215,8 +215,8 @@ class Delivery:
                 self._send_batch(run)
                 self._send_at = time.monotonic() + _SEND_EVERY_SECONDS
             if self.draining and not self._batch.lines and (facts := self._ending_due()):
-                run.log_tags({"dtrain.reason": facts["reason"]})
-                self._set_status(run, facts["state"], round(facts["ended"] * 1000))
+                run.log_tags({"dtrain.reason": str(facts.get("reason", ""))})
+                self._set_status(run, facts["state"], round((facts.get("ended") or time.time()) * 1000))
             self._send_artifacts(run)
         except Exception:
             self._run = None  # it may be deleted, or in a database that was replaced: look it up again

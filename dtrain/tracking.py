@@ -288,7 +288,8 @@ class Journal:
             return str(state.get("note", ""))
         why = state.get("problem") or f"see {self.folder / SENDER_LOG}"
         rest = f"dtrain sync {shlex.quote(str(self.folder))}"
-        return f"MLflow does not have all of this run yet ({why}). Nothing is lost; send the rest with: {rest}"
+        where = redact(self.tracking_uri)
+        return f"MLflow ({where}) does not have all of this run yet: {why}. Nothing is lost; send the rest with: {rest}"
 
 
 class NoJournal:
