@@ -19,8 +19,8 @@ class Digits(Dataset[tuple[Tensor, Tensor]]):
     """1,797 real digits of 8 x 8 pixels in 10 classes (174 to 183 of each), cut into train, val and test.
 
     Alpaydin & Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998, as scikit-learn bundles it: nothing is
-    downloaded. The three splits are disjoint and together hold every image; with the same seed and fractions they are the
-    same on every machine. An item is (image, label): float32 (1, 8, 8), or (64,) if flat, from 0 to 1, and int64 ().
+    downloaded. The three splits are disjoint and together hold every image; with the same seed and fractions they are
+    the same on every machine. An item is (image, label): float32 (1, 8, 8), (64,) if flat, from 0 to 1, and int64 ().
 
     Args:
         split: "train", "val" or "test"; train is what the other two leave.
@@ -29,8 +29,8 @@ class Digits(Dataset[tuple[Tensor, Tensor]]):
         test_fraction: Share of all images that is held back for the test, 0 to 1.
         flat: Items of shape (64,) instead of (1, 8, 8), for models without convolution or patches.
         standardize: Subtract the training pixels' mean and divide by their deviation (for all three splits).
-        shift: In training, move each image by up to so many pixels up or down and left or right, filled up with
-            background. Uses torch's global random numbers, one draw per item.
+        shift: In training, move each image by up to so many pixels up or down and left or right; background moves in.
+            Draws from torch's global generator. (It does not help on these images: the digits fill their height.)
 
     Attributes:
         random: Whether an item needs random numbers, that is, whether somebody has to seed them per sample.
@@ -48,7 +48,7 @@ class Digits(Dataset[tuple[Tensor, Tensor]]):
         *,
         seed: int = 0,
         val_fraction: float = 0.15,
-        test_fraction: float = 0.2,
+        test_fraction: float = 0.15,
         flat: bool = False,
         standardize: bool = False,
         shift: int = 0,

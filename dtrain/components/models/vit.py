@@ -16,8 +16,8 @@ class ViT(nn.Module):
     """An image classifier: patches become tokens, transformer layers let them talk, one token is classified.
 
     Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021, arXiv:2010.11929. Arguments, parameter names, shapes
-    and the order of random numbers are those of `vit_pytorch.vit.ViT` (vit-pytorch 1.26), so that configs and weights go
-    both ways; einops is not needed, and sizes may also be lists, as YAML writes them.
+    and the order of random numbers are those of `vit_pytorch.vit.ViT` (vit-pytorch 1.26), so that configs and weights
+    go both ways; einops is not needed, and sizes may also be lists, as YAML writes them.
 
     Args:
         image_size: Pixels per side of the largest image, or (height, width).
