@@ -1,7 +1,7 @@
 """What is input, target and main output: the forms that batches and outputs may have; knows no config and no loop."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,13 +51,13 @@ def _described(batch: Any) -> str:
 def caller(model: torch.nn.Module, example: Any) -> Callable[[torch.nn.Module, Any], Any]:
     """How a model takes an input of this form: as one argument, as several, or by name; decided by its signature."""
     if isinstance(example, Mapping):
-        return _by_name if _binds(model, **example) else _as_one
+        return _by_name if _binds(model, (), example) else _as_one
     if isinstance(example, list | tuple):
-        return _as_several if _binds(model, *example) else _as_one
+        return _as_several if _binds(model, example, {}) else _as_one
     return _as_one
 
 
-def _binds(model: torch.nn.Module, *args: Any, **kwargs: Any) -> bool:
+def _binds(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     try:
         inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError:
@@ -81,7 +81,7 @@ def main_output(output: Any) -> Any:
     """The main one of a model's outputs: a tensor itself, a sequence's first, a dict's 'out', 'logits' or first."""
     if isinstance(output, Mapping):
         key = next((key for key in ("out", "logits") if key in output), None)
-        return output[key] if key else next(iter(output.values()))
+        return main_output(output[key] if key else next(iter(output.values())))
     return main_output(output[0]) if isinstance(output, list | tuple) else output
 
 
@@ -98,6 +98,8 @@ def to_device(value: Any, device: torch.device) -> Any:
     """The same with its tensors on the device; copies from pinned memory do not wait."""
     if isinstance(value, torch.Tensor):
         return value.to(device, non_blocking=True)
+    if hasattr(value, "to"):  # a packed sequence, a graph, or what else a collate function made
+        return value.to(device)
     if isinstance(value, Mapping):
         return {key: to_device(item, device) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):

@@ -4,13 +4,13 @@ The order of samples is a function of (seed, epoch), a sample's randomness of (s
 the number of ranks, workers or restarts. Progress is a position, counted in samples of the epoch's order.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from ml_collections import ConfigDict
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate, get_worker_info
 
 from dtrain import rng
 from dtrain.build import build
@@ -30,7 +30,6 @@ def loader_settings(
     prefetch_factor: int | None = None,
     timeout: float = 0,
     multiprocessing_context: str | None = None,
-    in_order: bool = True,
     collate_fn: Callable | None = None,
 ) -> dict[str, Any]:
     """The loader's own keys under `loaders`; the other keys are the dataset's.
@@ -46,7 +45,6 @@ def loader_settings(
         prefetch_factor: Batches that each worker loads ahead.
         timeout: Seconds to wait for a batch from a worker; 0 waits for ever.
         multiprocessing_context: fork, spawn or forkserver.
-        in_order: Hand out batches in the order asked for.
         collate_fn: A function by name that makes a batch of a list of samples.
     """
     return dict(locals())
@@ -192,15 +190,18 @@ class EvaluationShard:
             yield [0, *range(low, min(low + self.batch_size, self.size))]
 
 
-class _Samples(Dataset):
-    """A dataset as the loaders see it: asked for [epoch, index, ...], it seeds the generators for each sample.
+class _Batches(Dataset):
+    """A dataset as the loaders see it: asked for [epoch, index, ...], it gives that batch, collated.
 
-    A dataset whose items need no random numbers says so with `random = False` and is spared the seeding.
+    The generators are seeded for each sample; what the collate function draws goes on from the last one. A dataset
+    whose items need no random numbers says so with `random = False` and is spared the seeding.
     """
 
-    def __init__(self, dataset: Any, seed: int) -> None:
-        self.dataset, self.seed = dataset, seed
-        self.random = getattr(dataset, "random", not isinstance(dataset, TensorDataset))
+    def __init__(self, dataset: Any, seed: int, collate: Callable[[list[Any]], Any] | None) -> None:
+        self.dataset, self.seed, self.collate = dataset, seed, collate or default_collate
+        # A class derived from TensorDataset may well transform its items.
+        random = getattr(dataset, "random", type(dataset) is not TensorDataset) is not False
+        self.random = random or collate is not None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -208,16 +209,22 @@ class _Samples(Dataset):
     def __getitems__(self, request: list[int]) -> Any:
         epoch, *indices = request
         if not self.random:
-            return self.dataset.__getitems__(indices) if hasattr(self.dataset, "__getitems__") else self._items(indices)
-        if torch.utils.data.get_worker_info() is not None:
-            return self._random_items(epoch, indices)
+            return self.collate(self._items(indices))
+        if get_worker_info() is not None:
+            return self.collate(self._seeded_items(epoch, indices))
         with rng.untouched():  # this process's generators belong to the model
-            return self._random_items(epoch, indices)
+            return self.collate(self._seeded_items(epoch, indices))
 
-    def _items(self, indices: Sequence[int]) -> list[Any]:
-        return [self._item(index) for index in indices]
+    def _items(self, indices: list[int]) -> list[Any]:
+        if not hasattr(self.dataset, "__getitems__"):
+            return [self._item(index) for index in indices]
+        try:
+            return self.dataset.__getitems__(indices)
+        except Exception as error:
+            error.add_note(f"while loading the samples {indices} of {type(self.dataset).__name__}")
+            raise
 
-    def _random_items(self, epoch: int, indices: Sequence[int]) -> list[Any]:
+    def _seeded_items(self, epoch: int, indices: list[int]) -> list[Any]:
         items = []
         for index in indices:
             rng.seed_sample(self.seed, epoch, index)
@@ -232,16 +239,21 @@ class _Samples(Dataset):
             raise
 
 
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
 def _data_loader(dataset: Dataset, seed: int, batches: Any, options: dict[str, Any]) -> DataLoader:
     workers = options["num_workers"]
     if not workers:
         options = options | {"prefetch_factor": None, "multiprocessing_context": None, "timeout": 0}
+    options = options | {"persistent_workers": bool(workers) and options["persistent_workers"]}
     return DataLoader(
-        _Samples(dataset, seed),
+        _Batches(dataset, seed, options["collate_fn"]),
         batch_sampler=batches,
         worker_init_fn=leave_to_parent,
         generator=torch.Generator(),  # else each epoch would draw a seed from the generator that dropout uses
-        **options | {"persistent_workers": bool(workers) and options["persistent_workers"]},
+        **options | {"collate_fn": _as_it_is},
     )
 
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dtrain import rng
 from dtrain.batch import size
 from dtrain.distributed import Ranks
 from dtrain.metrics import Metrics
@@ -22,10 +23,13 @@ Forward = Callable[[torch.nn.Module, Any], tuple[torch.Tensor, Mapping[str, torc
 
 
 @torch.no_grad()
+@rng.untouched()
 def evaluate(
     module: torch.nn.Module, loader: Iterable[Any], forward: Forward, metrics: Metrics, ranks: Ranks
 ) -> dict[str, float]:
     """Loss (with its terms) and metrics over all ranks' batches, the same on every rank.
+
+    How often and when a training is validated changes no random number that it draws on the CPU.
 
     Args:
         module: The model without the ranks' wrapper, whose collectives would wait for a rank without batches.
@@ -43,11 +47,16 @@ def evaluate(
         count = size(outcome.inputs)
         for name, value in {"loss": loss, **{f"loss_{key}": term for key, term in terms.items()}}.items():
             total, samples = sums.get(name, (0.0, 0))
-            sums[name] = (total + value.detach().float() * count, samples + count)
+            sums[name] = (total + value.detach().to(_sum_dtype(value)) * count, samples + count)
         metrics.update(outcome.output, outcome.target, ranks.rank + number * ranks.world_size)
     result = _means_over_ranks(sums, ranks) | metrics.compute()
     metrics.reset()
     return result
+
+
+def _sum_dtype(value: torch.Tensor) -> torch.dtype:
+    """Sums over many batches need more digits than a batch's loss has; Apple's GPUs lack them."""
+    return torch.float32 if value.device.type == "mps" else torch.float64
 
 
 def _means_over_ranks(sums: dict[str, tuple[Any, int]], ranks: Ranks) -> dict[str, float]:

@@ -15,6 +15,9 @@ class Criterion:
 
     A loss may return a tensor or a dict of terms; a dict is summed, and each of its terms is logged. torch's own losses
     know tensors only, so of a sequence or a dict they are given the main (first) output; other losses get all of it.
+
+    Raises:
+        TypeError: The loss returned something else, or more than one number.
     """
 
     def __init__(self, loss: Any) -> None:
@@ -28,9 +31,28 @@ class Criterion:
         if self.main_only and not isinstance(output, torch.Tensor):
             output = main_output(output)
         value = self.loss(output, target)
-        if isinstance(value, Mapping):
-            return sum(value.values()), value  # type: ignore[return-value]
-        return value, {}
+        if not isinstance(value, Mapping):
+            return self._scalar(value), {}
+        terms = {name: self._scalar(term, name) for name, term in value.items()}
+        if not terms:
+            raise TypeError(f"the loss {self.name} returned an empty dict; expected its terms")
+        return sum(terms.values()), terms  # type: ignore[return-value]
+
+    @property
+    def name(self) -> str:
+        """What the loss is called in messages."""
+        function = getattr(self.loss, "func", self.loss)
+        return getattr(function, "__name__", type(function).__name__)
+
+    def _scalar(self, value: Any, term: str = "") -> torch.Tensor:
+        if isinstance(value, torch.Tensor) and value.numel() == 1:
+            return value if value.dim() == 0 else value.reshape(())
+        of = f" for {term!r}" if term else ""
+        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+        raise TypeError(
+            f"the loss {self.name} returned {found}{of}; expected one number as a tensor (the mean over the batch, "
+            "as with reduction: mean), or a dict of such terms"
+        )
 
     def to(self, device: torch.device) -> "Criterion":
         """Move the loss's own tensors, such as class weights."""

@@ -4,13 +4,15 @@ Three forms: a torchmetrics.Metric (its states are gathered once and reduced as 
 compute and reset (the main rank replays all batches in order), a plain function f(output, target) (mean over samples).
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
 from ml_collections import ConfigDict
 
+from dtrain import rng
 from dtrain.batch import main_output
 from dtrain.build import make
 from dtrain.sections import calls, refused
@@ -48,9 +50,15 @@ class Metrics:
         return self._metrics is not None
 
     def prepare(self) -> dict[str, Any]:
-        """Make the metrics, once."""
+        """Make the metrics, once.
+
+        Raises:
+            TypeError: One of them has none of the three forms.
+        """
         if self._metrics is None:
-            self._metrics = {name: self._adapted(make_one()) for name, make_one in self._makers.items()}
+            with rng.untouched():  # a metric with a network of its own draws weights; when it is made must not matter
+                made = {name: make_one() for name, make_one in self._makers.items()}
+            self._metrics = {name: self._adapted(name, metric) for name, metric in made.items()}
         return self._metrics
 
     def higher_is_better(self, name: str) -> bool | None:
@@ -70,19 +78,29 @@ class Metrics:
             target: The batch's target; of a sequence its first.
             number: Which batch of the whole evaluation this is, counted over all ranks.
         """
-        output, target = main_output(output), main_output(target)
-        for metric in self.prepare().values():
-            metric.update(output, target, number)
+        output, target = _full_precision(main_output(output)), main_output(target)
+        for name, metric in self.prepare().items():
+            with _named(name):
+                metric.update(output, target, number)
 
     def compute(self) -> dict[str, float]:
         """The figures over all ranks' batches, the same on every rank. A vector gives its mean and its elements."""
-        values = {name: metric.compute(self._ranks) for name, metric in self.prepare().items()}
-        return {key: figure for name, value in values.items() for key, figure in _figures(name, value).items()}
+        figures: dict[str, float] = {}
+        for name, metric in self.prepare().items():
+            with _named(name):
+                figures |= _figures(name, metric.compute(self._ranks))
+        return figures
 
-    def _adapted(self, metric: Any) -> Any:
-        if callable(getattr(metric, "update", None)) and callable(getattr(metric, "compute", None)):
-            return _Reduced(metric.to(self._device)) if hasattr(metric, "_reductions") else _Replayed(metric)
-        return _Averaged(metric)
+    def _adapted(self, name: str, metric: Any) -> Any:
+        has = {method: callable(getattr(metric, method, None)) for method in ("update", "compute", "reset")}
+        if hasattr(metric, "_reductions"):
+            return _Reduced(metric.to(self._device))
+        if all(has.values()):
+            return _Replayed(metric, at_once=self._ranks.world_size == 1)
+        if not callable(metric) or (has["update"] and has["compute"]):
+            lacks = ", ".join(method for method, there in has.items() if not there)
+            raise TypeError(f"metric {name}: a {type(metric).__name__} is no function and has no {lacks}")
+        return _Averaged(metric.to(self._device) if isinstance(metric, torch.nn.Module) else metric)
 
 
 class _Reduced:
@@ -124,10 +142,13 @@ class _Reduced:
 
 
 class _Replayed:
-    """Any object with update, compute and reset: nothing is known of its state, so one rank sees every batch."""
+    """Any object with update, compute and reset: nothing is known of its state, so one rank sees every batch.
 
-    def __init__(self, metric: Any) -> None:
-        self.metric = metric
+    It gets CPU tensors. With several ranks the batches wait in memory until all are there.
+    """
+
+    def __init__(self, metric: Any, at_once: bool) -> None:
+        self.metric, self.at_once = metric, at_once
         self.batches: list[tuple[int, Any, Any]] = []
 
     def reset(self) -> None:
@@ -135,7 +156,11 @@ class _Replayed:
         self.batches = []
 
     def update(self, output: Any, target: Any, number: int) -> None:
-        self.batches.append((number, _moved(output, "cpu"), _moved(target, "cpu")))
+        output, target = _moved(output, "cpu"), _moved(target, "cpu")
+        if self.at_once:
+            self.metric.update(output, target)
+        else:
+            self.batches.append((number, output, target))
 
     def compute(self, ranks: Group) -> Any:
         everybody = ranks.gather(self.batches)
@@ -167,6 +192,22 @@ class _Averaged:
         return ranks.broadcast(_mean([(count, value) for _, count, value in values]))
 
 
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """An error of a metric says which one it was."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"in the metric {name}")
+        raise
+
+
+def _full_precision(value: Any) -> Any:
+    """Half-precision outputs as float32: sums over a whole phase would lose them."""
+    half = isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if half else value
+
+
 def _never() -> bool:
     return False
 
@@ -192,7 +233,7 @@ def _moved(value: Any, device: Any) -> Any:
 def _plain(value: Any) -> Any:
     """Numbers, lists and dicts of what a metric returned."""
     if isinstance(value, torch.Tensor):
-        return value.detach().double().tolist()
+        return value.detach().cpu().double().tolist()
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,5 +1,8 @@
 """get_optimizer and get_lr_scheduler: what moves the weights and how fast; knows no loop, no rank, no checkpoint."""
 
+import copy
+import inspect
+import json
 import warnings
 from typing import Any, Literal
 
@@ -9,7 +12,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from dtrain.build import build
+from dtrain.config import to_plain
 from dtrain.sections import calls, refused
+
+# What ReduceLROnPlateau learns on its way; the rest of its state is its arguments.
+_LEARNT = {"best", "num_bad_epochs", "cooldown_counter", "last_epoch"}
 
 
 def get_optimizer(config: ConfigDict, model: torch.nn.Module) -> Optimizer:
@@ -27,6 +34,9 @@ def get_optimizer(config: ConfigDict, model: torch.nn.Module) -> Optimizer:
     optimizer = build(config, "optimizer", parameters)
     if not isinstance(optimizer, Optimizer):
         text = f"{config.optimizer.name} made a {type(optimizer).__name__}; expected a torch.optim.Optimizer"
+        raise refused(config, ("optimizer", "name"), text)
+    if any(item.default is item.empty for item in inspect.signature(optimizer.step).parameters.values()):
+        text = f"{config.optimizer.name} evaluates the loss itself, several times per step; that loop is not this one"
         raise refused(config, ("optimizer", "name"), text)
     on_gpu = parameters[0].device.type == "cuda"
     chosen = {"fused", "foreach", "capturable", "differentiable"} & set(config.optimizer)
@@ -63,9 +73,13 @@ class Schedule:
         interval: str = "epoch",
         warmup_steps: int = 0,
         warmup_start: float = 0.0,
+        plan: str = "",
     ) -> None:
         self.optimizer, self.scheduler, self.interval = optimizer, scheduler, interval
-        self.warmup_steps, self.warmup_start = warmup_steps, warmup_start
+        self.warmup_steps, self.warmup_start, self.plan = warmup_steps, warmup_start, plan
+        self.ticks = {"step": 0, "epoch": 0, "validation": 0}
+        settings = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
+        self._settings_at_start = copy.deepcopy(settings)
 
     def rate(self, step: int) -> float:
         """The first group's learning rate in optimizer step `step` (from 0)."""
@@ -91,6 +105,7 @@ class Schedule:
 
     def tick(self, clock: str, score: float | None = None) -> None:
         """Something ended: a 'step', an 'epoch' or a 'validation'. The scheduler steps if that is its clock."""
+        self.ticks[clock] += 1
         if self.scheduler is None or clock != self.interval:
             return
         with warnings.catch_warnings():
@@ -102,16 +117,35 @@ class Schedule:
                 self.scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """The scheduler's state; the warm-up has none."""
-        return self.scheduler.state_dict() if self.scheduler is not None else {}
+        """The scheduler's state, how far it came, and what it was planned from; the warm-up has none."""
+        scheduler = self.scheduler.state_dict() if self.scheduler is not None else {}
+        return {"scheduler": scheduler, "ticks": dict(self.ticks), "plan": self.plan}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
-        if self.scheduler is not None and state:
-            self.scheduler.load_state_dict(state)
+        """Go on from a saved state, after the optimizer has loaded its own.
+
+        Where the plan has changed (another length, another rate in the config), the new one holds: the schedule is run
+        through to the point that was reached, as if it had been so from the start.
+        """
+        reached = state["ticks"]
+        if self.plan == state["plan"]:
+            if self.scheduler is not None:
+                self.scheduler.load_state_dict(state["scheduler"])
+        elif isinstance(self.scheduler, ReduceLROnPlateau):  # what it did follows from scores that are gone
+            self.scheduler.load_state_dict(
+                {key: state["scheduler"][key] for key in _LEARNT & state["scheduler"].keys()}
+            )
+        else:
+            for group, settings in zip(self.optimizer.param_groups, self._settings_at_start, strict=True):
+                group.update(settings)
+            for _ in range(reached[self.interval]):
+                self.tick(self.interval)
+        self.ticks = dict(reached)
 
 
-def get_lr_scheduler(config: ConfigDict, optimizer: Optimizer, steps: int, epochs: int) -> Schedule:
+def get_lr_scheduler(
+    config: ConfigDict, optimizer: Optimizer, steps: int, epochs: int, mode: str | None = None
+) -> Schedule:
     """Build `lr_scheduler`.
 
     Args:
@@ -120,20 +154,42 @@ def get_lr_scheduler(config: ConfigDict, optimizer: Optimizer, steps: int, epoch
         steps: Optimizer steps of the whole training.
         epochs: Epochs of the whole training. T_max, total_steps and PolynomialLR's total_iters are filled with one of
             the two, by `interval`, where the config leaves them out.
+        mode: min | max, what a good validation score is; ReduceLROnPlateau's, where the config leaves it out.
 
     Raises:
-        ConfigError: The name or an argument is wrong.
+        ConfigError: The name or an argument is wrong, or nothing drives the scheduler.
     """
     if config.get("lr_scheduler") is None:
-        return Schedule(optimizer)
+        return Schedule(optimizer, plan=_plan(config, {}))
     options = build(config, "lr_scheduler.schedule")
-    length = steps if options["interval"] == "step" else epochs
-    scheduler = build(config, "lr_scheduler", optimizer, **_lengths(config, length))
+    lengths = _lengths(config, steps if options["interval"] == "step" else epochs)
+    scheduler = build(config, "lr_scheduler", optimizer, **lengths)
     if not isinstance(scheduler, LRScheduler | ReduceLROnPlateau):
         text = f"{config.lr_scheduler.name} made a {type(scheduler).__name__}; expected a scheduler of torch.optim"
         raise refused(config, ("lr_scheduler", "name"), text)
-    default = "validation" if isinstance(scheduler, ReduceLROnPlateau) else "epoch"
-    return Schedule(optimizer, scheduler, **options | {"interval": options["interval"] or default})
+    on_plateau = isinstance(scheduler, ReduceLROnPlateau)
+    if on_plateau and mode and "mode" not in config.lr_scheduler:
+        scheduler = build(config, "lr_scheduler", optimizer, mode=mode)
+    options["interval"] = _interval(config, options["interval"], on_plateau)
+    return Schedule(optimizer, scheduler, **options, plan=_plan(config, lengths))
+
+
+def _interval(config: ConfigDict, wish: str | None, on_plateau: bool) -> str:
+    """When the scheduler steps."""
+    if on_plateau and wish not in (None, "validation"):
+        text = "ReduceLROnPlateau needs a score, so it steps after each validation; remove 'interval'"
+        raise refused(config, ("lr_scheduler", "interval"), text)
+    interval = wish or ("validation" if on_plateau else "epoch")
+    if interval == "validation" and config.loaders.get("val") is None:
+        text = f"{config.lr_scheduler.name} steps after each validation, but 'loaders' has no 'val'"
+        raise refused(config, ("lr_scheduler",), text)
+    return interval
+
+
+def _plan(config: ConfigDict, lengths: dict[str, int]) -> str:
+    """Everything that the rate follows from, as one text that can be compared."""
+    parts = [to_plain(config.optimizer), to_plain(config.get("lr_scheduler")), lengths]
+    return json.dumps(parts, sort_keys=True, default=str)
 
 
 def _lengths(config: ConfigDict, length: int) -> dict[str, int]:
@@ -146,16 +202,18 @@ def end_points(config: ConfigDict, optimizer: Optimizer, schedule: Schedule, ste
     """The learning rate of the first and the last step, found by running a copy of the schedule."""
     first = schedule.rate(0)
     ticks = {"step": steps, "epoch": epochs}.get(schedule.interval, 0)
-    if schedule.scheduler is None or ticks > 20_000:
-        return f"{first:.3g}" + ("" if schedule.scheduler is None else f", then by {type(schedule.scheduler).__name__}")
+    if schedule.scheduler is None:
+        return f"{first:.3g}" + (f" to {schedule.rate(steps - 1):.3g}" if schedule.warmup_steps else "")
+    if not 0 < ticks <= 20_000:
+        return f"{first:.3g}, then by {type(schedule.scheduler).__name__}"
     rate = float(optimizer.param_groups[0]["initial_lr"])
     probe = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate, momentum=0.9)
     try:
-        copy = get_lr_scheduler(config, probe, steps, epochs)
+        probed = get_lr_scheduler(config, probe, steps, epochs)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for _ in range(ticks - 1):
-                copy.tick(schedule.interval)
-        return f"{first:.3g} to {copy.rate(steps):.3g}"
+                probed.tick(schedule.interval)
+        return f"{first:.3g} to {probed.rate(steps - 1):.3g}"
     except Exception:  # a scheduler that wants this very optimizer; the table can do without
         return f"{first:.3g}, then by {type(schedule.scheduler).__name__}"
