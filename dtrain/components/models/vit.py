@@ -149,21 +149,29 @@ class _FeedForward(nn.Module):
         return self.net(tokens)
 
 
+class _Layer(nn.ModuleList):
+    """Attention, then feed-forward, each added to what comes in, (N, P, D) -> (N, P, D)."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        for part in self:
+            tokens = part(tokens) + tokens
+        return tokens
+
+
 class _Transformer(nn.Module):
-    """Layers of attention and feed-forward, each added to what comes in, (N, P, D) -> (N, P, D)."""
+    """One layer after another, normalised on the way out, (N, P, D) -> (N, P, D)."""
 
     def __init__(self, dim: int, depth: int, heads: int, dim_head: int, mlp_dim: int, dropout: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
         self.layers = nn.ModuleList(
-            nn.ModuleList([_Attention(dim, heads, dim_head, dropout), _FeedForward(dim, mlp_dim, dropout)])
+            _Layer([_Attention(dim, heads, dim_head, dropout), _FeedForward(dim, mlp_dim, dropout)])
             for _ in range(depth)
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
-        for attention, feed_forward in self.layers:
-            tokens = attention(tokens) + tokens
-            tokens = feed_forward(tokens) + tokens
+        for layer in self.layers:
+            tokens = layer(tokens)
         return self.norm(tokens)
 
 
