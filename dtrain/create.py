@@ -17,7 +17,7 @@ from dtrain.dataloader import Loaders, get_train_loaders
 from dtrain.distributed import Ranks, launcher_precision, set_up
 from dtrain.loss import get_loss_criterion
 from dtrain.metrics import Metrics, get_evaluation_metric
-from dtrain.modelloader import get_model, load_into
+from dtrain.modelloader import get_model, misfits_of
 from dtrain.optimizer import end_points, get_lr_scheduler, get_optimizer
 from dtrain.progress import get_progress
 from dtrain.resume import CHECKPOINTS, ResumeError, Start, find_start
@@ -59,9 +59,9 @@ def create_trainer(config: ConfigDict | Mapping[str, Any], package: str | Path |
     metrics = get_evaluation_metric(config, ranks, ranks.device)
     optimizer = get_optimizer(config, module)
     steps, epochs = _length(options, loaders)
-    schedule = get_lr_scheduler(config, optimizer, steps, epochs)
     monitor = _monitor(config, options, metrics)
     mode = options["mode"] or ("min" if monitor.endswith(("loss", "Error")) else "max")
+    schedule = get_lr_scheduler(config, optimizer, steps, epochs, mode)
     checkpoints = Checkpoints(
         start.folder / CHECKPOINTS, keep_last=options["keep_last"], keep_best=options["keep_best"], mode=mode
     )
@@ -77,7 +77,7 @@ def create_trainer(config: ConfigDict | Mapping[str, Any], package: str | Path |
     )  # fmt: skip
     trainer: Trainer = build(config, "trainer", parts, monitor=monitor, mode=mode, precision=options["precision"])
     rng.seed_all(seed, 1 + ranks.rank)  # dropout differs between ranks; the weights, drawn before, do not
-    _restore(trainer, ranks, start)
+    _restore(config, trainer, ranks, start)
     return trainer
 
 
@@ -118,12 +118,17 @@ def _prepared_model(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks
 
 def _load_pre_trained(config: ConfigDict, module: torch.nn.Module, path: str) -> None:
     try:
-        misfits = load_into(module, load_weights(Path(path)))
+        weights = load_weights(Path(path))
     except (CheckpointError, OSError) as error:
         raise refused(config, ("trainer", "pre_trained"), str(error)) from error
-    if misfits:
-        shown = "; ".join(misfits[:10]) + (f"; and {len(misfits) - 10} more" if len(misfits) > 10 else "")
-        raise refused(config, ("trainer", "pre_trained"), f"{path} does not fit the model: {shown}")
+    if misfits := misfits_of(module, weights):
+        raise refused(config, ("trainer", "pre_trained"), f"{path} does not fit the model: {_told(misfits)}")
+    module.load_state_dict(weights)
+
+
+def _told(misfits: list[str]) -> str:
+    """The first few of a list, and how many more there are."""
+    return "; ".join(misfits[:10]) + (f"; and {len(misfits) - 10} more" if len(misfits) > 10 else "")
 
 
 def _compiled(module: torch.nn.Module, wish: bool | str | dict[str, Any]) -> torch.nn.Module:
@@ -200,6 +205,20 @@ def _table(
     return table
 
 
-def _restore(trainer: Trainer, ranks: Ranks, start: Start) -> None:
-    if start.checkpoint is not None:
-        restore(trainer, load(start.checkpoint) if ranks.is_main else None)
+def _restore(config: ConfigDict, trainer: Trainer, ranks: Ranks, start: Start) -> None:
+    """Go on from the checkpoint, if there is one and it is one of this model and optimizer."""
+    if start.checkpoint is None:
+        return
+    loaded, wrong = None, ""
+    if ranks.is_main:
+        loaded = load(start.checkpoint)
+        misfits = misfits_of(trainer.module, loaded.weights)
+        before, now = loaded.state["optimizer_name"], type(trainer.optimizer).__name__
+        if before != now:
+            misfits.insert(0, f"its optimizer is {before}, the config's {now}")
+        if misfits:
+            cure = "trainer.resume=none begins again, trainer.pre_trained takes over weights alone"
+            wrong = f"{start.checkpoint} is of another training: {_told(misfits)}; {cure}"
+    if wrong := ranks.broadcast(wrong):
+        raise refused(config, ("trainer", "resume"), wrong)
+    restore(trainer, loaded)

@@ -20,8 +20,8 @@ def get_model(config: ConfigDict) -> torch.nn.Module:
     return model
 
 
-def load_into(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> list[str]:
-    """Load weights if they fit exactly; otherwise change nothing and say what does not fit, one line each."""
+def misfits_of(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> list[str]:
+    """What keeps weights from being this model's, one line each; none when they fit exactly."""
     own = model.state_dict()
     lines = [f"missing in the file: {name} {tuple(own[name].shape)}" for name in own if name not in weights]
     lines += [f"not in the model: {name} {tuple(weights[name].shape)}" for name in weights if name not in own]
@@ -30,8 +30,6 @@ def load_into(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> list[
         for name, value in own.items()
         if name in weights and isinstance(value, torch.Tensor) and weights[name].shape != value.shape
     ]
-    if not lines:
-        model.load_state_dict(weights)
     return lines
 
 

@@ -20,10 +20,15 @@ def state_of(trainer: "Trainer") -> dict[str, Any]:
         "position": trainer.position,
         "best": trainer.best,
         "bad_validations": trainer.bad_validations,
+        "validated_step": trainer.validated_step,
+        "score": trainer.score,
+        "rate": trainer.rate,
+        "grad_norm": float(trainer.grad_norm),
         "skipped": trainer.skipped,
         "sums": dict(zip(trainer.sums, sums, strict=True)),
         "samples": trainer.samples,
         "optimizer": trainer.optimizer.state_dict(),
+        "optimizer_name": type(trainer.optimizer).__name__,
         "schedule": trainer.schedule.state_dict(),
         "scaler": trainer.scaler.state_dict() if trainer.scaler else {},
         "averaged": int(trainer.ema.n_averaged) if trainer.ema else 0,
@@ -44,8 +49,10 @@ def restore(trainer: "Trainer", loaded: Loaded | None) -> None:
     trainer.step, trainer.epoch, trainer.position = state["step"], state["epoch"], state["position"]
     trainer.best, trainer.bad_validations, trainer.skipped = state["best"], state["bad_validations"], state["skipped"]
     trainer.samples = state["samples"]
-    for name, value in state["sums"].items() if trainer.ranks.is_main else ():
-        trainer.sum_of(name).fill_(value)
+    trainer.validated_step, trainer.score, trainer.rate = state["validated_step"], state["score"], state["rate"]
+    trainer.grad_norm.fill_(state["grad_norm"])
+    for name, value in state["sums"].items():  # all ranks add up the same sums; what was summed so far is rank 0's
+        trainer.sum_of(name).fill_(value if trainer.ranks.is_main else 0.0)
     trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.schedule.load_state_dict(state["schedule"])
     if trainer.scaler and state["scaler"]:
@@ -53,7 +60,7 @@ def restore(trainer: "Trainer", loaded: Loaded | None) -> None:
     if trainer.ema:
         trainer.ema.n_averaged.fill_(state["averaged"])
     trainer.judge_patience()
-    trainer.saved_step = trainer.validated_step = trainer.step
+    trainer.saved_at = (trainer.step, trainer.epoch, trainer.validated_step)
     if len(state["rng"]) == trainer.ranks.world_size:
         rng.set_state(state["rng"][trainer.ranks.rank])
     else:  # another number of ranks: new streams, that no earlier start has used

@@ -147,7 +147,11 @@ class Trainer:
         self.stopped = False  # all ranks agreed to stop on a signal
         self.ended = ""  # why the training ended before its limits
         self.test_figures: dict[str, float] = {}
-        self.validated_step = self.saved_step = -1
+        self.validated_step = -1
+        self.saved_at: tuple[int, int, int] | None = None  # step, epoch and validated_step of the last checkpoint
+        self.score: float | None = None  # of the last validation
+        self.rate = 0.0  # of the last step, as is the norm
+        self.grad_norm = torch.zeros((), device=self.device)
         self.skipped = 0  # steps whose gradient was not finite
         self._call: Callable[[torch.nn.Module, Any], Any] | None = None
         self._weights: dict[tuple[float, torch.dtype], torch.Tensor] = {}
@@ -173,6 +177,7 @@ class Trainer:
             self._check_that_saving_works()
             while self.epoch < self.max_epochs and self.step < self.max_steps and not self.ended:
                 self._train_epoch()
+            self._after_last_step()
             if self.loaders.test is not None and not self.stopped:
                 self.test_figures = self.test()
         return "KILLED" if self.stopped else "FINISHED"
@@ -192,10 +197,8 @@ class Trainer:
                 self._after_step(micro.position)
                 if self.ended or self.step >= self.max_steps:
                     break
-        if self.position >= end:
+        if self.position >= end and not self.stopped:  # a stopped epoch ends when the training goes on
             self._after_epoch()
-        if self.ended or self.step >= self.max_steps:
-            self._after_last_step()
         self.progress.end_epoch()
 
     def _forward_backward(self, micro: Micro) -> None:
@@ -261,7 +264,7 @@ class Trainer:
         self._log()
         self.epoch, self.position = self.epoch + 1, 0
         self.schedule.tick("epoch")
-        if self.validate_every_steps is None and not self.stopped:
+        if self.validate_every_steps is None:
             self._validate()
         self._save()
 
@@ -290,8 +293,9 @@ class Trainer:
         self.bad_validations = 0 if is_best else self.bad_validations + 1
         self.best = score if is_best else self.best
         self.progress.evaluation("val", self.step, figures, is_best)
+        self.score = score
         self.schedule.tick("validation", score)
-        self._save(score)
+        self._save()
         self.judge_patience()
 
     def judge_patience(self) -> None:
@@ -379,11 +383,13 @@ class Trainer:
             raise NonFiniteError(f"{text}; the weights are those of before it. trainer.on_nonfinite=skip would go on")
         self.progress.note(f"{text}; skipped, {self.skipped} so far")
 
-    def _save(self, score: float | None = None) -> None:
-        """Write a checkpoint of this step, once; a disk that takes none costs a warning, not the training."""
-        if self.saved_step == self.step:
+    def _save(self) -> None:
+        """Write a checkpoint unless nothing happened since the last; a full disk costs a warning, not the training."""
+        at = (self.step, self.epoch, self.validated_step)
+        if self.saved_at == at:
             return
-        self.saved_step = self.step
+        self.saved_at = at
+        score = self.score if self.validated_step == self.step else None
         with self._paused_clock():
             self.ranks.agree_on_buffers(self.module)
             state = state_of(self)
