@@ -36,6 +36,10 @@ _LONGEST_KEY, _LONGEST_PARAM, _LONGEST_TAG = 250, 6000, 5000
 _log = logging.getLogger(__name__)
 
 
+# MLflow's pages then show charts and parameters first, not the views for language models.
+_KIND = {"mlflow.experimentKind": "custom_model_development"}
+
+
 class RunIsGoneError(Exception):
     """The run was deleted while it was being fed."""
 
@@ -91,7 +95,7 @@ class MlflowStore:
             known = self.client.get_experiment_by_name(candidate)
             if known is None:
                 try:
-                    return str(self.client.create_experiment(candidate))
+                    return str(self.client.create_experiment(candidate, tags=_KIND))
                 except Exception as error:
                     if _code_of(error) != "RESOURCE_ALREADY_EXISTS":  # else another training was faster: look again
                         raise
