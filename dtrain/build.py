@@ -8,21 +8,22 @@ import ast
 import functools
 import importlib
 import inspect
-import re
+import site
 import sys
+import sysconfig
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from dtrain.annotations import expectation, is_numbers
-from dtrain.check import argument_mistakes, call_mistakes, later, names_of, takes_config
+from dtrain.annotations import Parameter, wanted_as
+from dtrain.check import argument_mistakes, call_mistakes, is_house, later, names_of, supplied, takes_config
 from dtrain.config import to_config_dict, to_plain
-from dtrain.locate import locate
-from dtrain.sections import Call, call_at, calls, is_component, nested_slot, refused
-from dtrain.source import Callee, Dynamic, Parameter
-from dtrain.yamlfile import ConfigError, KeyPath
+from dtrain.locate import STANDARD, locate
+from dtrain.sections import Call, calls, is_component, nested_call, refused
+from dtrain.source import Callee, Dynamic, is_standard
+from dtrain.yamlfile import ConfigError, KeyPath, is_mapping
 
 
 def build(config: ConfigDict, key: str, *given: Any, **given_names: Any) -> Any:
@@ -31,7 +32,7 @@ def build(config: ConfigDict, key: str, *given: Any, **given_names: Any) -> Any:
     Args:
         config: The whole config.
         key: Which call, as `calls` names them.
-        given: Leading positional arguments.
+        given: The object that dtrain supplies to this section, if any: parameters, optimizer, ...
         given_names: Keyword arguments that dtrain supplies.
 
     Raises:
@@ -43,8 +44,8 @@ def build(config: ConfigDict, key: str, *given: Any, **given_names: Any) -> Any:
 def defaults(config: ConfigDict, key: str) -> dict[str, Any]:
     """The arguments of one of dtrain's own calls as plain values, with the signature's defaults for those left out."""
     call = calls(config)[key]
-    found = import_object(config, call, locate(config, call).target)
-    parameters = inspect.signature(found).parameters.values()
+    callee = import_object(config, call, locate(config, call).target)
+    parameters = inspect.signature(callee).parameters.values()
     values = {item.name: item.default for item in parameters if item.default is not item.empty}
     return values | {name: to_plain(value) for name, value in call.arguments.items()}
 
@@ -54,45 +55,57 @@ def make(config: ConfigDict, call: Call, *given: Any, **given_names: Any) -> Any
     if mistakes := call_mistakes(config, call):
         raise ConfigError(mistakes)
     target = locate(config, call).target
-    found = import_object(config, call, target)
-    callee = target if isinstance(target, Callee) else _inspected(found, target)
+    imported = import_object(config, call, target)
+    callee = target if isinstance(target, Callee) else _inspected(imported, target)
+    name = supplied(call, callee) if given else None
+    positional = given if name == "" else ()
     if takes_config(callee, call):
-        section = to_config_dict({"name": call.name, **call.arguments})
-        return _called(config, call, found, *given, section, **given_names)
-    if isinstance(target, Dynamic) and (mistakes := argument_mistakes(config, call, callee)):
-        raise ConfigError(mistakes)
-    annotations = {item.name: item.annotation for item in callee.parameters}
-    arguments = {
-        key: _value(config, call, call.path_of(key), value, annotations.get(key))
-        for key, value in call.arguments.items()
-        if key not in call.shared or callee.open or key in names_of(callee)
-    }
-    if later(call, callee):
-        return functools.partial(found, **arguments) if arguments else found
-    return _called(config, call, found, *given, **arguments | given_names)
+        arguments = given_names
+        positional = (*positional, to_config_dict({"name": call.name, **call.arguments}))
+    else:
+        if isinstance(target, Dynamic) and (mistakes := argument_mistakes(config, call, callee)):
+            raise ConfigError(mistakes)
+        annotations = {item.name: item.annotation for item in callee.parameters}
+        arguments = {
+            key: _value(config, call, call.path_of(key), value, given, annotations.get(key))
+            for key, value in call.arguments.items()
+            if key not in call.shared or callee.open or key in names_of(callee)
+        }
+        if later(call, callee):
+            return functools.partial(imported, **arguments) if arguments else imported
+    arguments = arguments | ({name: given[0]} if name else {}) | given_names
+    try:
+        return imported(*positional, **arguments)
+    except (ConfigError, MemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        what = "" if is_house(callee) else f"{call.name}(...) raised "
+        raise refused(config, call.path, what + _told(error)) from error
 
 
-def _value(config: ConfigDict, call: Call, path: KeyPath, value: Any, annotation: ast.expr | None = None) -> Any:
-    """An argument with the components inside it built; numbers become a tensor where a tensor is asked for."""
+def _value(
+    config: ConfigDict,
+    call: Call,
+    path: KeyPath,
+    value: Any,
+    given: tuple[Any, ...],
+    annotation: ast.expr | None = None,
+) -> Any:
+    """An argument with the components inside it built; a list becomes a tensor or tuple where only that is taken."""
     if is_component(value):
-        return make(config, call_at(config, path, value, nested_slot(call.slot)))
+        return make(config, nested_call(call, path, value), *given)
     if isinstance(value, list):
-        if value and is_numbers(value) and _wants_tensor(value, annotation):
-            return importlib.import_module("torch").tensor(value)
-        return [_value(config, call, (*path, index), item) for index, item in enumerate(value)]
-    if isinstance(value, Mapping | ConfigDict):
+        wanted = wanted_as(value, annotation)
+        if wanted == "Tensor":
+            return importlib.import_module("torch").tensor(value, dtype=importlib.import_module("torch").float32)
+        items = [_value(config, call, (*path, index), item, given) for index, item in enumerate(value)]
+        return tuple(items) if wanted == "tuple" else items
+    if is_mapping(value):
         result = to_config_dict({})
         for key in value:
-            result[key] = _value(config, call, (*path, key), value[key])
+            result[key] = _value(config, call, (*path, key), value[key], given)
         return result
     return value
-
-
-def _wants_tensor(value: list[Any], annotation: ast.expr | None) -> bool:
-    """Whether a list of numbers fits an annotation as a tensor only."""
-    text = ast.unparse(annotation) if annotation else ""
-    without = re.sub(r"(torch\.)?\bTensor\b", "None", text)
-    return without != text and expectation(value, ast.parse(without, mode="eval").body) is not None
 
 
 def import_object(config: ConfigDict, call: Call, target: Callee | Dynamic) -> Callable[..., Any]:
@@ -101,58 +114,73 @@ def import_object(config: ConfigDict, call: Call, target: Callee | Dynamic) -> C
     Raises:
         ConfigError: The import fails (with the user's own line), or the object may not be used.
     """
-    path = call.path_of("name")
+    path, before = call.path_of("name"), set(sys.modules)
     try:
-        found: Any = importlib.import_module(target.module)
+        imported: Any = importlib.import_module(target.module)
         for part in target.name.split("."):
-            found = getattr(found, part)
+            imported = getattr(imported, part)
     except (Exception, SystemExit) as error:
+        top = target.module.partition(".")[0]
+        for name in [name for name in sys.modules if name not in before and f"{name}.".startswith(f"{top}.")]:
+            del sys.modules[name]  # else a second try finds the half of a package that was imported, and succeeds
         raise refused(config, path, f"importing {target.module} failed: {_told(error)}") from error
-    if not (inspect.isclass(found) or inspect.isroutine(found)):
-        raise refused(config, path, f"'{call.name}' is a {type(found).__name__}; expected a class or a function")
-    origin = (getattr(found, "__module__", None) or "builtins").partition(".")[0]
-    if origin in sys.stdlib_module_names:
-        raise refused(config, path, f"'{call.name}' is of the standard library, which a config may not name")
-    return found
+    if not (inspect.isclass(imported) or inspect.isroutine(imported)):
+        raise refused(config, path, f"'{call.name}' is a {type(imported).__name__}; expected a class or a function")
+    if is_standard(_origin(imported)):
+        raise refused(config, path, f"'{call.name}' is {STANDARD}")
+    return imported
 
 
-def _inspected(found: Callable[..., Any], target: Dynamic) -> Callee:
+def _origin(imported: Any) -> str:
+    """The module that an object is of; what hangs on an object without one is taken for Python's own."""
+    of = getattr(imported, "__objclass__", None) or getattr(imported, "__self__", None)
+    return getattr(imported, "__module__", None) or getattr(of, "__module__", None) or "builtins"
+
+
+def _inspected(imported: Callable[..., Any], target: Dynamic) -> Callee:
     """A callee whose source cannot be read, described by its signature at run time."""
+    callee = Callee(target.module, target.name, "", 0, inspect.isclass(imported), open=True, variadic=True)
     try:
-        items = list(inspect.signature(found).parameters.values())
+        items = list(inspect.signature(imported).parameters.values())
     except (TypeError, ValueError):
-        return Callee(target.module, target.name, "", 0, inspect.isclass(found), open=True)
-    parameters = []
-    for item in items:
-        if item.kind in (item.VAR_POSITIONAL, item.VAR_KEYWORD):
-            continue
-        annotation = None if item.annotation is item.empty else inspect.formatannotation(item.annotation)
-        try:
-            node = ast.parse(annotation, mode="eval").body if annotation else None
-        except SyntaxError:
-            node = None
-        default = None if item.default is item.empty else repr(item.default)
-        parameters.append(
-            Parameter(item.name, node, default, item.kind != item.KEYWORD_ONLY, item.kind != item.POSITIONAL_ONLY)
+        return callee
+    kinds = {item.kind for item in items}
+    parameters = [
+        Parameter(
+            item.name,
+            _annotation(item),
+            None if item.default is item.empty else repr(item.default),
+            positional=item.kind != item.KEYWORD_ONLY,
+            keyword=item.kind != item.POSITIONAL_ONLY,
         )
-    is_open = any(item.kind == item.VAR_KEYWORD for item in items)
-    return Callee(target.module, target.name, "", 0, inspect.isclass(found), tuple(parameters), is_open)
+        for item in items
+        if item.kind not in (item.VAR_POSITIONAL, item.VAR_KEYWORD)
+    ]
+    is_open, variadic = inspect.Parameter.VAR_KEYWORD in kinds, inspect.Parameter.VAR_POSITIONAL in kinds
+    return Callee(target.module, target.name, "", 0, callee.is_class, tuple(parameters), is_open, variadic)
 
 
-def _called(config: ConfigDict, call: Call, found: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _annotation(item: inspect.Parameter) -> ast.expr | None:
     try:
-        return found(*args, **kwargs)
-    except (ConfigError, MemoryError):
-        raise
-    except Exception as error:
-        raise refused(config, call.path, f"{call.name}(...) raised {_told(error)}") from error
+        text = inspect.formatannotation(item.annotation)
+        return None if item.annotation is item.empty else ast.parse(text, mode="eval").body
+    except SyntaxError:
+        return None
 
 
 def _told(error: BaseException) -> str:
-    """`ValueError: text (file:line)`, with the line that raised, or that asked for what could not be imported."""
+    """`ValueError: text (file:line)`: the last line of the user's own code, and the one that raised."""
     if isinstance(error, SyntaxError):
         return f"SyntaxError: {error.msg} ({error.filename}:{error.lineno})"
     frames = [item for item in traceback.extract_tb(error.__traceback__) if not item.filename.startswith("<frozen")]
     frames = [item for item in frames if item.filename not in (__file__, importlib.__file__)]
-    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{where}"
+    own = [item for item in frames if not item.filename.startswith(_libraries())]
+    where = ", in ".join(f"{item.filename}:{item.lineno}" for item in dict.fromkeys([*own[-1:], *frames[-1:]]))
+    return f"{type(error).__name__}: {error}" + (f" ({where})" if where else "")
+
+
+@functools.cache
+def _libraries() -> tuple[str, ...]:
+    """Folders of code that no user wrote."""
+    paths = sysconfig.get_paths()
+    return (*site.getsitepackages(), site.getusersitepackages(), paths["stdlib"], paths["platstdlib"], paths["purelib"])

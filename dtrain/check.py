@@ -2,33 +2,29 @@
 
 import ast
 import re
-import sys
 from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from dtrain.annotations import expectation
-from dtrain.config import to_plain
-from dtrain.locate import locate, user_modules
+from dtrain.annotations import Parameter, cure, expectation
+from dtrain.locate import STANDARD, locate, user_modules
 from dtrain.sections import (
-    ANY,
     LEAST,
     PHASES,
-    READERS,
     REQUIRED,
     TOP_LEVEL,
     Call,
-    call_at,
     calls,
     is_component,
     mistake,
     nested,
-    nested_slot,
+    read_calls,
 )
-from dtrain.source import SOURCE, Callee, Dynamic, Parameter
-from dtrain.yamlfile import ConfigError, KeyPath, Mistake, did_you_mean, dotted, type_name
+from dtrain.source import SOURCE, Callee, Dynamic, is_standard
+from dtrain.yamlfile import ConfigError, KeyPath, Mistake, did_you_mean, dotted, found, is_mapping, shown
 
 
 def check(config: ConfigDict) -> None:
@@ -37,24 +33,16 @@ def check(config: ConfigDict) -> None:
     Raises:
         ConfigError: Every mistake, each with its place.
     """
-    mistakes = _top_level_mistakes(config)
-    for call in _tolerant_calls(config, mistakes).values():
+    mistakes: list[Mistake] = []
+    described = read_calls(config, mistakes)
+    if not any(item.text.startswith("metrics") for item in mistakes):
+        mistakes += _monitor_mistakes(config, described)
+    for call in described.values():
         mistakes += call_mistakes(config, call)
-    mistakes += _shared_mistakes(config) + _range_mistakes(config) + _missing_mistakes(config)
+    mistakes += _shared_mistakes(config, described)
+    mistakes += _top_level_mistakes(config) + _value_mistakes(config) + _missing_mistakes(config)
     if mistakes:
         raise ConfigError(sorted(mistakes, key=lambda item: (item.place is None, item.place or ())))
-
-
-def _tolerant_calls(config: ConfigDict, mistakes: list[Mistake]) -> dict[str, Call]:
-    """The calls of all sections that have the shape of one; the others' mistakes are added to the list."""
-    result: dict[str, Call] = {}
-    for section in READERS:
-        if isinstance(config.get(section), Mapping | ConfigDict | list | None):
-            try:
-                result |= calls(config, section)
-            except ConfigError as error:
-                mistakes += error.mistakes
-    return result
 
 
 def _top_level_mistakes(config: ConfigDict) -> list[Mistake]:
@@ -63,35 +51,40 @@ def _top_level_mistakes(config: ConfigDict) -> list[Mistake]:
         if key not in TOP_LEVEL:
             text = f"unknown section{did_you_mean(key, TOP_LEVEL)}; possible: {', '.join(TOP_LEVEL)}"
             mistakes.append(mistake(config, (key,), text))
-        elif expected := expectation(config[key], ast.parse(TOP_LEVEL[key], mode="eval").body):
-            wanted = {"dict": "a mapping", "str": "text"}.get(expected, expected).replace("dict", "a mapping")
-            mistakes.append(
-                mistake(config, (key,), f"expected {wanted}, found {type_name(config[key])} {config[key]!r}")
-            )
+        elif TOP_LEVEL[key]:
+            annotation = ast.parse(TOP_LEVEL[key], mode="eval").body
+            if expected := expectation(config[key], annotation):
+                text = f"expected {expected}, {found(config[key])}{cure(config[key], annotation)}"
+                mistakes.append(mistake(config, (key,), text))
     device = config.get("device", "auto")
-    if isinstance(device, str) and not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
-        mistakes.append(
-            mistake(config, ("device",), f"{device!r} is no device; possible: auto, cpu, cuda, cuda:N, mps")
-        )
+    if isinstance(device, str) and not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", device):
+        text = f"{shown(device)} is no device; possible: auto, cpu, cuda, cuda:N, mps"
+        mistakes.append(mistake(config, ("device",), text))
     for index, module in enumerate(user_modules(config)):
-        path: KeyPath = ("modules", index) if isinstance(config.modules, list) else ("modules",)
+        path: KeyPath = ("modules",) if isinstance(config.modules, str) else ("modules", index)
         if wrong := _module_mistake(module):
             mistakes.append(mistake(config, path, wrong))
     return mistakes
 
 
 def _module_mistake(module: str) -> str | None:
-    if module.partition(".")[0] in sys.stdlib_module_names:
-        return f"'{module}' is of the standard library, which a config may not name"
+    if is_standard(module):
+        return f"'{module}' is {STANDARD}"
     try:
-        if SOURCE.module(module) is None:
-            here = [item.stem for item in Path().iterdir() if item.suffix == ".py" or item.is_dir()]
-            return f"there is no module '{module}' here or installed{did_you_mean(module, here)}"
+        parents = [module.rpartition(".")[0]] if "." in module else []
+        if all(SOURCE.module(item) for item in (*parents, module)):
+            return None
     except SyntaxError as error:
-        return f"{error.filename}:{error.lineno}: SyntaxError: {error.msg}"
-    except (OSError, ValueError) as error:
-        return f"'{module}' cannot be read: {error}"
-    return None
+        return _syntax_error(error)
+    if "/" in module or module.endswith(".py"):
+        name = ".".join(part for part in Path(module).with_suffix("").parts if part not in (".", "/"))
+        return f"{shown(module)} is a path; a module is named as in Python, such as {name}"
+    here = [item.stem for item in Path().iterdir() if item.suffix == ".py" or item.is_dir()]
+    return f"there is no module {shown(module)} here or installed{did_you_mean(module, here)}"
+
+
+def _syntax_error(error: SyntaxError) -> str:
+    return f"SyntaxError: {error.msg} ({error.filename}:{error.lineno})"
 
 
 def call_mistakes(config: ConfigDict, call: Call) -> list[Mistake]:
@@ -101,12 +94,16 @@ def call_mistakes(config: ConfigDict, call: Call) -> list[Mistake]:
     except ConfigError as error:
         return error.mistakes + _nested_mistakes(config, call)
     except SyntaxError as error:
-        return [mistake(config, call.path_of("name"), f"{error.filename}:{error.lineno}: SyntaxError: {error.msg}")]
+        return [mistake(config, call.path_of("name"), _syntax_error(error)), *_nested_mistakes(config, call)]
     if isinstance(target, Dynamic):
         return _nested_mistakes(config, call)
     if takes_config(target, call):
-        return _shadowed(config, call)  # what it reads from the config, only the class knows
+        return _shadowed(config, call.path, call.arguments)  # what it reads from the config, only the class knows
     return argument_mistakes(config, call, target) + _nested_mistakes(config, call)
+
+
+def _nested_mistakes(config: ConfigDict, call: Call) -> list[Mistake]:
+    return [wrong for inner in nested(call) for wrong in call_mistakes(config, inner)]
 
 
 def argument_mistakes(config: ConfigDict, call: Call, callee: Callee) -> list[Mistake]:
@@ -115,91 +112,117 @@ def argument_mistakes(config: ConfigDict, call: Call, callee: Callee) -> list[Mi
     taken = {item.name: item for item in callee.parameters if item.keyword and item.name not in given}
     mistakes = []
     for key, value in call.arguments.items():
-        if key not in taken and key in call.shared:
-            continue
         if key in given:
             text = f"'{key}' is supplied by dtrain; remove it"
-        elif key not in taken and not callee.open:
+        elif key in taken and (unexpected := _unexpected(value, taken[key])):
+            text = unexpected + ("" if is_house(callee) else f"; {callee.signature}")
+        elif key not in taken and key not in call.shared and not callee.open:
             hint = did_you_mean(key, {*taken, *call.others})
-            text = f"{callee.name} takes no '{key}'{hint}; {_shown_signature(callee, given)}"
-        elif key in taken and (expected := _unexpected(value, taken[key])):
-            text = f"expected {expected}, found {type_name(value)} {_short(value)}; {_shown_signature(callee, given)}"
+            subject = dotted(call.path) if is_house(callee) else callee.name
+            text = f"{subject} takes no '{key}'{hint}; {_shown_signature(callee, given)}"
         else:
             continue
         mistakes.append(mistake(config, call.path_of(key), text))
     present = {*call.arguments, *call.filled}
-    missing = [key for key, item in taken.items() if item.default is None and key not in present]
+    missing = [f"'{key}'" for key, item in taken.items() if item.default is None and key not in present]
     if missing:
-        names = " and ".join(f"'{key}'" for key in missing)
-        mistakes.append(mistake(config, call.path, f"{callee.name} needs {names}; {_shown_signature(callee, given)}"))
+        text = f"{callee.name} needs {' and '.join(missing)}; {_shown_signature(callee, given)}"
+        mistakes.append(mistake(config, call.path, text))
     return mistakes
 
 
+def is_house(callee: Callee) -> bool:
+    """Whether it holds dtrain's own settings, and is no component."""
+    return callee.module.startswith("dtrain.") and not callee.module.startswith("dtrain.components.")
+
+
 def _shown_signature(callee: Callee, given: frozenset[str]) -> str:
-    if callee.module.startswith("dtrain.") and "components" not in callee.module:
-        return "possible: " + ", ".join(str(item) for item in callee.parameters if item.name not in given)
+    if is_house(callee):
+        return f"possible: {', '.join(item.name for item in callee.parameters if item.name not in given)}"
     return callee.signature
 
 
-def _unexpected(value: Any, parameter: Parameter) -> str | None:
+def _unexpected(value: Any, parameter: Parameter) -> str:
+    """What is wrong with a value's type; components, once built, may be anything."""
     if is_component(value) or (isinstance(value, list) and any(map(is_component, value))):
-        return None
+        return ""
     if value is None and parameter.default == "None":
-        return None
-    return expectation(value, parameter.annotation)
-
-
-def _short(value: Any) -> str:
-    text = repr(to_plain(value))
-    return text if len(text) <= 60 else f"{text[:57]}..."
+        return ""
+    expected = expectation(value, parameter.annotation)
+    return f"expected {expected}, {found(value)}{cure(value, parameter.annotation)}" if expected else ""
 
 
 def _given(call: Call, callee: Callee) -> frozenset[str]:
     """The names of the arguments that dtrain supplies, now or later."""
-    positional = [item.name for item in callee.parameters if item.positional]
-    return frozenset(positional[: call.slot.given or later(call, callee)]) | call.slot.given_names
+    first = [item.name for item in callee.parameters if item.positional]
+    by_name = supplied(call, callee)
+    own = {by_name} if by_name else {*first[:1]} if by_name == "" else set()
+    return frozenset({*own, *first[: later(call, callee)]}) | call.slot.given_names
+
+
+def supplied(call: Call, callee: Callee) -> str | None:
+    """The name of the argument under which dtrain supplies an object; '': the first one; None: it does not.
+
+    An optimizer is given the parameters, a scheduler the optimizer, and so are the optimizers or schedulers inside it.
+    """
+    name = call.slot.given
+    if not name:
+        return None
+    if any(item.name == name and item.keyword for item in callee.parameters):
+        return name
+    first = next((item.name for item in callee.parameters if item.positional), None)
+    return None if call.slot.nested or first in call.arguments else ""
 
 
 def later(call: Call, callee: Callee) -> int:
-    """How many leading arguments a function is still to get when it is itself what is wanted; 0: it is to be called."""
-    if callee.is_class or call.slot.later is None:
+    """How many leading arguments a function is still to get when it is itself what is wanted; 0: it is to be called.
+
+    In a section of losses or metrics, that is a function whose first two arguments the config leaves open; inside a
+    section, any function that lacks one. A factory is called: its first argument has a default, is in the config, or
+    is a plain number or text.
+    """
+    if callee.is_class or not (call.slot.pairs or call.slot.nested):
         return 0
-    missing = [
-        item.default is None and item.positional and item.name not in call.arguments for item in callee.parameters
-    ]
-    leading = missing.index(False) if False in missing else len(missing)
-    return leading if call.slot.later == ANY else min(leading, call.slot.later)
+    positional = [item for item in callee.parameters if item.positional]
+    if not positional:
+        return int(callee.variadic) * (2 if call.slot.pairs else 1)
+    if call.slot.nested:
+        lacking = takewhile(lambda item: item.default is None and item.name not in call.arguments, positional)
+        return len(list(lacking))
+    first = positional[0]
+    plain = first.annotation is not None and ast.unparse(first.annotation) in ("int", "float", "str", "bool")
+    open_ = [item for item in positional[:2] if item.name not in call.arguments]
+    enough = len(open_) == 2 or (len(open_) == len(positional) == 1 and callee.variadic)
+    return len(open_) if enough and first.default is None and not plain else 0
 
 
 def takes_config(callee: Callee, call: Call) -> bool:
     """Whether the callee wants the whole section as one ConfigDict: its arguments do not fit, and one is called so."""
-    required = [item for item in callee.parameters if item.default is None and item.name not in _given(call, callee)]
-    if len(required) != 1 or required[0].name in call.arguments or callee.open:
+    given = _given(call, callee)
+    rest = [item for item in callee.parameters if item.name not in given]
+    if not rest or not rest[0].positional or rest[0].name in call.arguments:
         return False
-    annotation = ast.unparse(required[0].annotation) if required[0].annotation else ""
-    name = required[0].name.lower()
-    return (
-        "ConfigDict" in annotation
-        or name.endswith(("config", "cfg", "conf"))
-        or name in ("opt", "opts", "args", "hparams")
-    )
+    needed = {item.name for item in rest if item.default is None} - call.filled
+    fits = needed <= set(call.arguments) and (callee.open or set(call.arguments) <= names_of(callee) | call.shared)
+    annotation = ast.unparse(rest[0].annotation) if rest[0].annotation else ""
+    name = rest[0].name.lower()
+    meant = name.endswith(("config", "cfg", "conf")) or name in ("opt", "opts", "args", "hparams")
+    return not fits and needed <= {rest[0].name} and (meant or "ConfigDict" in annotation)
 
 
-def _shadowed(config: ConfigDict, call: Call) -> list[Mistake]:
-    """Keys that a class would not find as attributes of its config, since ConfigDict has methods of that name."""
+def _shadowed(config: ConfigDict, path: KeyPath, values: Mapping[str, Any]) -> list[Mistake]:
+    """Keys that a class would not find as attributes of its config, since ConfigDict has something of that name."""
     text = "is the name of a ConfigDict method, so a class that reads its config by attribute cannot see it; rename it"
-    return [mistake(config, call.path_of(key), text) for key in call.arguments if hasattr(ConfigDict, key)]
+    own = ConfigDict()
+    mistakes = [mistake(config, (*path, key), text) for key in values if hasattr(own, key)]
+    inner = [(key, values[key]) for key in values if is_mapping(values[key])]
+    return mistakes + [wrong for key, value in inner for wrong in _shadowed(config, (*path, key), value)]
 
 
-def _nested_mistakes(config: ConfigDict, call: Call) -> list[Mistake]:
-    inner = [call_at(config, path, value, nested_slot(call.slot)) for path, value in nested(call)]
-    return [wrong for item in inner for wrong in call_mistakes(config, item)]
-
-
-def _shared_mistakes(config: ConfigDict) -> list[Mistake]:
+def _shared_mistakes(config: ConfigDict, described: Mapping[str, Call]) -> list[Mistake]:
     """A key shared by several metrics that none of them takes."""
+    metrics = [call for key, call in described.items() if key.startswith("metrics.") and call.shared]
     try:
-        metrics = [call for key, call in calls(config).items() if key.startswith("metrics.") and call.shared]
         targets = [locate(config, call).target for call in metrics]
     except (ConfigError, SyntaxError):
         return []  # reported already
@@ -208,42 +231,58 @@ def _shared_mistakes(config: ConfigDict) -> list[Mistake]:
         callees = [item for item in targets if isinstance(item, Callee)]
         if len(callees) < len(targets) or any(item.open or key in names_of(item) for item in callees):
             continue
-        known = {name for item in callees for name in names_of(item)} | {call.name for call in metrics}
+        known = {name for item in callees for name in names_of(item)} | {str(call.name) for call in metrics}
         text = f"no metric takes '{key}'{did_you_mean(key, known)}; " + "; ".join(item.signature for item in callees)
         mistakes.append(mistake(config, ("metrics", key), text))
     return mistakes
 
 
-def _range_mistakes(config: ConfigDict) -> list[Mistake]:
-    """Numbers that are too small, wherever in their section they stand."""
+def _monitor_mistakes(config: ConfigDict, described: Mapping[str, Call]) -> list[Mistake]:
+    """A `trainer.monitor` that is no figure of the validation, where that can be known without building a metric."""
+    monitor = _at(config.get("trainer"), "monitor")
+    if not isinstance(monitor, str):
+        return []
+    labels = [key.removeprefix("metrics.") for key in described if key.startswith("metrics.")]
+    known = [f"val/{label}" for label in (*labels, "loss")]
+    wish = monitor if monitor.startswith("val/") else f"val/{monitor}"
+    if any(wish == name or wish.startswith(f"{name}_") for name in known):  # an element of a vector, a term of a loss
+        return []
+    text = f"{shown(monitor)} is no figure of the validation{did_you_mean(wish, known)}; possible: {', '.join(known)}"
+    return [mistake(config, ("trainer", "monitor"), text)]
+
+
+def _value_mistakes(config: ConfigDict) -> list[Mistake]:
+    """Values of the right type that cannot be: numbers that are too small, and MLflow's old `file:` stores."""
     mistakes = []
+    uri = _at(config.get("mlflow"), "tracking_uri")
+    if isinstance(uri, str) and uri.lower().startswith("file:"):
+        text = f"MLflow 3 no longer writes to {shown(uri)}; name the folder alone (sqlite is put in it), or a server"
+        mistakes.append(mistake(config, ("mlflow", "tracking_uri"), text))
     for section, least in LEAST.items():
-        values = config.get(section)
-        places = [((section,), values), *(((section, phase), _section(values, phase)) for phase in PHASES)]
-        for path, mapping in places:
-            for key, smallest in least.items() if isinstance(mapping, Mapping | ConfigDict) else ():
-                value = mapping.get(key)
+        path: KeyPath = (section,) if section else ()
+        values = config.get(section) if section else config
+        places = [(path, values), *(((*path, phase), _at(values, phase)) for phase in PHASES)]
+        for here, mapping in places:
+            for key, smallest in least.items() if is_mapping(mapping) else ():
+                value = _at(mapping, key)
                 if type(value) in (int, float) and not value >= smallest:
-                    mistakes.append(mistake(config, (*path, key), f"must be at least {smallest}, found {value}"))
+                    mistakes.append(mistake(config, (*here, key), f"must be at least {smallest}, found {value}"))
     return mistakes
 
 
-def _section(values: Any, key: str) -> Any:
-    return values.get(key) if isinstance(values, Mapping | ConfigDict) else None
+def _at(values: Any, key: str) -> Any:
+    return values.get(key) if is_mapping(values) else None
 
 
 def _missing_mistakes(config: ConfigDict) -> list[Mistake]:
     """What a training cannot do without."""
-    mistakes = [
-        Mistake(f"{name}: missing, such as {name}: {example}")
-        for name, example in REQUIRED.items()
-        if config.get(name) is None
-    ]
+    missing = [name for name in REQUIRED if config.get(name) is None]
+    mistakes = [mistake(config, (name,), f"missing, such as {name}: {REQUIRED[name]}") for name in missing]
     loaders, trainer = config.get("loaders"), config.get("trainer")
-    if isinstance(loaders, Mapping | ConfigDict) and loaders.get("train") is None:
+    if is_mapping(loaders) and loaders.get("train") is None:
         mistakes.append(mistake(config, ("loaders",), "has no 'train', so there is nothing to train on"))
-    limits = [_section(trainer, key) for key in ("max_epochs", "max_steps")]
-    if trainer is None or (isinstance(trainer, Mapping | ConfigDict) and limits == [None, None]):
+    limits = [_at(trainer, key) for key in ("max_epochs", "max_steps")]
+    if (trainer is None or is_mapping(trainer)) and limits == [None, None]:
         mistakes.append(mistake(config, ("trainer",), "needs max_epochs or max_steps, such as max_epochs: 10"))
     return mistakes
 
@@ -257,10 +296,8 @@ def notes(config: ConfigDict) -> list[str]:
     """One line for each bare name that is found in more than one place."""
     result = []
     for call in calls(config).values():
-        found = locate(config, call)
-        if found.also:
-            first = f"{found.target.module}.{found.target.name}"
-            result.append(
-                f"{dotted(call.path_of('name'))}: {call.name} is {first}; also found: {', '.join(found.also)}"
-            )
+        target, also = locate(config, call)
+        if also:
+            name = dotted(call.path_of("name"))
+            result.append(f"{name}: {call.name} is {target.module}.{target.name}; also found: {', '.join(also)}")
     return result

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dtrain import __version__
-from dtrain.yamlfile import ConfigError
+from dtrain.yamlfile import ConfigError, one_line
 
 USAGE = 2
 
@@ -33,7 +33,7 @@ class _Parser(argparse.ArgumentParser):
     """A mistake on the command line is one line on stderr and exit status 2."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        print(one_line(f"{self.prog}: {message} (see {self.prog} --help)"), file=sys.stderr)
         sys.exit(USAGE)
 
 
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0].endswith((".yaml", ".yml")):
         words.insert(0, "train")
-    options = _parser().parse_args(words)
+    options = _options(words)
     if str(Path.cwd()) not in sys.path:  # for `modules:` of the current folder, as `python -m` has it
         sys.path.insert(0, str(Path.cwd()))
     try:
@@ -80,15 +80,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _refuse(error: ConfigError) -> int:
-    """One line per mistake, once, whatever the number of ranks."""
-    from dtrain.distributed import is_main
+def _options(words: Sequence[str]) -> argparse.Namespace:
+    """The command line; argparse takes no KEY=VALUE behind an option, people write it there."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(words)
+    strange = rest if not hasattr(options, "overrides") else [word for word in rest if word.startswith("-")]
+    if strange:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if rest:
+        options.overrides += rest
+    return options
 
-    if is_main():
+
+def _refuse(error: ConfigError) -> int:
+    """One line per mistake, once, whatever the number of ranks.
+
+    What has a cause was raised by code that ran, and that may go wrong on one rank alone: then each rank speaks.
+    """
+    from dtrain.distributed import environment, is_main
+
+    if is_main() or error.__cause__ is not None:
+        prefix = "" if is_main() else f"rank {environment().rank}: "
         for mistake in error.mistakes:
-            print(mistake, file=sys.stderr)
-        if len(error.mistakes) > 1:
-            print(f"{len(error.mistakes)} mistakes; nothing was started", file=sys.stderr)
+            print(f"{prefix}{mistake}", file=sys.stderr)
     return USAGE
 
 

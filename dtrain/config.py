@@ -1,18 +1,39 @@
 """YAML and overrides in, one locked ConfigDict out, every key with its place; knows no component, no torch, no rank."""
 
-import copy
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from dtrain.yamlfile import ConfigError, KeyPath, Mistake, Place, did_you_mean, dotted, dump, parse, scalar
+from dtrain.yamlfile import (
+    MAX_DEPTH,
+    MAX_VALUES,
+    ConfigError,
+    KeyPath,
+    Mistake,
+    Place,
+    did_you_mean,
+    dotted,
+    dump,
+    found,
+    is_mapping,
+    key_mistake,
+    parse,
+    scalar,
+    shown,
+    to_plain,
+    type_name,
+)
 
-MAX_BYTES = 4_000_000  # no hand-written config is larger; a data file given by mistake is refused before it is parsed
+__all__ = ["from_mapping", "load_config", "place_of", "sources", "to_config_dict", "to_plain", "to_yaml"]
+
+MAX_BYTES = 1_000_000  # no hand-written config is larger; a data file given by mistake is refused before it is parsed
+MAX_FILES = 100  # under `_base_`, counted as often as they are read
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -28,16 +49,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
     Raises:
         ConfigError: With every mistake that reading can find.
     """
-    tree = _read_file(Path(path), ancestors=())
-    tree.values.setdefault("experiment", Path(path).stem)
-    mistakes: list[Mistake] = []
-    for text in overrides:
-        try:
-            _override(tree, text)
-        except ConfigError as error:
-            mistakes += error.mistakes
-    if mistakes:
-        raise ConfigError(mistakes)
+    tree = _read_file(Path(path), ())
+    _apply_all(overrides, lambda text: _override(tree, text))
+    if tree.values.get("experiment") is None:
+        tree.values["experiment"] = Path(path).stem
     if overrides:
         tree.texts["overrides.txt"] = "\n".join([*overrides, ""])
     return _to_config(tree)
@@ -48,13 +63,45 @@ def sources(config: ConfigDict) -> dict[str, str]:
     return dict(getattr(config, "_texts", {}))
 
 
-def from_mapping(values: Mapping[str, Any]) -> ConfigDict:
-    """The same for a mapping made in Python: a locked deep copy with canonical key names (no places)."""
+def from_mapping(values: Mapping[str, Any] | ConfigDict) -> ConfigDict:
+    """The same for a mapping made in Python: a locked deep copy with canonical key names (no places).
+
+    Raises:
+        ConfigError: It is no mapping, or holds more than plain values, lists and mappings with text keys.
+    """
     if isinstance(values, ConfigDict) and hasattr(values, "_places"):
         return values
-    tree = _Tree(to_plain(values), {})
+    if not is_mapping(values):
+        raise ConfigError(f"expected a mapping, {found(values)}; dtrain.load_config reads a file")
+    mistakes: list[Mistake] = []
+    tree = _Tree(_checked(values, (), mistakes), {})
+    if mistakes:
+        raise ConfigError(mistakes)
     _canonical_names(tree)
     return _to_config(tree)
+
+
+def _checked(value: Any, path: KeyPath, mistakes: list[Mistake]) -> Any:
+    """A plain copy of a value made in Python."""
+    if len(path) > MAX_DEPTH:
+        mistakes.append(Mistake(f"{dotted(path[:3])}...: nesting deeper than {MAX_DEPTH}"))
+        return None
+    if is_mapping(value):
+        for key in value:
+            if wrong := key_mistake(key) if isinstance(key, str) else f"a key is a text, {found(key)}":
+                mistakes.append(Mistake(f"{dotted(path)}: {wrong}" if path else wrong))
+        return {key: _checked(value[key], (*path, key), mistakes) for key in value}
+    if isinstance(value, list | tuple):
+        return [_checked(item, (*path, index), mistakes) for index, item in enumerate(value)]
+    if isinstance(value, bool | None):
+        return value
+    if isinstance(value, Integral | Real):  # NumPy's numbers are such, too
+        return int(value) if isinstance(value, Integral) else float(value)
+    if isinstance(value, str | Path):
+        return str(value)
+    name = f"{type(value).__module__}.{type(value).__qualname__}"
+    mistakes.append(Mistake(f"{dotted(path)}: a config holds plain values, lists and mappings only, found a {name}"))
+    return None
 
 
 def place_of(config: ConfigDict, path: Sequence[str | int]) -> Place | None:
@@ -66,25 +113,14 @@ def place_of(config: ConfigDict, path: Sequence[str | int]) -> Place | None:
     return places.get(path)
 
 
-def to_plain(value: Any) -> Any:
-    """A deep copy in plain dicts and lists (ConfigDict's own to_dict shares lists and skips dicts inside them)."""
-    if isinstance(value, Mapping | ConfigDict):
-        return {key: to_plain(value[key]) for key in value}
-    if isinstance(value, list | tuple):
-        return [to_plain(item) for item in value]
-    return copy.deepcopy(value)
-
-
 def to_config_dict(value: Any) -> Any:
     """A deep copy with unlocked ConfigDicts for mappings, also inside lists, in the order written."""
-    if isinstance(value, Mapping | ConfigDict):
+    if is_mapping(value):
         result = ConfigDict(sort_keys=False)
         for key in value:
             result[key] = to_config_dict(value[key])
         return result
-    if isinstance(value, list | tuple):
-        return [to_config_dict(item) for item in value]
-    return copy.deepcopy(value)
+    return [to_config_dict(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def to_yaml(config: Mapping[str, Any] | ConfigDict) -> str:
@@ -105,41 +141,54 @@ def _escaped(value: Any) -> Any:
 
 @dataclass
 class _Tree:
-    """Plain values with the place of every key."""
+    """Plain values with the place of every key. A place may be left over from a value that was replaced."""
 
     values: dict[str, Any]
     places: dict[KeyPath, Place]
     texts: dict[str, str] = field(default_factory=dict)  # the files as written, by name
 
 
-def _read_file(path: Path, ancestors: tuple[Path, ...], place: Place | None = None) -> _Tree:
+def _apply_all(items: Sequence[Any], action: Callable[[Any], None]) -> None:
+    """Do it for each item, and raise all mistakes together."""
+    mistakes: list[Mistake] = []
+    for item in items:
+        try:
+            action(item)
+        except ConfigError as error:
+            mistakes += error.mistakes
+    if mistakes:
+        raise ConfigError(mistakes)
+
+
+def _read_file(
+    path: Path, ancestors: tuple[Path, ...], place: Place | None = None, left: Iterator[int] | None = None
+) -> _Tree:
+    """A file laid over the files under its `_base_`. `left` counts down the files that may still be read."""
+    left = iter(range(MAX_FILES)) if left is None else left
+    if next(left, None) is None:
+        raise ConfigError(Mistake(f"more than {MAX_FILES} files under '_base_'", place))
     text = _read_text(path, place)
     if path.resolve() in ancestors:
         raise ConfigError(Mistake(f"'_base_' goes round in a circle: {path} is already being read", place))
     values, places = parse(text, str(path))
     if not isinstance(values, dict):
-        found = "is empty" if values is None else f"holds a {type(values).__name__}"
-        raise ConfigError(
-            Mistake(
-                f"the file {found}; a config is a mapping of sections (model, loaders, ...)", Place(str(path), 1, 1)
-            )
-        )
-    tree = _Tree(values, places, {path.name: text})
-    bases = tree.values.pop("_base_", None)
-    _canonical_names(tree)
-    if bases is None:
-        return tree
-    where = tree.places.get(("_base_",))
-    names = bases if isinstance(bases, list) else [bases]
+        what = "is empty" if values is None else f"holds a {type_name(values)}"
+        text = f"the file {what}; a config is a mapping of sections (model, loaders, ...)"
+        raise ConfigError(Mistake(text, Place(str(path), 1, 1)))
+    own = _Tree(values, places | {(): Place(str(path), 1, 1)}, {path.name: text})
     result = _Tree({}, {})
-    for name in names:
+
+    def lay_base(item: tuple[KeyPath, Any]) -> None:
+        where, name = own.places.get(item[0]), item[1]
         if not isinstance(name, str):
-            raise ConfigError(Mistake(f"'_base_' takes a file name or a list of them, found {name!r}", where))
-        base = _read_file(path.parent / name, (*ancestors, path.resolve()), where)
-        _merge(result, base, ())
-        result.texts |= base.texts
-    _merge(result, tree, ())
-    result.texts |= tree.texts
+            raise ConfigError(Mistake(f"_base_: expected a file name or a list of them, {found(name)}", where))
+        _merge(result, _read_file(path.parent / name, (*ancestors, path.resolve()), where, left))
+
+    bases = _References(own).all_of(values.pop("_base_", None), ("_base_",))
+    listed = [(("_base_", index), name) for index, name in enumerate(bases)] if isinstance(bases, list) else []
+    _apply_all(listed if isinstance(bases, list | None) else [(("_base_",), bases)], lay_base)
+    _canonical_names(own)
+    _merge(result, own)
     return result
 
 
@@ -148,44 +197,58 @@ def _read_text(path: Path, place: Place | None) -> str:
     try:
         if path.is_dir():
             raise ConfigError(Mistake(f"{path} is a folder, expected a YAML file", place))
-        if path.stat().st_size > MAX_BYTES:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
             raise ConfigError(Mistake(f"{path} is larger than {MAX_BYTES // 1_000_000} MB; that is no config", place))
-        return path.read_text(encoding="utf-8-sig")
+        return data.decode("utf-8-sig")
     except FileNotFoundError:
-        folder = path.parent if path.parent.is_dir() else Path()
-        known = [str(folder / item.name) for item in folder.iterdir() if item.suffix in (".yaml", ".yml")]
-        raise ConfigError(Mistake(f"there is no file {path}{did_you_mean(str(path), known)}", place)) from None
+        raise ConfigError(Mistake(f"there is no file {path}{_similar_file(path)}", place)) from None
     except UnicodeDecodeError as error:
-        raise ConfigError(
-            Mistake(f"not UTF-8 text: byte {error.object[error.start]:#x} at {error.start}", Place(str(path), 1, 1))
-        ) from None
+        before = error.object[: error.start].split(b"\n")
+        text = f"not UTF-8 text: byte {error.object[error.start]:#x}"
+        raise ConfigError(Mistake(text, Place(str(path), len(before), len(before[-1]) + 1))) from None
     except OSError as error:
         raise ConfigError(Mistake(f"cannot read {path}: {error.strerror}", place)) from None
     except ValueError as error:  # a NUL byte in the name
         raise ConfigError(Mistake(f"cannot read {str(path)!r}: {error}", place)) from None
 
 
-def _merge(into: _Tree, other: _Tree, path: KeyPath) -> None:
+def _similar_file(path: Path) -> str:
+    folder = path.parent if path.parent.is_dir() else Path()
+    try:
+        return did_you_mean(str(path), [str(folder / item.name) for item in folder.glob("*.y*ml")])
+    except OSError:
+        return ""
+
+
+def _merge(into: _Tree, other: _Tree) -> None:
     """Lay `other` over `into`: mappings key by key, everything else replaced. `_delete_: true` drops what lay below."""
-    below, above = _at(into.values, path), _at(other.values, path)
-    for key, value in above.items():
-        here = (*path, key)
-        mergeable = isinstance(value, dict) and isinstance(below.get(key), dict)
-        if mergeable and value.pop("_delete_", False) is not True:
-            into.places[here] = other.places.get(here, into.places.get(here, Place("")))
-            _merge(into, other, here)
-            continue
-        if isinstance(value, dict):
-            value.pop("_delete_", None)
-        below[key] = value
-        into.places = {old: place for old, place in into.places.items() if old[: len(here)] != here}
-        into.places |= {old: place for old, place in other.places.items() if old[: len(here)] == here}
+    replaced: set[KeyPath] = set()
 
+    def lay(below: dict[str, Any], above: dict[str, Any], path: KeyPath) -> dict[str, Any]:
+        for key, value in above.items():
+            here = (*path, key)
+            if isinstance(value, dict):
+                delete = value.pop("_delete_", False)
+                if not isinstance(delete, bool):
+                    text = f"{dotted((*here, '_delete_'))}: expected true or false, {found(delete)}"
+                    raise ConfigError(Mistake(text, other.places.get((*here, "_delete_"))))
+                if isinstance(below.get(key), dict) and not delete:
+                    lay(below[key], value, here)
+                    continue
+                value = lay({}, value, here)
+            below[key] = value
+            replaced.add(here)
+        return below
 
-def _at(values: Any, path: KeyPath) -> Any:
-    for key in path:
-        values = values[key]
-    return values
+    lay(into.values, other.values, ())
+    kept = (path for path in into.places if not any(path[:end] in replaced for end in range(1, len(path) + 1)))
+    into.places = {path: into.places[path] for path in kept} | other.places
+    for name, text in other.texts.items():
+        while name in into.texts and into.texts[name] != text:  # two files of one name in different folders
+            name = f"_{name}"
+        into.texts[name] = text
 
 
 # ------------------------------------------------------------------------------------------------------ other dialects
@@ -220,22 +283,39 @@ _MODES = {True: "max", False: "min"}
 
 
 def _canonical_names(tree: _Tree) -> None:
-    for old, new in _RENAMES.items():
+    """Rename what another dialect calls otherwise.
+
+    Raises:
+        ConfigError: A setting has both names.
+    """
+
+    def rename(names: tuple[KeyPath, KeyPath]) -> None:
+        old, new = names
         parent = _mapping_at(tree.values, old[:-1])
         if parent is None or old[-1] not in parent:
-            continue
+            return
         place = tree.places.get(old)
         target = _mapping_at(tree.values, new[:-1], create=True)
-        if target is None or new[-1] in target:
+        if target is None:
+            text = f"{dotted(old)}: stands for '{dotted(new)}', but '{dotted(new[:-1])}' is no mapping"
+            raise ConfigError(Mistake(text, place))
+        if new[-1] in target:
             text = f"'{dotted(old)}' and '{dotted(new)}' are two names of one setting; keep one of them"
             raise ConfigError(Mistake(text, place))
-        value = parent.pop(old[-1])
-        target[new[-1]] = _MODES[value] if isinstance(value, bool) and new == ("trainer", "mode") else value
+        target[new[-1]] = _canonical_value(old, parent.pop(old[-1]))
         moved = {(*new, *path[len(old) :]): where for path, where in tree.places.items() if path[: len(old)] == old}
-        tree.places = {path: where for path, where in tree.places.items() if path[: len(old)] != old} | moved
+        if place and new[:-1]:
+            tree.places.setdefault(new[:-1], place)
+        tree.places |= moved
+
+    _apply_all(list(_RENAMES.items()), rename)
     metrics = tree.values.get("metrics")
     if isinstance(metrics, dict) and isinstance(metrics.get("multiple"), bool):
         del metrics["multiple"]  # a fork's flag for 'name is a list', which the list itself says
+
+
+def _canonical_value(old: KeyPath, value: Any) -> Any:
+    return _MODES[value] if old[-1] == "eval_score_higher_is_better" and isinstance(value, bool) else value
 
 
 def _mapping_at(values: Any, path: KeyPath, create: bool = False) -> dict[Any, Any] | None:
@@ -244,13 +324,6 @@ def _mapping_at(values: Any, path: KeyPath, create: bool = False) -> dict[Any, A
             values[key] = {}
         values = values.get(key) if isinstance(values, dict) else None
     return values if isinstance(values, dict) else None
-
-
-def _canonical_path(path: KeyPath) -> KeyPath:
-    for old, new in _RENAMES.items():
-        if path[: len(old)] == old:
-            path = (*new, *path[len(old) :])
-    return path
 
 
 # ---------------------------------------------------------------------------------------------------------- overrides
@@ -262,133 +335,150 @@ def _override(tree: _Tree, text: str) -> None:
     Raises:
         ConfigError: The text has no '=', no key, a bad value, or leads through something that is no mapping or list.
     """
-    place = Place(f"argument '{text}'")
+    place = Place(f"argument {shown(text)}")
     key, equals, value_text = text.partition("=")
-    if not equals or not key or key.startswith(".") or key.endswith(".") or ".." in key:
+    if not equals or not all(key.split(".")):
         raise ConfigError(Mistake("expected KEY=VALUE with dots between keys, such as optimizer.lr=1e-3", place))
     value, places = parse(value_text, text, place)
-    parts = tuple(key.split("."))
-    path = _canonical_path(parts)
-    if parts[-1] == "eval_score_higher_is_better" and isinstance(value, bool):
-        value = _MODES[value]
+    path: KeyPath = tuple(key.split("."))
+    for old, new in _RENAMES.items():
+        if path[: len(old)] == old:
+            value = _canonical_value(old, value) if path == old else value
+            path = (*new, *path[len(old) :])
     parent: Any = tree.values
     done: KeyPath = ()
-    for part, following in zip(path, (*path[1:], None), strict=True):
+    for part in path[:-1]:
         index = _step(parent, str(part), done, place)
         done = (*done, index)
-        tree.places[done] = place if following is None or done not in tree.places else tree.places[done]
-        if following is None:
-            parent[index] = value
-            tree.places = {old: where for old, where in tree.places.items() if old[: len(done)] != done or old == done}
-            tree.places |= {(*done, *rest): place for rest in places}
-        else:
-            if isinstance(parent, dict) and parent.get(index) is None:
-                parent[index] = {}
-            parent = parent[index]
+        if isinstance(parent, dict) and parent.get(index) is None:
+            parent[index] = {}
+            tree.places[done] = place
+        parent = parent[index]
+    last = _step(parent, str(path[-1]), done, place)
+    parent[last] = value
+    tree.places |= {(*done, last): place} | {(*done, last, *rest): place for rest in places}
+    _canonical_names(tree)  # the value may be a mapping in another dialect
 
 
 def _step(parent: Any, part: str, done: KeyPath, place: Place) -> Any:
     """The key or the list index that `part` means inside `parent`."""
     if isinstance(parent, dict):
-        if part.startswith("__") or not part.isprintable():
-            raise ConfigError(Mistake(f"{part!r} cannot be a key", place))
+        if wrong := key_mistake(part):
+            raise ConfigError(Mistake(wrong, place))
         return part
     if isinstance(parent, list):
         if not re.fullmatch(r"[0-9]{1,9}", part) or int(part) >= len(parent):
             possible = f"0 to {len(parent) - 1}" if parent else "none, it is empty"
-            raise ConfigError(
-                Mistake(f"'{dotted(done)}' is a list: '{part}' is none of its indices ({possible})", place)
-            )
+            text = f"'{dotted(done)}' is a list: {shown(part)} is none of its indices ({possible})"
+            raise ConfigError(Mistake(text, place))
         return int(part)
-    raise ConfigError(Mistake(f"'{dotted(done)}' is {parent!r}, so it has no key '{part}'", place))
+    raise ConfigError(Mistake(f"'{dotted(done)}' is {shown(parent)}, so it has no key {shown(part)}", place))
 
 
 # ------------------------------------------------------------------------------------------------------ `${...}`
 
-_REFERENCE = re.compile(r"\$\$\{|\$\{([^{}$]*)\}")
+_REFERENCE = re.compile(r"(?P<literal>\$\$\{)|\$\{(?P<name>[^{}]*)\}|(?P<broken>\$\{)")
+_FORMS = "write ${NAME}, ${NAME:-default} or ${section.key}, and $${ for a plain ${"
+_TEXTS = {("experiment",), ("run_name",)}  # the environment's `12345` is a name here, and cannot be put in quotes
 
 
-def _interpolate(tree: _Tree) -> None:
-    mistakes: list[Mistake] = []
-    for path, value in list(_texts(tree.values)):
-        if "${" in value:
-            try:
-                parent = _at(tree.values, path[:-1])
-                parent[path[-1]] = _resolved(tree, path, ())
-            except ConfigError as error:
-                mistakes += error.mistakes
-    if mistakes:
-        raise ConfigError(mistakes)
+class _References:
+    """Replaces the `${...}` in a tree's values; the tree stays as it is, so the order of keys does not matter."""
 
+    def __init__(self, tree: _Tree) -> None:
+        self.tree = tree
+        self.count = self.depth = 0
+        self.mistakes: list[Mistake] = []
 
-def _texts(values: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
-    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
-    for key, value in items:
-        if isinstance(value, str):
-            yield (*path, key), value
-        else:
-            yield from _texts(value, (*path, key))
+    def all_of(self, value: Any, path: KeyPath = ()) -> Any:
+        """A copy of `value`, which stands at `path`.
 
+        Raises:
+            ConfigError: With every reference that leads nowhere.
+        """
+        result = self.value(value, path)
+        if self.mistakes:
+            raise ConfigError(self.mistakes)
+        return result
 
-def _resolved(tree: _Tree, path: KeyPath, chain: tuple[KeyPath, ...]) -> Any:
-    """The value at `path` with its references replaced; a text that is one reference keeps the type of its target."""
-    text = _at(tree.values, path)
-    place = tree.places.get(path)
-    if path in chain:
-        raise ConfigError(
-            Mistake(f"'{dotted(path)}' refers to itself: {' -> '.join(map(dotted, (*chain, path)))}", place)
-        )
-    if not isinstance(text, str):
-        return _resolved_tree(tree, path, chain)
-    whole = _REFERENCE.fullmatch(text)
-    if whole and whole[1] is not None:
-        return _target(tree, whole[1], path, chain)
+    def value(self, value: Any, path: KeyPath, chain: tuple[KeyPath, ...] = ()) -> Any:
+        """The same; `chain`: the references that led here."""
+        self.count, self.depth = self.count + 1, self.depth + 1
+        if self.count > 2 * MAX_VALUES or self.depth > 2 * MAX_DEPTH:  # references to lists of references to lists ...
+            raise ConfigError(Mistake("references grow without end; that is no config", self.tree.places.get(path)))
+        if isinstance(value, dict):
+            value = {key: self.value(item, (*path, key), chain) for key, item in value.items()}
+        elif isinstance(value, list):
+            value = [self.value(item, (*path, index), chain) for index, item in enumerate(value)]
+        elif isinstance(value, str) and "${" in value:
+            value = self.text(value, path, chain)
+        self.depth -= 1
+        return value
 
-    def part(match: re.Match[str]) -> str:
-        if match[1] is None:
-            return "${"  # `$${` writes a literal `${`
-        value = _target(tree, match[1], path, chain)
-        if isinstance(value, dict | list):
-            raise ConfigError(Mistake(f"'${{{match[1]}}}' is a {type(value).__name__}; it can only stand alone", place))
-        return "" if value is None else str(value)
+    def text(self, text: str, path: KeyPath, chain: tuple[KeyPath, ...]) -> Any:
+        """A text with its references replaced; one that is nothing but a reference takes its target's type."""
+        if path in chain:
+            circle = " -> ".join(map(dotted, (*chain[chain.index(path) :], path)))
+            return self.wrong(path, f"'{dotted(path)}' refers to itself: {circle}")
+        whole = _REFERENCE.fullmatch(text)
+        if whole and whole["name"] is not None:
+            return self.target(whole["name"], path, chain, typed=path not in _TEXTS)
 
-    return _REFERENCE.sub(part, text)
+        def part(match: re.Match[str]) -> str:
+            if match["literal"]:
+                return "${"
+            if match["broken"]:
+                self.wrong(path, f"{shown(text)}: a '${{' without its '}}'; {_FORMS}")
+                return ""
+            value = self.target(match["name"], path, chain, typed=False)
+            if isinstance(value, dict | list):
+                self.wrong(path, f"'{match[0]}' is a {type_name(value)}; it can only stand alone")
+            return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
+        result = _REFERENCE.sub(part, text)
+        self.count += len(result) // 100
+        return result
 
-def _resolved_tree(tree: _Tree, path: KeyPath, chain: tuple[KeyPath, ...]) -> Any:
-    value = copy.deepcopy(_at(tree.values, path))
-    for inner, text in list(_texts(value)):
-        if "${" in text:
-            _at(value, inner[:-1])[inner[-1]] = _resolved(tree, (*path, *inner), (*chain, path))
-    return value
-
-
-def _target(tree: _Tree, reference: str, path: KeyPath, chain: tuple[KeyPath, ...]) -> Any:
-    """`NAME`, `NAME:-default` from the environment, `a.b` from the config."""
-    name, has_default, default = reference.partition(":-")
-    place = tree.places.get(path)
-    if "." not in name and name in os.environ:
-        return scalar(os.environ[name])
-    if has_default:
-        return scalar(default)
-    keys: KeyPath = tuple(int(part) if part.isdigit() else part for part in name.split("."))
-    try:
-        _at(tree.values, keys)
-    except (KeyError, IndexError, TypeError):
+    def target(self, reference: str, path: KeyPath, chain: tuple[KeyPath, ...], typed: bool) -> Any:
+        """What `NAME`, `NAME:-default` (the environment) or `section.key` (the config) stands for."""
+        name, has_default, default = (part.strip() for part in reference.partition(":-"))
+        if not re.fullmatch(r"[\w-]+(\.[\w-]+)*", name):
+            return self.wrong(path, f"'${{{reference}}}' names nothing; {_FORMS}")
+        in_environment = None if "." in name else os.environ.get(name)
+        if in_environment or (in_environment is not None and not has_default):
+            return scalar(in_environment) if typed else in_environment
+        keys: KeyPath = tuple(int(part) if part.isdecimal() else part for part in name.split("."))
+        there, value = _look_up(self.tree.values, keys) if "." in name or not has_default else (False, None)
+        if there:
+            return self.value(value, keys, (*chain, path))
+        if has_default:
+            return scalar(default) if typed else default
         if "." in name:
-            known = [dotted(known) for known in tree.places]
-            raise ConfigError(Mistake(f"'${{{reference}}}': no such key{did_you_mean(name, known)}", place)) from None
-        text = f"'${{{reference}}}': the environment has no variable {name!r}; set it, or write ${{{name}:-default}}"
-        raise ConfigError(Mistake(text, place)) from None
-    return _resolved(tree, keys, (*chain, path))
+            known = did_you_mean(name, map(dotted, self.tree.places))
+            return self.wrong(path, f"'${{{reference}}}': there is no such key{known}")
+        return self.wrong(
+            path, f"'${{{reference}}}': the environment has no {name!r}; set it, or write ${{{name}:-default}}"
+        )
+
+    def wrong(self, path: KeyPath, text: str) -> None:
+        self.mistakes.append(Mistake(f"{dotted(path)}: {text}", self.tree.places.get(path)))
+
+
+def _look_up(values: Any, path: KeyPath) -> tuple[bool, Any]:
+    """Whether there is such a key, and its value."""
+    try:
+        for key in path:
+            values = values[key]
+        return True, values
+    except (KeyError, IndexError, TypeError):
+        return False, None
 
 
 # ------------------------------------------------------------------------------------------------------------- result
 
 
 def _to_config(tree: _Tree) -> ConfigDict:
-    _interpolate(tree)
-    config = to_config_dict(tree.values)
+    config = to_config_dict(_References(tree).all_of(tree.values))
     _lock(config)
     # Places ride along outside of the fields: they are no settings, and a copy of a section needs none.
     object.__setattr__(config, "_places", tree.places)

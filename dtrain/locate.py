@@ -1,19 +1,22 @@
 """Where a name in the config leads: the user's modules, dtrain's components, the libraries; imports nothing of them."""
 
+import contextlib
 import functools
+import json
 import re
-import site
 import sys
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote, urlparse
 
 from ml_collections import ConfigDict
 
-from dtrain.sections import SLOTS, Call, Slot, refused
-from dtrain.source import SOURCE, Callee, Dynamic, module_file
-from dtrain.yamlfile import KeyPath, did_you_mean, type_name
+from dtrain.sections import EVERYWHERE, Call, refused
+from dtrain.source import SOURCE, Callee, Dynamic, is_standard, module_file, spec_folders
+from dtrain.yamlfile import KeyPath, did_you_mean, found, shown
+
+STANDARD = "of the standard library, which a config may not name"
 
 
 class Found(NamedTuple):
@@ -21,20 +24,6 @@ class Found(NamedTuple):
 
     target: Callee | Dynamic
     also: tuple[str, ...] = ()
-
-
-@functools.cache
-def _own_components() -> dict[str, str]:
-    """Public classes and functions of dtrain's own components, name -> module; found by their first column."""
-    root = Path(__file__).parent / "components"
-    result: dict[str, str] = {}
-    for file in sorted(root.glob("*/*.py")):
-        module = f"dtrain.components.{file.parent.name}" + ("" if file.stem == "__init__" else f".{file.stem}")
-        for name in re.findall(
-            r"^(?:class|def) ([A-Za-z]\w*)|^([A-Z]\w*) = [A-Z]\w*$", file.read_text(encoding="utf-8"), re.M
-        ):
-            result.setdefault(name[0] or name[1], module)
-    return result
 
 
 def user_modules(config: ConfigDict) -> list[str]:
@@ -48,88 +37,102 @@ def locate(config: ConfigDict, call: Call) -> Found:
 
     Raises:
         ConfigError: There is no such name, or it may not be used.
+        SyntaxError: A module on the way is no Python.
     """
     name, path = call.name, call.path_of("name")
     if not isinstance(name, str) or not name:
-        raise refused(config, path, f"expected the name of a class or a function, found {type_name(name)} {name!r}")
-    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*)?", name):
-        raise refused(config, path, f"{name!r} is no name of a class or a function")
-    if "." in name or ":" in name:
-        return Found(_located_path(config, path, name))
-    hits: list[Callee | Dynamic] = []
-    for module in (*user_modules(config), _own_components().get(name, ""), *_libraries(call.slot)):
-        found = SOURCE.lookup(module, name) if module else None
-        if isinstance(found, Callee | Dynamic) and (isinstance(found, Callee) or found not in hits):
-            hits.append(found)
-    if not hits:
-        raise refused(
-            config, path, f"there is no '{name}'{_similar(config, call, name)}; searched {_searched(config, call)}"
-        )
-    first = next((item for item in hits if isinstance(item, Callee)), hits[0])
-    others = dict.fromkeys(f"{item.module}.{item.name}" for item in hits if item.module != first.module)
-    return Found(first, tuple(others))
+        raise refused(config, path, f"expected the name of a class or a function, {found(name)}")
+    parts = re.split(r"[.:]", name)
+    if not all(part.isidentifier() and not part.startswith("__") for part in parts) or name.count(":") > 1:
+        raise refused(config, path, f"{shown(name)} is no name of a class or a function")
+    if len(parts) > 1:
+        return Found(_located_path(config, path, name, parts))
+    hits = {module: SOURCE.lookup(module, name) for module in user_modules(config)}
+    hits |= {module: _in_library(module, name) for module in call.slot.libraries}
+    targets = list(dict.fromkeys(item for item in hits.values() if isinstance(item, Callee | Dynamic)))
+    certain = [item for item in targets if isinstance(item, Callee) or item.certain]
+    if targets:
+        first, *others = certain or targets
+        return Found(first, tuple(f"{item.module}.{item.name}" for item in others))
+    for module, item in hits.items():
+        if isinstance(item, str) and is_standard(item):
+            raise refused(config, path, f"'{name}' of {module} is '{item}' {STANDARD}")
+    raise refused(
+        config, path, f"there is no '{name}'{_similar(config, call, name)}; searched {_searched(config, call)}"
+    )
 
 
-def _libraries(slot: Slot) -> Iterator[str]:
-    """The section's own libraries, then the others', so that a component inside a component is found as well."""
-    yield from dict.fromkeys([*slot.libraries, *(module for item in SLOTS.values() for module in item.libraries)])
+def _in_library(module: str, name: str) -> Callee | Dynamic | str | None:
+    try:
+        return SOURCE.lookup(module, name)
+    except SyntaxError:  # an optional library for another Python is no library; the user's own mistakes are told
+        return None
 
 
 def _similar(config: ConfigDict, call: Call, name: str) -> str:
-    own = set(_own_components()).union(*(SOURCE.names(module) for module in user_modules(config)))
-    hint = did_you_mean(name, own | set().union(*(SOURCE.names(module) for module in call.slot.libraries)))
-    return hint or did_you_mean(name, set().union(*(SOURCE.names(module) for module in _libraries(call.slot))))
+    """The nearest names of where it was looked for; of all libraries if none of those is near."""
+    near = set().union(*(SOURCE.names(module) for module in (*user_modules(config), *call.slot.libraries)))
+    return did_you_mean(name, near) or did_you_mean(name, set().union(*map(SOURCE.names, EVERYWHERE)))
 
 
 def _searched(config: ConfigDict, call: Call) -> str:
     there = [module for module in call.slot.libraries if module_file(module)]
-    return ", ".join([*user_modules(config), "dtrain.components", *there])
+    return ", ".join([*user_modules(config), *there])
 
 
-def _located_path(config: ConfigDict, path: KeyPath, name: str) -> Callee | Dynamic:
+def _located_path(config: ConfigDict, path: KeyPath, name: str, parts: list[str]) -> Callee | Dynamic:
     """A full path, `package.module:Name` or `package.module.Name`, followed through the source text."""
-    parts = re.split(r"[.:]", name)
     top = parts[0]
-    if top in sys.stdlib_module_names:
-        raise refused(config, path, f"'{name}' is of the standard library, which a config may not name")
+    if is_standard(top):
+        raise refused(config, path, f"'{name}' is {STANDARD}")
     if module_file(top) is None:
-        known = [*user_modules(config), *(item.partition(".")[0] for slot in SLOTS.values() for item in slot.libraries)]
+        known = [*user_modules(config), *(library.partition(".")[0] for library in EVERYWHERE)]
         raise refused(config, path, f"there is no package '{top}'{did_you_mean(top, known)}")
-    if not _is_installed(top) and not any(
-        f"{name}.".startswith(f"{module}.") or name.startswith(f"{module}:") for module in user_modules(config)
-    ):
+    written = name.replace(":", ".")
+    if not any(f"{written}.".startswith(f"{module}.") for module in user_modules(config)) and not is_installed(top):
         cure = name.partition(":")[0] if ":" in name else ".".join(parts[:-1])
-        raise refused(
-            config, path, f"'{top}' is neither installed nor under 'modules'; add it there: modules: [{cure}]"
-        )
-    module, done = top, 1
-    found: Callee | Dynamic | str | None = top
-    for part in parts[1:]:
-        found = SOURCE.lookup(module, part)
-        done += 1
-        if not isinstance(found, str):
-            break
-        if found.partition(".")[0] in sys.stdlib_module_names:
-            raise refused(
-                config, path, f"'{name}' leads into the standard library ('{found}'), which a config may not name"
-            )
-        module = found
-    if found is None:
-        hint = did_you_mean(parts[done - 1], SOURCE.names(module))
-        raise refused(config, path, f"'{module}' has no '{parts[done - 1]}'{hint}")
-    if isinstance(found, str):
-        raise refused(config, path, f"'{name}' is a module; expected a class or a function in it")
-    return found if done == len(parts) else Dynamic(module, ".".join(parts[done - 1 :]))
+        text = f"'{top}' is neither installed nor under 'modules'; add it there: modules: [{cure}]"
+        raise refused(config, path, text)
+    module, there = "", None
+    for done, part in enumerate(parts):
+        there = SOURCE.lookup(module, part) if module else top
+        if isinstance(there, str) and is_standard(there):
+            raise refused(config, path, f"'{name}' leads to '{there}' {STANDARD}")
+        if there is None:
+            hint = did_you_mean(part, SOURCE.names(module))
+            raise refused(config, path, f"'{module}' has no '{part}'{hint}")
+        if not isinstance(there, str):
+            rest = parts[done + 1 :]
+            return Dynamic(there.module, ".".join([there.name, *rest])) if rest else there
+        module = there
+    raise refused(config, path, f"'{name}' is a module; expected a class or a function in it")
 
 
 @functools.cache
-def _is_installed(top: str) -> bool:
-    """Whether a top-level module was installed rather than merely lying in the current folder."""
-    file = module_file(top)
-    paths = sysconfig.get_paths()
-    folders = [*site.getsitepackages(), site.getusersitepackages(), paths["purelib"], paths["platlib"]]
-    if top == "dtrain" or (file and file.path and any(file.path.is_relative_to(folder) for folder in folders)):
-        return True
-    from importlib.metadata import packages_distributions  # slow, and only an editable installation needs it
+def is_installed(top: str) -> bool:
+    """Whether a top-level module was installed, also as editable, rather than merely lying in the current folder.
 
-    return top in packages_distributions()
+    It is, where its folder holds other installations' records, is one of those, or is on a `.pth` file's list.
+    """
+    origin, folders = spec_folders(top)
+    homes = [folder.parent for folder in folders] or ([origin.parent] if origin else [])
+    if any(home.name in ("site-packages", "dist-packages") or _has_records(home) for home in homes):
+        return True
+    return any(home.is_relative_to(folder) for home in homes for folder in _editable_folders())
+
+
+def _has_records(folder: Path) -> bool:
+    return any(next(folder.glob(pattern), None) for pattern in ("*.dist-info", "*.egg-info"))
+
+
+def _editable_folders() -> Iterator[Path]:
+    """Where editable installations lie: pip records it (PEP 610), older tools put the folder on the path."""
+    for site in (Path(item) for item in sys.path if Path(item).name in ("site-packages", "dist-packages")):
+        for record in site.glob("*.dist-info/direct_url.json"):
+            with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
+                facts = json.loads(record.read_bytes())
+                if facts["dir_info"]["editable"]:
+                    yield Path(unquote(urlparse(facts["url"]).path))
+        for file in site.glob("*.pth"):
+            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+            yield from (Path(line) for line in lines if Path(line).is_absolute() and Path(line).is_dir())

@@ -10,9 +10,8 @@ from ml_collections import ConfigDict
 
 from dtrain.config import place_of
 from dtrain.source import SOURCE, Callee
-from dtrain.yamlfile import ConfigError, KeyPath, Mistake, dotted, type_name
+from dtrain.yamlfile import ConfigError, KeyPath, Mistake, dotted, found, is_mapping, nearest
 
-ANY = -1
 NONE: frozenset[str] = frozenset()
 
 
@@ -21,41 +20,47 @@ class Slot:
     """What a section of one kind may name: where bare names are looked up, and what dtrain itself supplies."""
 
     libraries: tuple[str, ...] = ()
-    given: int = 0  # leading positional arguments that dtrain supplies
-    given_names: frozenset[str] = frozenset()  # keyword arguments that dtrain supplies
-    later: int | None = None  # a function that still lacks so many leading arguments is itself what is wanted
+    given: str = ""  # the argument that dtrain supplies: of this name, else the first one
+    given_names: frozenset[str] = NONE  # keyword arguments that dtrain supplies
+    pairs: bool = False  # a function of (output, target) is itself what is wanted
+    nested: bool = False  # a function that still lacks arguments is itself what is wanted
 
 
-_LOSS = Slot(("torch.nn", "torch.nn.functional", "monai.losses"), later=2)
 SLOTS = {
     "model": Slot(
-        ("torch.nn", "monai.networks.nets", "vit_pytorch.vit", "pytorch3dunet.unet3d.model", "torchvision.models")
+        (
+            "dtrain.components.models", "torch.nn",
+            "monai.networks.nets", "vit_pytorch.vit", "pytorch3dunet.unet3d.model", "torchvision.models",
+        )
     ),
     "loaders": Slot(
-        ("torch.utils.data", "monai.transforms", "monai.data", "torchvision.transforms", "torchvision.datasets")
+        (
+            "dtrain.components.datasets", "dtrain.components.transforms", "torch.utils.data",
+            "monai.transforms", "monai.data", "torchvision.transforms", "torchvision.datasets",
+        )
     ),
-    "loss": _LOSS,
+    "loss": Slot(
+        ("dtrain.components.losses", "torch.nn", "torch.nn.functional", "monai.losses"), pairs=True
+    ),
     "metrics": Slot(
         (
-            "torchmetrics",
-            "torchmetrics.classification",
-            "torchmetrics.segmentation",
-            "torchmetrics.functional",
-            "monai.metrics",
+            "dtrain.components.metrics", "torchmetrics", "torchmetrics.classification", "torchmetrics.segmentation",
+            "torchmetrics.functional", "monai.metrics",
         ),
-        later=2,
+        pairs=True,
     ),
-    "optimizer": Slot(("torch.optim",), given=1),
-    "lr_scheduler": Slot(("torch.optim.lr_scheduler",), given=1),
-}
+    "optimizer": Slot(("torch.optim",), given="params"),
+    "lr_scheduler": Slot(("torch.optim.lr_scheduler",), given="optimizer"),
+}  # fmt: skip
+EVERYWHERE = tuple(dict.fromkeys(library for slot in SLOTS.values() for library in slot.libraries))
 
 # The settings of dtrain's own rooms are arguments of these functions, so they are checked like everything else.
 HOUSE = {
-    "trainer": ("dtrain.trainer", "Trainer", frozenset({"parts"})),
-    "mlflow": ("dtrain.tracking", "Journal", frozenset({"folder", "experiment", "run_name"})),
-    "loader": ("dtrain.dataloader", "loader_settings", frozenset()),
-    "ddp": ("dtrain.distributed", "ddp_options", frozenset()),
-    "schedule": ("dtrain.optimizer", "schedule_settings", frozenset()),
+    "trainer": ("Trainer", Slot(("dtrain.trainer",), given="parts")),
+    "mlflow": ("Journal", Slot(("dtrain.tracking",), given_names=frozenset({"folder", "experiment", "run_name"}))),
+    "loader": ("loader_settings", Slot(("dtrain.dataloader",))),
+    "ddp": ("ddp_options", Slot(("dtrain.distributed",))),
+    "schedule": ("schedule_settings", Slot(("dtrain.optimizer",))),
 }
 # The schedules whose length dtrain fills in where the config leaves it out: it knows it, and PolynomialLR's default
 # of 5 is nobody's wish.
@@ -67,6 +72,7 @@ REQUIRED = {  # what training needs, and an example of each
     "optimizer": "{name: AdamW, lr: 1e-3}",
 }
 LEAST: dict[str, dict[str, float]] = {  # the least that a number may be, where the type alone admits less
+    "": {"seed": 0},
     "trainer": {
         "max_epochs": 0, "max_steps": 0, "accumulate": 1, "log_every_steps": 1, "validate_every_steps": 1,
         "checkpoint_every_steps": 1, "keep_last": 1, "keep_best": 0, "early_stop_patience": 1, "clip_grad_norm": 0,
@@ -77,20 +83,13 @@ LEAST: dict[str, dict[str, float]] = {  # the least that a number may be, where 
     "mlflow": {"exit_timeout_seconds": 0},
 }  # fmt: skip
 PHASES = ("train", "val", "test", "predict")
-TOP_LEVEL = {
-    "experiment": "str",
-    "run_name": "str",
+TOP_LEVEL = {  # the keys of a config with their types; those without one are sections, read below
+    "experiment": "str | None",
+    "run_name": "str | None",
     "seed": "int | None",
     "device": "str",
     "modules": "list[str] | str | None",
-    "model": "dict",
-    "loaders": "dict",
-    "loss": "dict",
-    "metrics": "dict | list | None",
-    "optimizer": "dict",
-    "lr_scheduler": "dict | None",
-    "trainer": "dict | None",
-    "mlflow": "dict | None",
+    **dict.fromkeys((*SLOTS, "trainer", "mlflow"), ""),
 }
 
 
@@ -112,6 +111,9 @@ class Call:
         return self.paths.get(argument, (*self.path, argument))
 
 
+Wrong = list[Mistake]
+
+
 def calls(config: ConfigDict, only: str | None = None) -> dict[str, Call]:
     """Every call that the config's sections describe, by section: 'model', 'loaders.train', 'metrics.Accuracy', ...
 
@@ -122,22 +124,20 @@ def calls(config: ConfigDict, only: str | None = None) -> dict[str, Call]:
     Raises:
         ConfigError: A section has not the shape of a call.
     """
-    mistakes: list[Mistake] = []
-    result: dict[str, Call] = {}
-    for section in READERS if only is None else (only,):
-        if config.get(section) is not None or section in HOUSE:
-            try:
-                result |= READERS[section](config, section)
-            except ConfigError as error:
-                mistakes += error.mistakes
-    if mistakes:
-        raise ConfigError(mistakes)
+    wrong: Wrong = []
+    result = read_calls(config, wrong, only)
+    if wrong:
+        raise ConfigError(wrong)
     return result
 
 
-def _section(config: ConfigDict, section: str) -> Any:
-    value = config.get(section)
-    return {} if value is None else value
+def read_calls(config: ConfigDict, wrong: Wrong, only: str | None = None) -> dict[str, Call]:
+    """The same for those calls that can be read; the mistakes in the others' shape are added to `wrong`."""
+    result: dict[str, Call] = {}
+    for section in READERS if only is None else (only,):
+        if config.get(section) is not None or section in HOUSE:
+            result |= READERS[section](config, section, wrong)
+    return result
 
 
 def mistake(config: ConfigDict, path: KeyPath, text: str) -> Mistake:
@@ -150,140 +150,183 @@ def refused(config: ConfigDict, path: KeyPath, text: str) -> ConfigError:
     return ConfigError(mistake(config, path, text))
 
 
-def _mapping(config: ConfigDict, section: str) -> Mapping[str, Any]:
-    value = _section(config, section)
-    if not isinstance(value, Mapping | ConfigDict):
-        raise refused(config, (section,), f"expected a mapping, found {type_name(value)} {value!r}")
-    return value
+def _mapping(config: ConfigDict, path: KeyPath, value: Any, wrong: Wrong) -> Mapping[str, Any] | None:
+    """The value if it is a mapping ({} for null); else a mistake."""
+    if value is None or is_mapping(value):
+        return {} if value is None else value
+    wrong.append(mistake(config, path, f"expected a mapping, {found(value)}"))
+    return None
 
 
-def call_at(config: ConfigDict, path: KeyPath, value: Mapping[str, Any], slot: Slot) -> Call:
+def _named(config: ConfigDict, path: KeyPath, values: Mapping[str, Any], wrong: Wrong) -> bool:
+    """Whether it has a name; else a mistake."""
+    if "name" in values:
+        return True
+    known = ", ".join(map(str, values)) or "nothing"
+    near = nearest("name", map(str, values), 1)
+    hint = f"; was 'name' meant by '{near[0]}'?" if near else ""
+    wrong.append(mistake(config, path, f"has no 'name', so nothing says what to build (found: {known}){hint}"))
+    return False
+
+
+def call_at(path: KeyPath, values: Mapping[str, Any], slot: Slot) -> Call:
     """The call that a mapping with a `name` describes."""
-    if "name" not in value:
-        known = ", ".join(map(str, value)) or "nothing"
-        raise refused(config, path, f"has no 'name', so nothing says what to build (found: {known})")
-    return Call(path, slot, value["name"], {key: value[key] for key in value if key != "name"})
+    return Call(path, slot, values["name"], {key: values[key] for key in values if key != "name"})
 
 
-def _plain_call(config: ConfigDict, section: str) -> dict[str, Call]:
-    return {section: call_at(config, (section,), _mapping(config, section), SLOTS[section])}
+def _plain_call(config: ConfigDict, section: str, wrong: Wrong) -> dict[str, Call]:
+    values = _mapping(config, (section,), config.get(section), wrong)
+    if values is None or not _named(config, (section,), values, wrong):
+        return {}
+    return {section: call_at((section,), values, SLOTS[section])}
 
 
-def _house_call(config: ConfigDict, section: str) -> dict[str, Call]:
-    values = _mapping(config, section)
-    module, name, given = HOUSE[section]
-    wanted = values.get("name") if section == "trainer" else None
-    arguments = {key: values[key] for key in values if key != "name" or section != "trainer"}
-    result = {section: Call((section,), Slot((module,), given_names=given), wanted or f"{module}:{name}", arguments)}
-    if section == "trainer" and isinstance(ddp := values.get("ddp"), Mapping | ConfigDict):
-        module, name, _ = HOUSE["ddp"]
-        result["trainer.ddp"] = Call(
-            (section, "ddp"), Slot((module,)), f"{module}:{name}", {key: ddp[key] for key in ddp}
-        )
-    return result
+def _mlflow_call(config: ConfigDict, section: str, wrong: Wrong) -> dict[str, Call]:
+    values = _mapping(config, (section,), config.get(section), wrong)
+    return {} if values is None else {section: _house_call((section,), section, values)}
 
 
-def _split(config: ConfigDict, path: KeyPath, values: Mapping[str, Any], house: str) -> tuple[dict[str, Any], Call]:
+def _trainer_calls(config: ConfigDict, section: str, wrong: Wrong) -> dict[str, Call]:
+    """The trainer's settings; `name` may name another trainer than dtrain's."""
+    values = _mapping(config, (section,), config.get(section), wrong)
+    if values is None:
+        return {}
+    own = _house_call((section,), section, {key: values[key] for key in values if key != "name"})
+    if values.get("name") is not None:
+        own = replace(own, name=values["name"])
+    ddp = values.get("ddp") or {}
+    return {section: own} | ({"trainer.ddp": _house_call((section, "ddp"), "ddp", ddp)} if is_mapping(ddp) else {})
+
+
+def _house_call(path: KeyPath, house: str, values: Mapping[str, Any]) -> Call:
+    """A call of one of dtrain's own functions."""
+    name, slot = HOUSE[house]
+    return Call(path, slot, f"{slot.libraries[0]}:{name}", {key: values[key] for key in values})
+
+
+def _split(path: KeyPath, values: Mapping[str, Any], house: str) -> tuple[dict[str, Any], Call]:
     """Take the keys that one of dtrain's own functions takes out of a section; returns the others and that call."""
-    module, name, _ = HOUSE[house]
     settings = _settings(house)
-    own = {key: values[key] for key in values if key in settings}
     rest = {key: values[key] for key in values if key not in settings}
-    return rest, Call(path, Slot((module,)), f"{module}:{name}", own)
+    return rest, _house_call(path, house, {key: values[key] for key in values if key in settings})
 
 
 @functools.cache
-def _settings(house: str) -> tuple[str, ...]:
+def _settings(house: str) -> frozenset[str]:
     """The keys that one of dtrain's own functions takes."""
-    module, name, _ = HOUSE[house]
-    found = SOURCE.lookup(module, name)
-    assert isinstance(found, Callee), f"{module}:{name} cannot be read"
-    return tuple(item.name for item in found.parameters)
+    name, slot = HOUSE[house]
+    callee = SOURCE.lookup(slot.libraries[0], name)
+    assert isinstance(callee, Callee), f"{slot.libraries[0]}:{name} cannot be read"
+    return frozenset(item.name for item in callee.parameters)
 
 
-def _loader_calls(config: ConfigDict, section: str) -> dict[str, Call]:
-    values = _mapping(config, section)
+def _loader_calls(config: ConfigDict, section: str, wrong: Wrong) -> dict[str, Call]:
+    """For each phase its dataset and its loader; keys beside the phases go to all of them, a phase's own keys win."""
+    values = _mapping(config, (section,), config.get(section), wrong)
+    if values is None:
+        return {}
     shared = {key: values[key] for key in values if key not in PHASES}
+    phases = {phase: values[phase] for phase in PHASES if values.get(phase) is not None}
+    named = any(is_mapping(own) and "name" in own for own in phases.values())
     result: dict[str, Call] = {}
-    for phase in PHASES:
-        if phase not in values or values[phase] is None:
+    for phase in phases:
+        own = _mapping(config, (section, phase), phases[phase], wrong)
+        if own is None:
             continue
-        own = values[phase]
-        if not isinstance(own, Mapping | ConfigDict):
-            raise refused(config, (section, phase), f"expected a mapping, found {type_name(own)} {own!r}")
         merged = shared | {key: own[key] for key in own}
         paths = {key: (section, phase, key) if key in own else (section, key) for key in merged}
-        rest, loader = _split(config, (section, phase), merged, "loader")
-        dataset = call_at(config, (section, phase), rest, SLOTS["loaders"])
-        result[f"loaders.{phase}"] = replace(dataset, paths=paths, others=frozenset(_settings("loader")))
+        rest, loader = _split((section, phase), merged, "loader")
         result[f"loaders.{phase}.loader"] = replace(loader, paths=paths)
+        if _named(config, (section, phase) if named else (section,), rest if named else values, wrong):
+            dataset = call_at((section, phase), rest, SLOTS["loaders"])
+            result[f"loaders.{phase}"] = replace(dataset, paths=paths, others=_settings("loader"))
     return result
 
 
-def _scheduler_calls(config: ConfigDict, section: str) -> dict[str, Call]:
-    rest, schedule = _split(config, (section,), _mapping(config, section), "schedule")
-    call = call_at(config, (section,), rest, SLOTS[section])
-    filled = FILLED.get(str(call.name).rpartition(".")[2])
-    call = replace(call, others=frozenset(_settings("schedule")), filled=frozenset({filled} if filled else ()))
-    return {section: call, f"{section}.schedule": schedule}
+def _scheduler_calls(config: ConfigDict, section: str, wrong: Wrong) -> dict[str, Call]:
+    values = _mapping(config, (section,), config.get(section), wrong)
+    if values is None:
+        return {}
+    rest, schedule = _split((section,), values, "schedule")
+    result = {f"{section}.schedule": schedule}
+    if _named(config, (section,), values, wrong):
+        call = call_at((section,), rest, SLOTS[section])
+        filled = FILLED.get(re.split(r"[.:]", str(call.name))[-1])
+        result[section] = replace(call, others=_settings("schedule"), filled=frozenset({filled} if filled else ()))
+    return result
 
 
-def _metric_calls(config: ConfigDict, section: str) -> dict[str, Call]:
+def _metric_calls(config: ConfigDict, section: str, wrong: Wrong) -> dict[str, Call]:
     """`{name: A}`, `{name: [A, B], shared: 1, B: {own: 2}}`, `{label: {name: A}}` or `[{name: A}, {name: B}]`."""
-    values, slot = _section(config, section), SLOTS[section]
-    if isinstance(values, list):
-        listed = [
-            call_at(config, (section, index), _entry(config, (section, index), item), slot)
-            for index, item in enumerate(values)
-        ]
-        return {f"metrics.{_label(item.name, listed, index)}": item for index, item in enumerate(listed)}
-    values = _mapping(config, section)
-    if "name" not in values:
-        return {
-            f"metrics.{key}": call_at(config, (section, key), _entry(config, (section, key), values[key]), slot)
-            for key in values
-        }
-    if not isinstance(values["name"], list):
-        return {f"metrics.{_label(values['name'])}": call_at(config, (section,), values, slot)}
-    names = {str(name) for name in values["name"]} | {_label(name) for name in values["name"]}
-    shared = {key: values[key] for key in values if key != "name" and key not in names}
-    result = {}
-    for name in values["name"]:
-        own = _entry(config, (section, name), values.get(str(name)) or values.get(_label(name)) or {})
-        paths = {key: (section, name, key) if key in own else (section, key) for key in shared | dict(own)}
+    value = config.get(section)
+    listed = list(enumerate(value)) if isinstance(value, list) else None
+    values = {} if listed is not None else _mapping(config, (section,), value, wrong)
+    if values is None:
+        return {}
+    if "name" in values:
+        return _metrics_by_name(config, section, values, wrong)
+    if listed is None and values and not any(map(is_component, values.values())):
+        _named(config, (section,), values, wrong)
+        return {}
+    found_calls: dict[str | int, Call] = {}
+    for key, item in listed if listed is not None else values.items():
+        own = _mapping(config, (section, key), item, wrong)
+        if own is not None and _named(config, (section, key), own, wrong):
+            found_calls[key] = call_at((section, key), own, SLOTS[section])
+    if listed is None:
+        return {f"metrics.{label}": call for label, call in found_calls.items()}
+    names = [_label(call.name) for call in found_calls.values()]
+    ends = {key: f"_{key}" if names.count(_label(call.name)) > 1 else "" for key, call in found_calls.items()}
+    return {f"metrics.{_label(call.name)}{ends[key]}": call for key, call in found_calls.items()}
+
+
+def _metrics_by_name(config: ConfigDict, section: str, values: Mapping[str, Any], wrong: Wrong) -> dict[str, Call]:
+    """One name or a list of them; keys beside `name` go to those that take them, a metric's own mapping wins."""
+    several = isinstance(values["name"], list)
+    names = dict(enumerate(values["name"])) if several else {None: values["name"]}
+    if not names:
+        wrong.append(mistake(config, (section, "name"), "the list is empty; remove 'metrics', or name some"))
+    labels = {_label(name) for name in names.values()}
+    shared = {key: values[key] for key in values if key != "name" and key not in labels}
+    result: dict[str, Call] = {}
+    for index, name in names.items():
+        label = _label(name)
+        where: KeyPath = (section, "name") if index is None else (section, "name", index)
+        if f"metrics.{label}" in result:
+            text = f"a second '{label}'; to tell them apart, label them: metrics: {{first: {{name: ...}}, second: ...}}"
+            wrong.append(mistake(config, where, text))
+            continue
+        own = _mapping(config, (section, label), values.get(label), wrong)
+        if own is None:
+            continue
+        paths = {key: (section, label, key) if key in own else (section, key) for key in (*shared, *own)}
         arguments = shared | {key: own[key] for key in own}
-        result[f"metrics.{_label(name)}"] = Call((section,), slot, name, arguments, paths, frozenset(shared) - set(own))
+        dropped = frozenset(shared) - set(own) if several else NONE
+        path = where if several else (section,)
+        result[f"metrics.{label}"] = Call(path, SLOTS[section], name, arguments, paths | {"name": where}, dropped)
     return result
 
 
-def _entry(config: ConfigDict, path: KeyPath, value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping | ConfigDict):
-        raise refused(config, path, f"expected a mapping, found {type_name(value)} {value!r}")
-    return value
-
-
-def _label(name: Any, listed: list[Call] | None = None, index: int = 0) -> str:
-    """The short name under which a metric is logged; a second one of the same name gets its index."""
-    short = re.split(r"[.:]", str(name))[-1]
-    twice = listed is not None and sum(_label(item.name) == short for item in listed) > 1
-    return f"{short}_{index}" if twice else short
+def _label(name: Any) -> str:
+    """The short name under which a metric is logged."""
+    return re.split(r"[.:]", str(name))[-1]
 
 
 def is_component(value: Any) -> bool:
     """A mapping with a `name`: a call inside a call."""
-    return isinstance(value, Mapping | ConfigDict) and "name" in value
+    return is_mapping(value) and "name" in value
 
 
-def nested(call: Call) -> Iterator[tuple[KeyPath, Any]]:
-    """The components inside a call's arguments, at any depth, outermost first."""
+def nested(call: Call) -> Iterator[Call]:
+    """The calls inside a call's arguments, at any depth, outermost first."""
 
-    def walk(path: KeyPath, value: Any) -> Iterator[tuple[KeyPath, Any]]:
+    def walk(path: KeyPath, value: Any) -> Iterator[Call]:
         if is_component(value):
-            yield path, value
+            yield nested_call(call, path, value)
         elif isinstance(value, list):
             for index, item in enumerate(value):
                 yield from walk((*path, index), item)
-        elif isinstance(value, Mapping | ConfigDict):
+        elif is_mapping(value):
             for key in value:
                 yield from walk((*path, key), value[key])
 
@@ -291,9 +334,10 @@ def nested(call: Call) -> Iterator[tuple[KeyPath, Any]]:
         yield from walk(call.path_of(key), value)
 
 
-def nested_slot(slot: Slot) -> Slot:
-    """What a component inside a call of this slot may name; dtrain supplies nothing to it."""
-    return Slot(slot.libraries, later=ANY)
+def nested_call(call: Call, path: KeyPath, value: Mapping[str, Any]) -> Call:
+    """The call that a component inside a call describes. It may come from any section's libraries."""
+    libraries = tuple(dict.fromkeys([*call.slot.libraries, *EVERYWHERE]))
+    return call_at(path, value, Slot(libraries, given=call.slot.given, nested=True))
 
 
 READERS = {
@@ -303,6 +347,6 @@ READERS = {
     "metrics": _metric_calls,
     "optimizer": _plain_call,
     "lr_scheduler": _scheduler_calls,
-    "trainer": _house_call,
-    "mlflow": _house_call,
+    "trainer": _trainer_calls,
+    "mlflow": _mlflow_call,
 }

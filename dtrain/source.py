@@ -7,46 +7,28 @@ names is executed before it is known to be a class or a function of an allowed p
 import ast
 import re
 import sys
+import tokenize
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+from dtrain.annotations import Parameter, is_record, own_parameters, record_fields
+
 
 class ModuleFile(NamedTuple):
-    """Where a module's source is: None for a namespace package or a compiled module."""
+    """Where a module's source is: no path for a namespace package or a compiled module."""
 
     path: Path | None
     is_package: bool
 
 
 class Dynamic(NamedTuple):
-    """A name that exists but whose meaning only an import can tell (made at run time, compiled, ...)."""
+    """A name whose meaning only an import can tell (made at run time, compiled, ...)."""
 
     module: str
     name: str
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One argument that a callee takes by keyword (or by position, if `positional`)."""
-
-    name: str
-    annotation: ast.expr | None = None
-    default: str | None = None  # its source text; None: the argument is required
-    positional: bool = True
-    keyword: bool = True
-
-    def __str__(self) -> str:
-        text = self.name + (f": {ast.unparse(self.annotation)}" if self.annotation else "")
-        return (
-            text
-            if self.default is None
-            else f"{text} = {self.default}"
-            if self.annotation
-            else f"{text}={self.default}"
-        )
+    certain: bool = True  # that there is such a name at all
 
 
 @dataclass(frozen=True)
@@ -64,35 +46,46 @@ class Callee:
 
     @property
     def signature(self) -> str:
-        """`AdamW(params, lr: float = 1e-3, ...)` in one line."""
-        parts = (
-            [str(item) for item in self.parameters]
-            + (["*args"] if self.variadic else [])
-            + (["**kwargs"] if self.open else [])
-        )
-        return f"{self.name}({', '.join(parts)})"
+        """`AdamW(params, lr: float = 1e-3, ...)` in one line; of what goes through `**kwargs`, a few names."""
+        parts = [str(item) for item in self.parameters if not item.through] + (["*args"] if self.variadic else [])
+        through = [item.name for item in self.parameters if item.through]
+        if through:
+            rest = f", ... {len(through) - 3} more" if len(through) > 4 else ""
+            parts.append(f"**kwargs: {', '.join(through[: 3 if rest else 4])}{rest}")
+        return f"{self.name}({', '.join(parts + (['**kwargs'] if self.open else []))})"
+
+
+Binding = ast.stmt | ast.expr | tuple[str, str | None]  # a definition, an assigned value, or an import
+_UNKNOWN = ast.Constant(None)  # the value of a name that is bound in a way not followed here
 
 
 class Module:
-    """One parsed source file: what its top level binds."""
+    """One parsed source file: what its top level binds.
+
+    Raises:
+        SyntaxError: The file cannot be read as Python.
+    """
 
     def __init__(self, name: str, file: ModuleFile) -> None:
         self.name, self.file = name, file
-        text = file.path.read_text(encoding="utf-8") if file.path else ""
-        self.tree = ast.parse(text, filename=str(file.path))
-        self.bindings: dict[str, ast.stmt | ast.expr | tuple[str, str | None]] = {}
+        text = _read(file.path) if file.path else ""
+        self.bindings: dict[str, Binding] = {}
         self.stars: list[str] = []
-        for statement in _statements(self.tree.body):
-            self._bind(statement)
+        for statement, conditional in _statements(_parsed(text, file.path)):
+            self._bind(statement, conditional)
+        # Whether it may have names that cannot be seen in its text.
+        self.hides = "__getattr__" in self.bindings or (file.path is None and not file.is_package)
+        self.hides |= re.search(r"\bglobals\(\)|\bsys\.modules\[__name__\]|^exec\(", text, re.M) is not None
 
     @property
     def package(self) -> str:
         """The package against which its relative imports resolve."""
         return self.name if self.file.is_package else self.name.rpartition(".")[0]
 
-    def _bind(self, node: ast.stmt) -> None:
+    def _bind(self, node: ast.stmt, conditional: bool) -> None:
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            self.bindings[node.name] = node
+            twice = conditional and isinstance(self.bindings.get(node.name), ast.stmt)
+            self.bindings[node.name] = _UNKNOWN if twice else node  # which one holds, only a run can tell
         elif isinstance(node, ast.Import):
             for item in node.names:
                 name = item.asname or item.name.partition(".")[0]
@@ -104,12 +97,12 @@ class Module:
                     self.stars.append(origin)
                 else:
                     self.bindings[item.asname or item.name] = (origin, item.name)
-        elif isinstance(node, ast.Assign):
-            for target in node.targets:
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                 if isinstance(target, ast.Name):
-                    self.bindings[target.id] = node.value
-        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value:
-            self.bindings[node.target.id] = node.value
+                    self.bindings[target.id] = node.value or _UNKNOWN
+                elif isinstance(target, ast.Tuple | ast.List):
+                    self.bindings |= {item.id: _UNKNOWN for item in ast.walk(target) if isinstance(item, ast.Name)}
 
     def _origin(self, node: ast.ImportFrom) -> str:
         if not node.level:
@@ -118,54 +111,84 @@ class Module:
         base = parts[: len(parts) - (node.level - 1)]
         return ".".join([*base, node.module] if node.module else base)
 
-    @cached_property
-    def exported(self) -> set[str] | None:
-        """`__all__` where it is a plain list."""
-        value = self.bindings.get("__all__")
-        if isinstance(value, ast.List | ast.Tuple):
-            return {item.value for item in value.elts if isinstance(item, ast.Constant) and isinstance(item.value, str)}
-        return None
+
+def _read(path: Path) -> str:
+    try:
+        with tokenize.open(path) as file:  # in the encoding that the file itself names
+            return file.read()
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from None
 
 
-def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Top-level statements, also those under `if`, `try` and `with` (but not under `if TYPE_CHECKING`)."""
+def _parsed(text: str, path: Path | None) -> list[ast.stmt]:
+    try:
+        return ast.parse(text, filename=str(path)).body
+    except (ValueError, RecursionError, MemoryError) as error:  # a NUL byte, brackets without end
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path | None, error: BaseException) -> SyntaxError:
+    wrong = SyntaxError(f"cannot be read: {error}")
+    wrong.filename, wrong.lineno = str(path), 1
+    return wrong
+
+
+def _statements(body: list[ast.stmt], conditional: bool = False) -> Iterator[tuple[ast.stmt, bool]]:
+    """Top-level statements, also those under `if`, `try`, `with` and `for`, but not what is for type checkers only."""
     for node in body:
         if isinstance(node, ast.If):
-            if "TYPE_CHECKING" not in ast.unparse(node.test):
-                yield from _statements(node.body + node.orelse)
+            test = ast.unparse(node.test).removeprefix("typing.")
+            yield from _statements([] if test == "TYPE_CHECKING" else node.body, True)
+            yield from _statements([] if test == "not TYPE_CHECKING" else node.orelse, True)
         elif isinstance(node, ast.Try):
-            yield from _statements([item for handler in node.handlers for item in handler.body])
-            yield from _statements(node.orelse + node.finalbody + node.body)
-        elif isinstance(node, ast.With):
-            yield from _statements(node.body)
+            yield from _statements([item for handler in node.handlers for item in handler.body], True)
+            yield from _statements(node.orelse + node.finalbody + node.body, conditional)
+        elif isinstance(node, ast.With | ast.For | ast.While):
+            yield from _statements(node.body, conditional)
         else:
-            yield node
+            yield node, conditional
+
+
+def spec_folders(top: str) -> tuple[Path | None, list[Path]]:
+    """The source file of a top-level module, and the folders of its submodules; found without importing it."""
+    if top in sys.stdlib_module_names or not top.isidentifier() or top.startswith("__"):
+        return None, []
+    finders = (finder for finder in sys.meta_path if hasattr(finder, "find_spec"))
+    spec = next((spec for finder in finders if (spec := finder.find_spec(top, None)) is not None), None)
+    if spec is None:
+        return None, []
+    folders = [Path(item) for item in spec.submodule_search_locations or ()]
+    return Path(spec.origin) if spec.origin and spec.has_location else None, folders
 
 
 def module_file(name: str) -> ModuleFile | None:
     """Where a module's source is, found without importing anything (the usual way to find `a.b` imports `a`)."""
     top, *rest = name.split(".")
-    if top in sys.stdlib_module_names or not all(part.isidentifier() for part in name.split(".")):
+    origin, folders = spec_folders(top)
+    if origin is None and not folders:
         return None
-    spec = next((spec for finder in sys.meta_path if (spec := finder.find_spec(top, None)) is not None), None)
-    if spec is None:
-        return None
-    folders = [Path(item) for item in spec.submodule_search_locations or ()]
     if not rest:
-        return ModuleFile(Path(spec.origin) if spec.origin and spec.origin.endswith(".py") else None, bool(folders))
+        readable = origin is not None and origin.suffix == ".py" and origin.is_file()
+        return ModuleFile(origin if readable else None, bool(folders))
     for part in rest[:-1]:
         folders = [folder / part for folder in folders if (folder / part).is_dir()]
-    for folder in folders:
-        place = folder / rest[-1]
+    if not all(part.isidentifier() for part in rest):
+        return None
+    for place in (folder / rest[-1] for folder in folders):
         if (place / "__init__.py").is_file():
             return ModuleFile(place / "__init__.py", True)
         if place.with_suffix(".py").is_file():
             return ModuleFile(place.with_suffix(".py"), False)
-        if any(folder.glob(f"{rest[-1]}.*.so")):
+        if any(place.parent.glob(f"{rest[-1]}.*.so")):
             return ModuleFile(None, False)
         if place.is_dir():
             return ModuleFile(None, True)
     return None
+
+
+def is_standard(name: str) -> bool:
+    """Whether a module, or a name in it, belongs to the standard library."""
+    return name.partition(".")[0] in sys.stdlib_module_names
 
 
 class _Owner(NamedTuple):
@@ -175,7 +198,20 @@ class _Owner(NamedTuple):
     node: ast.ClassDef
 
 
+class _Takes(NamedTuple):
+    """What a call accepts."""
+
+    parameters: tuple[Parameter, ...] = ()
+    open: bool = False
+    variadic: bool = False
+
+
 _NO_PARAMETERS = {"object", "ABC", "Generic", "Protocol", "NamedTuple"}  # bases that say nothing about arguments
+_HARMLESS = {  # decorators that leave the arguments as they are written
+    "staticmethod", "classmethod", "property", "final", "override", "overload", "deprecated", "runtime_checkable",
+    "total_ordering", "dataclass", "cache", "lru_cache", "no_grad", "inference_mode", "abstractmethod",
+    "no_type_check", "compatibility", "set_module",
+}  # fmt: skip
 
 
 class Source:
@@ -184,6 +220,7 @@ class Source:
     def __init__(self, find: Callable[[str], ModuleFile | None]) -> None:
         self.find = find
         self._modules: dict[str, Module | None] = {}
+        self._busy: set[ast.stmt] = set()  # functions whose `**kwargs` are being followed: some call themselves
 
     def module(self, name: str) -> Module | None:
         """The parsed module, or None when there is none of that name.
@@ -201,21 +238,28 @@ class Source:
         module = self.module(module_name)
         if module is None or module_name in seen:
             return set()
-        found = {name for name, value in module.bindings.items() if not isinstance(value, tuple) or value[1]}
+        names = {
+            name
+            for name, value in module.bindings.items()
+            if not isinstance(value, tuple) or (value[1] and not is_standard(value[0]))
+        }
         for star in module.stars:
-            found |= self.names(star, seen | {module_name})
-        return {name for name in found if not name.startswith("_")}
+            names |= self.names(star, seen | {module_name})
+        return {name for name in names if not name.startswith("_")}
 
-    def lookup(
-        self, module_name: str, name: str, seen: frozenset[tuple[str, str]] = frozenset()
-    ) -> Callee | Dynamic | str | None:
-        """What `name` means in a module: a callee, something only an import can tell, a module's name, or nothing."""
-        found = self._lookup(module_name, name, seen)
-        return self._callee(*found) if isinstance(found, tuple) and not isinstance(found, Dynamic) else found
+    def lookup(self, module_name: str, name: str) -> Callee | Dynamic | str | None:
+        """What `name` means in a module: a callee, something only an import can tell, or nothing.
+
+        A text is the name of a module, or of anything in the standard library, which is not followed.
+        """
+        there = self._lookup(module_name, name, frozenset())
+        return self._callee(*there) if isinstance(there, tuple) and not isinstance(there, Dynamic) else there
 
     def _lookup(
-        self, module_name: str, name: str, seen: frozenset[tuple[str, str]] = frozenset()
+        self, module_name: str, name: str, seen: frozenset[tuple[str, str]]
     ) -> tuple[Module, ast.stmt] | Dynamic | str | None:
+        if is_standard(module_name):
+            return f"{module_name}.{name}"
         module = self.module(module_name)
         if module is None or (module_name, name) in seen:
             return None
@@ -224,102 +268,116 @@ class Source:
         if isinstance(value, ast.stmt):
             return module, value
         if isinstance(value, tuple):
-            origin, attribute = value
-            if attribute is None:
-                return origin
-            if origin.partition(".")[0] in sys.stdlib_module_names:
-                return f"{origin}.{attribute}"
-            if not self.find(origin.partition(".")[0]):
-                return Dynamic(module_name, name)
-            found = self._lookup(origin, attribute, seen)
-            if found is None and self.find(f"{origin}.{attribute}"):
-                return f"{origin}.{attribute}"
-            return found
-        if isinstance(value, ast.Name):
-            return self._lookup(module_name, value.id, seen) or Dynamic(module_name, name)
+            return self._imported(module_name, name, value, seen)
+        if isinstance(value, ast.Name | ast.Attribute):
+            return self._follow(module, ast.unparse(value), seen) or Dynamic(module_name, name)
         if value is not None:
             return Dynamic(module_name, name)
         for star in module.stars:
-            if not name.startswith("_") and (found := self._lookup(star, name, seen)):
-                return found
+            if not name.startswith("_") and not is_standard(star) and (there := self._lookup(star, name, seen)):
+                return there
         if module.file.is_package and self.find(f"{module_name}.{name}"):
             return f"{module_name}.{name}"
-        unreadable = "__getattr__" in module.bindings or (module.file.path is None and not module.file.is_package)
-        return Dynamic(module_name, name) if unreadable else None
+        return Dynamic(module_name, name, certain=False) if module.hides else None
+
+    def _imported(
+        self, module_name: str, name: str, value: tuple[str, str | None], seen: frozenset[tuple[str, str]]
+    ) -> tuple[Module, ast.stmt] | Dynamic | str | None:
+        origin, attribute = value
+        if attribute is None:
+            return origin
+        if not is_standard(origin) and not self.find(origin.partition(".")[0]):
+            return Dynamic(module_name, name)  # its import will say what is missing, and where it is asked for
+        there = self._lookup(origin, attribute, seen)
+        return f"{origin}.{attribute}" if there is None and self.find(f"{origin}.{attribute}") else there
+
+    def _follow(
+        self, module: Module, text: str, seen: frozenset[tuple[str, str]] = frozenset()
+    ) -> tuple[Module, ast.stmt] | Dynamic | str | None:
+        """What a dotted name means inside a module."""
+        there: tuple[Module, ast.stmt] | Dynamic | str | None = module.name
+        for part in text.split("."):
+            if not isinstance(there, str) or not part.isidentifier():
+                return None
+            there = self._lookup(there, part, seen)
+        return there
 
     def _callee(self, module: Module, node: ast.stmt) -> Callee | Dynamic:
+        takes: _Takes | None = None
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            parameters, is_open, variadic = self._parameters(module, node, (), method=False)
-            return Callee(
-                module.name, node.name, str(module.file.path), node.lineno, False, parameters, is_open, variadic
-            )
-        if not isinstance(node, ast.ClassDef):
-            return Dynamic(module.name, getattr(node, "name", "?"))
-        found = self._constructor(self._lineage(module, node))
-        if found is None:
-            return Dynamic(module.name, node.name)
-        return Callee(module.name, node.name, str(module.file.path), node.lineno, True, *found)
+            takes = self._takes(module, node, (), method=False)
+        elif isinstance(node, ast.ClassDef):
+            takes = self._constructor(self._lineage(module, node))
+        name = str(getattr(node, "name", "?"))
+        if takes is None:
+            return Dynamic(module.name, name)
+        return Callee(module.name, name, str(module.file.path), node.lineno, isinstance(node, ast.ClassDef), *takes)
 
     def _lineage(
         self, module: Module, node: ast.ClassDef, seen: frozenset[ast.ClassDef] = frozenset()
     ) -> tuple[_Owner | None, ...]:
-        """The class and its bases, depth first; None stands for a base that cannot be read."""
-        result: list[_Owner | None] = [_Owner(module, node)]
+        """The class and its bases in the order in which Python asks them; None stands for one that cannot be read."""
+        result: list[_Owner | None] = []
         for base in node.bases:
             text = ast.unparse(base).partition("[")[0]
             if text.rpartition(".")[2] in _NO_PARAMETERS:
                 continue
-            found = self._follow(module, text)
-            if isinstance(found, tuple) and isinstance(found[1], ast.ClassDef) and found[1] not in seen:
-                result += [
-                    item
-                    for item in self._lineage(found[0], found[1], seen | {node})
-                    if item is None or item not in result
-                ]
+            there = self._follow(module, text)
+            if isinstance(there, tuple) and isinstance(there[1], ast.ClassDef) and there[1] not in seen | {node}:
+                further = self._lineage(there[0], there[1], seen | {node})
+                result = [item for item in result if item is None or item not in further] + list(further)
             else:
                 result.append(None)
-        return tuple(result)
+        metaclass = any(item.arg == "metaclass" and "ABCMeta" not in ast.unparse(item.value) for item in node.keywords)
+        return (None if metaclass else _Owner(module, node), *result)
 
-    def _follow(self, module: Module, text: str) -> tuple[Module, ast.stmt] | None:
-        """The definition that a dotted name means inside a module."""
-        where: str | None = module.name
-        found: object = None
-        for part in text.split("."):
-            if where is None or not part.isidentifier():
-                return None
-            found = self._lookup(where, part)
-            where = found if isinstance(found, str) else None
-        return found if isinstance(found, tuple) and not isinstance(found, Dynamic) else None
-
-    def _constructor(self, lineage: tuple[_Owner | None, ...]) -> tuple[tuple[Parameter, ...], bool, bool] | None:
-        """Parameters, open, variadic of the first constructor in the lineage; None when it cannot be read."""
+    def _constructor(self, lineage: tuple[_Owner | None, ...]) -> _Takes | None:
+        """What the first constructor in the lineage takes; None when it cannot be read."""
         for index, owner in enumerate(lineage):
             if owner is None:
                 return None
-            methods = {item.name: item for item in _statements(owner.node.body) if isinstance(item, ast.FunctionDef)}
-            for name in ("__new__", "__init__"):
-                if name in methods:
-                    return self._parameters(owner.module, methods[name], lineage[index + 1 :], method=True)
-            if any("dataclass" in ast.unparse(item) for item in owner.node.decorator_list):
-                return _fields(owner.node), False, False
-        return (), False, False
+            own = [item for item, _ in _statements(owner.node.body)]
+            methods = {item.name: item for item in own if isinstance(item, ast.FunctionDef)}
+            new, init = methods.get("__new__"), methods.get("__init__")
+            if new and init and new.args.vararg and new.args.kwarg:
+                new = None  # it lets everything through to __init__
+            if method := new or init:
+                return self._takes(owner.module, method, lineage[index + 1 :], method=True)
+            if {"__init__", "__new__"} & {
+                ast.unparse(name) for item in own if isinstance(item, ast.Assign) for name in item.targets
+            }:
+                return None
+            if is_record(owner.node):
+                return self._record(lineage[index:])
+            if _changes_arguments(owner.node):  # such as attrs' define, which writes the constructor
+                return None
+        return _Takes()
 
-    def _parameters(
+    def _record(self, lineage: tuple[_Owner | None, ...]) -> _Takes | None:
+        fields: dict[str, Parameter] = {}
+        for owner in reversed(lineage):
+            if owner is None:
+                return None
+            fields |= {item.name: item for item in record_fields(owner.node)} if is_record(owner.node) else {}
+        return _Takes(tuple(fields.values()))
+
+    def _takes(
         self,
         module: Module,
         node: ast.FunctionDef | ast.AsyncFunctionDef,
         behind: tuple[_Owner | None, ...],
         method: bool,
-    ) -> tuple[tuple[Parameter, ...], bool, bool]:
+    ) -> _Takes | None:
         """What a function takes, with what it hands on through `**kwargs` to the constructors `behind` it."""
-        own = _own_parameters(node, method)
+        if _changes_arguments(node):
+            return None
+        own, variadic = own_parameters(node, method), node.args.vararg is not None
         if node.args.kwarg is None:
-            return own, False, node.args.vararg is not None
+            return _Takes(own, False, variadic)
         further = self._through_kwargs(module, node, node.args.kwarg.arg, behind)
-        if further is None:
-            return own, True, node.args.vararg is not None
         names = {item.name for item in own}
-        return own + tuple(item for item in further if item.name not in names), False, node.args.vararg is not None
+        added = tuple(item for item in further or () if item.name not in names)
+        return _Takes(own + added, further is None, variadic)
 
     def _through_kwargs(
         self,
@@ -329,47 +387,50 @@ class Source:
         behind: tuple[_Owner | None, ...],
     ) -> tuple[Parameter, ...] | None:
         """The keys that a function reads out of its `**kwargs` or hands on; None when that cannot be known."""
-        found: dict[str, Parameter] = {}
-        for use in _uses(node, kwargs):
-            if use.harmless:
-                continue
-            if use.key is not None:
-                found.setdefault(use.key, Parameter(use.key, default="...", positional=False))
-                continue
-            passed = self._passed_on(module, node, use.call, behind) if use.call else None
-            if passed is None:
-                return None
-            for item in passed:
-                found.setdefault(item.name, replace(item, positional=False))
-        return tuple(found.values())
+        if node in self._busy:
+            return ()
+        self._busy.add(node)
+        try:
+            result: dict[str, Parameter] = {}
+            for use in _uses(node, kwargs):
+                if use.key is not None:
+                    result.setdefault(use.key, Parameter(use.key, default="...", positional=False, through=True))
+                elif not use.harmless:
+                    passed = self._passed_on(module, use.call, behind) if use.call else None
+                    if passed is None:
+                        return None
+                    for item in passed:
+                        result.setdefault(item.name, replace(item, positional=False, through=True))
+            return tuple(result.values())
+        finally:
+            self._busy.discard(node)
 
-    def _passed_on(
-        self,
-        module: Module,
-        node: ast.FunctionDef | ast.AsyncFunctionDef,
-        call: ast.Call,
-        behind: tuple[_Owner | None, ...],
-    ) -> list[Parameter] | None:
+    def _passed_on(self, module: Module, call: ast.Call, behind: tuple[_Owner | None, ...]) -> list[Parameter] | None:
         """What the callee of `f(..., **kwargs)` still takes beyond the arguments written in that call."""
         text = ast.unparse(call.func)
-        if re.fullmatch(r"super\(.*\)\.(__init__|__new__)", text):
-            target = self._constructor(behind)
-        elif (definition := self._follow(module, text.removesuffix(".__init__"))) is not None:
-            callee = self._callee(*definition)
-            target = None if isinstance(callee, Dynamic) else (callee.parameters, callee.open, callee.variadic)
+        bound = re.fullmatch(r"super\(.*\)\.(__init__|__new__)", text)
+        takes: _Takes | Callee | None
+        if bound:
+            takes = self._constructor(behind)
         else:
-            return None
-        if target is None or target[1]:
+            there = self._follow(module, text.removesuffix(".__init__"))
+            callee = self._callee(*there) if isinstance(there, tuple) and not isinstance(there, Dynamic) else None
+            takes = callee if isinstance(callee, Callee) else None
+        if takes is None or takes.open:
             return None
         by_keyword = {item.arg for item in call.keywords if item.arg}
-        starred = any(isinstance(item, ast.Starred) for item in call.args)
-        by_position = (
-            0
-            if starred
-            else len(call.args) - text.endswith((".__init__", ".__new__")) * (not text.startswith("super("))
+        stars = (index for index, item in enumerate(call.args) if isinstance(item, ast.Starred))
+        by_position = next(stars, len(call.args)) - (
+            text.endswith(".__new__") or (text.endswith("__init__") and not bound)
         )
-        positional = [item for item in target[0] if item.positional][: max(by_position, 0)]
-        return [item for item in target[0] if item.name not in by_keyword and item not in positional]
+        positional = [item for item in takes.parameters if item.positional][: max(by_position, 0)]
+        return [item for item in takes.parameters if item.name not in by_keyword and item not in positional]
+
+
+def _changes_arguments(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether a decorator may make something else of it."""
+    names = {ast.unparse(item).partition("(")[0].rpartition(".")[2].strip("_") for item in node.decorator_list}
+    return not names <= _HARMLESS
 
 
 class _Use(NamedTuple):
@@ -385,67 +446,26 @@ def _uses(node: ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> Iterator[_
     parents = {child: parent for parent in ast.walk(node) for child in ast.iter_child_nodes(parent)}
     for item in ast.walk(node):
         if isinstance(item, ast.Name) and item.id == name:
-            yield _use(item, parents)
+            yield _use(item, parents[item], parents.get(parents[item]))
 
 
-def _use(item: ast.Name, parents: dict[ast.AST, ast.AST]) -> _Use:
-    parent = parents.get(item)
-    above = parents.get(parent) if parent else None
+def _use(item: ast.Name, parent: ast.AST, above: ast.AST | None) -> _Use:
     if isinstance(parent, ast.keyword) and parent.arg is None and isinstance(above, ast.Call):
         return _Use(call=above)
-    if (
-        isinstance(parent, ast.Subscript)
-        and isinstance(parent.slice, ast.Constant)
-        and isinstance(parent.slice.value, str)
-    ):
-        return _Use(harmless=True) if isinstance(parent.ctx, ast.Store) else _Use(key=parent.slice.value)
+    if isinstance(parent, ast.Subscript) and (key := _text(parent.slice)) is not None:
+        return _Use(harmless=True) if isinstance(parent.ctx, ast.Store) else _Use(key=key)
     if isinstance(parent, ast.Attribute) and isinstance(above, ast.Call):
-        first = above.args[0] if above.args else None
-        if (
-            parent.attr in ("pop", "get", "setdefault")
-            and isinstance(first, ast.Constant)
-            and isinstance(first.value, str)
-        ):
-            return _Use(key=first.value)
-        return _Use(harmless=parent.attr in ("update", "keys", "__len__"))
-    if isinstance(parent, ast.Compare):
-        left = parent.left
-        if isinstance(left, ast.Constant) and isinstance(left.value, str):
-            return _Use(key=left.value)
-    tests = isinstance(
-        parent, ast.If | ast.BoolOp | ast.UnaryOp | ast.FormattedValue | ast.Compare | ast.Assert | ast.IfExp
-    )
-    counts = (
-        isinstance(parent, ast.Call)
-        and isinstance(parent.func, ast.Name)
-        and parent.func.id in ("len", "sorted", "bool", "list", "iter")
-    )
-    return _Use(harmless=tests or counts)
+        key = _text(above.args[0]) if above.args and parent.attr in ("pop", "get", "setdefault") else None
+        return _Use(key=key) if key is not None else _Use(harmless=parent.attr in ("update", "keys", "__len__"))
+    if isinstance(parent, ast.Compare) and (key := _text(parent.left)) is not None:
+        return _Use(key=key)
+    counts = isinstance(parent, ast.Call) and ast.unparse(parent.func) in ("len", "sorted", "bool", "list", "iter")
+    tests = ast.If | ast.BoolOp | ast.UnaryOp | ast.FormattedValue | ast.Compare | ast.Assert | ast.IfExp | ast.Delete
+    return _Use(harmless=counts or isinstance(parent, tests))
 
 
-def _own_parameters(node: ast.FunctionDef | ast.AsyncFunctionDef, method: bool) -> tuple[Parameter, ...]:
-    static = any(ast.unparse(item) == "staticmethod" for item in node.decorator_list)
-    arguments = node.args
-    positional = [*arguments.posonlyargs, *arguments.args]
-    missing = len(positional) - len(arguments.defaults)
-    result = []
-    for index, item in enumerate(positional):
-        default = ast.unparse(arguments.defaults[index - missing]) if index >= missing else None
-        result.append(Parameter(item.arg, item.annotation, default, keyword=item not in arguments.posonlyargs))
-    if method and not static:
-        result = result[1:]
-    for item, value in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
-        result.append(Parameter(item.arg, item.annotation, ast.unparse(value) if value else None, positional=False))
-    return tuple(result)
-
-
-def _fields(node: ast.ClassDef) -> tuple[Parameter, ...]:
-    """The constructor's parameters of a dataclass."""
-    return tuple(
-        Parameter(item.target.id, item.annotation, ast.unparse(item.value) if item.value else None)
-        for item in node.body
-        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
-    )
+def _text(node: ast.expr) -> str | None:
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
 
 
 SOURCE = Source(module_file)

@@ -1,6 +1,7 @@
 """YAML 1.2 text to plain values with the place of every key, and back; knows no section and no setting of dtrain."""
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,8 +9,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
-MAX_VALUES = 100_000  # counted after aliases are expanded, so that an 'alias bomb' is refused too
+MAX_VALUES = 20_000  # counted after aliases are expanded, so that an 'alias bomb' is refused too
 MAX_DEPTH = 50
+MAX_DIGITS = 100  # a longer number is a text: Python refuses to print integers of thousands of digits
+MAX_SHOWN = 60  # characters of a value in a message
 
 KeyPath = tuple[str | int, ...]
 
@@ -33,8 +36,7 @@ class Mistake:
     place: Place | None = None
 
     def __str__(self) -> str:
-        text = " ".join(self.text.split())
-        return f"{self.place}: {text}" if self.place else text
+        return one_line(f"{self.place}: {self.text}" if self.place else self.text)
 
 
 class ConfigError(Exception):
@@ -47,12 +49,21 @@ class ConfigError(Exception):
         super().__init__("\n".join(map(str, self.mistakes)))
 
 
+# ------------------------------------------------------------------------------------------------ words for messages
+
+
+def one_line(text: str) -> str:
+    """The text without line breaks, and without characters that a terminal would obey."""
+    text = " ".join(text.split())
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The names in `known` that `name` was probably meant to be, best first."""
     lower: dict[str, str] = {}
     for item in known:
         lower.setdefault(item.lower(), item)
-    found = difflib.get_close_matches(name.lower(), lower, n=count, cutoff=0.6)
+    found = difflib.get_close_matches(name.lower(), sorted(lower), n=count, cutoff=0.6)
     return [lower[item] for item in found]
 
 
@@ -67,13 +78,38 @@ def dotted(path: Sequence[str | int]) -> str:
     return ".".join(map(str, path))
 
 
+def shown(value: Any) -> str:
+    """A value as YAML would have it, cut to a readable length."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(to_plain(value))
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
+
+
+def found(value: Any) -> str:
+    """`found text 'abc'`, `found null`: what a user is told about a value of a wrong type."""
+    return "found null" if value is None else f"found {type_name(value)} {shown(value)}"
+
+
 def type_name(value: Any) -> str:
     """What a user calls the type of a YAML value."""
     if value is None:
         return "null"
-    if isinstance(value, Mapping) or hasattr(value, "to_dict"):
+    if is_mapping(value):
         return "mapping"
     return {str: "text"}.get(type(value), type(value).__name__)
+
+
+def is_mapping(value: Any) -> bool:
+    """A mapping of any kind; a ConfigDict is none by its type."""
+    return isinstance(value, Mapping) or hasattr(value, "to_dict")
+
+
+def to_plain(value: Any) -> Any:
+    """A copy in plain dicts and lists (ConfigDict's own to_dict shares lists and skips dicts inside them)."""
+    if is_mapping(value):
+        return {key: to_plain(value[key]) for key in value}
+    return [to_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 # ---------------------------------------------------------------------------------------------------------- YAML 1.2
@@ -87,24 +123,45 @@ _INF_NAN = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 
 def scalar(text: str) -> Any:
-    """A plain scalar by the core schema of YAML 1.2 (yaml.org/spec/1.2.2, 10.3.2): `1e-4` is a float, `on` a text."""
+    """A plain scalar by the core schema of YAML 1.2 (yaml.org/spec/1.2.2, 10.3.2): `1e-4` is a float, `on` a text.
+
+    What no float can hold (`1e999`) and what has more digits than any setting stay texts.
+    """
     if text in _NULL:
         return None
     if text in _BOOL:
         return _BOOL[text]
-    if _INT.fullmatch(text) and len(text) < 4000:
+    if len(text) > MAX_DIGITS:
+        return text
+    if _INT.fullmatch(text):
         return int(text)
     if _BASED_INT.fullmatch(text):
         return int(text, 0)
     if _FLOAT.fullmatch(text):
-        return float(text)
+        return float(text) if math.isfinite(float(text)) else text
     if _INF_NAN.fullmatch(text):
         return float(text.replace(".", ""))
     return text
 
 
+class _TooMuchError(yaml.MarkedYAMLError):
+    """Valid YAML, but no config."""
+
+
 class _Loader(yaml.SafeLoader):
     """PyYAML's scanner and parser; plain scalars are tagged as such, and get their type from `scalar`."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.count = self.depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.count, self.depth = self.count + 1, self.depth + 1
+        if too_much := _too_much(self.count, self.depth - 1):
+            raise _TooMuchError(problem=too_much, problem_mark=self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> str:
         if kind is yaml.ScalarNode:
@@ -112,20 +169,13 @@ class _Loader(yaml.SafeLoader):
         return "tag:yaml.org,2002:seq" if kind is yaml.SequenceNode else "tag:yaml.org,2002:map"
 
 
-class _Dumper(yaml.SafeDumper):
-    """Writes what `scalar` reads: a text that would be read as something else is quoted."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-    def resolve(self, kind: Any, value: Any, implicit: Any) -> str:
-        if kind is yaml.ScalarNode and implicit[0] and not isinstance(scalar(value), str):
-            return f"tag:yaml.org,2002:{_TAGS[type(scalar(value))]}"
-        return super().resolve(kind, value, implicit)  # what YAML 1.1 would misread is quoted for its readers
+def _too_much(count: int, depth: int) -> str:
+    if count > MAX_VALUES:
+        return f"more than {MAX_VALUES} values (aliases expanded); that is no config"
+    return f"nesting deeper than {MAX_DEPTH}; that is no config" if depth > MAX_DEPTH else ""
 
 
-_TAGS = {bool: "bool", int: "int", float: "float", type(None): "null"}
-_TYPES = {"int": int, "float": float, "str": str}
+_TAGS: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool, "null": type(None)}
 
 
 class _Reader:
@@ -136,6 +186,7 @@ class _Reader:
         self.places: dict[KeyPath, Place] = {}
         self.mistakes: list[Mistake] = []
         self.count = 0
+        self.merging: list[Any] = []
 
     def place(self, node: Any) -> Place:
         return self.fixed_place or Place(self.file, node.start_mark.line + 1, node.start_mark.column + 1)
@@ -143,80 +194,103 @@ class _Reader:
     def wrong(self, node: Any, text: str) -> None:
         self.mistakes.append(Mistake(text, self.place(node)))
 
-    def value(self, node: Any, path: KeyPath = ()) -> Any:
+    def counted(self, node: Any, path: KeyPath) -> None:
         self.count += 1
-        if self.count > MAX_VALUES or len(path) > MAX_DEPTH:
-            what = f"more than {MAX_VALUES} values" if self.count > MAX_VALUES else f"nesting deeper than {MAX_DEPTH}"
-            raise ConfigError(Mistake(f"{what} (aliases expanded); that is no config", self.place(node)))
+        if too_much := _too_much(self.count, len(path)):
+            raise ConfigError(Mistake(too_much, self.place(node)))
+
+    def value(self, node: Any, path: KeyPath = (), place: Place | None = None) -> Any:
+        self.counted(node, path)
         if path:
-            self.places.setdefault(path, self.place(node))
-        tag = node.tag.removeprefix("tag:yaml.org,2002:")
+            self.places[path] = place or self.place(node)
+        tag = _tag(node)
         if isinstance(node, yaml.MappingNode) and tag == "map":
             return self.mapping(node, path)
         if isinstance(node, yaml.SequenceNode) and tag == "seq":
             return [self.value(item, (*path, index)) for index, item in enumerate(node.value)]
-        if isinstance(node, yaml.ScalarNode) and tag in ("plain", "str", "int", "float", "bool", "null"):
-            return self._scalar_value(node, tag)
-        self.wrong(node, f"the tag '{tag}' is not allowed; a config holds plain values, lists and mappings only")
-        return None
+        if isinstance(node, yaml.ScalarNode):
+            return self.scalar(node)
+        return self.refuse_tag(node)
 
-    def _scalar_value(self, node: Any, tag: str) -> Any:
+    def scalar(self, node: Any) -> Any:
+        tag = _tag(node)
+        if tag == "plain":
+            return scalar(node.value)
+        if tag not in _TAGS:
+            return self.refuse_tag(node)
         value = node.value if tag == "str" else scalar(node.value)
-        if tag in _TYPES and not isinstance(value, _TYPES[tag]) and not (tag == "float" and isinstance(value, int)):
-            self.wrong(node, f"'{node.value}' is no {tag}")
-        return float(value) if tag == "float" and isinstance(value, int) else value
+        if tag == "float" and type(value) is int:
+            return float(value)
+        if type(value) is not _TAGS[tag]:
+            self.wrong(node, f"{shown(node.value)} is no {tag}")
+        return value
+
+    def refuse_tag(self, node: Any) -> None:
+        text = f"the tag {shown(_tag(node))} is not allowed; a config holds plain values, lists and mappings only"
+        self.wrong(node, text)
 
     def mapping(self, node: Any, path: KeyPath) -> dict[str, Any]:
-        own: dict[str, Any] = {}
+        """A mapping; what `<<` merges in is read first, so that the keys written here win, and their places too."""
+        result: dict[str, Any] = {}
+        for key_node, value_node in reversed(node.value):
+            if _is_merge(key_node):
+                result |= self.merged(value_node, path)
         first: dict[str, Any] = {}
-        merged: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            if key_node.tag == "plain" and key_node.value == "<<":
-                merged = self.merge(value_node, path) | merged
-                continue
-            key = self.key(key_node)
+            key = None if _is_merge(key_node) else self.key(key_node)
             if key is None:
                 continue
-            if key in own:
-                place = self.place(first[key])
-                self.wrong(key_node, f"duplicate key '{dotted((*path, key))}', first written in line {place.line}")
+            if key in first:
+                where = "" if self.fixed_place else f", first written in line {first[key].start_mark.line + 1}"
+                self.wrong(key_node, f"duplicate key '{dotted((*path, key))}'{where}")
                 continue
             first[key] = key_node
-            self.places[(*path, key)] = self.place(key_node)
-            own[key] = self.value(value_node, (*path, key))
-        return merged | own
+            result[key] = self.value(value_node, (*path, key), self.place(key_node))
+        return result
 
-    def merge(self, node: Any, path: KeyPath) -> dict[str, Any]:
-        """`<<: *name` or `<<: [*a, *b]`: keys written here win, then the earlier of the list."""
-        nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    def merged(self, node: Any, path: KeyPath) -> dict[str, Any]:
+        """`<<: *name` or `<<: [*a, *b]`: the earlier of the list wins."""
         result: dict[str, Any] = {}
-        for item in nodes:
-            value = self.value(item, path) if isinstance(item, yaml.MappingNode) else None
-            if value is None:
-                self.wrong(item, "'<<' takes a mapping or a list of mappings")
+        for item in reversed(node.value if isinstance(node, yaml.SequenceNode) else [node]):
+            self.counted(item, path)
+            if item in self.merging:
+                self.wrong(item, "'<<' merges a mapping into itself")
+            elif isinstance(item, yaml.MappingNode):
+                self.merging.append(item)
+                result |= self.mapping(item, path)
+                self.merging.pop()
             else:
-                result = value | result
+                self.wrong(item, "'<<' takes a mapping or a list of mappings")
         return result
 
     def key(self, node: Any) -> str | None:
-        value = self._scalar_value(node, node.tag.removeprefix("tag:yaml.org,2002:")) if _isscalar(node) else None
+        if not isinstance(node, yaml.ScalarNode):
+            self.wrong(node, f"a key is a text, found a {'list' if _tag(node) == 'seq' else 'mapping'}")
+            return None
+        value = self.scalar(node)
         if not isinstance(value, str):
-            self.wrong(node, f"a key is a text; put {_shown(node)} in quotes" if _isscalar(node) else "a key is a text")
-        elif "." in value:
-            self.wrong(node, f"the key '{value}' holds a dot; nest the keys instead (dots are for the command line)")
-        elif not value.isprintable() or not value or value.startswith("__"):
-            self.wrong(node, f"{value!r} cannot be a key")
+            self.wrong(node, f"a key is a text; put {shown(node.value)} in quotes")
+        elif wrong := key_mistake(value):
+            self.wrong(node, wrong)
         else:
             return value
         return None
 
 
-def _isscalar(node: Any) -> bool:
-    return isinstance(node, yaml.ScalarNode)
+def _tag(node: Any) -> str:
+    return str(node.tag.removeprefix("tag:yaml.org,2002:"))
 
 
-def _shown(node: Any) -> str:
-    return f"'{node.value}'" if _isscalar(node) else "it"
+def _is_merge(node: Any) -> bool:
+    return node.tag == "plain" and node.value == "<<"
+
+
+def key_mistake(key: str) -> str:
+    """Why a text cannot be a key; empty if it can."""
+    if "." in key:
+        return f"the key {shown(key)} holds a dot; nest the keys instead (dots are for the command line)"
+    bad = not key or not key.isprintable() or key.startswith("__") or len(key) > MAX_DIGITS
+    return f"{shown(key)} cannot be a key" if bad else ""
 
 
 def parse(text: str, file: str, fixed_place: Place | None = None) -> tuple[Any, dict[KeyPath, Place]]:
@@ -234,34 +308,50 @@ def parse(text: str, file: str, fixed_place: Place | None = None) -> tuple[Any, 
         ConfigError: Not YAML, or more than plain values, lists and mappings with text keys.
     """
     reader = _Reader(file, fixed_place)
-    whole = fixed_place or Place(file, 1, 1)
     try:
-        loader = _Loader(text)
-        try:
-            node = loader.get_single_node()
-        finally:
-            loader.dispose()
+        node = _Loader(text).get_single_node()
         value = None if node is None else reader.value(node)
-    except yaml.MarkedYAMLError as error:
-        raise ConfigError(_syntax_mistake(error, text, file, fixed_place)) from None
     except yaml.YAMLError as error:
-        raise ConfigError(Mistake(f"not valid YAML: {error}", whole)) from None
-    except RecursionError:
-        raise ConfigError(Mistake(f"nesting deeper than {MAX_DEPTH}; that is no config", whole)) from None
+        raise ConfigError(_syntax_mistake(error, text, file, fixed_place)) from None
     if reader.mistakes:
         raise ConfigError(reader.mistakes)
     return value, reader.places
 
 
-def _syntax_mistake(error: yaml.MarkedYAMLError, text: str, file: str, fixed_place: Place | None) -> Mistake:
-    mark = error.problem_mark or error.context_mark
-    if mark is None:
-        return Mistake(f"not valid YAML: {error.problem}", fixed_place or Place(file, 1, 1))
-    problem = f"{error.problem or 'cannot be read'}{f' ({error.context})' if error.context else ''}"
-    lines = text.splitlines() or [""]
-    if "${" in lines[min(mark.line, len(lines) - 1)]:
-        problem += "; inside {...} or [...] a reference needs quotes: '${...}'"
-    return Mistake(f"not valid YAML: {problem}", fixed_place or Place(file, mark.line + 1, mark.column + 1))
+def _syntax_mistake(error: yaml.YAMLError, text: str, file: str, fixed_place: Place | None) -> Mistake:
+    line, column = 1, 1
+    if isinstance(error, yaml.reader.ReaderError):
+        before = text[: error.position].split("\n")
+        line, column = len(before), len(before[-1]) + 1
+        problem = f"the character {chr(error.character)!a} is not allowed"
+    elif isinstance(error, yaml.MarkedYAMLError):
+        problem = (error.problem or "cannot be read") + (f" ({error.context})" if error.context else "")
+        if mark := error.problem_mark or error.context_mark:
+            line, column = mark.line + 1, mark.column + 1
+        lines = text.splitlines() or [""]
+        if "${" in lines[min(line, len(lines)) - 1]:
+            problem += "; inside {...} or [...] a reference needs quotes: '${...}'"
+        if "found character '\\t'" in problem:
+            problem += "; indent with spaces"
+    else:
+        problem = str(error)
+    prefix = "" if isinstance(error, _TooMuchError) else "not valid YAML: "
+    return Mistake(prefix + problem, fixed_place or Place(file, line, column))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `scalar` reads: a text that would be read as something else is quoted."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> str:
+        if kind is yaml.ScalarNode and implicit[0] and not isinstance(scalar(value), str):
+            return f"tag:yaml.org,2002:{_NAMES[type(scalar(value))]}"
+        return super().resolve(kind, value, implicit)  # what YAML 1.1 would misread is quoted for its readers
+
+
+_NAMES = {kind: name for name, kind in _TAGS.items()}
 
 
 def dump(value: Any) -> str:
