@@ -1,20 +1,27 @@
-"""dtrain trains PyTorch models from one YAML file; importing it imports neither torch nor any room but config."""
+"""dtrain trains PyTorch models from one YAML file; importing it imports nothing: what it offers comes when asked."""
 
 from typing import TYPE_CHECKING, Any
 
-from dtrain.config import load_config
-from dtrain.yamlfile import ConfigError
-
 if TYPE_CHECKING:
+    from dtrain.config import load_config
     from dtrain.create import create_trainer
     from dtrain.trainer import Trainer
+    from dtrain.yamlfile import ConfigError
 
 __version__ = "0.1.0"
 __all__ = ["ConfigError", "Trainer", "__version__", "create_trainer", "load_config"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch only for those who train."""
+    """Import torch only for those who train, and ml_collections only for those who read a config."""
+    if name == "load_config":
+        from dtrain.config import load_config
+
+        return load_config
+    if name == "ConfigError":
+        from dtrain.yamlfile import ConfigError
+
+        return ConfigError
     if name == "create_trainer":
         from dtrain.create import create_trainer
 

@@ -1,4 +1,4 @@
-"""create_trainer: every part of a training, built in the order of need; the last room that sees the config."""
+"""create_trainer: every part of a training, built in the order of need; knows the config, but not how one trains."""
 
 import math
 from collections.abc import Mapping

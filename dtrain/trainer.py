@@ -141,6 +141,10 @@ class Trainer:
         self.ema = AveragedModel(self.module, multi_avg_fn=average, use_buffers=True) if average else None
         self.parameters = [item for item in self.module.parameters() if item.requires_grad]
         self.vote, self.stop_request = Vote(parts.ranks), StopRequest()
+        self._begin_at_zero()
+
+    def _begin_at_zero(self) -> None:
+        """All that changes while a training goes on; `state.restore` sets most of it otherwise."""
         self.epoch = self.step = self.position = 0  # position: samples of this epoch done, by all ranks together
         self.best: float | None = None
         self.bad_validations = 0  # since the last best
