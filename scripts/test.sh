@@ -29,6 +29,8 @@ apt_install() {
 make_venv
 install_programs git shellcheck tmux
 cd -- "$root"
+# What some tests compare with. Without dependencies: theirs would bring torchvision, which breaks beside a CPU torch.
+"$python" -m pip install -qq --no-deps -r tests/requirements.lock
 
 "$python" -m ruff check .
 "$python" -m ruff format --check .

@@ -52,10 +52,6 @@ install_packages() {
     if sees_gpu; then
         torch=$("$python" -c 'import torch; print(f"torch=={torch.__version__}")')
         say "$torch sees a GPU and is kept"
-    elif ! command -v nvidia-smi >/dev/null; then
-        # The CPU build, 200 MB instead of 3 GB. Where its index is out of reach, the lock's own line is installed below.
-        "$python" -m pip install -qq --no-deps --retries 0 --timeout 15 \
-            --index-url https://download.pytorch.org/whl/cpu "$torch" 2>/dev/null || true
     fi
     sed "s/^torch==.*/$torch/" "$root/requirements.lock" >"$venv/requirements.txt"
     "$python" -m pip install -qq --progress-bar off -r "$venv/requirements.txt"
