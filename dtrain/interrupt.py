@@ -1,6 +1,7 @@
 """A request to stop, made by a signal: only a flag, which the loop reads between two steps; knows no training."""
 
 import multiprocessing
+import os
 import signal
 import threading
 import time
@@ -44,9 +45,20 @@ class StopRequest:
 
 
 def leave_to_parent(_worker: int = 0) -> None:
-    """For loader workers: schedulers and terminals signal every process of a job; when to stop is the rank's word."""
+    """For loader workers: schedulers and terminals signal every process of a job; when to stop is the rank's word.
+
+    The rank's own word is SIGTERM, too: torch and Python end workers with it, and wait until they are gone.
+    """
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_await_parents_word, daemon=True).start()
+
+
+def _await_parents_word() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(128 + signal.SIGTERM)
 
 
 def end_workers() -> None:
