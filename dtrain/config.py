@@ -166,7 +166,7 @@ def _read_file(
     """A file laid over the files under its `_base_`. `left` counts down the files that may still be read."""
     left = iter(range(MAX_FILES)) if left is None else left
     if next(left, None) is None:
-        raise ConfigError(Mistake(f"more than {MAX_FILES} files under '_base_'", place))
+        raise ConfigError(Mistake(f"more than {MAX_FILES} files under '_base_'", Place(ancestors[0].name, 1, 1)))
     text = _read_text(path, place)
     if path.resolve() in ancestors:
         raise ConfigError(Mistake(f"'_base_' goes round in a circle: {path} is already being read", place))

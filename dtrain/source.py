@@ -68,10 +68,10 @@ class Module:
 
     def __init__(self, name: str, file: ModuleFile) -> None:
         self.name, self.file = name, file
-        text = _read(file.path) if file.path else ""
+        text, body = _read(file.path) if file.path else ("", [])
         self.bindings: dict[str, Binding] = {}
         self.stars: list[str] = []
-        for statement, conditional in _statements(_parsed(text, file.path)):
+        for statement, conditional in _statements(body):
             self._bind(statement, conditional)
         # Whether it may have names that cannot be seen in its text.
         self.hides = "__getattr__" in self.bindings or (file.path is None and not file.is_package)
@@ -112,25 +112,18 @@ class Module:
         return ".".join([*base, node.module] if node.module else base)
 
 
-def _read(path: Path) -> str:
+def _read(path: Path) -> tuple[str, list[ast.stmt]]:
+    """A file's text and its statements."""
     try:
         with tokenize.open(path) as file:  # in the encoding that the file itself names
-            return file.read()
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from None
-
-
-def _parsed(text: str, path: Path | None) -> list[ast.stmt]:
-    try:
-        return ast.parse(text, filename=str(path)).body
-    except (ValueError, RecursionError, MemoryError) as error:  # a NUL byte, brackets without end
-        raise _unreadable(path, error) from None
-
-
-def _unreadable(path: Path | None, error: BaseException) -> SyntaxError:
-    wrong = SyntaxError(f"cannot be read: {error}")
-    wrong.filename, wrong.lineno = str(path), 1
-    return wrong
+            text = file.read()
+        return text, ast.parse(text, filename=str(path)).body
+    except (SyntaxError, OSError, ValueError, RecursionError, MemoryError) as error:
+        if isinstance(error, SyntaxError) and error.filename:
+            raise
+        wrong = SyntaxError(f"cannot be read: {error}")  # its encoding, a NUL byte, brackets without end
+        wrong.filename, wrong.lineno = str(path), 1
+        raise wrong from None
 
 
 def _statements(body: list[ast.stmt], conditional: bool = False) -> Iterator[tuple[ast.stmt, bool]]:

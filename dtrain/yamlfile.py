@@ -59,12 +59,13 @@ def one_line(text: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """The names in `known` that `name` was probably meant to be, best first."""
+    """The names in `known` that `name` was probably meant to be, best first; of clearly worse ones none."""
     lower: dict[str, str] = {}
     for item in known:
         lower.setdefault(item.lower(), item)
-    found = difflib.get_close_matches(name.lower(), sorted(lower), n=count, cutoff=0.6)
-    return [lower[item] for item in found]
+    names = difflib.get_close_matches(name.lower(), sorted(lower), n=count, cutoff=0.6)
+    ratios = [difflib.SequenceMatcher(None, item, name.lower()).ratio() for item in names]
+    return [lower[item] for item, ratio in zip(names, ratios, strict=True) if ratio > ratios[0] - 0.1]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -345,6 +346,11 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_str(self, data: str) -> Any:
+        # PyYAML writes Unicode's line breaks as they are, and reads them back as blanks.
+        style = '"' if re.search("[\x85\u2028\u2029]", data) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
     def resolve(self, kind: Any, value: Any, implicit: Any) -> str:
         if kind is yaml.ScalarNode and implicit[0] and not isinstance(scalar(value), str):
             return f"tag:yaml.org,2002:{_NAMES[type(scalar(value))]}"
@@ -352,6 +358,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 _NAMES = {kind: name for name, kind in _TAGS.items()}
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def dump(value: Any) -> str:
