@@ -1,0 +1,263 @@
+"""The blocks that U-Nets are made of, in 2-D and 3-D. Knows no whole network, no data and no loss.
+
+Shapes: N images, C channels, spatial (D, H, W) or (H, W), written (N, C, *) here. Parameter names are those of
+pytorch-3dunet, so that its checkpoints load.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Layers(NamedTuple):
+    """torch's layers for one number of spatial dimensions."""
+
+    conv: Callable[..., nn.Module]
+    conv_transposed: Callable[..., nn.Module]
+    batchnorm: Callable[..., nn.Module]
+    channel_dropout: Callable[..., nn.Module]
+    pools: dict[str, Callable[..., nn.Module]]
+    interpolations: tuple[str, ...]
+
+
+LAYERS = {
+    2: Layers(
+        nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.Dropout2d,
+        {"max": nn.MaxPool2d, "avg": nn.AvgPool2d}, ("nearest", "bilinear", "area"),
+    ),
+    3: Layers(
+        nn.Conv3d, nn.ConvTranspose3d, nn.BatchNorm3d, nn.Dropout3d,
+        {"max": nn.MaxPool3d, "avg": nn.AvgPool3d}, ("nearest", "trilinear", "area"),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Style:
+    """What all blocks of one network have in common.
+
+    Args:
+        dims: Spatial dimensions, 2 or 3.
+        kernel_size: Voxels per side of a convolution, odd.
+        order: The layers of a SingleConv, a letter for each; see SingleConv.
+        num_groups: Groups of a GroupNorm; -1: as many as channels. One where there are fewer channels than that.
+        dropout_prob: Probability of dropping a value (d) or a channel (D), 0 to 1.
+        upscale: In which convolution a DoubleConv of the encoder widens: 2 in both, 1 in the first alone.
+        se_module: Which squeeze and excitation a ResNetBlockSE has: scse, cse or sse.
+
+    Raises:
+        ValueError: The order or the number of groups makes no sense.
+    """
+
+    dims: int
+    kernel_size: tuple[int, ...]
+    order: str = "gcr"
+    num_groups: int = 8
+    dropout_prob: float = 0.1
+    upscale: int = 2
+    se_module: str = "scse"
+
+    def __post_init__(self) -> None:
+        letters = set(self.order)
+        if letters - set("cgbrledD") or "c" not in letters or len(letters) < len(self.order):
+            raise ValueError(
+                f"layer_order is {self.order!r}; possible: each letter at most once, c (convolution, needed), "
+                "g (GroupNorm), b (BatchNorm), r (ReLU), l (LeakyReLU), e (ELU), d (dropout of values), "
+                "D (dropout of channels)"
+            )
+        if self.order[0] in "rle":
+            raise ValueError(f"layer_order is {self.order!r}; a non-linearity cannot come first")
+        if self.num_groups < 1 and self.num_groups != -1:
+            raise ValueError(f"num_groups is {self.num_groups}; possible: 1 or more, or -1 (as many as channels)")
+
+    @property
+    def layers(self) -> Layers:
+        """The layers for this number of spatial dimensions."""
+        return LAYERS[self.dims]
+
+    @property
+    def padding(self) -> tuple[int, ...]:
+        """What keeps the size of an image in a convolution."""
+        return tuple(size // 2 for size in self.kernel_size)
+
+    def groupnorm(self, channels: int) -> nn.GroupNorm:
+        """A GroupNorm (Wu and He 2018, arXiv:1803.08494) over these channels."""
+        groups = channels if self.num_groups == -1 else self.num_groups if channels >= self.num_groups else 1
+        if channels % groups:
+            fits = ", ".join(str(divisor) for divisor in range(1, channels + 1) if channels % divisor == 0)
+            raise ValueError(
+                f"num_groups is {groups}, which does not divide the {channels} channels of a GroupNorm; "
+                f"possible: {fits}, or f_maps that are multiples of num_groups"
+            )
+        return nn.GroupNorm(groups, channels)
+
+
+class SingleConv(nn.Sequential):
+    """A convolution with its normalisation, non-linearity and dropout, (N, in, *) -> (N, out, *).
+
+    The order's letters are layers from first to last: c convolution, g GroupNorm, b BatchNorm, r ReLU, l LeakyReLU
+    (slope 0.01), e ELU, d dropout, D dropout of whole channels. A normalisation before the convolution is over the
+    incoming channels. The convolution has a bias only where nothing is normalised.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, style: Style, order: str | None = None) -> None:
+        super().__init__()
+        order = style.order if order is None else order
+        for position, letter in enumerate(order):
+            channels = in_channels if position < order.index("c") else out_channels
+            if letter == "c":
+                bias = not {"g", "b"} & set(order)
+                conv = style.layers.conv(in_channels, out_channels, style.kernel_size, padding=style.padding, bias=bias)
+                self.add_module("conv", conv)
+            elif letter == "g":
+                self.add_module("groupnorm", style.groupnorm(channels))
+            elif letter == "b":
+                self.add_module("batchnorm", style.layers.batchnorm(channels))
+            elif letter == "d":
+                self.add_module("dropout", nn.Dropout(style.dropout_prob))
+            elif letter == "D":
+                self.add_module("dropout2d", style.layers.channel_dropout(style.dropout_prob))
+            else:
+                self.add_module(*_non_linearity(letter, slope=0.01))
+
+
+def _non_linearity(letters: str, slope: float) -> tuple[str, nn.Module]:
+    """The name and the layer of the non-linearity among an order's letters; ReLU where there is none."""
+    if "l" in letters:
+        return "LeakyReLU", nn.LeakyReLU(slope, inplace=True)
+    return ("ELU", nn.ELU(inplace=True)) if "e" in letters else ("ReLU", nn.ReLU(inplace=True))
+
+
+class DoubleConv(nn.Sequential):
+    """Two convolutions, (N, in, *) -> (N, out, *): the block of U-Net (Ronneberger et al. 2015, arXiv:1505.04597).
+
+    On the way down the first one makes out / 2 channels, but no fewer than come in (3D U-Net, arXiv:1606.06650), or
+    `out` if `upscale` is 1; on the way up both make `out`.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, style: Style, *, encoder: bool) -> None:
+        super().__init__()
+        between = out_channels if style.upscale == 1 else max(out_channels // 2, in_channels)
+        between = between if encoder else out_channels
+        self.add_module("SingleConv1", SingleConv(in_channels, between, style))
+        self.add_module("SingleConv2", SingleConv(between, out_channels, style))
+
+
+class ResNetBlock(nn.Module):
+    """Two convolutions around which the input is led and added, (N, in, *) -> (N, out, *).
+
+    y = f(conv3(conv2(x')) + x') with x' = conv1(x), a 1 x 1 convolution, where in != out, else x' = x. conv3 has no
+    non-linearity; f is the order's: LeakyReLU (slope 0.1), ELU or ReLU. Lee et al. 2017, "Superhuman Accuracy on the
+    SNEMI3D Connectomics Challenge", arXiv:1706.00120.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, style: Style, *, encoder: bool) -> None:
+        super().__init__()
+        same = in_channels == out_channels
+        self.conv1 = nn.Identity() if same else style.layers.conv(in_channels, out_channels, 1)
+        self.conv2 = SingleConv(out_channels, out_channels, style)
+        linear = "".join(letter for letter in style.order if letter not in "rle")
+        self.conv3 = SingleConv(out_channels, out_channels, style, linear)
+        self.non_linearity = _non_linearity(style.order, slope=0.1)[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From (N, in, *) to (N, out, *)."""
+        residual = self.conv1(x)
+        return self.non_linearity(self.conv3(self.conv2(residual)) + residual)
+
+
+class ResNetBlockSE(ResNetBlock):
+    """A ResNetBlock whose result goes through squeeze and excitation, (N, in, *) -> (N, out, *)."""
+
+    def __init__(self, in_channels: int, out_channels: int, style: Style, *, encoder: bool) -> None:
+        super().__init__(in_channels, out_channels, style, encoder=encoder)
+        self.se_module = SE_MODULES[style.se_module](out_channels, style)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From (N, in, *) to (N, out, *)."""
+        return self.se_module(super().forward(x))
+
+
+class _ChannelSE(nn.Module):
+    """cSE: each channel times a number in (0, 1) that depends on the means of all channels, (N, C, *) -> (N, C, *).
+
+    x * sigmoid(W2 relu(W1 mean(x))), W1 and W2 being C x C here. Hu et al. 2018, arXiv:1709.01507.
+    """
+
+    def __init__(self, channels: int, style: Style) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels, channels)
+        self.fc2 = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = torch.sigmoid(self.fc2(F.relu(self.fc1(x.flatten(2).mean(dim=2)))))  # (N, C)
+        return x * weight.reshape(*weight.shape, *[1] * (x.dim() - 2))
+
+
+class _SpatialSE(nn.Module):
+    """sSE: each voxel times a number in (0, 1) that depends on its channels, (N, C, *) -> (N, C, *).
+
+    x * sigmoid(w . x + b). Roy et al. 2018, arXiv:1803.02579.
+    """
+
+    def __init__(self, channels: int, style: Style) -> None:
+        super().__init__()
+        self.conv = style.layers.conv(channels, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.conv(x))
+
+
+class _ChannelSpatialSE(nn.Module):
+    """scSE: the larger of cSE and sSE, value by value, (N, C, *) -> (N, C, *). Roy et al. 2018, arXiv:1808.08127."""
+
+    def __init__(self, channels: int, style: Style) -> None:
+        super().__init__()
+        self.cSE = _ChannelSE(channels, style)
+        self.sSE = _SpatialSE(channels, style)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.max(self.cSE(x), self.sSE(x))
+
+
+SE_MODULES: dict[str, Callable[[int, Style], nn.Module]] = {
+    "scse": _ChannelSpatialSE,
+    "cse": _ChannelSE,
+    "sse": _SpatialSE,
+}
+BLOCKS: dict[str, type[DoubleConv] | type[ResNetBlock]] = {
+    "DoubleConv": DoubleConv,
+    "ResNetBlock": ResNetBlock,
+    "ResNetBlockSE": ResNetBlockSE,
+}
+
+
+class Interpolation(nn.Module):
+    """Resizes to a given size, (N, C, *) -> (N, C, *size); no parameters."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.mode = mode
+
+    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
+        """From (N, C, *) to (N, C, *size)."""
+        return F.interpolate(x, size=size, mode=self.mode)
+
+
+class Deconvolution(nn.Module):
+    """A transposed convolution, resized by nearest neighbours to a given size, (N, in, *) -> (N, out, *size)."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: tuple[int, ...], style: Style) -> None:
+        super().__init__()
+        conv = style.layers.conv_transposed(
+            in_channels, out_channels, style.kernel_size, stride=stride, padding=style.padding, bias=False
+        )
+        self.upsample = nn.ModuleDict({"conv_transposed": conv})
+
+    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
+        """From (N, in, *) to (N, out, *size)."""
+        return F.interpolate(self.upsample["conv_transposed"](x), size=size)
