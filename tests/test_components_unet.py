@@ -236,8 +236,10 @@ def test_any_size_works_that_is_not_pooled_away(model):
         assert module(x).shape == x.shape
     with pytest.raises(ValueError, match=r"3 levels need an image of at least 4 x 4.* found .*3"):
         module(torch.randn(2, 1, *(4, 4, 3)[-module.dims :]))
-    with pytest.raises(ValueError, match=rf"{model.__name__}: expected \(N, C, .*\(4, 4\)"):
-        module(torch.randn(4, 4))
+    for shape in ((4, 4), (1, 1, 4), (2, 3, 8, 8, 8)[: module.dims + 2]):
+        with pytest.raises(ValueError) as error:
+            module(torch.randn(shape))
+        assert f"{model.__name__}: expected (N, 1, " in str(error.value) and str(shape) in str(error.value)
 
 
 @pytest.mark.parametrize("model", ALL)

@@ -1,6 +1,7 @@
 """U-Nets in 2-D and 3-D with pytorch-3dunet's arguments and weights. Knows no data, no loss and nothing of the engine.
 
-Shapes: N images, C channels in, K channels out, spatial (D, H, W) or (H, W).
+Shapes: N images, C channels in, K channels out, spatial (D, H, W) or (H, W). The arguments of all five networks are
+described once, at `_UNet`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,8 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.components.models.unet_blocks import BLOCKS, LAYERS, SE_MODULES, Deconvolution, Interpolation, Style
-
-Size = int | Sequence[int]
 
 
 class _UNet(nn.Module):
@@ -66,17 +65,17 @@ class _UNet(nn.Module):
         in_channels: int,
         out_channels: int,
         final_sigmoid: bool = True,
-        f_maps: Size = 64,
+        f_maps: int | Sequence[int] = 64,
         layer_order: str = "gcr",
         num_groups: int = 8,
         num_levels: int | None = None,
         is_segmentation: bool = True,
-        conv_padding: Size | None = None,
+        conv_padding: int | Sequence[int] | None = None,
         conv_upscale: Literal[1, 2] = 2,
         upsample: str = "default",
         dropout_prob: float = 0.1,
-        conv_kernel_size: Size = 3,
-        pool_kernel_size: Size = 2,
+        conv_kernel_size: int | Sequence[int] = 3,
+        pool_kernel_size: int | Sequence[int] = 2,
         pool_type: Literal["max", "avg"] = "max",
         basic_module: Literal["DoubleConv", "ResNetBlock", "ResNetBlockSE"] | None = None,
         se_module: Literal["scse", "cse", "sse"] | None = None,
@@ -91,6 +90,7 @@ class _UNet(nn.Module):
         kernel = _kernel(conv_kernel_size, conv_padding, self.dims)
         excited = _excited(block, se_module)
         style = Style(self.dims, kernel, layer_order, num_groups, dropout_prob, conv_upscale, excited)
+        self.in_channels = in_channels
         self.pool = _sides("pool_kernel_size", pool_kernel_size, self.dims)
         channels = _channels(f_maps, num_levels, self.levels)
         self.postprocess = "none" if not is_segmentation else "sigmoid" if final_sigmoid else "softmax"
@@ -114,7 +114,7 @@ class _UNet(nn.Module):
             Logits of the same size: (N, K, D, H, W) or (N, K, H, W), or (N, K, 1, H, W).
 
         Raises:
-            ValueError: The number of dimensions is wrong, or the image is too small for the number of levels.
+            ValueError: The dimensions or channels are wrong, or the image is too small for the number of levels.
         """
         if self.dims == 2 and x.dim() == 5 and x.shape[2] == 1:
             return self(x.squeeze(2)).unsqueeze(2)
@@ -130,8 +130,9 @@ class _UNet(nn.Module):
 
     def _check_size(self, x: Tensor) -> None:
         name, axes = type(self).__name__, "DHW"[-self.dims :]
-        if x.dim() != self.dims + 2:
-            raise ValueError(f"{name}: expected (N, C, {', '.join(axes)}), found a tensor of shape {tuple(x.shape)}")
+        if x.dim() != self.dims + 2 or x.shape[1] != self.in_channels:
+            wanted = f"(N, {self.in_channels}, {', '.join(axes)})"
+            raise ValueError(f"{name}: expected {wanted}, found a tensor of shape {tuple(x.shape)}")
         least = [side ** (len(self.encoders) - 1) for side in self.pool]
         if any(size < side for size, side in zip(x.shape[2:], least, strict=True)):
             sizes = " x ".join(map(str, x.shape[2:]))
@@ -231,7 +232,7 @@ def _one_of(key: str, value: object, possible: Iterable[object]) -> None:
         raise ValueError(f"{key} is {value!r}; possible: {', '.join(map(str, possible))}")
 
 
-def _sides(key: str, size: Size, dims: int) -> tuple[int, ...]:
+def _sides(key: str, size: int | Sequence[int], dims: int) -> tuple[int, ...]:
     """One number, or one per spatial dimension, as the latter."""
     sides = tuple(size) if isinstance(size, Sequence) else (size,) * dims
     if len(sides) != dims or any(not isinstance(side, int) or side < 1 for side in sides):
@@ -239,7 +240,9 @@ def _sides(key: str, size: Size, dims: int) -> tuple[int, ...]:
     return sides
 
 
-def _kernel(conv_kernel_size: Size, conv_padding: Size | None, dims: int) -> tuple[int, ...]:
+def _kernel(
+    conv_kernel_size: int | Sequence[int], conv_padding: int | Sequence[int] | None, dims: int
+) -> tuple[int, ...]:
     """The convolutions' kernel, which with its padding must keep sizes."""
     kernel = _sides("conv_kernel_size", conv_kernel_size, dims)
     if any(side % 2 == 0 for side in kernel):
@@ -262,7 +265,7 @@ def _excited(block: str, se_module: str | None) -> str:
     return se_module or "scse"
 
 
-def _channels(f_maps: Size, num_levels: int | None, default_levels: int) -> tuple[int, ...]:
+def _channels(f_maps: int | Sequence[int], num_levels: int | None, default_levels: int) -> tuple[int, ...]:
     """The channels of each level, from top to bottom."""
     if isinstance(f_maps, Sequence):
         channels = tuple(f_maps)
