@@ -91,7 +91,8 @@ def size(value: Any) -> int:
         return len(value)
     if isinstance(value, Mapping):
         return size(next(iter(value.values())))
-    return size(value[0]) if isinstance(value, list | tuple) else len(value)
+    several = isinstance(value, list | tuple) and isinstance(value[0], torch.Tensor | Mapping | list | tuple)
+    return size(value[0]) if several else len(value)
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -175,7 +175,7 @@ def _told(error: BaseException) -> str:
     frames = [item for item in traceback.extract_tb(error.__traceback__) if not item.filename.startswith("<frozen")]
     frames = [item for item in frames if item.filename not in (__file__, importlib.__file__)]
     own = [item for item in frames if not item.filename.startswith(_libraries())]
-    where = ", in ".join(f"{item.filename}:{item.lineno}" for item in dict.fromkeys([*own[-1:], *frames[-1:]]))
+    where = ", in ".join(dict.fromkeys(f"{item.filename}:{item.lineno}" for item in [*own[-1:], *frames[-1:]]))
     return f"{type(error).__name__}: {error}" + (f" ({where})" if where else "")
 
 
