@@ -202,5 +202,5 @@ def _described_member(annotation: ast.expr) -> str:
         return f"one of {', '.join(literals)}" if len(literals) > 1 else literals[0]
     text = ast.unparse(annotation)
     if _name(annotation) in _OBJECTS:
-        return f"a {_name(annotation)} (a mapping with its name)"
+        return "a list of numbers" if _name(annotation) == "Tensor" else "a component ({name: ...})"
     return {"None": "null", "str": "text", "dict": "a mapping", "list[str]": "a list of texts"}.get(text, text)

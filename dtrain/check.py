@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dtrain.annotations import Parameter, cure, expectation
-from dtrain.locate import STANDARD, locate, user_modules
+from dtrain.locate import STANDARD, locate
 from dtrain.sections import (
     LEAST,
     PHASES,
@@ -39,10 +39,14 @@ def check(config: ConfigDict) -> None:
         mistakes += _monitor_mistakes(config, described)
     for call in described.values():
         mistakes += call_mistakes(config, call)
-    mistakes += _shared_mistakes(config, described)
-    mistakes += _top_level_mistakes(config) + _value_mistakes(config) + _missing_mistakes(config)
+    mistakes += _shared_mistakes(config, described) + _top_level_mistakes(config) + module_mistakes(config)
+    places = {item.place for item in mistakes}
+    mistakes += [item for item in _value_mistakes(config) if item.place not in places]
+    mistakes += _missing_mistakes(config)
     if mistakes:
-        raise ConfigError(sorted(mistakes, key=lambda item: (item.place is None, item.place or ())))
+        # A key shared by several calls has one mistake, not one for each signature.
+        first = {(item.place, item.text.partition("; ")[0]): item for item in reversed(mistakes)}
+        raise ConfigError(sorted(first.values(), key=lambda item: (item.place is None, item.place or (), item.text)))
 
 
 def _top_level_mistakes(config: ConfigDict) -> list[Mistake]:
@@ -60,14 +64,23 @@ def _top_level_mistakes(config: ConfigDict) -> list[Mistake]:
     if isinstance(device, str) and not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", device):
         text = f"{shown(device)} is no device; possible: auto, cpu, cuda, cuda:N, mps"
         mistakes.append(mistake(config, ("device",), text))
-    for index, module in enumerate(user_modules(config)):
-        path: KeyPath = ("modules",) if isinstance(config.modules, str) else ("modules", index)
+    return mistakes
+
+
+def module_mistakes(config: ConfigDict) -> list[Mistake]:
+    """The entries of `modules` that cannot be read."""
+    value = config.get("modules")
+    mistakes = []
+    for index, module in enumerate(value if isinstance(value, list) else () if value is None else [value]):
+        path: KeyPath = ("modules", index) if isinstance(value, list) else ("modules",)
         if wrong := _module_mistake(module):
             mistakes.append(mistake(config, path, wrong))
     return mistakes
 
 
-def _module_mistake(module: str) -> str | None:
+def _module_mistake(module: Any) -> str | None:
+    if not isinstance(module, str):
+        return f"expected the name of a module, {found(module)}"
     if is_standard(module):
         return f"'{module}' is {STANDARD}"
     try:
@@ -91,10 +104,15 @@ def call_mistakes(config: ConfigDict, call: Call) -> list[Mistake]:
     """What is wrong with one call and with the components inside it."""
     try:
         target = locate(config, call).target
-    except ConfigError as error:
-        return error.mistakes + _nested_mistakes(config, call)
-    except SyntaxError as error:
-        return [mistake(config, call.path_of("name"), _syntax_error(error)), *_nested_mistakes(config, call)]
+    except (ConfigError, SyntaxError) as error:
+        own = (
+            [mistake(config, call.path_of("name"), _syntax_error(error))]
+            if isinstance(error, SyntaxError)
+            else error.mistakes
+        )
+        if "." not in str(call.name) and module_mistakes(config):
+            own = []  # what is not found for want of a module is no mistake of its own
+        return own + _nested_mistakes(config, call)
     if isinstance(target, Dynamic):
         return _nested_mistakes(config, call)
     if takes_config(target, call):

@@ -29,7 +29,7 @@ class Found(NamedTuple):
 def user_modules(config: ConfigDict) -> list[str]:
     """The names under `modules`, which are searched first."""
     value = config.get("modules")
-    return [value] if isinstance(value, str) else [item for item in value or () if isinstance(item, str)]
+    return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
 
 
 def locate(config: ConfigDict, call: Call) -> Found:
@@ -48,7 +48,8 @@ def locate(config: ConfigDict, call: Call) -> Found:
     if len(parts) > 1:
         return Found(_located_path(config, path, name, parts))
     hits = {module: SOURCE.lookup(module, name) for module in user_modules(config)}
-    hits |= {module: _in_library(module, name) for module in call.slot.libraries}
+    libraries = dict.fromkeys((*call.slot.libraries, *(EVERYWHERE if call.slot.nested else ())))
+    hits |= {module: _in_library(module, name) for module in libraries}
     targets = list(dict.fromkeys(item for item in hits.values() if isinstance(item, Callee | Dynamic)))
     certain = [item for item in targets if isinstance(item, Callee) or item.certain]
     if targets:
@@ -72,12 +73,18 @@ def _in_library(module: str, name: str) -> Callee | Dynamic | str | None:
 def _similar(config: ConfigDict, call: Call, name: str) -> str:
     """The nearest names of where it was looked for; of all libraries if none of those is near."""
     near = set().union(*(SOURCE.names(module) for module in (*user_modules(config), *call.slot.libraries)))
-    return did_you_mean(name, near) or did_you_mean(name, set().union(*map(SOURCE.names, EVERYWHERE)))
+    if hint := did_you_mean(name, near):
+        return hint
+    for library in EVERYWHERE:
+        if name in SOURCE.names(library):
+            return f"; {library} has one, if {library}.{name} is meant"
+    return did_you_mean(name, set().union(*map(SOURCE.names, EVERYWHERE)))
 
 
 def _searched(config: ConfigDict, call: Call) -> str:
     there = [module for module in call.slot.libraries if module_file(module)]
-    return ", ".join([*user_modules(config), *there])
+    others = " and the other sections' libraries" if call.slot.nested else ""
+    return ", ".join([*user_modules(config), *there]) + others
 
 
 def _located_path(config: ConfigDict, path: KeyPath, name: str, parts: list[str]) -> Callee | Dynamic:

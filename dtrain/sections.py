@@ -23,7 +23,8 @@ class Slot:
     given: str = ""  # the argument that dtrain supplies: of this name, else the first one
     given_names: frozenset[str] = NONE  # keyword arguments that dtrain supplies
     pairs: bool = False  # a function of (output, target) is itself what is wanted
-    nested: bool = False  # a function that still lacks arguments is itself what is wanted
+    nested: bool = False  # inside another call: any section's library will do, and a function that lacks arguments is
+    # itself what is wanted
 
 
 SLOTS = {
@@ -83,12 +84,12 @@ LEAST: dict[str, dict[str, float]] = {  # the least that a number may be, where 
     "mlflow": {"exit_timeout_seconds": 0},
 }  # fmt: skip
 PHASES = ("train", "val", "test", "predict")
-TOP_LEVEL = {  # the keys of a config with their types; those without one are sections, read below
+TOP_LEVEL = {  # the keys of a config with their types; those without one are looked at elsewhere
     "experiment": "str | None",
     "run_name": "str | None",
     "seed": "int | None",
     "device": "str",
-    "modules": "list[str] | str | None",
+    "modules": "",
     **dict.fromkeys((*SLOTS, "trainer", "mlflow"), ""),
 }
 
@@ -335,9 +336,8 @@ def nested(call: Call) -> Iterator[Call]:
 
 
 def nested_call(call: Call, path: KeyPath, value: Mapping[str, Any]) -> Call:
-    """The call that a component inside a call describes. It may come from any section's libraries."""
-    libraries = tuple(dict.fromkeys([*call.slot.libraries, *EVERYWHERE]))
-    return call_at(path, value, Slot(libraries, given=call.slot.given, nested=True))
+    """The call that a component inside a call describes."""
+    return call_at(path, value, Slot(call.slot.libraries, given=call.slot.given, nested=True))
 
 
 READERS = {

@@ -213,6 +213,7 @@ class Source:
     def __init__(self, find: Callable[[str], ModuleFile | None]) -> None:
         self.find = find
         self._modules: dict[str, Module | None] = {}
+        self._callees: dict[ast.stmt, Callee | Dynamic] = {}
         self._busy: set[ast.stmt] = set()  # functions whose `**kwargs` are being followed: some call themselves
 
     def module(self, name: str) -> Module | None:
@@ -296,6 +297,14 @@ class Source:
         return there
 
     def _callee(self, module: Module, node: ast.stmt) -> Callee | Dynamic:
+        if node not in self._callees:
+            callee = self._read_callee(module, node)
+            if self._busy:
+                return callee  # it may lack what is being followed just now
+            self._callees[node] = callee
+        return self._callees[node]
+
+    def _read_callee(self, module: Module, node: ast.stmt) -> Callee | Dynamic:
         takes: _Takes | None = None
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             takes = self._takes(module, node, (), method=False)

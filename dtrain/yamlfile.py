@@ -60,12 +60,13 @@ def one_line(text: str) -> str:
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The names in `known` that `name` was probably meant to be, best first; of clearly worse ones none."""
-    lower: dict[str, str] = {}
-    for item in known:
-        lower.setdefault(item.lower(), item)
-    names = difflib.get_close_matches(name.lower(), sorted(lower), n=count, cutoff=0.6)
-    ratios = [difflib.SequenceMatcher(None, item, name.lower()).ratio() for item in names]
-    return [lower[item] for item, ratio in zip(names, ratios, strict=True) if ratio > ratios[0] - 0.1]
+    spellings: dict[str, list[str]] = {}
+    for item in sorted(known):
+        spellings.setdefault(item.lower(), []).append(item)
+    close = difflib.get_close_matches(name.lower(), spellings, n=count, cutoff=0.6)
+    alike = {item: difflib.SequenceMatcher(None, item.lower(), name.lower()).ratio() for item in close}
+    best = [max(spellings[item], key=lambda one: difflib.SequenceMatcher(None, one, name).ratio()) for item in close]
+    return [item for item in best if alike[item.lower()] > alike[best[0].lower()] - 0.1]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -326,9 +327,11 @@ def _syntax_mistake(error: yaml.YAMLError, text: str, file: str, fixed_place: Pl
         line, column = len(before), len(before[-1]) + 1
         problem = f"the character {chr(error.character)!a} is not allowed"
     elif isinstance(error, yaml.MarkedYAMLError):
-        problem = (error.problem or "cannot be read") + (f" ({error.context})" if error.context else "")
         if mark := error.problem_mark or error.context_mark:
             line, column = mark.line + 1, mark.column + 1
+        begun = error.context_mark.line + 1 if error.context_mark else line
+        context = f" ({error.context}{f' begun in line {begun}' if begun != line else ''})" if error.context else ""
+        problem = (error.problem or "cannot be read") + context
         lines = text.splitlines() or [""]
         if "${" in lines[min(line, len(lines)) - 1]:
             problem += "; inside {...} or [...] a reference needs quotes: '${...}'"
