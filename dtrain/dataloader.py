@@ -193,23 +193,36 @@ class EvaluationShard:
 class _Batches(Dataset):
     """A dataset as the loaders see it: asked for [epoch, index, ...], it gives that batch, collated.
 
-    The generators are seeded for each sample; what the collate function draws goes on from the last one. A dataset
-    whose items need no random numbers says so with `random = False` and is spared the seeding.
+    The generators are seeded for each sample; what the collate function draws goes on from the last one. Seeding takes
+    25 us a sample, so it is done only where something is drawn: of a dataset that does not say (`random`, True or
+    False) a batch is made without, and made again with it as soon as a first one turns out to have drawn.
     """
 
     def __init__(self, dataset: Any, seed: int, collate: Callable[[list[Any]], Any] | None) -> None:
         self.dataset, self.seed, self.collate = dataset, seed, collate or default_collate
+        said = getattr(dataset, "random", None)
+        self.random: bool | None = said if isinstance(said, bool) else None
+        if collate is not None and self.random is False:
+            self.random = None  # the dataset speaks for its items alone
         # A class derived from TensorDataset may well transform its items.
-        random = getattr(dataset, "random", type(dataset) is not TensorDataset) is not False
-        self.random = random or collate is not None
+        self.tensors = dataset.tensors if type(dataset) is TensorDataset and collate is None else None
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitems__(self, request: list[int]) -> Any:
         epoch, *indices = request
-        if not self.random:
+        if self.tensors is not None:
+            return [
+                tensor[indices] for tensor in self.tensors
+            ]  # what collating its items gives, in a fifth of the time
+        if self.random is False:
             return self.collate(self._items(indices))
+        if self.random is None:
+            drew_nothing, batch = rng.without_drawing(lambda: self.collate(self._items(indices)))
+            if drew_nothing:
+                return batch
+            self.random = True
         if get_worker_info() is not None:
             return self.collate(self._seeded_items(epoch, indices))
         with rng.untouched():  # this process's generators belong to the model

@@ -2,7 +2,7 @@
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -40,17 +40,37 @@ def set_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def _cpu_state() -> tuple[Any, Any, torch.Tensor]:
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+def _set_cpu_state(state: tuple[Any, Any, torch.Tensor]) -> None:
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
+
+
 @contextlib.contextmanager
 def untouched() -> Iterator[None]:
     """Leave the CPU generators as they were, whatever is drawn inside."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    torch_state = torch.get_rng_state()
+    before = _cpu_state()
     try:
         yield
     finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        torch.set_rng_state(torch_state)
+        _set_cpu_state(before)
+
+
+def without_drawing(make: Callable[[], Any]) -> tuple[bool, Any]:
+    """Call `make`. True and its result if it drew from no CPU generator, else False, and the generators as before."""
+    before = _cpu_state()
+    result = make()
+    after = _cpu_state()
+    # NumPy's state is (name, keys, position, ...): a draw moves the position, or else has changed the keys.
+    same = before[0] == after[0] and before[1][2:] == after[1][2:] and np.array_equal(before[1][1], after[1][1])
+    if same and torch.equal(before[2], after[2]):
+        return True, result
+    _set_cpu_state(before)
+    return False, None
 
 
 def seed_sample(seed: int, epoch: int, index: int) -> None:

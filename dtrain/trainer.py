@@ -62,6 +62,13 @@ class Parts:
     texts: Mapping[str, str]  # what goes into the run folder as it is: the config, resolved and as written
 
 
+def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """The 2-norm of all gradients as one vector; torch's own function sorts them first, which takes as long again."""
+    if len({item.dtype for item in gradients}) > 1:
+        return get_total_norm(gradients)
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+
+
 class Trainer:
     """Trains, validates and tests one model. Its settings are the keys under `trainer` in the config.
 
@@ -220,7 +227,7 @@ class Trainer:
         """Clip, and step unless a gradient is not finite."""
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
-        self.grad_norm = get_total_norm([item.grad for item in self.parameters if item.grad is not None])
+        self.grad_norm = total_norm([item.grad for item in self.parameters if item.grad is not None])
         if self.clip_grad_norm is not None:
             clip_grads_with_norm_(self.parameters, self.clip_grad_norm, self.grad_norm)
         self.rate = self.schedule.rate(self.step)
