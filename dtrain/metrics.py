@@ -93,6 +93,8 @@ class Metrics:
 
     def _adapted(self, name: str, metric: Any) -> Any:
         has = {method: callable(getattr(metric, method, None)) for method in ("update", "compute", "reset")}
+        for part in _parts(metric):
+            part.distributed_available_fn = _never  # gathering is done here, once; its own would wait for all ranks
         if hasattr(metric, "_reductions"):
             return _Reduced(metric.to(self._device))
         if all(has.values()):
@@ -108,11 +110,6 @@ class _Reduced:
 
     def __init__(self, metric: Any) -> None:
         self.metric = metric
-        for part in self._parts():
-            part.distributed_available_fn = _never  # its states are reduced here, once
-
-    def _parts(self) -> list[Any]:
-        return [part for part in self.metric.modules() if hasattr(part, "_reductions")]
 
     def reset(self) -> None:
         self.metric.reset()
@@ -127,8 +124,8 @@ class _Reduced:
 
     def _reduce(self, ranks: Group) -> None:
         """Put the states of all ranks together on the main rank, by the reductions that the metric declares."""
-        states = ranks.gather([(part._update_count, _moved(part.metric_state, "cpu")) for part in self._parts()])
-        for index, part in enumerate(self._parts()) if states is not None else ():
+        states = ranks.gather([(part._update_count, _moved(part.metric_state, "cpu")) for part in _parts(self.metric)])
+        for index, part in enumerate(_parts(self.metric)) if states is not None else ():
             of_ranks = [rank[index][1] for rank in states or () if rank[index][0]]
             for name, reduction in part._reductions.items():
                 values = [_moved(state[name], part.device) for state in of_ranks]
@@ -206,6 +203,16 @@ def _full_precision(value: Any) -> Any:
     """Half-precision outputs as float32: sums over a whole phase would lose them."""
     half = isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16)
     return value.float() if half else value
+
+
+def _parts(metric: Any) -> list[Any]:
+    """The torchmetrics in a metric: itself, the members of a collection or wrapper, what an object holds."""
+    if isinstance(metric, torch.nn.Module):
+        return [part for part in metric.modules() if hasattr(part, "_reductions")]
+    held = list(getattr(metric, "__dict__", {}).values())
+    held += [item for value in held if isinstance(value, list | tuple) for item in value]
+    held += [item for value in held if isinstance(value, dict) for item in value.values()]
+    return [part for item in held if isinstance(item, torch.nn.Module) for part in _parts(item)]
 
 
 def _never() -> bool:
