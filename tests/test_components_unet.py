@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from dtrain import load_config
 from dtrain.checkpoint import load_weights
 from dtrain.components.models import unet
 from dtrain.components.models.unet import ResidualUNet2D, ResidualUNet3D, ResidualUNetSE3D, UNet2D, UNet3D
-from dtrain.components.models.unet_blocks import SE_MODULES, Style
+from dtrain.components.models.unet_blocks import SE_MODULES, ResNetBlock, Style
 from dtrain.modelloader import get_model
 
 ALL = (UNet3D, ResidualUNet3D, ResidualUNetSE3D, UNet2D, ResidualUNet2D)
@@ -285,6 +286,8 @@ def test_thick_slices_are_pooled_in_the_plane_only():
         x = torch.randn(1, 1, 1, 8, 12)
         assert module(x).shape == (1, 2, 1, 8, 12)
         assert sizes == [(1, 2, 3)]
+    deconvolutions = [part for part in module.modules() if isinstance(part, nn.ConvTranspose3d)]
+    assert [part.stride for part in deconvolutions] == [(1, 2, 2)] * 2
 
 
 def test_the_kernel_of_convolutions_is_real():
@@ -326,15 +329,34 @@ def test_minus_one_group_is_one_group_per_channel():
     torch.testing.assert_close(module(scaled), module(x), rtol=1e-3, atol=1e-3)  # as each channel is normalised
 
 
-@pytest.mark.parametrize(("model", "rate"), [(UNet3D, 0.5), (ResidualUNet3D, 0.5), (ResidualUNetSE3D, 0.5)])
-def test_dropout_has_the_given_rate_and_acts_in_training_only(model, rate):
-    module = model(1, 1, layer_order="gcrD", dropout_prob=rate, **SMALL)
-    rates = {part.p for part in module.modules() if isinstance(part, nn.Dropout3d)}
-    assert rates == {rate}
+@pytest.mark.parametrize("model", [UNet3D, ResidualUNet3D, ResidualUNetSE3D, UNet2D])
+@pytest.mark.parametrize("letter", ["d", "D"])
+def test_dropout_has_the_given_rate_and_acts_in_training_only(model, letter):
+    module = model(1, 1, layer_order=f"gcr{letter}", dropout_prob=0.4, **SMALL)
+    layer = nn.Dropout if letter == "d" else nn.Dropout3d if module.dims == 3 else nn.Dropout2d
+    rates = [part.p for part in module.modules() if type(part) is layer]
+    assert rates == [0.4] * 2 * 5  # two in each of three blocks on the way down and two on the way up
     x = image(module)
     assert not torch.equal(module(x), module(x))
     module.eval()
     assert torch.equal(module(x), module(x))
+
+
+@pytest.mark.parametrize(
+    ("order", "inner", "outer"),
+    [
+        ("cl", lambda x: F.leaky_relu(x, 0.01), lambda x: F.leaky_relu(x, 0.1)),
+        ("ce", F.elu, F.elu),
+        ("cr", F.relu, F.relu),
+        ("c", lambda x: x, F.relu),
+    ],
+)
+def test_the_residual_block_follows_its_definition(order, inner, outer):
+    block = ResNetBlock(2, 3, Style(2, (3, 3), order), encoder=True)
+    x = torch.randn(1, 2, 5, 4)
+    projected = block.conv1(x)
+    expected = outer(block.conv3.conv(inner(block.conv2.conv(projected))) + projected)
+    torch.testing.assert_close(block(x), expected)
 
 
 @pytest.mark.parametrize("kind", ["nearest", "trilinear", "area", "deconv"])

@@ -1,1 +1,17 @@
 """Losses a config can name, beside torch.nn's. Knows no model, no data and nothing of the engine."""
+
+from dtrain.components.losses.combined import MaskedLoss, WeightedSum
+from dtrain.components.losses.cross_entropy import CrossEntropyLossSq, WeightedCrossEntropyLoss
+from dtrain.components.losses.dice import BCEDiceLoss, DiceLoss, GeneralizedDiceLoss
+from dtrain.components.losses.regression import WeightedSmoothL1Loss
+
+__all__ = [
+    "BCEDiceLoss",
+    "CrossEntropyLossSq",
+    "DiceLoss",
+    "GeneralizedDiceLoss",
+    "MaskedLoss",
+    "WeightedCrossEntropyLoss",
+    "WeightedSmoothL1Loss",
+    "WeightedSum",
+]
