@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 from dtrain.annotations import Parameter, is_record, own_parameters, record_fields
 
+MAX_NAME = 200  # characters of a module's name; file systems take no more than 255
+
 
 class ModuleFile(NamedTuple):
     """Where a module's source is: no path for a namespace package or a compiled module."""
@@ -144,7 +146,7 @@ def _statements(body: list[ast.stmt], conditional: bool = False) -> Iterator[tup
 
 def spec_folders(top: str) -> tuple[Path | None, list[Path]]:
     """The source file of a top-level module, and the folders of its submodules; found without importing it."""
-    if top in sys.stdlib_module_names or not top.isidentifier() or top.startswith("__"):
+    if top in sys.stdlib_module_names or top.startswith("__"):
         return None, []
     finders = (finder for finder in sys.meta_path if hasattr(finder, "find_spec"))
     spec = next((spec for finder in finders if (spec := finder.find_spec(top, None)) is not None), None)
@@ -157,6 +159,8 @@ def spec_folders(top: str) -> tuple[Path | None, list[Path]]:
 def module_file(name: str) -> ModuleFile | None:
     """Where a module's source is, found without importing anything (the usual way to find `a.b` imports `a`)."""
     top, *rest = name.split(".")
+    if not all(part.isidentifier() and len(part) <= MAX_NAME for part in (top, *rest)):
+        return None
     origin, folders = spec_folders(top)
     if origin is None and not folders:
         return None
@@ -165,8 +169,6 @@ def module_file(name: str) -> ModuleFile | None:
         return ModuleFile(origin if readable else None, bool(folders))
     for part in rest[:-1]:
         folders = [folder / part for folder in folders if (folder / part).is_dir()]
-    if not all(part.isidentifier() for part in rest):
-        return None
     for place in (folder / rest[-1] for folder in folders):
         if (place / "__init__.py").is_file():
             return ModuleFile(place / "__init__.py", True)
@@ -212,7 +214,7 @@ class Source:
 
     def __init__(self, find: Callable[[str], ModuleFile | None]) -> None:
         self.find = find
-        self._modules: dict[str, Module | None] = {}
+        self._modules: dict[str, Module] = {}
         self._callees: dict[ast.stmt, Callee | Dynamic] = {}
         self._busy: set[ast.stmt] = set()  # functions whose `**kwargs` are being followed: some call themselves
 
@@ -222,10 +224,9 @@ class Source:
         Raises:
             SyntaxError: The file is no Python.
         """
-        if name not in self._modules:
-            file = self.find(name)
-            self._modules[name] = Module(name, file) if file else None
-        return self._modules[name]
+        if name not in self._modules and (file := self.find(name)):
+            self._modules[name] = Module(name, file)
+        return self._modules.get(name)
 
     def names(self, module_name: str, seen: frozenset[str] = frozenset()) -> set[str]:
         """The public names of a module that may be classes or functions."""
@@ -267,12 +268,15 @@ class Source:
             return self._follow(module, ast.unparse(value), seen) or Dynamic(module_name, name)
         if value is not None:
             return Dynamic(module_name, name)
-        for star in module.stars:
-            if not name.startswith("_") and not is_standard(star) and (there := self._lookup(star, name, seen)):
+        hidden = module.hides
+        for star in () if name.startswith("_") else module.stars:
+            there = None if is_standard(star) else self._lookup(star, name, seen)
+            if there and not _is_uncertain(there):
                 return there
+            hidden |= there is not None
         if module.file.is_package and self.find(f"{module_name}.{name}"):
             return f"{module_name}.{name}"
-        return Dynamic(module_name, name, certain=False) if module.hides else None
+        return Dynamic(module_name, name, certain=False) if hidden else None
 
     def _imported(
         self, module_name: str, name: str, value: tuple[str, str | None], seen: frozenset[tuple[str, str]]
@@ -283,6 +287,8 @@ class Source:
         if not is_standard(origin) and not self.find(origin.partition(".")[0]):
             return Dynamic(module_name, name)  # its import will say what is missing, and where it is asked for
         there = self._lookup(origin, attribute, seen)
+        if _is_uncertain(there):
+            return Dynamic(module_name, name)
         return f"{origin}.{attribute}" if there is None and self.find(f"{origin}.{attribute}") else there
 
     def _follow(
@@ -427,6 +433,10 @@ class Source:
         )
         positional = [item for item in takes.parameters if item.positional][: max(by_position, 0)]
         return [item for item in takes.parameters if item.name not in by_keyword and item not in positional]
+
+
+def _is_uncertain(there: object) -> bool:
+    return isinstance(there, Dynamic) and not there.certain
 
 
 def _changes_arguments(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> bool:

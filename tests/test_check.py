@@ -3,6 +3,7 @@
 # ruff: noqa: E501 - a case of a table is one line, so that message and cause stand together
 
 import ast
+import copy
 import random
 import re
 import subprocess
@@ -94,7 +95,7 @@ def project(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Each test works in that folder, as `python -m dtrain` does."""
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
-    for name in ("parts", "broken"):
+    for name in ("parts", "broken", "twice", "made", "lazy", "loud"):
         monkeypatch.delitem(SOURCE._modules, name, raising=False)
     return folder
 
@@ -1093,11 +1094,11 @@ def mutated_tree(tree: Any, chance: random.Random) -> None:
         )
     elif what == 2 and path[: len(other)] != other and other[: len(path)] != path:
         home, name = at(tree, other[:-1]), other[-1]
-        parent[key], home[name] = home[name], parent[key]
+        parent[key], home[name] = copy.deepcopy(home[name]), copy.deepcopy(parent[key])
     elif what == 3 and isinstance(at(tree, other), dict) and other[: len(path)] != path:
-        at(tree, other)[str(key)] = parent[key]
+        at(tree, other)[str(key)] = copy.deepcopy(parent[key])
     else:
-        parent[key] = chance.choice(STRANGE)
+        parent[key] = copy.deepcopy(chance.choice(STRANGE))
 
 
 def mutated_text(text: str, chance: random.Random) -> str:
