@@ -4,14 +4,18 @@ import argparse
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dtrain import __version__
 from dtrain.yamlfile import ConfigError, one_line
 
-USAGE = 2
+USAGE, INTERRUPTED = 2, 130
+MAIN_SPEAKS_SECONDS = (
+    10.0  # torchrun ends all ranks as soon as one has ended, and the main one may be the last to see it
+)
 
 EXAMPLES = {
     "train": "dtrain train configfiles/digits.yaml trainer.max_epochs=3 optimizer.lr=5e-4",
@@ -30,7 +34,10 @@ HELP = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """A mistake on the command line is one line on stderr and exit status 2."""
+    """A mistake on the command line is one line on stderr and exit status 2; the example in a help is one line, too."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
         print(one_line(f"{self.prog}: {message} (see {self.prog} --help)"), file=sys.stderr)
@@ -75,6 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return {"config": _config, "sync": _sync}.get(options.command, _work)(options)
     except ConfigError as error:
         return _refuse(error)
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except BrokenPipeError:  # `dtrain config ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -103,6 +112,8 @@ def _refuse(error: ConfigError) -> int:
         prefix = "" if is_main() else f"rank {environment().rank}: "
         for mistake in error.mistakes:
             print(f"{prefix}{mistake}", file=sys.stderr)
+    else:
+        time.sleep(MAIN_SPEAKS_SECONDS)
     return USAGE
 
 
