@@ -2,11 +2,13 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import traceback
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from dtrain import report
 from dtrain.interrupt import end_workers
+from dtrain.progress import LineProgress
 from dtrain.resume import move_aside
 from dtrain.runfiles import write_text
 from dtrain.tracking import Journal, Status, ui_command
@@ -19,10 +21,13 @@ if TYPE_CHECKING:
 def recorded(trainer: "Trainer") -> Iterator[None]:
     """Open the run, and close it with the status that is true, whatever happens inside."""
     began = time.monotonic()
-    if trainer.ranks.is_main:
-        _lay_out_folder(trainer)
-    trainer.journal.start(**trainer.parts.record)
-    trainer.progress.begin(trainer.parts.table)
+    with _logged(trainer):
+        trainer.journal.start(**trainer.parts.record)
+        trainer.progress.begin(trainer.parts.table)
+        yield from _watched(trainer, began)
+
+
+def _watched(trainer: "Trainer", began: float) -> Iterator[None]:
     status: Status = "FAILED"
     reason, code = "", 1
     try:
@@ -36,6 +41,49 @@ def recorded(trainer: "Trainer") -> Iterator[None]:
         raise
     finally:
         _close(trainer, status, reason, code, time.monotonic() - began)
+
+
+@contextlib.contextmanager
+def _logged(trainer: "Trainer") -> Iterator[None]:
+    """Have all that is said written to logs/rank-0.log of the run folder, too, and what an error leaves behind."""
+    if not trainer.ranks.is_main:
+        yield
+        return
+    _lay_out_folder(trainer)
+    path = trainer.parts.start.folder / "logs" / "rank-0.log"
+    path.parent.mkdir(exist_ok=True)
+    shown = trainer.progress
+    with path.open("a", encoding="utf-8") as log:
+        trainer.progress = _Both(shown, LineProgress(log))
+        try:
+            yield
+        except BaseException:
+            traceback.print_exc(file=log)
+            raise
+        finally:
+            trainer.progress = shown
+
+
+class _Both:
+    """Tells two progresses the same."""
+
+    def __init__(self, shown: Any, logged: Any) -> None:
+        self._parts = (shown, logged)
+        self.step_shown, self.step_logged = shown.step, logged.step
+
+    def step(self) -> None:
+        """The one call of every step, spelt out."""
+        self.step_shown()
+        self.step_logged()
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        methods = [getattr(part, name) for part in self._parts]
+
+        def tell(*args: Any, **kwargs: Any) -> None:
+            for method in methods:
+                method(*args, **kwargs)
+
+        return tell
 
 
 def _lay_out_folder(trainer: "Trainer") -> None:

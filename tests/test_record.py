@@ -1,0 +1,49 @@
+"""The frame of a run: what one start in this process leaves in the run folder, and how it is closed."""
+
+import json
+
+import pytest
+
+import dtrain
+
+
+@pytest.fixture
+def config(tmp_path):
+    return {
+        "experiment": "frame",
+        "device": "cpu",
+        "model": {"name": "ViT", "image_size": 8, "patch_size": 4, "channels": 1, "num_classes": 10, "dim": 8,
+                  "depth": 1, "heads": 1, "mlp_dim": 8},
+        "loaders": {"name": "Digits", "batch_size": 64, "train": {"split": "train"}, "val": {"split": "val"}},
+        "loss": {"name": "CrossEntropyLoss"},
+        "optimizer": {"name": "SGD", "lr": 0.1},
+        "trainer": {"max_steps": 2, "checkpoint_dir": str(tmp_path / "run")},
+        "mlflow": {"tracking_uri": f"sqlite:///{tmp_path}/mlflow.db", "system_metrics": False},
+    }  # fmt: skip
+
+
+def test_what_is_said_is_in_the_log_and_the_figures_are_in_the_journal(config, tmp_path, capsys):
+    trainer = dtrain.create_trainer(config)
+    assert trainer.fit() == "FINISHED"
+    log = (tmp_path / "run" / "logs" / "rank-0.log").read_text()
+    shown = capsys.readouterr().out
+    for said in ("model: ViT", "step 2", "val", "status: FINISHED"):
+        assert said in log
+        assert said in shown
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (facts["state"], facts["exit_status"]) == ("FINISHED", 0)
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in steps if entry["kind"] == "metrics"] == [2, 2]
+
+
+def test_an_error_is_in_the_log_with_its_traceback_and_the_run_is_closed_as_failed(config, tmp_path, monkeypatch):
+    trainer = dtrain.create_trainer(config)
+    monkeypatch.setattr(trainer.module, "forward", lambda images: images.no_such_method())
+    with pytest.raises(AttributeError):
+        trainer.fit()
+    log = (tmp_path / "run" / "logs" / "rank-0.log").read_text()
+    assert "Traceback (most recent call last)" in log
+    assert "no_such_method" in log
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (facts["state"], facts["exit_status"]) == ("FAILED", 1)
+    assert "no_such_method" in facts["reason"]
