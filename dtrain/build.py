@@ -25,6 +25,8 @@ from dtrain.sections import Call, calls, is_component, nested_call, refused
 from dtrain.source import Callee, Dynamic, is_standard
 from dtrain.yamlfile import ConfigError, KeyPath, is_mapping
 
+MAX_ERROR = 2000  # characters of a component's own error; some hold whole tensors
+
 
 def build(config: ConfigDict, key: str, *given: Any, **given_names: Any) -> Any:
     """The object that one of the config's calls describes.
@@ -134,7 +136,7 @@ def import_object(config: ConfigDict, call: Call, target: Callee | Dynamic) -> C
 def _origin(imported: Any) -> str:
     """The module that an object is of; what hangs on an object without one is taken for Python's own."""
     of = getattr(imported, "__objclass__", None) or getattr(imported, "__self__", None)
-    return getattr(imported, "__module__", None) or getattr(of, "__module__", None) or "builtins"
+    return str(getattr(imported, "__module__", None) or getattr(of, "__module__", None) or "builtins")
 
 
 def _inspected(imported: Callable[..., Any], target: Dynamic) -> Callee:
@@ -176,7 +178,8 @@ def _told(error: BaseException) -> str:
     frames = [item for item in frames if item.filename not in (__file__, importlib.__file__)]
     own = [item for item in frames if not item.filename.startswith(_libraries())]
     where = ", in ".join(dict.fromkeys(f"{item.filename}:{item.lineno}" for item in [*own[-1:], *frames[-1:]]))
-    return f"{type(error).__name__}: {error}" + (f" ({where})" if where else "")
+    text = str(error) if len(str(error)) <= MAX_ERROR else f"{str(error)[:MAX_ERROR]}..."
+    return f"{type(error).__name__}: {text}" + (f" ({where})" if where else "")
 
 
 @functools.cache

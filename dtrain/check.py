@@ -1,6 +1,7 @@
 """Compares every call in a config with the signature of what it names, all at once; imports and calls nothing."""
 
 import ast
+import math
 import re
 from collections.abc import Mapping
 from itertools import takewhile
@@ -12,8 +13,8 @@ from ml_collections import ConfigDict
 from dtrain.annotations import Parameter, cure, expectation
 from dtrain.locate import STANDARD, locate
 from dtrain.sections import (
-    LEAST,
     PHASES,
+    RANGES,
     REQUIRED,
     TOP_LEVEL,
     Call,
@@ -40,8 +41,8 @@ def check(config: ConfigDict) -> None:
     for call in described.values():
         mistakes += call_mistakes(config, call)
     mistakes += _shared_mistakes(config, described) + _top_level_mistakes(config) + module_mistakes(config)
-    places = {item.place for item in mistakes}
-    mistakes += [item for item in _value_mistakes(config) if item.place not in places]
+    told = {item.text.partition(":")[0] for item in mistakes}
+    mistakes += [item for item in _value_mistakes(config) if item.text.partition(":")[0] not in told]
     mistakes += _missing_mistakes(config)
     if mistakes:
         # A key shared by several calls has one mistake, not one for each signature.
@@ -104,20 +105,19 @@ def call_mistakes(config: ConfigDict, call: Call) -> list[Mistake]:
     """What is wrong with one call and with the components inside it."""
     try:
         target = locate(config, call).target
-    except (ConfigError, SyntaxError) as error:
-        own = (
-            [mistake(config, call.path_of("name"), _syntax_error(error))]
-            if isinstance(error, SyntaxError)
-            else error.mistakes
-        )
-        if "." not in str(call.name) and module_mistakes(config):
-            own = []  # what is not found for want of a module is no mistake of its own
-        return own + _nested_mistakes(config, call)
-    if isinstance(target, Dynamic):
-        return _nested_mistakes(config, call)
-    if takes_config(target, call):
-        return _shadowed(config, call.path, call.arguments)  # what it reads from the config, only the class knows
-    return argument_mistakes(config, call, target) + _nested_mistakes(config, call)
+    except SyntaxError as error:
+        own = [mistake(config, call.path_of("name"), _syntax_error(error))]
+    except ConfigError as error:
+        own = error.mistakes
+    else:
+        if isinstance(target, Dynamic):
+            return _nested_mistakes(config, call)
+        if takes_config(target, call):
+            return _shadowed(config, call.path, call.arguments)  # what it reads from the config, only the class knows
+        return argument_mistakes(config, call, target) + _nested_mistakes(config, call)
+    if "." not in str(call.name) and module_mistakes(config):
+        own = []  # what is not found for want of a module is no mistake of its own
+    return own + _nested_mistakes(config, call)
 
 
 def _nested_mistakes(config: ConfigDict, call: Call) -> list[Mistake]:
@@ -270,21 +270,24 @@ def _monitor_mistakes(config: ConfigDict, described: Mapping[str, Call]) -> list
 
 
 def _value_mistakes(config: ConfigDict) -> list[Mistake]:
-    """Values of the right type that cannot be: numbers that are too small, and MLflow's old `file:` stores."""
+    """Values of the right type that cannot be: numbers out of range, two batch sizes, MLflow's old `file:` stores."""
     mistakes = []
+    for section, ranges in RANGES.items():
+        path: KeyPath = (section,) if section else ()
+        values = config.get(section) if section else config
+        for here, mapping in [(path, values), *(((*path, phase), _at(values, phase)) for phase in PHASES)]:
+            for key, (least, most) in ranges.items():
+                value = _at(mapping, key)
+                if type(value) in (int, float) and not least <= value <= most:
+                    possible = f"from {least} to {most}" if most < math.inf else f"at least {least}"
+                    mistakes.append(mistake(config, (*here, key), f"must be {possible}, found {value}"))
+            if _at(mapping, "batch_size") is not None and _at(mapping, "global_batch_size") is not None:
+                text = "excludes 'batch_size'; keep one of them"
+                mistakes.append(mistake(config, (*here, "global_batch_size"), text))
     uri = _at(config.get("mlflow"), "tracking_uri")
     if isinstance(uri, str) and uri.lower().startswith("file:"):
         text = f"MLflow 3 no longer writes to {shown(uri)}; name the folder alone (sqlite is put in it), or a server"
         mistakes.append(mistake(config, ("mlflow", "tracking_uri"), text))
-    for section, least in LEAST.items():
-        path: KeyPath = (section,) if section else ()
-        values = config.get(section) if section else config
-        places = [(path, values), *(((*path, phase), _at(values, phase)) for phase in PHASES)]
-        for here, mapping in places:
-            for key, smallest in least.items() if is_mapping(mapping) else ():
-                value = _at(mapping, key)
-                if type(value) in (int, float) and not value >= smallest:
-                    mistakes.append(mistake(config, (*here, key), f"must be at least {smallest}, found {value}"))
     return mistakes
 
 

@@ -1,6 +1,7 @@
 """The shape of each section: which calls (a name and arguments) it describes. Knows no object."""
 
 import functools
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -72,16 +73,19 @@ REQUIRED = {  # what training needs, and an example of each
     "loss": "{name: CrossEntropyLoss}",
     "optimizer": "{name: AdamW, lr: 1e-3}",
 }
-LEAST: dict[str, dict[str, float]] = {  # the least that a number may be, where the type alone admits less
-    "": {"seed": 0},
+_ANY, _SOME, _PART = (0, math.inf), (1, math.inf), (0, 1)
+RANGES: dict[str, dict[str, tuple[float, float]]] = {  # where the type alone admits more
+    "": {"seed": _ANY},
     "trainer": {
-        "max_epochs": 0, "max_steps": 0, "accumulate": 1, "log_every_steps": 1, "validate_every_steps": 1,
-        "checkpoint_every_steps": 1, "keep_last": 1, "keep_best": 0, "early_stop_patience": 1, "clip_grad_norm": 0,
-        "ema_decay": 0,
+        "max_epochs": _ANY, "max_steps": _ANY, "accumulate": _SOME, "log_every_steps": _SOME,
+        "validate_every_steps": _SOME, "checkpoint_every_steps": _SOME, "keep_last": _SOME, "keep_best": _ANY,
+        "early_stop_patience": _SOME, "clip_grad_norm": _ANY, "ema_decay": _PART,
     },
-    "loaders": {"batch_size": 1, "global_batch_size": 1, "num_workers": 0, "prefetch_factor": 1, "timeout": 0},
-    "lr_scheduler": {"warmup_steps": 0, "warmup_start": 0},
-    "mlflow": {"exit_timeout_seconds": 0},
+    "loaders": {
+        "batch_size": _SOME, "global_batch_size": _SOME, "num_workers": _ANY, "prefetch_factor": _SOME, "timeout": _ANY,
+    },
+    "lr_scheduler": {"warmup_steps": _ANY, "warmup_start": _ANY},
+    "mlflow": {"exit_timeout_seconds": _ANY},
 }  # fmt: skip
 PHASES = ("train", "val", "test", "predict")
 TOP_LEVEL = {  # the keys of a config with their types; those without one are looked at elsewhere

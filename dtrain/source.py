@@ -8,6 +8,7 @@ import ast
 import re
 import sys
 import tokenize
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,7 +120,9 @@ def _read(path: Path) -> tuple[str, list[ast.stmt]]:
     try:
         with tokenize.open(path) as file:  # in the encoding that the file itself names
             text = file.read()
-        return text, ast.parse(text, filename=str(path)).body
+        with warnings.catch_warnings():  # such as of '\d'; whoever imports it will see them
+            warnings.simplefilter("ignore")
+            return text, ast.parse(text, filename=str(path)).body
     except (SyntaxError, OSError, ValueError, RecursionError, MemoryError) as error:
         if isinstance(error, SyntaxError) and error.filename:
             raise

@@ -331,6 +331,16 @@ MISTAKES: list[tuple[str, ...]] = [
         "  batch_size: four",
         "c.yaml:6:3: loaders.batch_size: expected int or null, found text 'four'",
     ),
+    (
+        "  batch_size: 4",
+        "  batch_size: 4\n  global_batch_size: 8",
+        "c.yaml:7:3: loaders.global_batch_size: excludes 'batch_size'; keep one of them",
+    ),
+    (
+        "max_epochs: 2",
+        "max_epochs: 2, ema_decay: 1.5",
+        "c.yaml:13:26: trainer.ema_decay: must be from 0 to 1, found 1.5",
+    ),
     ("  batch_size: 4", "  num_workers: -1", "c.yaml:6:3: loaders.num_workers: must be at least 0, found -1"),
     (
         "  batch_size: 4",
@@ -803,6 +813,13 @@ def test_a_mapping_made_in_python_is_told_without_places() -> None:
     assert "model.name: expected the name of a class or a function, found int 3" in lines
     assert "loss: missing, such as loss: {name: CrossEntropyLoss}" in lines
     assert not any(line.startswith(("None", ":")) for line in lines)
+
+
+def test_without_places_too_every_mistake_is_told() -> None:
+    with pytest.raises(ConfigError) as caught:
+        check(from_mapping({"seed": -1, "trainer": {"max_epochs": -1, "accumulate": "x"}}))
+    keys = [line.partition(":")[0] for line in str(caught.value).split("\n")]
+    assert keys == ["loaders", "loss", "model", "optimizer", "seed", "trainer.accumulate", "trainer.max_epochs"]
 
 
 # --------------------------------------------------------------------------------------------------- what is accepted
