@@ -112,6 +112,7 @@ def desk(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, clean_env: di
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a page is up to six trainings, one after another
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_what_a_page_says_works(page: Path, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(desk.folder)
