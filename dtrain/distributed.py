@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import socket
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -13,6 +14,9 @@ from dtrain.yamlfile import ConfigError, Mistake
 
 if TYPE_CHECKING:
     import torch
+
+
+VOTE_SECONDS = 0.2  # about so long apart are two votes; a stop takes effect after two of them
 
 
 class Environment(NamedTuple):
@@ -166,31 +170,46 @@ class Ranks:
 class Vote:
     """A flag that any rank can raise and that all ranks see after the same step, without waiting for one another.
 
-    Each call starts a one-element all-reduce and returns the result of the call before: it has had a whole step to
-    finish. The tensor lives on the CPU, so that reading it never waits for the device.
+    A vote is a two-element all-reduce that is started and read at the next one: it has had its time to finish. The
+    tensor lives on the CPU, so that reading it never waits for the device. Where steps are short, most of them are
+    spared the vote: it carries the time since the last one, from which all ranks find the same next step to vote at.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self._pending: Any = None
-        self._flag: Any = None
+        self._ballot: Any = None
+        self._period = self._left = 1  # steps from vote to vote, and to the next
+        self._last_seconds = time.monotonic()
 
     def cast(self, wish: bool) -> bool:
-        """Vote, and learn whether any rank had voted yes one call ago (with one rank: now)."""
+        """Vote, if it is time to, and learn whether any rank had voted yes last time (with one rank: now)."""
         if self.ranks.world_size == 1:
             return wish
+        self._left -= 1
+        if self._left:
+            return False
         import torch
         import torch.distributed as dist
 
-        decided = False
-        if self._pending is not None:
-            self._pending.wait()
-            decided = self._flag[0].item() > 0
-        if self._flag is None:
-            self._flag = torch.zeros(1)
-        self._flag[0] = float(wish)
-        self._pending = dist.all_reduce(self._flag, async_op=True)
+        decided = self._read()
+        now = time.monotonic()
+        self._ballot = torch.tensor([float(wish), now - self._last_seconds], dtype=torch.float64)
+        self._last_seconds, self._left = now, self._period
+        self._pending = dist.all_reduce(self._ballot, async_op=True)
         return decided
+
+    def _read(self) -> bool:
+        if self._pending is None:
+            return False
+        self._pending.wait()
+        votes, seconds = self._ballot.tolist()
+        between = seconds / self.ranks.world_size
+        if between < VOTE_SECONDS / 2:
+            self._period = min(2 * self._period, 1024)
+        elif between > VOTE_SECONDS:
+            self._period = max(1, self._period // 2)
+        return votes > 0
 
     def settle(self) -> None:
         """Wait for the vote under way; before anything else is agreed on after the last step."""

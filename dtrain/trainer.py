@@ -5,6 +5,7 @@ another (distributed.py), how anything is written (checkpoint.py, tracking.py) o
 """
 
 import contextlib
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -425,6 +426,8 @@ class Trainer:
         """Make the metrics after the first step: their imports take seconds, but a mistake in them should show now."""
         with self._paused_clock():
             self.metrics.prepare()
+            gc.collect()
+            gc.freeze()  # what is there by now stays; looking through it for garbage would cost some steps 5 %
 
     def _outcome(self, model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, Mapping[str, torch.Tensor], Outcome]:
         """What a model makes of one batch: the loss, its terms, and what metrics look at."""
