@@ -1,0 +1,127 @@
+"""What a user might write beside a config: seeded data, small models, a loss of terms, a metric. Knows no dtrain.
+
+For the tests, TOY_DO makes the model do something at a certain call: "train 5 rank 1 TERM" sends SIGTERM to rank 1's
+process in its fifth training forward, "eval 1 rank 0 KILL" kills rank 0 in its first evaluation forward, "raise"
+raises, "nan" spoils the output. TOY_SEEN names a folder where each process notes the samples that it loads.
+"""
+
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+
+class Points(Dataset[tuple[Tensor, Tensor]]):
+    """Points of three classes; in training with noise, drawn for each sample anew."""
+
+    def __init__(self, size: int, seed: int = 0, noise: float = 0.0, form: str = "pair") -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.x = torch.randn(size, 8, generator=generator)
+        self.y = (self.x @ torch.randn(8, 3, generator=torch.Generator().manual_seed(99))).argmax(1)
+        self.noise, self.form = noise, form
+        self.random = noise > 0
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> object:
+        note_seen(index)
+        x, y = self.x[index] + self.noise * torch.randn(8) if self.noise else self.x[index], self.y[index]
+        if self.form == "several":
+            return x[:4], x[4:], y
+        if self.form == "dict":
+            return {"left": x[:4], "right": x[4:], "label": y, "id": f"point {index}"}
+        if self.form == "keys":
+            return {"image": x, "answer": y}
+        return x, y
+
+
+def note_seen(index: int) -> None:
+    if "TOY_SEEN" in os.environ:
+        with (Path(os.environ["TOY_SEEN"]) / str(os.getpid())).open("a") as file:
+            file.write(f"{index}\n")
+
+
+class Trouble(nn.Module):
+    """Passes on what it gets, and does what TOY_DO asks for, once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        phase, number, _, rank, self.action = (os.environ.get("TOY_DO") or "never 0 rank 0 nothing").split()
+        self.due = (phase, int(number)) if os.environ.get("RANK", "0") == rank else None
+        self.calls: Counter[str] = Counter()
+
+    def forward(self, x: Tensor) -> Tensor:
+        phase = "train" if self.training else "eval"
+        self.calls[phase] += 1
+        if (phase, self.calls[phase]) != self.due:
+            return x
+        if self.action == "raise":
+            raise RuntimeError("the toy is broken")
+        if self.action == "nan":
+            return x * float("nan")
+        os.kill(os.getpid(), signal.Signals[f"SIG{self.action}"])
+        return x
+
+
+class Centre(nn.Module):
+    """Takes off a running mean, a buffer that training changes and uses; unlike BatchNorm it can do with one sample."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean.lerp_(x.detach().float().mean(0), 0.1)
+        return x - self.mean.clone()
+
+
+class MLP(nn.Module):
+    """8 numbers to 3 classes. `gives` is the form of its output."""
+
+    def __init__(self, dropout: float = 0.0, norm: bool = False, gives: str = "tensor") -> None:
+        super().__init__()
+        middle = Centre(16) if norm else nn.Identity()
+        self.layers = nn.Sequential(nn.Linear(8, 16), middle, nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, 3))
+        self.trouble, self.gives = Trouble(), gives
+
+    def forward(self, x: Tensor) -> object:
+        logits = self.layers(self.trouble(x))
+        return {"tensor": logits, "tuple": (logits, x), "dict": {"out": logits, "aux": x}}[self.gives]
+
+
+class TwoInputs(MLP):
+    """The same of two halves."""
+
+    def forward(self, left: Tensor, right: Tensor, id: object = None) -> object:
+        return super().forward(torch.cat([left, right], 1))
+
+
+class Terms(nn.Module):
+    """Cross entropy and the logits' size, as two terms."""
+
+    def forward(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
+        return {"ce": F.cross_entropy(output, target), "size": 0.01 * output.square().mean()}
+
+
+class Right:
+    """The share of right answers, without any library."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.right, self.all = 0, 0
+
+    def update(self, output: Tensor, target: Tensor) -> None:
+        self.right += int((output.argmax(1) == target).sum())
+        self.all += len(target)
+
+    def compute(self) -> float:
+        return self.right / self.all
