@@ -4,6 +4,8 @@ The order of samples is a function of (seed, epoch), a sample's randomness of (s
 the number of ranks, workers or restarts. Progress is a position, counted in samples of the epoch's order.
 """
 
+import functools
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -261,10 +263,11 @@ def _data_loader(dataset: Dataset, seed: int, batches: Any, options: dict[str, A
     if not workers:
         options = options | {"prefetch_factor": None, "multiprocessing_context": None, "timeout": 0}
     options = options | {"persistent_workers": bool(workers) and options["persistent_workers"]}
+    parent = 0 if options["multiprocessing_context"] == "forkserver" else os.getpid()
     return DataLoader(
         _Batches(dataset, seed, options["collate_fn"]),
         batch_sampler=batches,
-        worker_init_fn=leave_to_parent,
+        worker_init_fn=functools.partial(leave_to_parent, parent),
         generator=torch.Generator(),  # else each epoch would draw a seed from the generator that dropout uses
         **options | {"collate_fn": _as_it_is},
     )

@@ -1,8 +1,10 @@
 """A request to stop, made by a signal: only a flag, which the loop reads between two steps; knows no training."""
 
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 REPEAT_SECONDS = 0.5  # launchers deliver one signal several times within milliseconds
 
 
@@ -44,11 +47,19 @@ class StopRequest:
             raise KeyboardInterrupt
 
 
-def leave_to_parent(_worker: int = 0) -> None:
+def leave_to_parent(parent: int, _worker: int = 0) -> None:
     """For loader workers: schedulers and terminals signal every process of a job; when to stop is the rank's word.
 
-    The rank's own word is SIGTERM, too: torch and Python end workers with it, and wait until they are gone.
+    The rank's own word is SIGTERM, too: torch and Python end workers with it, and wait until they are gone. And a
+    worker ends with its rank: it has the rank's connections open, by which the other ranks tell whether that one lives.
+
+    Args:
+        parent: The process that forks or spawns this one; 0 where a fork server does.
     """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent and os.getppid() != parent:  # it died before it was watched
+        os._exit(1)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -56,7 +67,9 @@ def leave_to_parent(_worker: int = 0) -> None:
 
 
 def _await_parents_word() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+    rank = multiprocessing.parent_process()
+    assert rank is not None
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank.pid:
         pass
     os._exit(128 + signal.SIGTERM)
 

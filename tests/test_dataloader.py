@@ -1,6 +1,11 @@
 """The order of samples, what each rank gets of it from any position, exact evaluation, and each sample's randomness."""
 
+import ctypes
+import multiprocessing
+import os
 import random
+import signal
+import sys
 import time
 import tracemalloc
 from collections import Counter
@@ -16,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from dtrain import rng
 from dtrain.config import from_mapping
 from dtrain.dataloader import EvaluationShard, Micro, ShuffledShard, TrainLoader, get_train_loaders, permuted
-from dtrain.interrupt import end_workers
+from dtrain.interrupt import end_workers, leave_to_parent
 from dtrain.yamlfile import ConfigError
 
 
@@ -74,6 +79,15 @@ class WhoLoads(Numbers):
     def __getitem__(self, index: int) -> int:
         worker = get_worker_info()
         return -1 if worker is None else worker.id
+
+
+class DiesWith(Numbers):
+    """An item is the signal that the kernel sends the loading process when its parent dies."""
+
+    def __getitem__(self, index: int) -> int:
+        asked = ctypes.c_int(-1)
+        ctypes.CDLL(None).prctl(2, ctypes.byref(asked))  # PR_GET_PDEATHSIG
+        return asked.value
 
 
 class Stuck(Numbers):
@@ -477,6 +491,20 @@ def test_worker_settings_are_no_error_without_workers() -> None:
 def test_the_workers_load() -> None:
     batches = list(loader(dataset=WhoLoads(40), num_workers=2).epoch(0))
     assert {item for micro in batches for item in micro.batch.tolist()} == {0, 1}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a call of Linux")
+@pytest.mark.parametrize("context", ["fork", "forkserver"])
+def test_a_worker_dies_with_its_rank(context: str) -> None:
+    batches = list(loader(dataset=DiesWith(4), num_workers=1, multiprocessing_context=context).epoch(0))
+    assert [micro.batch.tolist() for micro in batches] == [[signal.SIGKILL] * 4]
+
+
+def test_a_worker_whose_rank_is_gone_before_it_begins_ends() -> None:
+    worker = multiprocessing.get_context("fork").Process(target=leave_to_parent, args=(os.getpid() + 1,))
+    worker.start()
+    worker.join(30)
+    assert worker.exitcode == 1
 
 
 def test_a_function_by_name_makes_the_batches() -> None:
