@@ -236,7 +236,8 @@ class _Decoder(nn.Module):
 
 def _conv_norm(inputs: int, outputs: int, stride: Triple, activation: type[nn.Module] | None) -> nn.Sequential:
     conv = nn.Conv3d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
-    norm = nn.GroupNorm(math.gcd(8, outputs), outputs)
+    groups = math.gcd(8, outputs, max(1, outputs // 4))  # of 4 channels or more, so that a single voxel is no constant
+    norm = nn.GroupNorm(groups, outputs)
     return nn.Sequential(conv, norm, *([activation()] if activation else []))
 
 
