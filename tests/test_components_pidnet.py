@@ -291,7 +291,7 @@ def test_bfloat16_outputs_are_taken():
     outputs, target = outputs_and_target()
     exact = PIDNetLoss()(outputs, target)
     half = PIDNetLoss()([output.bfloat16() for output in outputs], target)
-    assert float(half) == pytest.approx(float(exact), rel=0.03)
+    assert half.item() == pytest.approx(exact.item(), rel=0.03)
 
 
 @pytest.mark.parametrize(
