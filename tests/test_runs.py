@@ -1,4 +1,4 @@
-"""Whole trainings through the real command line, on 1, 2 and 4 gloo ranks. Not collected yet: being finished."""
+"""Whole trainings through the real command line, on 1, 2 and 4 gloo ranks: same results, exact resume, one run."""
 
 import hashlib
 import json
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FOREIGN, FOREIGN_PREFIXES, TAG, Result, Running, Tagged
+from filelock import FileLock
 
 from dtrain import create_trainer, tracking
 from dtrain.checkpoint import Loaded, load
@@ -21,9 +22,6 @@ from dtrain.runfiles import read_run
 
 TOY = Path(__file__).with_name("toy.py")
 WAIT_SECONDS = 150
-
-# Tests that look at the same runs stay on one worker of pytest-xdist, so that the runs are made once.
-OF_WAYS, OF_SITTINGS, OF_FINISHED = (pytest.mark.xdist_group(name) for name in ("ways", "sittings", "finished"))
 pytestmark = pytest.mark.timeout(900)  # several command lines each, which start slowly on a busy machine
 
 # ------------------------------------------------------------------------------------------------------- the harness
@@ -67,16 +65,19 @@ if place:
 '''
 
 
+NO_MLFLOW = "raise ImportError('kept out of this test')\n"
+
+
 class Place:
-    """A folder with the toy module, in which command lines are started."""
+    """A folder with the toy module, in which command lines are started; all workers of pytest-xdist share it."""
 
     def __init__(self, folder: Path, tagged: Tagged) -> None:
         self.folder, self.tagged = folder, tagged
-        shutil.copy(TOY, folder)
-        (folder / "stubs" / "mlflow").mkdir(parents=True)
-        (folder / "stubs" / "mlflow" / "__init__.py").write_text("raise ImportError('kept out of this test')\n")
-        (folder / "audit").mkdir()
-        (folder / "audit" / "sitecustomize.py").write_text(AUDIT)
+        with FileLock(folder / ".lock"):
+            shutil.copy(TOY, folder)
+            for name, text in (("stubs/mlflow/__init__.py", NO_MLFLOW), ("audit/sitecustomize.py", AUDIT)):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_text(text)
         kept = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN_PREFIXES) and k not in FOREIGN}
         self.env = {**kept, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", TAG: tagged.tag}
 
@@ -104,7 +105,7 @@ class Place:
         worlds = [{}] if launcher or ranks == 1 else worlds_of(ranks)
         started = []
         for number, world in enumerate(worlds):
-            files = self.folder / "output" / f"{len(self.tagged.started)}-{number}"
+            files = self.folder / "output" / f"{self.tagged.tag}-{len(self.tagged.started)}-{number}"
             files.mkdir(parents=True)
             started.append(Running(command, self.folder, full | world, files, self.tagged))
         return started
@@ -118,6 +119,14 @@ class Place:
 
     def path(self, name: str) -> Path:
         return self.folder / f"run-{name}"
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` returns (as JSON keeps it), made by the first worker that asks for it."""
+        kept = self.folder / f"{name}.made"
+        with FileLock(kept.with_suffix(".lock")):
+            if not kept.exists():
+                kept.write_text(json.dumps(make()))
+            return json.loads(kept.read_text())
 
 
 def worlds_of(ranks: int) -> list[dict[str, str]]:
@@ -205,7 +214,10 @@ def close(one: Mapping[str, Mapping[int, float]], other: Mapping[str, Mapping[in
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """Where the runs that several tests look at are made; no process may be left at its end."""
     tagged = Tagged()
-    yield Place(tmp_path_factory.mktemp("runs"), tagged)
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "runs"
+    folder.mkdir(exist_ok=True)
+    yield Place(folder, tagged)
     gone = tagged.wait_gone(30)
     left = [] if gone else tagged.command_lines()
     tagged.kill()
@@ -237,21 +249,17 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.fixture(scope="module")
 def ways(place: Place) -> Callable[[str], Path]:
     """One training, done in each of WAYS: ranks x batch per rank x batches accumulated."""
-    done: set[str] = set()
 
     def way(name: str) -> Path:
         settings, options = WAYS[name]
         file = name.replace(" ", "-")
-        if name not in done:
-            env = {"TOY_AUDIT": str(place.folder / f"audit-{file}.txt")}
-            place.run(place.config(file, **SAME, **settings), env=env, **options)
-            done.add(name)
+        env = {"TOY_AUDIT": str(place.folder / f"audit-{file}.txt")}
+        place.once(file, lambda: place.run(place.config(file, **SAME, **settings), env=env, **options).rc)
         return place.path(file)
 
     return way
 
 
-@OF_WAYS
 @pytest.mark.parametrize("name", list(WAYS)[1:])
 def test_losses_do_not_depend_on_how_the_global_batch_is_divided(name: str, ways: Callable[[str], Path]) -> None:
     expected, found = figures(ways("1x12")), figures(ways(name))
@@ -263,7 +271,6 @@ def test_losses_do_not_depend_on_how_the_global_batch_is_divided(name: str, ways
     assert found["lr"] == expected["lr"], "a schedule counts optimizer steps, on any number of ranks"
 
 
-@OF_WAYS
 def test_the_last_batch_of_an_epoch_leaves_ranks_without_samples_and_the_weights_the_same(
     ways: Callable[[str], Path],
 ) -> None:
@@ -273,7 +280,6 @@ def test_the_last_batch_of_an_epoch_leaves_ranks_without_samples_and_the_weights
     assert read_run(ways("4x1x3"))["world_size"] == 4
 
 
-@OF_WAYS
 def test_only_rank_0_writes_in_the_run_folder_and_only_its_sender_imports_mlflow(
     ways: Callable[[str], Path], place: Place
 ) -> None:
@@ -301,7 +307,7 @@ EXACT = {
 @pytest.fixture(scope="module")
 def uninterrupted(place: Place) -> Path:
     """Two ranks, 29 samples in steps of 8: 4 steps per epoch, the last of 5 samples in two batches."""
-    place.run(place.config("whole", **EXACT), ranks=2)
+    place.once("whole", lambda: place.run(place.config("whole", **EXACT), ranks=2).rc)
     return place.path("whole")
 
 
@@ -311,6 +317,10 @@ def sittings(place: Place) -> list[dict[str, Any]]:
 
     A signal is seen by all ranks one step after it came. Two calls of the model make a step.
     """
+    return place.once("parts", lambda: five_sittings(place))
+
+
+def five_sittings(place: Place) -> list[dict[str, Any]]:
     config = place.config("parts", **EXACT)
     more = "trainer.checkpoint_every_steps=1"
     plan: list[tuple[str, list[int | None], list[str]]] = [
@@ -349,7 +359,6 @@ def mlflow_client(place: Place) -> Any:
     return MlflowClient(f"sqlite:///{place.folder}/mlflow.db")
 
 
-@OF_SITTINGS
 def test_each_sitting_ends_as_it_should(sittings: list[dict[str, Any]]) -> None:
     assert [sitting["step"] for sitting in sittings] == [4, 6, 8, 12, 12]
     assert [sitting["state"] for sitting in sittings] == ["KILLED", "KILLED", "FAILED", "FAILED", "FINISHED"]
@@ -360,14 +369,12 @@ def test_each_sitting_ends_as_it_should(sittings: list[dict[str, Any]]) -> None:
     assert sittings[4]["exit_status"] == 0 and sittings[4]["reason"] == ""
 
 
-@OF_SITTINGS
 def test_a_training_in_five_sittings_ends_with_the_weights_of_one_in_one(
     sittings: list[dict[str, Any]], uninterrupted: Path, place: Place
 ) -> None:
     same_training(place.path("parts"), uninterrupted)
 
 
-@OF_SITTINGS
 def test_a_training_in_five_sittings_has_the_figures_of_one_in_one(
     sittings: list[dict[str, Any]], uninterrupted: Path, place: Place
 ) -> None:
@@ -377,7 +384,6 @@ def test_a_training_in_five_sittings_has_the_figures_of_one_in_one(
     assert figures(place.path("parts")) == expected
 
 
-@OF_SITTINGS
 def test_a_training_in_five_sittings_is_one_run_in_mlflow(sittings: list[dict[str, Any]], place: Place) -> None:
     assert len({sitting["run_id"] for sitting in sittings}) == 1
     assert sittings[0]["in MLflow"] == "KILLED"
@@ -442,11 +448,11 @@ def finished(place: Place) -> Path:
             "optimizer": {"name": "AdamW", "lr": 0.02, "betas": [0.9, 0.98]}, "seed": 3,
         },
     )  # fmt: skip
-    place.run(config, "trainer.max_epochs=3", launcher=[*TORCHRUN, "--nproc_per_node=2"], mlflow=True)
+    launcher = [*TORCHRUN, "--nproc_per_node=2"]
+    place.once("done", lambda: place.run(config, "trainer.max_epochs=3", launcher=launcher, mlflow=True).rc)
     return place.path("done")
 
 
-@OF_FINISHED
 def test_a_finished_run_is_one_run_with_all_its_params(finished: Path, place: Place) -> None:
     facts = read_run(finished)
     assert (facts["state"], facts["world_size"], facts["exit_status"]) == ("FINISHED", 2, 0)
@@ -462,7 +468,6 @@ def test_a_finished_run_is_one_run_with_all_its_params(finished: Path, place: Pl
     assert run.data.tags["world_size"] == "2"
 
 
-@OF_FINISHED
 def test_a_finished_run_has_every_figure_at_its_step(finished: Path, place: Place) -> None:
     client, run_id = mlflow_client(place), read_run(finished)["run_id"]
     found = {
@@ -483,7 +488,6 @@ def test_a_finished_run_has_every_figure_at_its_step(finished: Path, place: Plac
         assert history == values
 
 
-@OF_FINISHED
 def test_a_finished_run_has_its_config_its_best_weights_and_the_codes_state(finished: Path, place: Place) -> None:
     client, run_id = mlflow_client(place), read_run(finished)["run_id"]
 
@@ -508,7 +512,6 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@OF_FINISHED
 def test_the_best_checkpoint_is_the_one_with_the_best_score(finished: Path) -> None:
     scores = figures(finished)["val/Accuracy"]
     best = load(finished / "checkpoints" / "best").manifest
@@ -522,8 +525,9 @@ def test_best_is_known_also_where_every_step_is_saved(here: Callable[..., Path])
     assert load(run / "checkpoints" / "best").manifest["score"] == pytest.approx(min(scores.values()))
 
 
-def test_an_exception_in_the_model_is_shown_and_the_run_failed(place: Place) -> None:
-    result = place.run(place.config("broken"), do="train 3 rank 0 raise", expect=1, mlflow=True)
+def test_an_exception_in_the_model_is_shown_and_the_failed_run_goes_on_by_its_id(place: Place) -> None:
+    config = place.config("broken", **{"trainer.checkpoint_every_steps": 1})
+    result = place.run(config, do="train 3 rank 0 raise", expect=1, mlflow=True)
     assert "RuntimeError: the toy is broken" in result.stderr
     facts = read_run(place.path("broken"))
     assert (facts["state"], facts["exit_status"]) == ("FAILED", 1)
@@ -531,6 +535,12 @@ def test_an_exception_in_the_model_is_shown_and_the_run_failed(place: Place) -> 
     run = mlflow_run(place, facts["run_id"])
     assert run.info.status == "FAILED"
     assert "train/loss" in run.data.metrics
+    # The same training goes on from anywhere by its MLflow run id.
+    place.run(config, f"trainer.resume={facts['run_id']}", "trainer.checkpoint_dir=elsewhere", mlflow=True)
+    assert not (place.folder / "elsewhere").exists()
+    assert last(place.path("broken")).state["epoch"] == 2
+    assert read_run(place.path("broken"))["state"] == "FINISHED"
+    assert mlflow_run(place, facts["run_id"]).info.status == "FINISHED"
 
 
 # --------------------------------------------------------------------------------------------------------- launchers
@@ -780,15 +790,3 @@ def test_a_new_training_goes_on_from_a_checkpoint_that_is_named(here: Callable[.
     same_training(copy, whole)
     assert sha256(early / "manifest.json") == before
     assert min(figures(copy)["train/loss"]) > 8
-
-
-@OF_FINISHED
-def test_an_mlflow_run_id_finds_its_training_from_anywhere(place: Place, finished: Path) -> None:
-    run_id = read_run(finished)["run_id"]
-    overrides = [f"trainer.resume={run_id}", "trainer.max_epochs=4", "trainer.checkpoint_dir=elsewhere"]
-    place.run(str(place.folder / "done.yaml"), *overrides, mlflow=True)
-    assert not (place.folder / "elsewhere").exists()
-    assert last(finished).state["epoch"] == 4
-    facts = read_run(finished)
-    assert (facts["run_id"], facts["world_size"], facts["state"]) == (run_id, 1, "FINISHED")
-    assert mlflow_run(place, run_id).info.status == "FINISHED"
