@@ -1,5 +1,7 @@
 """Datasets a config can name. Knows no model, no ranks and nothing of the engine."""
 
 from dtrain.components.datasets.digits import Digits, DigitsClassification
+from dtrain.components.datasets.pidnet import PIDNetDatasetWrapper
+from dtrain.components.datasets.tooth_arch import ToothArch
 
-__all__ = ["Digits", "DigitsClassification"]
+__all__ = ["Digits", "DigitsClassification", "PIDNetDatasetWrapper", "ToothArch"]

@@ -3,6 +3,7 @@
 from dtrain.components.losses.combined import MaskedLoss, WeightedSum
 from dtrain.components.losses.cross_entropy import CrossEntropyLossSq, WeightedCrossEntropyLoss
 from dtrain.components.losses.dice import BCEDiceLoss, DiceLoss, GeneralizedDiceLoss
+from dtrain.components.losses.pidnet import PIDNetLoss
 from dtrain.components.losses.regression import WeightedSmoothL1Loss
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "DiceLoss",
     "GeneralizedDiceLoss",
     "MaskedLoss",
+    "PIDNetLoss",
     "WeightedCrossEntropyLoss",
     "WeightedSmoothL1Loss",
     "WeightedSum",
