@@ -124,13 +124,22 @@ def _work(options: argparse.Namespace) -> int:
 
     config = load_config(options.config, options.overrides)
     check(config)
+    sender = _sender(config) if options.command == "train" else None
     from dtrain import worker
 
     if options.command == "train":
-        return worker.train(config)
+        return worker.train(config, sender)
     if options.command == "check":
         return worker.rehearse(config)
     return worker.test(config, options.checkpoint)
+
+
+def _sender(config: Any) -> Any:
+    """Rank 0's link to MLflow, which gets ready while torch is imported."""
+    from dtrain.distributed import is_main
+    from dtrain.tracking import prepare_sender
+
+    return prepare_sender((config.get("mlflow") or {}).get("tracking_uri")) if is_main() else None
 
 
 def _config(options: argparse.Namespace) -> int:
@@ -156,4 +165,4 @@ def _sync(options: argparse.Namespace) -> int:
     if not (Path(options.folder) / "run.json").is_file():
         print(f"dtrain sync: {options.folder} is no run folder: it has no run.json", file=sys.stderr)
         return USAGE
-    return subprocess.run([sys.executable, "-m", "dtrain.sender", options.folder], check=False).returncode
+    return subprocess.run([sys.executable, "-P", "-m", "dtrain.sender", options.folder], check=False).returncode

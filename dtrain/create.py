@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from ml_collections import ConfigDict
@@ -26,8 +26,15 @@ from dtrain.state import restore
 from dtrain.tracking import Journal, NoJournal, flatten, redact, ui_command
 from dtrain.trainer import Parts, Trainer
 
+if TYPE_CHECKING:
+    from subprocess import Popen
 
-def create_trainer(config: ConfigDict | Mapping[str, Any], package: str | Path | None = None) -> Trainer:
+
+def create_trainer(
+    config: ConfigDict | Mapping[str, Any],
+    package: str | Path | None = None,
+    sender: "Popen[bytes] | None" = None,
+) -> Trainer:
     """Build model, loaders, loss, metrics, optimizer and scheduler as the config names them, and a trainer of them.
 
     Every rank calls it. What an earlier start of the same training left is read, so that `fit` goes on from there.
@@ -35,6 +42,7 @@ def create_trainer(config: ConfigDict | Mapping[str, Any], package: str | Path |
     Args:
         config: From `load_config`, or a mapping of the same form.
         package: A file or folder against which a relative `checkpoint_dir` resolves. Default: the current folder.
+        sender: A process that waits for the run, from `prepare_sender`. Default: one is started with the run.
 
     Raises:
         ConfigError: With every mistake that can be found.
@@ -65,7 +73,7 @@ def create_trainer(config: ConfigDict | Mapping[str, Any], package: str | Path |
     checkpoints = Checkpoints(
         start.folder / CHECKPOINTS, keep_last=options["keep_last"], keep_best=options["keep_best"], mode=mode
     )
-    journal = _journal(config, ranks, start)
+    journal = _journal(config, ranks, start, sender)
     rates = end_points(config, optimizer, schedule, steps, epochs)
     plan = {"steps": steps, "rates": rates, "precision": options["precision"]}
     parts = Parts(
@@ -160,11 +168,11 @@ def _monitor(config: ConfigDict, options: Mapping[str, Any], metrics: Metrics) -
     return wish
 
 
-def _journal(config: ConfigDict, ranks: Ranks, start: Start) -> Journal | NoJournal:
+def _journal(config: ConfigDict, ranks: Ranks, start: Start, sender: "Popen[bytes] | None") -> Journal | NoJournal:
     if not ranks.is_main:
         return NoJournal()
     experiment = config.get("experiment") or "default"
-    return build(config, "mlflow", folder=start.folder, experiment=experiment, run_name=start.run_name)
+    return build(config, "mlflow", folder=start.folder, experiment=experiment, run_name=start.run_name, sender=sender)
 
 
 def _record(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:

@@ -59,7 +59,10 @@ EVERYWHERE = tuple(dict.fromkeys(library for slot in SLOTS.values() for library 
 # The settings of dtrain's own rooms are arguments of these functions, so they are checked like everything else.
 HOUSE = {
     "trainer": ("Trainer", Slot(("dtrain.trainer",), given="parts")),
-    "mlflow": ("Journal", Slot(("dtrain.tracking",), given_names=frozenset({"folder", "experiment", "run_name"}))),
+    "mlflow": (
+        "Journal",
+        Slot(("dtrain.tracking",), given_names=frozenset({"folder", "experiment", "run_name", "sender"})),
+    ),
     "loader": ("loader_settings", Slot(("dtrain.dataloader",))),
     "ddp": ("ddp_options", Slot(("dtrain.distributed",))),
     "schedule": ("schedule_settings", Slot(("dtrain.optimizer",))),

@@ -32,6 +32,7 @@ _CLIENT_SETTINGS = {
 }
 _UPLOAD_TIMEOUT_SECONDS = "300"  # a server may answer late when it has gigabytes to put away
 _MOST_AT_ONCE = {"metrics": 1000, "params": 100, "tags": 100}  # MLflow's limits per request
+_NICENESS = 10
 _LONGEST_KEY, _LONGEST_PARAM, _LONGEST_TAG = 250, 6000, 5000
 _log = logging.getLogger(__name__)
 
@@ -274,11 +275,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--parent", type=int, metavar="PID", help="rank 0, whose journal is followed until it ends")
     parser.add_argument("--no-system-metrics", action="store_true")
     parser.add_argument("--tracking-uri", metavar="URI", help="default: run.json's, else MLFLOW_TRACKING_URI")
+    parser.add_argument("--wait", action="store_true", help="get ready, then read the command line from stdin, as JSON")
     parser.add_argument("--find", metavar="RUN_ID", help="print what MLflow knows of a run, as one JSON line")
     options = parser.parse_args(arguments)
     os.environ.update(_CLIENT_SETTINGS)
     with contextlib.redirect_stderr(Redacted(sys.stderr)), contextlib.redirect_stdout(Redacted(sys.stdout)):
         logging.basicConfig(format="%(asctime)s %(message)s")
+        if options.wait:
+            return _wait_for_a_run(resolve_tracking_uri(options.tracking_uri))
         try:
             if options.find:
                 answer = find(options.find, resolve_tracking_uri(options.tracking_uri))
@@ -303,14 +307,35 @@ def _uri_of(folder: Path, given: str | None) -> str:
     return resolve_tracking_uri(given or (known if "***" not in known else None))
 
 
+def _wait_for_a_run(uri: str) -> int:
+    """The sender of a training that is still being built: does what takes long, then what it is told, if it is."""
+    _stand_back()
+    with contextlib.suppress(Exception):  # it shows again, and is reported, when there is a run
+        import mlflow.system_metrics.system_metrics_monitor  # noqa: F401  for its import
+
+        connect(uri)
+    line = sys.stdin.readline()
+    if not line:
+        return 0
+    words = json.loads(line)
+    log = os.open(Path(words[0]) / SENDER_LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for output in (1, 2):
+        os.dup2(log, output)
+    return main(words)
+
+
+def _stand_back() -> None:
+    """Leave the processor to the ranks, and go on where a batch system tells every process of a job to end."""
+    os.nice(max(0, _NICENESS - os.nice(0)))
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 def _feed(folder: Path, parent: int, uri: str, system_metrics: bool) -> int:
     """The sender of a training that runs."""
     from filelock import FileLock
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
-        # A batch system sends these to every process of a job, but there is work to do until rank 0 is done.
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
-    os.nice(10)  # the ranks come first
+    _stand_back()
     facts = read_run(folder)
     code_folder = "code" if facts["attempt"] == 1 else f"code/resume_{facts['attempt']}"
     code_tags = capture_code(folder / code_folder)  # first of all, before anybody edits a file

@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import os
-import re
 import shlex
 import socket
 import subprocess
@@ -15,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from dtrain.address import resolve_tracking_uri, sqlite_file, ui_command
 from dtrain.redact import SECRET_NAME, redact
 from dtrain.runfiles import DELIVERY, JOURNAL, RUN_FACTS, SENDER_LOG, read_json, read_line, read_run, update_run
 
@@ -23,6 +23,7 @@ __all__ = [
     "NoJournal",
     "find_run",
     "flatten",
+    "prepare_sender",
     "read_run",
     "redact",
     "resolve_tracking_uri",
@@ -36,8 +37,6 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 _log = logging.getLogger(__name__)
 
-# Stores that MLflow itself knows; a driver may follow, as in mysql+pymysql.
-_SERVERS = ("http", "https", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc")
 _UNWRITTEN_BYTES = 16 * 2**20  # what is kept in memory while the disk takes nothing
 
 
@@ -54,6 +53,7 @@ class Journal:
         tracking_uri: see `resolve_tracking_uri`.
         system_metrics: whether CPU, memory and GPU figures of this machine go to MLflow too.
         exit_timeout_seconds: how long `finish` waits at most until MLflow has everything.
+        sender: from `prepare_sender`. Default: one is started when the run starts.
 
     Raises:
         ValueError: the tracking URI is one that MLflow cannot write to; the text holds the cure.
@@ -68,6 +68,7 @@ class Journal:
         tracking_uri: str | None = None,
         system_metrics: bool = True,
         exit_timeout_seconds: float = 25.0,
+        sender: subprocess.Popen[bytes] | None = None,
     ) -> None:
         self.folder = Path(folder).absolute()
         self.tracking_uri = resolve_tracking_uri(tracking_uri)
@@ -80,7 +81,7 @@ class Journal:
         self._disk_is_full = False
         self._last_steps: dict[str, int] = {}
         self._bad_keys: set[str] = set()
-        self._sender: subprocess.Popen[bytes] | None = None
+        self._sender = sender
         self._ended = False
 
     def start(
@@ -255,21 +256,15 @@ class Journal:
         return starts
 
     def _start_sender(self) -> None:
+        words = [str(self.folder), "--parent", str(os.getpid())]
+        words += [] if self._system_metrics else ["--no-system-metrics"]
         log = self.folder / SENDER_LOG
         log.parent.mkdir(exist_ok=True)
-        options = [] if self._system_metrics else ["--no-system-metrics"]
-        command = _sender_command(str(self.folder), "--parent", str(os.getpid()), *options)
+        if self._sender is not None and _told(self._sender, words):
+            return
         with log.open("ab") as output:
             try:
-                # Its own session: Ctrl-C and torchrun's killing of process groups must not reach it.
-                self._sender = subprocess.Popen(
-                    command,
-                    env=_sender_environment(self.tracking_uri),
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    start_new_session=True,
-                )
+                self._sender = _started(words, self.tracking_uri, stdin=subprocess.DEVNULL, output=output)
             except OSError as error:
                 _log.warning("MLflow gets nothing for now, its sender could not be started: %s", error)
 
@@ -345,68 +340,6 @@ def _leaves(prefix: str, value: Any) -> Iterable[tuple[str, Any]]:
         yield from _leaves(f"{prefix}.{key}" if prefix else key, below)
 
 
-def resolve_tracking_uri(uri: str | None) -> str:
-    """Says where MLflow's data are, as an address that is good from any folder.
-
-    Args:
-        uri: the address of a server or a database, or a folder: a sqlite database and its artifacts are put in there;
-            None: MLFLOW_TRACKING_URI, else sqlite in the current folder, as MLflow does.
-
-    Raises:
-        ValueError: `file:` (MLflow 3 refuses it), an unknown scheme or a database in memory; the text holds the cure.
-    """
-    what = "tracking URI" if uri else "MLFLOW_TRACKING_URI"
-    text = str(uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db")
-    if text in _SERVERS:  # MLflow takes a bare `databricks`
-        return text
-    match = re.match(r"([A-Za-z][\w.-]+)(\+\w+)?:", text)
-    if match is None:
-        folder = _absolute(text)
-        if Path(folder).is_file():
-            raise ValueError(f"{what} {text!r} is a file; a folder is needed, or sqlite:///{folder}")
-        return f"sqlite:///{folder}/mlflow.db"
-    scheme = match[1].lower()
-    if scheme == "sqlite":
-        return _absolute_sqlite(text)
-    if scheme == "file":
-        folder = _absolute(re.sub(r"^file:(//(localhost(?=/))?)?", "", text, flags=re.IGNORECASE))
-        raise ValueError(
-            f"{what} {text!r}: MLflow 3 no longer writes to `file:` stores; "
-            f"give the folder itself, {folder} (a sqlite database is made in it), or a server's http address"
-        )
-    if scheme not in _SERVERS:
-        known = ", ".join(("a folder", "sqlite", *_SERVERS))
-        raise ValueError(f"{what} {redact(text)!r}: unknown kind {scheme!r}; possible are {known}")
-    return text
-
-
-def _absolute_sqlite(uri: str) -> str:
-    head, slashes, rest = uri.partition(":///")
-    path, mark, query = rest.partition("?")
-    if not slashes or path in ("", ":memory:"):
-        raise ValueError(f"tracking URI {uri!r}: the sender is a process of its own, name a file: sqlite:///mlflow.db")
-    return f"{head}:///{_absolute(path)}{mark}{query}"
-
-
-def _absolute(path: str) -> str:
-    return os.path.normpath(Path(path).expanduser().absolute())
-
-
-def sqlite_file(uri: str) -> Path | None:
-    """The database file of a resolved sqlite URI; None for anything else."""
-    head, slashes, rest = uri.partition(":///")
-    return Path(rest.partition("?")[0]) if slashes and head.partition("+")[0] == "sqlite" else None
-
-
-def ui_command(uri: str) -> str:
-    """What opens MLflow's pages for a resolved tracking URI: a command, or the server's own address."""
-    if uri.startswith(("http:", "https:")):
-        return redact(uri)
-    if "://" not in uri:
-        return f"the MLflow pages of your {uri} workspace"
-    return f"mlflow ui --backend-store-uri {shlex.quote(redact(uri))}"
-
-
 def find_run(run_id: str, uri: str | None = None, timeout_seconds: float = 60.0) -> dict[str, Any]:
     """Asks MLflow about a run, in a process of its own.
 
@@ -442,6 +375,48 @@ def find_run(run_id: str, uri: str | None = None, timeout_seconds: float = 60.0)
     if "error" in answer:
         raise LookupError(f"MLflow run {run_id} in {redact(where)}: {answer['error']}")
     return dict(answer)
+
+
+def prepare_sender(tracking_uri: str | None) -> subprocess.Popen[bytes] | None:
+    """Starts a sender before there is a run: while rank 0 imports torch, it imports mlflow and opens the store.
+
+    That takes five seconds of a processor where a sqlite database must be made, which the first steps would feel. Where
+    no run comes of it, the sender ends with this process.
+
+    Args:
+        tracking_uri: see `resolve_tracking_uri`.
+
+    Returns:
+        what Journal takes; None where none could be started, which the journal then tries, and says.
+    """
+    try:
+        return _started(["--wait"], resolve_tracking_uri(tracking_uri), subprocess.PIPE, subprocess.DEVNULL)
+    except (OSError, ValueError):
+        return None
+
+
+def _started(words: Sequence[str], uri: str, stdin: int, output: Any) -> subprocess.Popen[bytes]:
+    """A sender in its own session: Ctrl-C and torchrun's killing of process groups must not reach it."""
+    return subprocess.Popen(
+        _sender_command(*words),
+        env=_sender_environment(uri),
+        stdin=stdin,
+        stdout=output,
+        stderr=output,
+        start_new_session=True,
+    )
+
+
+def _told(sender: subprocess.Popen[bytes], words: Sequence[str]) -> bool:
+    """Gives a sender that waits its command line; False where it does not wait or has died."""
+    if sender.stdin is None or sender.stdin.closed:
+        return False
+    try:
+        with sender.stdin as pipe:
+            pipe.write(json.dumps(words).encode() + b"\n")
+    except OSError:
+        return False
+    return True
 
 
 def _sender_command(*arguments: str) -> list[str]:

@@ -4,6 +4,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
@@ -13,14 +14,22 @@ from dtrain.tracking import NoJournal
 from dtrain.trainer import Trainer
 from dtrain.yamlfile import ConfigError
 
+if TYPE_CHECKING:
+    from subprocess import Popen
+
 FAILED, STOPPED_EARLY, INTERRUPTED = 1, 75, 130
 
 
-def train(config: ConfigDict) -> int:
-    """Train as the config says; 0 done, 1 failed, 75 stopped early with its checkpoint written."""
+def train(config: ConfigDict, sender: "Popen[bytes] | None" = None) -> int:
+    """Train as the config says; 0 done, 1 failed, 75 stopped early with its checkpoint written.
+
+    Args:
+        config: From `load_config`.
+        sender: From `prepare_sender`, on rank 0.
+    """
 
     def action() -> int:
-        trainer = create_trainer(config)
+        trainer = create_trainer(config, sender=sender)
         status = trainer.fit()
         trainer.ranks.close()
         return STOPPED_EARLY if status == "KILLED" else 0

@@ -31,7 +31,7 @@ LAYERS = (
 # A room that was divided for its size: the part lies in its owner's layer and may know its owner and the other parts.
 HELPERS = {
     **dict.fromkeys(("annotations", "check", "locate", "sections", "source"), "build"),
-    **dict.fromkeys(("codestate", "redact", "runfiles"), "tracking"),
+    **dict.fromkeys(("address", "codestate", "redact", "runfiles"), "tracking"),
     **dict.fromkeys(("evaluation", "record", "report", "resume", "state"), "trainer"),
     "delivery": "sender",
     "snapshot": "checkpoint",
