@@ -282,7 +282,7 @@ def _value_mistakes(config: ConfigDict) -> list[Mistake]:
                     possible = f"from {least} to {most}" if most < math.inf else f"at least {least}"
                     mistakes.append(mistake(config, (*here, key), f"must be {possible}, found {value}"))
             if _at(mapping, "batch_size") is not None and _at(mapping, "global_batch_size") is not None:
-                text = "excludes 'batch_size'; keep one of them"
+                text = "excludes 'batch_size'; keep one of them, or set the other to null"
                 mistakes.append(mistake(config, (*here, "global_batch_size"), text))
     uri = _at(config.get("mlflow"), "tracking_uri")
     if isinstance(uri, str) and uri.lower().startswith("file:"):

@@ -54,13 +54,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
     for name, text in HELP.items():
         command = commands.add_parser(
-            name, help=text, description=text.capitalize() + ".", epilog=f"example: {EXAMPLES[name]}"
+            name, help=text, description=text[0].upper() + text[1:] + ".", epilog=f"example: {EXAMPLES[name]}"
         )
         if name == "sync":
             command.add_argument("folder", metavar="RUN_FOLDER", help="what trainer.checkpoint_dir named")
             continue
         command.add_argument("config", metavar="CONFIG", help="a YAML file")
-        command.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="dotted keys, values in YAML")
+        command.add_argument(
+            "overrides", metavar="KEY=VALUE", nargs="*", default=[], help="dotted keys, values in YAML"
+        )
         if name == "test":
             command.add_argument("--checkpoint", metavar="PATH", help="a checkpoint folder (default: the best)")
     return parser
@@ -97,7 +99,7 @@ def _options(words: Sequence[str]) -> argparse.Namespace:
     if strange:
         parser.error(f"unrecognized arguments: {' '.join(strange)}")
     if rest:
-        options.overrides += rest
+        options.overrides = [*options.overrides, *rest]
     return options
 
 

@@ -22,8 +22,8 @@ from dtrain.optimizer import end_points, get_lr_scheduler, get_optimizer
 from dtrain.progress import get_progress
 from dtrain.resume import CHECKPOINTS, ResumeError, Start, find_start
 from dtrain.sections import refused
-from dtrain.state import restore
-from dtrain.tracking import Journal, NoJournal, flatten, redact, ui_command
+from dtrain.state import FORMAT, restore
+from dtrain.tracking import Journal, NoJournal, flatten, redact
 from dtrain.trainer import Parts, Trainer
 
 if TYPE_CHECKING:
@@ -207,9 +207,9 @@ def _table(
         "run folder": str(start.folder),
     }
     if isinstance(journal, Journal):
-        table["tracking"] = f"{redact(journal.tracking_uri)} ({ui_command(journal.tracking_uri)})"
+        table["tracking"] = redact(journal.tracking_uri)
     if start.checkpoint:
-        table["goes on from"] = start.checkpoint.name
+        table["goes on from"] = str(start.checkpoint.resolve())
     return table
 
 
@@ -220,9 +220,12 @@ def _restore(config: ConfigDict, trainer: Trainer, ranks: Ranks, start: Start) -
     loaded, wrong = None, ""
     if ranks.is_main:
         loaded = load(start.checkpoint)
-        misfits = misfits_of(trainer.module, loaded.weights)
-        before, now = loaded.state["optimizer_name"], type(trainer.optimizer).__name__
-        if before != now:
+        if (written := loaded.state.get("format")) != FORMAT:
+            text = f"{start.checkpoint} is of another version of dtrain (state {written}, here {FORMAT})"
+            wrong = f"{text}; trainer.pre_trained takes over its weights"
+        misfits = [] if wrong else misfits_of(trainer.module, loaded.weights)
+        before, now = loaded.state.get("optimizer_name"), type(trainer.optimizer).__name__
+        if before != now and not wrong:
             misfits.insert(0, f"its optimizer is {before}, the config's {now}")
         if misfits:
             cure = "trainer.resume=none begins again, trainer.pre_trained takes over weights alone"

@@ -350,7 +350,8 @@ def choose_device(wish: str, found: Environment, gpus: int, backend: str | None 
             )
         text = f"{found.local_world_size} ranks share {gpus} GPU(s) over gloo: slower than one rank per GPU"
         return torch.device("cuda", found.local_rank % gpus), [text]
-    return torch.device("cuda", found.local_rank), []
+    text = f"device {wish}: with several ranks each takes the GPU of its LOCAL_RANK"
+    return torch.device("cuda", found.local_rank), [text] if index else []
 
 
 def _one_process_note(found: Environment, where: str) -> list[str]:

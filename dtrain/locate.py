@@ -119,8 +119,11 @@ def _located_path(config: ConfigDict, path: KeyPath, name: str, parts: list[str]
 def is_installed(top: str) -> bool:
     """Whether a top-level module was installed, also as editable, rather than merely lying in the current folder.
 
-    It is, where its folder holds other installations' records, is one of those, or is on a `.pth` file's list.
+    It is, where it is dtrain itself, or its folder holds other installations' records, is one of those, or is on a
+    `.pth` file's list.
     """
+    if top == __name__.partition(".")[0]:  # a checkout on PYTHONPATH does
+        return True
     origin, folders = spec_folders(top)
     homes = [folder.parent for folder in folders] or ([origin.parent] if origin else [])
     if any(home.name in ("site-packages", "dist-packages") or _has_records(home) for home in homes):

@@ -7,15 +7,7 @@ from pathlib import Path
 import torch
 
 from dtrain.modelloader import parameter_count
-
-
-def duration(seconds: float) -> str:
-    """3725 -> '1 h 02 min'."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+from dtrain.progress import duration_text
 
 
 def model_line(name: str, module: torch.nn.Module) -> str:
@@ -33,7 +25,9 @@ def summary(
     status: str, reason: str, best: str, figures: Mapping[str, float], seconds: float, steps: int, folder: Path
 ) -> dict[str, str]:
     """The table after the last step."""
-    table = {"status": status + (f" ({reason})" if reason else ""), "steps": f"{steps:,} in {duration(seconds)}"}
+    table = {"status": status + (f" ({reason})" if reason else ""), "steps": f"{steps:,} in {duration_text(seconds)}"}
+    if status == "KILLED":
+        table["to go on"] = "start the same command again"
     if best:
         table["best"] = best
     if figures:

@@ -1,12 +1,15 @@
 """Where a training starts: afresh, from a checkpoint, or not at all because it is finished. Decided by rank 0 alone."""
 
+import os
 import re
+import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dtrain.checkpoint import MANIFEST, Checkpoints
+from dtrain.runfiles import lives
 from dtrain.tracking import find_run, read_run
 
 CHECKPOINTS = "checkpoints"
@@ -24,6 +27,7 @@ class Start(NamedTuple):
     run_name: str = ""
     finished: str = ""  # why there is nothing to do, and how to go on; empty where there is something
     moves_aside: bool = False  # an old training in the folder is to be moved away before this one begins
+    busy: str = ""  # who else writes the run folder; empty where nobody does
 
 
 def find_start(folder: Path, resume: str, run_name: str, limits: Mapping[str, Any], tracking_uri: str | None) -> Start:
@@ -39,6 +43,23 @@ def find_start(folder: Path, resume: str, run_name: str, limits: Mapping[str, An
     Raises:
         ResumeError: What `resume` names is not there.
     """
+    found = _found(folder, resume, run_name, limits, tracking_uri)
+    return found._replace(busy=_other_writer(found.folder))
+
+
+def _other_writer(folder: Path) -> str:
+    """Who writes a run folder, as far as can be seen from this machine."""
+    facts = read_run(folder)
+    mine = facts.get("pid") == os.getpid()
+    if facts.get("state") != "RUNNING" or facts.get("host") != socket.gethostname() or mine or not lives(facts):
+        return ""
+    return (
+        f"{folder} is being written by another training (process {facts['pid']}); "
+        "wait for its end, stop it, or give this one another trainer.checkpoint_dir"
+    )
+
+
+def _found(folder: Path, resume: str, run_name: str, limits: Mapping[str, Any], tracking_uri: str | None) -> Start:
     if resume == "none":
         return Start(folder, run_name=run_name, moves_aside=True)
     if resume == "auto":

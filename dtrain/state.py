@@ -10,11 +10,14 @@ from dtrain.checkpoint import Loaded
 if TYPE_CHECKING:
     from dtrain.trainer import Trainer
 
+FORMAT = 1  # raised when a state of before can no longer be restored
+
 
 def state_of(trainer: "Trainer") -> dict[str, Any]:
     """Everything but the weights that going on needs. All ranks call it, the main rank's is complete."""
     sums = trainer.ranks.sum_(torch.stack(list(trainer.sums.values()))).tolist()
     return {
+        "format": FORMAT,
         "step": trainer.step,
         "epoch": trainer.epoch,
         "position": trainer.position,

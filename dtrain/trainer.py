@@ -32,6 +32,7 @@ from dtrain.record import recorded
 from dtrain.resume import Start
 from dtrain.state import state_of
 from dtrain.tracking import Journal, NoJournal
+from dtrain.yamlfile import ConfigError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -181,7 +182,10 @@ class Trainer:
 
         Raises:
             NonFiniteError: A loss or gradient was not finite, and on_nonfinite is stop.
+            ConfigError: Another training writes the same run folder.
         """
+        if self.parts.start.busy:
+            raise ConfigError(self.parts.start.busy)
         if self.parts.start.finished:
             self.progress.note(self.parts.start.finished)
             return "FINISHED"
@@ -466,7 +470,7 @@ class Trainer:
     def _extent(self) -> tuple[int | None, int, int]:
         """Epochs, steps of an epoch, and how many of them are done, for the progress bar."""
         loader = self.train_loader
-        steps = loader.steps(self.position)
+        steps = int(min(loader.steps(self.position), self.max_steps - self.step))
         done = -(-self.position // loader.global_batch)
         return None if math.isinf(self.max_epochs) else int(self.max_epochs), steps + done, done
 

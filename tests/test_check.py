@@ -334,7 +334,7 @@ MISTAKES: list[tuple[str, ...]] = [
     (
         "  batch_size: 4",
         "  batch_size: 4\n  global_batch_size: 8",
-        "c.yaml:7:3: loaders.global_batch_size: excludes 'batch_size'; keep one of them",
+        "c.yaml:7:3: loaders.global_batch_size: excludes 'batch_size'; keep one of them, or set the other to null",
     ),
     (
         "max_epochs: 2",

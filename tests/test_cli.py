@@ -3,6 +3,7 @@
 # ruff: noqa: E501 - a case of a table is one line, so that message and cause stand together
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Result, RunCli
+from conftest import REPOSITORY, Result, RunCli
 
 from dtrain import cli
 from dtrain.config import load_config, to_plain
@@ -326,3 +327,18 @@ def test_a_mistake_is_answered_without_torch_or_the_users_modules(project: Path,
 
 def test_config_is_answered_without_torch(project: Path) -> None:
     assert imported_by(["config", "c.yaml"], project) == (0, ["ml_collections"])
+
+
+def test_a_checkout_on_the_path_runs_without_being_installed(tmp_path: Path, run_cli: RunCli) -> None:
+    shutil.copytree(
+        REPOSITORY / "dtrain", tmp_path / "checkout" / "dtrain", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    result = run_cli(["config", REPOSITORY / "configfiles/digits.yaml"], env={"PYTHONPATH": str(tmp_path / "checkout")})
+    assert result.rc == 0, result.text
+    assert str(tmp_path / "checkout" / "dtrain" / "trainer.py") in result.out
+
+
+def test_a_missing_config_is_named_and_nothing_else(run_cli: RunCli) -> None:
+    result = run_cli(["train"])
+    assert result.rc == 2
+    assert "required: CONFIG (see" in result.err

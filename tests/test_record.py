@@ -1,10 +1,15 @@
 """The frame of a run: what one start in this process leaves in the run folder, and how it is closed."""
 
 import json
+import socket
+import subprocess
+import time
 
 import pytest
 
 import dtrain
+from dtrain.runfiles import update_run
+from dtrain.yamlfile import ConfigError
 
 
 @pytest.fixture
@@ -47,3 +52,17 @@ def test_an_error_is_in_the_log_with_its_traceback_and_the_run_is_closed_as_fail
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (facts["state"], facts["exit_status"]) == ("FAILED", 1)
     assert "no_such_method" in facts["reason"]
+
+
+def test_a_second_training_does_not_write_into_the_first_ones_folder(config, tmp_path):
+    trainer = dtrain.create_trainer(config)
+    with subprocess.Popen(["sleep", "60"]) as other:
+        facts = {"pid": other.pid, "host": socket.gethostname(), "attempt_started": time.time()}
+        (tmp_path / "run").mkdir()
+        update_run(tmp_path / "run", state="RUNNING", **facts)
+        before = sorted((tmp_path / "run").iterdir())
+        with pytest.raises(ConfigError, match=f"process {other.pid}"):
+            dtrain.create_trainer(config).fit()
+        assert sorted((tmp_path / "run").iterdir()) == before
+        other.kill()
+    assert trainer.fit() == "FINISHED"

@@ -1,5 +1,9 @@
 """Where a training starts: real run folders with real checkpoints, and what is made of them."""
 
+import socket
+import subprocess
+import time
+
 import pytest
 import torch
 
@@ -124,3 +128,16 @@ def test_a_folder_without_checkpoints_is_refused(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ResumeError, match="holds no checkpoint"):
         start(folder, str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("resume", ["auto", "none"])
+def test_a_folder_that_another_training_writes_is_busy(folder, resume):
+    with subprocess.Popen(["sleep", "60"]) as other:
+        facts = {"pid": other.pid, "host": socket.gethostname(), "attempt_started": time.time()}
+        update_run(folder, **facts)
+        assert f"process {other.pid}" in start(folder, resume).busy
+        update_run(folder, host="another machine")
+        assert start(folder, resume).busy == ""  # nobody can tell from here
+        update_run(folder, **facts)
+        other.kill()
+    assert start(folder, resume).busy == ""

@@ -730,3 +730,43 @@ def test_wrong_command_lines(
     with pytest.raises(SystemExit):
         sender.main([str(tmp_path / "a")])
     assert "give --tracking-uri or MLFLOW_TRACKING_URI" in capsys.readouterr().err
+
+
+def test_a_sender_gets_ready_before_there_is_a_run(tmp_path: Path, uri: str) -> None:
+    sender = tracking.prepare_sender(uri)
+    assert sender is not None
+    database = Path(uri.removeprefix("sqlite:///"))
+    wait_until(database.exists)
+    assert sender.poll() is None
+    journal = Journal(tmp_path / "run", experiment="ready", run_name="r", tracking_uri=uri, sender=sender)
+    journal.start({"lr": 1}, {}, world_size=1)
+    journal.log(1, {"train/loss": 0.5})
+    assert journal.finish("FINISHED") == ""
+    assert sender.returncode == 0
+    run = run_of(tmp_path / "run", uri)
+    assert (run.info.status, run.data.metrics["train/loss"]) == ("FINISHED", 0.5)
+    assert (tmp_path / "run" / "logs" / "sender.log").exists()
+
+
+def test_a_sender_of_which_no_run_comes_ends_without_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sender = tracking.prepare_sender("http://127.0.0.1:9")
+    assert sender is not None and sender.stdin is not None
+    sender.stdin.close()  # as when rank 0 ends
+    assert sender.wait(60) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sender_that_died_while_it_waited_is_replaced(tmp_path: Path, uri: str) -> None:
+    sender = tracking.prepare_sender(uri)
+    assert sender is not None
+    sender.kill()
+    sender.wait()
+    journal = Journal(tmp_path / "run", experiment="again", run_name="r", tracking_uri=uri, sender=sender)
+    journal.start({}, {}, world_size=1)
+    assert journal.finish("FINISHED") == ""
+    assert run_of(tmp_path / "run", uri).info.status == "FINISHED"
+
+
+def test_where_no_sender_can_be_prepared_the_run_will_say_so() -> None:
+    assert tracking.prepare_sender("file:///there") is None
