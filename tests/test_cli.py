@@ -335,10 +335,10 @@ def test_a_checkout_on_the_path_runs_without_being_installed(tmp_path: Path, run
     )
     result = run_cli(["config", REPOSITORY / "configfiles/digits.yaml"], env={"PYTHONPATH": str(tmp_path / "checkout")})
     assert result.rc == 0, result.text
-    assert str(tmp_path / "checkout" / "dtrain" / "trainer.py") in result.out
+    assert str(tmp_path / "checkout" / "dtrain" / "trainer.py") in result.stdout
 
 
 def test_a_missing_config_is_named_and_nothing_else(run_cli: RunCli) -> None:
     result = run_cli(["train"])
     assert result.rc == 2
-    assert "required: CONFIG (see" in result.err
+    assert "required: CONFIG (see" in result.stderr

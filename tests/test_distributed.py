@@ -77,7 +77,7 @@ ONE, FOUR = Environment(), Environment(3, 3, 4, 4, "torchrun")
         ("cuda:2", ONE, 4, None, "cuda:2", "one process on cuda:2; 3 more idle, torchrun --nproc_per_node=4 uses all"),
         ("auto", FOUR, 0, None, "cpu", None),
         ("auto", FOUR, 4, None, "cuda:3", None),
-        ("cuda:0", FOUR, 4, None, "cuda:3", None),  # under several ranks the index comes from LOCAL_RANK
+        ("cuda:0", FOUR, 4, None, "cuda:3", "device cuda:0: with several ranks each takes the GPU of its LOCAL_RANK"),
         ("cuda", FOUR, 1, "gloo", "cuda:0", "4 ranks share 1 GPU(s) over gloo: slower than one rank per GPU"),
         ("cuda", FOUR, 2, "gloo", "cuda:1", "4 ranks share 2 GPU(s) over gloo: slower than one rank per GPU"),
         ("cuda", Environment(3, 3, 4, 4, "srun"), 1, None, "cuda:0", None),  # a GPU bound to each task

@@ -291,7 +291,7 @@ def test_nothing_names_a_path_of_one_machine() -> None:
 HOUSE: dict[tuple[str, ...], tuple[Callable, set[str]]] = {
     ("trainer",): (Trainer.__init__, {"self", "parts"}),
     ("trainer", "ddp"): (ddp_options, set()),
-    ("mlflow",): (Journal.__init__, {"self", "folder", "experiment", "run_name"}),
+    ("mlflow",): (Journal.__init__, {"self", "folder", "experiment", "run_name", "sender"}),
     ("loaders",): (loader_settings, set()),
     ("lr_scheduler",): (schedule_settings, set()),
 }
