@@ -94,6 +94,8 @@ def main() -> None:
         text = terminal.wait_for_prompt(2)
     finally:
         terminal.close()
+    if "FINISHED" not in text:
+        raise SystemExit(f"the training did not come to its end, nothing is drawn:\n{text}")
     options.output.write_text(drawn(text.rpartition("\n")[0]))
 
 
