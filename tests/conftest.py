@@ -78,9 +78,7 @@ class Tagged:
     def wait_gone(self, timeout_seconds: float) -> bool:
         """True as soon as none is left, False when some are after the time."""
         end = time.monotonic() + timeout_seconds
-        looks = (
-            0  # one look is not enough: /proc shows a process that is being started with no environment
-        )
+        looks = 0  # one look is not enough: /proc shows a process that is being started with no environment
         while looks < 2:
             looks = 0 if self.pids() else looks + 1
             if not looks and time.monotonic() > end:
