@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -167,4 +166,6 @@ def _sync(options: argparse.Namespace) -> int:
     if not (Path(options.folder) / "run.json").is_file():
         print(f"dtrain sync: {options.folder} is no run folder: it has no run.json", file=sys.stderr)
         return USAGE
-    return subprocess.run([sys.executable, "-P", "-m", "dtrain.sender", options.folder], check=False).returncode
+    from dtrain.tracking import deliver_rest
+
+    return deliver_rest(options.folder)

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from dtrain import report, rng
 from dtrain.build import build, defaults
 from dtrain.check import check, notes
-from dtrain.checkpoint import CheckpointError, Checkpoints, load, load_weights
+from dtrain.checkpoint import CheckpointError, Checkpoints, Loaded, load, load_weights
 from dtrain.config import from_mapping, sources, to_plain, to_yaml
 from dtrain.dataloader import Loaders, get_train_loaders
 from dtrain.distributed import Ranks, launcher_precision, set_up
@@ -220,16 +220,19 @@ def _restore(config: ConfigDict, trainer: Trainer, ranks: Ranks, start: Start) -
     loaded, wrong = None, ""
     if ranks.is_main:
         loaded = load(start.checkpoint)
-        if (written := loaded.state.get("format")) != FORMAT:
-            text = f"{start.checkpoint} is of another version of dtrain (state {written}, here {FORMAT})"
-            wrong = f"{text}; trainer.pre_trained takes over its weights"
-        misfits = [] if wrong else misfits_of(trainer.module, loaded.weights)
-        before, now = loaded.state.get("optimizer_name"), type(trainer.optimizer).__name__
-        if before != now and not wrong:
-            misfits.insert(0, f"its optimizer is {before}, the config's {now}")
-        if misfits:
-            cure = "trainer.resume=none begins again, trainer.pre_trained takes over weights alone"
-            wrong = f"{start.checkpoint} is of another training: {_told(misfits)}; {cure}"
+        wrong = _unfit(trainer, loaded)
     if wrong := ranks.broadcast(wrong):
-        raise refused(config, ("trainer", "resume"), wrong)
+        cure = "trainer.resume=none begins again, trainer.pre_trained takes over weights alone"
+        raise refused(config, ("trainer", "resume"), f"{start.checkpoint} is {wrong}; {cure}")
     restore(trainer, loaded)
+
+
+def _unfit(trainer: Trainer, loaded: Loaded) -> str:
+    """Of what a checkpoint is that cannot be gone on from; '' where it can."""
+    if (written := loaded.state.get("format")) != FORMAT:
+        return f"of another version of dtrain (its state has the format {written}, here it is {FORMAT})"
+    misfits = misfits_of(trainer.module, loaded.weights)
+    before, now = loaded.state["optimizer_name"], type(trainer.optimizer).__name__
+    if before != now:
+        misfits.insert(0, f"its optimizer is {before}, the config's {now}")
+    return f"of another training: {_told(misfits)}" if misfits else ""

@@ -243,7 +243,7 @@ def _loader_calls(config: ConfigDict, section: str, wrong: Wrong) -> dict[str, C
             continue
         merged = shared | {key: own[key] for key in own}
         for key, other in (("batch_size", "global_batch_size"), ("global_batch_size", "batch_size")):
-            if own.get(key) is not None and key not in shared and other not in own:
+            if own.get(key) is not None and other not in own:
                 merged.pop(other, None)  # two ways to say one thing: here, too, the phase's own wins
         paths = {key: (section, phase, key) if key in own else (section, key) for key in merged}
         rest, loader = _split((section, phase), merged, "loader")

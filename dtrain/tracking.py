@@ -21,6 +21,7 @@ from dtrain.runfiles import DELIVERY, JOURNAL, RUN_FACTS, SENDER_LOG, read_json,
 __all__ = [
     "Journal",
     "NoJournal",
+    "deliver_rest",
     "find_run",
     "flatten",
     "prepare_sender",
@@ -395,6 +396,15 @@ def prepare_sender(tracking_uri: str | None) -> subprocess.Popen[bytes] | None:
         return None
 
 
+def deliver_rest(folder: str) -> int:
+    """Sends what a run's journal holds and MLflow has not; the sender's exit status, its words are shown as they come.
+
+    Args:
+        folder: the run folder, whose run.json knows the store.
+    """
+    return subprocess.run(_sender_command(folder), env=_sender_environment(), check=False).returncode
+
+
 def _started(words: Sequence[str], uri: str, stdin: int, output: Any) -> subprocess.Popen[bytes]:
     """A sender in its own session: Ctrl-C and torchrun's killing of process groups must not reach it."""
     return subprocess.Popen(
@@ -424,9 +434,9 @@ def _sender_command(*arguments: str) -> list[str]:
     return [sys.executable, "-P", "-m", "dtrain.sender", *arguments]
 
 
-def _sender_environment(uri: str) -> dict[str, str]:
+def _sender_environment(uri: str | None = None) -> dict[str, str]:
     """The sender's environment: the true URI, which may hold a password, is shown neither by `ps` nor in run.json."""
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": uri}
+    environment = dict(os.environ) if uri is None else {**os.environ, "MLFLOW_TRACKING_URI": uri}
     # numpy under mlflow would start a thread, with its memory, for every core.
     environment.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
     home = Path(__file__).resolve().parent.parent

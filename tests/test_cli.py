@@ -342,3 +342,13 @@ def test_a_missing_config_is_named_and_nothing_else(run_cli: RunCli) -> None:
     result = run_cli(["train"])
     assert result.rc == 2
     assert "required: CONFIG (see" in result.stderr
+
+
+def test_sync_runs_the_sender_of_its_own_checkout(tmp_path: Path, run_cli: RunCli) -> None:
+    shutil.copytree(REPOSITORY / "dtrain", tmp_path / "dtrain", ignore=shutil.ignore_patterns("__pycache__"))
+    sender = tmp_path / "dtrain" / "sender.py"
+    sender.write_text(sender.read_text().replace("import argparse", "raise SystemExit('this one')\nimport argparse", 1))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    result = run_cli(["sync", tmp_path / "run"], env={"PYTHONPATH": None})
+    assert (result.rc, result.stderr.strip()) == (1, "this one")

@@ -336,6 +336,21 @@ def test_drop_last_of_a_set_smaller_than_a_batch_of_all_ranks_is_refused() -> No
     assert get_train_loaders(config, 0, 1, 0).train.steps() == 1  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(
+    ("shared", "own", "per_rank"),
+    [
+        ({"batch_size": 4}, {}, 4),
+        ({"batch_size": 4}, {"global_batch_size": 6}, 3),
+        ({"global_batch_size": 8}, {"batch_size": 3}, 3),
+        ({"batch_size": 4, "global_batch_size": None}, {"global_batch_size": 6}, 3),
+    ],
+)
+def test_a_phases_own_batch_size_wins_however_it_is_given(shared: dict, own: dict, per_rank: int) -> None:
+    config = of_config(name="Numbers", **shared, train={"size": 40, **own}, val={"size": 40})
+    train = get_train_loaders(config, 0, 2, 0).train
+    assert train is not None and train.shard.batch_size == per_rank
+
+
 # Evaluation
 
 

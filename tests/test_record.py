@@ -8,6 +8,7 @@ import time
 import pytest
 
 import dtrain
+from dtrain import create
 from dtrain.runfiles import update_run
 from dtrain.yamlfile import ConfigError
 
@@ -66,3 +67,27 @@ def test_a_second_training_does_not_write_into_the_first_ones_folder(config, tmp
         assert sorted((tmp_path / "run").iterdir()) == before
         other.kill()
     assert trainer.fit() == "FINISHED"
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "told"),
+    [
+        ("model", "dim", 16, r"is of another training: .*; trainer.resume=none begins again"),
+        ("optimizer", "name", "Adagrad", "its optimizer is SGD, the config's Adagrad"),
+    ],
+)
+def test_a_training_that_became_another_one_is_not_gone_on_with(config, tmp_path, section, key, value, told):
+    dtrain.create_trainer(config).fit()
+    config[section][key], config["trainer"]["max_steps"] = value, 4
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=told):
+        dtrain.create_trainer(config)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_state_of_another_version_is_refused_in_words(config, monkeypatch):
+    dtrain.create_trainer(config).fit()
+    config["trainer"]["max_steps"] = 4
+    monkeypatch.setattr(create, "FORMAT", create.FORMAT + 1)
+    with pytest.raises(ConfigError, match=r"of another version of dtrain .*trainer.pre_trained takes over weights"):
+        dtrain.create_trainer(config)
