@@ -32,7 +32,7 @@ _CLIENT_SETTINGS = {
 }
 _UPLOAD_TIMEOUT_SECONDS = "300"  # a server may answer late when it has gigabytes to put away
 _MOST_AT_ONCE = {"metrics": 1000, "params": 100, "tags": 100}  # MLflow's limits per request
-_NICENESS = 10
+_NICENESS = 19
 _LONGEST_KEY, _LONGEST_PARAM, _LONGEST_TAG = 250, 6000, 5000
 _log = logging.getLogger(__name__)
 

@@ -1,5 +1,6 @@
 """The run's journal on disk: figures, params, artifacts, status; it knows no MLflow, torch, rank or config."""
 
+import contextlib
 import json
 import logging
 import math
@@ -274,6 +275,8 @@ class Journal:
         if self._sender is None or self._sender.poll():  # it died early, of memory for instance: one more try
             self._start_sender()
         if self._sender is not None:
+            with contextlib.suppress(OSError):  # no step is left to be disturbed; only root may raise a priority again
+                os.setpriority(os.PRIO_PROCESS, self._sender.pid, 0)
             try:
                 self._sender.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
@@ -406,14 +409,17 @@ def deliver_rest(folder: str) -> int:
 
 
 def _started(words: Sequence[str], uri: str, stdin: int, output: Any) -> subprocess.Popen[bytes]:
-    """A sender in its own session: Ctrl-C and torchrun's killing of process groups must not reach it."""
+    """A sender in its own process group: Ctrl-C and torchrun's killing of process groups must not reach it.
+
+    Not in its own session: Linux shares processors out by session first, so that its low priority would mean nothing.
+    """
     return subprocess.Popen(
         _sender_command(*words),
         env=_sender_environment(uri),
         stdin=stdin,
         stdout=output,
         stderr=output,
-        start_new_session=True,
+        process_group=0,
     )
 
 
