@@ -601,7 +601,7 @@ def test_a_training_with_its_sender(tmp_path: Path, uri: str, monkeypatch: pytes
     journal = Journal(folder, experiment="process", run_name="r", tracking_uri=uri)
     journal.start({"lr": 1}, {"mlflow.source.name": "train.py"}, world_size=1)
     process = journal._sender
-    assert process is not None and os.getsid(process.pid) == process.pid  # no Ctrl-C, no torchrun reaches it
+    assert process is not None and os.getpgid(process.pid) == process.pid  # no Ctrl-C, no torchrun reaches it
     command = Path(f"/proc/{process.pid}/cmdline").read_text()
     peaks: list[int] = []  # of resident memory, in kB; the last one is of its last moments
     threading.Thread(target=lambda: peaks.extend(peaks_until_gone(process.pid))).start()
