@@ -1,0 +1,318 @@
+"""Volumes and images that are read region by region, from arrays or HDF5. Know no patches, no model and no engine."""
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+Region = tuple[slice, ...]
+"""Spatial; start and stop are integers and may lie outside of the volume: what is outside is reflected."""
+
+OPEN_FILES = 32  # that a process keeps open; one more closes the one that was longest unused
+
+
+class Volume(Protocol):
+    """What one file holds: an image, and perhaps a label and a weight of the same extent.
+
+    Attributes:
+        path: The file, or the image file, that it is of.
+        name: The stem for output files; unique within a dataset.
+        shape: (D, H, W) or (H, W).
+        channels: Of the image.
+        has_label: Whether `read_label` may be called.
+        has_weight: Whether `read_weight` may be called.
+    """
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    channels: int
+    has_label: bool
+    has_weight: bool
+
+    def read(self, region: Region) -> np.ndarray:
+        """The image, float32 (C, *region), in an array of its own; the values as they are stored."""
+
+    def read_label(self, region: Region) -> np.ndarray:
+        """The label, (*region) or (K, *region), in an array of its own and the type that is stored."""
+
+    def read_weight(self, region: Region) -> np.ndarray:
+        """The weight, float32 (*region), in an array of its own."""
+
+
+class ArrayVolume:
+    """A volume in memory.
+
+    Args:
+        path: The file that the arrays are of; it names the volume in messages.
+        image: (C, *spatial), numbers.
+        label: (*spatial) or (K, *spatial), or None.
+        weight: (*spatial), or None.
+        name: Default: the path's stem.
+
+    Raises:
+        ValueError: The shapes do not fit.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        image: np.ndarray,
+        label: np.ndarray | None = None,
+        weight: np.ndarray | None = None,
+        name: str = "",
+    ) -> None:
+        self.path, self.name = path, name or path.stem
+        self.channels, self.shape = image.shape[0], image.shape[1:]
+        self.has_label, self.has_weight = label is not None, weight is not None
+        self.image, self.label, self.weight = image, label, weight
+        for what, array in (("label", label), ("weight", weight)):
+            if array is not None:
+                check_extent(f"{path}: the {what}", array.shape, "the image", self.shape, channels=what == "label")
+
+    def read(self, region: Region) -> np.ndarray:
+        """See `Volume`."""
+        return read_region(self.image.__getitem__, self.shape, region, 1).astype(np.float32)
+
+    def read_label(self, region: Region) -> np.ndarray:
+        """See `Volume`."""
+        assert self.label is not None, f"{self.path} has no label"
+        leading = self.label.ndim - len(self.shape)
+        return read_region(self.label.__getitem__, self.shape, region, leading).copy()
+
+    def read_weight(self, region: Region) -> np.ndarray:
+        """See `Volume`."""
+        assert self.weight is not None, f"{self.path} has no weight"
+        return read_region(self.weight.__getitem__, self.shape, region, 0).astype(np.float32)
+
+
+class HDF5Volume:
+    """A volume in an HDF5 file, of which only the regions asked for are read.
+
+    The file is opened read-only by the process that reads, at its first read, and stays open there; an open file is
+    neither pickled nor used after a fork. The object itself holds names and shapes.
+
+    Args:
+        path: The file.
+        raw: The datasets of the image, each (*spatial) or, in three dimensions, (C, *spatial); they are stacked.
+        label: Those of the label, likewise; several, or one with channels, give (K, *spatial). Empty: none.
+        weight: The dataset of the weight, (*spatial), or None.
+        name: Default: the path's stem.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no HDF5 file, lacks a dataset, or the datasets are no numbers or do not fit together.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        raw: Sequence[str] = ("raw",),
+        label: Sequence[str] = (),
+        weight: str | None = None,
+        name: str = "",
+    ) -> None:
+        self.path, self.name = path, name or path.stem
+        self.raw, self.label, self.weight = tuple(raw), tuple(label), weight
+        self.has_label, self.has_weight = bool(label), weight is not None
+        with open_hdf5(path) as file:
+            raws = [_shape(path, file, item) for item in self.raw]
+            labels = [_shape(path, file, item) for item in self.label]
+            weights = [_shape(path, file, item) for item in ([weight] if weight is not None else [])]
+        if len(raws[0]) not in (2, 3, 4):
+            raise ValueError(
+                f"{path}: dataset '{self.raw[0]}' has the shape {raws[0]}; "
+                "expected (H, W), (D, H, W) or (C, D, H, W), 2 to 4 dimensions"
+            )
+        self.shape = raws[0][-3:]
+        for names, shapes, channels in ((self.raw, raws, True), (self.label, labels, True), ([weight], weights, False)):
+            for item, shape in zip(names, shapes, strict=False):
+                check_extent(f"{path}: dataset '{item}'", shape, f"'{self.raw[0]}'", self.shape, channels=channels)
+        self.channels = sum(self._layers(shape) for shape in raws)
+        self._raw_shapes, self._label_shapes = raws, labels
+
+    def read(self, region: Region) -> np.ndarray:
+        """See `Volume`.
+
+        Raises:
+            ValueError: The file cannot be read.
+        """
+        return self._stacked(self.raw, self._raw_shapes, region, np.dtype(np.float32))
+
+    def read_label(self, region: Region) -> np.ndarray:
+        """See `Volume`.
+
+        Raises:
+            ValueError: The file cannot be read.
+        """
+        assert self.label, f"{self.path} has no label"
+        if len(self.label) == 1:
+            return self._one(self.label[0], self._label_shapes[0], region)
+        return self._stacked(self.label, self._label_shapes, region, None)
+
+    def read_weight(self, region: Region) -> np.ndarray:
+        """See `Volume`.
+
+        Raises:
+            ValueError: The file cannot be read.
+        """
+        assert self.weight is not None, f"{self.path} has no weight"
+        return self._one(self.weight, self.shape, region).astype(np.float32, copy=False)
+
+    def load(self) -> ArrayVolume:
+        """All of it in memory, in the types that are stored.
+
+        Raises:
+            ValueError: The file cannot be read.
+        """
+        everything = tuple(slice(0, extent) for extent in self.shape)
+        image = self._stacked(self.raw, self._raw_shapes, everything, None)
+        label = self.read_label(everything) if self.has_label else None
+        weight = self.read_weight(everything) if self.has_weight else None
+        return ArrayVolume(self.path, image, label, weight, self.name)
+
+    def _layers(self, shape: tuple[int, ...]) -> int:
+        return shape[0] if len(shape) > len(self.shape) else 1
+
+    def _one(self, name: str, shape: tuple[int, ...], region: Region) -> np.ndarray:
+        dataset = FILES.dataset(self.path, name)
+        try:
+            block = read_region(dataset.__getitem__, self.shape, region, len(shape) - len(self.shape))
+        except OSError as error:
+            raise ValueError(f"{self.path}: dataset '{name}' cannot be read: {error}") from error
+        return block if block.dtype.isnative else block.astype(block.dtype.newbyteorder("="))
+
+    def _stacked(
+        self, names: Sequence[str], shapes: Sequence[tuple[int, ...]], region: Region, dtype: np.dtype | None
+    ) -> np.ndarray:
+        """Several datasets as channels."""
+        blocks = []
+        for name, shape in zip(names, shapes, strict=True):
+            block = self._one(name, shape, region)
+            block = block if dtype is None else block.astype(dtype, copy=False)
+            blocks.append(block if block.ndim > len(self.shape) else block[np.newaxis])
+        return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+
+
+class OpenFiles:
+    """The HDF5 files that this process has open, read-only, with the datasets that were used of them."""
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+        self.files: OrderedDict[Path, tuple[Any, dict[str, Any]]] = OrderedDict()
+
+    def dataset(self, path: Path, name: str) -> Any:
+        """An open dataset.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file cannot be opened, or lacks the dataset.
+        """
+        if self.process != os.getpid():  # forked: these handles are the parent's
+            self.process, self.files = os.getpid(), OrderedDict()
+        if path not in self.files:
+            while len(self.files) >= OPEN_FILES:
+                self.files.popitem(last=False)[1][0].close()
+            self.files[path] = open_hdf5(path), {}
+        self.files.move_to_end(path)
+        file, datasets = self.files[path]
+        if name not in datasets:
+            _shape(path, file, name)
+            datasets[name] = file[name]
+        return datasets[name]
+
+    def close(self) -> None:
+        """Close all that this process has opened."""
+        for file, _ in self.files.values() if self.process == os.getpid() else ():
+            file.close()
+        self.files.clear()
+
+
+FILES = OpenFiles()
+
+
+def open_hdf5(path: Path) -> Any:
+    """The file, opened read-only.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no HDF5 file, or a part of one.
+        ModuleNotFoundError: h5py is not installed.
+    """
+    try:
+        import h5py
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("HDF5 files need h5py: pip install h5py") from error
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        why = "it is empty, 0 bytes" if path.is_file() and not path.stat().st_size else str(error)
+        raise ValueError(f"{path} cannot be read as HDF5: {why}") from error
+
+
+def _shape(path: Path, file: Any, name: str) -> tuple[int, ...]:
+    """The shape of a dataset that is there, holds numbers, and is not empty."""
+    import h5py
+
+    dataset = file.get(name)
+    if not isinstance(dataset, h5py.Dataset):
+        there: list[str] = []
+        file.visititems(lambda key, item: there.append(f"{key} {item.shape}") if hasattr(item, "shape") else None)
+        raise ValueError(f"{path} has no dataset '{name}'; there are: {', '.join(there) or 'none'}")
+    if dataset.dtype.kind not in "biuf":
+        raise ValueError(f"{path}: dataset '{name}' has the type {dataset.dtype}; expected numbers")
+    if not dataset.size:
+        raise ValueError(f"{path}: dataset '{name}' is empty, its shape is {dataset.shape}")
+    return dataset.shape
+
+
+def check_extent(what: str, shape: tuple[int, ...], other: str, spatial: tuple[int, ...], *, channels: bool) -> None:
+    """Whether something covers the same voxels as the image.
+
+    Raises:
+        ValueError: Its spatial shape is another one, or it has channels where it may not.
+    """
+    leading = len(shape) - len(spatial)
+    if shape[-len(spatial) :] != spatial or leading not in ((0, 1) if channels else (0,)):
+        expected = f"{spatial}" + (f" or (channels, {str(spatial)[1:]}" if channels else "")
+        raise ValueError(f"{what} has the shape {shape}, {other} the extent {spatial}; expected {expected}")
+
+
+def read_region(
+    source: Callable[[Region], np.ndarray], shape: tuple[int, ...], region: Region, leading: int
+) -> np.ndarray:
+    """A region of something that can be sliced; what lies outside is reflected, without repeating the border.
+
+    Nothing but the part inside is read. It is numpy's pad mode "reflect", also for more than one extent outside.
+
+    Args:
+        source: Takes slices, `leading` of them for all channels and then one per spatial axis, and gives the array.
+        shape: The spatial extent of the source.
+        region: What is wanted.
+        leading: Axes in front of the spatial ones, read whole.
+
+    Returns:
+        (*leading, *region); a view where the source gives one.
+    """
+    everything = (slice(None),) * leading
+    if all(0 <= part.start <= part.stop <= extent for part, extent in zip(region, shape, strict=True)):
+        return source((*everything, *region))
+    places = [_reflected(part, extent) for part, extent in zip(region, shape, strict=True)]
+    block = source((*everything, *(slice(int(at.min()), int(at.max()) + 1) for at in places)))
+    for axis, at in enumerate(places, leading):
+        at = at - at.min()
+        if len(at) != block.shape[axis] or (np.diff(at) != 1).any():
+            block = block.take(at, axis=axis)
+    return block
+
+
+def _reflected(part: slice, extent: int) -> np.ndarray:
+    """The positions inside for all positions of a slice."""
+    period = max(2 * (extent - 1), 1)
+    at = np.arange(part.start, part.stop) % period
+    return np.minimum(at, period - at) if extent > 1 else np.zeros_like(at)
