@@ -1,7 +1,9 @@
 """Datasets a config can name. Knows no model, no ranks and nothing of the engine."""
 
+from dtrain.components.datasets.cell_volume import CellVolume
 from dtrain.components.datasets.digits import Digits, DigitsClassification
+from dtrain.components.datasets.digits_scene import DigitsScene
 from dtrain.components.datasets.pidnet import PIDNetDatasetWrapper
 from dtrain.components.datasets.tooth_arch import ToothArch
 
-__all__ = ["Digits", "DigitsClassification", "PIDNetDatasetWrapper", "ToothArch"]
+__all__ = ["CellVolume", "Digits", "DigitsClassification", "DigitsScene", "PIDNetDatasetWrapper", "ToothArch"]
