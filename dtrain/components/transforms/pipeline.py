@@ -1,0 +1,185 @@
+"""Runs transforms one after the other on a sample, with one generator. Knows no dataset and nothing of the engine."""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Sample = dict[str, Any]
+ARRAYS = ("image", "label", "weight")  # what of a sample is an array over space
+
+
+class Step(NamedTuple):
+    """One transform as the pipeline runs it."""
+
+    transform: Any
+    random: bool
+    run: Callable[[Sample, np.random.Generator], Sample]
+
+
+class Pipeline:
+    """Transforms in a row, each given the sample that the last one returned.
+
+    A sample is a dict: `image` float32 (C, *spatial); `label` (*spatial) or (K, *spatial), and `weight` (*spatial),
+    where there are any; spatial is (D, H, W) or (H, W). All random numbers come from the generator that is passed, so
+    a sample depends on nothing that ran before. A pipeline may stand inside another.
+
+    Three kinds of transforms are taken:
+
+    - dtrain's own, and any other object with an attribute `random` (bool: does it draw?): `transform(sample, rng)`;
+    - MONAI's dictionary transforms (`RandFlipd`, `keys: [image, label]`): called with the dict alone. One that draws is
+      seeded from the generator each time. A label or weight without channels gets one for the call, as MONAI expects;
+      what comes back as a tensor becomes an array, the image float32, the label of the type that it had;
+    - any other callable: `function(sample)`, taken to draw nothing, or `function(sample, rng)`, taken to draw.
+
+    Args:
+        transforms: In the order in which they run.
+
+    Attributes:
+        random: Whether any of them draws.
+
+    Raises:
+        TypeError: One of them is no transform.
+        ValueError: One of them is a transform of MONAI's for single arrays, which would part image and label.
+    """
+
+    def __init__(self, transforms: Sequence[Any] | None = None) -> None:
+        self.steps = [_step(transform, place) for place, transform in _flat(transforms or (), "transforms")]
+        self.random = any(step.random for step in self.steps)
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        """The sample after all transforms.
+
+        Args:
+            sample: See the class. It and its arrays are not changed.
+            rng: Where all randomness comes from.
+
+        Returns:
+            A new dict with contiguous arrays; where no transform changed an array, it may be the one that was given.
+        """
+        sample = dict(sample)
+        for step in self.steps:
+            try:
+                sample = step.run(sample, rng)
+            except Exception as error:
+                error.add_note(f"in the transform {_name(step.transform)}")
+                raise
+        return sample | {key: np.ascontiguousarray(sample[key]) for key in ARRAYS if key in sample}
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __repr__(self) -> str:
+        return f"Pipeline({', '.join(_name(step.transform) for step in self.steps)})"
+
+    def without_random(self) -> "Pipeline":
+        """The transforms that draw nothing, in their order: what prediction and pictures use."""
+        return Pipeline([step.transform for step in self.steps if not step.random])
+
+
+def spatial_dims(sample: Sample) -> int:
+    """2 for an image (C, H, W), 3 for a volume (C, D, H, W).
+
+    Raises:
+        ValueError: The image is neither, or the label or weight is of other places.
+    """
+    image = sample["image"]
+    dims = image.ndim - 1
+    if dims not in (2, 3):
+        raise ValueError(f"an image of shape {image.shape}; expected (C, H, W) or (C, D, H, W)")
+    for key in ARRAYS[1:]:
+        if key in sample and sample[key].shape[-dims:] != image.shape[1:]:
+            raise ValueError(f"an image of shape {image.shape} with a {key} of shape {sample[key].shape}")
+    return dims
+
+
+def _flat(transforms: Sequence[Any], path: str) -> Iterator[tuple[str, Any]]:
+    """Each single transform with its place; what holds others is opened."""
+    if isinstance(transforms, str) or not isinstance(transforms, Sequence):
+        raise TypeError(f"{path} is a {type(transforms).__name__}; expected a list of transforms")
+    monai = sys.modules.get("monai.transforms")  # what is not imported made no object
+    for index, item in enumerate(transforms):
+        place = f"{path}[{index}]"
+        if isinstance(item, Pipeline):
+            yield from ((place, step.transform) for step in item.steps)
+        elif monai and type(item) is monai.Compose:
+            yield from _flat(item.transforms, f"{place}.transforms")
+        else:
+            yield place, item
+
+
+def _step(transform: Any, place: str) -> Step:
+    """How a transform is run."""
+    monai = sys.modules.get("monai.transforms")
+    if isinstance(transform, type) or not callable(transform):
+        found = f"the class {transform.__name__}" if isinstance(transform, type) else f"a {type(transform).__name__}"
+        raise TypeError(f"{place} is {found}; expected an object that is called with a sample")
+    if monai and isinstance(transform, monai.Transform | monai.Randomizable):
+        if not hasattr(transform, "keys"):
+            name = type(transform).__name__
+            raise ValueError(f"{place}: MONAI's {name} changes one array alone; take {name}d with keys: [image, label]")
+        return Step(
+            transform, hasattr(transform, "set_random_state"), lambda sample, rng: _monai(transform, sample, rng)
+        )
+    random = getattr(transform, "random", None)
+    if isinstance(random, bool):
+        return Step(transform, random, transform)
+    if _takes_two(transform):
+        return Step(transform, True, transform)
+    return Step(transform, False, lambda sample, rng: transform(sample))
+
+
+def _takes_two(function: Callable[..., Any]) -> bool:
+    """Whether a function must be given a second argument."""
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        return True
+    except ValueError:  # compiled, without a signature
+        return False
+    return False
+
+
+def _monai(transform: Any, sample: Sample, rng: np.random.Generator) -> Sample:
+    """A sample through a dictionary transform of MONAI's."""
+    dims = spatial_dims(sample)
+    if hasattr(transform, "set_random_state"):
+        transform.set_random_state(seed=int(rng.integers(2**32)))
+    arrays = {key: sample[key] for key in ARRAYS if key in sample}
+    bare = [key for key, array in arrays.items() if array.ndim == dims]
+    # Copies: MONAI may write into what it is given, and torch takes neither read-only nor mirrored arrays.
+    given = {key: np.array(array[None] if key in bare else array, order="C") for key, array in arrays.items()}
+    result = transform({**sample, **given})
+    if isinstance(result, list):
+        if len(result) != 1:
+            raise ValueError(f"{_name(transform)} returned {len(result)} samples; possible: num_samples: 1")
+        result = result[0]
+    result = {key: _numpy(value) for key, value in result.items()}
+    for key in arrays:
+        array = result[key][0] if key in bare and len(result[key]) == 1 else result[key]
+        result[key] = _as_before(array, arrays[key].dtype, key, transform)
+    return result
+
+
+def _numpy(value: Any) -> Any:
+    torch = sys.modules.get("torch")
+    return value.detach().cpu().numpy() if torch and isinstance(value, torch.Tensor) else value
+
+
+def _as_before(array: np.ndarray, dtype: np.dtype, key: str, transform: Any) -> np.ndarray:
+    """The array in the type that it had, without losing anything of a label."""
+    if key != "label" or array.dtype == dtype or np.issubdtype(dtype, np.floating):
+        return array.astype(dtype, copy=False)
+    if np.issubdtype(array.dtype, np.floating) and (array != np.rint(array)).any():
+        if ".spatial." in type(transform).__module__:
+            raise ValueError(
+                f"{_name(transform)} mixed label values; use mode: [bilinear, nearest] for image and label"
+            )
+        return array.astype(np.float32, copy=False)  # made to be no label any more, but a target of another kind
+    return array.astype(dtype)
+
+
+def _name(transform: Any) -> str:
+    return getattr(transform, "__name__", None) or type(transform).__name__
