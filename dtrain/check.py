@@ -11,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dtrain.annotations import Parameter, cure, expectation
+from dtrain.config import notes_on
 from dtrain.locate import STANDARD, locate
 from dtrain.sections import (
     PHASES,
@@ -314,8 +315,8 @@ def names_of(callee: Callee) -> set[str]:
 
 
 def notes(config: ConfigDict) -> list[str]:
-    """One line for each bare name that is found in more than one place."""
-    result = []
+    """What is worth a line: how another program's keys were read; each bare name that is found in several places."""
+    result = notes_on(config)
     for call in calls(config).values():
         target, also = locate(config, call)
         if also:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from dtrain.dialect import canonical_key, canonical_names, translate
 from dtrain.yamlfile import (
     MAX_DEPTH,
     MAX_VALUES,
@@ -30,7 +31,7 @@ from dtrain.yamlfile import (
     type_name,
 )
 
-__all__ = ["from_mapping", "load_config", "place_of", "sources", "to_config_dict", "to_plain", "to_yaml"]
+__all__ = ["from_mapping", "load_config", "notes_on", "place_of", "sources", "to_config_dict", "to_plain", "to_yaml"]
 
 MAX_BYTES = 1_000_000  # no hand-written config is larger; a data file given by mistake is refused before it is parsed
 MAX_FILES = 100  # under `_base_`, counted as often as they are read
@@ -77,7 +78,7 @@ def from_mapping(values: Mapping[str, Any] | ConfigDict) -> ConfigDict:
     tree = _Tree(_checked(values, (), mistakes), {})
     if mistakes:
         raise ConfigError(mistakes)
-    _canonical_names(tree)
+    canonical_names(tree.values, tree.places)
     return _to_config(tree)
 
 
@@ -102,6 +103,11 @@ def _checked(value: Any, path: KeyPath, mistakes: list[Mistake]) -> Any:
     name = f"{type(value).__module__}.{type(value).__qualname__}"
     mistakes.append(Mistake(f"{dotted(path)}: a config holds plain values, lists and mappings only, found a {name}"))
     return None
+
+
+def notes_on(config: ConfigDict) -> list[str]:
+    """What a user is to know of how the config was read: lines about the keys that another program's file brought."""
+    return list(getattr(config, "_notes", ()))
 
 
 def place_of(config: ConfigDict, path: Sequence[str | int]) -> Place | None:
@@ -187,7 +193,7 @@ def _read_file(
     bases = _References(own).all_of(values.pop("_base_", None), ("_base_",))
     listed = [(("_base_", index), name) for index, name in enumerate(bases)] if isinstance(bases, list) else []
     _apply_all(listed if isinstance(bases, list | None) else [(("_base_",), bases)], lay_base)
-    _canonical_names(own)
+    canonical_names(own.values, own.places)
     _merge(result, own)
     return result
 
@@ -251,81 +257,6 @@ def _merge(into: _Tree, other: _Tree) -> None:
         into.texts[name] = text
 
 
-# ------------------------------------------------------------------------------------------------------ other dialects
-
-# pytorch-3dunet's and its forks' names for the same settings. One table, applied to files and overrides alike, so that
-# everything behind load_config knows one name for each thing.
-_RENAMES: dict[KeyPath, KeyPath] = {
-    ("manual_seed",): ("seed",),
-    ("eval_metric",): ("metrics",),
-    ("metrics", "names"): ("metrics", "name"),
-    ("trainer", "optimizer"): ("optimizer",),
-    ("trainer", "lr_scheduler"): ("lr_scheduler",),
-    ("optimizer", "learning_rate"): ("optimizer", "lr"),
-    ("loaders", "dataset"): ("loaders", "name"),
-    ("loaders", "valid"): ("loaders", "val"),
-    ("loaders", "train", "dataset"): ("loaders", "train", "name"),
-    ("loaders", "val", "dataset"): ("loaders", "val", "name"),
-    ("loaders", "test", "dataset"): ("loaders", "test", "name"),
-    ("trainer", "max_num_epochs"): ("trainer", "max_epochs"),
-    ("trainer", "max_num_iterations"): ("trainer", "max_steps"),
-    ("trainer", "validate_after_iters"): ("trainer", "validate_every_steps"),
-    ("trainer", "log_after_iters"): ("trainer", "log_every_steps"),
-    ("trainer", "eval_score_higher_is_better"): ("trainer", "mode"),
-    ("trainer", "mlflow_path"): ("mlflow", "tracking_uri"),
-    ("trainer", "experiment_name"): ("experiment",),
-    ("mlflow", "mlflow_path"): ("mlflow", "tracking_uri"),
-    ("mlflow", "experiment_name"): ("experiment",),
-    ("mlflow_path",): ("mlflow", "tracking_uri"),
-    ("experiment_name",): ("experiment",),
-}
-_MODES = {True: "max", False: "min"}
-
-
-def _canonical_names(tree: _Tree) -> None:
-    """Rename what another dialect calls otherwise.
-
-    Raises:
-        ConfigError: A setting has both names.
-    """
-
-    def rename(names: tuple[KeyPath, KeyPath]) -> None:
-        old, new = names
-        parent = _mapping_at(tree.values, old[:-1])
-        if parent is None or old[-1] not in parent:
-            return
-        place = tree.places.get(old)
-        target = _mapping_at(tree.values, new[:-1], create=True)
-        if target is None:
-            text = f"{dotted(old)}: stands for '{dotted(new)}', but '{dotted(new[:-1])}' is no mapping"
-            raise ConfigError(Mistake(text, place))
-        if new[-1] in target:
-            text = f"'{dotted(old)}' and '{dotted(new)}' are two names of one setting; keep one of them"
-            raise ConfigError(Mistake(text, place))
-        target[new[-1]] = _canonical_value(old, parent.pop(old[-1]))
-        moved = {(*new, *path[len(old) :]): where for path, where in tree.places.items() if path[: len(old)] == old}
-        if place and new[:-1]:
-            tree.places.setdefault(new[:-1], place)
-        tree.places |= moved
-
-    _apply_all(list(_RENAMES.items()), rename)
-    metrics = tree.values.get("metrics")
-    if isinstance(metrics, dict) and isinstance(metrics.get("multiple"), bool):
-        del metrics["multiple"]  # a fork's flag for 'name is a list', which the list itself says
-
-
-def _canonical_value(old: KeyPath, value: Any) -> Any:
-    return _MODES[value] if old[-1] == "eval_score_higher_is_better" and isinstance(value, bool) else value
-
-
-def _mapping_at(values: Any, path: KeyPath, create: bool = False) -> dict[Any, Any] | None:
-    for key in path:
-        if isinstance(values, dict) and create and values.get(key) is None:
-            values[key] = {}
-        values = values.get(key) if isinstance(values, dict) else None
-    return values if isinstance(values, dict) else None
-
-
 # ---------------------------------------------------------------------------------------------------------- overrides
 
 
@@ -340,11 +271,7 @@ def _override(tree: _Tree, text: str) -> None:
     if not equals or not all(key.split(".")):
         raise ConfigError(Mistake("expected KEY=VALUE with dots between keys, such as optimizer.lr=1e-3", place))
     value, places = parse(value_text, text, place)
-    path: KeyPath = tuple(key.split("."))
-    for old, new in _RENAMES.items():
-        if path[: len(old)] == old:
-            value = _canonical_value(old, value) if path == old else value
-            path = (*new, *path[len(old) :])
+    path, value = canonical_key(tuple(key.split(".")), value)
     parent: Any = tree.values
     done: KeyPath = ()
     for part in path[:-1]:
@@ -357,7 +284,7 @@ def _override(tree: _Tree, text: str) -> None:
     last = _step(parent, str(path[-1]), done, place)
     parent[last] = value
     tree.places |= {(*done, last): place} | {(*done, last, *rest): place for rest in places}
-    _canonical_names(tree)  # the value may be a mapping in another dialect
+    canonical_names(tree.values, tree.places)  # the value may be a mapping in another dialect
 
 
 def _step(parent: Any, part: str, done: KeyPath, place: Place) -> Any:
@@ -478,11 +405,14 @@ def _look_up(values: Any, path: KeyPath) -> tuple[bool, Any]:
 
 
 def _to_config(tree: _Tree) -> ConfigDict:
-    config = to_config_dict(_References(tree).all_of(tree.values))
+    values = _References(tree).all_of(tree.values)
+    notes = translate(values, tree.places)
+    config = to_config_dict(values)
     _lock(config)
     # Places ride along outside of the fields: they are no settings, and a copy of a section needs none.
     object.__setattr__(config, "_places", tree.places)
     object.__setattr__(config, "_texts", tree.texts)
+    object.__setattr__(config, "_notes", notes)
     return config
 
 

@@ -35,7 +35,7 @@ HELPERS = {
     **dict.fromkeys(("evaluation", "record", "report", "resume", "state"), "trainer"),
     "delivery": "sender",
     "snapshot": "checkpoint",
-    "yamlfile": "config",
+    **dict.fromkeys(("dialect", "yamlfile"), "config"),
 }
 # Within one layer nobody knows anybody, but the sender reads the journal.
 SIDEWAYS = {("sender", "tracking")}
