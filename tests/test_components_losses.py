@@ -1,5 +1,6 @@
 """The loss components: their definitions by loops over voxels, masks, absent classes, half precision, and YAML."""
 
+import importlib
 import math
 import textwrap
 import types
@@ -30,17 +31,13 @@ IGNORED = 255
 
 @pytest.fixture(scope="module")
 def published() -> types.ModuleType:
-    """pytorch-3dunet's own losses, if the package and what it imports are installed."""
-    return pytest.importorskip(
-        "pytorch3dunet.unet3d.losses",
-        reason="needs: pip install --no-deps pytorch3dunet; pip install scikit-image h5py tqdm",
-        exc_type=ImportError,
-    )
+    """pytorch-3dunet's own losses."""
+    return importlib.import_module("pytorch3dunet.unet3d.losses")
 
 
 @pytest.fixture(scope="module")
 def monai() -> types.ModuleType:
-    return pytest.importorskip("monai.losses", reason="needs: pip install monai", exc_type=ImportError)
+    return importlib.import_module("monai.losses")
 
 
 @pytest.fixture(autouse=True)
@@ -327,6 +324,14 @@ def test_dice_losses_equal_monais_where_they_coincide(monai):
         same(GeneralizedDiceLoss()(output, target), float(monai.GeneralizedDiceLoss(**sums)(output, target)), 1e-4)
 
 
+def test_a_sum_of_cross_entropy_and_dice_equals_monais(monai):
+    output, label = logits((3, 4, 5)), labels((3, 4, 5))
+    sums = dict(softmax=True, squared_pred=True, batch=True, smooth_nr=0, smooth_dr=1e-6)
+    theirs = monai.DiceCELoss(**sums, lambda_ce=0.3, lambda_dice=2.0)(output, one_hot(label))
+    ours = WeightedSum([CrossEntropyLossSq(), DiceLoss(normalization="softmax")], [0.3, 2.0])(output, label)
+    same(sum(ours.values()), float(theirs))
+
+
 def test_an_absent_class_leaves_the_others_their_gradients():
     output, label = logits((4, 5)).requires_grad_(), labels((4, 5), channels=2)
     for loss in (DiceLoss(normalization="softmax"), GeneralizedDiceLoss("softmax"), GeneralizedDiceLoss()):
@@ -517,6 +522,34 @@ def test_the_gradient_is_that_of_the_value(loss):
         found, expected = (torch.autograd.grad(one(output, label), output)[0] for one in (loss, value))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert torch.autograd.gradcheck(lambda x: value(x, label), (output,))
+
+
+@pytest.mark.parametrize(
+    ("make", "is_mean"),
+    [
+        (CrossEntropyLossSq, True),
+        (lambda: MaskedLoss(nn.MSELoss()), True),
+        (lambda: MaskedLoss(nn.BCEWithLogitsLoss()), True),
+        (lambda: WeightedSmoothL1Loss(0.5, 2.0), True),
+        (lambda: CrossEntropyLossSq([1, 2, 5]), False),
+        (lambda: CrossEntropyLossSq(ignore_index=0), False),
+        (lambda: MaskedLoss(nn.MSELoss(), ignore_index=0), False),
+        (lambda: WeightedSmoothL1Loss(0.5, 2.0, ignore_index=0), False),
+        (WeightedCrossEntropyLoss, False),
+        (DiceLoss, False),
+        (BCEDiceLoss, False),
+        (GeneralizedDiceLoss, False),
+    ],
+)
+def test_which_losses_are_the_mean_of_equal_parts_of_a_batch(make, is_mean):
+    """These give the same on several ranks as on one; docs/losses.md says so of each."""
+    output, label = logits((4, 5), samples=4), labels((4, 5), samples=4)
+    label[0, :2] = 0  # so that the parts differ in what they hold
+    labelled = isinstance(make(), CrossEntropyLossSq | WeightedCrossEntropyLoss)
+    target = label if labelled else one_hot(label).where((label > 0).unsqueeze(1) | (torch.rand(4, 1, 4, 5) > 0.5), 0)
+    whole = float(make()(output, target))
+    parts = [float(make()(output[part], target[part])) for part in (slice(2), slice(2, 4))]
+    assert (whole == pytest.approx(sum(parts) / 2, rel=1e-5)) is is_mean
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

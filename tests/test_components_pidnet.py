@@ -342,7 +342,7 @@ def test_model_and_loss_learn_together_and_reach_every_parameter():
         if not values:
             missing = [name for name, item in model.named_parameters() if item.grad is None]
         optimizer.step()
-        values.append(float(value))
+        values.append(float(value.detach()))
     assert missing == []  # DistributedDataParallel would wait for them
     assert values[-1] < 0.8 * values[0]
 

@@ -171,6 +171,17 @@ def test_the_activation_is_the_convolutions(activation):
     assert model(torch.randn(1, 1, 8, 8, 8)).isfinite().all()
 
 
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_the_activation_of_the_published_configs_is_said_and_not_done(activation):
+    torch.manual_seed(0)
+    plain = TransUNet3D(config()).eval()
+    torch.manual_seed(0)
+    model = TransUNet3D(config(activation=activation)).eval()
+    assert (model.postprocess, plain.postprocess) == (activation, "softmax")
+    volume = torch.randn(1, 1, 8, 8, 8)
+    assert torch.equal(model(volume), plain(volume))
+
+
 def test_logits_are_not_squashed():
     model = TransUNet3D(config(final_activation=None)).eval()
     with torch.no_grad():
@@ -214,7 +225,7 @@ def test_it_learns():
         ({"img_size": 32.0}, ["img_size is 32.0", "whole"]),
         ({"n_skip": 4}, ["n_skip is 4", "0 to 3"]),
         ({"skip_channels": ...}, ["skip_channels", "n_skip: 0"]),
-        ({"activation": "tanh"}, ["'tanh'", "relu, leaky_relu, elu, gelu"]),
+        ({"activation": "tanh"}, ["'tanh'", "relu, leaky_relu, elu, gelu, softmax, sigmoid"]),
         ({"final_activation": "tanh"}, ["final_activation is 'tanh'", "logits"]),
         ({"classifier": "token"}, ["classifier is 'token'", "seg"]),
         ({"representation_size": 64}, ["representation_size is 64"]),

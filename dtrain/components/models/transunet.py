@@ -38,6 +38,7 @@ FIXED = {
     "parallel": "ranks are torchrun's; leave it out or false",
 }
 ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "elu": nn.ELU, "gelu": nn.GELU}
+PROBABILITIES = ("softmax", "sigmoid")  # what the published configs mean by `activation`
 
 
 class TransUNet3D(nn.Module):
@@ -62,7 +63,9 @@ class TransUNet3D(nn.Module):
             - `decoder_channels`: of the four levels, from coarse to fine.
             - `skip_channels`: to which the skip connections of these levels are reduced, 0 for none; the last is the
               full size, which has none. `n_skip`: how many of the first are used, 0 to 3 (3).
-            - `activation`: of the convolutions: relu, leaky_relu, elu or gelu (relu).
+            - `activation`: of the convolutions: relu, leaky_relu, elu or gelu (relu). Or, as in the published configs,
+              softmax or sigmoid: what makes probabilities of the logits, which is left to metrics and predictors and
+              is the attribute `postprocess` ("softmax" unless said).
             - `patch_size`: `patches.size` again; `classifier`: seg; `name`: not read; `final_activation`,
               `representation_size`, `pretrained_path`, `resnet_pretrained_path`, `parallel`: null.
 
@@ -77,7 +80,7 @@ class TransUNet3D(nn.Module):
         channels = settings.backbone_channels
         self.backbone = _Backbone(settings)
         self.embed = nn.Conv3d(channels[-1], settings.hidden_size, settings.rest, stride=settings.rest)
-        self.rest, self.grid = settings.rest, settings.grid
+        self.rest, self.grid, self.postprocess = settings.rest, settings.grid, settings.postprocess
         self.positions = nn.Parameter(torch.zeros(1, settings.hidden_size, *settings.grid))
         nn.init.trunc_normal_(self.positions, std=0.02)
         self.dropout = nn.Dropout(settings.dropout)
@@ -129,6 +132,7 @@ class _Settings:
     decoder_channels: tuple[int, ...]
     skip_channels: tuple[int, ...]
     activation: type[nn.Module]
+    postprocess: str
 
     @property
     def strides(self) -> list[Triple]:
@@ -266,8 +270,9 @@ def _read(config: Any) -> _Settings:
             f"possible: {', '.join(fits)}"
         )
     activation = getattr(config, "activation", "relu")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"TransUNet3D: activation is {activation!r}; possible: {', '.join(ACTIVATIONS)}")
+    if activation not in (*ACTIVATIONS, *PROBABILITIES):
+        possible = ", ".join((*ACTIVATIONS, *PROBABILITIES))
+        raise ValueError(f"TransUNet3D: activation is {activation!r}; possible: {possible}")
     blocks = _numbers("resnet.num_layers", config.resnet.num_layers, 3)
     return _Settings(
         in_channels=config["in_channels"],
@@ -284,7 +289,8 @@ def _read(config: Any) -> _Settings:
         dropout=config.transformer.get("dropout_rate", 0.0),
         decoder_channels=_numbers("decoder_channels", config.decoder_channels, LEVELS),
         skip_channels=_skip_channels(config),
-        activation=ACTIVATIONS[activation],
+        activation=ACTIVATIONS.get(activation, nn.ReLU),
+        postprocess=activation if activation in PROBABILITIES else "softmax",
     )
 
 
