@@ -30,7 +30,7 @@ class DigitsScene(Dataset[tuple[Tensor, Tensor]]):
         length: How many images.
         size: H and W in pixels.
         channels: 1 for grey; with more, each digit has a colour of its own, which tells nothing about it.
-        count: How many digits an image has, at least and at most. One that finds no room is left out.
+        per_image: How many digits an image has, at least and at most. One that finds no room is left out.
         zoom: Side of a digit's pixel in the image's pixels, at least and at most.
         digits: Which digits there are; the class is the place in this list, counted from 1.
         binary: One class for all digits.
@@ -60,7 +60,7 @@ class DigitsScene(Dataset[tuple[Tensor, Tensor]]):
         length: int = 512,
         size: Sequence[int] = (64, 64),
         channels: int = 1,
-        count: Sequence[int] = (3, 6),
+        per_image: Sequence[int] = (3, 6),
         zoom: Sequence[int] = (2, 3),
         digits: Sequence[int] = tuple(range(10)),
         binary: bool = False,
@@ -77,8 +77,8 @@ class DigitsScene(Dataset[tuple[Tensor, Tensor]]):
         if fresh and split != "train":
             raise ValueError(f"DigitsScene: fresh is true in split {split}; possible: in train alone")
         self.size, self.zoom = _pair("size", size, 1), _pair("zoom", zoom, 1)
-        self.count, self.gain = _pair("count", count, 1), _pair("gain", gain, 0)
-        for name, (low, high) in (("zoom", self.zoom), ("count", self.count), ("gain", self.gain)):
+        self.per_image, self.gain = _pair("per_image", per_image, 1), _pair("gain", gain, 0)
+        for name, (low, high) in (("zoom", self.zoom), ("per_image", self.per_image), ("gain", self.gain)):
             if low > high:
                 raise ValueError(f"DigitsScene: {name} is {[low, high]}; expected the least, then the greatest")
         if min(self.size) < SIDE * self.zoom[1]:
@@ -106,7 +106,7 @@ class DigitsScene(Dataset[tuple[Tensor, Tensor]]):
         image = np.zeros((self.channels, *self.size), np.float32)
         label = np.zeros(self.size, np.int64)
         taken = np.zeros(self.size, bool)
-        for _ in range(random.randint(self.count[0], self.count[1] + 1)):
+        for _ in range(random.randint(self.per_image[0], self.per_image[1] + 1)):
             self._add_digit(random, image, label, taken)
         seen = (image + self.noise * random.normal(size=image.shape)).clip(0, 1)
         return torch.from_numpy(seen).float(), torch.from_numpy(label)
