@@ -60,6 +60,14 @@ class SliceBuilder:
             )
         return Grid(volume.shape, self.patch_shape, self.stride_shape)
 
+    def places_of(self, volumes: Sequence[Volume]) -> "Places":
+        """The patches of several volumes, one volume after the other.
+
+        Raises:
+            ValueError: See `places`.
+        """
+        return Places([self.places(volume) for volume in volumes])
+
 
 class FilterSliceBuilder(SliceBuilder):
     """The patches of SliceBuilder's grid in which enough is labelled.
@@ -102,7 +110,7 @@ class FilterSliceBuilder(SliceBuilder):
         """The regions that are kept, in the grid's order.
 
         Raises:
-            ValueError: See SliceBuilder; or the volume has no label, or no patch is kept.
+            ValueError: See SliceBuilder; or the volume has no label.
         """
         grid = super().places(volume)
         assert isinstance(grid, Grid)
@@ -111,13 +119,22 @@ class FilterSliceBuilder(SliceBuilder):
         shares = np.concatenate([self._shares(volume, row, grid.starts[-1]) for row in grid.rows()])
         # RandomState's stream is frozen for good (NEP 19), that of default_rng may change with numpy's version.
         accepted = np.random.RandomState(self.seed).random_sample(len(shares)) < self.slack_acceptance
-        kept = np.flatnonzero((shares > self.threshold) | accepted)
-        if not len(kept):
+        return Chosen(grid, np.flatnonzero((shares > self.threshold) | accepted), float(shares.max()))
+
+    def places_of(self, volumes: Sequence[Volume]) -> "Places":
+        """The patches of several volumes; one of them may have none.
+
+        Raises:
+            ValueError: See `places`; or no patch is kept at all.
+        """
+        found = super().places_of(volumes)
+        if not len(found):
+            chosen = [part for part in found.parts if isinstance(part, Chosen)]
             raise ValueError(
-                f"FilterSliceBuilder keeps none of the {len(grid)} patches of {volume.path}: at most {shares.max():.2%} "
-                f"of a patch is labelled, threshold is {self.threshold:.2%}"
+                f"FilterSliceBuilder keeps none of {sum(len(part.grid) for part in chosen)} patches: at most "
+                f"{max(part.most for part in chosen):.2%} of a patch is labelled, and threshold is {self.threshold:.2%}"
             )
-        return Chosen(grid, kept)
+        return found
 
     def _shares(self, volume: Volume, row: Region, starts: Sequence[int]) -> np.ndarray:
         """The share of labels that count, for the patches of a row; no label is read twice for it."""
@@ -196,10 +213,11 @@ class Chosen(Sequence[Region]):
     Args:
         grid: The patches to choose from.
         numbers: Which of them.
+        most: The largest share of labels that count, of all patches.
     """
 
-    def __init__(self, grid: Sequence[Region], numbers: np.ndarray) -> None:
-        self.grid, self.numbers = grid, numbers
+    def __init__(self, grid: Sequence[Region], numbers: np.ndarray, most: float) -> None:
+        self.grid, self.numbers, self.most = grid, numbers, most
 
     def __len__(self) -> int:
         return len(self.numbers)
