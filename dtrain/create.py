@@ -17,7 +17,7 @@ from dtrain.dataloader import Loaders, get_train_loaders
 from dtrain.distributed import Ranks, launcher_precision, set_up
 from dtrain.loss import get_loss_criterion
 from dtrain.metrics import Metrics, get_evaluation_metric
-from dtrain.modelloader import get_model, misfits_of
+from dtrain.modelloader import fitted, get_model, misfits_of
 from dtrain.optimizer import end_points, get_lr_scheduler, get_optimizer
 from dtrain.progress import get_progress
 from dtrain.resume import CHECKPOINTS, ResumeError, Start, find_start
@@ -126,7 +126,7 @@ def _prepared_model(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks
 
 def _load_pre_trained(config: ConfigDict, module: torch.nn.Module, path: str) -> None:
     try:
-        weights = load_weights(Path(path))
+        weights = fitted(module, load_weights(Path(path)))
     except (CheckpointError, OSError) as error:
         raise refused(config, ("trainer", "pre_trained"), str(error)) from error
     if misfits := misfits_of(module, weights):

@@ -20,6 +20,16 @@ def get_model(config: ConfigDict) -> torch.nn.Module:
     return model
 
 
+def fitted(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights under this model's names, where a file has it as a part named `model` beside a loss's own tensors.
+
+    So are PIDNet's published files. Weights that are this model's by their names already are returned as they are.
+    """
+    own, prefix = set(model.state_dict()), "model."
+    inside = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    return inside if own and own <= inside.keys() and not own <= weights.keys() else weights
+
+
 def misfits_of(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> list[str]:
     """What keeps weights from being this model's, one line each; none when they fit exactly."""
     own = model.state_dict()
