@@ -7,6 +7,7 @@ the number of ranks, workers or restarts. Progress is a position, counted in sam
 import functools
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -310,7 +311,23 @@ def get_train_loaders(
             shard = EvaluationShard(len(dataset), rank, world_size, batch_size)
             del options["shuffle"], options["drop_last"]
             result[phase] = _data_loader(dataset, seed, shard, options)
+    if result.get("train") and result.get("val"):
+        _refuse_shared_files(config, result["train"].loader.dataset.dataset, result["val"].dataset.dataset)
     return Loaders(**result)
+
+
+def _refuse_shared_files(config: ConfigDict, train: Any, val: Any) -> None:
+    """A figure of validation says nothing where the model has learnt from the same file."""
+    if both := sorted(_files(train) & _files(val)):
+        more = f" and {len(both) - 1} more" if len(both) > 1 else ""
+        raise refused(config, ("loaders", "val"), f"{both[0]}{more} is also in train; no file may be in both")
+
+
+def _files(dataset: Any) -> set[Path]:
+    """What a dataset says that it reads: a tuple of absolute paths; a foreign `files` of another kind is none."""
+    files = getattr(dataset, "files", None)
+    listed = files if isinstance(files, tuple) else ()
+    return {file.resolve() for file in listed if isinstance(file, Path) and file.is_absolute()}
 
 
 def _batch_size(config: ConfigDict, phase: str, options: dict[str, Any], world_size: int) -> int:

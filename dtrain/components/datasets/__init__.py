@@ -3,7 +3,20 @@
 from dtrain.components.datasets.cell_volume import CellVolume
 from dtrain.components.datasets.digits import Digits, DigitsClassification
 from dtrain.components.datasets.digits_scene import DigitsScene
+from dtrain.components.datasets.hdf5 import LazyHDF5Dataset, StandardHDF5Dataset
 from dtrain.components.datasets.pidnet import PIDNetDatasetWrapper
+from dtrain.components.datasets.slices import FilterSliceBuilder, SliceBuilder
 from dtrain.components.datasets.tooth_arch import ToothArch
 
-__all__ = ["CellVolume", "Digits", "DigitsClassification", "DigitsScene", "PIDNetDatasetWrapper", "ToothArch"]
+__all__ = [
+    "CellVolume",
+    "Digits",
+    "DigitsClassification",
+    "DigitsScene",
+    "FilterSliceBuilder",
+    "LazyHDF5Dataset",
+    "PIDNetDatasetWrapper",
+    "SliceBuilder",
+    "StandardHDF5Dataset",
+    "ToothArch",
+]

@@ -3,6 +3,7 @@
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,6 +42,90 @@ class Volume(Protocol):
 
     def read_weight(self, region: Region) -> np.ndarray:
         """The weight, float32 (*region), in an array of its own."""
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What the values that are read from a file must be.
+
+    Args:
+        finite: Neither the image nor the weight holds NaN or infinity.
+        num_classes: The labels are 0 to num_classes - 1, whole numbers. Default: anything finite.
+        ignore_index: One more label that is possible.
+    """
+
+    finite: bool = True
+    num_classes: int | None = None
+    ignore_index: int | None = None
+
+    def values(self, block: np.ndarray, what: str, region: Region, shape: tuple[int, ...]) -> np.ndarray:
+        """Values of an image or a weight, as they are.
+
+        Args:
+            block: (*leading, *region).
+            what: Names the file and the part of it.
+            region: Where the block lies.
+            shape: The whole extent.
+
+        Raises:
+            ValueError: One of them is not finite.
+        """
+        if self.finite and not _is_finite(block):
+            place, value = _first(~np.isfinite(block), block, region, shape)
+            raise ValueError(f"{what} holds {value} at {place}; check_finite: false lets it pass")
+        return block
+
+    def labels(self, block: np.ndarray, what: str, region: Region, shape: tuple[int, ...]) -> np.ndarray:
+        """Labels as they are; if their number of classes is known, as integers.
+
+        Args:
+            block: (*leading, *region).
+            what: Names the file and the part of it.
+            region: Where the block lies.
+            shape: The whole extent.
+
+        Raises:
+            ValueError: One of them is not finite, or is none of the possible labels.
+        """
+        if not _is_finite(block):
+            place, value = _first(~np.isfinite(block), block, region, shape)
+            raise ValueError(f"{what} holds {value} at {place}; a label is a finite number")
+        if self.num_classes is None:
+            return block
+        whole = block
+        if block.dtype.kind == "f":
+            with np.errstate(invalid="ignore"):
+                whole = block.astype(np.int64)
+            self._refuse(whole != block, block, what, region, shape)
+        if whole.min() < 0 or whole.max() >= self.num_classes:
+            wrong = (whole < 0) | (whole >= self.num_classes)
+            if self.ignore_index is not None:
+                wrong &= whole != self.ignore_index
+            self._refuse(wrong, block, what, region, shape)
+        return whole
+
+    def _refuse(self, wrong: np.ndarray, block: np.ndarray, what: str, region: Region, shape: tuple[int, ...]) -> None:
+        if wrong.any():
+            place, value = _first(wrong, block, region, shape)
+            assert self.num_classes is not None
+            also = "" if self.ignore_index is None else f" and {self.ignore_index} (ignore_index)"
+            raise ValueError(f"{what} holds the label {value} at {place}; possible: 0 to {self.num_classes - 1}{also}")
+
+
+def _is_finite(block: np.ndarray) -> bool:
+    if block.dtype.kind != "f":
+        return True
+    with np.errstate(all="ignore"):
+        # A sum is read faster than a mask is written; it may also overflow, so it only acquits.
+        return bool(np.isfinite(block.sum()) or np.isfinite(block).all())
+
+
+def _first(wrong: np.ndarray, block: np.ndarray, region: Region, shape: tuple[int, ...]) -> tuple[tuple[int, ...], Any]:
+    """Where in the whole array the first wrong value lies, and the value."""
+    at = tuple(int(index) for index in np.unravel_index(int(wrong.argmax()), wrong.shape))
+    leading = len(at) - len(shape)
+    inside = (_reflected(part, size) for part, size in zip(region, shape, strict=True))
+    return (*at[:leading], *(int(line[index]) for line, index in zip(inside, at[leading:], strict=True))), block[at]
 
 
 class ArrayVolume:
@@ -101,6 +186,7 @@ class HDF5Volume:
         label: Those of the label, likewise; several, or one with channels, give (K, *spatial). Empty: none.
         weight: The dataset of the weight, (*spatial), or None.
         name: Default: the path's stem.
+        checks: What each value that is read must be. Default: finite.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -114,9 +200,11 @@ class HDF5Volume:
         label: Sequence[str] = (),
         weight: str | None = None,
         name: str = "",
+        checks: Checks | None = None,
     ) -> None:
         self.path, self.name = path, name or path.stem
         self.raw, self.label, self.weight = tuple(raw), tuple(label), weight
+        self.checks = checks or Checks()
         self.has_label, self.has_weight = bool(label), weight is not None
         with open_hdf5(path) as file:
             raws = [_shape(path, file, item) for item in self.raw]
@@ -138,63 +226,75 @@ class HDF5Volume:
         """See `Volume`.
 
         Raises:
-            ValueError: The file cannot be read.
+            ValueError: The file cannot be read, or a value is not finite.
         """
-        return self._stacked(self.raw, self._raw_shapes, region, np.dtype(np.float32))
+        return self._image(region).astype(np.float32, copy=False)
 
     def read_label(self, region: Region) -> np.ndarray:
         """See `Volume`.
 
         Raises:
-            ValueError: The file cannot be read.
+            ValueError: The file cannot be read, or a label is none.
         """
         assert self.label, f"{self.path} has no label"
-        if len(self.label) == 1:
-            return self._one(self.label[0], self._label_shapes[0], region)
-        return self._stacked(self.label, self._label_shapes, region, None)
+        block = self._stacked(self.label, self._label_shapes, region)
+        if len(self.label) == 1 and len(self._label_shapes[0]) == len(self.shape):
+            block = block[0]
+        return self.checks.labels(block, self._what(self.label), region, self.shape)
 
     def read_weight(self, region: Region) -> np.ndarray:
         """See `Volume`.
 
         Raises:
-            ValueError: The file cannot be read.
+            ValueError: The file cannot be read, or a value is not finite.
         """
         assert self.weight is not None, f"{self.path} has no weight"
-        return self._one(self.weight, self.shape, region).astype(np.float32, copy=False)
+        block = self.checks.values(self._one(self.weight, 0, region), self._what([self.weight]), region, self.shape)
+        return block.astype(np.float32, copy=False)
 
     def load(self) -> ArrayVolume:
-        """All of it in memory, in the types that are stored.
+        """All of it in memory, in the types that are stored (double precision as single).
 
         Raises:
-            ValueError: The file cannot be read.
+            ValueError: See the readers.
         """
         everything = tuple(slice(0, extent) for extent in self.shape)
-        image = self._stacked(self.raw, self._raw_shapes, everything, None)
-        label = self.read_label(everything) if self.has_label else None
+        image = _single(self._image(everything))
+        label = _single(self.read_label(everything)) if self.has_label else None
         weight = self.read_weight(everything) if self.has_weight else None
+        FILES.close()
         return ArrayVolume(self.path, image, label, weight, self.name)
+
+    def _image(self, region: Region) -> np.ndarray:
+        block = self._stacked(self.raw, self._raw_shapes, region)
+        return self.checks.values(block, self._what(self.raw), region, self.shape)
+
+    def _what(self, names: Sequence[str]) -> str:
+        return f"{self.path}: dataset{'s' * (len(names) > 1)} {', '.join(map(repr, names))}"
 
     def _layers(self, shape: tuple[int, ...]) -> int:
         return shape[0] if len(shape) > len(self.shape) else 1
 
-    def _one(self, name: str, shape: tuple[int, ...], region: Region) -> np.ndarray:
+    def _one(self, name: str, leading: int, region: Region) -> np.ndarray:
         dataset = FILES.dataset(self.path, name)
         try:
-            block = read_region(dataset.__getitem__, self.shape, region, len(shape) - len(self.shape))
+            block = read_region(dataset.__getitem__, self.shape, region, leading)
         except OSError as error:
             raise ValueError(f"{self.path}: dataset '{name}' cannot be read: {error}") from error
         return block if block.dtype.isnative else block.astype(block.dtype.newbyteorder("="))
 
-    def _stacked(
-        self, names: Sequence[str], shapes: Sequence[tuple[int, ...]], region: Region, dtype: np.dtype | None
-    ) -> np.ndarray:
+    def _stacked(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]], region: Region) -> np.ndarray:
         """Several datasets as channels."""
         blocks = []
         for name, shape in zip(names, shapes, strict=True):
-            block = self._one(name, shape, region)
-            block = block if dtype is None else block.astype(dtype, copy=False)
-            blocks.append(block if block.ndim > len(self.shape) else block[np.newaxis])
+            leading = len(shape) - len(self.shape)
+            block = self._one(name, leading, region)
+            blocks.append(block if leading else block[np.newaxis])
         return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+
+
+def _single(values: np.ndarray) -> np.ndarray:
+    return values.astype(np.float32) if values.dtype == np.float64 else values
 
 
 class OpenFiles:

@@ -1,0 +1,200 @@
+"""The dataset of all patches of some volumes: read, augment, hand over as tensors. Knows no file format, no engine."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from dtrain.components.datasets.slices import Places, SliceBuilder
+from dtrain.components.datasets.statistics import Statistics
+from dtrain.components.datasets.volumes import Region, Volume
+from dtrain.components.transforms.pipeline import Pipeline
+
+Sample = dict[str, Any]
+
+
+class PatchDataset(Dataset[Any]):
+    """Patches of volumes, in the volumes' order.
+
+    An item is the image, float32 (C, *patch); with labels (image, label), the label (*patch) or (K, *patch), int64, or
+    float32 where floats are stored; with weights (image, (label, weight)), the weight float32 (*patch).
+
+    Args:
+        volumes: What to take patches of.
+        files: Every file that is read.
+        slice_builder: Where the patches lie. Default: each volume is one item.
+        transforms: What is done to each patch, in this order.
+        global_normalization: Read each file once, whole, and give its statistics to the transforms: the sample's
+            `stats`, see Statistics.
+        random_scale: Voxels by which a patch may be larger or smaller along each axis, one number or one per axis; it
+            is resampled to the patch's shape, the image and the weight linearly, the label to the nearest.
+        random_scale_probability: How often that is done.
+
+    Attributes:
+        volumes: The volumes.
+        files: Every file that is read, absolute, without links.
+        places: The volume's number and the region of each item.
+        patch_shape: Spatial, or None where each volume is one item.
+        stride_shape: Likewise.
+        halo_shape: What prediction reads around each patch.
+        stats: Each volume's statistics, or None.
+        random: Whether items draw random numbers, from torch's global generator.
+
+    Raises:
+        ValueError: The volumes do not fit one another or the patch, or there is no patch.
+    """
+
+    def __init__(
+        self,
+        volumes: Sequence[Volume],
+        files: Sequence[Path],
+        slice_builder: SliceBuilder | None = None,
+        transforms: Sequence[Any] | None = None,
+        global_normalization: bool = False,
+        random_scale: int | list[int] | None = None,
+        random_scale_probability: float = 0.5,
+    ) -> None:
+        _check_alike(volumes)
+        self.volumes, self.files = list(volumes), tuple(path.resolve() for path in files)
+        dims = len(self.volumes[0].shape)
+        self.patch_shape = slice_builder.patch_shape if slice_builder else None
+        self.stride_shape = slice_builder.stride_shape if slice_builder else None
+        self.halo_shape = slice_builder.halo_shape if slice_builder else (0,) * dims
+        self.places: Sequence[tuple[int, Region]] = (
+            slice_builder.places_of(self.volumes) if slice_builder else Places([[whole(item)] for item in self.volumes])
+        )
+        self.pipeline = Pipeline(transforms)
+        self.still = self.pipeline.without_random()
+        self.random_scale = _scales(random_scale, self.patch_shape)
+        if not 0 <= random_scale_probability <= 1:
+            raise ValueError(f"random_scale_probability is {random_scale_probability}; possible: 0 to 1")
+        self.random_scale_probability = random_scale_probability
+        self.random = self.pipeline.random or bool(self.random_scale and random_scale_probability)
+        self.stats = [Statistics(volume) for volume in self.volumes] if global_normalization else None
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Any:
+        number, region = self.places[index]
+        seed = int(torch.randint(2**62, ())) if self.random else 0
+        rng = np.random.default_rng(seed)
+        if self.random_scale and rng.random() < self.random_scale_probability:
+            assert self.patch_shape is not None
+            sample = self.sample(number, _scaled(region, self.random_scale, self.volumes[number].shape, rng))
+            sample = resampled(sample, self.patch_shape)
+        else:
+            sample = self.sample(number, region)
+        sample = self.pipeline(sample, rng)
+        image = torch.from_numpy(sample["image"].astype(np.float32, copy=False))
+        if "label" not in sample:
+            return image
+        label = _label(sample["label"])
+        if "weight" not in sample:
+            return image, label
+        return image, (label, torch.from_numpy(sample["weight"].astype(np.float32, copy=False)))
+
+    def sample(self, number: int, region: Region, *, only_image: bool = False) -> Sample:
+        """What stands in a volume, before any transform.
+
+        Args:
+            number: The volume's.
+            region: Spatial; what is outside of the volume is reflected.
+            only_image: Leave out the label and the weight.
+
+        Returns:
+            `image`, and where there are any `label`, `weight` and `stats`.
+        """
+        volume = self.volumes[number]
+        sample: Sample = {"image": volume.read(region)}
+        if volume.has_label and not only_image:
+            sample["label"] = volume.read_label(region)
+            if volume.has_weight:
+                sample["weight"] = volume.read_weight(region)
+        if self.stats is not None:
+            sample["stats"] = self.stats[number]
+        return sample
+
+    def prepared(self, sample: Sample) -> Sample:
+        """A sample after the transforms that draw nothing; what prediction and pictures use."""
+        return self.still(sample, np.random.default_rng(0))
+
+
+def whole(volume: Volume) -> Region:
+    """The region of a whole volume."""
+    return tuple(slice(0, extent) for extent in volume.shape)
+
+
+def resampled(sample: Sample, shape: tuple[int, ...]) -> Sample:
+    """A sample stretched or squeezed to another spatial shape, linearly but for its label, which takes the nearest.
+
+    Args:
+        sample: `image` (C, *spatial), and perhaps `label` and `weight`; other entries stay.
+        shape: The spatial shape that is wanted.
+    """
+    extent = sample["image"].shape[1:]
+    if extent == shape:
+        return sample
+    result = sample | {"image": _linear(sample["image"], shape)}
+    if "label" in sample:
+        # The voxel in which the centre of the new one lies.
+        nearest = [((np.arange(new) + 0.5) * old / new).astype(np.intp) for old, new in zip(extent, shape, strict=True)]
+        result["label"] = sample["label"][(..., *np.ix_(*nearest))]
+    if "weight" in sample:
+        result["weight"] = _linear(sample["weight"][np.newaxis], shape)[0]
+    return result
+
+
+def _linear(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    mode = "trilinear" if len(shape) == 3 else "bilinear"
+    return F.interpolate(torch.from_numpy(values)[None], shape, mode=mode, align_corners=False)[0].numpy()
+
+
+def _label(values: np.ndarray) -> Tensor:
+    """Whole numbers as int64, which is what losses index with; others as float32."""
+    return torch.from_numpy(values.astype(np.float32 if values.dtype.kind == "f" else np.int64, copy=False))
+
+
+def _scaled(region: Region, most: tuple[int, ...], shape: tuple[int, ...], rng: np.random.Generator) -> Region:
+    """A region around the same centre, of another extent, moved to where it lies within the volume."""
+    result = []
+    for part, change, extent in zip(region, most, shape, strict=True):
+        size = min(part.stop - part.start + int(rng.integers(-change, change + 1)), extent)
+        low = (part.start + part.stop - size) // 2
+        low = min(max(low, 0), extent - size)
+        result.append(slice(low, low + size))
+    return tuple(result)
+
+
+def _scales(wish: int | Sequence[int] | None, patch: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The largest change of extent along each axis; empty where there is none."""
+    if not wish:
+        return ()
+    if patch is None:
+        raise ValueError("random_scale needs patches; give a slice_builder")
+    most = (wish,) * len(patch) if isinstance(wish, int) else tuple(wish)
+    if len(most) != len(patch) or any(not 0 <= change < extent for change, extent in zip(most, patch, strict=False)):
+        raise ValueError(
+            f"random_scale is {wish} and patch_shape {patch}; expected a number smaller than the patch along each axis"
+        )
+    return most if any(most) else ()
+
+
+def _check_alike(volumes: Sequence[Volume]) -> None:
+    """Whether one batch could hold patches of any of them."""
+    if not volumes:
+        raise ValueError("there is nothing to read")
+    first = volumes[0]
+    for volume in volumes[1:]:
+        if len(volume.shape) != len(first.shape):
+            what = f"has {len(volume.shape)} spatial dimensions, {first.path} {len(first.shape)}"
+        elif volume.channels != first.channels:
+            what = f"has {volume.channels} channels, {first.path} {first.channels}"
+        else:
+            continue
+        raise ValueError(f"{volume.path} {what}; all files of a dataset must agree")
