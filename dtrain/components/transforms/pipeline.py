@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-Sample = dict[str, Any]
-ARRAYS = ("image", "label", "weight")  # what of a sample is an array over space
+from dtrain.components.transforms.sample import ARRAYS, Sample, spatial_dims
 
 
 class Step(NamedTuple):
@@ -77,22 +76,6 @@ class Pipeline:
     def without_random(self) -> "Pipeline":
         """The transforms that draw nothing, in their order: what prediction and pictures use."""
         return Pipeline([step.transform for step in self.steps if not step.random])
-
-
-def spatial_dims(sample: Sample) -> int:
-    """2 for an image (C, H, W), 3 for a volume (C, D, H, W).
-
-    Raises:
-        ValueError: The image is neither, or the label or weight is of other places.
-    """
-    image = sample["image"]
-    dims = image.ndim - 1
-    if dims not in (2, 3):
-        raise ValueError(f"an image of shape {image.shape}; expected (C, H, W) or (C, D, H, W)")
-    for key in ARRAYS[1:]:
-        if key in sample and sample[key].shape[-dims:] != image.shape[1:]:
-            raise ValueError(f"an image of shape {image.shape} with a {key} of shape {sample[key].shape}")
-    return dims
 
 
 def _flat(transforms: Sequence[Any], path: str) -> Iterator[tuple[str, Any]]:
