@@ -40,6 +40,9 @@ class Run(Protocol):
     def log_file(self, path: Path, to: str) -> None:
         """Stores a file or a folder, in a folder among the run's artifacts."""
 
+    def log_image(self, path: Path, key: str, step: int, time_ms: int) -> None:
+        """Stores a PNG file as the image of a key at a step."""
+
     def set_status(self, status: str, time_ms: int) -> None:
         """RUNNING, or how and when the run ended."""
 
@@ -100,7 +103,8 @@ class Batch:
     metrics: list[Row] = field(default_factory=list)
     params: list[tuple[int, dict[str, str]]] = field(default_factory=list)  # attempt, values
     tags: dict[str, str] = field(default_factory=dict)
-    artifacts: list[list[str]] = field(default_factory=list)  # path in the run folder, folder in the store
+    # Path in the run folder and folder in the store; of an image its path, key, step and time in ms.
+    artifacts: list[list[Any]] = field(default_factory=list)
     started: bool = False
     end: str = ""  # the status, after an 'end' line
     time_ms: int = 0  # of the last line
@@ -133,6 +137,8 @@ class Batch:
                 self.tags.update(entry["values"])
             case "artifact":
                 self.artifacts.append([entry["path"], entry["to"]])
+            case "image":
+                self.artifacts.append([entry["path"], entry["key"], int(entry["step"]), self.time_ms])
             case "start":
                 self.started = True
             case "end":
@@ -148,7 +154,7 @@ class Memory:
     run_id: str = ""  # the run that the rest is about
     offset: int = 0  # in bytes, in the journal
     status: str = ""  # RUNNING, FINISHED, FAILED or KILLED, as the store has it
-    artifacts: list[list[str]] = field(default_factory=list)  # not sent yet; as in Batch
+    artifacts: list[list[Any]] = field(default_factory=list)  # not sent yet; as in Batch
     problem: str = ""  # why the store does not have everything: for the hint that rank 0 prints
     note: str = ""  # what else rank 0 should print
 
@@ -290,10 +296,10 @@ class Delivery:
         facts = read_run(self.folder)
         return facts if facts.get("state") not in (None, "RUNNING", self.memory.status) else {}
 
-    def _queue(self, artifacts: list[list[str]]) -> None:
+    def _queue(self, artifacts: list[list[Any]]) -> None:
         self.memory.artifacts += [item for item in artifacts if item not in self.memory.artifacts]
 
-    def _artifacts_due(self) -> list[list[str]]:
+    def _artifacts_due(self) -> list[list[Any]]:
         return [item for item in self.memory.artifacts if self._failures.get(item[0], 0) < _TRIES_PER_ARTIFACT]
 
     def _send_artifacts(self, run: Run) -> None:
@@ -304,7 +310,8 @@ class Delivery:
             path = self.folder / item[0]
             try:
                 if path.exists() and path.resolve().is_relative_to(self.folder.resolve()):
-                    run.log_file(path, item[1])
+                    send = run.log_file if len(item) == 2 else run.log_image
+                    send(path, *item[1:])
                 else:
                     _log.warning("%s is not there, or not in the run folder, and is not sent", item[0])
                 self.memory.artifacts.remove(item)
@@ -347,7 +354,7 @@ def follow(delivery: Delivery, parent: int | None = None, patience_seconds: floa
                 if try_at > give_up_at:
                     return 1
             else:
-                left = ", ".join(path for path, _ in delivery.memory.artifacts) if delivery.done else ""
+                left = ", ".join(item[0] for item in delivery.memory.artifacts) if delivery.done else ""
                 delivery.report(f"not sent: {left}" if left else "")
                 if delivery.done:
                     return 1 if left else 0

@@ -61,10 +61,15 @@ def write_json(path: Path, value: Mapping[str, Any], durable: bool = False) -> N
 
 def write_text(path: Path, text: str, durable: bool = False) -> None:
     """Writes a text file whole or not at all; durable: it also outlives a power failure."""
+    write_bytes(path, text.encode(), durable)
+
+
+def write_bytes(path: Path, data: bytes, durable: bool = False) -> None:
+    """Writes a file whole or not at all; durable: it also outlives a power failure."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(data)
             if durable:
                 file.flush()
                 os.fsync(file.fileno())

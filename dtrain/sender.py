@@ -12,7 +12,7 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ _UPLOAD_TIMEOUT_SECONDS = "300"  # a server may answer late when it has gigabyte
 _MOST_AT_ONCE = {"metrics": 1000, "params": 100, "tags": 100}  # MLflow's limits per request
 _NICENESS = 19
 _LONGEST_KEY, _LONGEST_PARAM, _LONGEST_TAG = 250, 6000, 5000
+_IMAGES = "images"  # MLflow's folder for them, and its names, of which the thumbnail's is the last one written
+_IMAGE = re.compile(r"(?P<key>.+)[+%]step[+%](?P<step>\d+)[+%]timestamp[+%].+\.webp")
 _log = logging.getLogger(__name__)
 
 
@@ -120,6 +122,7 @@ class MlflowRun:
         self._client = client
         self._params: dict[str, str] = dict(run.data.params)
         self._tags: dict[str, str] = dict(run.data.tags)
+        self._images: set[tuple[str, int]] | None = None  # key and step of those that are there
 
     def log_metrics(self, rows: Sequence[Row]) -> None:
         """Sends figures; NaN stays NaN, infinities become the largest numbers that MLflow has."""
@@ -155,13 +158,24 @@ class MlflowRun:
     def log_file(self, path: Path, to: str) -> None:
         """Sends a file, or a folder with all that is in it."""
         send = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
-        name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
-        usual = os.environ[name]
-        os.environ[name] = _UPLOAD_TIMEOUT_SECONDS
-        try:
+        with _patience():
             send(self.id, str(path), to or None)
-        finally:
-            os.environ[name] = usual
+
+    def log_image(self, path: Path, key: str, step: int, time_ms: int) -> None:
+        """Sends a picture, unless it is there: MLflow would store a repetition under another name."""
+        from PIL import Image
+
+        if self._images is None:
+            names = (posixpath.basename(item.path) for item in self._client.list_artifacts(self.id, _IMAGES))
+            found = (_IMAGE.fullmatch(name) for name in names)
+            self._images = {(match["key"], int(match["step"])) for match in found if match}
+        name = mlflow_key(key)
+        known = (name.replace("/", "~"), step)
+        if known in self._images:
+            return
+        with _patience(), Image.open(path) as image:
+            self._client.log_image(self.id, image, key=name, step=step, timestamp=time_ms, synchronous=True)
+        self._images.add(known)
 
     def set_status(self, status: str, time_ms: int) -> None:
         """RUNNING, or how and when the run ended."""
@@ -190,6 +204,18 @@ class MlflowRun:
             half = len(items) // 2
             self._log_or_halve(kind, items[:half])
             self._log_or_halve(kind, items[half:])
+
+
+@contextlib.contextmanager
+def _patience() -> Iterator[None]:
+    """Files may take their time."""
+    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    usual = os.environ[name]
+    os.environ[name] = _UPLOAD_TIMEOUT_SECONDS
+    try:
+        yield
+    finally:
+        os.environ[name] = usual
 
 
 def connect(uri: str) -> Any:

@@ -167,13 +167,33 @@ class Journal:
         Raises:
             ValueError: the path, or the place in MLflow, leaves its folder.
         """
+        self._write("artifact", path=self._relative(path, to), to=to)
+
+    def image(self, path: str, key: str, step: int) -> None:
+        """Has a PNG file of the run folder sent to MLflow as the image of a key at a step, once for each step.
+
+        Args:
+            path: in the run folder, relative to it or absolute.
+            key: such as val/confusion; MLflow shows the images of one key as a sequence.
+            step: number of optimizer steps done.
+
+        Raises:
+            ValueError: the path leaves the run folder.
+        """
+        relative = self._relative(path, "")
+        if step > self._last_steps.get(key, step - 1):
+            self._last_steps[key] = step
+            self._write("image", path=relative, key=key, step=int(step))
+
+    def _relative(self, path: str, to: str) -> str:
+        """The path from the run folder, checked."""
         relative = os.path.relpath(self.folder / path, self.folder)
         if relative.startswith(".."):  # given with its links resolved: clusters have many
             relative = os.path.relpath((self.folder / path).resolve(), self.folder.resolve())
         for kind, place in (("path", relative), ("folder in MLflow", os.path.normpath(to or "."))):
             if place.startswith("/") or place.split("/")[0] == "..":
                 raise ValueError(f"artifact {path!r} to {to!r}: the {kind} must stay inside; found {place}")
-        self._write("artifact", path=relative, to=to)
+        return relative
 
     def finish(self, status: Status, reason: str = "", exit_status: int = 0) -> str:
         """Writes how the run ended and waits, at most `exit_timeout_seconds`, until MLflow has everything.
@@ -253,6 +273,8 @@ class Journal:
                 if entry.get("kind") == "metrics":
                     for key in entry["values"]:
                         self._last_steps[key] = max(entry["step"], self._last_steps.get(key, entry["step"]))
+                if entry.get("kind") == "image":
+                    self._last_steps[entry["key"]] = entry["step"]
         if whole < path.stat().st_size:  # rank 0 was killed while it wrote; that figure was never acknowledged
             os.truncate(path, whole)
         return starts
@@ -307,6 +329,9 @@ class NoJournal:
         """Does nothing."""
 
     def artifact(self, path: str, to: str = "") -> None:
+        """Does nothing."""
+
+    def image(self, path: str, key: str, step: int) -> None:
         """Does nothing."""
 
     def finish(self, status: Status, reason: str = "", exit_status: int = 0) -> str:

@@ -1,0 +1,294 @@
+"""Pictures from arrays: tiles on a sheet, a legend, a matrix of counts, in Pillow; knows no model and no run."""
+
+import io
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image, ImageDraw, ImageFont
+
+Colour = tuple[int, int, int]
+
+# Okabe & Ito, "Color Universal Design", 2008: told apart by colour-blind people, too; then lighter, then darker ones.
+_DISTINCT: tuple[Colour, ...] = (
+    *((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66)),
+    *((0, 114, 178), (204, 121, 167), (213, 94, 0)),
+)
+BACKGROUND: Colour = (48, 48, 48)  # class 0
+PALETTE: tuple[Colour, ...] = (
+    BACKGROUND,
+    *_DISTINCT,
+    *((round(127 + r / 2), round(127 + g / 2), round(127 + b / 2)) for r, g, b in _DISTINCT),
+    *((round(r * 0.55), round(g * 0.55), round(b * 0.55)) for r, g, b in _DISTINCT),
+)
+ERROR: Colour = (220, 0, 80)  # no class has it
+IGNORED: Colour = (225, 225, 225)
+RIGHT: Colour = (0, 114, 178)
+_INK, _FAINT, _PAPER, _LINE = (30, 30, 30), (110, 110, 110), (255, 255, 255), (170, 170, 170)
+_MARGIN, _GAP, _SWATCH = 16, 14, 14
+_TITLE, _TEXT, _SMALL = 18, 14, 12  # sizes of fonts, in pixels
+_LEADING = 1.35  # height of a line over the font's size
+_LEAST_WIDTH = 420  # of a sheet, so that its title has room
+
+
+class Tile(NamedTuple):
+    """An image on a sheet, with lines of text above it."""
+
+    title: str
+    pixels: np.ndarray | None  # uint8 (H, W, 3); None: text alone
+
+
+class Key(NamedTuple):
+    """One entry of a legend."""
+
+    colour: Colour
+    text: str
+
+
+def colour_of(number: int) -> Colour:
+    """The colour of a class; class 0 is nearly black. From class 22 on the colours of 1 to 21 come again."""
+    return PALETTE[number if number < len(PALETTE) else 1 + (number - 1) % (len(PALETTE) - 1)]
+
+
+def coloured(labels: np.ndarray, ignored: np.ndarray) -> np.ndarray:
+    """Classes (H, W), integers from 0, as uint8 (H, W, 3); those that are ignored are light gray."""
+    table = np.array([colour_of(number) for number in range(int(labels.max(initial=0)) + 1)], dtype=np.uint8)
+    pixels = table[np.where(ignored, 0, labels)]
+    pixels[ignored] = IGNORED
+    return pixels
+
+
+def gray(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Values (H, W) or (H, W, 3) as uint8 (H, W, 3): black at `low`, white at `high`; what is no number is black."""
+    share = np.nan_to_num((values - low) / max(high - low, 1e-12), nan=0.0, posinf=1.0, neginf=0.0).clip(0, 1)
+    share = share[..., None].repeat(3, axis=-1) if share.ndim == 2 else share
+    return np.round(255 * share).astype(np.uint8)
+
+
+def reddened(values: np.ndarray, high: float) -> np.ndarray:
+    """Values (H, W) from 0 as uint8 (H, W, 3): white at 0, the colour of errors at `high`; no number is `high`."""
+    share = np.nan_to_num(values / max(high, 1e-12), nan=1.0, posinf=1.0).clip(0, 1)[..., None]
+    return np.round(255 + share * (np.array(ERROR) - 255)).astype(np.uint8)
+
+
+def extent(values: np.ndarray) -> tuple[float, float]:
+    """Black and white: nearly the smallest and the largest number, so that one outlier does not darken all."""
+    few = values.reshape(-1)[:: max(1, values.size // 100_000)]
+    few = few[np.isfinite(few)]
+    if not len(few):
+        return 0.0, 1.0
+    low, high = np.percentile(few, (0.2, 99.8))
+    return float(low), float(high)
+
+
+def short(number: int) -> str:
+    """A count in at most four characters or so: 999, 1.2k, 12k, 3.4M."""
+    for unit, size in (("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            value = number / size
+            return f"{value:.1f}{unit}" if value < 9.95 else f"{value:.0f}{unit}"
+    return str(number)
+
+
+def sheet(title: str, rows: Sequence[Sequence[Tile]], legend: Sequence[Key] = (), notes: Sequence[str] = ()) -> Any:
+    """Tiles in rows and columns under a title, over a legend and notes.
+
+    Args:
+        title: One line; what does not fit is left out in its middle.
+        rows: Tiles from top to bottom; those of one column stand below one another.
+        legend: Colours and what they mean.
+        notes: Lines below all.
+
+    Returns:
+        A PIL image, RGB.
+    """
+    widths, heights = _columns(rows), [max(_tile_size(tile)[1] for tile in row) for row in rows]
+    inner = max(sum(widths) + _GAP * (len(widths) - 1), _LEAST_WIDTH - 2 * _MARGIN)
+    keys = _flowed(legend, inner)
+    lines = _line(_TEXT) * (len(keys) + len(notes)) + (_GAP if keys or notes else 0)
+    top = _MARGIN + _line(_TITLE) + _GAP // 2
+    height = top + sum(heights) + _GAP * max(0, len(heights) - 1) + lines + _MARGIN
+    image, draw = _paper(inner + 2 * _MARGIN, height)
+    _write(draw, (_MARGIN, _MARGIN), fitted(title, inner, _TITLE), _TITLE)
+    y = top
+    for row, high in zip(rows, heights, strict=True):
+        x = _MARGIN
+        for tile, wide in zip(row, widths, strict=False):
+            _put_tile(image, draw, tile, x, y)
+            x += wide + _GAP
+        y += high + _GAP
+    _put_keys(draw, keys, y)
+    for number, note in enumerate(notes, len(keys)):
+        _write(draw, (_MARGIN, y + number * _line(_TEXT)), fitted(note, inner, _TEXT), _TEXT, _FAINT)
+    return image
+
+
+def matrix(title: str, counts: np.ndarray, names: Sequence[str], notes: Sequence[str] = ()) -> Any:
+    """A confusion matrix: counts in cells coloured by their share of the row, and how much of each row is right.
+
+    Args:
+        title: One line.
+        counts: (K, K) integers; rows are the truth, columns the predictions.
+        names: K short names of the classes.
+        notes: Lines below.
+
+    Returns:
+        A PIL image, RGB.
+    """
+    cell, size = (46, _TEXT) if len(names) <= 12 else (34, 11)
+    left = _MARGIN + 2 * _line(_TEXT) + round(max(_width(name, _SMALL) for name in names))
+    top = _MARGIN + _line(_TITLE) + _GAP // 2 + 2 * _line(_TEXT)
+    side = cell * len(names)
+    legend = [Key(RIGHT, "right"), Key(ERROR, "wrong; full colour: all of the row")]
+    below = _line(_TEXT) * (1 + len(notes))
+    width = max(left + side + 2 * _GAP + 100 + _MARGIN, _LEAST_WIDTH)
+    image, draw = _paper(width, top + side + _GAP + below + _MARGIN)
+    _write(draw, (_MARGIN, _MARGIN), fitted(title, width - 2 * _MARGIN, _TITLE), _TITLE)
+    _write(draw, (left + side / 2, top - 1.5 * _line(_TEXT)), "predicted", _TEXT, _FAINT, "mm")
+    _write_upright(image, "true", (_MARGIN + _line(_TEXT) // 2, top + side // 2))
+    totals = counts.sum(axis=1)
+    for row, name in enumerate(names):
+        middle = top + (row + 0.5) * cell
+        _write(draw, (left - 8, middle), name, _SMALL, anchor="rm")
+        _write(draw, (left + (row + 0.5) * cell, top - _line(_TEXT) / 2), name, _SMALL, anchor="mm")
+        for column in range(len(names)):
+            place = (left + column * cell, top + row * cell)
+            _put_count(draw, place, cell, size, int(counts[row, column]), int(totals[row]), row == column)
+        right = f"{counts[row, row] / totals[row]:.0%} of {short(int(totals[row]))}" if totals[row] else "none"
+        _write(draw, (left + side + _GAP, middle), right, _SMALL, _FAINT, "lm")
+    _put_keys(draw, [[(_MARGIN, key) if not number else (_MARGIN + 80, key) for number, key in enumerate(legend)]],
+              top + side + _GAP)  # fmt: skip
+    for number, note in enumerate(notes, 1):
+        place = (_MARGIN, top + side + _GAP + number * _line(_TEXT))
+        _write(draw, place, fitted(note, width - 2 * _MARGIN, _TEXT), _TEXT, _FAINT)
+    return image
+
+
+def png(image: Any, facts: Mapping[str, str]) -> bytes:
+    """The image as a PNG file, with facts in it as text chunks."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info, buffer = PngInfo(), io.BytesIO()
+    for key, text in facts.items():
+        info.add_text(key, text)
+    image.save(buffer, "PNG", pnginfo=info, compress_level=3)  # twice as fast as the usual 6
+    return buffer.getvalue()
+
+
+def fitted(text: str, width: float, size: int) -> str:
+    """The text, its middle left out where it is wider than so many pixels."""
+    if _width(text, size) <= width:
+        return text
+    kept = len(text)
+    while kept > 8 and _width(shortened := f"{text[: kept // 2]} ... {text[len(text) - kept // 2 :]}", size) > width:
+        kept -= 2
+    return shortened
+
+
+# ------------------------------------------------------------------------------------------------------ small change
+
+
+def _paper(width: float, height: float) -> "tuple[Image.Image, ImageDraw.ImageDraw]":
+    from PIL import Image, ImageDraw
+
+    image = Image.new("RGB", (round(width), round(height)), _PAPER)
+    return image, ImageDraw.Draw(image)
+
+
+@cache
+def _font(size: int) -> "ImageFont.ImageFont | ImageFont.FreeTypeFont":
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size)
+
+
+def _width(text: str, size: int) -> float:
+    return max((_font(size).getlength(line) for line in text.split("\n")), default=0.0)
+
+
+def _line(size: int) -> int:
+    return round(size * _LEADING)
+
+
+def _write(
+    draw: "ImageDraw.ImageDraw",
+    place: tuple[float, float],
+    text: str,
+    size: int,
+    ink: Colour = _INK,
+    anchor: str = "la",
+) -> None:
+    draw.text(place, text, fill=ink, font=_font(size), anchor=anchor)
+
+
+def _write_upright(image: "Image.Image", text: str, middle: tuple[int, int]) -> None:
+    """A text turned by 90 degrees, which Pillow draws only by way of an image of its own."""
+    own, draw = _paper(_width(text, _TEXT) + 2, _line(_TEXT))
+    _write(draw, (1, 0), text, _TEXT, _FAINT)
+    turned = own.rotate(90, expand=True)
+    image.paste(turned, (middle[0] - turned.width // 2, middle[1] - turned.height // 2))
+
+
+def _tile_size(tile: Tile) -> tuple[int, int]:
+    height, width = (0, 0) if tile.pixels is None else (tile.pixels.shape[0] + 2, tile.pixels.shape[1] + 2)
+    lines = tile.title.split("\n")
+    return max(width, round(_width(tile.title, _TEXT) + 0.5)), _line(_TEXT) * len(lines) + 4 + height
+
+
+def _columns(rows: Sequence[Sequence[Tile]]) -> list[int]:
+    count = max((len(row) for row in rows), default=0)
+    return [max(_tile_size(row[column])[0] for row in rows if column < len(row)) for column in range(count)]
+
+
+def _put_tile(image: "Image.Image", draw: "ImageDraw.ImageDraw", tile: Tile, x: int, y: int) -> None:
+    """A tile in a thin frame, which lies outside of its pixels, under its title."""
+    from PIL import Image
+
+    for line in tile.title.split("\n"):
+        _write(draw, (x, y), line, _TEXT)
+        y += _line(_TEXT)
+    if tile.pixels is not None:
+        y += 4
+        height, width = tile.pixels.shape[:2]
+        draw.rectangle((x, y, x + width + 1, y + height + 1), outline=_LINE)
+        image.paste(Image.fromarray(np.ascontiguousarray(tile.pixels)), (x + 1, y + 1))
+
+
+def _flowed(legend: Sequence[Key], width: float) -> list[list[tuple[float, Key]]]:
+    """A legend in lines, with where each entry begins."""
+    lines: list[list[tuple[float, Key]]] = []
+    x = width + 1.0
+    for key in legend:
+        needs = _SWATCH + 6 + _width(key.text, _TEXT)
+        if x + needs > width:
+            lines.append([])
+            x = 0.0
+        lines[-1].append((_MARGIN + x, key))
+        x += needs + 18
+    return lines
+
+
+def _put_keys(draw: "ImageDraw.ImageDraw", lines: Sequence[Sequence[tuple[float, Key]]], y: float) -> None:
+    for number, line in enumerate(lines):
+        top = y + number * _line(_TEXT) + 1
+        for x, key in line:
+            draw.rectangle((x, top, x + _SWATCH, top + _SWATCH), fill=key.colour, outline=_LINE)
+            _write(draw, (x + _SWATCH + 6, top - 1), key.text, _TEXT)
+
+
+def _put_count(
+    draw: "ImageDraw.ImageDraw", place: tuple[int, int], cell: int, size: int, count: int, total: int, right: bool
+) -> None:
+    share = count / total if total else 0.0
+    full = RIGHT if right else ERROR
+    # Even one in a thousand shows: a wrong cell's colour begins at a sixth.
+    strength = 0.0 if not count else share if right else 1 / 6 + share * 5 / 6
+    red, green, blue = (round(255 + strength * (part - 255)) for part in full)
+    x, y = place
+    draw.rectangle((x, y, x + cell, y + cell), fill=(red, green, blue), outline=(215, 215, 215))
+    if count:
+        ink = _PAPER if strength > 0.5 else _INK
+        _write(draw, (x + cell / 2, y + cell / 2), short(count), size, ink, "mm")
