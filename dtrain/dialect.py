@@ -121,6 +121,17 @@ _DEFAULTS: dict[KeyPath, Any] = {
 # torch's losses that know none of these keys; dtrain's own know them all.
 _BARE_LOSSES = ("BCEWithLogitsLoss", "CrossEntropyLoss", "MSELoss", "L1Loss", "SmoothL1Loss")
 _MASK_KEYS = ("ignore_index", "skip_last_target", "squeeze_channel")
+_CROSS_ENTROPIES = ("CrossEntropyLoss", "WeightedCrossEntropyLoss")
+_METRICS: dict[str, Values] = {  # with what pytorch-3dunet takes where the file says nothing, and dtrain otherwise
+    "MeanIoU": {"skip_background": True, "aggregation": "sample"},
+    "DiceCoefficient": {},
+    "AdaptedRandError": {"threshold": None, "use_last_target": False},
+    "BoundaryAdaptedRandError": {"thresholds": [0.3, 0.4, 0.5, 0.6]},
+    "BoundaryAveragePrecision": {"thresholds": [0.3, 0.4, 0.5, 0.6], "input_channel": 0},
+    "BlobsAveragePrecision": {"thresholds": [0.4, 0.5, 0.6, 0.7, 0.8], "input_channel": 0, "invert_pmaps": False},
+    "PSNR": {},
+    "MSE": {},
+}
 _NOTES = {  # settings of pytorch-3dunet's trainer that change no result
     "skip_train_validation": "metrics are computed on validation data alone, never on training batches",
     "max_val_images": "how many samples are drawn is said by 'pictures'",
@@ -236,8 +247,36 @@ class _Translation:
 
     def _metrics(self) -> None:
         metrics = _mapping_at(self.values, ("metrics",))
-        if metrics is not None:
-            _drop_nulls(metrics, list(metrics))
+        if metrics is None:
+            return
+        _drop_nulls(metrics, list(metrics))
+        name = metrics.get("name")
+        if not isinstance(name, str) or name not in _METRICS:
+            return
+        self.values["metrics"] = metrics = _METRICS[name] | {"activation": self._activation()} | metrics
+        if name == "BlobsAveragePrecision":
+            self._blobs(metrics)
+
+    def _activation(self) -> str:
+        """What pytorch-3dunet's model does to its logits; its metrics are given that."""
+        model = _mapping_at(self.values, ("model",)) or {}
+        loss = _mapping_at(self.values, ("loss",)) or {}
+        if model.get("is_segmentation", True) is False:
+            return "none"
+        classes = model.get("final_sigmoid", True) is False or loss.get("name") in _CROSS_ENTROPIES
+        return "softmax" if classes else "sigmoid"
+
+    def _blobs(self, metrics: Values) -> None:
+        """The average precision of insides: that of boundaries, with the probabilities the other way round."""
+        kind = metrics.pop("metric", "ap")
+        if kind not in ("ap", "acc"):
+            self.wrong(("metrics", "metric"), f"{shown(kind)} is no metric of instances; possible: ap, acc")
+        if kind == "acc":
+            metrics["iou_thresholds"] = [0.5]
+        label = metrics["name"]
+        for key in list(metrics):
+            _move_places(self.places, ("metrics", key), ("metrics", label, key))
+        self.values["metrics"] = {label: metrics | {"name": "BoundaryAveragePrecision"}}
 
 
 def _drop_nulls(mapping: Values, keys: Iterable[str]) -> None:

@@ -1,5 +1,7 @@
 """pytorch-3dunet's and PIDNet's files: configs mean here what they mean there, or are refused; checkpoints load."""
 
+# ruff: noqa: E501 - a case of a table is one line, so that message and cause stand together
+
 from __future__ import annotations
 
 import pickle
@@ -115,3 +117,169 @@ def test_a_checkpoint_with_code_in_it_runs_nothing(legacy: bool, tmp_path: Path)
     with pytest.raises(CheckpointError, match=r"best_checkpoint\.pytorch cannot be read without running code in it"):
         load_weights(file)
     assert not (tmp_path / "ran").exists()
+
+
+# -------------------------------------------------------------------------------------------- what is translated how
+
+
+DATA = Path(__file__).parent / "data" / "pytorch3dunet"
+SMALL = """\
+model: {name: UNet3D, in_channels: 1, out_channels: 1, final_sigmoid: true}
+trainer: {checkpoint_dir: c, max_num_epochs: 2, max_num_iterations: 10}
+optimizer: {}
+loss: {name: BCEDiceLoss}
+eval_metric: {name: MeanIoU}
+lr_scheduler: {name: StepLR, step_size: 3}
+loaders:
+  train:
+    file_paths: [a.h5]
+    slice_builder: {name: SliceBuilder, patch_shape: [8, 8, 8], stride_shape: [8, 8, 8]}
+    transformer:
+      raw: [{name: Standardize}, {name: RandomFlip}, {name: ToTensor, expand_dims: true}]
+      label: [{name: RandomFlip}, {name: ToTensor, expand_dims: true}]
+"""
+
+
+def read(tmp_path: Path, changes: list[str] | None = None, text: str = SMALL) -> Any:
+    """The small file with some overrides, as load_config gives it."""
+    (tmp_path / "train.yml").write_text(text)
+    return load_config(tmp_path / "train.yml", changes or [])
+
+
+def told(tmp_path: Path, old: str, new: str) -> list[str]:
+    """The mistakes of the small file with a change in its text, without the folder's name."""
+    assert SMALL.count(old) == 1
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, text=SMALL.replace(old, new))
+    return [str(mistake).replace(f"{tmp_path}/", "") for mistake in caught.value.mistakes]
+
+
+def test_what_the_file_leaves_out_is_filled_in_as_pytorch3dunet_does(tmp_path: Path) -> None:
+    config = read(tmp_path)
+    assert config.loaders.name == "StandardHDF5Dataset"
+    assert config.loaders.num_workers == 1
+    assert to_plain(config.optimizer) == {"name": "Adam", "lr": 1e-3}
+    assert config.lr_scheduler.interval == "validation"
+    assert config.trainer.validate_every_steps == 200
+    assert config.trainer.log_every_steps == 100
+    assert config.trainer.mode == "max"
+    note = notes_on(config)[0]
+    assert note.startswith(
+        "pytorch-3dunet's own values, where the file says nothing: loaders.name: 'StandardHDF5Dataset'"
+    )
+    assert "optimizer.lr: 0.001" in note and "trainer.mode: 'max'" in note
+
+
+def test_what_the_file_says_stays(tmp_path: Path) -> None:
+    changes = [
+        "optimizer.name=SGD",
+        "optimizer.learning_rate=0.1",
+        "trainer.validate_after_iters=7",
+        "loaders.num_workers=0",
+    ]
+    config = read(tmp_path, [*changes, "trainer.eval_score_higher_is_better=false", "lr_scheduler.interval=epoch"])
+    assert to_plain(config.optimizer) == {"name": "SGD", "lr": 0.1}
+    assert (config.trainer.validate_every_steps, config.trainer.mode, config.loaders.num_workers) == (7, "min", 0)
+    assert config.lr_scheduler.interval == "epoch"
+
+
+def test_the_weight_decay_of_adamw_is_0_unless_said(tmp_path: Path) -> None:
+    assert read(tmp_path, ["optimizer.name=AdamW"]).optimizer.weight_decay == 0
+    assert read(tmp_path, ["optimizer={name: AdamW, weight_decay: 0.1}"]).optimizer.weight_decay == 0.1
+
+
+def test_a_file_without_a_transformer_is_none_of_pytorch3dunets(tmp_path: Path) -> None:
+    config = read(tmp_path, ["loaders.train={file_paths: [a.h5]}"])
+    assert "interval" not in config.lr_scheduler and "name" not in config.optimizer and notes_on(config) == []
+
+
+def test_a_dataset_of_ones_own_keeps_its_transformer(tmp_path: Path) -> None:
+    config = read(tmp_path, ["loaders.dataset=my.package:Volumes"])
+    assert len(config.loaders.train.transformer.raw) == 3 and "interval" not in config.lr_scheduler
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        ("{name: MSELoss, ignore_index: null}", {"name": "MSELoss"}),
+        ("{name: MSELoss, skip_last_target: false}", {"name": "MSELoss"}),
+        ("{name: MSELoss, ignore_index: -1}", {"name": "MaskedLoss", "loss": {"name": "MSELoss"}, "ignore_index": -1}),
+        ("{name: L1Loss, skip_last_target: true}", {"name": "MaskedLoss", "loss": {"name": "L1Loss"}, "skip_last_target": True}),
+        ("{name: CrossEntropyLoss, ignore_index: null}", {"name": "CrossEntropyLoss"}),
+        ("{name: CrossEntropyLoss, ignore_index: 0}", {"name": "CrossEntropyLoss", "ignore_index": 0}),
+        (
+            "{name: CrossEntropyLoss, weight: [1, 2], ignore_index: 0, skip_last_target: true, squeeze_channel: true}",
+            {"name": "MaskedLoss", "loss": {"name": "CrossEntropyLoss", "weight": [1, 2], "ignore_index": 0},
+             "skip_last_target": True, "squeeze_channel": True},
+        ),
+        ("{name: BCEWithLogitsLoss, pos_weight: 3.0}", {"name": "BCEWithLogitsLoss", "pos_weight": [3.0]}),
+        ("{name: BCEWithLogitsLoss, pos_weight: [3]}", {"name": "BCEWithLogitsLoss", "pos_weight": [3]}),
+        ("{name: BCEDiceLoss, alpha: 2.0, skip_last_target: true}", {"name": "BCEDiceLoss", "alpha": 2.0, "skip_last_target": True}),
+        ("{name: DiceLoss, normalization: softmax, ignore_index: null}", {"name": "DiceLoss", "normalization": "softmax"}),
+        ("3", 3),
+    ],
+)  # fmt: skip
+def test_a_loss_means(loss: str, expected: Any, tmp_path: Path) -> None:
+    assert to_plain(read(tmp_path, [f"loss={loss}"]).loss) == expected
+
+
+def test_a_wrapped_loss_keeps_its_places(tmp_path: Path) -> None:
+    text = SMALL.replace("{name: BCEDiceLoss}", "{name: MSELoss, ignore_index: -1}")
+    config = read(tmp_path, text=text)
+    where = f"{tmp_path}/train.yml:4:"
+    assert str(place_of(config, ("loss", "loss", "name"))) == f"{where}8"
+    assert str(place_of(config, ("loss", "ignore_index"))) == f"{where}23"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ([], {"name": "MeanIoU", "skip_background": True, "aggregation": "sample", "activation": "sigmoid"}),
+        (["model.final_sigmoid=false", "eval_metric={name: DiceCoefficient}"], {"name": "DiceCoefficient", "activation": "softmax"}),
+        (["loss.name=CrossEntropyLoss", "eval_metric={name: DiceCoefficient, ignore_index: null}"], {"name": "DiceCoefficient", "activation": "softmax"}),
+        (["model.is_segmentation=false", "eval_metric={name: PSNR}"], {"name": "PSNR", "activation": "none"}),
+        (
+            ["eval_metric={name: BlobsAveragePrecision, metric: acc, thresholds: [0.5]}"],
+            {"BlobsAveragePrecision": {"name": "BoundaryAveragePrecision", "invert_pmaps": False, "input_channel": 0,
+             "thresholds": [0.5], "iou_thresholds": [0.5], "activation": "sigmoid"}},
+        ),
+        (["eval_metric={names: [DSC, PPV], multiple: true}"], {"name": ["DSC", "PPV"]}),
+        (["eval_metric={name: my.package:Score, x: 3}"], {"name": "my.package:Score", "x": 3}),
+    ],
+)  # fmt: skip
+def test_a_metric_means(changes: list[str], expected: Any, tmp_path: Path) -> None:
+    assert to_plain(read(tmp_path, changes).metrics) == expected
+
+
+def test_what_has_no_effect_is_said_in_one_line_each(tmp_path: Path) -> None:
+    changes = [
+        "trainer.max_val_images=3",
+        "trainer.skip_train_validation=true",
+        "trainer.tensorboard_formatter={log_channelwise: true}",
+    ]
+    config = read(tmp_path, changes)
+    for key in ("max_val_images", "skip_train_validation", "tensorboard_formatter"):
+        assert key not in config.trainer
+        assert [note for note in notes_on(config) if note.startswith(f"trainer.{key}: has no effect: ")]
+
+
+def test_null_where_pytorch3dunet_means_none(tmp_path: Path) -> None:
+    keys = ("resume", "pre_trained", "validate_iters", "max_val_images", "skip_train_validation")
+    config = read(tmp_path, [f"trainer.{key}=null" for key in keys])
+    assert "resume" not in config.trainer and "validate_iters" not in config.trainer
+    assert not any("has no effect" in note for note in notes_on(config))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("max_num_epochs: 2", "resume: x/last_checkpoint.pytorch", "train.yml:2:30: trainer.resume: a checkpoint of pytorch-3dunet lacks"),
+        ("max_num_epochs: 2", "validate_iters: 5", "train.yml:2:30: trainer.validate_iters: a validation here is always over all of loaders.val"),
+        ("{name: BCEDiceLoss}", "{name: BCEWithLogitsLoss, weight: [1, 2]}", "train.yml:4:33: loss.weight: pytorch-3dunet does not use it"),
+        ("{name: BCEDiceLoss}", "{name: BCEWithLogitsLoss, pos_weight: [1, 2]}", "train.yml:4:33: loss.pos_weight: torch lays 2 weights along the last axis"),
+        ("{name: MeanIoU}", "{name: BlobsAveragePrecision, metric: iou}", "train.yml:5:44: metrics.metric: 'iou' is no metric of instances; possible: ap, acc"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_honoured_is_refused_by_name(old: str, new: str, expected: str, tmp_path: Path) -> None:
+    (line,) = told(tmp_path, old, new)
+    assert line.startswith(expected), line
