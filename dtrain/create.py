@@ -19,6 +19,7 @@ from dtrain.loss import get_loss_criterion
 from dtrain.metrics import Metrics, get_evaluation_metric
 from dtrain.modelloader import fitted, get_model, misfits_of
 from dtrain.optimizer import end_points, get_lr_scheduler, get_optimizer
+from dtrain.pictures import Pictures
 from dtrain.progress import get_progress
 from dtrain.resume import CHECKPOINTS, ResumeError, Start, find_start
 from dtrain.sections import refused
@@ -78,7 +79,7 @@ def create_trainer(
     plan = {"steps": steps, "rates": rates, "precision": options["precision"]}
     parts = Parts(
         ranks, module, compiled, ranks.wrap(compiled), loaders, loss, metrics, optimizer, schedule, checkpoints,
-        journal, progress, start, seed,
+        journal, progress, _pictures(config, options, loaders, start), start, seed,
         table=_table(config, module, loaders, ranks, journal, start, plan),
         record=_record(config, options, ranks),
         texts={"config.yaml": to_yaml(config)} | {f"config/{name}": text for name, text in sources(config).items()},
@@ -173,6 +174,15 @@ def _journal(config: ConfigDict, ranks: Ranks, start: Start, sender: "Popen[byte
         return NoJournal()
     experiment = config.get("experiment") or "default"
     return build(config, "mlflow", folder=start.folder, experiment=experiment, run_name=start.run_name, sender=sender)
+
+
+def _pictures(config: ConfigDict, options: Mapping[str, Any], loaders: Loaders, start: Start) -> Pictures:
+    wish = options["pictures"]
+    settings = wish if isinstance(wish, dict) else {} if wish else None
+    try:
+        return Pictures(loaders.val, start.folder, settings, (options["input_key"], options["target_key"]))
+    except ValueError as error:
+        raise refused(config, ("trainer", "pictures", "samples"), str(error)) from None
 
 
 def _record(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:

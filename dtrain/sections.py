@@ -65,6 +65,7 @@ HOUSE = {
     ),
     "loader": ("loader_settings", Slot(("dtrain.dataloader",))),
     "ddp": ("ddp_options", Slot(("dtrain.distributed",))),
+    "pictures": ("picture_settings", Slot(("dtrain.pictures",))),
     "schedule": ("schedule_settings", Slot(("dtrain.optimizer",))),
 }
 # The schedules whose length dtrain fills in where the config leaves it out: it knows it, and PolynomialLR's default
@@ -202,8 +203,10 @@ def _trainer_calls(config: ConfigDict, section: str, wrong: Wrong) -> dict[str, 
     own = _house_call((section,), section, {key: values[key] for key in values if key != "name"})
     if values.get("name") is not None:
         own = replace(own, name=values["name"])
-    ddp = values.get("ddp") or {}
-    return {section: own} | ({"trainer.ddp": _house_call((section, "ddp"), "ddp", ddp)} if is_mapping(ddp) else {})
+    parts = {key: values.get(key) or {} for key in ("ddp", "pictures")}
+    return {section: own} | {
+        f"{section}.{key}": _house_call((section, key), key, part) for key, part in parts.items() if is_mapping(part)
+    }
 
 
 def _house_call(path: KeyPath, house: str, values: Mapping[str, Any]) -> Call:
