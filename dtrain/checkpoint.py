@@ -110,8 +110,7 @@ class Checkpoints:
     ) -> Path:
         """Write one checkpoint, whole or not at all, then remove those that need not be kept.
 
-        Tensors of a device are copied to host memory first. Those on the CPU are written from where they lie, so a
-        caller that saves from a thread hands over copies that nobody changes.
+        Tensors of a device are copied to host memory first. Those on the CPU are written from where they lie.
 
         Args:
             step: optimizer steps done. A checkpoint of the same step is replaced, whole or not at all.
@@ -128,10 +127,13 @@ class Checkpoints:
                 left. Older checkpoints are untouched in both cases.
             ValueError: the step is negative.
         """
+        return self.write(step, take_snapshot(weights, state, ema), score)
+
+    def write(self, step: int, snapshot: Snapshot, score: float | None = None) -> Path:
+        """The second half of `save`, which may be left to a thread where the snapshot holds copies."""
         if step < 0:
             raise ValueError(f"step is {step}; it counts optimizer steps and is never negative")
         target = self.folder / f"step-{step:08d}"
-        snapshot = take_snapshot(weights, state, ema)
         score = None if score is None else float(score)
         facts = {
             "format": FORMAT,

@@ -126,6 +126,10 @@ def _work(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     check(config)
     sender = _sender(config) if options.command == "train" else None
+    if options.command == "train":
+        from dtrain.interrupt import end_at_once
+
+        end_at_once(lambda line: print(line, file=sys.stderr, flush=True))
     from dtrain import worker
 
     if options.command == "train":

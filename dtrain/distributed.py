@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import psutil
 
+from dtrain.board import Board
 from dtrain.yamlfile import ConfigError, Mistake
 
 if TYPE_CHECKING:
@@ -98,6 +99,8 @@ class Ranks:
     accelerator: Any = None
     notes: list[str] = field(default_factory=list)
     host: str = field(default_factory=socket.gethostname)
+    board: Board = field(default_factory=lambda: Board(0, 1))
+    are_lost: bool = False  # some are gone, so that nothing can be agreed on any more
 
     @property
     def is_main(self) -> bool:
@@ -161,16 +164,26 @@ class Ranks:
 
     def close(self) -> None:
         """Leave the process group; only after success, since it waits for the others."""
-        if self.world_size > 1:
+        if self.world_size > 1 and not self.are_lost:
             import torch.distributed as dist
 
             dist.destroy_process_group()
 
 
-class Vote:
-    """A flag that any rank can raise and that all ranks see after the same step, without waiting for one another.
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether an error is what a rank sees when another one has gone away in the middle of something in common."""
+    import torch.distributed as dist
 
-    A vote is a two-element all-reduce that is started and read at the next one: it has had its time to finish. The
+    lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "recvValue failed")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError | OSError) and any(text in str(error) for text in lost)
+    )
+
+
+class Vote:
+    """Wishes that any rank can have and that all ranks see after the same step, without waiting for one another.
+
+    A vote is a small all-reduce that is started and read at the next one: it has had its time to finish. The
     tensor lives on the CPU, so that reading it never waits for the device. Where steps are short, most of them are
     spared the vote: it carries the time since the last one, from which all ranks find the same next step to vote at.
     """
@@ -182,34 +195,34 @@ class Vote:
         self._period = self._left = 1  # steps from vote to vote, and to the next
         self._last_seconds = time.monotonic()
 
-    def cast(self, wish: bool) -> bool:
-        """Vote, if it is time to, and learn whether any rank had voted yes last time (with one rank: now)."""
+    def cast(self, *wishes: bool) -> tuple[bool, ...]:
+        """Vote, if it is time to, and learn which wishes any rank had last time (with one rank: now)."""
         if self.ranks.world_size == 1:
-            return wish
+            return wishes
         self._left -= 1
         if self._left:
-            return False
+            return (False,) * len(wishes)
         import torch
         import torch.distributed as dist
 
-        decided = self._read()
+        decided = self._read(len(wishes))
         now = time.monotonic()
-        self._ballot = torch.tensor([float(wish), now - self._last_seconds], dtype=torch.float64)
+        self._ballot = torch.tensor([now - self._last_seconds, *map(float, wishes)], dtype=torch.float64)
         self._last_seconds, self._left = now, self._period
         self._pending = dist.all_reduce(self._ballot, async_op=True)
         return decided
 
-    def _read(self) -> bool:
+    def _read(self, count: int) -> tuple[bool, ...]:
         if self._pending is None:
-            return False
+            return (False,) * count
         self._pending.wait()
-        votes, seconds = self._ballot.tolist()
+        seconds, *votes = self._ballot.tolist()
         between = seconds / self.ranks.world_size
         if between < VOTE_SECONDS / 2:
             self._period = min(2 * self._period, 1024)
         elif between > VOTE_SECONDS:
             self._period = max(1, self._period // 2)
-        return votes > 0
+        return tuple(vote > 0 for vote in votes)
 
     def settle(self) -> None:
         """Wait for the vote under way; before anything else is agreed on after the last step."""
@@ -242,6 +255,12 @@ def ddp_options(
         comm_hook: How gradients are compressed on the way.
     """
     return dict(locals())
+
+
+def job_ends_at() -> float | None:
+    """When the batch system ends this job, in unix seconds; None where it has not said."""
+    text = os.environ.get("SLURM_JOB_END_TIME", "")
+    return float(text) if text.isdigit() else None
 
 
 def launcher_precision() -> str | None:
@@ -279,6 +298,7 @@ def set_up(device: str = "auto", ddp: dict[str, Any] | None = None, deterministi
     ranks = Ranks(found.rank, found.local_rank, found.world_size, chosen, found.launcher, notes=notes + device_notes)
     if found.world_size > 1:
         ranks.accelerator = _join(found, chosen, backend, timeout_seconds, options)
+        ranks.board = Board(found.rank, found.world_size, torch.distributed.distributed_c10d._get_default_store())
     return ranks
 
 

@@ -9,6 +9,7 @@ from dtrain import rng
 from dtrain.batch import size
 from dtrain.distributed import Ranks
 from dtrain.metrics import Metrics
+from dtrain.pictures import Album
 
 
 class Outcome(NamedTuple):
@@ -25,9 +26,15 @@ Forward = Callable[[torch.nn.Module, Any], tuple[torch.Tensor, Mapping[str, torc
 @torch.no_grad()
 @rng.untouched()
 def evaluate(
-    module: torch.nn.Module, loader: Iterable[Any], forward: Forward, metrics: Metrics, ranks: Ranks
-) -> dict[str, float]:
-    """Loss (with its terms) and metrics over all ranks' batches, the same on every rank.
+    module: torch.nn.Module,
+    loader: Iterable[Any],
+    forward: Forward,
+    metrics: Metrics,
+    ranks: Ranks,
+    stop: Callable[[], bool] = bool,
+    album: Album | None = None,
+) -> dict[str, float] | None:
+    """Loss (with its terms) and metrics over all ranks' batches, the same on every rank; None where a rank stopped.
 
     How often and when a training is validated changes no random number that it draws on the CPU.
 
@@ -37,20 +44,32 @@ def evaluate(
         forward: `forward(module, batch)` gives the loss (mean over the batch), its terms, and the outcome.
         metrics: What is updated and computed; forgotten afterwards.
         ranks: The ranks that share the phase.
+        stop: Asked before each batch.
+        album: Takes in the batches and draws.
     """
     ranks.agree_on_buffers(module)
     module.eval()
     metrics.reset()
     sums: dict[str, tuple[Any, int]] = {}
+    stopped = False
     for number, batch in enumerate(loader):
+        if stopped := stop():
+            break
         loss, terms, outcome = forward(module, batch)
         count = size(outcome.inputs)
         for name, value in {"loss": loss, **{f"loss_{key}": term for key, term in terms.items()}}.items():
             total, samples = sums.get(name, (0.0, 0))
             sums[name] = (total + value.detach().to(_sum_dtype(value)) * count, samples + count)
         metrics.update(outcome.output, outcome.target, ranks.rank + number * ranks.world_size)
-    result = _means_over_ranks(sums, ranks) | metrics.compute()
+        if album:
+            album.see(outcome, ranks.rank + number * ranks.world_size)
+    own = None if stopped else {name: (float(total), count) for name, (total, count) in sums.items()}
+    everybody = ranks.gather((own, album.seen() if album and not stopped else None))
+    means = ranks.broadcast(_means([sums_of for sums_of, _ in everybody]) if everybody else None)
+    result = None if means is None else means | metrics.compute()
     metrics.reset()
+    if album and everybody and result is not None:
+        album.draw([seen for _, seen in everybody], module, forward)
     return result
 
 
@@ -59,10 +78,11 @@ def _sum_dtype(value: torch.Tensor) -> torch.dtype:
     return torch.float32 if value.device.type == "mps" else torch.float64
 
 
-def _means_over_ranks(sums: dict[str, tuple[Any, int]], ranks: Ranks) -> dict[str, float]:
-    everybody = ranks.gather({name: (float(total), count) for name, (total, count) in sums.items()})
-    if everybody is None:
-        return ranks.broadcast()
-    names = dict.fromkeys(name for rank in everybody for name in rank)
-    parts = {name: [rank[name] for rank in everybody if name in rank] for name in names}
-    return ranks.broadcast({name: sum(t for t, _ in part) / sum(n for _, n in part) for name, part in parts.items()})
+def _means(everybody: list[dict[str, tuple[float, int]] | None]) -> dict[str, float] | None:
+    """Of every rank's sums; None where one of them stopped."""
+    ranks = [rank for rank in everybody if rank is not None]
+    if len(ranks) < len(everybody):
+        return None
+    names = dict.fromkeys(name for rank in ranks for name in rank)
+    parts = {name: [rank[name] for rank in ranks if name in rank] for name in names}
+    return {name: sum(t for t, _ in part) / sum(n for _, n in part) for name, part in parts.items()}

@@ -1,27 +1,61 @@
-"""A request to stop, made by a signal: only a flag, which the loop reads between two steps; knows no training."""
+"""A request to stop, by a signal or a time limit: only a flag, read between two steps; knows no training, no ranks."""
 
 import ctypes
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TypeVar
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 REPEAT_SECONDS = 0.5  # launchers deliver one signal several times within milliseconds
+STOPPED_EARLY = 75
+OTHERS_WAIT_SECONDS = 3.0  # a rank that waits for data when it is asked to stop, waits on: others wait for it
+# A batch system's own limit is kept clear of by so much, or a tenth of what there is: a step and a save must fit in.
+MARGIN_SECONDS = 120.0
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+T = TypeVar("T")
+
+
+class StopWaiting(BaseException):
+    """A request to stop came while there was nothing to do but wait: no `except Exception` on the way may take it."""
 
 
 class StopRequest:
-    """True once a signal has come; `reason` names it. A second Ctrl-C raises KeyboardInterrupt at once."""
+    """True once a signal has come or the time is over; `reason` says which. A second Ctrl-C ends at once.
 
-    def __init__(self) -> None:
+    Args:
+        time_limit: How long this process may train, from now: see `seconds_of`.
+        job_ends_at: When a batch system ends it, in unix seconds.
+        alone: Nobody else needs what this process waits for; else it goes on waiting for a while.
+
+    Raises:
+        ValueError: The time limit is none.
+    """
+
+    def __init__(
+        self, time_limit: float | str | None = None, job_ends_at: float | None = None, alone: bool = True
+    ) -> None:
         self.reason = ""
+        self._patience_seconds = 0.0 if alone else OTHERS_WAIT_SECONDS
         self._first_seconds = 0.0
+        self._waits = self._asked_in = self._wait_number = 0  # the wait that goes on, by number; 0 for none
+        limits = []
+        if time_limit is not None:
+            limits.append((seconds_of(time_limit), f"the time limit ({time_limit})"))
+        if job_ends_at is not None:
+            left = max(0.0, job_ends_at - time.time())
+            limits.append((left - min(MARGIN_SECONDS, left / 10), "the batch system's time limit"))
+        self._end_seconds, self._limit = min(limits, default=(0.0, ""))
+        self._end_seconds += time.monotonic()
 
     def __bool__(self) -> bool:
         return bool(self.reason)
@@ -32,19 +66,78 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._take) for number in SIGNALS}
+        before = {number: signal.signal(number, self._take) for number in (*SIGNALS, signal.SIGALRM)}
+        if self._limit:  # a signal, too: it reaches a loop that waits for data
+            signal.setitimer(signal.ITIMER_REAL, max(1e-3, self._end_seconds - time.monotonic()))
         try:
             yield
         finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def waiting(self, items: Iterable[T]) -> Iterator[T]:
+        """The same items; while the next one is waited for, a request raises.
+
+        Raises:
+            StopWaiting: From within the wait.
+        """
+        iterator = iter(items)
+        while True:
+            self._wait_number += 1
+            self._waits = self._wait_number
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self._waits = 0
+            yield item
 
     def _take(self, number: int, _frame: FrameType | None) -> None:
         now = time.monotonic()
         if not self.reason:
-            self.reason, self._first_seconds = f"signal {signal.Signals(number).name}", now
+            alarm = number == signal.SIGALRM
+            self.reason = self._limit if alarm else f"signal {signal.Signals(number).name}"
+            self._first_seconds, self._asked_in = now, self._waits
+            if self._waits and self._patience_seconds:
+                signal.setitimer(signal.ITIMER_REAL, self._patience_seconds)
+            elif self._waits:
+                raise StopWaiting
+        elif number == signal.SIGALRM and self._waits and self._waits == self._asked_in:
+            raise StopWaiting
         elif number == signal.SIGINT and now - self._first_seconds > REPEAT_SECONDS:
             raise KeyboardInterrupt
+
+
+def end_at_once(say: Callable[[str], object]) -> None:
+    """While nothing is there that could be lost, a request to stop ends this process: start it again for the same."""
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        say(f"signal {signal.Signals(number).name} before the first step")
+        os._exit(STOPPED_EARLY)  # from within an import: whatever it has locked, nothing of it is needed
+
+    for number in SIGNALS:
+        if number != signal.SIGINT and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, end)
+
+
+def seconds_of(time_limit: float | str) -> float:
+    """A duration in seconds: 5400, '90m', '1.5h', '01:30:00' or '1-12:00:00' (days-hours:minutes:seconds).
+
+    Raises:
+        ValueError: It is none of these, or not above 0.
+    """
+    text = str(time_limit).strip()
+    seconds = 0.0
+    if clock := re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text):
+        days, hours, minutes, rest = (int(part or 0) for part in clock.groups())
+        seconds = ((days * 24 + hours) * 60 + minutes) * 60 + rest
+    elif number := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", text):
+        seconds = float(number[1]) * _UNITS[number[2] or "s"]
+    if seconds <= 0:
+        raise ValueError(f"time_limit is {time_limit!r}; possible: seconds, 90m, 1.5h, 2d, 01:30:00 or 1-12:00:00")
+    return seconds
 
 
 def leave_to_parent(parent: int, _worker: int = 0) -> None:

@@ -30,17 +30,17 @@ def recorded(trainer: "Trainer") -> Iterator[None]:
 def _watched(trainer: "Trainer", began: float) -> Iterator[None]:
     status: Status = "FAILED"
     reason, code = "", 1
-    try:
-        with trainer.stop_request.listening():
+    with trainer.stop_request.listening():  # while it is closed, too
+        try:
             yield
-        status, reason, code = ("KILLED", trainer.ended, 75) if trainer.stopped else ("FINISHED", trainer.ended, 0)
-    except BaseException as error:
-        reason = f"{type(error).__name__}: {error}"
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            status, code = "KILLED", 130
-        raise
-    finally:
-        _close(trainer, status, reason, code, time.monotonic() - began)
+            status, reason, code = ("KILLED", trainer.ended, 75) if trainer.stopped else ("FINISHED", trainer.ended, 0)
+        except BaseException as error:
+            reason = f"{type(error).__name__}: {error}"
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                status, code = "KILLED", 130
+            raise
+        finally:
+            _close(trainer, status, reason, code, time.monotonic() - began)
 
 
 @contextlib.contextmanager
@@ -99,6 +99,7 @@ def _lay_out_folder(trainer: "Trainer") -> None:
 def _close(trainer: "Trainer", status: Status, reason: str, code: int, seconds: float) -> None:
     """Deliver what there is and say where everything is. No collective: the other ranks may be gone."""
     hint = ""
+    trainer.saver.settle()
     end_workers()
     folder = trainer.checkpoints.folder
     if trainer.ranks.is_main:

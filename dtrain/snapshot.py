@@ -85,16 +85,20 @@ class Snapshot:
 
 
 def take_snapshot(
-    weights: Mapping[str, Any], state: Mapping[str, Any], ema: Mapping[str, Any] | None = None
+    weights: Mapping[str, Any],
+    state: Mapping[str, Any],
+    ema: Mapping[str, Any] | None = None,
+    copies: bool = False,
 ) -> Snapshot:
     """Bring everything to host memory and check that it can be loaded again with `weights_only=True`.
 
-    Tensors of a device are copied. Those on the CPU are not: they must not change until the snapshot is written.
+    Tensors of a device are copied, those on the CPU only with `copies`: else they must not change until the snapshot
+    is written.
 
     Raises:
         CheckpointError: values of other types, each with its key path, its type and what to give instead.
     """
-    walk = _Walk()
+    walk = _Walk(copies)
     snapshot = Snapshot(
         walk.weights(weights, "weights"),
         None if ema is None else walk.weights(ema, "ema"),
@@ -142,9 +146,10 @@ class _Walk:
     over: an address says who is who only as long as its owner lives.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, copies: bool = False) -> None:
         self.problems: list[str] = []
         self.need_bytes = 0
+        self._copies = copies
         self._done: dict[int, tuple[Any, Any]] = {}
         self._dtypes: dict[int, torch.dtype] = {}
 
@@ -182,6 +187,8 @@ class _Walk:
             # torch.save would write all the memory behind a view, and refuses to write any under two dtypes.
             if memory.nbytes() > host.nbytes or self._dtypes.setdefault(memory.data_ptr(), host.dtype) != host.dtype:
                 host = host.clone()
+        if self._copies and tensor.device.type == "cpu" and host.data_ptr() == tensor.data_ptr():
+            host = host.clone()
         self.need_bytes += _elements(host).nbytes
         self._done[id(tensor)] = tensor, host
         return host

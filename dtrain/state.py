@@ -13,9 +13,19 @@ if TYPE_CHECKING:
 FORMAT = 1  # raised when a state of before can no longer be restored
 
 
-def state_of(trainer: "Trainer") -> dict[str, Any]:
-    """Everything but the weights that going on needs. All ranks call it, the main rank's is complete."""
-    sums = trainer.ranks.sum_(torch.stack(list(trainer.sums.values()))).tolist()
+def state_of(trainer: "Trainer", generators: dict[int, Any] | None = None) -> dict[str, Any]:
+    """Everything but the weights that going on needs. All ranks call it, the main rank's is complete.
+
+    Args:
+        trainer: Whose state it is.
+        generators: The state of the ranks' generators, where they cannot be asked; then this rank's sums are taken for
+            the sums of all, and no other rank is needed.
+    """
+    sums = torch.stack(list(trainer.sums.values()))
+    if generators is None:
+        sums, states = trainer.ranks.sum_(sums), trainer.ranks.gather(rng.get_state())
+    else:
+        states = list(generators.values())
     return {
         "format": FORMAT,
         "step": trainer.step,
@@ -28,7 +38,7 @@ def state_of(trainer: "Trainer") -> dict[str, Any]:
         "rate": trainer.rate,
         "grad_norm": float(trainer.grad_norm),
         "skipped": trainer.skipped,
-        "sums": dict(zip(trainer.sums, sums, strict=True)),
+        "sums": dict(zip(trainer.sums, sums.tolist(), strict=True)),
         "samples": trainer.samples,
         "optimizer": trainer.optimizer.state_dict(),
         "optimizer_name": type(trainer.optimizer).__name__,
@@ -36,7 +46,7 @@ def state_of(trainer: "Trainer") -> dict[str, Any]:
         "scaler": trainer.scaler.state_dict() if trainer.scaler else {},
         "averaged": int(trainer.ema.n_averaged) if trainer.ema else 0,
         "seed": trainer.parts.seed,
-        "rng": trainer.ranks.gather(rng.get_state()),
+        "rng": states,
     }
 
 
@@ -63,7 +73,7 @@ def restore(trainer: "Trainer", loaded: Loaded | None) -> None:
     if trainer.ema:
         trainer.ema.n_averaged.fill_(state["averaged"])
     trainer.judge_patience()
-    trainer.saved_at = (trainer.step, trainer.epoch, trainer.validated_step)
+    trainer.saver.is_saved(trainer)
     if len(state["rng"]) == trainer.ranks.world_size:
         rng.set_state(state["rng"][trainer.ranks.rank])
     else:  # another number of ranks: new streams, that no earlier start has used

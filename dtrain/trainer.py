@@ -20,9 +20,9 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dtrain import batch as batches
-from dtrain.checkpoint import CheckpointError, Checkpoints, load
+from dtrain.checkpoint import Checkpoints, load
 from dtrain.dataloader import Loaders, Micro
-from dtrain.distributed import Ranks, Vote
+from dtrain.distributed import Ranks, Vote, job_ends_at
 from dtrain.evaluation import Outcome, evaluate
 from dtrain.interrupt import StopRequest
 from dtrain.loss import Criterion
@@ -30,7 +30,7 @@ from dtrain.metrics import Metrics
 from dtrain.optimizer import Schedule
 from dtrain.record import recorded
 from dtrain.resume import Start
-from dtrain.state import state_of
+from dtrain.saving import Saver
 from dtrain.tracking import Journal, NoJournal
 from dtrain.yamlfile import ConfigError
 
@@ -57,6 +57,7 @@ class Parts:
     checkpoints: Checkpoints
     journal: Journal | NoJournal
     progress: Any
+    pictures: Any
     start: Start
     seed: int
     table: Mapping[str, str]  # what is shown before the first step
@@ -89,6 +90,7 @@ class Trainer:
         log_every_steps: train/loss is the mean since its last point; also at each epoch's end.
         validate_every_steps: Default: at each epoch's end.
         checkpoint_every_steps: Besides the checkpoints after each validation and epoch.
+        checkpoint_every_minutes: The same by the clock.
         keep_last: Newest checkpoints to keep.
         keep_best: Best checkpoints to keep besides.
         on_nonfinite: stop | skip, when a loss or gradient on any rank is NaN or infinite.
@@ -97,6 +99,8 @@ class Trainer:
         compile: true, a mode of torch.compile, or its arguments.
         sync_batchnorm: BatchNorm over all ranks (GPU only).
         deterministic: torch's deterministic algorithms.
+        pictures: What is drawn at validations: its settings as a mapping; false or null: nothing.
+        time_limit: After so long (seconds, 90m, 01:30:00) this start saves and ends, as before a batch system's limit.
         ddp: Options of DistributedDataParallel, and backend and timeout_seconds of its process group.
         input_key: Which entry of a dict batch is the input.
         target_key: Which entry of a dict batch is the target.
@@ -119,6 +123,7 @@ class Trainer:
         log_every_steps: int = 50,
         validate_every_steps: int | None = None,
         checkpoint_every_steps: int | None = None,
+        checkpoint_every_minutes: float | None = None,
         keep_last: int = 2,
         keep_best: int = 1,
         on_nonfinite: Literal["stop", "skip"] = "stop",
@@ -127,6 +132,8 @@ class Trainer:
         compile: bool | str | dict = False,
         sync_batchnorm: bool = False,
         deterministic: bool = False,
+        pictures: bool | dict | None = True,
+        time_limit: float | str | None = None,
         ddp: dict | None = None,
         input_key: str | None = None,
         target_key: str | None = None,
@@ -149,7 +156,9 @@ class Trainer:
         average = None if ema_decay is None else get_ema_multi_avg_fn(ema_decay)
         self.ema = AveragedModel(self.module, multi_avg_fn=average, use_buffers=True) if average else None
         self.parameters = [item for item in self.module.parameters() if item.requires_grad]
-        self.vote, self.stop_request = Vote(parts.ranks), StopRequest()
+        self.saver = Saver(parts.checkpoints, checkpoint_every_minutes, lambda line: self.progress.note(line))
+        self.vote = Vote(parts.ranks)
+        self.stop_request = StopRequest(time_limit, job_ends_at(), alone=parts.ranks.world_size == 1)
         self._begin_at_zero()
 
     def _begin_at_zero(self) -> None:
@@ -161,7 +170,6 @@ class Trainer:
         self.ended = ""  # why the training ended before its limits
         self.test_figures: dict[str, float] = {}
         self.validated_step = -1
-        self.saved_at: tuple[int, int, int] | None = None  # step, epoch and validated_step of the last checkpoint
         self.score: float | None = None  # of the last validation
         self.rate = 0.0  # of the last step, as is the norm
         self.grad_norm = torch.zeros((), device=self.device)
@@ -189,8 +197,9 @@ class Trainer:
         if self.parts.start.finished:
             self.progress.note(self.parts.start.finished)
             return "FINISHED"
-        with recorded(self):
-            self._check_that_saving_works()
+        with recorded(self), self.saver.abandoning(self):
+            self.saver.check(self)
+            self._finish_last_start()
             while self.epoch < self.max_epochs and self.step < self.max_steps and not self.ended:
                 self._train_epoch()
             self._after_last_step()
@@ -205,12 +214,14 @@ class Trainer:
         self.progress.start_epoch(self.epoch + 1, *self._extent())
         self.model.train()
         self._restart_clock()
-        for micro in loader.epoch(self.epoch, self.position):
+        self.saver.mark(self)
+        for micro in self.stop_request.waiting(loader.epoch(self.epoch, self.position)):
             with contextlib.nullcontext() if micro.closes else self.ranks.no_sync(self.model):
                 self._forward_backward(micro)
             if micro.closes:
                 self._optimizer_step()
                 self._after_step(micro.position)
+                self.saver.mark(self)
                 if self.ended or self.step >= self.max_steps:
                     break
         if self.position >= end and not self.stopped:  # a stopped epoch ends when the training goes on
@@ -263,26 +274,27 @@ class Trainer:
         if self.ema:
             self.ema.update_parameters(self.module)
         self.progress.step()
-        if self.step % self.log_every_steps == 0:
+        if self._is_due(self.log_every_steps):
             self._log()
         self.schedule.tick("step")
-        if self.validate_every_steps and self.step % self.validate_every_steps == 0:
+        if self._is_due(self.validate_every_steps):
             self._validate()
-        if self.checkpoint_every_steps and self.step % self.checkpoint_every_steps == 0:
-            self._save()
-        if self.vote.cast(bool(self.stop_request)):
-            self.stopped, self.ended = True, self.stop_request.reason or "another rank was asked to stop"
+        stop, save = self.vote.cast(bool(self.stop_request), self.saver.is_due)
+        if save or self._is_due(self.validate_every_steps) or self._is_due(self.checkpoint_every_steps):
+            self.saver.save(self)
+        if stop:
+            self.stop()
         if not self.metrics.ready:
             self._prepare_metrics()
 
     def _after_epoch(self) -> None:
         """What follows each epoch, in this order."""
         self._log()
+        if self.validate_every_steps is None and not self._validate():
+            return  # stopped meanwhile: this epoch ends when the training goes on
         self.epoch, self.position = self.epoch + 1, 0
         self.schedule.tick("epoch")
-        if self.validate_every_steps is None:
-            self._validate()
-        self._save()
+        self.saver.save(self)
 
     def _after_last_step(self) -> None:
         """Leave nothing that is not logged, validated and saved, wherever in an epoch the end came."""
@@ -290,17 +302,20 @@ class Trainer:
         if not self.stopped:  # else the sums go into the checkpoint, and the next start logs what this one would have
             self._log()
             self._validate()
-        self._save()
+        self.saver.save(self)
+        self.saver.settle()
 
     # -------------------------------------------------------------------------------------------------- evaluation
 
-    def _validate(self) -> None:
-        """Validate, keep the best, count towards early stopping; once per step at most."""
+    def _validate(self) -> bool:
+        """Validate, keep the best, count towards early stopping; once per step at most. False where it was stopped."""
         if self.loaders.val is None or self.validated_step == self.step:
-            return
-        self.validated_step = self.step
+            return True
         with self._paused_clock():
             figures = self.evaluate("val")
+        if self.stopped:
+            return False
+        self.validated_step = self.step
         score = figures.get(self.monitor)
         if score is None:
             raise KeyError(f"trainer.monitor is {self.monitor!r}, but the validation gives {', '.join(figures)}")
@@ -311,8 +326,8 @@ class Trainer:
         self.progress.evaluation("val", self.step, figures, is_best)
         self.score = score
         self.schedule.tick("validation", score)
-        self._save()
         self.judge_patience()
+        return True
 
     def judge_patience(self) -> None:
         """End the training where too many validations have brought no new best."""
@@ -320,15 +335,20 @@ class Trainer:
             self.ended = f"no better {self.monitor} in {self.bad_validations} validations"
 
     def evaluate(self, phase: str, module: torch.nn.Module | None = None) -> dict[str, float]:
-        """Loss and metrics over a whole phase, journalled.
+        """Loss and metrics over a whole phase, journalled; none where a request to stop came meanwhile.
 
         Args:
             phase: val or test.
             module: What to evaluate. Default: the averaged weights where there are some, else the model.
         """
         module = module or (self.ema.module if self.ema else self.compiled)
-        means = evaluate(module, getattr(self.loaders, phase), self._outcome, self.metrics, self.ranks)
+        album = self.parts.pictures.album(self.step, self.journal, self.progress.note) if phase == "val" else None
+        loader, stop = getattr(self.loaders, phase), self._asked_to_stop
+        means = evaluate(module, loader, self._outcome, self.metrics, self.ranks, stop, album)
         self.model.train()
+        if means is None:
+            self.stop()
+            return {}
         figures = {f"{phase}/{name}": value for name, value in means.items()}
         self.journal.log(self.step, figures)
         return figures
@@ -339,6 +359,7 @@ class Trainer:
         The model keeps these weights.
         """
         loaded = None
+        self.saver.settle()
         if self.ranks.is_main:
             path = checkpoint or self.checkpoints.best() or self.checkpoints.last()
             loaded = load(path) if path else None
@@ -347,7 +368,8 @@ class Trainer:
                 self.module.load_state_dict(loaded.ema or loaded.weights)
             self.ranks.share_weights(self.module)
         figures = self.evaluate("test", self.compiled)
-        self.progress.evaluation("test", self.step, figures)
+        if figures:
+            self.progress.evaluation("test", self.step, figures)
         return figures
 
     def rehearse(self) -> Iterator[str]:
@@ -361,6 +383,7 @@ class Trainer:
                 figures = evaluate(
                     self.compiled, islice(getattr(self.loaders, phase), 1), self._outcome, self.metrics, self.ranks
                 )
+                figures = figures or {}
                 yield f"{phase}: one batch, " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
 
     # ------------------------------------------------------------------------------------- figures and checkpoints
@@ -399,30 +422,20 @@ class Trainer:
             raise NonFiniteError(f"{text}; the weights are those of before it. trainer.on_nonfinite=skip would go on")
         self.progress.note(f"{text}; skipped, {self.skipped} so far")
 
-    def _save(self) -> None:
-        """Write a checkpoint unless nothing happened since the last; a full disk costs a warning, not the training."""
-        at = (self.step, self.epoch, self.validated_step)
-        if self.saved_at == at:
-            return
-        self.saved_at = at
-        score = self.score if self.validated_step == self.step else None
-        with self._paused_clock():
-            self.ranks.agree_on_buffers(self.module)
-            state = state_of(self)
-            if not self.ranks.is_main:
-                return
-            try:
-                ema = self.ema.module.state_dict() if self.ema else None
-                self.checkpoints.save(self.step, self.module.state_dict(), state, ema=ema, score=score)
-            except CheckpointError as error:
-                self.progress.note(f"warning: no checkpoint of step {self.step}: {error}")
+    def stop(self) -> None:
+        """End early, with everything saved; the next start goes on."""
+        self.stopped, self.ended = True, self.stop_request.reason or "another rank was asked to stop"
 
-    def _check_that_saving_works(self) -> None:
-        """A full disk, or a state that could not be loaded again, should show now rather than after the first epoch."""
-        state = state_of(self)
-        if self.ranks.is_main:
-            ema = self.ema.module.state_dict() if self.ema else None
-            self.checkpoints.check(self.module.state_dict(), state, ema=ema)
+    def _asked_to_stop(self) -> bool:
+        """Whether this rank, or during an evaluation any other, was asked to stop; costs no collective."""
+        if self.stop_request:
+            self.ranks.board.raise_flag("stop")
+        return bool(self.stop_request) or self.ranks.board.is_raised("stop")
+
+    def _finish_last_start(self) -> None:
+        """A validation during which an earlier start was stopped comes first."""
+        if self.step and self._is_due(self.validate_every_steps) and self._validate():
+            self.saver.save(self)
 
     # ------------------------------------------------------------------------------------------------ small change
 
@@ -473,6 +486,9 @@ class Trainer:
         steps = int(min(loader.steps(self.position), self.max_steps - self.step))
         done = -(-self.position // loader.global_batch)
         return None if math.isinf(self.max_epochs) else int(self.max_epochs), steps + done, done
+
+    def _is_due(self, every_steps: int | None) -> bool:
+        return every_steps is not None and self.step % every_steps == 0
 
     def _restart_clock(self) -> None:
         self._clock, self._timed_samples = time.perf_counter(), 0

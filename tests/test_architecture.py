@@ -32,7 +32,9 @@ LAYERS = (
 HELPERS = {
     **dict.fromkeys(("annotations", "check", "locate", "sections", "source"), "build"),
     **dict.fromkeys(("address", "codestate", "redact", "runfiles"), "tracking"),
-    **dict.fromkeys(("evaluation", "record", "report", "resume", "state"), "trainer"),
+    **dict.fromkeys(("evaluation", "record", "report", "resume", "saving", "state"), "trainer"),
+    **dict.fromkeys(("drawing", "panel", "pictures"), "trainer"),
+    "board": "distributed",
     "delivery": "sender",
     "snapshot": "checkpoint",
     **dict.fromkeys(("dialect", "yamlfile"), "config"),

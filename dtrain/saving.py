@@ -1,0 +1,150 @@
+"""When a training is saved and by whom: copied by the loop, written by a thread; knows no file of a checkpoint."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dtrain import rng
+from dtrain.checkpoint import CheckpointError, Checkpoints
+from dtrain.distributed import is_lost_rank
+from dtrain.interrupt import StopWaiting
+from dtrain.snapshot import take_snapshot
+from dtrain.state import state_of
+
+if TYPE_CHECKING:
+    from dtrain.trainer import Trainer
+
+POST_SECONDS = 5.0  # so long a rank waits for the others' last notes
+
+
+class Saver:
+    """Saves a training: the loop waits for the copy to host memory, and for the one before where that is not done.
+
+    Args:
+        checkpoints: What writes.
+        every_minutes: Minutes between checkpoints that `is_due` asks for; None: it never does.
+        say: Told what could not be written.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, every_minutes: float | None, say: Callable[[str], None]) -> None:
+        self.checkpoints, self._say = checkpoints, say
+        self._every_seconds = None if every_minutes is None else 60 * every_minutes
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._under_way: tuple[int, Future[Path]] | None = None
+        self._began = time.monotonic()
+        self._at: tuple[int, int, int] | None = None  # step, epoch and last validation of the last checkpoint
+        self._generators: dict[str, Any] = {}  # as they were after the last step
+        self._sums: dict[str, torch.Tensor] = {}
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the clock asks for a checkpoint."""
+        return self._every_seconds is not None and time.monotonic() - self._began >= self._every_seconds
+
+    def save(self, trainer: "Trainer") -> None:
+        """Save all that a training is, unless nothing happened since the last time. All ranks call it.
+
+        Raises:
+            RuntimeError: The ranks' weights are no longer the same.
+        """
+        self._began = time.monotonic()
+        if self._at == (at := place_of(trainer)):
+            return
+        trainer.ranks.agree_on_buffers(trainer.module)
+        state = state_of(trainer)
+        self._at = at
+        if trainer.ranks.is_main:
+            self._write(trainer, state)
+
+    def is_saved(self, trainer: "Trainer") -> None:
+        """What the trainer is now, lies on the disk: it was just read from there."""
+        self._at = place_of(trainer)
+
+    def check(self, trainer: "Trainer") -> None:
+        """A full disk, or a state that could not be loaded again, should show now rather than after the first epoch.
+
+        Raises:
+            CheckpointError: It would not work.
+            RuntimeError: The ranks' weights are not the same.
+        """
+        state = state_of(trainer)
+        if trainer.ranks.is_main:
+            self.checkpoints.check(trainer.module.state_dict(), state, ema=_ema_of(trainer))
+
+    def mark(self, trainer: "Trainer") -> None:
+        """Note what a step that is then abandoned halfway must not have changed."""
+        self._generators = rng.torch_state()
+        # With one batch per step, the loss is added up after the last moment at which a step can get stuck.
+        several = trainer.train_loader.accumulate > 1
+        self._sums = {name: value.clone() for name, value in trainer.sums.items()} if several else trainer.sums
+
+    @contextlib.contextmanager
+    def abandoning(self, trainer: "Trainer") -> Iterator[None]:
+        """Where a rank is asked to stop while it waits for data that do not come: save the last whole step, and end."""
+        try:
+            yield
+        except (StopWaiting, Exception) as error:
+            others_left = trainer.stop_request and is_lost_rank(error)
+            if not (isinstance(error, StopWaiting) or others_left) or not self._abandon(trainer):
+                raise
+            trainer.stop()
+            trainer.ranks.are_lost = trainer.ranks.world_size > 1
+
+    def _abandon(self, trainer: "Trainer") -> bool:
+        """Save the last whole step without the other ranks' help: they, or this one, are stuck in the next.
+
+        Each rank leaves what only it knows on the board; rank 0 writes. Where a note is missing, what follows is the
+        same training, but with other random numbers.
+
+        Returns:
+            Whether this rank has done what it could.
+        """
+        board = trainer.ranks.board
+        sums = {name: float(value) for name, value in self._sums.items()}
+        board.post("abandoned", (rng.get_state() | self._generators, sums))
+        if not trainer.ranks.is_main:
+            return True
+        notes = board.notes("abandoned", POST_SECONDS)
+        state = state_of(trainer, {rank: generators for rank, (generators, _) in notes.items()})
+        state["sums"] = {name: sum(each.get(name, 0.0) for _, each in notes.values()) for name in sums}
+        if self._at != place_of(trainer):
+            self._at = place_of(trainer)
+            self._write(trainer, state)
+        return self.settle()
+
+    def settle(self) -> bool:
+        """Wait until what is under way is written; say so if it failed. Returns whether it did not."""
+        if self._under_way is None:
+            return True
+        (step, future), self._under_way = self._under_way, None
+        try:
+            future.result()
+        except CheckpointError as error:
+            self._say(f"warning: no checkpoint of step {step}: {error}")
+            self._at = None  # the next one, at the same step perhaps, is tried again
+            return False
+        return True
+
+    def _write(self, trainer: "Trainer", state: dict[str, Any]) -> None:
+        score = trainer.score if trainer.validated_step == trainer.step else None
+        self.settle()
+        try:
+            snapshot = take_snapshot(trainer.module.state_dict(), state, _ema_of(trainer), copies=True)
+        except CheckpointError as error:
+            self._say(f"warning: no checkpoint of step {trainer.step}: {error}")
+            return
+        self._under_way = trainer.step, self._writer.submit(self.checkpoints.write, trainer.step, snapshot, score)
+
+
+def place_of(trainer: "Trainer") -> tuple[int, int, int]:
+    """What tells two checkpoints of one training apart."""
+    return trainer.step, trainer.epoch, trainer.validated_step
+
+
+def _ema_of(trainer: "Trainer") -> dict[str, torch.Tensor] | None:
+    return trainer.ema.module.state_dict() if trainer.ema else None
