@@ -98,9 +98,10 @@ def _cubic(array: np.ndarray, places: np.ndarray) -> np.ndarray:
     spline, points = torch.from_numpy(coefficients), torch.from_numpy(places)
     base = points.floor()
     t = points - base
-    second = (4 - 6 * t**2 + 3 * t**3) / 6
-    fourth = t**3 / 6
-    upper = (1 + 3 * t + 3 * t**2 - 3 * t**3) / 6 + fourth
+    square = t * t
+    fourth = square * t / 6
+    second = 2 / 3 - square + 3 * fourth
+    upper = 1 / 6 + (t + square) / 2 - 2 * fourth  # the third and the fourth
     lower = 1 - upper
     reads = (base - 1 + second / lower, base + 1 + fourth / upper)
     weights = (lower, upper)
