@@ -115,6 +115,15 @@ def wanted_as(value: object, annotation: ast.expr | None) -> str:
     return "Tensor" if fitting == {"Tensor"} else "tuple" if fitting and fitting <= _TUPLES else ""
 
 
+def takes_mappings(annotation: ast.expr | None) -> bool:
+    """Whether a list of mappings is what is wanted, such as list[dict] | None: then nothing in it is to be built."""
+    members = [item for item in _members(annotation) if _name(item) != "None"] if annotation else []
+    return bool(members) and all(
+        isinstance(item, ast.Subscript) and _name(item) in _LISTS and _name(_items(item)[0]) in _MAPPINGS
+        for item in members
+    )
+
+
 def _members(annotation: ast.expr) -> Iterator[ast.expr]:
     """The alternatives of a union, at any depth; quoted annotations are read."""
     if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):

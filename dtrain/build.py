@@ -8,6 +8,7 @@ import ast
 import functools
 import importlib
 import inspect
+import re
 import site
 import sys
 import sysconfig
@@ -17,7 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dtrain.annotations import Parameter, wanted_as
+from dtrain.annotations import Parameter, takes_mappings, wanted_as
 from dtrain.check import argument_mistakes, call_mistakes, is_house, later, names_of, supplied, takes_config
 from dtrain.config import to_config_dict, to_plain
 from dtrain.locate import STANDARD, locate
@@ -82,7 +83,23 @@ def make(config: ConfigDict, call: Call, *given: Any, **given_names: Any) -> Any
         raise
     except (Exception, SystemExit) as error:
         what = "" if is_house(callee) else f"{call.name}(...) raised "
-        raise refused(config, call.path, what + _told(error)) from error
+        raise refused(config, _blamed(call, error), what + _told(error)) from error
+
+
+def _blamed(call: Call, error: BaseException) -> KeyPath:
+    """The key that an error's first word speaks of (`size is 3; ...`, `transformer.raw[1]: ...`), else the call's."""
+    word = re.match(r"[\w.\[\]]+", str(error))
+    keys = [int(key) if key.isdecimal() else key for key in re.findall(r"\w+", word[0] if word else "")]
+    while keys and keys[0] not in call.arguments:
+        del keys[0]
+    if not keys:
+        return call.path
+    value, path = call.arguments[str(keys[0])], call.path_of(str(keys[0]))
+    for key in keys[1:]:
+        if not (is_mapping(value) and key in value) and not (isinstance(value, list) and key in range(len(value))):
+            break
+        value, path = value[key], (*path, key)
+    return path
 
 
 def _value(
@@ -94,6 +111,8 @@ def _value(
     annotation: ast.expr | None = None,
 ) -> Any:
     """An argument with the components inside it built; a list becomes a tensor or tuple where only that is taken."""
+    if takes_mappings(annotation) and isinstance(value, list):
+        return to_plain(value)
     if is_component(value):
         return make(config, nested_call(call, path, value), *given)
     if isinstance(value, list):

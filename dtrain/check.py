@@ -3,14 +3,14 @@
 import ast
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from dtrain.annotations import Parameter, cure, expectation
+from dtrain.annotations import Parameter, cure, expectation, takes_mappings
 from dtrain.config import notes_on
 from dtrain.locate import STANDARD, locate
 from dtrain.sections import (
@@ -115,14 +115,15 @@ def call_mistakes(config: ConfigDict, call: Call) -> list[Mistake]:
             return _nested_mistakes(config, call)
         if takes_config(target, call):
             return _shadowed(config, call.path, call.arguments)  # what it reads from the config, only the class knows
-        return argument_mistakes(config, call, target) + _nested_mistakes(config, call)
+        plain = [item.name for item in target.parameters if takes_mappings(item.annotation)]
+        return argument_mistakes(config, call, target) + _nested_mistakes(config, call, plain)
     if "." not in str(call.name) and module_mistakes(config):
         own = []  # what is not found for want of a module is no mistake of its own
     return own + _nested_mistakes(config, call)
 
 
-def _nested_mistakes(config: ConfigDict, call: Call) -> list[Mistake]:
-    return [wrong for inner in nested(call) for wrong in call_mistakes(config, inner)]
+def _nested_mistakes(config: ConfigDict, call: Call, plain: Iterable[str] = ()) -> list[Mistake]:
+    return [wrong for inner in nested(call, plain) for wrong in call_mistakes(config, inner)]
 
 
 def argument_mistakes(config: ConfigDict, call: Call, callee: Callee) -> list[Mistake]:

@@ -3,7 +3,7 @@
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -331,8 +331,8 @@ def is_component(value: Any) -> bool:
     return is_mapping(value) and "name" in value
 
 
-def nested(call: Call) -> Iterator[Call]:
-    """The calls inside a call's arguments, at any depth, outermost first."""
+def nested(call: Call, plain: Iterable[str] = ()) -> Iterator[Call]:
+    """The calls inside a call's arguments, those in `plain` left out, at any depth, outermost first."""
 
     def walk(path: KeyPath, value: Any) -> Iterator[Call]:
         if is_component(value):
@@ -345,7 +345,8 @@ def nested(call: Call) -> Iterator[Call]:
                 yield from walk((*path, key), value[key])
 
     for key, value in call.arguments.items():
-        yield from walk(call.path_of(key), value)
+        if key not in plain:
+            yield from walk(call.path_of(key), value)
 
 
 def nested_call(call: Call, path: KeyPath, value: Mapping[str, Any]) -> Call:
