@@ -7,7 +7,7 @@ pytorch-3dunet means otherwise than dtrain is translated once, when everything i
 from collections.abc import Iterable
 from typing import Any
 
-from dtrain.yamlfile import ConfigError, KeyPath, Mistake, Place, dotted, shown
+from dtrain.yamlfile import ConfigError, KeyPath, Mistake, Place, dotted, found, shown
 
 # pytorch-3dunet's and its forks' names for the same settings. One table, applied to files and overrides alike, so that
 # everything behind load_config knows one name for each thing.
@@ -134,7 +134,7 @@ _METRICS: dict[str, Values] = {  # with what pytorch-3dunet takes where the file
 }
 _NOTES = {  # settings of pytorch-3dunet's trainer that change no result
     "skip_train_validation": "metrics are computed on validation data alone, never on training batches",
-    "max_val_images": "how many samples are drawn is said by 'pictures'",
+    "max_val_images": "how many samples are drawn is said by trainer.pictures",
     "tensorboard_formatter": "pictures go to MLflow, not to TensorBoard, and are drawn in one way",
 }
 
@@ -177,8 +177,10 @@ class _Translation:
             said = ", ".join(f"{dotted(path)}: {shown(_DEFAULTS[path])}" for path in filled)
             self.notes.append(f"pytorch-3dunet's own values, where the file says nothing: {said}")
         self._trainer()
+        self._loaders()
         self._loss()
         self._metrics()
+        self._predictor()
 
     def wrong(self, path: KeyPath, text: str) -> None:
         """A key that cannot be honoured."""
@@ -211,9 +213,39 @@ class _Translation:
             self.wrong(("trainer", "resume"), text)
         if "validate_iters" in trainer:
             self.wrong(("trainer", "validate_iters"), "a validation here is always over all of loaders.val; remove it")
-        for key in _NOTES.keys() & trainer.keys():
+        for key in [key for key in _NOTES if key in trainer]:
             self.note(("trainer", key), _NOTES[key])
             del trainer[key]
+
+    def _loaders(self) -> None:
+        loaders = self.values["loaders"]
+        for phase in _PHASES:
+            own = _mapping_at(loaders, (phase,))
+            if own is None:
+                continue
+            if "transformer" in own:
+                self._transformer(own, ("loaders", phase))
+            if phase == "test" and loaders["name"] != "DSB2018Dataset":
+                own |= {"label_internal_path": None, "weight_internal_path": None}
+        if loaders["name"] == "DSB2018Dataset" and loaders.pop("expand_dims", None) is not None:
+            self.note(("loaders", "expand_dims"), "an image is (C, H, W) here, and a 2-D network takes it as it is")
+
+    def _transformer(self, phase: Values, path: KeyPath) -> None:
+        """The lists for image and label become one transform of both; what is in them is checked where it is built."""
+        lists = phase.pop("transformer")
+        path = (*path, "transformer")
+        if not isinstance(lists, dict):
+            self.wrong(path, f"expected a mapping of the lists raw and label, {found(lists)}")
+            return
+        for key in lists.keys() - {"raw", "label", "weight"}:
+            self.wrong((*path, key), "possible: raw, label, weight")
+        if "raw" not in lists:
+            self.wrong(path, "has no list 'raw' for the image")
+            return
+        if path[1] == "test":  # where pytorch-3dunet itself reads no label
+            lists = {"raw": lists["raw"]}
+        phase["transforms"] = [{"name": f"{_TRANSFORMS}.paired", "label": None} | lists]
+        _move_places(self.places, path, (*path[:-1], "transforms", 0))
 
     def _loss(self) -> None:
         """What pytorch-3dunet wraps around torch's losses is a loss around them here as well."""
@@ -277,6 +309,36 @@ class _Translation:
         for key in list(metrics):
             _move_places(self.places, ("metrics", key), ("metrics", label, key))
         self.values["metrics"] = {label: metrics | {"name": "BoundaryAveragePrecision"}}
+
+    def _predictor(self) -> None:
+        """What the phase `test` is for there is prediction, with a file's own place for weights and outputs."""
+        if self.values.get("model_path") is not None:
+            self._move(("model_path",), ("predictor", "checkpoint"))
+        loaders = _mapping_at(self.values, ("loaders",)) or {}
+        if loaders.get("output_dir") is not None:
+            self._move(("loaders", "output_dir"), ("predictor", "output_dir"))
+        loaders.pop("output_dir", None)
+        if "test" in loaders:
+            self._move(("loaders", "test"), ("loaders", "predict"))
+        predictor = _mapping_at(self.values, ("predictor",), create="predict" in loaders)
+        if predictor is None:
+            return
+        _drop_nulls(predictor, list(predictor))
+        predictor.setdefault("activation", self._activation())
+        if predictor.get("name") == "DSB2018Predictor":
+            del predictor["name"]
+            if predictor.pop("save_segmentation", True):
+                predictor |= {
+                    "instances": "foreground",
+                    "connectivity": 2,
+                    "output_dataset": "segmentation",
+                } | predictor
+                text = "writes the numbered instances alone; for probabilities: predictor.save_segmentation=false"
+                self.notes.append(f"predictor.name: DSB2018Predictor here {text}")
+
+    def _move(self, old: KeyPath, new: KeyPath) -> None:
+        """Give a setting another place, unless something stands there."""
+        self.mistakes += _rename(self.values, self.places, old, new)
 
 
 def _drop_nulls(mapping: Values, keys: Iterable[str]) -> None:
