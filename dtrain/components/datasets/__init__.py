@@ -4,17 +4,22 @@ from dtrain.components.datasets.cell_volume import CellVolume
 from dtrain.components.datasets.digits import Digits, DigitsClassification
 from dtrain.components.datasets.digits_scene import DigitsScene
 from dtrain.components.datasets.hdf5 import LazyHDF5Dataset, StandardHDF5Dataset
+from dtrain.components.datasets.images import DSB2018Dataset, ImageMaskFolder
+from dtrain.components.datasets.nifti import NiftiDataset
 from dtrain.components.datasets.pidnet import PIDNetDatasetWrapper
 from dtrain.components.datasets.slices import FilterSliceBuilder, SliceBuilder
 from dtrain.components.datasets.tooth_arch import ToothArch
 
 __all__ = [
     "CellVolume",
+    "DSB2018Dataset",
     "Digits",
     "DigitsClassification",
     "DigitsScene",
     "FilterSliceBuilder",
+    "ImageMaskFolder",
     "LazyHDF5Dataset",
+    "NiftiDataset",
     "PIDNetDatasetWrapper",
     "SliceBuilder",
     "StandardHDF5Dataset",

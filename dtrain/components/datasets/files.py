@@ -55,6 +55,48 @@ def stem_of(path: Path, suffixes: Sequence[str]) -> str:
     return path.name[: len(path.name) - len(ending)]
 
 
+def paired(
+    images: Sequence[Path], labels: Sequence[Path], label_suffix: str, suffixes: Sequence[str]
+) -> list[tuple[Path, Path]]:
+    """Each image with the label of the same stem, in the images' order.
+
+    Args:
+        images: Files; those that are labels are left out, so that both may lie in one folder.
+        labels: Files; with a suffix, those whose stem does not end with it are left out.
+        label_suffix: What a label's stem has behind the image's.
+        suffixes: The endings that are no part of a stem.
+
+    Raises:
+        ValueError: An image without a label, a label without an image, or two of the same stem.
+    """
+    labels = [path for path in labels if stem_of(path, suffixes).endswith(label_suffix)]
+    known = set(labels) if label_suffix else set()
+    of_labels: dict[str, Path] = {}
+    of_images: dict[str, Path] = {}
+    for path in labels:
+        _add(of_labels, stem_of(path, suffixes).removesuffix(label_suffix), path)
+    for path in images:
+        if path not in known:
+            _add(of_images, stem_of(path, suffixes), path)
+    alone = [str(of_images[stem]) for stem in of_images.keys() - of_labels.keys()]
+    without = [str(of_labels[stem]) for stem in of_labels.keys() - of_images.keys()]
+    if alone or without:
+        texts = [f"no label for {_told(alone)}"] * bool(alone) + [f"no image for {_told(without)}"] * bool(without)
+        behind = f" and '{label_suffix}'" if label_suffix else ""
+        raise ValueError(f"{'; '.join(texts)}; a label is called as its image{behind}, but for the ending")
+    return [(path, of_labels[stem]) for stem, path in of_images.items()]
+
+
+def _add(known: dict[str, Path], stem: str, path: Path) -> None:
+    if stem in known:
+        raise ValueError(f"{known[stem]} and {path} have the same stem, so that no pair can be told")
+    known[stem] = path
+
+
+def _told(files: list[str]) -> str:
+    return ", ".join(sorted(files)[:5]) + (f" and {len(files) - 5} more" if len(files) > 5 else "")
+
+
 def unique_names(paths: Sequence[Path], stems: Sequence[str]) -> list[str]:
     """A name for each file: its stem; with as many folders in front as tell all apart, or else with its number.
 

@@ -12,6 +12,7 @@ import numpy as np
 Region = tuple[slice, ...]
 """Spatial; start and stop are integers and may lie outside of the volume: what is outside is reflected."""
 
+Check = Callable[[np.ndarray, str, Region, tuple[int, ...]], np.ndarray]
 OPEN_FILES = 32  # that a process keeps open; one more closes the one that was longest unused
 
 
@@ -237,10 +238,10 @@ class HDF5Volume:
             ValueError: The file cannot be read, or a label is none.
         """
         assert self.label, f"{self.path} has no label"
-        block = self._stacked(self.label, self._label_shapes, region)
+        block = self._stacked(self.label, self._label_shapes, region, self.checks.labels)
         if len(self.label) == 1 and len(self._label_shapes[0]) == len(self.shape):
-            block = block[0]
-        return self.checks.labels(block, self._what(self.label), region, self.shape)
+            return block[0]
+        return block
 
     def read_weight(self, region: Region) -> np.ndarray:
         """See `Volume`.
@@ -249,8 +250,7 @@ class HDF5Volume:
             ValueError: The file cannot be read, or a value is not finite.
         """
         assert self.weight is not None, f"{self.path} has no weight"
-        block = self.checks.values(self._one(self.weight, 0, region), self._what([self.weight]), region, self.shape)
-        return block.astype(np.float32, copy=False)
+        return self._one(self.weight, 0, region, self.checks.values).astype(np.float32, copy=False)
 
     def load(self) -> ArrayVolume:
         """All of it in memory, in the types that are stored (double precision as single).
@@ -266,29 +266,28 @@ class HDF5Volume:
         return ArrayVolume(self.path, image, label, weight, self.name)
 
     def _image(self, region: Region) -> np.ndarray:
-        block = self._stacked(self.raw, self._raw_shapes, region)
-        return self.checks.values(block, self._what(self.raw), region, self.shape)
-
-    def _what(self, names: Sequence[str]) -> str:
-        return f"{self.path}: dataset{'s' * (len(names) > 1)} {', '.join(map(repr, names))}"
+        return self._stacked(self.raw, self._raw_shapes, region, self.checks.values)
 
     def _layers(self, shape: tuple[int, ...]) -> int:
         return shape[0] if len(shape) > len(self.shape) else 1
 
-    def _one(self, name: str, leading: int, region: Region) -> np.ndarray:
+    def _one(self, name: str, leading: int, region: Region, check: Check) -> np.ndarray:
         dataset = FILES.dataset(self.path, name)
         try:
             block = read_region(dataset.__getitem__, self.shape, region, leading)
         except OSError as error:
             raise ValueError(f"{self.path}: dataset '{name}' cannot be read: {error}") from error
-        return block if block.dtype.isnative else block.astype(block.dtype.newbyteorder("="))
+        block = block if block.dtype.isnative else block.astype(block.dtype.newbyteorder("="))
+        return check(block, f"{self.path}: dataset '{name}'", region, self.shape)
 
-    def _stacked(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]], region: Region) -> np.ndarray:
+    def _stacked(
+        self, names: Sequence[str], shapes: Sequence[tuple[int, ...]], region: Region, check: Check
+    ) -> np.ndarray:
         """Several datasets as channels."""
         blocks = []
         for name, shape in zip(names, shapes, strict=True):
             leading = len(shape) - len(self.shape)
-            block = self._one(name, leading, region)
+            block = self._one(name, leading, region, check)
             blocks.append(block if leading else block[np.newaxis])
         return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
 
