@@ -22,6 +22,7 @@ EXAMPLES = {
     "check": "dtrain check configfiles/digits.yaml",
     "config": "dtrain config configfiles/digits.yaml optimizer.lr=5e-4",
     "sync": "dtrain sync runs/digits",
+    "replay": "dtrain replay runs/digits",
 }
 HELP = {
     "train": "train, validate, test; go on where an earlier start ended",
@@ -29,6 +30,7 @@ HELP = {
     "check": "build everything and try one batch of each phase; train nothing, write nothing",
     "config": "print the resolved config, with the class of each section",
     "sync": "send what a run's journal holds and MLflow has not to MLflow",
+    "replay": "repeat the step in which a training failed, on one process, and look at every number",
 }
 
 
@@ -55,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             name, help=text, description=text[0].upper() + text[1:] + ".", epilog=f"example: {EXAMPLES[name]}"
         )
-        if name == "sync":
+        if name in ("sync", "replay"):
             command.add_argument("folder", metavar="RUN_FOLDER", help="what trainer.checkpoint_dir named")
             continue
         command.add_argument("config", metavar="CONFIG", help="a YAML file")
@@ -80,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if str(Path.cwd()) not in sys.path:  # for `modules:` of the current folder, as `python -m` has it
         sys.path.insert(0, str(Path.cwd()))
     try:
-        return {"config": _config, "sync": _sync}.get(options.command, _work)(options)
+        return {"config": _config, "sync": _sync, "replay": _replay}.get(options.command, _work)(options)
     except ConfigError as error:
         return _refuse(error)
     except KeyboardInterrupt:
@@ -164,6 +166,19 @@ def _config(options: argparse.Namespace) -> int:
         print(f"# {name + ':':<22} {target.module}.{target.name}{where}")
     print(to_yaml(config), end="")
     return 0
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from dtrain.config import load_config
+
+    folder = Path(options.folder)
+    if not (folder / "config.yaml").is_file():
+        print(f"dtrain replay: {folder} is no run folder: it has no config.yaml", file=sys.stderr)
+        return USAGE
+    config = load_config(folder / "config.yaml", ["trainer.resume=none", "trainer.pre_trained=null"])
+    from dtrain import worker
+
+    return worker.replay(config, folder)
 
 
 def _sync(options: argparse.Namespace) -> int:

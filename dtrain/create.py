@@ -12,7 +12,7 @@ from dtrain import report, rng
 from dtrain.build import build, defaults
 from dtrain.check import check, notes
 from dtrain.checkpoint import CheckpointError, Checkpoints, Loaded, load, load_weights
-from dtrain.config import from_mapping, sources, to_plain, to_yaml
+from dtrain.config import from_mapping, place_of, sources, to_plain, to_yaml
 from dtrain.dataloader import Loaders, get_train_loaders
 from dtrain.distributed import Ranks, launcher_precision, set_up
 from dtrain.loss import get_loss_criterion
@@ -80,6 +80,7 @@ def create_trainer(
     parts = Parts(
         ranks, module, compiled, ranks.wrap(compiled), loaders, loss, metrics, optimizer, schedule, checkpoints,
         journal, progress, _pictures(config, options, loaders, start), start, seed,
+        places={key: str(place) for key in config if (place := place_of(config, (key,)))},
         table=_table(config, module, loaders, ranks, journal, start, plan),
         record=_record(config, options, ranks),
         texts={"config.yaml": to_yaml(config)} | {f"config/{name}": text for name, text in sources(config).items()},

@@ -5,8 +5,9 @@ the number of ranks, workers or restarts. Progress is a position, counted in sam
 """
 
 import functools
+import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +62,7 @@ class Micro(NamedTuple):
     samples: int  # of this rank that count: 0 where a rank has none left and lends a hand with weight 0
     closes: bool  # whether it is the last one of its optimizer step
     position: int  # samples of the epoch done by all ranks once that step is done
+    start: int  # the position at which this batch of all ranks begins
 
 
 class TrainLoader:
@@ -98,7 +100,7 @@ class TrainLoader:
             group_high = min(group_low + self.global_batch, end)
             samples = max(0, -(-(high - low - self.shard.rank) // world))
             weight = samples * world / (group_high - group_low)
-            yield Micro(batch, weight, samples, high == group_high, group_high)
+            yield Micro(batch, weight, samples, high == group_high, group_high, low)
 
 
 class ShuffledShard:
@@ -133,6 +135,18 @@ class ShuffledShard:
 
     def __len__(self) -> int:
         return -(-(self.end(self.start) - self.start) // self.global_batch)
+
+    def for_rank(self, rank: int, world_size: int, batch_size: int) -> "ShuffledShard":
+        """The shard of the same data that another rank, of another number of ranks, has or had."""
+        return ShuffledShard(self.size, self.seed, rank, world_size, batch_size, self.shuffle, self.drop_last)
+
+    def batches_from(self, epoch: int, start: int, count: int) -> list[list[int]]:
+        """The samples of this rank's next few batches, from a position of an epoch on."""
+        before = self.epoch, self.start
+        self.set_epoch(epoch, start)
+        batches = [indices for _, *indices in itertools.islice(self, count)]
+        self.set_epoch(*before)
+        return batches
 
     def __iter__(self) -> Iterator[list[int]]:
         """Batches as [epoch, index, index, ...]: the epoch travels with the indices to the workers that live on."""
@@ -284,16 +298,22 @@ class Loaders(NamedTuple):
 
 
 def get_train_loaders(
-    config: ConfigDict, rank: int, world_size: int, seed: int, pin_memory: bool = False, accumulate: int = 1
+    config: ConfigDict,
+    rank: int,
+    world_size: int,
+    seed: int,
+    pin_memory: bool = False,
+    accumulate: int = 1,
+    phases: Collection[str] = PHASES,
 ) -> Loaders:
-    """Build the dataset and the loader of every phase under `loaders`.
+    """Build the dataset and the loader of every phase under `loaders`, or of some of them.
 
     Raises:
         ConfigError: The batch size does not fit the ranks, or a dataset is empty or has no length.
     """
     result: dict[str, Any] = {}
     for phase in PHASES:
-        if config.loaders.get(phase) is None:
+        if phase not in phases or config.loaders.get(phase) is None:
             continue
         options = build(config, f"loaders.{phase}.loader")
         batch_size = _batch_size(config, phase, options, world_size)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from ml_collections import ConfigDict
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -43,6 +44,13 @@ def get_optimizer(config: ConfigDict, model: torch.nn.Module) -> Optimizer:
     if on_gpu and not chosen and "fused" in optimizer.defaults and type(optimizer).__module__.startswith("torch."):
         optimizer = build(config, "optimizer", parameters, fused=True)
     return optimizer
+
+
+def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """The 2-norm of all gradients as one vector; torch's own function sorts them first, which takes as long again."""
+    if len({item.dtype for item in gradients}) > 1:
+        return get_total_norm(gradients)
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
 
 
 def schedule_settings(

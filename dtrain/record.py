@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from dtrain import report
+from dtrain import failure, report
 from dtrain.interrupt import end_workers
 from dtrain.progress import LineProgress
 from dtrain.resume import move_aside
@@ -38,6 +38,9 @@ def _watched(trainer: "Trainer", began: float) -> Iterator[None]:
             reason = f"{type(error).__name__}: {error}"
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 status, code = "KILLED", 130
+            else:
+                for line in failure.report(trainer, error):
+                    trainer.progress.note(line)
             raise
         finally:
             _close(trainer, status, reason, code, time.monotonic() - began)
@@ -90,6 +93,7 @@ def _lay_out_folder(trainer: "Trainer") -> None:
     start = trainer.parts.start
     if start.moves_aside and (line := move_aside(start.folder)):
         trainer.progress.note(line)
+    failure.forget(start.folder)
     for name, text in trainer.parts.texts.items():
         path = start.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

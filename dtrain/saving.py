@@ -19,6 +19,7 @@ from dtrain.state import state_of
 if TYPE_CHECKING:
     from dtrain.trainer import Trainer
 
+FAILED_STEP = "failed-step"  # a folder of checkpoints in the run folder
 POST_SECONDS = 5.0  # so long a rank waits for the others' last notes
 
 
@@ -56,7 +57,7 @@ class Saver:
         if self._at == (at := place_of(trainer)):
             return
         trainer.ranks.agree_on_buffers(trainer.module)
-        state = state_of(trainer)
+        state = state_of(trainer)  # which also finds ranks that drifted apart
         self._at = at
         if trainer.ranks.is_main:
             self._write(trainer, state)
@@ -94,6 +95,30 @@ class Saver:
                 raise
             trainer.stop()
             trainer.ranks.are_lost = trainer.ranks.world_size > 1
+
+    def keep_failed_step(self, trainer: "Trainer", exact: bool) -> None:
+        """Keep what repeating the step at work takes; every rank leaves its random numbers, rank 0 writes.
+
+        Args:
+            trainer: Its weights are those of before the step.
+            exact: Unless this is False.
+        """
+        board, shard = trainer.ranks.board, trainer.train_loader.shard
+        board.post("failed step", rng.get_state() | self._generators)
+        if not trainer.ranks.is_main:
+            return
+        state = {
+            "step": trainer.step,
+            "epoch": trainer.epoch,
+            "position": trainer.position,
+            "accumulate": trainer.train_loader.accumulate,
+            "batch_size": shard.batch_size,
+            "world_size": shard.world_size,
+            "exact": exact,
+            "rng": board.notes("failed step", POST_SECONDS),
+        }
+        kept = Checkpoints(self.checkpoints.folder.parent / FAILED_STEP, keep_last=1, keep_best=0)
+        kept.save(trainer.step, trainer.module.state_dict(), state)
 
     def _abandon(self, trainer: "Trainer") -> bool:
         """Save the last whole step without the other ranks' help: they, or this one, are stuck in the next.

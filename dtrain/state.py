@@ -23,7 +23,7 @@ def state_of(trainer: "Trainer", generators: dict[int, Any] | None = None) -> di
     """
     sums = torch.stack(list(trainer.sums.values()))
     if generators is None:
-        sums, states = trainer.ranks.sum_(sums), trainer.ranks.gather(rng.get_state())
+        sums, states = trainer.ranks.sum_(sums), _generators_of_all(trainer)
     else:
         states = list(generators.values())
     return {
@@ -48,6 +48,37 @@ def state_of(trainer: "Trainer", generators: dict[int, Any] | None = None) -> di
         "seed": trainer.parts.seed,
         "rng": states,
     }
+
+
+def _generators_of_all(trainer: "Trainer") -> list[Any] | None:
+    """The ranks' generators, on the main rank; on the way the ranks' weights are compared.
+
+    Raises:
+        RuntimeError: They differ, as after a wrong collective, a bad GPU, or a model that is not the same everywhere.
+    """
+    if trainer.ranks.world_size == 1:
+        return [rng.get_state()]
+    gathered = trainer.ranks.gather((rng.get_state(), fingerprint(trainer.module)))
+    if gathered is None:
+        return None
+    states, prints = zip(*gathered, strict=True)
+    for name, value in prints[0].items():
+        if apart := [str(rank) for rank, its in enumerate(prints) if its.get(name) != value]:
+            told = ", ".join(apart)
+            raise RuntimeError(f"the ranks' weights are not the same: {name} of rank {told} is not that of rank 0")
+    return list(states)
+
+
+def fingerprint(module: torch.nn.Module) -> dict[str, int]:
+    """A checksum of each tensor's bits, by name; it costs one reading of them, and one wait."""
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    tensors = {name: item.detach() for name, item in module.state_dict().items() if isinstance(item, torch.Tensor)}
+    sums = []
+    for value in tensors.values():
+        real = torch.view_as_real(value) if value.is_complex() else value
+        sums.append(real.contiguous().view(-1).view(bits[real.element_size()]).sum(dtype=torch.int64))
+    values = torch.stack([item.to(sums[0].device) for item in sums]).tolist() if sums else []
+    return dict(zip(tensors, values, strict=True))
 
 
 def restore(trainer: "Trainer", loaded: Loaded | None) -> None:

@@ -10,12 +10,11 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -27,11 +26,12 @@ from dtrain.evaluation import Outcome, evaluate
 from dtrain.interrupt import StopRequest
 from dtrain.loss import Criterion
 from dtrain.metrics import Metrics
-from dtrain.optimizer import Schedule
+from dtrain.optimizer import Schedule, total_norm
 from dtrain.record import recorded
 from dtrain.resume import Start
 from dtrain.saving import Saver
 from dtrain.tracking import Journal, NoJournal
+from dtrain.watch import watched
 from dtrain.yamlfile import ConfigError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -61,15 +61,9 @@ class Parts:
     start: Start
     seed: int
     table: Mapping[str, str]  # what is shown before the first step
+    places: Mapping[str, str]  # where each section stands, as file:line
     record: Mapping[str, Any]  # what the journal is told at the start
     texts: Mapping[str, str]  # what goes into the run folder as it is: the config, resolved and as written
-
-
-def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """The 2-norm of all gradients as one vector; torch's own function sorts them first, which takes as long again."""
-    if len({item.dtype for item in gradients}) > 1:
-        return get_total_norm(gradients)
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
 
 
 class Trainer:
@@ -102,6 +96,7 @@ class Trainer:
         pictures: What is drawn at validations: its settings as a mapping; false or null: nothing.
         time_limit: After so long (seconds, 90m, 01:30:00) this start saves and ends, as before a batch system's limit.
         ddp: Options of DistributedDataParallel, and backend and timeout_seconds of its process group.
+        hang_timeout_seconds: A rank that makes no progress for so long is named, and the job ends; 0: never.
         input_key: Which entry of a dict batch is the input.
         target_key: Which entry of a dict batch is the target.
     """
@@ -135,6 +130,7 @@ class Trainer:
         pictures: bool | dict | None = True,
         time_limit: float | str | None = None,
         ddp: dict | None = None,
+        hang_timeout_seconds: float = 1800.0,
         input_key: str | None = None,
         target_key: str | None = None,
     ) -> None:
@@ -151,7 +147,7 @@ class Trainer:
         self.clip_grad_norm, self.on_nonfinite = clip_grad_norm, on_nonfinite
         self.log_every_steps, self.validate_every_steps = log_every_steps, validate_every_steps
         self.checkpoint_every_steps, self.early_stop_patience = checkpoint_every_steps, early_stop_patience
-        self.input_key, self.target_key = input_key, target_key
+        self.input_key, self.target_key, self.hang_timeout_seconds = input_key, target_key, hang_timeout_seconds
         self.scaler = torch.amp.GradScaler(self.device.type) if precision == "fp16" else None
         average = None if ema_decay is None else get_ema_multi_avg_fn(ema_decay)
         self.ema = AveragedModel(self.module, multi_avg_fn=average, use_buffers=True) if average else None
@@ -168,6 +164,8 @@ class Trainer:
         self.bad_validations = 0  # since the last best
         self.stopped = False  # all ranks agreed to stop on a signal
         self.ended = ""  # why the training ended before its limits
+        self.beats = 0  # grows as long as there is progress
+        self.batch_start = 0  # the position of the batch at work
         self.test_figures: dict[str, float] = {}
         self.validated_step = -1
         self.score: float | None = None  # of the last validation
@@ -197,7 +195,7 @@ class Trainer:
         if self.parts.start.finished:
             self.progress.note(self.parts.start.finished)
             return "FINISHED"
-        with recorded(self), self.saver.abandoning(self):
+        with recorded(self), watched(self, self.hang_timeout_seconds), self.saver.abandoning(self):
             self.saver.check(self)
             self._finish_last_start()
             while self.epoch < self.max_epochs and self.step < self.max_steps and not self.ended:
@@ -216,6 +214,7 @@ class Trainer:
         self._restart_clock()
         self.saver.mark(self)
         for micro in self.stop_request.waiting(loader.epoch(self.epoch, self.position)):
+            self.beats, self.batch_start = self.beats + 1, micro.start
             with contextlib.nullcontext() if micro.closes else self.ranks.no_sync(self.model):
                 self._forward_backward(micro)
             if micro.closes:
@@ -230,7 +229,7 @@ class Trainer:
 
     def _forward_backward(self, micro: Micro) -> None:
         """Forward, loss, backward; the gradients become those of the mean over all ranks' samples of this step."""
-        loss, terms, _ = self._outcome(self.model, micro.batch)
+        loss, terms, _ = self.outcome(self.model, micro.batch)
         value = loss.detach()
         # 0 * loss is NaN for a loss that is not finite; so then are its gradients, which every rank gets to see.
         seed = torch.add(self._weight(micro.weight, value.dtype), value, alpha=0)
@@ -344,7 +343,7 @@ class Trainer:
         module = module or (self.ema.module if self.ema else self.compiled)
         album = self.parts.pictures.album(self.step, self.journal, self.progress.note) if phase == "val" else None
         loader, stop = getattr(self.loaders, phase), self._asked_to_stop
-        means = evaluate(module, loader, self._outcome, self.metrics, self.ranks, stop, album)
+        means = evaluate(module, loader, self.outcome, self.metrics, self.ranks, stop, album)
         self.model.train()
         if means is None:
             self.stop()
@@ -371,20 +370,6 @@ class Trainer:
         if figures:
             self.progress.evaluation("test", self.step, figures)
         return figures
-
-    def rehearse(self) -> Iterator[str]:
-        """Try one batch of each phase, and the metrics; yields a line for each. Trains nothing."""
-        loss, _, _ = self._outcome(self.model, next(iter(self.train_loader.epoch(0))).batch)
-        loss.backward()
-        self.optimizer.zero_grad()
-        yield f"train: one batch forward and backward, loss {float(loss.detach()):.4g}"
-        for phase in ("val", "test"):
-            if getattr(self.loaders, phase) is not None:
-                figures = evaluate(
-                    self.compiled, islice(getattr(self.loaders, phase), 1), self._outcome, self.metrics, self.ranks
-                )
-                figures = figures or {}
-                yield f"{phase}: one batch, " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
 
     # ------------------------------------------------------------------------------------- figures and checkpoints
 
@@ -428,6 +413,7 @@ class Trainer:
 
     def _asked_to_stop(self) -> bool:
         """Whether this rank, or during an evaluation any other, was asked to stop; costs no collective."""
+        self.beats += 1
         if self.stop_request:
             self.ranks.board.raise_flag("stop")
         return bool(self.stop_request) or self.ranks.board.is_raised("stop")
@@ -446,7 +432,7 @@ class Trainer:
             gc.collect()
             gc.freeze()  # what is there by now stays; looking through it for garbage would cost some steps 5 %
 
-    def _outcome(self, model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, Mapping[str, torch.Tensor], Outcome]:
+    def outcome(self, model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, Mapping[str, torch.Tensor], Outcome]:
         """What a model makes of one batch: the loss, its terms, and what metrics look at."""
         if self.device.type != "cpu":
             batch = batches.to_device(batch, self.device)
@@ -486,6 +472,11 @@ class Trainer:
         steps = int(min(loader.steps(self.position), self.max_steps - self.step))
         done = -(-self.position // loader.global_batch)
         return None if math.isinf(self.max_epochs) else int(self.max_epochs), steps + done, done
+
+    def samples_at_work(self) -> list[int]:
+        """The training samples of this rank's batch."""
+        batches = self.train_loader.shard.batches_from(self.epoch, self.batch_start, 1)
+        return batches[0] if batches else []
 
     def _is_due(self, every_steps: int | None) -> bool:
         return every_steps is not None and self.step % every_steps == 0

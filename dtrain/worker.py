@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from ml_collections import ConfigDict
 
 from dtrain.create import create_trainer
+from dtrain.rehearsal import rehearse as tried
+from dtrain.replay import replay as repeat
 from dtrain.sections import refused
 from dtrain.tracking import NoJournal
 from dtrain.trainer import Trainer
@@ -62,10 +64,23 @@ def rehearse(config: ConfigDict) -> int:
 
     def action() -> int:
         trainer = _silent(config)
-        for line in trainer.rehearse():
+        for line in tried(trainer):
             trainer.progress.note(line)
         trainer.progress.close()
         trainer.ranks.close()
+        return 0
+
+    return _status(action)
+
+
+def replay(config: ConfigDict, folder: Path) -> int:
+    """Repeat the failed step of a run folder on this one process, and say what is found; writes nothing."""
+
+    def action() -> int:
+        trainer = _silent(config)
+        for line in repeat(trainer, folder):
+            trainer.progress.note(line)
+        trainer.progress.close()
         return 0
 
     return _status(action)

@@ -24,6 +24,7 @@ LAYERS = (
     ("worker",),
     ("create",),
     ("trainer",),
+    ("predict",),
     (*GET_ROOMS, "checkpoint", "tracking", "sender", "progress"),
     ("build", "distributed"),
     ("config", "batch", "interrupt", "rng"),  # these know nobody
@@ -32,10 +33,14 @@ LAYERS = (
 HELPERS = {
     **dict.fromkeys(("annotations", "check", "locate", "sections", "source"), "build"),
     **dict.fromkeys(("address", "codestate", "redact", "runfiles"), "tracking"),
-    **dict.fromkeys(("evaluation", "record", "report", "resume", "saving", "state"), "trainer"),
+    **dict.fromkeys(("evaluation", "record", "rehearsal", "report", "resume", "saving", "state"), "trainer"),
+    **dict.fromkeys(("failure", "replay", "watch"), "trainer"),
     **dict.fromkeys(("drawing", "panel", "pictures"), "trainer"),
     "board": "distributed",
     "delivery": "sender",
+    **dict.fromkeys(("desk", "grid", "items", "outputs", "parts", "segments", "stitch"), "predict"),
+    "inference": "trainer",
+    "rows": "progress",
     "snapshot": "checkpoint",
     **dict.fromkeys(("dialect", "yamlfile"), "config"),
 }
