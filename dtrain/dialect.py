@@ -104,7 +104,7 @@ def _mapping_at(values: Any, path: KeyPath, create: bool = False) -> dict[Any, A
 _DATASETS = ("StandardHDF5Dataset", "LazyHDF5Dataset", "DSB2018Dataset")
 _FOREIGN = (".pytorch", ".pt", ".pth")  # files that hold a checkpoint; dtrain's own are folders
 _PHASES = ("train", "val", "test")
-_TRANSFORMS = "dtrain.components.transforms.pytorch3dunet"
+_TRANSFORMS = "dtrain.components.transforms.pytorch3dunet.paired"
 
 # What pytorch-3dunet takes where a file says nothing, and dtrain takes otherwise.
 _DEFAULTS: dict[KeyPath, Any] = {
@@ -244,8 +244,8 @@ class _Translation:
             return
         if path[1] == "test":  # where pytorch-3dunet itself reads no label
             lists = {"raw": lists["raw"]}
-        phase["transforms"] = [{"name": f"{_TRANSFORMS}.paired", "label": None} | lists]
-        _move_places(self.places, path, (*path[:-1], "transforms", 0))
+        phase["transforms"] = {"name": _TRANSFORMS, "label": None} | lists
+        _move_places(self.places, path, (*path[:-1], "transforms"))
 
     def _loss(self) -> None:
         """What pytorch-3dunet wraps around torch's losses is a loss around them here as well."""
