@@ -28,6 +28,24 @@ def split(batch: Any, input_key: str | None = None, target_key: str | None = Non
     raise ValueError(f"a batch is (input, target) or a dict, found {_described(batch)}")
 
 
+def inputs(batch: Any, input_key: str | None = None, target_key: str | None = None) -> Any:
+    """The input of a batch, with or without a target. A sequence of several is taken to end with the target.
+
+    Args:
+        batch: As for `split`, or the input alone.
+        input_key: See `split`.
+        target_key: See `split`.
+    """
+    if isinstance(batch, Mapping):
+        if (target_key and target_key in batch) or any(key in batch for key in TARGET_KEYS):
+            return _split_dict(batch, input_key, target_key)[0]
+        key = input_key or next((key for key in INPUT_KEYS if key in batch), None)
+        return batch if key is None else batch[key]
+    if isinstance(batch, list | tuple):
+        return batch[0] if len(batch) == 1 else split(batch)[0]
+    return batch
+
+
 def _split_dict(batch: Mapping[str, Any], input_key: str | None, target_key: str | None) -> tuple[Any, Any]:
     target_key = target_key or next((key for key in TARGET_KEYS if key in batch), None)
     if target_key is None or target_key not in batch:

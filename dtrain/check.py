@@ -15,6 +15,7 @@ from dtrain.config import notes_on
 from dtrain.locate import STANDARD, locate
 from dtrain.sections import (
     PHASES,
+    PURPOSES,
     RANGES,
     REQUIRED,
     TOP_LEVEL,
@@ -29,8 +30,12 @@ from dtrain.source import SOURCE, Callee, Dynamic, is_standard
 from dtrain.yamlfile import ConfigError, KeyPath, Mistake, did_you_mean, dotted, found, is_mapping, shown
 
 
-def check(config: ConfigDict) -> None:
+def check(config: ConfigDict, purpose: str | None = "train") -> None:
     """Compare the whole config with the signatures of what it names, importing nothing.
+
+    Args:
+        config: The whole config.
+        purpose: train, test or predict: what must be there. None: whichever the phases under `loaders` are for.
 
     Raises:
         ConfigError: Every mistake, each with its place.
@@ -44,7 +49,7 @@ def check(config: ConfigDict) -> None:
     mistakes += _shared_mistakes(config, described) + _top_level_mistakes(config) + module_mistakes(config)
     told = {item.text.partition(":")[0] for item in mistakes}
     mistakes += [item for item in _value_mistakes(config) if item.text.partition(":")[0] not in told]
-    mistakes += _missing_mistakes(config)
+    mistakes += _missing_mistakes(config, purpose or _purpose_of(config))
     if mistakes:
         # A key shared by several calls has one mistake, not one for each signature.
         first = {(item.place, item.text.partition("; ")[0]): item for item in reversed(mistakes)}
@@ -297,13 +302,24 @@ def _at(values: Any, key: str) -> Any:
     return values.get(key) if is_mapping(values) else None
 
 
-def _missing_mistakes(config: ConfigDict) -> list[Mistake]:
-    """What a training cannot do without."""
-    missing = [name for name in REQUIRED if config.get(name) is None]
+def _purpose_of(config: ConfigDict) -> str:
+    """What a config can be for: the first of train, predict and test whose data it has, else train."""
+    return next((phase for phase in ("train", "predict", "test") if _at(config.get("loaders"), phase)), "train")
+
+
+def _missing_mistakes(config: ConfigDict, purpose: str) -> list[Mistake]:
+    """What a training, a test or a prediction cannot do without."""
+    sections, phases = PURPOSES[purpose]
+    missing = [name for name in sections if config.get(name) is None]
+    if purpose == "test" and config.get("loss") is None and config.get("metrics") is None:
+        missing.append("loss")
     mistakes = [mistake(config, (name,), f"missing, such as {name}: {REQUIRED[name]}") for name in missing]
     loaders, trainer = config.get("loaders"), config.get("trainer")
-    if is_mapping(loaders) and loaders.get("train") is None:
-        mistakes.append(mistake(config, ("loaders",), "has no 'train', so there is nothing to train on"))
+    if is_mapping(loaders) and all(loaders.get(phase) is None for phase in phases):
+        text = f"has no {' and no '.join(map(repr, phases))}, so there is nothing to {purpose}"
+        mistakes.append(mistake(config, ("loaders",), text + ("" if purpose == "predict" else " on")))
+    if purpose != "train":
+        return mistakes
     limits = [_at(trainer, key) for key in ("max_epochs", "max_steps")]
     if (trainer is None or is_mapping(trainer)) and limits == [None, None]:
         mistakes.append(mistake(config, ("trainer",), "needs max_epochs or max_steps, such as max_epochs: 10"))

@@ -13,9 +13,12 @@ from collections.abc import Iterator, Mapping
 from time import perf_counter
 from typing import TYPE_CHECKING, TextIO
 
+from dtrain.rows import Rows
+
 if TYPE_CHECKING:
     from rich.text import Text
 
+LINE_SECONDS = 30.0  # between two lines of a prediction
 REDRAW_SECONDS = 0.5  # a bar is for eyes; a redraw costs the step under it about a millisecond
 BAR_COLUMNS = (6, 40)  # at least, at most
 
@@ -27,6 +30,9 @@ class SilentProgress:
         """See TerminalProgress."""
 
     def start_epoch(self, epoch: int, epochs: int | None, steps: int, done: int = 0) -> None:
+        """See TerminalProgress."""
+
+    def start_patches(self, patches: int) -> None:
         """See TerminalProgress."""
 
     def step(self) -> None:
@@ -57,6 +63,7 @@ class LineProgress:
     def __init__(self, stream: TextIO) -> None:
         self._outlet = _Outlet(stream)
         self._pace = _Pace()
+        self._next_line = 0.0
 
     def begin(self, facts: Mapping[str, str]) -> None:
         """One line per fact."""
@@ -67,9 +74,17 @@ class LineProgress:
         """Counts from here on; writes nothing."""
         self._pace.start_epoch(epoch, epochs, steps, done)
 
+    def start_patches(self, patches: int) -> None:
+        """Counts patches from here on; a line now and then says how many are done."""
+        self._pace.start_patches(patches)
+        self._next_line = perf_counter() + LINE_SECONDS
+
     def step(self) -> None:
-        """Counts one optimizer step; writes nothing."""
+        """Counts one optimizer step; writes nothing, but for patches a line now and then."""
         self._pace.done += 1
+        if self._pace.of_patches and perf_counter() >= self._next_line:
+            self._next_line = perf_counter() + LINE_SECONDS
+            self._write(f"{self._pace.done:,} of {self._pace.steps:,} patches", self._pace.left_text())
 
     def figures(self, step: int, figures: Mapping[str, float]) -> None:
         """One line: where the training is, its figures, how long it will take."""
@@ -112,7 +127,7 @@ class TerminalProgress:
 
         self._console = Console(file=_Outlet(stream), force_terminal=True, highlight=False)  # type: ignore[arg-type]
         self._pace = _Pace()
-        self._rows = _Rows()
+        self._rows = Rows()
         self._next_redraw = 0.0
         self._step = 0
         self._trained: dict[str, float] = {}  # the training's latest figures
@@ -147,9 +162,16 @@ class TerminalProgress:
         """
         self._print_due_row()
         self._pace.start_epoch(epoch, epochs, steps, done)
-        if not self._live.is_started:
-            self._live.start()
-            self._console.show_cursor(True)  # Live hides it, and a killed process could not bring it back
+        self._start_bar()
+
+    def start_patches(self, patches: int) -> None:
+        """A bar for a prediction rather than a training; `step` counts one patch.
+
+        Args:
+            patches: How many there are.
+        """
+        self._pace.start_patches(patches)
+        self._start_bar()
 
     def step(self) -> None:
         """One optimizer step is done: counts (0.1 us), and redraws at most twice a second."""
@@ -220,6 +242,11 @@ class TerminalProgress:
         self._print_due_row()
         self._live.stop()
 
+    def _start_bar(self) -> None:
+        if not self._live.is_started:
+            self._live.start()
+            self._console.show_cursor(True)  # Live hides it, and a killed process could not bring it back
+
     def _redraw(self) -> None:
         self._live.refresh()
         self._next_redraw = perf_counter() + REDRAW_SECONDS
@@ -265,10 +292,10 @@ class TerminalProgress:
         from rich.text import Text
 
         pace, console = self._pace, self._console
-        head = f"epoch {pace.epoch_text()} "
+        head = "patches " if pace.of_patches else f"epoch {pace.epoch_text()} "
         named = {name: text.rjust(15) if "samples/s" in text else text for name, text in _pairs(self._trained)}
         named |= {name: text for name, text in _pairs(self._evaluated) if name != "val/loss"}
-        left = pace.left_text() if pace.done < pace.steps else "evaluating"
+        left = pace.left_text() if pace.done < pace.steps else "writing" if pace.of_patches else "evaluating"
         tail = [f" {pace.done:>{len(f'{pace.steps:,}')},}/{pace.steps:,}", left.ljust(16)]  # so that nothing jumps
         room = console.width - 1 - len(head) - BAR_COLUMNS[0]
         for name in dict.fromkeys(["train/loss", "samples_per_second", *self._evaluated, *named]):
@@ -359,10 +386,11 @@ def _bare(phase: str, figures: Mapping[str, float]) -> dict[str, float]:
 
 
 class _Pace:
-    """How far the training is and how fast it goes, counted in the optimizer steps of this process."""
+    """How far the training is and how fast it goes, counted in the optimizer steps of this process, or in patches."""
 
     def __init__(self) -> None:
         self.epoch, self.steps, self.done = 0, 0, 0
+        self.of_patches = False  # else of optimizer steps
         self.epochs: int | None = None
         self._earlier = 0  # steps of the epochs before; with `done` all that counts is differences
         self._measured_from: tuple[float, int] | None = None  # time, steps
@@ -373,6 +401,11 @@ class _Pace:
             self._row_from = (perf_counter(), 0)
         self._earlier += self.done - done
         self.epoch, self.epochs, self.steps, self.done = epoch, epochs, steps, done
+        self.of_patches = False
+
+    def start_patches(self, patches: int) -> None:
+        self.start_epoch(1, 1, patches, 0)
+        self.of_patches = True
 
     def epoch_text(self) -> str:
         """3/20, of equal length in all epochs."""
@@ -408,55 +441,6 @@ class _Pace:
     def start_row(self) -> None:
         """The next row counts from here."""
         self._row_from = (perf_counter(), self._earlier + self.done)
-
-
-class _Rows:
-    """The table of epochs: rows that line up under their columns' names."""
-
-    def __init__(self) -> None:
-        self._names: tuple[str, ...] = ()
-
-    def lines(self, cells: Mapping[str, str], width: int) -> "Iterator[Text]":
-        """The row, and above it the names when they are not those of the row before.
-
-        Args:
-            cells: Column's name -> text.
-            width: Columns of the terminal; what does not fit is left out, the figures from the right.
-        """
-        from rich.text import Text
-
-        names = self._fitting(cells, width)
-        if names != self._names:
-            self._names = names
-            yield Text("  ".join(_aligned(name, name, cells[name]) for name in names), "dim", no_wrap=True)
-        line = Text(no_wrap=True, overflow="crop")
-        for name in names:
-            line.append("  " if line else "")
-            line.append(_aligned(name, cells[name], cells[name]), _style(name, cells[name]))
-        yield line
-
-    @staticmethod
-    def _fitting(cells: Mapping[str, str], width: int) -> tuple[str, ...]:
-        """The columns for which there is room."""
-        names = list(cells)
-        droppable = ["time", *(name for name in names if name not in ("epoch", "")), "samples/s", "step"]
-        while sum(len(_aligned(name, "", cells[name])) + 2 for name in names) - 2 >= width and droppable:
-            name = droppable.pop()
-            if name in names:
-                names.remove(name)
-        return tuple(names)
-
-
-def _aligned(name: str, text: str, cell: str) -> str:
-    """A cell's text as wide as its column: the widest that it usually gets."""
-    usual = {"time": 10, "step": 7, "": 4, "epoch": len(cell)}.get(name, 6)
-    return text.ljust(usual) if name == "" else text.rjust(max(len(name), usual))
-
-
-def _style(name: str, cell: str) -> str:
-    if cell in ("nan", "inf", "-inf"):
-        return "bold red"
-    return {"epoch": "bold", "time": "dim", "samples/s": "dim", "step": "dim", "": "bold green"}.get(name, "")
 
 
 class _Outlet:

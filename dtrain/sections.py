@@ -66,6 +66,7 @@ HOUSE = {
     "loader": ("loader_settings", Slot(("dtrain.dataloader",))),
     "ddp": ("ddp_options", Slot(("dtrain.distributed",))),
     "pictures": ("picture_settings", Slot(("dtrain.pictures",))),
+    "predictor": ("Predictor", Slot(("dtrain.predict",))),
     "schedule": ("schedule_settings", Slot(("dtrain.optimizer",))),
 }
 # The schedules whose length dtrain fills in where the config leaves it out: it knows it, and PolynomialLR's default
@@ -76,6 +77,11 @@ REQUIRED = {  # what training needs, and an example of each
     "loaders": "{name: Digits, batch_size: 64, train: {split: train}}",
     "loss": "{name: CrossEntropyLoss}",
     "optimizer": "{name: AdamW, lr: 1e-3}",
+}
+PURPOSES = {  # what a config is used for: the sections that it needs, and one of the phases
+    "train": (("model", "loaders", "loss", "optimizer"), ("train",)),
+    "test": (("model", "loaders"), ("test",)),
+    "predict": (("model", "loaders"), ("predict", "test")),
 }
 _ANY, _SOME, _PART = (0, math.inf), (1, math.inf), (0, 1)
 RANGES: dict[str, dict[str, tuple[float, float]]] = {  # where the type alone admits more
@@ -90,6 +96,9 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # where the type alone ad
     },
     "lr_scheduler": {"warmup_steps": _ANY, "warmup_start": _ANY},
     "mlflow": {"exit_timeout_seconds": _ANY},
+    "predictor": {
+        "batch_size": _SOME, "prediction_channel": _ANY, "connectivity": (1, 3), "min_size": _ANY, "slab_planes": _SOME,
+    },
 }  # fmt: skip
 PHASES = ("train", "val", "test", "predict")
 TOP_LEVEL = {  # the keys of a config with their types; those without one are looked at elsewhere
@@ -98,7 +107,7 @@ TOP_LEVEL = {  # the keys of a config with their types; those without one are lo
     "seed": "int | None",
     "device": "str",
     "modules": "",
-    **dict.fromkeys((*SLOTS, "trainer", "mlflow"), ""),
+    **dict.fromkeys((*SLOTS, "trainer", "mlflow", "predictor"), ""),
 }
 
 
@@ -190,7 +199,7 @@ def _plain_call(config: ConfigDict, section: str, wrong: Wrong) -> dict[str, Cal
     return {section: call_at((section,), values, SLOTS[section])}
 
 
-def _mlflow_call(config: ConfigDict, section: str, wrong: Wrong) -> dict[str, Call]:
+def _settings_call(config: ConfigDict, section: str, wrong: Wrong) -> dict[str, Call]:
     values = _mapping(config, (section,), config.get(section), wrong)
     return {} if values is None else {section: _house_call((section,), section, values)}
 
@@ -362,5 +371,6 @@ READERS = {
     "optimizer": _plain_call,
     "lr_scheduler": _scheduler_calls,
     "trainer": _trainer_calls,
-    "mlflow": _mlflow_call,
+    "mlflow": _settings_call,
+    "predictor": _settings_call,
 }

@@ -1,0 +1,100 @@
+"""Where the patches of a prediction lie and how much each counts at each place; knows no model, no file and no rank."""
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+
+Blend = Literal["gaussian", "constant"]
+Region = tuple[slice, ...]
+
+SIGMAS = 8  # a patch's length in standard deviations of its Gaussian
+
+
+class Grid:
+    """Patches over one volume: starts 0, s, 2s, ... along each axis, the last one flush with the end.
+
+    They are numbered with the first axis slowest. Along an axis on which the patch is longer than the volume there is
+    one, and what lies outside is cut off. All patches that cover a voxel share it: their weights there add up to 1. As
+    weights are products over the axes, so are their sums: none of this needs an array of the volume's size.
+
+    Args:
+        shape: Extent of the volume, (D, H, W) or (H, W).
+        patch: Extent of a patch.
+        stride: From one start to the next, at most the patch's extent.
+        blend: How a patch counts: `constant`: everywhere alike; `gaussian`: by exp(-x^2 / 2 sigma^2) along each axis,
+            x voxels from its middle, sigma an eighth of its length (Isensee et al., nnU-Net, Nature Methods 2021).
+    """
+
+    def __init__(self, shape: Sequence[int], patch: Sequence[int], stride: Sequence[int], blend: Blend) -> None:
+        self.shape, self.patch = tuple(shape), tuple(patch)
+        self.starts = [_starts(*item) for item in zip(shape, patch, stride, strict=True)]
+        self._counts = tuple(map(len, self.starts))
+        axes = zip(self.shape, self.patch, self.starts, strict=True)
+        self._weights = [_shares(extent, length, starts, blend) for extent, length, starts in axes]
+        self.overlaps = any(_overlap(length, starts) for length, starts in zip(self.patch, self.starts, strict=True))
+
+    def __len__(self) -> int:
+        return math.prod(self._counts)
+
+    @property
+    def per_layer(self) -> int:
+        """Patches with the same start along the first axis."""
+        return math.prod(self._counts[1:])
+
+    def corner(self, index: int) -> tuple[int, ...]:
+        """Where a patch begins."""
+        places = np.unravel_index(index, self._counts)
+        return tuple(starts[place] for starts, place in zip(self.starts, places, strict=True))
+
+    def region(self, index: int, halo: Sequence[int]) -> Region:
+        """A patch with its halo on each side; it may reach out of the volume."""
+        ends = zip(self.corner(index), self.patch, halo, strict=True)
+        return tuple(slice(start - around, start + length + around) for start, length, around in ends)
+
+    def weight(self, index: int) -> np.ndarray:
+        """A patch's share in each of its voxels that lie in the volume, float64."""
+        places = np.unravel_index(index, self._counts)
+        shares = [weights[place] for weights, place in zip(self._weights, places, strict=True)]
+        result = shares[0]
+        for share in shares[1:]:
+            result = result[..., np.newaxis] * share
+        return result
+
+    def touching(self, begin: int, end: int) -> range:
+        """The patches that cover any of the planes [begin, end) of the first axis."""
+        first = bisect_right(self.starts[0], begin - self.patch[0])
+        last = bisect_left(self.starts[0], end)
+        return range(first * self.per_layer, last * self.per_layer)
+
+    def slabs(self, least_planes: int) -> list[tuple[int, int]]:
+        """The volume cut across its first axis, where patches begin, in slabs of so many planes at least."""
+        cuts = [0]
+        for start in self.starts[0]:
+            if start - cuts[-1] >= least_planes and self.shape[0] - start >= least_planes:
+                cuts.append(start)
+        return list(zip(cuts, [*cuts[1:], self.shape[0]], strict=True))
+
+
+def _starts(extent: int, patch: int, stride: int) -> list[int]:
+    if patch >= extent:
+        return [0]
+    regular = list(range(0, extent - patch + 1, stride))
+    return regular if regular[-1] == extent - patch else [*regular, extent - patch]
+
+
+def _overlap(patch: int, starts: list[int]) -> bool:
+    return any(later - start < patch for start, later in pairwise(starts))
+
+
+def _shares(extent: int, patch: int, starts: list[int], blend: Blend) -> list[np.ndarray]:
+    """Each start's share along one axis, cut to the volume."""
+    away = np.arange(patch) - (patch - 1) / 2
+    own = np.exp(-0.5 * (away * SIGMAS / patch) ** 2) if blend == "gaussian" else np.ones(patch)
+    total = np.zeros(extent)
+    for start in starts:
+        total[start : start + patch] += own[: extent - start]
+    return [own[: extent - start] / total[start : start + patch] for start in starts]
