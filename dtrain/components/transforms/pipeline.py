@@ -100,7 +100,10 @@ def _step(transform: Any, place: str) -> Step:
         found = f"the class {transform.__name__}" if isinstance(transform, type) else f"a {type(transform).__name__}"
         raise TypeError(f"{place} is {found}; expected an object that is called with a sample")
     if monai and isinstance(transform, monai.Transform | monai.Randomizable):
-        if not hasattr(transform, "keys"):
+        if isinstance(transform, monai.Compose):
+            for part in transform.transforms:
+                _step(part, place)
+        elif not hasattr(transform, "keys"):
             name = type(transform).__name__
             raise ValueError(f"{place}: MONAI's {name} changes one array alone; take {name}d with keys: [image, label]")
         return Step(
@@ -156,7 +159,7 @@ def _as_before(array: np.ndarray, dtype: np.dtype, key: str, transform: Any) -> 
     if key != "label" or array.dtype == dtype or np.issubdtype(dtype, np.floating):
         return array.astype(dtype, copy=False)
     if np.issubdtype(array.dtype, np.floating) and (array != np.rint(array)).any():
-        if ".spatial." in type(transform).__module__:
+        if ".spatial." in type(transform).__module__ or hasattr(transform, "transforms"):
             raise ValueError(
                 f"{_name(transform)} mixed label values; use mode: [bilinear, nearest] for image and label"
             )
