@@ -142,7 +142,8 @@ def _note(trainer: "Trainer", error: BaseException, consequence: bool) -> dict[s
     text = redact("".join(traceback.format_exception(error)))
     phase = phase_of([frame.name for frame in frames])
     rooms = [Path(frame.filename).stem for frame in frames if Path(frame.filename).parent == Path(__file__).parent]
-    part = next((_PARTS[room] for room in reversed(rooms) if room in _PARTS), "")
+    # A number that is not finite shows in the optimizer's step, which is seldom its cause.
+    part = "" if isinstance(error, ArithmeticError) else next((_PARTS[room] for room in reversed(rooms) if room in _PARTS), "")
     own = [frame for frame in frames if Path(frame.filename).parent != Path(__file__).parent]
     own = [frame for frame in own if "site-packages" not in frame.filename] or own
     return {

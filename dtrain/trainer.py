@@ -37,7 +37,7 @@ from dtrain.yamlfile import ConfigError
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(ArithmeticError):
     """The loss or a gradient became NaN or infinite; the weights are those of before that step."""
 
 
