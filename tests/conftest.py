@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+pytest_plugins = ["whole_runs"]  # the fixture `place`
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 TAG = "DTRAIN_TEST_TAG"
 # What a shell, a batch system or a developer may have set, and no test may depend on.

@@ -2,11 +2,13 @@
 
 For the tests, TOY_DO makes the model do something at a certain call: "train 5 rank 1 TERM" sends SIGTERM to rank 1's
 process in its fifth training forward, "eval 1 rank 0 KILL" kills rank 0 in its first evaluation forward, "raise"
-raises, "nan" spoils the output. TOY_SEEN names a folder where each process notes the samples that it loads.
+raises, "nan" spoils the output, "sleep" never returns. TOY_LOAD does the same where a sample is loaded, "sample 3 rank
+0 sleep", at each time. TOY_SEEN names a folder where each process notes the samples that it loads.
 """
 
 import os
 import signal
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -31,6 +33,7 @@ class Points(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> object:
         note_seen(index)
+        trouble_at(index)
         x, y = self.x[index] + self.noise * torch.randn(8) if self.noise else self.x[index], self.y[index]
         if self.form == "several":
             return x[:4], x[4:], y
@@ -47,6 +50,21 @@ def note_seen(index: int) -> None:
             file.write(f"{index}\n")
 
 
+def trouble_at(index: int) -> None:
+    _, number, _, rank, action = (os.environ.get("TOY_LOAD") or "sample -1 rank 0 nothing").split()
+    if index == int(number) and os.environ.get("RANK", "0") == rank:
+        act(action)
+
+
+def act(action: str) -> None:
+    if action == "raise":
+        raise RuntimeError("the toy is broken")
+    if action == "sleep":
+        while True:
+            time.sleep(0.1)
+    os.kill(os.getpid(), signal.Signals[f"SIG{action}"])
+
+
 class Trouble(nn.Module):
     """Passes on what it gets, and does what TOY_DO asks for, once."""
 
@@ -61,11 +79,9 @@ class Trouble(nn.Module):
         self.calls[phase] += 1
         if (phase, self.calls[phase]) != self.due:
             return x
-        if self.action == "raise":
-            raise RuntimeError("the toy is broken")
         if self.action == "nan":
             return x * float("nan")
-        os.kill(os.getpid(), signal.Signals[f"SIG{self.action}"])
+        act(self.action)
         return x
 
 

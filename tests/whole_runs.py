@@ -1,0 +1,220 @@
+"""Whole trainings for tests, through the real command line: where they are made, and what they left."""
+
+import json
+import math
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FOREIGN, FOREIGN_PREFIXES, TAG, Result, Running, Tagged
+from filelock import FileLock
+
+from dtrain.checkpoint import Loaded, load
+
+TOY = Path(__file__).with_name("toy.py")
+WAIT_SECONDS = 150
+
+AUDIT = '''"""Notes what a process opens for writing in run folders, and that it imports mlflow. Run at its start."""
+import os, sys
+
+place = os.environ.get("TOY_AUDIT")
+who = os.environ.get("RANK", "-") + " " + ("sender" if "dtrain.sender" in sys.orig_argv else "rank")
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.chmod", "os.truncate")
+
+def note(event, arguments):
+    if event == "open":
+        path, mode, flags = arguments
+        if not (flags or 0) & WRITES and not set(mode or "") & set("wax+"):
+            return
+    elif event == "import":
+        path = "" if arguments[0] == "mlflow" else None
+    elif event in CHANGES:
+        path = arguments[1] if event in ("os.rename", "os.symlink") else arguments[0]
+    else:
+        return
+    if isinstance(path, (str, bytes, os.PathLike)):
+        path = os.path.abspath(os.fsdecode(path)) if path else ""
+        if not path or "/run" in path and "/__pycache__" not in path:
+            fd = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.write(fd, f"{who}\\t{event}\\t{path}\\n".encode())
+            os.close(fd)
+
+if place:
+    guard = []
+    def hook(event, arguments):
+        if not guard:
+            guard.append(1)
+            try:
+                note(event, arguments)
+            finally:
+                guard.clear()
+    sys.addaudithook(hook)
+'''
+
+
+NO_MLFLOW = "raise ImportError('kept out of this test')\n"
+
+
+class Place:
+    """A folder with the toy module, in which command lines are started; all workers of pytest-xdist share it."""
+
+    def __init__(self, folder: Path, tagged: Tagged) -> None:
+        self.folder, self.tagged = folder, tagged
+        with FileLock(folder / ".lock"):
+            shutil.copy(TOY, folder)
+            for name, text in (("stubs/mlflow/__init__.py", NO_MLFLOW), ("audit/sitecustomize.py", AUDIT)):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_text(text)
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN_PREFIXES) and k not in FOREIGN}
+        self.env = {**kept, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", TAG: tagged.tag}
+
+    def config(self, name: str, **changes: Any) -> str:
+        """A config file of that name, whose run folder has it, too; `changes` has dots between keys."""
+        return write_config(self.folder, name, changes)
+
+    def start(
+        self,
+        *arguments: str,
+        ranks: int = 1,
+        do: str = "",
+        mlflow: bool = False,
+        launcher: list[str] | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> list[Running]:
+        """Start a training; of several ranks each process is the caller's own, unless a launcher starts them.
+
+        MLflow is kept out, which saves its import's seconds; the journal holds the same.
+        """
+        path = [str(self.folder / "audit"), *([] if mlflow else [str(self.folder / "stubs")])]
+        path += filter(None, [os.environ.get("PYTHONPATH")])
+        full = {**self.env, "PYTHONPATH": os.pathsep.join(path), "TOY_DO": do, **(env or {})}
+        command = [*(launcher or [sys.executable]), "-m", "dtrain", *arguments]
+        worlds = [{}] if launcher or ranks == 1 else worlds_of(ranks)
+        started = []
+        for number, world in enumerate(worlds):
+            files = self.folder / "output" / f"{self.tagged.tag}-{len(self.tagged.started)}-{number}"
+            files.mkdir(parents=True)
+            started.append(Running(command, self.folder, full | world, files, self.tagged))
+        return started
+
+    def run(self, *arguments: str, expect: int | None = 0, timeout: float = WAIT_SECONDS, **options: Any) -> Result:
+        """The same to its end; rank 0's result, after all of them ended with the status that is expected."""
+        results = [running.result(timeout) for running in self.start(*arguments, **options)]
+        if expect is not None:
+            assert [result.rc for result in results] == [expect] * len(results), "".join(r.text for r in results)
+        return results[0]
+
+    def path(self, name: str) -> Path:
+        return self.folder / f"run-{name}"
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` returns (as JSON keeps it), made by the first worker that asks for it."""
+        kept = self.folder / f"{name}.made"
+        with FileLock(kept.with_suffix(".lock")):
+            if not kept.exists():
+                kept.write_text(json.dumps(make()))
+            return json.loads(kept.read_text())
+
+
+def worlds_of(ranks: int) -> list[dict[str, str]]:
+    """What torchrun sets for each rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
+
+
+def write_config(folder: Path, name: str, changes: Mapping[str, Any]) -> str:
+    sections: dict[str, Any] = {
+        "experiment": "toy",
+        "modules": ["toy"],
+        "device": "cpu",
+        "model": {"name": "MLP"},
+        "loaders": {
+            "name": "Points", "batch_size": 4, "train": {"size": 29, "noise": 0.1}, "val": {"size": 11, "seed": 1},
+        },
+        "loss": {"name": "CrossEntropyLoss"},
+        "metrics": {"name": "Right"},
+        "optimizer": {"name": "SGD", "lr": 0.1},
+        "trainer": {"max_epochs": 2, "checkpoint_dir": f"run-{name}", "log_every_steps": 1},
+        "mlflow": {"tracking_uri": f"sqlite:///{folder}/mlflow.db", "system_metrics": False},
+    }  # fmt: skip
+    for key, value in changes.items():
+        *parents, last = key.replace("__", ".").split(".")
+        section = sections
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[last] = value
+    (folder / f"{name}.yaml").write_text(json.dumps(sections, indent=1))
+    return str(folder / f"{name}.yaml")
+
+
+def figures(run: Path) -> dict[str, dict[int, float]]:
+    """What the journal holds, by figure and step; no step twice. What depends on the clock is left out."""
+    found: dict[str, dict[int, float]] = {}
+    for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
+        for key, value in line["values"].items() if line["kind"] == "metrics" else ():
+            assert line["step"] not in found.setdefault(key, {}), f"{key} at step {line['step']} twice"
+            found[key][line["step"]] = float(value)
+    found.pop("samples_per_second", None)
+    return found
+
+
+def last(run: Path) -> Loaded:
+    return load(run / "checkpoints" / "last")
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return bool(one == other or (one != one and other != other))
+
+
+def same_training(one: Path, other: Path) -> None:
+    """Two runs ended with the same weights, averages, optimizer, schedule, counters and generators, bit for bit."""
+    first, second = last(one), last(other)
+    assert equal(first.weights, second.weights)
+    assert equal(first.ema, second.ema)
+    assert {key for key in first.state if not equal(first.state[key], second.state[key])} == set()
+
+
+def close(one: Mapping[str, Mapping[int, float]], other: Mapping[str, Mapping[int, float]]) -> None:
+    """The same figures at the same steps, to 1e-5 of their size."""
+    assert one.keys() == other.keys()
+    for key in one:
+        assert one[key].keys() == other[key].keys(), key
+        for step, value in one[key].items():
+            assert math.isclose(value, other[key][step], rel_tol=1e-5), (key, step, value, other[key][step])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """Where the runs that several tests look at are made; no process may be left at its end."""
+    tagged = Tagged()
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "runs"
+    folder.mkdir(exist_ok=True)
+    yield Place(folder, tagged)
+    gone = tagged.wait_gone(30)
+    left = [] if gone else tagged.command_lines()
+    tagged.kill()
+    for process in tagged.started:
+        process.wait(10)
+    assert left == []
