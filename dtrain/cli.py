@@ -19,6 +19,7 @@ MAIN_SPEAKS_SECONDS = (
 EXAMPLES = {
     "train": "dtrain train configfiles/digits.yaml trainer.max_epochs=3 optimizer.lr=5e-4",
     "test": "dtrain test configfiles/digits.yaml --checkpoint runs/digits/checkpoints/best",
+    "predict": "dtrain predict configfiles/digits.yaml --output-dir predictions predictor.format=csv",
     "check": "dtrain check configfiles/digits.yaml",
     "config": "dtrain config configfiles/digits.yaml optimizer.lr=5e-4",
     "sync": "dtrain sync runs/digits",
@@ -27,6 +28,7 @@ EXAMPLES = {
 HELP = {
     "train": "train, validate, test; go on where an earlier start ended",
     "test": "loss and metrics of a checkpoint on the test data",
+    "predict": "predict the data of loaders.predict, else loaders.test, into files; go on where an earlier start ended",
     "check": "build everything and try one batch of each phase; train nothing, write nothing",
     "config": "print the resolved config, with the class of each section",
     "sync": "send what a run's journal holds and MLflow has not to MLflow",
@@ -64,8 +66,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "overrides", metavar="KEY=VALUE", nargs="*", default=[], help="dotted keys, values in YAML"
         )
-        if name == "test":
-            command.add_argument("--checkpoint", metavar="PATH", help="a checkpoint folder (default: the best)")
+        if name in ("test", "predict"):
+            command.add_argument("--checkpoint", metavar="PATH", help="a checkpoint or weight file (default: the best)")
+        if name == "predict":
+            command.add_argument("--output-dir", metavar="DIR", help="default: predictions in the run folder")
+            command.add_argument("--overwrite", action="store_true", help="make files anew that were made otherwise")
     return parser
 
 
@@ -126,9 +131,9 @@ def _work(options: argparse.Namespace) -> int:
     from dtrain.config import load_config
 
     config = load_config(options.config, options.overrides)
-    check(config)
+    check(config, options.command if options.command in ("test", "predict") else "train")
     sender = _sender(config) if options.command == "train" else None
-    if options.command == "train":
+    if options.command in ("train", "predict"):
         from dtrain.interrupt import end_at_once
 
         end_at_once(lambda line: print(line, file=sys.stderr, flush=True))
@@ -138,6 +143,8 @@ def _work(options: argparse.Namespace) -> int:
         return worker.train(config, sender)
     if options.command == "check":
         return worker.rehearse(config)
+    if options.command == "predict":
+        return worker.predict(config, options.checkpoint, options.output_dir, options.overwrite)
     return worker.test(config, options.checkpoint)
 
 
@@ -157,7 +164,7 @@ def _config(options: argparse.Namespace) -> int:
     from dtrain.source import Callee
 
     config = load_config(options.config, options.overrides)
-    check(config)
+    check(config, purpose=None)
     for name, call in calls(config).items():
         if name.endswith((".loader", ".schedule", ".ddp")):
             continue  # dtrain's own keys beside a component's

@@ -1,12 +1,13 @@
 """create_trainer: every part of a training, built in the order of need; knows the config, but not how one trains."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from ml_collections import ConfigDict
+from torch.optim import Optimizer
 
 from dtrain import report, rng
 from dtrain.build import build, defaults
@@ -15,14 +16,15 @@ from dtrain.checkpoint import CheckpointError, Checkpoints, Loaded, load, load_w
 from dtrain.config import from_mapping, place_of, sources, to_plain, to_yaml
 from dtrain.dataloader import Loaders, get_train_loaders
 from dtrain.distributed import Ranks, launcher_precision, set_up
+from dtrain.inference import IDLE_SECONDS, Use
 from dtrain.loss import get_loss_criterion
 from dtrain.metrics import Metrics, get_evaluation_metric
 from dtrain.modelloader import fitted, get_model, misfits_of
-from dtrain.optimizer import end_points, get_lr_scheduler, get_optimizer
+from dtrain.optimizer import Schedule, end_points, get_lr_scheduler, get_optimizer
 from dtrain.pictures import Pictures
 from dtrain.progress import get_progress
 from dtrain.resume import CHECKPOINTS, ResumeError, Start, find_start
-from dtrain.sections import refused
+from dtrain.sections import PHASES, calls, refused
 from dtrain.state import FORMAT, restore
 from dtrain.tracking import Journal, NoJournal, flatten, redact
 from dtrain.trainer import Parts, Trainer
@@ -35,6 +37,7 @@ def create_trainer(
     config: ConfigDict | Mapping[str, Any],
     package: str | Path | None = None,
     sender: "Popen[bytes] | None" = None,
+    purpose: Literal["train", "test", "predict"] = "train",
 ) -> Trainer:
     """Build model, loaders, loss, metrics, optimizer and scheduler as the config names them, and a trainer of them.
 
@@ -44,16 +47,19 @@ def create_trainer(
         config: From `load_config`, or a mapping of the same form.
         package: A file or folder against which a relative `checkpoint_dir` resolves. Default: the current folder.
         sender: A process that waits for the run, from `prepare_sender`. Default: one is started with the run.
+        purpose: For test and predict the config need not have what only a training needs, and only their data are
+            read; a trainer made for training can test and predict as well.
 
     Raises:
         ConfigError: With every mistake that can be found.
     """
     config = from_mapping(config)
-    check(config)
+    check(config, purpose)
     options = defaults(config, "trainer")
     options["precision"] = options["precision"] or launcher_precision() or "fp32"
     seed = config.get("seed") or 0
-    ranks = set_up(config.get("device", "auto"), options["ddp"], options["deterministic"])
+    ddp = ({"timeout_seconds": IDLE_SECONDS} if purpose == "predict" else {}) | (options["ddp"] or {})
+    ranks = set_up(config.get("device", "auto"), ddp, options["deterministic"])
     progress = get_progress(ranks.is_main)
     for line in (ranks.notes + notes(config)) if ranks.is_main else ():
         progress.note(line)
@@ -63,32 +69,74 @@ def create_trainer(
     module = _prepared_model(config, options, ranks, start)
     compiled = _compiled(module, options["compile"])
     pin_memory = ranks.device.type == "cuda"
-    loaders = get_train_loaders(config, ranks.rank, ranks.world_size, seed, pin_memory, options["accumulate"])
-    loss = get_loss_criterion(config).to(ranks.device)
+    accumulate, phases = options["accumulate"], _phases(config, purpose)
+    loaders = get_train_loaders(config, ranks.rank, ranks.world_size, seed, pin_memory, accumulate, phases)
+    loss = get_loss_criterion(config).to(ranks.device) if config.get("loss") else None
     metrics = get_evaluation_metric(config, ranks, ranks.device)
-    optimizer = get_optimizer(config, module)
-    steps, epochs = _length(options, loaders)
     monitor = _monitor(config, options, metrics)
     mode = options["mode"] or ("min" if monitor.endswith(("loss", "Error")) else "max")
-    schedule = get_lr_scheduler(config, optimizer, steps, epochs, mode)
     checkpoints = Checkpoints(
         start.folder / CHECKPOINTS, keep_last=options["keep_last"], keep_best=options["keep_best"], mode=mode
     )
-    journal = _journal(config, ranks, start, sender)
-    rates = end_points(config, optimizer, schedule, steps, epochs)
-    plan = {"steps": steps, "rates": rates, "precision": options["precision"]}
+    model, optimizer, schedule, table = compiled, None, None, dict[str, str]()
+    journal: Journal | NoJournal = NoJournal()
+    if purpose == "train":
+        model, journal = ranks.wrap(compiled), _journal(config, ranks, start, sender)
+        optimizer, schedule, plan = _plan(config, options, module, loaders, mode)
+        table = _table(config, module, loaders, ranks, journal, start, plan)
     parts = Parts(
-        ranks, module, compiled, ranks.wrap(compiled), loaders, loss, metrics, optimizer, schedule, checkpoints,
-        journal, progress, _pictures(config, options, loaders, start), start, seed,
+        ranks, module, compiled, model, loaders, loss, metrics, optimizer, schedule, checkpoints,
+        journal, progress, _pictures(config, options, loaders, start), _use(config, options, start, phases),
+        start, seed,
         places={key: str(place) for key in config if (place := place_of(config, (key,)))},
-        table=_table(config, module, loaders, ranks, journal, start, plan),
+        table=table,
         record=_record(config, options, ranks),
         texts={"config.yaml": to_yaml(config)} | {f"config/{name}": text for name, text in sources(config).items()},
     )  # fmt: skip
     trainer: Trainer = build(config, "trainer", parts, monitor=monitor, mode=mode, precision=options["precision"])
     rng.seed_all(seed, 1 + ranks.rank)  # dropout differs between ranks; the weights, drawn before, do not
-    _restore(config, trainer, ranks, start)
+    if purpose == "train":
+        _restore(config, trainer, ranks, start)
     return trainer
+
+
+def _phases(config: ConfigDict, purpose: str) -> tuple[str, ...]:
+    """The phases whose data are read."""
+    if purpose == "train":
+        return PHASES
+    return ("predict",) if purpose == "predict" and config.loaders.get("predict") is not None else ("test",)
+
+
+def _use(config: ConfigDict, options: Mapping[str, Any], start: Start, phases: Sequence[str]) -> Use:
+    """How the model predicts, and what its predictions depend on besides weights and files."""
+    described = calls(config)
+    read = next((phase for phase in ("predict", "test") if phase in phases and f"loaders.{phase}" in described), "")
+    data = described[f"loaders.{read}"] if read else None
+    arguments = {key: to_plain(value) for key, value in data.arguments.items()} if data else {}
+    identity = {
+        "model": to_plain(config.model),
+        "dataset": str(data.name) if data else "",
+        "arguments": {key: value for key, value in arguments.items() if not _are_paths(value)},
+    }
+    has_weights = bool(options["pre_trained"]) and start.checkpoint is None
+    return Use(build(config, "predictor"), identity, config.get("predictor") is not None, has_weights)
+
+
+def _are_paths(value: Any) -> bool:
+    """Whether a value names files or folders that are there: each prediction knows its own file."""
+    values = value if isinstance(value, list) and value else [value]
+    return all(isinstance(item, str) and Path(item).exists() for item in values)
+
+
+def _plan(
+    config: ConfigDict, options: Mapping[str, Any], module: torch.nn.Module, loaders: Loaders, mode: str
+) -> tuple[Optimizer, Schedule, dict[str, Any]]:
+    """Optimizer and schedule, and what the table says of them."""
+    optimizer = get_optimizer(config, module)
+    steps, epochs = _length(options, loaders)
+    schedule = get_lr_scheduler(config, optimizer, steps, epochs, mode)
+    rates = end_points(config, optimizer, schedule, steps, epochs)
+    return optimizer, schedule, {"steps": steps, "rates": rates, "precision": options["precision"]}
 
 
 def _start(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks, package: str | Path | None) -> Start:

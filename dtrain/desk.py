@@ -62,12 +62,14 @@ class Result(NamedTuple):
         made: How many of them this start has made.
         stopped: Whether it was asked to stop; it goes on at the next start.
         scores: Of each file with a label, by the file's name, one figure per class.
+        metric: Which figures.
     """
 
     files: list[Path]
     made: int
     stopped: bool
     scores: dict[str, list[float]]
+    metric: str = ""
 
 
 @dataclass(frozen=True)
@@ -249,7 +251,9 @@ class Desk:
         """What there is at the end."""
         facts = {task.file: self.folder.facts(task.file) for task in tasks if task.file.exists()}
         scores = {file.name: fact["scores"] for file, fact in facts.items() if fact.get("scores")}
-        return Result(list(facts), len(self.done) - self.before, stopped, scores)
+        return Result(
+            list(facts), len(self.done) - self.before, stopped, scores, self.predictor.performance_metric or ""
+        )
 
 
 def agreed(ranks: Ranks, decide: Callable[[], Any]) -> Any:

@@ -73,6 +73,35 @@ def evaluate(
     return result
 
 
+@torch.no_grad()
+@rng.untouched()
+def evaluate_volumes(
+    module: torch.nn.Module,
+    outcomes: Iterable[tuple[int, torch.Tensor, torch.Tensor]],
+    metrics: Metrics,
+    ranks: Ranks,
+    stop: Callable[[], bool] = bool,
+) -> dict[str, float] | None:
+    """Metrics over whole volumes, each one sample, the same on every rank; None where a rank stopped.
+
+    Args:
+        module: The model.
+        outcomes: This rank's volumes: number, output (1, K, *spatial), target; every volume is one rank's.
+        metrics: What is updated and computed; forgotten afterwards.
+        ranks: The ranks that share the volumes.
+        stop: Asked at the end.
+    """
+    ranks.agree_on_buffers(module)
+    module.eval()
+    metrics.reset()
+    for number, output, target in outcomes:
+        metrics.update(output.to(ranks.device), target.to(ranks.device), number)
+    everybody = ranks.gather(stop())
+    result = None if ranks.broadcast(any(everybody or ())) else metrics.compute()
+    metrics.reset()
+    return result
+
+
 def _sum_dtype(value: torch.Tensor) -> torch.dtype:
     """Sums over many batches need more digits than a batch's loss has; Apple's GPUs lack them."""
     return torch.float32 if value.device.type == "mps" else torch.float64

@@ -1,9 +1,10 @@
 """What a trained model is asked for: predictions, and figures of whole volumes. Knows a trainer, but no config."""
 
+import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,44 +16,68 @@ from dtrain.desk import Result, Work, agreed
 from dtrain.items import predict_items
 from dtrain.modelloader import misfits_of
 from dtrain.parts import digest
-from dtrain.predict import Steps
+from dtrain.predict import Predictor, Steps
 from dtrain.stitch import Network, StoppedError
 from dtrain.yamlfile import ConfigError
 
 if TYPE_CHECKING:
     from dtrain.trainer import Trainer
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FOLDER = "predictions"
+IDLE_SECONDS = 7 * 86400.0  # ranks share a prediction once, before it begins, so one may wait long for another's end
 
 
-def load_for_use(trainer: "Trainer", checkpoint: Path | None) -> str:
+class Use(NamedTuple):
+    """How a trained model is used.
+
+    Attributes:
+        predictor: The settings of predictions.
+        identity: What tells this model and its data from others, besides the weights and the files.
+        configured: Whether the config has a section `predictor`: then tests are of whole volumes.
+        has_weights: Whether the model has weights without a checkpoint of the run.
+    """
+
+    predictor: Predictor
+    identity: Mapping[str, Any]
+    configured: bool
+    has_weights: bool
+
+    def whole_volumes(self, loader: Any) -> bool:
+        """Whether a test on this data measures whole volumes."""
+        return self.configured and hasattr(loader.dataset.dataset, "volumes")
+
+
+def autocast(trainer: "Trainer") -> Any:
+    """The context of a forward in the trainer's precision."""
+    if trainer.precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(trainer.device.type, DTYPES[trainer.precision])
+
+
+def load_for_use(trainer: "Trainer", checkpoint: Path | None, required: bool = False) -> None:
     """Give every rank the weights to be used: the averaged ones where a checkpoint has them.
 
     Args:
         trainer: Whose model gets them.
-        checkpoint: A checkpoint folder or a weight file. Default: the best, else the last, else `trainer.pre_trained`,
-            whose weights the model has.
-
-    Returns:
-        A digest of the weights.
+        checkpoint: A checkpoint folder or a weight file. Default: the best, else the last.
+        required: Refuse to use the model as it is where there is none and it has no weights otherwise.
 
     Raises:
         ConfigError: There is none, or it does not fit the model.
     """
 
-    def decide() -> list[str]:
+    def decide() -> None:
         path = checkpoint or trainer.checkpoints.best() or trainer.checkpoints.last()
         if path is not None:
             _load(trainer.module, path)
-        elif not trainer.parts.pre_trained:
+        elif required and not trainer.parts.use.has_weights:
             raise ConfigError(
                 f"{trainer.checkpoints.folder} holds no checkpoint; train first, or name one: --checkpoint"
             )
-        return [_digest(trainer.module.state_dict())]
 
-    found: list[str] = agreed(trainer.ranks, decide)
+    agreed(trainer.ranks, decide)
     trainer.ranks.share_weights(trainer.module)
-    return found[0]
 
 
 def _load(module: torch.nn.Module, path: Path) -> None:
@@ -96,14 +121,15 @@ def predict(
         ConfigError: There is nothing to predict, no checkpoint, or a file that is not to be written.
         PredictionError: A file cannot be written.
     """
-    loader = trainer.loaders.predict or trainer.loaders.test
+    loader: Any = trainer.loaders.predict or trainer.loaders.test
     if loader is None:
         raise ConfigError("loaders: has neither 'predict' nor 'test', so there is nothing to predict")
-    predictor = trainer.parts.predictor
-    wanted = checkpoint or predictor.checkpoint
-    weights = load_for_use(trainer, Path(wanted) if wanted else None)
+    use = trainer.parts.use
+    predictor, wanted = use.predictor, checkpoint or use.predictor.checkpoint
+    load_for_use(trainer, Path(wanted) if wanted else None, required=True)
+    weights = agreed(trainer.ranks, lambda: [_digest(trainer.module.state_dict())])[0]
     folder = Path(output_dir or predictor.output_dir or trainer.parts.start.folder / FOLDER)
-    identity = {"weights": weights, "model and data": digest(trainer.parts.identity), "precision": trainer.precision}
+    identity = {"weights": weights, "model and data": digest(use.identity), "precision": trainer.precision}
     with trainer.stop_request.listening(), rng.untouched():
         trainer.compiled.eval()
         work = _work(trainer, identity)
@@ -121,7 +147,7 @@ def outcomes_of_volumes(trainer: "Trainer", loader: Any) -> Iterator[tuple[int, 
     """This rank's whole volumes with their logits and labels, for metrics; see `Predictor.logits`."""
     work = _work(trainer, {})
     try:
-        yield from trainer.parts.predictor.logits(loader.dataset.dataset, work, loader.batch_sampler.batch_size)
+        yield from trainer.parts.use.predictor.logits(loader.dataset.dataset, work, loader.batch_sampler.batch_size)
     except StoppedError:
         return
 
@@ -129,7 +155,7 @@ def outcomes_of_volumes(trainer: "Trainer", loader: Any) -> Iterator[tuple[int, 
 def _work(trainer: "Trainer", identity: Mapping[str, Any]) -> Work:
     def forward(inputs: Any) -> Tensor:
         inputs = batches.to_device(inputs, trainer.device) if trainer.device.type != "cpu" else inputs
-        with trainer.autocast():
+        with autocast(trainer):
             return batches.main_output(batches.caller(trainer.module, inputs)(trainer.compiled, inputs))
 
     network = Network(forward, lambda logits: logits, trainer.device)

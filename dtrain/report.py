@@ -1,13 +1,18 @@
 """What is said about a run before its first and after its last step; knows how to word it, not how to show it."""
 
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from dtrain.modelloader import parameter_count
 from dtrain.progress import duration_text
+
+if TYPE_CHECKING:
+    from dtrain.desk import Result
 
 
 def model_line(name: str, module: torch.nn.Module) -> str:
@@ -33,6 +38,21 @@ def summary(
     if figures:
         table["test"] = ", ".join(f"{name.removeprefix('test/')} {value:.4g}" for name, value in figures.items())
     return table | {"run folder": str(folder)}
+
+
+def prediction(result: "Result") -> list[str]:
+    """Lines after a prediction: the figures, where the files are, and how to go on."""
+    lines = []
+    for name, values in result.scores.items():
+        known = [value for value in values if value == value]
+        mean = sum(known) / len(known) if known else math.nan
+        lines.append(f"{name}: {result.metric} {mean:.4f}; by class: " + ", ".join(f"{value:.4f}" for value in values))
+    if result.stopped:
+        return [*lines, "stopped; the same command goes on from here"]
+    count = len(result.files)
+    where = str(result.files[0]) if count == 1 else f"{count:,} files in {result.files[0].parent}"
+    old = count - result.made
+    return [*lines, f"predictions: {where}" + (f" ({old:,} of them from an earlier start)" if old else "")]
 
 
 def default_run_name(experiment: str) -> str:

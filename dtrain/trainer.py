@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch.nn.utils import clip_grads_with_norm_
@@ -19,10 +19,12 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dtrain import batch as batches
-from dtrain.checkpoint import Checkpoints, load
+from dtrain.checkpoint import Checkpoints
 from dtrain.dataloader import Loaders, Micro
+from dtrain.desk import Result
 from dtrain.distributed import Ranks, Vote, job_ends_at
-from dtrain.evaluation import Outcome, evaluate
+from dtrain.evaluation import Outcome, evaluate, evaluate_volumes
+from dtrain.inference import Use, autocast, load_for_use, outcomes_of_volumes, predict
 from dtrain.interrupt import StopRequest
 from dtrain.loss import Criterion
 from dtrain.metrics import Metrics
@@ -33,8 +35,6 @@ from dtrain.saving import Saver
 from dtrain.tracking import Journal, NoJournal
 from dtrain.watch import watched
 from dtrain.yamlfile import ConfigError
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class NonFiniteError(ArithmeticError):
@@ -50,14 +50,15 @@ class Parts:
     compiled: torch.nn.Module  # the same, compiled if so configured: what is evaluated
     model: torch.nn.Module  # the same, wrapped for the ranks: what is trained
     loaders: Loaders
-    loss: Criterion
+    loss: Criterion | None  # as are optimizer and schedule: only what the purpose needs is there
     metrics: Metrics
-    optimizer: Optimizer
-    schedule: Schedule
+    optimizer: Optimizer | None
+    schedule: Schedule | None
     checkpoints: Checkpoints
     journal: Journal | NoJournal
     progress: Any
     pictures: Any
+    use: Use
     start: Start
     seed: int
     table: Mapping[str, str]  # what is shown before the first step
@@ -134,11 +135,15 @@ class Trainer:
         input_key: str | None = None,
         target_key: str | None = None,
     ) -> None:
-        assert parts.loaders.train is not None
-        self.parts, self.ranks, self.loaders, self.train_loader = parts, parts.ranks, parts.loaders, parts.loaders.train
+        self.parts, self.ranks, self.loaders = parts, parts.ranks, parts.loaders
+        self.train_loader: Any = parts.loaders.train
         self.module, self.model, self.compiled = parts.module, parts.model, parts.compiled
-        self.loss, self.metrics = parts.loss, parts.metrics
-        self.optimizer, self.schedule = parts.optimizer, parts.schedule
+        self.loss: Any = parts.loss
+        self.metrics, self.optimizer, self.schedule = (
+            parts.metrics,
+            cast(Any, parts.optimizer),
+            cast(Any, parts.schedule),
+        )
         self.checkpoints, self.journal, self.progress = parts.checkpoints, parts.journal, parts.progress
         self.device = parts.ranks.device
         self.max_epochs = math.inf if max_epochs is None else max_epochs
@@ -190,6 +195,8 @@ class Trainer:
             NonFiniteError: A loss or gradient was not finite, and on_nonfinite is stop.
             ConfigError: Another training writes the same run folder.
         """
+        if self.train_loader is None:
+            raise ConfigError("loaders: has no 'train', so there is nothing to train on")
         if self.parts.start.busy:
             raise ConfigError(self.parts.start.busy)
         if self.parts.start.finished:
@@ -256,7 +263,7 @@ class Trainer:
             self.scaler.update()
         elif getattr(self.optimizer, "_step_supports_amp_scaling", False):  # fused: the device skips, nobody waits
             bad = torch.isfinite(self.grad_norm).logical_not().float()
-            self.optimizer.found_inf = bad  # type: ignore[attr-defined]
+            self.optimizer.found_inf = bad
             self.optimizer.step()
             self._bad_steps += bad
         elif math.isfinite(self.grad_norm.item()):
@@ -342,8 +349,11 @@ class Trainer:
         """
         module = module or (self.ema.module if self.ema else self.compiled)
         album = self.parts.pictures.album(self.step, self.journal, self.progress.note) if phase == "val" else None
-        loader, stop = getattr(self.loaders, phase), self._asked_to_stop
-        means = evaluate(module, loader, self.outcome, self.metrics, self.ranks, stop, album)
+        loader, stop = getattr(self.loaders, phase), self.asked_to_stop
+        if phase == "test" and self.parts.use.whole_volumes(loader):
+            means = evaluate_volumes(module, outcomes_of_volumes(self, loader), self.metrics, self.ranks, stop)
+        else:
+            means = evaluate(module, loader, self.outcome, self.metrics, self.ranks, stop, album)
         self.model.train()
         if means is None:
             self.stop()
@@ -357,19 +367,18 @@ class Trainer:
 
         The model keeps these weights.
         """
-        loaded = None
         self.saver.settle()
-        if self.ranks.is_main:
-            path = checkpoint or self.checkpoints.best() or self.checkpoints.last()
-            loaded = load(path) if path else None
-        if self.ranks.broadcast(loaded is not None):
-            if loaded is not None:
-                self.module.load_state_dict(loaded.ema or loaded.weights)
-            self.ranks.share_weights(self.module)
+        load_for_use(self, checkpoint)
         figures = self.evaluate("test", self.compiled)
         if figures:
             self.progress.evaluation("test", self.step, figures)
         return figures
+
+    def predict(
+        self, checkpoint: str | Path | None = None, output_dir: str | Path | None = None, overwrite: bool = False
+    ) -> Result:
+        """Predict what `loaders.predict` holds, else `loaders.test`, into files; see `inference.predict`."""
+        return predict(self, checkpoint, output_dir, overwrite)
 
     # ------------------------------------------------------------------------------------- figures and checkpoints
 
@@ -411,7 +420,7 @@ class Trainer:
         """End early, with everything saved; the next start goes on."""
         self.stopped, self.ended = True, self.stop_request.reason or "another rank was asked to stop"
 
-    def _asked_to_stop(self) -> bool:
+    def asked_to_stop(self) -> bool:
         """Whether this rank, or during an evaluation any other, was asked to stop; costs no collective."""
         self.beats += 1
         if self.stop_request:
@@ -439,15 +448,10 @@ class Trainer:
         inputs, target = batches.split(batch, self.input_key, self.target_key)
         if self._call is None:
             self._call = batches.caller(self.module, inputs)
-        with self._autocast():
+        with autocast(self):
             output = self._call(model, inputs)
             loss, terms = self.loss(output, target)
         return loss, terms, Outcome(inputs, output, target)
-
-    def _autocast(self) -> Any:
-        if self.precision == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, DTYPES[self.precision])
 
     def _weight(self, weight: float, dtype: torch.dtype) -> torch.Tensor:
         """A batch's weight as a tensor on the device; there are few different ones."""

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
+from dtrain import report
 from dtrain.create import create_trainer
+from dtrain.desk import PredictionError
 from dtrain.rehearsal import rehearse as tried
 from dtrain.replay import replay as repeat
-from dtrain.sections import refused
 from dtrain.tracking import NoJournal
 from dtrain.trainer import Trainer
 from dtrain.yamlfile import ConfigError
@@ -43,18 +44,34 @@ def test(config: ConfigDict, checkpoint: str | None = None) -> int:
     """Evaluate a checkpoint (default: the best) on the test data and print the figures; writes nothing."""
 
     def action() -> int:
-        trainer = _silent(config)
-        if trainer.loaders.test is None:
-            raise refused(config, ("loaders",), "has no 'test', so there is nothing to test on")
+        trainer = create_trainer(config, purpose="test")
         path = Path(checkpoint) if checkpoint else None
         if path is None and trainer.ranks.is_main and trainer.checkpoints.last() is None:
             raise ConfigError(
                 f"{trainer.checkpoints.folder} holds no checkpoint; train first, or name one: --checkpoint"
             )
-        trainer.test(path)
+        with trainer.stop_request.listening():
+            trainer.test(path)
         trainer.progress.close()
         trainer.ranks.close()
-        return 0
+        return STOPPED_EARLY if trainer.stopped else 0
+
+    return _status(action)
+
+
+def predict(
+    config: ConfigDict, checkpoint: str | None = None, output_dir: str | None = None, overwrite: bool = False
+) -> int:
+    """Predict into files; 0 done, 1 failed, 75 stopped early: the next start goes on."""
+
+    def action() -> int:
+        trainer = create_trainer(config, purpose="predict")
+        result = trainer.predict(checkpoint, output_dir, overwrite)
+        trainer.progress.close()
+        for line in report.prediction(result):
+            trainer.progress.note(line)
+        trainer.ranks.close()
+        return STOPPED_EARLY if result.stopped else 0
 
     return _status(action)
 
@@ -100,6 +117,9 @@ def _status(action: Callable[[], int]) -> int:
         raise
     except KeyboardInterrupt:
         return INTERRUPTED
+    except PredictionError as error:
+        print(error, file=sys.stderr, flush=True)
+        return FAILED
     except Exception:
         traceback.print_exc()
         sys.stderr.flush()
