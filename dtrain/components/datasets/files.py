@@ -97,6 +97,11 @@ def _told(files: list[str]) -> str:
     return ", ".join(sorted(files)[:5]) + (f" and {len(files) - 5} more" if len(files) > 5 else "")
 
 
+def one_line(error: BaseException) -> str:
+    """What another library says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def unique_names(paths: Sequence[Path], stems: Sequence[str]) -> list[str]:
     """A name for each file: its stem; with as many folders in front as tell all apart, or else with its number.
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dtrain.components.datasets.files import found_files, paired, stem_of, unique_names
+from dtrain.components.datasets.files import found_files, one_line, paired, stem_of, unique_names
 from dtrain.components.datasets.patches import PatchDataset, whole
 from dtrain.components.datasets.slices import SliceBuilder
 from dtrain.components.datasets.volumes import ArrayVolume, Checks, Region, Volume
@@ -65,23 +65,15 @@ class ImageMaskFolder(PatchDataset):
         ignore_index: int | None = None,
         check_finite: bool = True,
     ) -> None:
-        if color not in (None, "gray", "rgb"):
-            raise ValueError(f"color is {color!r}; possible: gray, rgb")
         pairs = _pairs(images, masks, mask_suffix)
-        names = unique_names([image for image, _ in pairs], [stem_of(image, IMAGE_SUFFIXES) for image, _ in pairs])
-        checks = Checks(check_finite, num_classes, ignore_index)
-        values = tuple(mask_values) if mask_values else ()
-        volumes: list[Volume] = []
-        for (image, mask), name in zip(pairs, names, strict=True):
-            volume = ImageVolume(image, mask, name, color, values, checks)
-            volumes.append(volume.load() if in_memory else volume)
+        volumes = _volumes(pairs, color, mask_values, Checks(check_finite, num_classes, ignore_index), in_memory)
         files = [file for pair in pairs for file in pair if file]
         super().__init__(
             volumes, files, slice_builder, transforms, global_normalization, random_scale, random_scale_probability
         )
 
 
-class DSB2018Dataset(ImageMaskFolder):
+class DSB2018Dataset(PatchDataset):
     """Folders that each hold `images` and `masks`, as pytorch-3dunet reads the nuclei of the Data Science Bowl 2018.
 
     An item is (C, H, W), not (C, 1, H, W). Without any folder `masks` an item is the image alone.
@@ -115,19 +107,17 @@ class DSB2018Dataset(ImageMaskFolder):
         ignore_index: int | None = None,
     ) -> None:
         roots = [Path(item).expanduser() for item in ([file_paths] if isinstance(file_paths, str) else file_paths)]
-        masks = [str(root / "masks") for root in roots]
-        super().__init__(
-            [str(root / "images") for root in roots],
-            masks if any(Path(folder).is_dir() for folder in masks) else None,
-            mask_values=mask_values,
-            color=color,
-            slice_builder=slice_builder,
-            transforms=transforms,
-            in_memory=in_memory,
-            global_normalization=global_normalization,
-            num_classes=num_classes,
-            ignore_index=ignore_index,
-        )
+        labelled = [root for root in roots if (root / "masks").is_dir()]
+        if labelled and (without := [root for root in roots if root not in labelled]):
+            raise FileNotFoundError(f"{without[0]} lacks the folder 'masks', which {labelled[0]} has")
+        pairs = [
+            pair
+            for root in roots
+            for pair in _pairs(str(root / "images"), str(root / "masks") if labelled else None, suffix="")
+        ]
+        volumes = _volumes(pairs, color, mask_values, Checks(True, num_classes, ignore_index), in_memory)
+        files = [file for pair in pairs for file in pair if file]
+        super().__init__(volumes, files, slice_builder, transforms, global_normalization)
 
 
 class ImageVolume:
@@ -183,9 +173,8 @@ class ImageVolume:
         Raises:
             ValueError: A file cannot be read, or a value is not as it must be.
         """
-        image = self.checks.values(
-            _coloured(read_image(self.path), self.color), str(self.path), whole(self), self.shape
-        )
+        image = _coloured(read_image(self.path), self.color)
+        self.checks.values(image if self.channels > 1 else image[0], str(self.path), whole(self), self.shape)
         return ArrayVolume(self.path, image, None if self.mask is None else self._label(self.mask), name=self.name)
 
     def _label(self, mask: Path) -> np.ndarray:
@@ -215,6 +204,22 @@ def _pairs(images: str | list[str], masks: str | list[str] | None, suffix: str) 
         return [(path, None) for path in found]
     pairs = paired(found, found_files(masks, MASK_SUFFIXES, "masks", "mask"), suffix, IMAGE_SUFFIXES)
     return [*pairs]
+
+
+def _volumes(
+    pairs: list[tuple[Path, Path | None]],
+    color: Color | None,
+    mask_values: list[int] | None,
+    checks: Checks,
+    in_memory: bool,
+) -> list[Volume]:
+    if color not in (None, "gray", "rgb"):
+        raise ValueError(f"color is {color!r}; possible: gray, rgb")
+    images = [image for image, _ in pairs]
+    names = unique_names(images, [stem_of(image, IMAGE_SUFFIXES) for image in images])
+    values = tuple(mask_values or ())
+    volumes = [ImageVolume(*pair, name, color, values, checks) for pair, name in zip(pairs, names, strict=True)]
+    return [volume.load() if in_memory else volume for volume in volumes]
 
 
 def _coloured(values: np.ndarray, color: Color | None) -> np.ndarray:
@@ -295,7 +300,7 @@ def _naming(path: Path) -> Iterator[None]:
     except ModuleNotFoundError:
         raise
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+        raise ValueError(f"{path} cannot be read as an image: {one_line(error)}") from error
 
 
 def _picture(path: Path) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dtrain.components.datasets.files import found_files, paired, stem_of, unique_names
+from dtrain.components.datasets.files import found_files, one_line, paired, stem_of, unique_names
 from dtrain.components.datasets.patches import PatchDataset, whole
 from dtrain.components.datasets.slices import SliceBuilder
 from dtrain.components.datasets.volumes import ArrayVolume, Checks, Region, Volume, read_region
@@ -115,7 +115,8 @@ class NiftiVolume:
     def read(self, region: Region) -> np.ndarray:
         """See Volume."""
         block = _read(self.path, region, self.shape).astype(np.float32)
-        return self.checks.values(block, str(self.path), region, self.shape)
+        self.checks.values(block if self.channels > 1 else block[0], str(self.path), region, self.shape)
+        return block
 
     def read_label(self, region: Region) -> np.ndarray:
         """See Volume; int64, (*region), or (K, *region) if there is a fourth axis."""
@@ -171,7 +172,7 @@ def opened(path: Path) -> Any:
     try:
         return nibabel.load(path)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as NIfTI: {error}") from error
+        raise ValueError(f"{path} cannot be read as NIfTI: {one_line(error)}") from error
 
 
 @functools.lru_cache(maxsize=64)
@@ -191,7 +192,7 @@ def _read(path: Path, region: Region, shape: tuple[int, ...]) -> np.ndarray:
     try:
         block = read_region(lambda wanted: channels_first(wanted[1:]), shape, region, 1)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise ValueError(f"{path} cannot be read: {one_line(error)}") from error
     return np.ascontiguousarray(block)
 
 

@@ -268,7 +268,6 @@ def _within(index: int, length: int) -> int:
 def _extents(name: str, values: Sequence[int], least: int, length: int) -> tuple[int, ...]:
     """The numbers as a tuple."""
     if not length or len(values) != length or any(not isinstance(value, int) or value < least for value in values):
-        raise ValueError(
-            f"{name} is {list(values)}; expected a whole number for each axis, {least} or more ({length} of them)"
-        )
+        expected = f"{length or 'some'} whole numbers, one per axis, {least} or more"
+        raise ValueError(f"{name} is {list(values)}; expected {expected}")
     return tuple(values)

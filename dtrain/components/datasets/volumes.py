@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dtrain.components.datasets.files import one_line
+
 Region = tuple[slice, ...]
 """Spatial; start and stop are integers and may lie outside of the volume: what is outside is reflected."""
 
@@ -276,7 +278,7 @@ class HDF5Volume:
         try:
             block = read_region(dataset.__getitem__, self.shape, region, leading)
         except OSError as error:
-            raise ValueError(f"{self.path}: dataset '{name}' cannot be read: {error}") from error
+            raise ValueError(f"{self.path}: dataset '{name}' cannot be read: {one_line(error)}") from error
         block = block if block.dtype.isnative else block.astype(block.dtype.newbyteorder("="))
         return check(block, f"{self.path}: dataset '{name}'", region, self.shape)
 
@@ -350,7 +352,7 @@ def open_hdf5(path: Path) -> Any:
     try:
         return h5py.File(path, "r")
     except OSError as error:
-        why = "it is empty, 0 bytes" if path.is_file() and not path.stat().st_size else str(error)
+        why = "it is empty, 0 bytes" if path.is_file() and not path.stat().st_size else one_line(error)
         raise ValueError(f"{path} cannot be read as HDF5: {why}") from error
 
 
