@@ -1,7 +1,7 @@
 """create_trainer: every part of a training, built in the order of need; knows the config, but not how one trains."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +19,7 @@ from dtrain.distributed import Ranks, launcher_precision, set_up
 from dtrain.inference import IDLE_SECONDS, Use
 from dtrain.loss import get_loss_criterion
 from dtrain.metrics import Metrics, get_evaluation_metric
-from dtrain.modelloader import fitted, get_model, misfits_of
+from dtrain.modelloader import get_model, misfits_of, take_over
 from dtrain.optimizer import Schedule, end_points, get_lr_scheduler, get_optimizer
 from dtrain.pictures import Pictures
 from dtrain.progress import get_progress
@@ -66,7 +66,7 @@ def create_trainer(
     start = _start(config, options, ranks, package)
 
     rng.seed_all(seed)
-    module = _prepared_model(config, options, ranks, start)
+    module = _prepared_model(config, options, ranks, start, progress.note)
     compiled = _compiled(module, options["compile"])
     pin_memory = ranks.device.type == "cuda"
     accumulate, phases = options["accumulate"], _phases(config, purpose)
@@ -159,12 +159,14 @@ def _start(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks, package
     return found
 
 
-def _prepared_model(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks, start: Start) -> torch.nn.Module:
+def _prepared_model(
+    config: ConfigDict, options: Mapping[str, Any], ranks: Ranks, start: Start, say: Callable[[str], None]
+) -> torch.nn.Module:
     """The bare model on its device, with pre-trained weights where a new training asks for them."""
     module = get_model(config)
     if options["pre_trained"] and start.checkpoint is None:
         if ranks.is_main:
-            _load_pre_trained(config, module, options["pre_trained"])
+            _load_pre_trained(config, module, options["pre_trained"], say)
         module = module.to(ranks.device)
         ranks.share_weights(module)
     if options["sync_batchnorm"] and ranks.world_size > 1:
@@ -174,14 +176,19 @@ def _prepared_model(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks
     return module.to(ranks.device)
 
 
-def _load_pre_trained(config: ConfigDict, module: torch.nn.Module, path: str) -> None:
+def _load_pre_trained(
+    config: ConfigDict, module: torch.nn.Module, wish: str | Mapping[str, Any], say: Callable[[str], None]
+) -> None:
+    rules = {"path": wish} if isinstance(wish, str) else dict(wish)
+    path = rules.pop("path")
     try:
-        weights = fitted(module, load_weights(Path(path)))
+        lines = take_over(module, load_weights(Path(path)), **rules)
     except (CheckpointError, OSError) as error:
         raise refused(config, ("trainer", "pre_trained"), str(error)) from error
-    if misfits := misfits_of(module, weights):
-        raise refused(config, ("trainer", "pre_trained"), f"{path} does not fit the model: {_told(misfits)}")
-    module.load_state_dict(weights)
+    except ValueError as error:
+        raise refused(config, ("trainer", "pre_trained"), f"{path} {error}") from error
+    for line in [f"{path}: {len(lines)} entries were not taken over", *lines] if lines else []:
+        say(line)
 
 
 def _told(misfits: list[str]) -> str:
@@ -231,7 +238,7 @@ def _pictures(config: ConfigDict, options: Mapping[str, Any], loaders: Loaders, 
     try:
         return Pictures(loaders.val, start.folder, settings, (options["input_key"], options["target_key"]))
     except ValueError as error:
-        raise refused(config, ("trainer", "pictures", "samples"), str(error)) from None
+        raise refused(config, ("trainer", "pictures"), str(error)) from None
 
 
 def _record(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:

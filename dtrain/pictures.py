@@ -69,7 +69,7 @@ class Pictures:
         keys: Of input and target in a batch that is a dict; see `batch.split`.
 
     Raises:
-        ValueError: The settings name a sample that the validation data have not.
+        ValueError: A number is out of range, or the validation data have no such sample.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Pictures:
         keys: tuple[str | None, str | None] = (None, None),
     ) -> None:
         self.loader, self.folder, self.keys = loader, folder / PICTURES, keys
-        self.settings = None if loader is None or settings is None else picture_settings(**settings)
+        self.settings = None if loader is None or settings is None else checked(picture_settings(**settings))
         self.samples = chosen(self.settings["samples"], len(loader.dataset)) if self.settings else []
         self._validations = 0
         self._told: set[str] = set()
@@ -247,24 +247,37 @@ class Album:
         return split(self._batch_of(index), *self._pictures.keys)[0]
 
     def _keep(self, name: str, image: Any, facts: Mapping[str, str]) -> None:
-        folder = self._pictures.folder / f"step-{self._step:08d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{name}.png"
+        path = self._pictures.folder / f"step-{self._step:08d}" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, png(image, {"step": str(self._step), **facts}), durable=True)
-        self._journal.image(str(path), f"val/{name}", self._step)
+        self._journal.image(str(path.relative_to(self._pictures.folder.parent)), f"val/{name}", self._step)
+
+
+def checked(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings as they are.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+    for key, least in {"worst": 0, "every_validations": 1, "keep_last": 1}.items():
+        if settings[key] < least:
+            raise ValueError(f"{key} must be at least {least}, found {settings[key]}")
+    return settings
 
 
 def chosen(samples: int | list[int], size: int) -> list[int]:
-    """The indices of the samples that are drawn.
+    """The indices of the samples that are drawn: those given, or so many, spread evenly.
 
     Raises:
         ValueError: There is no such sample.
     """
     if isinstance(samples, int):
+        if samples < 0:
+            raise ValueError(f"samples must be at least 0, found {samples}")
         count = min(samples, size)
         return [(2 * number + 1) * size // (2 * count) for number in range(count)]
     if wrong := [index for index in samples if not 0 <= index < size]:
-        raise ValueError(f"there is no sample {wrong[0]} in the validation data; possible: 0 to {size - 1}")
+        raise ValueError(f"samples: there is no {wrong[0]} in the validation data; possible: 0 to {size - 1}")
     return list(samples)
 
 
@@ -329,7 +342,7 @@ def source_of(dataset: Any, index: int) -> str:
 
 def _caption(error: Error) -> str:
     place = f", {error.place}" if error.place else ""
-    return f"sample {error.sample}{place}\ntrue {error.truth}, read {error.guess}\np {error.sure:.2f}"
+    return f"sample {error.sample}{place}\ntrue {error.truth}, predicted {error.guess}\np {error.sure:.2f}"
 
 
 def _array(value: Any) -> np.ndarray | None:
