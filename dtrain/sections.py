@@ -66,6 +66,7 @@ HOUSE = {
     "loader": ("loader_settings", Slot(("dtrain.dataloader",))),
     "ddp": ("ddp_options", Slot(("dtrain.distributed",))),
     "pictures": ("picture_settings", Slot(("dtrain.pictures",))),
+    "pre_trained": ("weight_settings", Slot(("dtrain.modelloader",))),
     "predictor": ("Predictor", Slot(("dtrain.predict",))),
     "schedule": ("schedule_settings", Slot(("dtrain.optimizer",))),
 }
@@ -89,6 +90,7 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # where the type alone ad
     "trainer": {
         "max_epochs": _ANY, "max_steps": _ANY, "accumulate": _SOME, "log_every_steps": _SOME,
         "validate_every_steps": _SOME, "checkpoint_every_steps": _SOME, "keep_last": _SOME, "keep_best": _ANY,
+        "checkpoint_every_minutes": _ANY, "hang_timeout_seconds": _ANY,
         "early_stop_patience": _SOME, "clip_grad_norm": _ANY, "ema_decay": _PART,
     },
     "loaders": {
@@ -213,6 +215,8 @@ def _trainer_calls(config: ConfigDict, section: str, wrong: Wrong) -> dict[str, 
     if values.get("name") is not None:
         own = replace(own, name=values["name"])
     parts = {key: values.get(key) or {} for key in ("ddp", "pictures")}
+    if is_mapping(values.get("pre_trained")):  # a path alone, else
+        parts["pre_trained"] = values["pre_trained"]
     return {section: own} | {
         f"{section}.{key}": _house_call((section, key), key, part) for key, part in parts.items() if is_mapping(part)
     }

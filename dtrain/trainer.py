@@ -76,7 +76,7 @@ class Trainer:
         max_steps: Optimizer steps; with max_epochs, whichever comes first.
         checkpoint_dir: The run folder. Default: runs/<experiment>.
         resume: auto | none | a checkpoint | an MLflow run id.
-        pre_trained: A checkpoint or weight file to start a new training from.
+        pre_trained: A checkpoint or weight file to start a new training from; or a mapping, to fit it to the model.
         monitor: The figure that 'best' means. Default: the first metric of the validation, else val/loss.
         mode: min | max. Default: min for a loss or an ...Error, else max.
         precision: fp32 | bf16 | fp16. Default: accelerate's own setting, else fp32.
@@ -110,7 +110,7 @@ class Trainer:
         max_steps: int | None = None,
         checkpoint_dir: str | None = None,
         resume: str = "auto",
-        pre_trained: str | None = None,
+        pre_trained: str | dict | None = None,
         monitor: str | None = None,
         mode: Literal["min", "max"] | None = None,
         precision: Literal["fp32", "bf16", "fp16"] | None = None,
