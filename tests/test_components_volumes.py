@@ -660,34 +660,41 @@ def test_other_files_and_foreign_attributes_pass(place: Path) -> None:
     assert dataset.files == (place / "data/b.h5",)
 
 
+def test_what_is_known_at_once_is_one_mistake_with_its_place(place: Path) -> None:
+    config = load_config("c.yaml", ["loaders.slice_builder.patch_shape=[6,14,17]"])
+    with pytest.raises(ConfigError) as error:
+        get_train_loaders(config, 0, 1, 0)
+    (mistake,) = error.value.mistakes
+    start, end = (
+        "c.yaml:9:3: loaders.train: LazyHDF5Dataset",
+        f"larger than {place}/data/a.h5, whose extent is (12, 14, 16)",
+    )
+    assert str(mistake).startswith(start) and end in str(mistake)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_volumes_train_from_the_command_line(place: Path, run_cli: RunCli) -> None:
-    done = run_cli(["c.yaml", "mlflow.tracking_uri=sqlite:///store.db"])
+    done = run_cli(["c.yaml"], timeout=300)
     assert done.rc == 0, done.text
     assert "train 2, val 2 samples" in done.text
-    assert (place / "run/checkpoints").is_dir()
+    assert any((place / "run/checkpoints").iterdir())
 
 
-@pytest.mark.parametrize(
-    ("override", "text"),
-    [
-        ("loaders.slice_builder.patch_shape=[6,14,17]", "larger than {place}/data/a.h5, whose extent is (12, 14, 16)"),
-        (
-            "loaders.name=StandardHDF5Dataset loaders.train.file_paths=[data/nan.h5]",
-            "data/nan.h5: dataset 'raw' holds nan",
-        ),
-    ],
-)
-def test_what_is_known_at_once_ends_with_status_2(override: str, text: str, place: Path, run_cli: RunCli) -> None:
-    done = run_cli(["c.yaml", *override.split()])
+def test_what_is_known_at_once_ends_with_status_2(place: Path, run_cli: RunCli) -> None:
+    done = run_cli(["c.yaml", "loaders.name=StandardHDF5Dataset", "loaders.train.file_paths=[data/nan.h5]"])
     assert done.rc == 2, done.text
-    wrong = [line for line in done.stderr.splitlines() if "loaders" in line]
-    assert len(wrong) == 1 and text.format(place=place) in wrong[0], done.text
-    assert wrong[0].startswith("c.yaml:9:3: loaders.train: ")
+    (line,) = [line for line in done.stderr.splitlines() if "loaders" in line]
+    assert line.startswith("c.yaml:9:3: loaders.train: StandardHDF5Dataset(...) raised ValueError: ")
+    assert f"{place}/data/nan.h5: dataset 'raw' holds nan at (3, 4, 5)" in line
     assert "Traceback" not in done.text
     assert not (place / "run").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_what_is_found_while_reading_ends_with_status_1(place: Path, run_cli: RunCli) -> None:
-    done = run_cli(["c.yaml", "loaders.train.file_paths=[data/nan.h5]", "loaders.train.random_scale=null"])
+    overrides = ["loaders.train.file_paths=[data/nan.h5]", "loaders.train.random_scale=null"]
+    done = run_cli(["c.yaml", *overrides], timeout=300)
     assert done.rc == 1, done.text
     assert f"{place}/data/nan.h5: dataset 'raw' holds nan at (3, 4, 5)" in done.text
