@@ -326,15 +326,17 @@ class _Translation:
         _drop_nulls(predictor, list(predictor))
         predictor.setdefault("activation", self._activation())
         if predictor.get("name") == "DSB2018Predictor":
-            del predictor["name"]
-            if predictor.pop("save_segmentation", True):
-                predictor |= {
-                    "instances": "foreground",
-                    "connectivity": 2,
-                    "output_dataset": "segmentation",
-                } | predictor
-                text = "writes the numbered instances alone; for probabilities: predictor.save_segmentation=false"
-                self.notes.append(f"predictor.name: DSB2018Predictor here {text}")
+            self._images(predictor)
+
+    def _images(self, predictor: Values) -> None:
+        """One HDF5 file for each image, as DSB2018Predictor means to write."""
+        del predictor["name"]
+        predictor.setdefault("format", "hdf5")
+        if predictor.pop("save_segmentation", True):
+            for key, value in {"instances": "foreground", "connectivity": 2, "output_dataset": "segmentation"}.items():
+                predictor.setdefault(key, value)
+            text = "DSB2018Predictor writes the numbered instances alone; for probabilities: save_segmentation: false"
+            self.notes.append(f"predictor.name: {text}")
 
     def _move(self, old: KeyPath, new: KeyPath) -> None:
         """Give a setting another place, unless something stands there."""

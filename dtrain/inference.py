@@ -14,7 +14,7 @@ from dtrain import rng
 from dtrain.checkpoint import CheckpointError, load, load_weights
 from dtrain.desk import Result, Work, agreed
 from dtrain.items import predict_items
-from dtrain.modelloader import misfits_of
+from dtrain.modelloader import fitted, misfits_of
 from dtrain.parts import digest
 from dtrain.predict import Predictor, Steps
 from dtrain.stitch import Network, StoppedError
@@ -86,7 +86,7 @@ def _load(module: torch.nn.Module, path: Path) -> None:
             loaded = load(path)
             weights = loaded.ema or loaded.weights
         else:
-            weights = load_weights(path)
+            weights = fitted(module, load_weights(path))
     except (CheckpointError, OSError) as error:
         raise ConfigError(str(error)) from error
     if misfits := misfits_of(module, weights):

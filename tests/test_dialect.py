@@ -8,14 +8,21 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import yaml
+from conftest import RunCli
 from test_components_vit import published_vit  # noqa: F401  (a fixture)
 
+from dtrain import inference
+from dtrain.check import check
 from dtrain.checkpoint import CheckpointError, load_weights
 from dtrain.components.models import PIDNet, ResidualUNet2D, ResidualUNet3D, ResidualUNetSE3D, UNet2D, UNet3D, ViT
-from dtrain.config import load_config, notes_on, place_of, to_plain
-from dtrain.modelloader import fitted, misfits_of
+from dtrain.config import load_config, notes_on, place_of, to_plain, to_yaml
+from dtrain.dataloader import get_train_loaders
+from dtrain.loss import get_loss_criterion
+from dtrain.modelloader import fitted, get_model, misfits_of
 from dtrain.yamlfile import ConfigError
 
 # ----------------------------------------------------------------------------------------------- foreign checkpoints
@@ -72,6 +79,13 @@ def test_a_published_pidnet_loads_from_beside_its_loss(tmp_path: Path) -> None:
     own = fitted(PIDNet(**settings), weights)
     assert own.keys() == model.state_dict().keys()
     assert all(torch.equal(own[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_prediction_takes_such_a_file_too(tmp_path: Path) -> None:
+    model, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    torch.save({f"model.{name}": value for name, value in model.state_dict().items()}, tmp_path / "weights.pt")
+    inference._load(other, tmp_path / "weights.pt")
+    assert torch.equal(other.weight, model.weight)
 
 
 def test_a_model_with_a_part_named_model_keeps_its_names() -> None:
@@ -283,3 +297,207 @@ def test_null_where_pytorch3dunet_means_none(tmp_path: Path) -> None:
 def test_what_cannot_be_honoured_is_refused_by_name(old: str, new: str, expected: str, tmp_path: Path) -> None:
     (line,) = told(tmp_path, old, new)
     assert line.startswith(expected), line
+
+
+# ------------------------------------------------------------------------------------------- whole files, whole runs
+
+
+TINY = {  # what makes the published sizes small enough for a test
+    "boundary": ["model.f_maps=[4, 8]", "model.num_groups=2"],
+    "ovules": ["model.f_maps=[4, 8]", "model.num_groups=2"],
+    "multiclass": ["model.f_maps=[4, 8]", "model.num_groups=2"],
+    "dsb2018": ["model.f_maps=[4, 8]"],
+}
+CROPS = [
+    f"loaders.{phase}.transformer.{part}.0.size=[32, 32]" for phase in ("train", "val") for part in ("raw", "label")
+]
+
+
+def volumes(folder: Path, seed: int, classes: int = 0) -> Path:
+    """A folder with one HDF5 file of cells with bright walls; their numbers, or a few classes, are the label."""
+    import h5py
+
+    rng, shape = np.random.default_rng(seed), (10, 36, 36)
+    middles = rng.random((12, 3)) * shape
+    places = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
+    distances = np.sqrt((((places[..., None, :] - middles) * (2, 1, 1)) ** 2).sum(-1))
+    nearest = np.sort(distances, -1)
+    wall = np.exp(-(((nearest[..., 1] - nearest[..., 0]) / 2) ** 2))
+    label = distances.argmin(-1) + 1
+    folder.mkdir()
+    with h5py.File(folder / "cells.h5", "w") as file:
+        file["raw"] = (wall * 200 + rng.random(shape) * 50).astype(np.uint8)
+        file["label"] = (label % classes if classes else label).astype(np.uint16)
+    return folder
+
+
+def nuclei(folder: Path, seed: int) -> Path:
+    """A folder with images of discs, and their masks."""
+    from PIL import Image
+
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:40, :44]
+    for number in range(3):
+        mask = np.zeros(y.shape, np.uint8)
+        for row, column, radius in rng.integers((4, 4, 3), (36, 40, 7), (4, 3)):
+            mask[(y - row) ** 2 + (x - column) ** 2 < radius**2] = 255
+        image = (mask // 2 + rng.integers(0, 60, mask.shape)).astype(np.uint8)
+        for name, values in (("images", image), ("masks", mask)):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(values).save(folder / name / f"{number}.png")
+    return folder
+
+
+def overrides(kind: str, phases: tuple[str, ...], folder: Path) -> list[str]:
+    """Paths of data that are made here, and small sizes."""
+    changes = [*TINY[kind], "loaders.num_workers=0"]
+    for seed, phase in enumerate(phases):
+        make = nuclei if kind == "dsb2018" else volumes
+        more = {"classes": 3} if kind == "multiclass" else {}
+        changes.append(f"loaders.{phase}.file_paths=[{make(folder / phase, seed, **more)}]")
+        if kind != "dsb2018":
+            changes.append(f"loaders.{phase}.slice_builder.patch_shape=[8, 24, 24]")
+            changes.append(f"loaders.{phase}.slice_builder.stride_shape=[8, 24, 24]")
+            if phase == "test":
+                changes.append(f"loaders.{phase}.slice_builder.halo_shape=[2, 4, 4]")
+    return changes + (CROPS if kind == "dsb2018" and "train" in phases else [])
+
+
+@pytest.mark.parametrize("file", sorted(DATA.glob("*.yml")), ids=lambda file: file.stem)
+def test_a_published_file_is_right_as_it_is(file: Path) -> None:
+    check(load_config(file), None)
+
+
+@pytest.mark.parametrize("file", sorted(DATA.glob("*.yml")), ids=lambda file: file.stem)
+def test_what_a_file_became_says_the_same_again(file: Path, tmp_path: Path) -> None:
+    config = load_config(file)
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    again = load_config(tmp_path / "again.yaml")
+    assert to_plain(again) == to_plain(config) and notes_on(again) == []
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_every_phase_of_a_published_file_can_be_built_and_tried(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_config(DATA / f"{kind}_train.yml", overrides(kind, ("train", "val"), tmp_path))
+    check(config)
+    model, loss = get_model(config), get_loss_criterion(config)
+    loaders = get_train_loaders(config, 0, 1, config.seed)
+    assert loaders.train is not None and loaders.val is not None
+    for image, target in (next(iter(loaders.train.epoch(0))).batch, next(iter(loaders.val))):
+        total, _ = loss(model(image), target)
+        total.backward()
+        assert torch.isfinite(total)
+
+
+def test_the_label_is_what_pytorch3dunet_makes_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pytorch3dunet.datasets.utils import get_train_loaders as theirs
+
+    text = yaml.safe_load((DATA / "boundary_train.yml").read_text())
+    changes = overrides("boundary", ("train", "val"), tmp_path)
+    config = load_config(DATA / "boundary_train.yml", [*changes, "loaders.global_normalization=false"])
+    loaders = get_train_loaders(config, 0, 1, 0)
+    for phase in ("train", "val"):
+        text["loaders"][phase]["file_paths"] = [str(tmp_path / phase)]
+        text["loaders"][phase]["slice_builder"] |= {
+            "patch_shape": [8, 24, 24],
+            "stride_shape": [8, 24, 24],
+            "skip_shape_check": True,
+        }
+    text["loaders"] |= {"global_normalization": False, "num_workers": 0}
+    expected = list(theirs(text)["val"])
+    found = list(loaders.val or ())
+    assert len(found) == len(expected) > 1
+    for (image, target), (their_image, their_target) in zip(found, expected, strict=True):
+        torch.testing.assert_close(image, their_image, rtol=1e-5, atol=1e-5)
+        assert torch.equal(target.float(), their_target.float())
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (["loaders.train.transformer.raw.2={name: RandomFlop}"], "loaders.train.transforms.raw.2: "),
+        (["loaders.val.transformer.label.1={name: ToTensor}"], "loaders.val.transforms.label.1: "),
+        (["loaders.train.transformer.label.0={name: RandomFlip, axis_prob: 0.9}"], "loaders.train.transforms.raw.1: "),
+    ],
+)
+def test_a_mistake_in_a_list_is_told_at_its_line(changes: list[str], expected: str, tmp_path: Path) -> None:
+    text = (DATA / "boundary_train.yml").read_text()
+    file = tmp_path / "train.yml"
+    file.write_text(text)
+    config = load_config(file, [*overrides("boundary", ("train", "val"), tmp_path), *changes])
+    with pytest.raises(ConfigError) as caught:
+        get_train_loaders(config, 0, 1, 0)
+    (mistake,) = caught.value.mistakes
+    assert mistake.text.startswith(expected), mistake.text
+    assert mistake.place is not None and (mistake.place.line == 0 or ".raw.1" in expected)
+
+
+def predicted_by_pytorch3dunet(test: list[str], folder: Path) -> np.ndarray:
+    """What pytorch-3dunet itself makes of a test file with the same changes."""
+    import h5py
+    from pytorch3dunet.predict import get_predictor, get_test_loaders
+    from pytorch3dunet.unet3d.config import TorchDevice
+    from pytorch3dunet.unet3d.model import get_model as their_model
+    from pytorch3dunet.unet3d.utils import load_checkpoint
+
+    values = yaml.safe_load((DATA / "boundary_test.yml").read_text()) | {"device": TorchDevice.CPU}
+    for change in test:
+        path, _, value = change.partition("=")
+        *parents, last = path.split(".")
+        section = values
+        for key in parents:
+            section = section[key]
+        section[last] = yaml.safe_load(value)
+    values["loaders"]["output_dir"] = str(folder)
+    model = their_model(values["model"])
+    load_checkpoint(values["model_path"], model)
+    predictor = get_predictor(model, values)
+    for loader in get_test_loaders(values):
+        predictor(loader)
+    with h5py.File(folder / "cells_predictions.h5") as file:
+        return file["predictions"][:]
+
+
+def test_a_test_file_predicts_what_pytorch3dunet_predicts(run_cli: RunCli, tmp_path: Path) -> None:
+    import h5py
+    from pytorch3dunet.unet3d.model import UNet3D as Theirs
+
+    torch.manual_seed(0)
+    weights = saved_by_pytorch3dunet(tmp_path, Theirs(1, 1, f_maps=[4, 8], num_groups=2))
+    test = [*overrides("boundary", ("test",), tmp_path), f"model_path={weights}", "loaders.global_normalization=false"]
+    done = run_cli(["predict", DATA / "boundary_test.yml", *test, "loaders.output_dir=ours"])
+    assert done.rc == 0, done.text
+    with h5py.File(tmp_path / "ours" / "cells_predictions.h5") as file:
+        ours = file["predictions"][:]
+    theirs = predicted_by_pytorch3dunet(test, tmp_path / "theirs")
+    # The last patch of an axis overlaps the one before: there the last one wins, here they are averaged.
+    alone = (slice(None), slice(0, 2), slice(0, 12), slice(0, 12))
+    assert ours.shape == theirs.shape
+    np.testing.assert_allclose(ours[alone], theirs[alone], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(ours[:, -2:, -12:, -12:], theirs[:, -2:, -12:, -12:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["multiclass", "dsb2018"])
+def test_a_file_trains_and_predicts_from_the_command_line(kind: str, run_cli: RunCli, tmp_path: Path) -> None:
+    import h5py
+
+    steps = ["trainer.max_num_iterations=4", "trainer.validate_after_iters=2", "trainer.log_after_iters=1"]
+    done = run_cli([DATA / f"{kind}_train.yml", *overrides(kind, ("train", "val"), tmp_path), *steps])
+    assert done.rc == 0, done.text
+    assert "lr_scheduler.interval: 'validation'" in done.text
+    weights = "model_path=checkpoints/checkpoints/best"
+    test = [*overrides(kind, ("test",), tmp_path), weights, "loaders.output_dir=predictions"]
+    done = run_cli(["predict", DATA / f"{kind}_test.yml", *test])
+    assert done.rc == 0, done.text
+    files = sorted((tmp_path / "predictions").glob("*.h5"))
+    assert [file.name for file in files] == (
+        ["cells_predictions.h5"] if kind == "multiclass" else [f"{number}_predictions.h5" for number in range(3)]
+    )
+    with h5py.File(files[0]) as file:
+        labels = file["segmentation"][:]
+    assert labels.shape == ((10, 36, 36) if kind == "multiclass" else (40, 44))
+    assert labels.dtype.kind == "u"
