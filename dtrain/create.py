@@ -23,10 +23,11 @@ from dtrain.modelloader import get_model, misfits_of, take_over
 from dtrain.optimizer import Schedule, end_points, get_lr_scheduler, get_optimizer
 from dtrain.pictures import Pictures
 from dtrain.progress import get_progress
+from dtrain.redact import redact, redacted_tree
 from dtrain.resume import CHECKPOINTS, ResumeError, Start, find_start
 from dtrain.sections import PHASES, calls, refused
 from dtrain.state import FORMAT, restore
-from dtrain.tracking import Journal, NoJournal, flatten, redact
+from dtrain.tracking import Journal, NoJournal, flatten
 from dtrain.trainer import Parts, Trainer
 
 if TYPE_CHECKING:
@@ -91,7 +92,8 @@ def create_trainer(
         places={key: str(place) for key in config if (place := place_of(config, (key,)))},
         table=table,
         record=_record(config, options, ranks),
-        texts={"config.yaml": to_yaml(config)} | {f"config/{name}": text for name, text in sources(config).items()},
+        texts={"config.yaml": to_yaml(redacted_tree(to_plain(config)))}
+        | {f"config/{name}": redact(text) for name, text in sources(config).items()},
     )  # fmt: skip
     trainer: Trainer = build(config, "trainer", parts, monitor=monitor, mode=mode, precision=options["precision"])
     rng.seed_all(seed, 1 + ranks.rank)  # dropout differs between ranks; the weights, drawn before, do not

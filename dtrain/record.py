@@ -4,11 +4,12 @@ import contextlib
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from dtrain import failure, report
 from dtrain.interrupt import end_workers
 from dtrain.progress import LineProgress
+from dtrain.redact import Redacted
 from dtrain.resume import move_aside
 from dtrain.runfiles import write_text
 from dtrain.tracking import Journal, Status, ui_command
@@ -57,11 +58,11 @@ def _logged(trainer: "Trainer") -> Iterator[None]:
     path.parent.mkdir(exist_ok=True)
     shown = trainer.progress
     with path.open("a", encoding="utf-8") as log:
-        trainer.progress = _Both(shown, LineProgress(log))
+        trainer.progress = _Both(shown, LineProgress(cast(TextIO, Redacted(log))))
         try:
             yield
         except BaseException:
-            traceback.print_exc(file=log)
+            traceback.print_exc(file=cast(TextIO, Redacted(log)))
             raise
         finally:
             trainer.progress = shown

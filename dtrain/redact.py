@@ -4,7 +4,7 @@ import functools
 import io
 import os
 import re
-from typing import IO
+from typing import IO, Any
 
 _SECRETS = (
     # a password in an address, a credential in its query
@@ -39,6 +39,17 @@ def redact(text: str) -> str:
     for pattern, replacement in _SECRETS:
         text = pattern.sub(replacement, text)
     return text
+
+
+def redacted_tree(value: Any, key: str = "") -> Any:
+    """The same nest of mappings and lists, its texts without secrets, and no text at all under a secret's name."""
+    if isinstance(value, dict):
+        return {name: redacted_tree(item, str(name)) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted_tree(item, key) for item in value]
+    if isinstance(value, str):
+        return "***" if value and SECRET_NAME.search(key) else redact(value)
+    return value
 
 
 class Redacted(io.TextIOBase):

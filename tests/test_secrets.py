@@ -1,0 +1,44 @@
+"""No secret of a config or of the environment reaches a file of the run folder or MLflow."""
+
+import pytest
+from whole_runs import Place
+
+from dtrain.redact import redacted_tree
+
+SECRETS = ("hunter2-of-mine", "t0p-s3cr3t-token", "w0rd-in-an-address")
+
+
+def test_a_tree_is_masked_by_names_and_by_values():
+    given = {"password": "abc", "x": [{"api_key": "k"}, "http://me:pw@host/", 3, None], "tokens": "fine", "token": ""}
+    wanted = {"password": "***", "x": [{"api_key": "***"}, "http://***@host/", 3, None], "tokens": "fine", "token": ""}
+    assert redacted_tree(given) == wanted
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("do", ["", "train 2 rank 0 raise"])
+def test_nothing_that_a_run_leaves_holds_a_secret(place: Place, do: str) -> None:
+    name = f"secret-{'failed' if do else 'done'}"
+    (place.folder / "guarded.py").write_text(
+        "from toy import Points\n\n\n"
+        "class Guarded(Points):\n"
+        "    def __init__(self, size, seed=0, password='', source='', note=''):\n"
+        "        super().__init__(size, seed)\n"
+        f"        assert password == {SECRETS[0]!r} and {SECRETS[2]!r} in source and {SECRETS[1]!r} in note\n"
+    )
+    changes = {
+        "loaders": {
+            "name": "Guarded", "batch_size": 4, "password": "${DATA_PASSWORD}", "note": "sent with ${MY_TOKEN}",
+            "source": f"https://me:{SECRETS[2]}@host/data", "train": {"size": 8},
+        },
+        "trainer.max_epochs": 1,
+    }  # fmt: skip
+    file = place.config(name, modules=["guarded", "toy"], **changes)
+    database = place.folder / f"{name}.db"
+    place.run(
+        file, f"mlflow.tracking_uri=sqlite:///{database}", expect=1 if do else 0, do=do, mlflow=True,
+        env={"DATA_PASSWORD": SECRETS[0], "MY_TOKEN": SECRETS[1]},
+    )  # fmt: skip
+    files = [path for path in [*place.path(name).rglob("*"), database] if path.is_file()]
+    assert len(files) > 10
+    found = [(path.name, secret) for path in files for secret in SECRETS if secret.encode() in path.read_bytes()]
+    assert found == []
