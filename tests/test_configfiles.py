@@ -1,0 +1,129 @@
+"""The configs that are shipped: each has no mistake, and trains, validates and tests, on one process and on two."""
+
+import functools
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, RunCli
+
+from dtrain.check import check
+from dtrain.components.datasets.cell_volume import CellVolume
+from dtrain.components.datasets.digits_scene import DigitsScene
+from dtrain.components.datasets.make import make
+from dtrain.config import load_config
+from dtrain.runfiles import read_run
+
+FOLDER = REPOSITORY / "configfiles"
+FILES = sorted(FOLDER.glob("*.yaml"))
+# Two small steps instead of minutes. A file that is not here gets the overrides of all.
+ALL = ["trainer.max_steps=2", "trainer.log_every_steps=1"]
+SHORT = {
+    "pidnet_scene": ["loaders.global_batch_size=4", "loaders.val.source.length=3", "loaders.test.source.length=3"],
+    "relation_teeth": ["loaders.train.length=64", "loaders.val.length=8", "loaders.test.length=8"],
+    "transunet_cells": ["loaders.train.length=4", "loaders.val.length=1", "loaders.test.length=1"],
+    "unet2d_scene": ["loaders.global_batch_size=4", "loaders.val.length=3", "loaders.test.length=3"],
+}
+# One process runs them all, which saves a start of some seconds for each.
+SEVERAL = """
+import json, sys
+from dtrain.cli import main
+
+print("STATUS", json.dumps([main(words) for words in json.loads(sys.argv[1])]))
+"""
+TIMEOUT_SECONDS = 280  # a busy machine
+NO_MLFLOW = "raise ImportError('kept out of this test')\n"
+
+
+def name_of(file: Path) -> str:
+    return file.stem
+
+
+def environment(place: Path) -> dict[str, str]:
+    return {"PYTHONPATH": f"{place / 'stubs'}:{REPOSITORY}"}
+
+
+def arguments(file: Path, folder: Path) -> list[str]:
+    return [str(file), *ALL, *SHORT.get(file.stem, []), f"trainer.checkpoint_dir={folder}"]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A current folder with the files that the configs name, and with an mlflow that cannot be imported: it is slow."""
+    counts = dict.fromkeys(("train", "val", "test"), 1)
+    make(CellVolume, tmp_path / "data" / "cells", counts, shape=(16, 64, 64))
+    make(DigitsScene, tmp_path / "data" / "scenes", counts, "images")
+    (tmp_path / "stubs" / "mlflow").mkdir(parents=True)
+    (tmp_path / "stubs" / "mlflow" / "__init__.py").write_text(NO_MLFLOW)
+    return tmp_path
+
+
+def assert_done(folder: Path) -> dict[str, float]:
+    """It trained two steps, validated and tested, with finite losses; the last value of each figure."""
+    assert read_run(folder)["state"] == "FINISHED"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["kind"] == "metrics"]
+    assert max(row["step"] for row in rows) == 2
+    found = {key: value for row in rows for key, value in row["values"].items()}
+    assert all(math.isfinite(found[f"{phase}/loss"]) for phase in ("train", "val", "test"))
+    assert {key for key in found if key.startswith("test/") and not key.startswith("test/loss")}, "no metric"
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_a_config_has_no_mistake(file: Path) -> None:
+    check(load_config(file))
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_a_config_begins_with_the_command_that_runs_it(file: Path) -> None:
+    text = file.read_text()
+    assert re.search(rf"^#   (?:python|torchrun .*) -m dtrain configfiles/{file.name}$", text, re.M), "no such line"
+    config = load_config(file)
+    assert {"train", "val", "test"} <= set(config["loaders"])
+    assert config["trainer"]["checkpoint_dir"].startswith("runs/")
+
+
+def test_every_config_has_a_run_folder_and_an_experiment_of_its_own() -> None:
+    configs = [load_config(file) for file in FILES]
+    for value in ("experiment", "trainer.checkpoint_dir"):
+        found = [functools.reduce(lambda part, key: part[key], value.split("."), config) for config in configs]
+        assert len(set(found)) == len(found), found
+
+
+@pytest.mark.slow
+def test_each_trains_validates_and_tests(place: Path, run_cli: RunCli) -> None:
+    commands = [arguments(file, place / "runs" / file.stem) for file in FILES]
+    launcher = [sys.executable, "-c", SEVERAL, json.dumps(commands)]
+    done = run_cli([], launcher=launcher, env=environment(place), timeout=TIMEOUT_SECONDS)
+    assert f"STATUS {[0] * len(FILES)}" in done.stdout, done.text
+    for file in FILES:
+        assert_done(place / "runs" / file.stem)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2 * TIMEOUT_SECONDS + 60)
+def test_two_ranks_train_the_same_as_one(place: Path, run_cli: RunCli) -> None:
+    found = []
+    for ranks in (1, 2):
+        folder = place / "runs" / f"unet2d-{ranks}"
+        done = run_cli(
+            arguments(FOLDER / "unet2d_scene.yaml", folder),
+            nproc=ranks,
+            env=environment(place),
+            timeout=TIMEOUT_SECONDS,
+        )
+        assert done.rc == 0, done.text
+        found.append(assert_done(folder))
+    same = [key for key in found[0] if key.startswith(("train/", "val/", "test/"))]
+    assert [found[1][key] for key in same] == pytest.approx([found[0][key] for key in same], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_model_with_several_outputs_trains_on_two_ranks(place: Path, run_cli: RunCli) -> None:
+    done = run_cli(arguments(FOLDER / "pidnet_scene.yaml", place / "runs" / "pidnet"), nproc=2, env=environment(place))
+    assert done.rc == 0, done.text
+    assert_done(place / "runs" / "pidnet")
