@@ -112,15 +112,64 @@ def _hdf5(path: Path, chunks: Iterator[np.ndarray], channels: tuple[int, ...], s
         import h5py
     sides = [min(CHUNK_SIDE, extent) for extent in sheet.shape[-2:]]
     blocks = (*(1 for _ in channels), *(1 for _ in sheet.shape[:-2]), *sides)
-    try:
-        with h5py.File(path, "w") as file:
+    with Steady(path) as steady:
+        with h5py.File(steady, "w") as file:
             shape = (*channels, *sheet.shape)
             target = file.create_dataset(
                 sheet.dataset, shape, sheet.dtype, chunks=blocks, compression=sheet.compression
             )
-            _placed(chunks, target, channels)
-    except RuntimeError as error:  # h5py's word for a disk that is full when the file is closed
-        raise OSError(str(error)) from error
+            _placed(steady.checked(chunks), target, channels)
+        steady.check()
+
+
+class Steady:
+    """A file for HDF5 that takes every write, and keeps the first error for us.
+
+    Told of a full disk, HDF5 can no longer close the file in order, and the process may crash over it later.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w+b", buffering=0)
+        self._error: OSError | None = None
+
+    def __enter__(self) -> "Steady":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)  # seek, tell, readinto, flush
+
+    def write(self, data: Any) -> int:
+        """Write all of it; after an error, nothing any more."""
+        view, done = memoryview(data).cast("B"), 0
+        try:
+            while self._error is None and done < len(view):
+                done += self._file.write(view[done:])
+        except OSError as error:
+            self._error = error
+        return len(view)
+
+    def truncate(self, size: int) -> int:
+        """Make the file so long."""
+        try:
+            if self._error is None:
+                self._file.truncate(size)
+        except OSError as error:
+            self._error = error
+        return size
+
+    def check(self) -> None:
+        """Raise what was kept."""
+        if self._error is not None:
+            raise self._error
+
+    def checked(self, chunks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        """The same chunks, as long as there is no error."""
+        for chunk in chunks:
+            yield chunk
+            self.check()
 
 
 def _npy(path: Path, chunks: Iterator[np.ndarray], channels: tuple[int, ...], sheet: Sheet) -> None:
