@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.data import Subset
 
 from dtrain.batch import main_output, split
 from dtrain.drawing import Tile, extent, gray, matrix, png, sheet
@@ -83,7 +84,7 @@ class Pictures:
         self.settings = None if loader is None or settings is None else checked(picture_settings(**settings))
         self.samples = chosen(self.settings["samples"], len(loader.dataset)) if self.settings else []
         self._validations = 0
-        self._told: set[str] = set()
+        self._told: set[type] = set()
 
     def album(self, step: int, journal: Any, note: Callable[[str], None]) -> "Album | None":
         """What takes in one validation, after so many optimizer steps; None where it is not to be drawn."""
@@ -94,11 +95,11 @@ class Pictures:
             return None
         return Album(self, step, journal, note)
 
-    def once(self, text: str, note: Callable[[str], None]) -> None:
-        """Say something that is not worth saying at each validation."""
-        if text not in self._told:
-            self._told.add(text)
-            note(text)
+    def warn(self, kind: type, text: str, note: Callable[[str], None]) -> None:
+        """Say what went wrong; of one kind of error once, not at each validation."""
+        if kind not in self._told:
+            self._told.add(kind)
+            note(f"warning: no pictures of the validation: {text} (trainer.pictures=false draws none)")
 
     def prune(self) -> None:
         """Leave the newest validations' pictures."""
@@ -182,7 +183,7 @@ class Album:
             self._pictures.prune()
         except Exception as error:
             text = " ".join(str(error).split()) or type(error).__name__
-            self._pictures.once(f"warning: no pictures of the validation: {text[:300]}", self._note)
+            self._pictures.warn(type(error), text[:300], self._note)
 
     def _draw_panels(self, module: torch.nn.Module, forward: Callable[..., Any]) -> None:
         for index in self._pictures.samples:
@@ -285,7 +286,7 @@ def kind_of(output: Any, target: Any) -> str:
     """dense, classes, or '' for what has no picture."""
     if not isinstance(output, torch.Tensor) or not isinstance(target, torch.Tensor):
         return ""
-    if output.ndim in (4, 5) and target.ndim in (output.ndim - 1, output.ndim):
+    if output.ndim in (4, 5) and target.ndim >= 3:
         return "dense"
     whole = not (target.is_floating_point() or target.is_complex())
     places = output.shape[2:]
@@ -328,9 +329,9 @@ def counted(pairs: Mapping[tuple[int, int], int], classes: int) -> tuple[np.ndar
 
 def source_of(dataset: Any, index: int) -> str:
     """The file that a sample is of, and the region in it; '' where the dataset does not say."""
-    while not hasattr(dataset, "places"):
-        if isinstance(indices := getattr(dataset, "indices", None), Sequence):  # a torch Subset
-            index = int(indices[index])
+    while not (hasattr(dataset, "places") and hasattr(dataset, "volumes")):
+        if isinstance(dataset, Subset):
+            index = int(dataset.indices[index])
         inner = getattr(dataset, "source", getattr(dataset, "dataset", None))
         if inner is None or inner is dataset:
             return ""
