@@ -158,13 +158,15 @@ def _sender(config: Any) -> Any:
 
 def _config(options: argparse.Namespace) -> int:
     from dtrain.check import check
-    from dtrain.config import load_config, to_yaml
+    from dtrain.config import load_config, notes_on, to_yaml
     from dtrain.locate import locate
     from dtrain.sections import calls
     from dtrain.source import Callee
 
     config = load_config(options.config, options.overrides)
     check(config, purpose=None)
+    for line in notes_on(config):
+        print(f"# {one_line(line)}")
     for name, call in calls(config).items():
         if name.endswith((".loader", ".schedule", ".ddp")):
             continue  # dtrain's own keys beside a component's

@@ -237,7 +237,7 @@ class _Translation:
         if not isinstance(lists, dict):
             self.wrong(path, f"expected a mapping of the lists raw and label, {found(lists)}")
             return
-        for key in lists.keys() - {"raw", "label", "weight"}:
+        for key in [key for key in lists if key not in ("raw", "label", "weight")]:
             self.wrong((*path, key), "possible: raw, label, weight")
         if "raw" not in lists:
             self.wrong(path, "has no list 'raw' for the image")
@@ -332,7 +332,10 @@ class _Translation:
         """One HDF5 file for each image, as DSB2018Predictor means to write."""
         del predictor["name"]
         predictor.setdefault("format", "hdf5")
-        if predictor.pop("save_segmentation", True):
+        segments = predictor.get("save_segmentation", True)
+        if isinstance(segments, bool):
+            predictor.pop("save_segmentation", None)
+        if segments is True:
             for key, value in {"instances": "foreground", "connectivity": 2, "output_dataset": "segmentation"}.items():
                 predictor.setdefault(key, value)
             text = "DSB2018Predictor writes the numbered instances alone; for probabilities: save_segmentation: false"

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import pickle
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from dtrain import inference
 from dtrain.check import check
 from dtrain.checkpoint import CheckpointError, load_weights
 from dtrain.components.models import PIDNet, ResidualUNet2D, ResidualUNet3D, ResidualUNetSE3D, UNet2D, UNet3D, ViT
-from dtrain.config import load_config, notes_on, place_of, to_plain, to_yaml
+from dtrain.config import from_mapping, load_config, notes_on, place_of, to_plain, to_yaml
 from dtrain.dataloader import get_train_loaders
 from dtrain.loss import get_loss_criterion
 from dtrain.modelloader import fitted, get_model, misfits_of
@@ -297,6 +299,79 @@ def test_null_where_pytorch3dunet_means_none(tmp_path: Path) -> None:
 def test_what_cannot_be_honoured_is_refused_by_name(old: str, new: str, expected: str, tmp_path: Path) -> None:
     (line,) = told(tmp_path, old, new)
     assert line.startswith(expected), line
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("raw: [{name: Standardize}", "Raw: [{name: Standardize}", ["train.yml:12:7: loaders.train.transformer.Raw: possible: raw, label, weight", "train.yml:11:5: loaders.train.transformer: has no list 'raw' for the image"]),
+        ("trainer:", "model_path: a.pt\npredictor: 3\ntrainer:", ["train.yml:2:1: model_path: stands for 'predictor.checkpoint', but 'predictor' is no mapping"]),
+        ("trainer:", "model_path: a.pt\npredictor: {checkpoint: b.pt}\ntrainer:", ["train.yml:2:1: 'model_path' and 'predictor.checkpoint' are two names of one setting; keep one of them"]),
+    ],
+)  # fmt: skip
+def test_what_has_the_wrong_form_is_told(old: str, new: str, expected: list[str], tmp_path: Path) -> None:
+    assert told(tmp_path, old, new) == expected
+
+
+def test_all_mistakes_are_told_together(tmp_path: Path) -> None:
+    text = SMALL.replace("{name: BCEDiceLoss}", "{name: BCEWithLogitsLoss, weight: [1]}")
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, ["trainer.validate_iters=3", "trainer.resume=a.pytorch"], text)
+    assert len(caught.value.mistakes) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ([], {"activation": "sigmoid", "format": "hdf5", "instances": "foreground", "connectivity": 2, "output_dataset": "segmentation"}),
+        (["predictor.save_segmentation=false"], {"activation": "sigmoid", "format": "hdf5"}),
+        (["predictor.save_segmentation=maybe"], {"activation": "sigmoid", "format": "hdf5", "save_segmentation": "maybe"}),
+        (["predictor.name=LazyPredictor", "model.final_sigmoid=false"], {"activation": "softmax", "name": "LazyPredictor"}),
+        (["predictor=null", "model.is_segmentation=false"], {"activation": "none"}),
+        (["predictor.name=null", "predictor.prediction_channel=null"], {"activation": "sigmoid"}),
+    ],
+)  # fmt: skip
+def test_a_predictor_means(changes: list[str], expected: dict[str, Any]) -> None:
+    config = load_config(DATA / "dsb2018_test.yml", changes)
+    assert to_plain(config.predictor) == expected | {
+        "checkpoint": "PATH_TO_CHECKPOINT",
+        "output_dir": "PATH_TO_OUTPUT_DIR",
+    }
+    assert "model_path" not in config and "test" not in config.loaders and "output_dir" not in config.loaders
+
+
+def test_what_is_predicted_has_no_label() -> None:
+    phase = load_config(
+        DATA / "multiclass_test.yml", ["loaders.test.transformer.label=[{name: ToTensor}]"]
+    ).loaders.predict
+    assert phase.label_internal_path is None and phase.weight_internal_path is None
+    assert phase.transforms.label is None and len(phase.transforms.raw) == 2
+
+
+def test_a_mapping_made_in_python_is_translated_too() -> None:
+    config = from_mapping(yaml.safe_load((DATA / "multiclass_train.yml").read_text()))
+    assert config.lr_scheduler.interval == "validation" and "transformer" not in config.loaders.train
+
+
+def test_strange_values_are_refused_or_kept_and_nothing_breaks() -> None:
+    strange = [None, True, 0, -1.5, "x", "", [], [None], [[1]], {}, {"name": None}, {"name": ["x"]}, [{"name": 3}]]
+    for file in ("ovules_train.yml", "dsb2018_test.yml"):
+        text = yaml.safe_load((DATA / file).read_text())
+        for path in sections(text)[1:]:
+            for value in strange:
+                values = copy.deepcopy(text)
+                parent = values
+                for key in path[:-1]:
+                    parent = parent[key]
+                parent[path[-1]] = copy.deepcopy(value)
+                with contextlib.suppress(ConfigError):
+                    from_mapping(values)
+
+
+def sections(values: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The paths of all values of a tree."""
+    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    return [path, *(found for key, item in items for found in sections(item, (*path, key)))]
 
 
 # ------------------------------------------------------------------------------------------- whole files, whole runs
