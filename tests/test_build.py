@@ -449,6 +449,66 @@ def test_sys_exit_in_a_constructor_is_an_error_like_others(write: Write) -> None
 
 
 @pytest.mark.parametrize(
+    ("said", "place", "path"),
+    [
+        ("size is wrong", "4:3", "model.size"),
+        ("steps[1].p: too much", "7:17", "model.steps.1.p"),
+        ("recipe.steps[0] is unknown", "6:7", "model.steps.0"),
+        ("steps[7] is not there", "5:3", "model.steps"),
+        ("Net: size is wrong", "2:1", "model"),
+        ("", "2:1", "model"),
+    ],
+)
+def test_an_error_that_begins_with_an_argument_is_told_at_its_key(
+    write: Write, said: str, place: str, path: str
+) -> None:
+    write(
+        mine=f"""
+        from collections.abc import Mapping, Sequence
+        class Net:
+            def __init__(self, size: int, steps: Sequence[Mapping[str, float]]) -> None:
+                raise ValueError({said!r})
+    """
+    )
+    text = "modules: [mine]\nmodel:\n  name: Net\n  size: 3\n  steps:\n    - {p: 1}\n    - {name: A, p: 2}\n"
+    Path("c.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        build(load_config("c.yaml"), "model")
+    assert str(caught.value).startswith(f"c.yaml:{place}: {path}: Net(...) raised ValueError: {said}")
+
+
+@pytest.mark.parametrize("wanted", ["list[dict]", "Sequence[Mapping[str, Any]] | None", "'list[dict] | list[Mapping]'"])
+def test_a_list_of_mappings_is_handed_over_as_it_stands_where_that_is_wanted(write: Write, wanted: str) -> None:
+    write(
+        mine=f"""
+        from collections.abc import Mapping, Sequence
+        from typing import Any
+        class Net:
+            def __init__(self, steps: {wanted}) -> None:
+                self.steps = steps
+    """
+    )
+    steps = made("model", "{name: Net, steps: [{name: nothing.of.that.name, p: 1}, {q: {name: B}}]}").steps
+    assert steps == [{"name": "nothing.of.that.name", "p": 1}, {"q": {"name": "B"}}]
+    assert type(steps[0]) is dict
+    assert "expected" in refusal("model", "{name: Net, steps: [{p: 1}, 3]}")
+
+
+def test_other_lists_are_built(write: Write) -> None:
+    write(
+        mine="""
+        class Part:
+            pass
+        class Net:
+            def __init__(self, parts: list, more: "list[dict | Part]", rest: list[dict] | Part) -> None:
+                self.parts = [*parts, *more, *rest]
+    """
+    )
+    net = made("model", "{name: Net, parts: [{name: Part}], more: [{name: Part}], rest: [{name: Part}]}")
+    assert [type(part).__name__ for part in net.parts] == ["Part", "Part", "Part"]
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         (

@@ -357,8 +357,8 @@ def test_strange_values_are_refused_or_kept_and_nothing_breaks() -> None:
     strange = [None, True, 0, -1.5, "x", "", [], [None], [[1]], {}, {"name": None}, {"name": ["x"]}, [{"name": 3}]]
     for file in ("ovules_train.yml", "dsb2018_test.yml"):
         text = yaml.safe_load((DATA / file).read_text())
-        for path in sections(text)[1:]:
-            for value in strange:
+        for number, path in enumerate(sections(text)[1:]):
+            for value in strange[number % 5 :: 5]:
                 values = copy.deepcopy(text)
                 parent = values
                 for key in path[:-1]:
