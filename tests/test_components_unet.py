@@ -17,7 +17,7 @@ from dtrain import load_config
 from dtrain.checkpoint import load_weights
 from dtrain.components.models import unet
 from dtrain.components.models.unet import ResidualUNet2D, ResidualUNet3D, ResidualUNetSE3D, UNet2D, UNet3D
-from dtrain.components.models.unet_blocks import SE_MODULES, ResNetBlock, Style
+from dtrain.components.models.unet_blocks import SE_MODULES, Conv3d, ResNetBlock, Style
 from dtrain.modelloader import get_model
 
 ALL = (UNet3D, ResidualUNet3D, ResidualUNetSE3D, UNet2D, ResidualUNet2D)
@@ -246,6 +246,35 @@ def test_every_parameter_gets_a_finite_gradient(model):
     module(image(module)).square().sum().backward()
     wrong = [n for n, p in module.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert wrong == []  # DistributedDataParallel would wait for them
+
+
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (1, 3, 3), (5, 1, 3), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("depth", [1, 2, 5, 8])
+def test_a_large_volume_in_two_halves_is_convolved_as_in_one(kernel, depth):
+    conv = Conv3d(2, 3, kernel, padding=tuple(side // 2 for side in kernel), cut_from=1).double()
+    x = torch.randn(1, 2, depth, 6, 7, dtype=torch.float64, requires_grad=True)
+    whole = F.conv3d(x, conv.weight, conv.bias, padding=conv.padding)
+    torch.testing.assert_close(conv(x), whole)
+    slope, inputs = torch.randn_like(whole), (x, conv.weight, conv.bias)
+    for found, expected in zip(
+        torch.autograd.grad(conv(x), inputs, slope), torch.autograd.grad(whole, inputs, slope), strict=True
+    ):
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_large_volume_is_left_to_no_slow_kernel_on_any_level():
+    def slow(model, x):
+        with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            model(x)
+        return sum(event.count for event in profile.key_averages() if "slow_conv" in event.key)
+
+    model, x = UNet3D(1, 1, f_maps=[2, 4, 8], num_groups=1), torch.randn(1, 1, 16, 64, 64)
+    assert x.numel() == unet.LARGE
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    assert slow(model, x) <= 1  # final_conv, of one voxel
+    assert slow(model, x[:, :, :8]) > 1  # which is small, and where torch still has such a kernel
+    torch.testing.assert_close(model(x), model(x.repeat(2, 1, 1, 1, 1))[:1], rtol=1e-4, atol=1e-4)
 
 
 def test_half_precision_gives_nearly_the_same():

@@ -4,7 +4,9 @@ Shapes: N images, C channels in, K channels out, spatial (D, H, W) or (H, W). Th
 described once, at `_UNet`.
 """
 
+import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import ClassVar, Literal
 
@@ -12,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.components.models.unet_blocks import BLOCKS, LAYERS, SE_MODULES, Deconvolution, Interpolation, Style
+
+LARGE = 2**16  # voxels of a volume that is worth being cut on a CPU; see Conv3d
 
 
 class _UNet(nn.Module):
@@ -93,13 +97,15 @@ class _UNet(nn.Module):
         self.in_channels = in_channels
         self.pool = _sides("pool_kernel_size", pool_kernel_size, self.dims)
         channels = _channels(f_maps, num_levels, self.levels)
+        styles = [replace(style, cut_from=LARGE // math.prod(self.pool) ** level) for level in range(len(channels))]
         self.postprocess = "none" if not is_segmentation else "sigmoid" if final_sigmoid else "softmax"
         self.encoders = nn.ModuleList(
-            _Encoder(above, here, block, style, layers.pools[pool_type](self.pool) if level else None)
+            _Encoder(above, here, block, styles[level], layers.pools[pool_type](self.pool) if level else None)
             for level, (above, here) in enumerate(pairwise((in_channels, *channels)))
         )
         self.decoders = nn.ModuleList(
-            _Decoder(below, here, block, style, upsample, self.pool) for below, here in pairwise(reversed(channels))
+            _Decoder(channels[level + 1], channels[level], block, styles[level], upsample, self.pool)
+            for level in reversed(range(len(channels) - 1))
         )
         self.final_conv = layers.conv(channels[0], out_channels, 1)
 

@@ -6,7 +6,8 @@ pytorch-3dunet, so that its checkpoints load.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,37 @@ class Layers(NamedTuple):
     channel_dropout: Callable[..., nn.Module]
     pools: dict[str, Callable[..., nn.Module]]
     interpolations: tuple[str, ...]
+
+
+class Conv3d(nn.Conv3d):
+    """torch's convolution that keeps sizes, and on a CPU cuts a single large volume into two halves.
+
+    For a batch of one, torch leaves a convolution with up to 20,480 channels x depth x height to a kernel of its own
+    instead of oneDNN's (torch 2.13, `use_mkldnn` in ATen/native/Convolution.cpp), which takes up to ten times as long.
+    So the halves, which overlap by the kernel, go as a batch of two. The result is the same to rounding.
+
+    Args:
+        cut_from: Voxels from which on a volume is large; 0: none is.
+        arguments: torch's.
+    """
+
+    def __init__(self, *arguments: Any, cut_from: int, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.cut_from = cut_from
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From (N, in, D, H, W) to (N, out, D, H, W)."""
+        large = self.cut_from and x[0, 0].numel() >= self.cut_from
+        if len(x) > 1 or not large or x.device.type != "cpu" or x[0, ..., 0].numel() > 20_480:
+            return super().forward(x)
+        depth, border = x.shape[2], self.kernel_size[0] // 2
+        half = -(-depth // 2)
+        padded = F.pad(x, (0, 0, 0, 0, border, border))
+        halves = torch.cat((padded[:, :, : half + 2 * border], padded[:, :, depth - half :]))
+        upper, lower = F.conv3d(
+            halves, self.weight, self.bias, padding=(0, *(side // 2 for side in self.kernel_size[1:]))
+        ).split(1)
+        return torch.cat((upper, lower[:, :, 2 * half - depth :]), dim=2)
 
 
 LAYERS = {
@@ -48,6 +80,7 @@ class Style:
         dropout_prob: Probability of dropping a value (d) or a channel (D), 0 to 1.
         upscale: In which convolution a DoubleConv of the encoder widens: 2 in both, 1 in the first alone.
         se_module: Which squeeze and excitation a ResNetBlockSE has: scse, cse or sse.
+        cut_from: See Conv3d.
 
     Raises:
         ValueError: The order or the number of groups makes no sense.
@@ -60,6 +93,7 @@ class Style:
     dropout_prob: float = 0.1
     upscale: int = 2
     se_module: str = "scse"
+    cut_from: int = 0
 
     def __post_init__(self) -> None:
         letters = set(self.order)
@@ -83,6 +117,11 @@ class Style:
     def padding(self) -> tuple[int, ...]:
         """What keeps the size of an image in a convolution."""
         return tuple(size // 2 for size in self.kernel_size)
+
+    def conv(self, in_channels: int, out_channels: int, bias: bool) -> nn.Module:
+        """A convolution that keeps the size of an image."""
+        conv = partial(Conv3d, cut_from=self.cut_from) if self.dims == 3 else self.layers.conv
+        return conv(in_channels, out_channels, self.kernel_size, padding=self.padding, bias=bias)
 
     def groupnorm(self, channels: int) -> nn.GroupNorm:
         """A GroupNorm (Wu and He 2018, arXiv:1803.08494) over these channels."""
@@ -111,8 +150,7 @@ class SingleConv(nn.Sequential):
             channels = in_channels if position < order.index("c") else out_channels
             if letter == "c":
                 bias = not {"g", "b"} & set(order)
-                conv = style.layers.conv(in_channels, out_channels, style.kernel_size, padding=style.padding, bias=bias)
-                self.add_module("conv", conv)
+                self.add_module("conv", style.conv(in_channels, out_channels, bias))
             elif letter == "g":
                 self.add_module("groupnorm", style.groupnorm(channels))
             elif letter == "b":
