@@ -146,6 +146,40 @@ def test_a_replay_adds_nothing(tmp_path: Path, uri: str) -> None:
 
 
 @pytest.mark.usefixtures("quiet_journal")
+def test_an_image_is_mlflows_image_of_its_step_however_often_it_is_sent(tmp_path: Path, uri: str) -> None:
+    from PIL import Image
+
+    folder = tmp_path / "run"
+    (folder / "pictures").mkdir(parents=True)
+    Image.new("RGB", (600, 300), (1, 2, 3)).save(folder / "pictures/a.png")
+    journal = Journal(folder, experiment="pictures", run_name="vit", tracking_uri=uri)
+    journal.start({}, {})
+    for step in (10, 20):
+        journal.image("pictures/a.png", "val/sample 1", step)
+    journal.image("pictures/gone.png", "val/gone", 20)
+    journal.finish("FINISHED")
+
+    def stored() -> list[Path]:
+        return sorted((Path(run_of(folder, uri).info.artifact_uri) / "images").iterdir())
+
+    assert deliver(folder, uri) == 0
+    before = stored()
+    times = [
+        round(line["time"] * 1000) for line in map(json.loads, (folder / "metrics.jsonl").open()) if "step" in line
+    ]
+    for step, time_ms in zip((10, 20), times, strict=False):
+        thumbnail, image = [path for path in before if path.name.startswith(f"val~sample 1+step+{step}+")]
+        assert f"+timestamp+{time_ms}+" in image.name and thumbnail.name == f"{image.stem}+compressed.webp"
+        with Image.open(image) as found:
+            assert found.size == (600, 300) and found.getpixel((0, 0)) == (1, 2, 3)
+    assert len(before) == 4 and run_of(folder, uri).data.tags["mlflow.loggedImages"] == "True"
+    (folder / "mlflow.json").unlink()
+    before[0].unlink()  # an attempt that was cut off between the image and its thumbnail
+    assert deliver(folder, uri) == 0
+    assert len(stored()) == 3 + 2 and {*before[1:]} < {*stored()}
+
+
+@pytest.mark.usefixtures("quiet_journal")
 @pytest.mark.parametrize(("status", "reason"), [("FINISHED", ""), ("FAILED", "a reason"), ("KILLED", "a reason")])
 def test_the_status_is_how_the_run_ended(tmp_path: Path, uri: str, status: str, reason: str) -> None:
     folder = write_run(tmp_path, range(3), status=status)
