@@ -30,6 +30,7 @@ from dtrain.config import load_config, place_of, to_plain, to_yaml
 from dtrain.dataloader import loader_settings
 from dtrain.distributed import ddp_options
 from dtrain.optimizer import schedule_settings
+from dtrain.pictures import picture_settings
 from dtrain.sections import PHASES, TOP_LEVEL
 from dtrain.tracking import Journal
 from dtrain.trainer import Trainer
@@ -291,6 +292,7 @@ def test_nothing_names_a_path_of_one_machine() -> None:
 HOUSE: dict[tuple[str, ...], tuple[Callable, set[str]]] = {
     ("trainer",): (Trainer.__init__, {"self", "parts"}),
     ("trainer", "ddp"): (ddp_options, set()),
+    ("trainer", "pictures"): (picture_settings, set()),
     ("mlflow",): (Journal.__init__, {"self", "folder", "experiment", "run_name", "sender"}),
     ("loaders",): (loader_settings, set()),
     ("lr_scheduler",): (schedule_settings, set()),
