@@ -22,15 +22,16 @@ if TYPE_CHECKING:
 FAILURE = "failure.json"
 OTHERS_SECONDS = 3.0  # so long rank 0 waits for the word of the rank that failed first
 _MOST_SAMPLES = 64
-STEP_PHASES = ("forward and backward", "optimizer step", "logging")  # these can be repeated
-# The methods whose presence in a stack says what a rank is doing, the outermost first.
+STEP_PHASES = ("forward", "backward", "optimizer step", "logging")  # these can be repeated
+# The functions whose presence in a stack says what a rank is doing; the first of these that is there counts.
 _PHASES = {
     "test": "test",
     "_validate": "validation",
     "save": "saving",
     "check": "saving",
     "_log": "logging",
-    "_forward_backward": "forward and backward",
+    "backward": "backward",
+    "_forward_backward": "forward",
     "_optimizer_step": "optimizer step",
     "waiting": "waiting for data",
     "_prepare_metrics": "making the metrics",
@@ -115,7 +116,8 @@ def card(note: Mapping[str, Any], folder: Path) -> list[str]:
 
 def phase_of(names: Sequence[str]) -> str:
     """What a rank is doing, from the names of the functions that it is in, the outermost first."""
-    return next((phase for name in names if (phase := _PHASES.get(name))), "start-up")
+    found = [phase for name, phase in _PHASES.items() if name in names]
+    return found[0] if found else "start-up"
 
 
 def memory_text() -> str:
@@ -143,7 +145,11 @@ def _note(trainer: "Trainer", error: BaseException, consequence: bool) -> dict[s
     phase = phase_of([frame.name for frame in frames])
     rooms = [Path(frame.filename).stem for frame in frames if Path(frame.filename).parent == Path(__file__).parent]
     # A number that is not finite shows in the optimizer's step, which is seldom its cause.
-    part = "" if isinstance(error, ArithmeticError) else next((_PARTS[room] for room in reversed(rooms) if room in _PARTS), "")
+    part = (
+        ""
+        if isinstance(error, ArithmeticError)
+        else next((_PARTS[room] for room in reversed(rooms) if room in _PARTS), "")
+    )
     own = [frame for frame in frames if Path(frame.filename).parent != Path(__file__).parent]
     own = [frame for frame in own if "site-packages" not in frame.filename] or own
     return {

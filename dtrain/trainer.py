@@ -170,7 +170,7 @@ class Trainer:
         self.stopped = False  # all ranks agreed to stop on a signal
         self.ended = ""  # why the training ended before its limits
         self.beats = 0  # grows as long as there is progress
-        self.batch_start = 0  # the position of the batch at work
+        self.batch_start = 0  # the position of the batch at work or waited for
         self.test_figures: dict[str, float] = {}
         self.validated_step = -1
         self.score: float | None = None  # of the last validation
@@ -182,6 +182,7 @@ class Trainer:
         self._bad_steps = torch.zeros((), device=self.device)
         self._sum_dtype = torch.float32 if self.device.type == "mps" else torch.float64
         self._clear_sums()
+        self._restart_clock()
 
     # ---------------------------------------------------------------------------------------------------- the loop
 
@@ -220,8 +221,9 @@ class Trainer:
         self.model.train()
         self._restart_clock()
         self.saver.mark(self)
+        self.batch_start = self.position
         for micro in self.stop_request.waiting(loader.epoch(self.epoch, self.position)):
-            self.beats, self.batch_start = self.beats + 1, micro.start
+            self.beats += 1
             with contextlib.nullcontext() if micro.closes else self.ranks.no_sync(self.model):
                 self._forward_backward(micro)
             if micro.closes:
@@ -230,6 +232,7 @@ class Trainer:
                 self.saver.mark(self)
                 if self.ended or self.step >= self.max_steps:
                     break
+            self.batch_start += loader.shard.global_batch
         if self.position >= end and not self.stopped:  # a stopped epoch ends when the training goes on
             self._after_epoch()
         self.progress.end_epoch()
@@ -478,7 +481,7 @@ class Trainer:
         return None if math.isinf(self.max_epochs) else int(self.max_epochs), steps + done, done
 
     def samples_at_work(self) -> list[int]:
-        """The training samples of this rank's batch."""
+        """The training samples of this rank's batch, the one that it waits for where it does."""
         batches = self.train_loader.shard.batches_from(self.epoch, self.batch_start, 1)
         return batches[0] if batches else []
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 HANG = "hang.txt"
 ANSWER_SECONDS = 3.0  # so long the others have to tell where they are
+# Functions of torch in whose stack a rank waits for the others.
+_COLLECTIVES = {"_sync_buffers", "all_reduce", "broadcast", "broadcast_object_list", "gather_object", "settle", "_read"}
 _FROZEN_SECONDS = 10.0  # beyond the limit: then even this watch's own thread does not run
 
 
@@ -78,10 +80,11 @@ def _end(trainer: "Trainer", limit_seconds: float, main: int) -> None:
 
 def stuck_of(notes: dict[int, dict[str, Any]]) -> list[int]:
     """The ranks that the others wait for: those that are furthest behind, in steps and then within one."""
-    order = ["waiting for data", "forward and backward"]
+    order = ["waiting for data", "forward", "backward"]
 
-    def progress(note: dict[str, Any]) -> tuple[int, int]:
-        return note["step"], order.index(note["phase"]) if note["phase"] in order else len(order)
+    def progress(note: dict[str, Any]) -> tuple[int, int, bool]:
+        phase = order.index(note["phase"]) if note["phase"] in order else len(order)
+        return note["step"], phase, note["waits"]
 
     least = min(map(progress, notes.values()))
     return [rank for rank, note in notes.items() if progress(note) == least]
@@ -98,6 +101,7 @@ def _where(trainer: "Trainer", main: int) -> dict[str, Any]:
         if number != threading.get_ident()
     }
     return {
+        "waits": not _COLLECTIVES.isdisjoint(names),
         "step": trainer.step, "epoch": trainer.epoch, "phase": phase_of(names), "stacks": stacks,
         "samples": trainer.samples_at_work(), "host": trainer.ranks.host, "pid": os.getpid(), "memory": memory_text(),
     }  # fmt: skip

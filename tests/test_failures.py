@@ -33,11 +33,11 @@ def test_an_error_in_the_model_leaves_a_card_with_rank_step_samples_and_place(pl
     file = place.config("card", **{"trainer.resume": "auto"})
     text = place.run(file, expect=1, do="train 3 rank 0 raise").text
     failure = failure_of(place.path("card"))
-    assert (failure["rank"], failure["step"], failure["phase"]) == (0, 2, "forward and backward")
+    assert (failure["rank"], failure["step"], failure["phase"]) == (0, 2, "forward")
     assert failure["error"] == "RuntimeError" and failure["message"] == "the toy is broken"
     assert failure["config"].startswith("model (") and "card.yaml:" in failure["config"]
     assert "toy.py:" in failure["where"] and len(failure["samples"]) == 4
-    assert "rank 0 failed at step 3 (forward and backward): RuntimeError: the toy is broken" in text
+    assert "rank 0 failed at step 3 (forward): RuntimeError: the toy is broken" in text
     assert "RuntimeError: the toy is broken" in failure["traceback"]
 
 
@@ -106,8 +106,9 @@ def test_unused_parameters_are_named_not_numbered() -> None:
     ("names", "phase"),
     [
         (["fit", "_train_epoch", "waiting", "epoch"], "waiting for data"),
-        (["fit", "_train_epoch", "_forward_backward", "outcome"], "forward and backward"),
+        (["fit", "_train_epoch", "_forward_backward", "outcome"], "forward"),
         (["fit", "_train_epoch", "_after_step", "_validate", "evaluate", "waiting"], "validation"),
+        (["fit", "_train_epoch", "_forward_backward", "backward", "_engine_run_backward"], "backward"),
         (["fit", "create"], "start-up"),
     ],
 )
@@ -165,7 +166,7 @@ def test_a_sample_that_never_comes_is_named_and_ends_the_job(place: Place) -> No
     assert read_run(place.path("hang"))["state"] == "FAILED"
 
 
-@pytest.mark.parametrize(("action", "word"), [("sleep", "forward and backward"), ("STOP", "does not answer")])
+@pytest.mark.parametrize(("action", "word"), [("sleep", "forward"), ("STOP", "does not answer")])
 def test_a_stuck_rank_is_named_with_the_stacks_of_all(place: Place, action: str, word: str) -> None:
     name = f"stuck-{action}"
     file = place.config(name, **{"trainer.hang_timeout_seconds": 4})
@@ -188,13 +189,17 @@ def test_a_slow_training_is_no_hang(place: Place) -> None:
 @pytest.mark.parametrize(
     ("notes", "stuck"),
     [
-        ({0: (4, "forward and backward"), 1: (4, "waiting for data")}, [1]),
+        ({0: (4, "forward"), 1: (4, "waiting for data")}, [1]),
+        ({0: (4, "backward"), 1: (4, "forward")}, [1]),
         ({0: (4, "waiting for data"), 1: (3, "optimizer step")}, [1]),
         ({0: (4, "validation"), 1: (4, "validation")}, [0, 1]),
     ],
 )
 def test_the_stuck_rank_is_the_one_furthest_behind(notes: dict[int, tuple[int, str]], stuck: list[int]) -> None:
-    assert stuck_of({rank: {"step": step, "phase": phase} for rank, (step, phase) in notes.items()}) == stuck
+    assert (
+        stuck_of({rank: {"step": step, "phase": phase, "waits": False} for rank, (step, phase) in notes.items()})
+        == stuck
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- the board
