@@ -70,8 +70,11 @@ class Board:
             if self._store is not None:
                 self._store.set(f"dtrain/flag/{name}", "1")
 
-    def is_raised(self, name: str) -> bool:
-        """Whether a rank has raised a flag; looked up once a second at most."""
+    def is_raised(self, name: str, wish: bool = False) -> bool:
+        """Whether a rank has raised a flag, which this one does with a wish; looked up once a second at most."""
+        if wish:
+            self.raise_flag(name)
+            return True
         if self._store is None or time.monotonic() < self._looked.get(name, 0.0) + LOOK_SECONDS:
             return False
         self._looked[name] = time.monotonic()

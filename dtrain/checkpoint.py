@@ -130,7 +130,7 @@ class Checkpoints:
         return self.write(step, take_snapshot(weights, state, ema), score)
 
     def write(self, step: int, snapshot: Snapshot, score: float | None = None) -> Path:
-        """The second half of `save`, which may be left to a thread where the snapshot holds copies."""
+        """The second half of `save`; a thread's, where the snapshot holds copies."""
         if step < 0:
             raise ValueError(f"step is {step}; it counts optimizer steps and is never negative")
         target = self.folder / f"step-{step:08d}"
@@ -260,8 +260,7 @@ def load(path: Path) -> Loaded:
     Raises:
         CheckpointError: the folder is no checkpoint or is damaged; the message names the files.
     """
-    path = Path(path)
-    manifest = _require_whole(path)
+    manifest = _require_whole(path := Path(path))
     state = _read_torch_file(path / STATE)
     ema = _read_tensors(path / EMA, state["ema"]) if EMA in manifest["files"] else None
     return Loaded(_read_tensors(path / MODEL, state["weights"]), state["state"], ema, manifest)
@@ -296,7 +295,7 @@ def load_weights(path: Path) -> dict[str, Any]:
     names and '_orig_mod.' (torch.compile) anywhere are taken out of a file's names; a checkpoint folder's are kept.
 
     Returns:
-        A state_dict: name -> tensor, and what `get_extra_state` gave for modules that have it.
+        A state_dict, with what `get_extra_state` gave for modules that have it.
 
     Raises:
         CheckpointError: no such file, damaged, without weights, or one that could only be read by running code in it.
@@ -377,8 +376,7 @@ def _fsync(path: Path) -> None:
 
 
 def _leftovers(folder: Path) -> list[Path]:
-    patterns = ".old-step-*", ".tmp-step-*", ".tmp-last", ".tmp-best"
-    return [path for pattern in patterns for path in folder.glob(pattern)]
+    return [path for name in (".old-step-*", ".tmp-step-*", ".tmp-last", ".tmp-best") for path in folder.glob(name)]
 
 
 def _require_space(folder: Path, need_bytes: int) -> None:

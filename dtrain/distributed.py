@@ -176,7 +176,7 @@ def is_lost_rank(error: BaseException) -> bool:
 
     lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "recvValue failed")
     return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError | OSError) and any(text in str(error) for text in lost)
+        isinstance(error, RuntimeError) and any(text in str(error) for text in lost)
     )
 
 

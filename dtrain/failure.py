@@ -41,7 +41,7 @@ _PARTS = {"dataloader": "loaders", "loss": "loss", "metrics": "metrics", "optimi
 _CURES = (
     (r"out of memory|OutOfMemory", "lower loaders.batch_size and raise trainer.accumulate; trainer.precision=bf16"),
     (
-        r"killed by signal: Killed|killed by signal: Terminated",
+        r"killed by signal: Killed|killed by signal: Terminated|(?s:multiprocessing.*(ConnectionResetError|EOFError))",
         "a loader worker was killed, most often for lack of memory: lower loaders.num_workers or prefetch_factor",
     ),
     (
@@ -72,7 +72,7 @@ def report(trainer: "Trainer", error: BaseException) -> list[str]:
         The lines of the card, on rank 0; else none. Nothing is raised: the error itself must be seen.
     """
     try:
-        lost = is_lost_rank(error)
+        lost = trainer.ranks.world_size > 1 and is_lost_rank(error)
         note = _note(trainer, error, consequence=lost)
         trainer.ranks.board.post("failure", note)
         if note["phase"] in STEP_PHASES:
@@ -145,11 +145,8 @@ def _note(trainer: "Trainer", error: BaseException, consequence: bool) -> dict[s
     phase = phase_of([frame.name for frame in frames])
     rooms = [Path(frame.filename).stem for frame in frames if Path(frame.filename).parent == Path(__file__).parent]
     # A number that is not finite shows in the optimizer's step, which is seldom its cause.
-    part = (
-        ""
-        if isinstance(error, ArithmeticError)
-        else next((_PARTS[room] for room in reversed(rooms) if room in _PARTS), "")
-    )
+    rooms = [] if isinstance(error, ArithmeticError) else rooms
+    part = next((_PARTS[room] for room in reversed(rooms) if room in _PARTS), "")
     own = [frame for frame in frames if Path(frame.filename).parent != Path(__file__).parent]
     own = [frame for frame in own if "site-packages" not in frame.filename] or own
     return {

@@ -393,7 +393,10 @@ class Trainer:
         figures = {name: value for name, value in self._train_figures().items() if math.isfinite(value)}
         if "train/loss" not in figures and self.on_nonfinite == "stop":
             raise NonFiniteError(f"train/loss is not finite at step {self.step}")
-        figures |= {"lr": self.rate, "samples_per_second": self._timed_samples / max(self._elapsed(), 1e-9)}
+        figures |= {
+            "lr": self.rate,
+            "samples_per_second": self._timed_samples / max(time.perf_counter() - self._clock, 1e-9),
+        }
         if self.clip_grad_norm is not None:
             figures["grad_norm"] = float(self.grad_norm)
         if self.skipped:
@@ -426,9 +429,7 @@ class Trainer:
     def asked_to_stop(self) -> bool:
         """Whether this rank, or during an evaluation any other, was asked to stop; costs no collective."""
         self.beats += 1
-        if self.stop_request:
-            self.ranks.board.raise_flag("stop")
-        return bool(self.stop_request) or self.ranks.board.is_raised("stop")
+        return self.ranks.board.is_raised("stop", wish=bool(self.stop_request))
 
     def _finish_last_start(self) -> None:
         """A validation during which an earlier start was stopped comes first."""
@@ -482,17 +483,13 @@ class Trainer:
 
     def samples_at_work(self) -> list[int]:
         """The training samples of this rank's batch, the one that it waits for where it does."""
-        batches = self.train_loader.shard.batches_from(self.epoch, self.batch_start, 1)
-        return batches[0] if batches else []
+        return sum(self.train_loader.shard.batches_from(self.epoch, self.batch_start, 1), [])
 
     def _is_due(self, every_steps: int | None) -> bool:
         return every_steps is not None and self.step % every_steps == 0
 
     def _restart_clock(self) -> None:
         self._clock, self._timed_samples = time.perf_counter(), 0
-
-    def _elapsed(self) -> float:
-        return time.perf_counter() - self._clock
 
     @contextlib.contextmanager
     def _paused_clock(self) -> Iterator[None]:
