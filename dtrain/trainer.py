@@ -483,7 +483,7 @@ class Trainer:
 
     def samples_at_work(self) -> list[int]:
         """The training samples of this rank's batch, the one that it waits for where it does."""
-        return sum(self.train_loader.shard.batches_from(self.epoch, self.batch_start, 1), [])
+        return next(iter(self.train_loader.shard.batches_from(self.epoch, self.batch_start, 1)), [])
 
     def _is_due(self, every_steps: int | None) -> bool:
         return every_steps is not None and self.step % every_steps == 0
