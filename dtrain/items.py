@@ -108,11 +108,11 @@ def _rows(
 
 def _in_order(parts: list[Path], size: int, batch_size: int) -> Iterator[np.ndarray]:
     """The rows as one process would have made them: batch k is the next one of rank k modulo their number."""
-    rows = [np.load(part, mmap_mode="r") if part.exists() else np.zeros(0) for part in parts]
     taken = [0] * len(parts)
     for number, low in enumerate(range(0, size, batch_size)):
         rank, count = number % len(parts), min(batch_size, size - low)
-        yield np.array(rows[rank][taken[rank] : taken[rank] + count])
+        rows = np.load(parts[rank], mmap_mode="r")
+        yield np.array(rows[taken[rank] : taken[rank] + count])
         taken[rank] += count
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dtrain.desk import Desk, Result, Task, Work, agreed, dealt
-from dtrain.grid import Blend, Grid, Region
+from dtrain.grid import Grid, Region
 from dtrain.parts import Folder
 from dtrain.segments import Choice
 from dtrain.stitch import READING, Run, Source, StoppedError, Volume, stitched
@@ -63,7 +63,7 @@ class Predictor:
         patch_shape: list[int] | None = None,
         stride_shape: list[int] | None = None,
         halo_shape: list[int] | None = None,
-        blend: Blend = "gaussian",
+        blend: Literal["gaussian", "constant"] = "gaussian",
         batch_size: int | None = None,
         save_segmentation: bool = False,
         threshold: float = 0.5,

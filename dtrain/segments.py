@@ -3,6 +3,7 @@
 A chunk of planes has its planes first: (planes, K, ...) for probabilities, (planes, ...) for anything else.
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from itertools import product
 from pathlib import Path
@@ -98,29 +99,26 @@ def instances(
     from scipy import ndimage
 
     scratch.parent.mkdir(parents=True, exist_ok=True)
-    labels: np.ndarray | None = None
     sizes, pairs = [np.zeros(1, np.int64)], [np.zeros((2, 0), np.int64)]
-    count, at, before = 0, 0, None
-    try:
+    count, before = 0, np.zeros(0, np.uint32)
+    with contextlib.ExitStack() as at_end, scratch.open("w+b") as labels:  # a mapped file would count as memory
+        at_end.callback(scratch.unlink, missing_ok=True)
         for plane in (plane for chunk in chunks for plane in chunk):
-            if labels is None:
-                labels = np.lib.format.open_memmap(scratch, "w+", np.uint32, (depth, *plane.shape))
             structure = ndimage.generate_binary_structure(plane.ndim, min(connectivity, plane.ndim))
             own, found = ndimage.label(plane, structure, output=np.uint32)
             sizes.append(np.bincount(own.ravel(), minlength=found + 1)[1:])
             own[own > 0] += np.uint32(count)
-            if before is not None:
+            if before.size:
                 pairs.append(_touching(before, own, connectivity))
-            labels[at] = before = own
-            count, at = count + found, at + 1
-        if labels is not None:
-            number = _numbers(np.concatenate(sizes), np.concatenate(pairs, axis=1), min_size)
-            step = max(1, CHUNK_BYTES // (4 * labels[0].size))
-            for low in range(0, depth, step):
-                yield number[labels[low : low + step]]
-    finally:
-        del labels
-        scratch.unlink(missing_ok=True)
+            labels.write(own.data)
+            count, before = count + found, own
+        number = _numbers(np.concatenate(sizes), np.concatenate(pairs, axis=1), min_size)
+        labels.seek(0)
+        step = max(1, CHUNK_BYTES // (4 * before.size))
+        for low in range(0, depth, step):
+            planes = min(step, depth - low)
+            part = np.frombuffer(labels.read(4 * before.size * planes), np.uint32)
+            yield number[part.reshape(planes, *before.shape)]
 
 
 def _touching(before: np.ndarray, plane: np.ndarray, connectivity: int) -> np.ndarray:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,20 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from torch import Tensor, nn
 
+from dtrain.batch import inputs
+from dtrain.check import check
 from dtrain.components.datasets.patches import PatchDataset
 from dtrain.components.datasets.slices import SliceBuilder
 from dtrain.components.datasets.volumes import ArrayVolume
+from dtrain.config import load_config
+from dtrain.create import create_trainer
+from dtrain.dataloader import EvaluationShard, _data_loader, loader_settings
 from dtrain.desk import PredictionError, Result, Work
 from dtrain.distributed import Ranks
 from dtrain.grid import Grid
+from dtrain.items import predict_items
 from dtrain.parts import cut, read_parts, write_part
-from dtrain.predict import Predictor
+from dtrain.predict import Predictor, Steps
 from dtrain.progress import SilentProgress
 from dtrain.segments import Agreement, Choice, instances
 from dtrain.stitch import Network, Run, stitched
@@ -690,3 +695,330 @@ def test_logits_of_whole_volumes_are_dealt_out(tmp_path: Path) -> None:
 def test_a_volume_without_label_cannot_be_measured() -> None:
     with pytest.raises(ValueError, match=r"volume-0.h5 has no label"):
         list(Predictor().logits(dataset_of(random_volume(6, 6, 6)), work(), 2))
+
+
+# Datasets without volumes
+
+
+class Vectors(torch.utils.data.Dataset[Any]):
+    random = False
+
+    def __init__(self, size: int, form: str = "pair") -> None:
+        self.x = torch.randn(size, 3, generator=torch.Generator().manual_seed(0))
+        self.form = form
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> Any:
+        return {"pair": (self.x[index], index), "alone": self.x[index], "dict": {"image": self.x[index]}}[self.form]
+
+
+def items(folder: Path, data: Any, world_size: int = 1, model: Any = identity, **keys: Any) -> list[Result]:
+    table: dict[str, Any] = {}
+    barrier = threading.Barrier(world_size, timeout=60)
+    results: list[Any] = [None] * world_size
+
+    def one(rank: int) -> None:
+        options = loader_settings() | {"batch_size": None, "global_batch_size": None}
+        options = {
+            k: v for k, v in options.items() if k not in ("batch_size", "global_batch_size", "shuffle", "drop_last")
+        }
+        loader = _data_loader(data, 0, EvaluationShard(len(data), rank, world_size, 4), options | {"pin_memory": False})
+        predictor = Predictor(**keys)
+        own = work(model, Group(rank, world_size, table, barrier))
+        own = own._replace(network=own.network._replace(activation=predictor.activated))
+        results[rank] = predict_items(predictor, loader, inputs, own, folder, False, Steps(own, len(data)))
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert None not in results
+    return results
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("form", ["pair", "alone", "dict"])
+@pytest.mark.parametrize("size", [3, 21])
+def test_items_come_once_and_in_order(tmp_path: Path, world_size: int, form: str, size: int) -> None:
+    data = Vectors(size, form)
+    result = items(tmp_path, data, world_size)[0]
+    assert result.files == [tmp_path / "predictions.h5"]
+    assert np.allclose(read(tmp_path / "predictions.h5"), data.x.softmax(1), atol=1e-6)
+    model = Counted()
+    assert items(tmp_path, data, 1, model)[0].made == 0
+    assert model.patches == 0
+    assert not list(tmp_path.glob(".dtrain/*.parts"))
+
+
+def test_items_as_a_table(tmp_path: Path) -> None:
+    data = Vectors(9)
+    items(tmp_path, data, 2, format="csv")
+    header, *rows = (tmp_path / "predictions.csv").read_text().splitlines()
+    assert header == "index,class,p0,p1,p2"
+    values = np.array([row.split(",") for row in rows], float)
+    assert values[:, 0].tolist() == list(range(9))
+    assert values[:, 1].tolist() == data.x.argmax(1).tolist()
+    assert np.array_equal(values[:, 2:].astype(np.float32), data.x.softmax(1).numpy())
+
+
+def test_items_as_classes(tmp_path: Path) -> None:
+    data = Vectors(9)
+    items(tmp_path, data, format="npy", save_segmentation=True)
+    assert np.load(tmp_path / "predictions.npy").tolist() == data.x.argmax(1).tolist()
+
+
+def test_items_of_images_keep_their_extent(tmp_path: Path) -> None:
+    data = torch.utils.data.TensorDataset(torch.randn(5, 2, 6, 7))
+    items(tmp_path, data, activation="none")
+    assert np.array_equal(read(tmp_path / "predictions.h5"), data.tensors[0])
+
+
+# Settings and the command line
+
+
+CONFIG = """
+modules: [slow]
+model: {{name: Slow}}
+loaders:
+  name: LazyHDF5Dataset
+  raw_internal_path: raw
+  batch_size: 2
+  slice_builder: {{name: SliceBuilder, patch_shape: [8, 16, 16], stride_shape: [4, 8, 8], halo_shape: [2, 2, 2]}}
+  predict: {{file_paths: [{files}], label_internal_path: null}}
+predictor: {{slab_planes: 4, activation: none}}
+trainer: {{checkpoint_dir: run}}
+"""
+SLOW = """
+import os, time
+import torch
+
+class Slow(torch.nn.Conv3d):
+    def __init__(self):
+        super().__init__(1, 1, 3, padding=1)
+
+    def forward(self, x):
+        with open(f"calls-{os.environ.get('RANK', 0)}", "a") as file:
+            file.write(f"{len(x)}\\n")
+        time.sleep(float(os.environ.get("SLOW", 0)))
+        return super().forward(x)
+"""
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Path:
+    """A folder with two volumes, a config and weights."""
+    for number, depth in enumerate((40, 22)):
+        with h5py.File(tmp_path / f"cells{number}.h5", "w") as file:
+            file["raw"] = random_volume(depth, 24, 24, seed=number)[0]
+    (tmp_path / "slow.py").write_text(SLOW)
+    (tmp_path / "predict.yaml").write_text(CONFIG.format(files="cells0.h5, cells1.h5"))
+    torch.manual_seed(0)
+    torch.save(nn.Conv3d(1, 1, 3, padding=1).state_dict(), tmp_path / "weights.pt")
+    return tmp_path
+
+
+COMMAND = ["predict", "predict.yaml", "--checkpoint", "weights.pt"]
+
+
+def calls(folder: Path) -> int:
+    return sum(int(line) for path in folder.glob("calls-*") for line in path.read_text().split())
+
+
+def expected(folder: Path, number: int) -> np.ndarray:
+    model = nn.Conv3d(1, 1, 3, padding=0)
+    model.load_state_dict(torch.load(folder / "weights.pt"))
+    with h5py.File(folder / f"cells{number}.h5") as file, torch.inference_mode():
+        image = np.pad(file["raw"], 1, mode="reflect")
+        return model(torch.from_numpy(image)[None, None])[0].numpy()
+
+
+def test_the_command_on_one_process_and_on_two_ranks(desk: Path, run_cli: RunCli) -> None:
+    inputs = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in desk.glob("*.h5")}
+    done = run_cli(COMMAND)
+    assert done.rc == 0, done.text
+    assert "predictions: 2 files in run/predictions" in done.stdout
+    patches = calls(desk)
+    assert patches == 9 * 4 + 5 * 4
+    for number in range(2):
+        found = read(desk / f"run/predictions/cells{number}_predictions.h5")
+        assert np.abs(found - expected(desk, number)).max() < 1e-5
+    done = run_cli([*COMMAND, "--output-dir", "shared"], nproc=2)
+    assert done.rc == 0, done.text
+    assert calls(desk) - patches <= patches + 8
+    assert min(calls(path.parent) and len(path.read_text()) for path in desk.glob("calls-*")) > 20
+    for number in range(2):
+        name = f"cells{number}_predictions.h5"
+        assert np.array_equal(read(desk / "shared" / name), read(desk / "run/predictions" / name))
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in inputs} == inputs
+
+
+def test_killed_and_stopped_predictions_go_on(desk: Path, start_cli: StartCli, run_cli: RunCli) -> None:
+    output = desk / "run" / "predictions"
+
+    def interrupted(parts: int, number: signal.Signals) -> int:
+        running = start_cli(COMMAND, env={"SLOW": "0.1"})
+        end = time.monotonic() + 60
+        while len(list(output.glob(".dtrain/*/*/*.npy"))) < parts and time.monotonic() < end:
+            time.sleep(0.02)
+        os.kill(running.pid, number)
+        return running.result(60).rc
+
+    assert interrupted(2, signal.SIGKILL) == -signal.SIGKILL
+    first = calls(desk)
+    assert interrupted(5, signal.SIGTERM) == 75
+    assert not list(output.glob("*.h5"))
+    done = run_cli(COMMAND)
+    assert done.rc == 0, done.text
+    assert calls(desk) < 64 + 2 * 24  # what straddles, what was under way; not everything anew
+    assert first < 40
+    for number in range(2):
+        assert np.abs(read(output / f"cells{number}_predictions.h5") - expected(desk, number)).max() < 1e-5
+    assert sorted(path.name for path in (output / ".dtrain").iterdir()) == [
+        *("cells0_predictions.h5.json", "cells1_predictions.h5.json", "lock")
+    ]
+    again = run_cli([*COMMAND, "predictor.blend=constant"])
+    assert again.rc == 2
+    assert "predictions made otherwise: cells0_predictions.h5 (patches)" in again.stderr
+    assert len(again.stderr.splitlines()) == 1
+
+
+def told(text: str, folder: Path, purpose: str) -> list[str]:
+    file = folder / "c.yaml"
+    file.write_text(text)
+    try:
+        check(load_config(file), purpose)
+    except ConfigError as error:
+        return [str(item.text) for item in error.mistakes]
+    return []
+
+
+@pytest.mark.parametrize(
+    ("text", "purpose", "lines"),
+    [
+        (
+            "model: {name: Linear, in_features: 1, out_features: 1}\nloaders: {name: Digits, split: test, predict: {}}",
+            "predict",
+            [],
+        ),
+        (
+            "model: {name: Linear, in_features: 1, out_features: 1}\nloaders: {name: Digits, split: test, test: {}}",
+            "predict",
+            [],
+        ),
+        (
+            "model: {name: Linear, in_features: 1, out_features: 1}\nloaders: {name: Digits, split: test, train: {}}",
+            "predict",
+            ["loaders: has no 'predict' and no 'test', so there is nothing to predict"],
+        ),
+        (
+            "model: {name: Linear, in_features: 1, out_features: 1}\nloaders: {name: Digits, split: test, predict: {}}",
+            "test",
+            [
+                "loaders: has no 'test', so there is nothing to test on",
+                "loss: missing, such as loss: {name: CrossEntropyLoss}",
+            ],
+        ),
+        (
+            "model: {name: Linear, in_features: 1, out_features: 1}\nloaders: {name: Digits, split: test, predict: {}}\n"
+            "predictor: {name: StandardPredictor, patch_shap: [1], batch_size: 0, blend: mean}",
+            "predict",
+            [
+                "predictor.batch_size: must be at least 1, found 0",
+                "predictor.blend: expected one of 'gaussian', 'constant', found the text 'mean'",
+                "predictor.patch_shap: predictor takes no 'patch_shap'; did you mean 'patch_shape'?",
+            ],
+        ),
+    ],
+)
+def test_what_a_config_must_have_depends_on_its_use(tmp_path: Path, text: str, purpose: str, lines: list[str]) -> None:
+    found = sorted(told(text, tmp_path, purpose))
+    assert len(found) == len(lines), found
+    assert all(one.startswith(line) for one, line in zip(found, lines, strict=True)), found
+
+
+def test_no_checkpoint_and_weights_that_do_not_fit_are_one_line(desk: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(desk)
+    monkeypatch.syspath_prepend(desk)
+    config = load_config(desk / "predict.yaml")
+    with pytest.raises(ConfigError, match="holds no checkpoint; train first, or name one: --checkpoint"):
+        create_trainer(config, purpose="predict").predict()
+    torch.save(nn.Conv3d(1, 2, 3).state_dict(), desk / "other.pt")
+    with pytest.raises(ConfigError, match=r"other.pt does not fit the model: other shape: weight is \(2, 1, 3, 3, 3\)"):
+        create_trainer(config, purpose="predict").predict("other.pt")
+    with pytest.raises(ConfigError, match="nothing to train on"):
+        create_trainer(config, purpose="predict").fit()
+
+
+def test_a_test_measures_whole_volumes_where_there_is_a_predictor(desk: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(desk)
+    monkeypatch.syspath_prepend(desk)
+    for number in range(2):
+        with h5py.File(desk / f"cells{number}.h5", "a") as file:
+            file["label"] = (expected(desk, number)[0] > 0.1).astype(np.uint8)
+    changes = [
+        "loaders.test={file_paths: [cells0.h5, cells1.h5], label_internal_path: label}",
+        "loss.name=BCEWithLogitsLoss",
+    ]
+    changes += ["metrics.name=BinaryIoU"]
+    whole = create_trainer(load_config(desk / "predict.yaml", changes), purpose="test").test(desk / "weights.pt")
+    both, either = 0, 0
+    for number in range(2):
+        a, b = expected(desk, number)[0] > 0, expected(desk, number)[0] > 0.1
+        both, either = both + (a & b).sum(), either + (a | b).sum()
+    assert whole == {"test/BinaryIoU": pytest.approx(both / either, abs=1e-3)}
+
+
+# Memory
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+import h5py, torch
+sys.path.insert(0, {tests!r})
+from test_predict import predicted
+from dtrain.components.datasets import LazyHDF5Dataset
+from dtrain.components.datasets.slices import SliceBuilder
+
+def peak(folder, depth):
+    with h5py.File(f"{{folder}}.h5", "w") as file:
+        file.create_dataset("raw", (depth, 256, 256), "f4", chunks=(16, 64, 64))  # nothing is stored: it reads as zeros
+    builder = SliceBuilder([16, 128, 128], [12, 96, 96], [2, 8, 8])
+    data = LazyHDF5Dataset([f"{{folder}}.h5"], label_internal_path=None, slice_builder=builder)
+    predicted(Path(folder), data, **{keys!r})
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+small = peak("small", 48)
+print(small, peak("large", 512))
+"""
+
+
+@pytest.mark.parametrize("keys", [{"save_segmentation": True}, {"instances": "inverted"}])
+def test_memory_does_not_grow_with_the_volume(tmp_path: Path, keys: dict[str, Any]) -> None:
+    """A volume of 128 MB: what is held is of the size of some patches and planes."""
+    script = MEASURE.format(tests=str(REPOSITORY / "tests"), keys=keys)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    small, large = map(float, done.stdout.split())
+    assert large - small < 48, done.stdout
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_4_gb_are_predicted_in_less_than_1_gb(tmp_path: Path, run_cli: RunCli) -> None:
+    with h5py.File(tmp_path / "large.h5", "w") as file:
+        raw = file.create_dataset("raw", (1024, 1024, 1024), "f4", chunks=(16, 128, 128))
+        for low in range(0, 1024, 16):
+            raw[low : low + 16] = random_volume(16, 1024, 1024, seed=low)[0]
+    (tmp_path / "slow.py").write_text(SLOW + "\nimport atexit, resource\natexit.register(lambda: print('PEAK', "
+                                      "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024))\n")  # fmt: skip
+    config = CONFIG.format(files="large.h5").replace("[8, 16, 16], stride_shape: [4, 8, 8]",
+                                                     "[32, 128, 128], stride_shape: [28, 112, 112]")  # fmt: skip
+    (tmp_path / "predict.yaml").write_text(config.replace("slab_planes: 4", "slab_planes: null"))
+    torch.save(nn.Conv3d(1, 1, 3, padding=1).state_dict(), tmp_path / "weights.pt")
+    done = run_cli(COMMAND, timeout=3000)
+    assert done.rc == 0, done.text
+    assert int(done.stdout.rpartition("PEAK ")[2].split()[0]) < 1000, done.stdout
