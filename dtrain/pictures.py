@@ -43,7 +43,7 @@ class Error(NamedTuple):
 
     order: float  # minus the loss
     sample: int
-    place: int  # of several objects in a sample
+    place: int  # which of several objects in the sample; -1: the sample is one
     truth: int
     guess: int
     sure: float  # the probability given to the guess
@@ -161,7 +161,8 @@ class Album:
             for sample, place in wrong[worst_first[:worst]].tolist():
                 at = (sample, place)
                 labels_at = int(truth[at]), int(guess[at])
-                errors.append(Error(float(order[at]), first + sample, place, *labels_at, float(sure[at])))
+                which = place if truth.shape[1] > 1 else -1
+                errors.append(Error(float(order[at]), first + sample, which, *labels_at, float(sure[at])))
             errors = sorted(errors)[:worst]
         return Seen(self._kind, self._problem, self._classes, pairs, errors, ignored)
 
@@ -226,7 +227,7 @@ class Album:
     def _small_image(self, error: Error) -> np.ndarray | None:
         """The sample's image in a tile's size; None where it is none, or one of several objects."""
         image = _array(self._input_of(error.sample))
-        if image is None or image.ndim not in (3, 4) or len(image) > 4 or error.place:
+        if image is None or image.ndim not in (3, 4) or len(image) > 4 or error.place >= 0:
             return None
         if image.ndim == 4:
             image = image[:, image.shape[1] // 2]
@@ -342,7 +343,7 @@ def source_of(dataset: Any, index: int) -> str:
 
 
 def _caption(error: Error) -> str:
-    place = f", {error.place}" if error.place else ""
+    place = f", object {error.place}" if error.place >= 0 else ""
     return f"sample {error.sample}{place}\ntrue {error.truth}, predicted {error.guess}\np {error.sure:.2f}"
 
 

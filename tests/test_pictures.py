@@ -214,7 +214,7 @@ def test_a_smaller_output_is_brought_to_the_targets_size() -> None:
     assert not view.error.any()
 
 
-@pytest.mark.parametrize(("target", "output"), [((3, 8, 8), (2, 8, 8)), ((8,), (2, 8, 8)), ((8, 8), (2, 8))])
+@pytest.mark.parametrize(("target", "output"), [((4, 8, 8), (2, 8, 8)), ((8,), (2, 8, 8)), ((8, 8), (2, 8))])
 def test_shapes_that_do_not_fit_are_told(target: tuple[int, ...], output: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"a target of shape \(.*\) and an output of shape \(.*\)"):
         compared(np.zeros(target), np.zeros(output))
