@@ -80,6 +80,8 @@ def compared(target: np.ndarray, output: np.ndarray) -> list[View]:
     if target.ndim != output.ndim:
         raise ValueError(f"{shapes} do not fit together")
     output = _resized(output, target.shape[1:])
+    if len(target) == len(output) + 1:  # a label that rides along behind the targets, for metrics
+        target = target[:-1]
     several = len(output) > 1
     if several and len(target) == len(output) and _one_hot(target):
         target = target.argmax(axis=0)[None]

@@ -56,8 +56,7 @@ class Standardize:
         array = sample[self.key]
         figures: Any = self.given or _stats(sample, self)
         if not figures:
-            axes = _axes(array, self.channelwise)
-            figures = {"mean": array.mean(axes, dtype=np.float64), "std": array.std(axes, dtype=np.float64)}
+            figures = dict(zip(("mean", "std"), _moments(array, _axes(array, self.channelwise)), strict=True))
         return rescaled(sample, self.key, figures["mean"], np.maximum(figures["std"], self.eps))
 
 
@@ -166,7 +165,8 @@ def rescaled(sample: Sample, key: str, shift: Any, scale: Any) -> Sample:
         scale: A number, or one per channel.
     """
     array = sample[key].astype(np.float32, copy=False)
-    changed = (array - per_channel(shift, array)) / per_channel(scale, array)
+    changed = array - per_channel(shift, array)
+    changed /= per_channel(scale, array)
     result = sample | {key: changed}
     if key == "image" and sample.get("stats"):
         result["stats"] = Rescaled(sample["stats"], np.ravel(shift), np.ravel(scale))
@@ -186,6 +186,17 @@ def _stats(sample: Sample, transform: Any) -> dict[str, Any]:
     """The file's figures where they are told and meant; they are of all channels together."""
     meant = transform.use_stats and transform.key == "image" and not transform.channelwise
     return (sample.get("stats") if meant else None) or {}
+
+
+def _moments(array: np.ndarray, axes: tuple[int, ...]) -> tuple[Any, Any]:
+    """Mean and deviation. The squares of a row are added up in float32, the rows in float64: no large copy is made."""
+    mean = array.mean(axes, dtype=np.float64, keepdims=True)
+    centred = array.astype(np.float32, copy=False) - mean.astype(np.float32)
+    squares = np.einsum("...i,...i->...", centred, centred)
+    rows = tuple(axis for axis in axes if axis != array.ndim - 1)
+    variance = squares.sum(rows, dtype=np.float64) / array.shape[-1]
+    count = np.prod([array.shape[axis] for axis in rows], dtype=np.int64)
+    return mean.reshape(variance.shape), np.sqrt(variance / count)
 
 
 def _axes(array: np.ndarray, channelwise: bool) -> tuple[int, ...]:
