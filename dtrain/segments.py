@@ -13,7 +13,7 @@ import numpy as np
 
 from dtrain.yamlfile import ConfigError
 
-CHUNK_BYTES = 1 << 25
+CHUNK_BYTES = 1 << 22
 SMALLEST = (np.uint8, np.uint16, np.uint32)
 
 
@@ -130,8 +130,10 @@ def _touching(before: np.ndarray, plane: np.ndarray, connectivity: int) -> np.nd
         ours = tuple(slice(max(0, -step), min(0, -step) or None) for step in offset)
         theirs = tuple(slice(max(0, step), min(0, step) or None) for step in offset)
         both = (before[theirs] > 0) & (plane[ours] > 0)
-        found.append(np.stack([before[theirs][both], plane[ours][both]]).astype(np.int64))
-    return np.unique(np.concatenate(found, axis=1), axis=1)
+        found.append(before[theirs][both].astype(np.uint64) << np.uint64(32) | plane[ours][both])
+    pairs = np.concatenate(found)
+    pairs = np.unique(pairs[np.flatnonzero(np.diff(pairs, prepend=~pairs[:1]))])  # few are left to be sorted
+    return np.stack([pairs >> np.uint64(32), pairs & np.uint64(0xFFFFFFFF)]).astype(np.int64)
 
 
 def _numbers(sizes: np.ndarray, pairs: np.ndarray, min_size: int) -> np.ndarray:

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from torch import Tensor, nn
 
+from dtrain import inference
 from dtrain.batch import inputs
 from dtrain.check import check
 from dtrain.components.datasets.patches import PatchDataset
@@ -885,6 +886,9 @@ def test_killed_and_stopped_predictions_go_on(desk: Path, start_cli: StartCli, r
     assert len(again.stderr.splitlines()) == 1
 
 
+MODEL = "model: {name: Linear, in_features: 1, out_features: 1}\n"
+
+
 def told(text: str, folder: Path, purpose: str) -> list[str]:
     file = folder / "c.yaml"
     file.write_text(text)
@@ -899,22 +903,22 @@ def told(text: str, folder: Path, purpose: str) -> list[str]:
     ("text", "purpose", "lines"),
     [
         (
-            "model: {name: Linear, in_features: 1, out_features: 1}\nloaders: {name: Digits, split: test, predict: {}}",
+            MODEL + "loaders: {name: Digits, split: test, predict: {}}",
             "predict",
             [],
         ),
         (
-            "model: {name: Linear, in_features: 1, out_features: 1}\nloaders: {name: Digits, split: test, test: {}}",
+            MODEL + "loaders: {name: Digits, split: test, test: {}}",
             "predict",
             [],
         ),
         (
-            "model: {name: Linear, in_features: 1, out_features: 1}\nloaders: {name: Digits, split: test, train: {}}",
+            MODEL + "loaders: {name: Digits, split: test, train: {}}",
             "predict",
             ["loaders: has no 'predict' and no 'test', so there is nothing to predict"],
         ),
         (
-            "model: {name: Linear, in_features: 1, out_features: 1}\nloaders: {name: Digits, split: test, predict: {}}",
+            MODEL + "loaders: {name: Digits, split: test, predict: {}}",
             "test",
             [
                 "loaders: has no 'test', so there is nothing to test on",
@@ -922,13 +926,13 @@ def told(text: str, folder: Path, purpose: str) -> list[str]:
             ],
         ),
         (
-            "model: {name: Linear, in_features: 1, out_features: 1}\nloaders: {name: Digits, split: test, predict: {}}\n"
+            MODEL + "loaders: {name: Digits, split: test, predict: {}}\n"
             "predictor: {name: StandardPredictor, patch_shap: [1], batch_size: 0, blend: mean}",
             "predict",
             [
                 "predictor.batch_size: must be at least 1, found 0",
-                "predictor.blend: expected one of 'gaussian', 'constant', found the text 'mean'",
-                "predictor.patch_shap: predictor takes no 'patch_shap'; did you mean 'patch_shape'?",
+                "predictor.blend: expected one of 'gaussian', 'constant', found text 'mean'",
+                "predictor.patch_shap: predictor takes no 'patch_shap'; did you mean 'patch_shape'",
             ],
         ),
     ],
@@ -971,6 +975,33 @@ def test_a_test_measures_whole_volumes_where_there_is_a_predictor(desk: Path, mo
     assert whole == {"test/BinaryIoU": pytest.approx(both / either, abs=1e-3)}
 
 
+class Viewer(nn.Conv2d):
+    """Cannot bear a layout with its channels last."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).view(len(x), -1).view(x.shape)
+
+
+def test_a_model_that_needs_its_own_layout_has_it(tmp_path: Path, monkeypatch: Any) -> None:
+    from types import SimpleNamespace
+
+    model = Viewer()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer: Any = SimpleNamespace(module=model, compiled=model, device=torch.device("cpu"), precision="fp32")
+    trainer.ranks = trainer.progress = trainer.asked_to_stop = None
+    image = torch.randn(2, 2, 8, 8)
+    with torch.inference_mode():
+        expected = model(image)
+        with inference._channels_last(trainer):
+            assert not model.weight.is_contiguous()
+            assert torch.equal(inference._work(trainer, {}).network.forward(image), expected)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.weight.is_contiguous()
+
+
 # Memory
 
 MEASURE = """
@@ -995,6 +1026,7 @@ print(small, peak("large", 512))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [{"save_segmentation": True}, {"instances": "inverted"}])
 def test_memory_does_not_grow_with_the_volume(tmp_path: Path, keys: dict[str, Any]) -> None:
     """A volume of 128 MB: what is held is of the size of some patches and planes."""
