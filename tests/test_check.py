@@ -384,7 +384,7 @@ MISTAKES: list[tuple[str, ...]] = [
     ),
     ("{split: train}", "null", "c.yaml:3:1: loaders: has no 'train', so there is nothing to train on"),
     ("{split: train}", "train", "c.yaml:7:3: loaders.train: expected a mapping, found text 'train'"),
-    ("{split: train}", "{name: Other}", "c.yaml:7:11: loaders.train.name: there is no 'Other'; <searched loaders>"),
+    ("{split: train}", "{name: Qqqqq}", "c.yaml:7:11: loaders.train.name: there is no 'Qqqqq'; <searched loaders>"),
     ("  train: {split: train}\n", "", "c.yaml:3:1: loaders: has no 'train', so there is nothing to train on"),
     (
         "name: CrossEntropyLoss",
