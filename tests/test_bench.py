@@ -53,6 +53,70 @@ def test_overhead_measures_both_loops_and_judges_every_promise(
     assert tagged.pids() == []
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_volumes_measures_both_programs_and_judges_every_promise(clean_env: dict[str, str], tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCH / "volumes.py"), "--rounds", "1", "--count", "1", "--workers", "0"]
+    command += ["--patch", "8", "32", "32", "--memory-mb", "1", "--json", "all.json"]
+    done = subprocess.run(command, cwd=tmp_path, env=clean_env, capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stdout + done.stderr
+    parts = ("pipeline, 0 worker(s)", "training, 0 worker(s)", "prediction, 0 worker(s)", "lazy training")
+    for part in (*parts, "lazy prediction"):
+        for program in ("pytorch3dunet", "dtrain"):
+            assert re.search(rf"^{re.escape(part)}: {program} +[\d.]+ +[\d.]+ ", done.stdout, re.M), done.stdout
+        assert len(re.findall(rf"^(?:ok|MISS)  +{re.escape(part)}: .* <= (?:1|20 MB)$", done.stdout, re.M)) == 1
+    data = json.loads((tmp_path / "all.json").read_text())
+    assert [run["program"] for run in data["runs"]] == ["pytorch3dunet", "dtrain"] * 5
+    assert min(min(run["samples_per_s"], run["cpu_ms"], run["peak_mb"]) for run in data["runs"]) > 0
+    assert {path.name for path in tmp_path.iterdir()} == {"all.json"}
+
+
+def test_a_measurement_of_volumes_that_fails_is_an_error_and_not_a_figure(
+    clean_env: dict[str, str], tmp_path: Path
+) -> None:
+    command = [
+        sys.executable,
+        str(BENCH / "volumes.py"),
+        "--patch",
+        "1",
+        "2",
+        "2",
+        "--memory-mb",
+        "0",
+    ]  # no room for 3 levels
+    done = subprocess.run(
+        [*command, "--count", "0"], cwd=tmp_path, env=clean_env, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode != 0
+    assert "samples per s" not in done.stdout
+
+
+def test_programs_that_read_volumes_take_turns(bench: Path) -> None:
+    from volumes import Part, schedule
+
+    parts = [Part("a", "pipeline", 0, 1), Part("b", "prediction", 0, 1, lazy=True)]
+    runs = [(number, part.name, program) for number, part, program in schedule(2, parts)]
+    theirs, ours = "pytorch3dunet", "dtrain"
+    assert runs == [
+        (0, "a", theirs),
+        (0, "a", ours),
+        (0, "b", theirs),
+        (0, "b", ours),
+        (1, "a", ours),
+        (1, "a", theirs),
+    ]
+
+
+def test_a_ratio_of_rates_is_one_of_times(bench: Path) -> None:
+    from volumes import Part, Run, ratio, verdicts
+
+    part, lazy = Part("a", "pipeline", 0, 1), Part("b", "prediction", 0, 1, lazy=True)
+    runs = [Run("a", "pytorch3dunet", 2.0, 30.0, 100.0), Run("a", "dtrain", 8.0, 15.0, 120.0)]
+    runs += [Run("b", "pytorch3dunet", 2.0, 30.0, 100.0), Run("b", "dtrain", 8.0, 15.0, 121.0)]
+    assert (ratio(runs, part, "samples_per_s"), ratio(runs, part, "cpu_ms")) == (0.25, 0.5)
+    assert [(verdict.found, verdict.kept) for verdict in verdicts(runs, [part, lazy])] == [(0.25, True), (21.0, False)]
+
+
 def test_a_broken_run_is_an_error_and_not_a_figure(clean_env: dict[str, str], tmp_path: Path) -> None:
     done = overhead(["--steps", "0", "--rounds", "1", "--ranks", "1"], clean_env, tmp_path)
     assert done.returncode != 0
