@@ -30,6 +30,7 @@ from dtrain.config import load_config, place_of, to_plain, to_yaml
 from dtrain.dataloader import loader_settings
 from dtrain.distributed import ddp_options
 from dtrain.optimizer import schedule_settings
+from dtrain.predict import Predictor
 from dtrain.pictures import picture_settings
 from dtrain.sections import PHASES, TOP_LEVEL
 from dtrain.tracking import Journal
@@ -294,6 +295,7 @@ HOUSE: dict[tuple[str, ...], tuple[Callable, set[str]]] = {
     ("trainer", "ddp"): (ddp_options, set()),
     ("trainer", "pictures"): (picture_settings, set()),
     ("mlflow",): (Journal.__init__, {"self", "folder", "experiment", "run_name", "sender"}),
+    ("predictor",): (Predictor, set()),
     ("loaders",): (loader_settings, set()),
     ("lr_scheduler",): (schedule_settings, set()),
 }
