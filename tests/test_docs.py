@@ -30,8 +30,8 @@ from dtrain.config import load_config, place_of, to_plain, to_yaml
 from dtrain.dataloader import loader_settings
 from dtrain.distributed import ddp_options
 from dtrain.optimizer import schedule_settings
-from dtrain.predict import Predictor
 from dtrain.pictures import picture_settings
+from dtrain.predict import Predictor
 from dtrain.sections import PHASES, TOP_LEVEL
 from dtrain.tracking import Journal
 from dtrain.trainer import Trainer
