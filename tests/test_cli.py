@@ -77,7 +77,7 @@ def lines(result: Result) -> list[str]:
         (["missing.yaml"], "there is no file missing.yaml"),
         (["check", "c.yml"], "there is no file c.yml; did you mean 'c.yaml'?"),
         (["config", "c.yaml", "a=["], "argument 'a=[': not valid YAML: "),
-        (["test", "c.yaml", "--checkpoint", "x", "model.name=Nett"], "argument 'model.name=Nett': model.name: there is no 'Nett'; did you mean 'Net'?; searched parts, "),
+        (["test", "c.yaml", "--checkpoint", "x", "loaders.test={}", "model.name=Nett"], "argument 'model.name=Nett': model.name: there is no 'Nett'; did you mean 'Net'?; searched parts, "),
         (["bad.yaml"], "bad.yaml:3:1: duplicate key 'model', first written in line 1"),
         (["binary.yaml"], "binary.yaml:1:1: not UTF-8 text: byte 0xff"),
         (["list.yaml"], "list.yaml:1:1: the file holds a list; a config is a mapping of sections (model, loaders, ...)"),
@@ -228,7 +228,7 @@ def test_a_class_that_only_a_run_can_see_has_no_line(run: InProcess, project: Pa
     assert "# model:                 parts.Net\n" in out
 
 
-@pytest.mark.parametrize("command", ["train", "test", "check", "config", "sync"])
+@pytest.mark.parametrize("command", ["train", "test", "predict", "check", "config", "sync"])
 def test_each_help_ends_with_an_example(run: InProcess, command: str) -> None:
     status, out, err = run(command, "--help")
     assert (status, err) == (0, "")
