@@ -168,7 +168,7 @@ def _config(options: argparse.Namespace) -> int:
     for line in notes_on(config):
         print(f"# {one_line(line)}")
     for name, call in calls(config).items():
-        if name.endswith((".loader", ".schedule", ".ddp")):
+        if name.endswith((".loader", ".schedule", ".ddp", ".pictures")):
             continue  # dtrain's own keys beside a component's
         target = locate(config, call).target
         where = f"  {target.file}:{target.line}" if isinstance(target, Callee) else ""
