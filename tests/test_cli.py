@@ -203,7 +203,16 @@ def test_config_prints_the_class_of_each_section_and_then_the_config(run: InProc
     assert (status, err) == (0, "")
     comments = [line.removeprefix("# ") for line in out.splitlines() if line.startswith("#")]
     where = {line.split()[0].rstrip(":"): line.split(maxsplit=2)[1:] for line in comments}
-    assert list(where) == ["model", "loaders.train", "loss", "metrics.Data", "optimizer", "trainer", "mlflow", "predictor"]
+    assert list(where) == [
+        "model",
+        "loaders.train",
+        "loss",
+        "metrics.Data",
+        "optimizer",
+        "trainer",
+        "mlflow",
+        "predictor",
+    ]
     assert where["model"] == ["parts.Net", f"{project}/parts.py:3"]
     assert where["loss"][0] == "torch.nn.modules.loss.CrossEntropyLoss"
     assert where["trainer"][1].endswith("dtrain/trainer.py:" + where["trainer"][1].rpartition(":")[2])
