@@ -29,6 +29,8 @@ from dtrain.sections import (
 from dtrain.source import SOURCE, Callee, Dynamic, is_standard
 from dtrain.yamlfile import ConfigError, KeyPath, Mistake, did_you_mean, dotted, found, is_mapping, shown
 
+MAX_NAME_BYTES = 200  # a moved-aside run folder has a time stamp, too, and file systems take 255; MLflow 250
+
 
 def check(config: ConfigDict, purpose: str | None = "train") -> None:
     """Compare the whole config with the signatures of what it names, importing nothing.
@@ -49,7 +51,7 @@ def check(config: ConfigDict, purpose: str | None = "train") -> None:
     mistakes += _shared_mistakes(config, described) + _top_level_mistakes(config) + module_mistakes(config)
     told = {item.text.partition(":")[0] for item in mistakes}
     mistakes += [item for item in _value_mistakes(config) if item.text.partition(":")[0] not in told]
-    mistakes += _missing_mistakes(config, purpose or _purpose_of(config))
+    mistakes += _name_mistakes(config) + _missing_mistakes(config, purpose or _purpose_of(config))
     if mistakes:
         # A key shared by several calls has one mistake, not one for each signature.
         first = {(item.place, item.text.partition("; ")[0]): item for item in reversed(mistakes)}
@@ -295,6 +297,32 @@ def _value_mistakes(config: ConfigDict) -> list[Mistake]:
     if isinstance(uri, str) and uri.lower().startswith("file:"):
         text = f"MLflow 3 no longer writes to {shown(uri)}; name the folder alone (sqlite is put in it), or a server"
         mistakes.append(mistake(config, ("mlflow", "tracking_uri"), text))
+    return mistakes
+
+
+def _name_mistakes(config: ConfigDict) -> list[Mistake]:
+    """Names that MLflow, a log line or a file system could not hold, and an experiment whose folder would leave runs/.
+
+    With a `checkpoint_dir` of its own an experiment is no folder, but the next config of the same name may lack it.
+    """
+    places: list[KeyPath] = [("experiment",), ("run_name",), ("trainer", "checkpoint_dir")]
+    mistakes = []
+    for path in places:
+        name = _at(config.get("trainer"), str(path[-1])) if len(path) > 1 else config.get(path[0])
+        if not isinstance(name, str):
+            continue
+        size = len(name.encode("utf-8", "replace"))
+        text = ""
+        if not name.isprintable():
+            text = f"must be one line of printable characters, found {shown(name)}"
+        elif len(path) == 1 and size > MAX_NAME_BYTES:
+            text = f"must have at most {MAX_NAME_BYTES} bytes, found {size}: {shown(name)}"
+        elif len(path) > 1 and any(len(part.encode()) > MAX_NAME_BYTES for part in Path(name).parts):
+            text = f"must have at most {MAX_NAME_BYTES} bytes in each folder's name, found {shown(name)}"
+        elif path[0] == "experiment" and ".." in Path(name).parts:
+            text = f"must have no '..', it names the run folder where there is no trainer.checkpoint_dir; {found(name)}"
+        if text:
+            mistakes.append(mistake(config, path, text))
     return mistakes
 
 

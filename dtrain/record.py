@@ -92,8 +92,9 @@ class _Both:
 
 def _lay_out_folder(trainer: "Trainer") -> None:
     start = trainer.parts.start
-    if start.moves_aside and (line := move_aside(start.folder)):
-        trainer.progress.note(line)
+    if start.moves_aside and (aside := move_aside(start.folder)):
+        trainer.progress.note(f"the old training was moved to {aside}")
+        trainer.journal.deliver_later(aside)
     failure.forget(start.folder)
     for name, text in trainer.parts.texts.items():
         path = start.folder / name

@@ -113,12 +113,12 @@ def _folder_of_run(folder: Path, run_id: str, tracking_uri: str | None) -> Path:
     return Path(place)
 
 
-def move_aside(folder: Path) -> str:
-    """Rename an old run folder; returns the line that says so, '' when there was nothing."""
+def move_aside(folder: Path) -> Path | None:
+    """Rename an old run folder; returns where it is now, None when there was nothing."""
     if not folder.is_dir() or not any(folder.iterdir()):
-        return ""
+        return None
     stamp = time.strftime("%Y%m%d-%H%M%S")
     names = (f"{folder.name}-{stamp}{f'-{number}' if number else ''}" for number in range(1000))
     aside = next(place for name in names if not (place := folder.with_name(name)).exists())
     folder.rename(aside)
-    return f"the old training was moved to {aside}"
+    return aside

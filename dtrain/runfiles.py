@@ -100,6 +100,33 @@ def read_line(line: bytes) -> dict[str, Any]:
     return entry if isinstance(entry, dict) else {}
 
 
+def take_up_journal(path: Path) -> tuple[int, dict[str, int]]:
+    """Learns what an old journal holds, and cuts off a last line that was torn by a kill.
+
+    Returns:
+        how often the run was started, and the last step of each figure.
+    """
+    starts = whole = 0
+    steps: dict[str, int] = {}
+    if not path.exists():
+        return starts, steps
+    with path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            whole += len(line)
+            entry = read_line(line)
+            starts += entry.get("kind") == "start"
+            if entry.get("kind") == "metrics":
+                for key in entry["values"]:
+                    steps[key] = max(entry["step"], steps.get(key, entry["step"]))
+            if entry.get("kind") == "image":
+                steps[entry["key"]] = entry["step"]
+    if whole < path.stat().st_size:  # that figure was never acknowledged
+        os.truncate(path, whole)
+    return starts, steps
+
+
 def close_run_of(folder: Path, pid: int) -> bool:
     """Writes into run.json how a rank 0 that is gone ended: as the journal's last line says, else FAILED.
 

@@ -12,6 +12,7 @@ import re
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ _CLIENT_SETTINGS = {
 _UPLOAD_TIMEOUT_SECONDS = "300"  # a server may answer late when it has gigabytes to put away
 _MOST_AT_ONCE = {"metrics": 1000, "params": 100, "tags": 100}  # MLflow's limits per request
 _NICENESS = 19
+_SILENCE_SECONDS = 3600.0  # twice as long as a training without progress is let live
 _LONGEST_KEY, _LONGEST_PARAM, _LONGEST_TAG = 250, 6000, 5000
 _IMAGES = "images"  # MLflow's folder for them, and its names, of which the thumbnail's is the last one written
 _IMAGE = re.compile(r"(?P<key>.+)[+%]step[+%](?P<step>\d+)[+%]timestamp[+%].+\.webp")
@@ -122,6 +124,7 @@ class MlflowRun:
         self._client = client
         self._params: dict[str, str] = dict(run.data.params)
         self._tags: dict[str, str] = dict(run.data.tags)
+        self._harmless = ("dtrain.id", self._tags.get("dtrain.id", ""))  # what may be written again at any time
         self._images: set[tuple[str, int]] | None = None  # key and step of those that are there
 
     def log_metrics(self, rows: Sequence[Row]) -> None:
@@ -199,6 +202,7 @@ class MlflowRun:
             if _get_run(self._client, self.id) is None:  # refused for this reason: all of it is to be sent again
                 raise RunIsGoneError(f"MLflow run {self.id} was deleted") from error
             if len(items) == 1:
+                self._client.set_tag(self.id, *self._harmless)  # or is it that nothing can be written at all?
                 _log.warning("MLflow refuses %s %r; it stays in the journal: %s", kind[:-1], items[0].key, brief(error))
                 return
             half = len(items) // 2
@@ -394,15 +398,24 @@ def _deliver_rest(folder: Path, uri: str) -> int:
         return 1
     try:
         facts = read_run(folder)
-        if facts.get("state") == "RUNNING" and facts.get("host") == socket.gethostname() and not lives(facts):
+        if facts.get("state") == "RUNNING" and _is_dead(folder, facts):
             close_run_of(folder, facts["pid"])
         delivery = Delivery(folder, MlflowStore(uri))
         left = follow(delivery)
         if not left:
             print(f"all of {folder} is in MLflow: run {delivery.memory.run_id} in {redact(uri)}")
+        if read_run(folder).get("state") == "RUNNING":
+            print(f"its status is RUNNING: on {facts.get('host')}, process {facts.get('pid')} may still be at work")
         return left
     finally:
         lock.release()
+
+
+def _is_dead(folder: Path, facts: Mapping[str, Any]) -> bool:
+    """Whether rank 0 is gone; of another machine's that is believed when it has written nothing for an hour."""
+    if facts.get("host") == socket.gethostname():
+        return not lives(facts)
+    return time.time() - (folder / JOURNAL).stat().st_mtime > _SILENCE_SECONDS
 
 
 if __name__ == "__main__":

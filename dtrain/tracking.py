@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from dtrain.address import resolve_tracking_uri, sqlite_file, ui_command
 from dtrain.redact import SECRET_NAME, redact
-from dtrain.runfiles import DELIVERY, JOURNAL, RUN_FACTS, SENDER_LOG, read_json, read_line, read_run, update_run
+from dtrain.runfiles import DELIVERY, JOURNAL, RUN_FACTS, SENDER_LOG, read_json, read_run, take_up_journal, update_run
 
 __all__ = [
     "Journal",
@@ -105,7 +105,8 @@ class Journal:
             OSError: the run folder cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        attempt = 1 + self._read_back()
+        starts, self._last_steps = take_up_journal(self.folder / JOURNAL)
+        attempt = 1 + starts
         self._file = os.open(self.folder / JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         known = read_run(self.folder)
         host, now = socket.gethostname(), round(time.time(), 3)
@@ -223,6 +224,22 @@ class Journal:
         self.close()
         return hint
 
+    def deliver_later(self, folder: Path) -> None:
+        """Has a process of its own send what MLflow lacks of a run that nobody goes on with, its true status included.
+
+        Args:
+            folder: its run folder; where its store had a password, only this run's own is known.
+        """
+        facts, sent = read_run(folder), read_json(folder / DELIVERY)
+        known = str(facts.get("tracking_uri"))
+        whole = facts.get("state") == sent.get("status") and not sent.get("artifacts")
+        if not (folder / JOURNAL).is_file() or whole or ("***" in known and known != redact(self.tracking_uri)):
+            return
+        with contextlib.suppress(OSError):
+            (folder / SENDER_LOG).parent.mkdir(exist_ok=True)
+            with (folder / SENDER_LOG).open("ab") as output:
+                _started([str(folder)], self.tracking_uri, subprocess.DEVNULL, output)
+
     def close(self) -> None:
         """Closes the journal. A run that was not finished is then closed by the sender, as FAILED."""
         if self._file is not None:
@@ -257,28 +274,6 @@ class Journal:
                 _log.warning("%s is not logged: one number is needed, found %s (%s)", key, type(figure).__name__, error)
             return None
 
-    def _read_back(self) -> int:
-        """Learns from an old journal which steps it holds, cuts off a torn last line; returns its number of starts."""
-        path = self.folder / JOURNAL
-        if not path.exists():
-            return 0
-        starts = whole = 0
-        with path.open("rb") as file:
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                whole += len(line)
-                entry = read_line(line)
-                starts += entry.get("kind") == "start"
-                if entry.get("kind") == "metrics":
-                    for key in entry["values"]:
-                        self._last_steps[key] = max(entry["step"], self._last_steps.get(key, entry["step"]))
-                if entry.get("kind") == "image":
-                    self._last_steps[entry["key"]] = entry["step"]
-        if whole < path.stat().st_size:  # rank 0 was killed while it wrote; that figure was never acknowledged
-            os.truncate(path, whole)
-        return starts
-
     def _start_sender(self) -> None:
         words = [str(self.folder), "--parent", str(os.getpid())]
         words += [] if self._system_metrics else ["--no-system-metrics"]
@@ -307,7 +302,8 @@ class Journal:
         state = read_json(self.folder / DELIVERY)
         if self._sender is not None and self._sender.returncode == 0:
             return str(state.get("note", ""))
-        why = state.get("problem") or f"see {self.folder / SENDER_LOG}"
+        log = self.folder / SENDER_LOG
+        why = state.get("problem") or (f"see {log}" if log.exists() else "its sender was not ready in time")
         rest = f"dtrain sync {shlex.quote(str(self.folder))}"
         where = redact(self.tracking_uri)
         return f"MLflow ({where}) does not have all of this run yet: {why}. Nothing is lost; send the rest with: {rest}"
@@ -337,6 +333,9 @@ class NoJournal:
     def finish(self, status: Status, reason: str = "", exit_status: int = 0) -> str:
         """Does nothing; returns ''."""
         return ""
+
+    def deliver_later(self, folder: Path) -> None:
+        """Does nothing."""
 
     def close(self) -> None:
         """Does nothing."""

@@ -202,6 +202,7 @@ class Trainer:
             raise ConfigError(self.parts.start.busy)
         if self.parts.start.finished:
             self.progress.note(self.parts.start.finished)
+            self.journal.deliver_later(self.parts.start.folder)
             return "FINISHED"
         with recorded(self), watched(self, self.hang_timeout_seconds), self.saver.abandoning(self):
             self.saver.check(self)
