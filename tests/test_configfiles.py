@@ -62,13 +62,16 @@ def place(tmp_path: Path) -> Path:
 
 
 def assert_done(folder: Path) -> dict[str, float]:
-    """It trained two steps, validated and tested, with finite losses; the last value of each figure."""
+    """It trained two steps, validated and tested, with finite losses; the last value of each figure.
+
+    Patches of volumes are tested as whole volumes, which have metrics and no loss.
+    """
     assert read_run(folder)["state"] == "FINISHED"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["kind"] == "metrics"]
     assert max(row["step"] for row in rows) == 2
     found = {key: value for row in rows for key, value in row["values"].items()}
-    assert all(math.isfinite(found[f"{phase}/loss"]) for phase in ("train", "val", "test"))
+    assert all(math.isfinite(found[f"{phase}/loss"]) for phase in ("train", "val"))
     assert {key for key in found if key.startswith("test/") and not key.startswith("test/loss")}, "no metric"
     return found
 
