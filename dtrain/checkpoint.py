@@ -336,7 +336,7 @@ def _write_files(folder: Path, snapshot: Snapshot, facts: Manifest) -> None:
     for file, key, weights in ((MODEL, "weights", snapshot.weights), (EMA, "ema", snapshot.ema)):
         if weights is not None:
             metadata = {"format": "pt", "aliases": json.dumps(weights.aliases)}
-            save_file(weights.tensors, folder / file, metadata=metadata)
+            save_file({name: tensor.contiguous() for name, tensor in weights.tensors.items()}, folder / file, metadata)
             rests[key] = weights.rest
     with open(folder / STATE, "wb") as stream:  # given a name instead, torch hides the errno of a failed write
         torch.save({"state": snapshot.state, **rests}, stream)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 FAILURE = "failure.json"
 OTHERS_SECONDS = 3.0  # so long rank 0 waits for the word of the rank that failed first
+NUMBERS_SECONDS = 2.0  # and for the others' random numbers, where it failed itself
 _MOST_SAMPLES = 64
 STEP_PHASES = ("forward", "backward", "optimizer step", "logging")  # these can be repeated
 # The functions whose presence in a stack says what a rank is doing; the first of these that is there counts.
@@ -29,6 +30,7 @@ _PHASES = {
     "_validate": "validation",
     "save": "saving",
     "check": "saving",
+    "finish": "saving",
     "_log": "logging",
     "backward": "backward",
     "_forward_backward": "forward",
@@ -75,11 +77,13 @@ def report(trainer: "Trainer", error: BaseException) -> list[str]:
         lost = trainer.ranks.world_size > 1 and is_lost_rank(error)
         note = _note(trainer, error, consequence=lost)
         trainer.ranks.board.post("failure", note)
-        if note["phase"] in STEP_PHASES:
-            trainer.saver.keep_failed_step(trainer, exact=note["phase"] != "logging")
+        if lost and trainer.ranks.is_main:
+            trainer.ranks.board.notes("failure", OTHERS_SECONDS)
+        if note["phase"] in STEP_PHASES:  # those who are not gone have had the time to leave their numbers
+            trainer.saver.keep_failed_step(trainer, note["phase"] != "logging", 0.5 if lost else NUMBERS_SECONDS)
         if not trainer.ranks.is_main:
             return []
-        notes = trainer.ranks.board.notes("failure", OTHERS_SECONDS if lost else 0.0)
+        notes = trainer.ranks.board.notes("failure")
         first = first_of(notes.values())
         if first["consequence"]:
             silent = [rank for rank in range(trainer.ranks.world_size) if rank not in notes]

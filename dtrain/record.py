@@ -17,12 +17,15 @@ from dtrain.tracking import Journal, Status, ui_command
 if TYPE_CHECKING:
     from dtrain.trainer import Trainer
 
+INTERRUPTED = 130
+
 
 @contextlib.contextmanager
 def recorded(trainer: "Trainer") -> Iterator[None]:
     """Open the run, and close it with the status that is true, whatever happens inside."""
     began = time.monotonic()
-    with _logged(trainer):
+    # From here on a request to stop is a flag: a run that is open must be closed, or its end would look like a crash.
+    with trainer.stop_request.listening(), _logged(trainer):
         trainer.journal.start(**trainer.parts.record)
         trainer.progress.begin(trainer.parts.table)
         yield from _watched(trainer, began)
@@ -31,20 +34,19 @@ def recorded(trainer: "Trainer") -> Iterator[None]:
 def _watched(trainer: "Trainer", began: float) -> Iterator[None]:
     status: Status = "FAILED"
     reason, code = "", 1
-    with trainer.stop_request.listening():  # while it is closed, too
-        try:
-            yield
-            status, reason, code = ("KILLED", trainer.ended, 75) if trainer.stopped else ("FINISHED", trainer.ended, 0)
-        except BaseException as error:
-            reason = f"{type(error).__name__}: {error}"
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                status, code = "KILLED", 130
-            else:
-                for line in failure.report(trainer, error):
-                    trainer.progress.note(line)
-            raise
-        finally:
-            _close(trainer, status, reason, code, time.monotonic() - began)
+    try:
+        yield
+        status, reason, code = ("KILLED", trainer.ended, 75) if trainer.stopped else ("FINISHED", trainer.ended, 0)
+    except BaseException as error:
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            status, code = "KILLED", INTERRUPTED
+        else:
+            for line in failure.report(trainer, error):
+                trainer.progress.note(line)
+        raise
+    finally:
+        _close(trainer, status, reason, code, time.monotonic() - began)
 
 
 @contextlib.contextmanager
@@ -105,7 +107,11 @@ def _lay_out_folder(trainer: "Trainer") -> None:
 def _close(trainer: "Trainer", status: Status, reason: str, code: int, seconds: float) -> None:
     """Deliver what there is and say where everything is. No collective: the other ranks may be gone."""
     hint = ""
-    trainer.saver.settle()
+    if code != INTERRUPTED:
+        try:
+            trainer.saver.wait()
+        except Exception as error:
+            trainer.progress.note(f"warning: the last checkpoint was not written: {error!r}")
     end_workers()
     folder = trainer.checkpoints.folder
     if trainer.ranks.is_main:

@@ -1,9 +1,10 @@
 """When a training is saved and by whom: copied by the loop, written by a thread; knows no file of a checkpoint."""
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from dtrain import rng
 from dtrain.checkpoint import CheckpointError, Checkpoints
 from dtrain.distributed import is_lost_rank
 from dtrain.interrupt import StopWaiting
-from dtrain.snapshot import take_snapshot
+from dtrain.snapshot import Snapshot, take_snapshot
 from dtrain.state import state_of
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ class Saver:
     def __init__(self, checkpoints: Checkpoints, every_minutes: float | None, say: Callable[[str], None]) -> None:
         self.checkpoints, self._say = checkpoints, say
         self._every_seconds = None if every_minutes is None else 60 * every_minutes
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._under_way: tuple[int, Future[Path]] | None = None
+        self._failure = ""  # of the last write
         self._began = time.monotonic()
         self._at: tuple[int, int, int] | None = None  # step, epoch and last validation of the last checkpoint
         self._generators: dict[str, Any] = {}  # as they were after the last step
@@ -78,7 +79,9 @@ class Saver:
             self.checkpoints.check(trainer.module.state_dict(), state, ema=_ema_of(trainer))
 
     def mark(self, trainer: "Trainer") -> None:
-        """Note what a step that is then abandoned halfway must not have changed."""
+        """Note what a step that is then abandoned halfway must not have changed; say so if a write has failed."""
+        if self._under_way is not None and self._under_way[1].done():
+            self.wait()
         self._generators = rng.torch_state()
         # With one batch per step, the loss is added up after the last moment at which a step can get stuck.
         several = trainer.train_loader.accumulate > 1
@@ -96,12 +99,13 @@ class Saver:
             trainer.stop()
             trainer.ranks.are_lost = trainer.ranks.world_size > 1
 
-    def keep_failed_step(self, trainer: "Trainer", exact: bool) -> None:
+    def keep_failed_step(self, trainer: "Trainer", exact: bool, timeout_seconds: float) -> None:
         """Keep what repeating the step at work takes; every rank leaves its random numbers, rank 0 writes.
 
         Args:
             trainer: Its weights are those of before the step.
             exact: Unless this is False.
+            timeout_seconds: How long to wait for the others' random numbers.
         """
         board, shard = trainer.ranks.board, trainer.train_loader.shard
         board.post("failed step", rng.get_state() | self._generators)
@@ -115,10 +119,13 @@ class Saver:
             "batch_size": shard.batch_size,
             "world_size": shard.world_size,
             "exact": exact,
-            "rng": board.notes("failed step", POST_SECONDS),
+            "rng": board.notes("failed step", timeout_seconds),
         }
         kept = Checkpoints(self.checkpoints.folder.parent / FAILED_STEP, keep_last=1, keep_best=0)
-        kept.save(trainer.step, trainer.module.state_dict(), state)
+        try:
+            kept.save(trainer.step, trainer.module.state_dict(), state)
+        except CheckpointError as error:
+            self._say(f"warning: the failed step cannot be replayed: {error}")
 
     def _abandon(self, trainer: "Trainer") -> bool:
         """Save the last whole step without the other ranks' help: they, or this one, are stuck in the next.
@@ -140,30 +147,51 @@ class Saver:
         if self._at != place_of(trainer):
             self._at = place_of(trainer)
             self._write(trainer, state)
-        return self.settle()
+        self.wait()
+        return not self._failure
 
-    def settle(self) -> bool:
-        """Wait until what is under way is written; say so if it failed. Returns whether it did not."""
+    def wait(self) -> None:
+        """Wait until what is under way is written; say so if the disk, or the lack of memory, did not let it."""
         if self._under_way is None:
-            return True
+            return
         (step, future), self._under_way = self._under_way, None
         try:
             future.result()
-        except CheckpointError as error:
-            self._say(f"warning: no checkpoint of step {step}: {error}")
-            self._at = None  # the next one, at the same step perhaps, is tried again
-            return False
-        return True
+            self._failure = ""
+        except (CheckpointError, MemoryError) as error:
+            self._failure = f"no checkpoint of step {step}: {error or 'out of memory'}"
+            self._say(f"warning: {self._failure}")
+
+    def finish(self, trainer: "Trainer") -> None:
+        """Wait for the last checkpoint. All ranks call it.
+
+        Raises:
+            CheckpointError: It could not be written, so that what was trained since the one before is lost.
+        """
+        self.wait()
+        if failure := trainer.ranks.broadcast(self._failure):
+            raise CheckpointError(failure)
 
     def _write(self, trainer: "Trainer", state: dict[str, Any]) -> None:
         score = trainer.score if trainer.validated_step == trainer.step else None
-        self.settle()
+        self.wait()  # and let go of its copies, before there are others
+        future: Future[Path] = Future()
+        self._under_way = trainer.step, future
         try:
             snapshot = take_snapshot(trainer.module.state_dict(), state, _ema_of(trainer), copies=True)
         except CheckpointError as error:
-            self._say(f"warning: no checkpoint of step {trainer.step}: {error}")
+            future.set_exception(error)
             return
-        self._under_way = trainer.step, self._writer.submit(self.checkpoints.write, trainer.step, snapshot, score)
+        work = (future, trainer.step, snapshot, score)
+        # A daemon: an end at once does not wait for it, every other end does.
+        threading.Thread(target=self._write_now, args=work, name="checkpoint", daemon=True).start()
+
+    def _write_now(self, future: "Future[Path]", step: int, snapshot: Snapshot, score: float | None) -> None:
+        """The thread's part."""
+        try:
+            future.set_result(self.checkpoints.write(step, snapshot, score))
+        except BaseException as error:
+            future.set_exception(error)
 
 
 def place_of(trainer: "Trainer") -> tuple[int, int, int]:

@@ -59,7 +59,7 @@ class Weights:
     """One state_dict, split by what can hold it.
 
     Attributes:
-        tensors: contiguous tensors in host memory that share none of it, for safetensors.
+        tensors: tensors in host memory that share none of it, for safetensors.
         aliases: the tied names: name -> the name in `tensors` that has the same elements.
         rest: all other entries (`get_extra_state`, sparse tensors), in plain types.
     """
@@ -187,7 +187,7 @@ class _Walk:
             # torch.save would write all the memory behind a view, and refuses to write any under two dtypes.
             if memory.nbytes() > host.nbytes or self._dtypes.setdefault(memory.data_ptr(), host.dtype) != host.dtype:
                 host = host.clone()
-        if self._copies and tensor.device.type == "cpu" and host.data_ptr() == tensor.data_ptr():
+        if self._copies and _elements(host).data_ptr() == _elements(tensor.detach()).data_ptr():
             host = host.clone()
         self.need_bytes += _elements(host).nbytes
         self._done[id(tensor)] = tensor, host
@@ -208,7 +208,7 @@ class _Walk:
             elif value.numel() and (tied := names.setdefault(_identity(value), name)) != name:
                 aliases[name] = tied
             else:
-                host = self.tensor(value, f"{place}[{name!r}]").contiguous()
+                host = self.tensor(value, f"{place}[{name!r}]")
                 # The same memory in another shape is no alias, and safetensors refuses to write it twice.
                 tensors[name] = host.clone() if host.data_ptr() in memory else host
                 memory.add(tensors[name].data_ptr())
@@ -219,6 +219,8 @@ class _Walk:
         if depth > _MAX_DEPTH:
             return None
         if not isinstance(value, dict):
+            if _all_short_ints(value):
+                return kind(value)
             return kind(self.value(item, f"{place}[{index}]", depth) for index, item in enumerate(value))
         copy = kind()
         for key, item in value.items():
@@ -233,6 +235,11 @@ class _Walk:
 
     def _refuse(self, value: Any, place: str, reason: str) -> None:
         self.problems.append(f"{place} is a {_name(type(value))}: {reason}")
+
+
+def _all_short_ints(values: Any) -> bool:
+    """Whether there is nothing to look at one by one: the state of a generator holds 625 of them, on each rank."""
+    return set(map(type, values)) == {int} and min(values) >= -(1 << 63) and max(values) < 1 << 63
 
 
 def _fits_safetensors(name: Any, value: Any) -> bool:

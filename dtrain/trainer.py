@@ -313,7 +313,7 @@ class Trainer:
             self._log()
             self._validate()
         self.saver.save(self)
-        self.saver.settle()
+        self.saver.finish(self)
 
     # -------------------------------------------------------------------------------------------------- evaluation
 
@@ -371,7 +371,7 @@ class Trainer:
 
         The model keeps these weights.
         """
-        self.saver.settle()
+        self.saver.wait()
         load_for_use(self, checkpoint)
         figures = self.evaluate("test", self.compiled)
         if figures:

@@ -80,10 +80,11 @@ def _end(trainer: "Trainer", limit_seconds: float, main: int) -> None:
 
 def stuck_of(notes: dict[int, dict[str, Any]]) -> list[int]:
     """The ranks that the others wait for: those that are furthest behind, in steps and then within one."""
-    order = ["waiting for data", "forward", "backward"]
+    # The number of a step counts those that are done: what follows it comes before the next one's forward.
+    order = ["waiting for data", "forward", "backward", "optimizer step"]
 
     def progress(note: dict[str, Any]) -> tuple[int, int, bool]:
-        phase = order.index(note["phase"]) if note["phase"] in order else len(order)
+        phase = order.index(note["phase"]) if note["phase"] in order else -1
         return note["step"], phase, note["waits"]
 
     least = min(map(progress, notes.values()))

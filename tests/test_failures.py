@@ -193,6 +193,7 @@ def test_a_slow_training_is_no_hang(place: Place) -> None:
         ({0: (4, "backward"), 1: (4, "forward")}, [1]),
         ({0: (4, "waiting for data"), 1: (3, "optimizer step")}, [1]),
         ({0: (4, "validation"), 1: (4, "validation")}, [0, 1]),
+        ({0: (4, "saving"), 1: (4, "forward")}, [0]),
     ],
 )
 def test_the_stuck_rank_is_the_one_furthest_behind(notes: dict[int, tuple[int, str]], stuck: list[int]) -> None:

@@ -13,6 +13,7 @@ import torch
 from conftest import FOREIGN
 from whole_runs import (
     ACCELERATE,
+    EXACT,
     TORCHRUN,
     TOY,
     WAIT_SECONDS,
@@ -99,15 +100,6 @@ def test_only_rank_0_writes_in_the_run_folder_and_only_its_sender_imports_mlflow
 
 
 # ------------------------------------------------------------------------------------------------------ exact resume
-
-EXACT = {
-    "model.dropout": 0.3, "model.norm": True, "loss.name": "Terms",
-    "loaders.batch_size": 2, "loaders.num_workers": 2,
-    "optimizer": {"name": "AdamW", "lr": 0.02}, "lr_scheduler": {"name": "CosineAnnealingLR", "interval": "step"},
-    "trainer.accumulate": 2, "trainer.max_epochs": 3, "trainer.log_every_steps": 3, "trainer.ema_decay": 0.8,
-    "trainer.clip_grad_norm": 1.0, "trainer.early_stop_patience": 9, "loaders.test": {"size": 7, "seed": 2},
-}  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def uninterrupted(place: Place) -> Path:

@@ -58,6 +58,14 @@ if place:
     sys.addaudithook(hook)
 '''
 
+# A training in which all that must come back after a stop is in use.
+EXACT = {
+    "model.dropout": 0.3, "model.norm": True, "loss.name": "Terms",
+    "loaders.batch_size": 2, "loaders.num_workers": 2,
+    "optimizer": {"name": "AdamW", "lr": 0.02}, "lr_scheduler": {"name": "CosineAnnealingLR", "interval": "step"},
+    "trainer.accumulate": 2, "trainer.max_epochs": 3, "trainer.log_every_steps": 3, "trainer.ema_decay": 0.8,
+    "trainer.clip_grad_norm": 1.0, "trainer.early_stop_patience": 9, "loaders.test": {"size": 7, "seed": 2},
+}  # fmt: skip
 
 NO_MLFLOW = "raise ImportError('kept out of this test')\n"
 
