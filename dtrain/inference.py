@@ -153,9 +153,14 @@ def outcomes_of_volumes(trainer: "Trainer", loader: Any) -> Iterator[tuple[int, 
 
 @contextlib.contextmanager
 def _channels_last(trainer: "Trainer") -> Iterator[None]:
-    """Lay a convolution's weights out for the CPU while nothing is trained: that is 10 to 45 % faster."""
-    parameters = list(trainer.module.parameters()) if trainer.compiled is trainer.module else []
-    _lay_out([] if trainer.device.type != "cpu" else parameters, LAYOUTS)
+    """Lay a convolution's weights out for the CPU while nothing is trained: that is 10 to 45 % faster.
+
+    Not beside GroupNorm, whose sums in that layout are off by 1e-4 in a volume of 64 x 96 x 96 (torch 2.13).
+    """
+    exact = not any(isinstance(part, torch.nn.GroupNorm) for part in trainer.module.modules())
+    suits = trainer.compiled is trainer.module and trainer.device.type == "cpu" and exact
+    parameters = list(trainer.module.parameters()) if suits else []
+    _lay_out(parameters, LAYOUTS)
     try:
         yield
     finally:
