@@ -391,7 +391,7 @@ def _failure(target: Path, need_bytes: int, error: BaseException) -> CheckpointE
     code, reason = _reason(error)
     free = "unknown"
     with suppress(OSError):
-        free = f"{shutil.disk_usage(next(parent for parent in target.parents if parent.exists())).free / 1e6:.1f} MB"
+        free = f"{shutil.disk_usage(next(at for at in (target, *target.parents) if at.exists())).free / 1e6:.1f} MB"
     return CheckpointError(
         f"{target} was not written: {reason} (need: {need_bytes / 1e6:.1f} MB, free: {free}). "
         f"{_CURES.get(code, 'Look at that folder and its disk.')} Older checkpoints are untouched."

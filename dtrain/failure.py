@@ -43,6 +43,10 @@ _PARTS = {"dataloader": "loaders", "loss": "loss", "metrics": "metrics", "optimi
 _CURES = (
     (r"out of memory|OutOfMemory", "lower loaders.batch_size and raise trainer.accumulate; trainer.precision=bf16"),
     (
+        r"can't allocate memory|Cannot allocate memory|MemoryError|bad_alloc",
+        "out of host memory: lower loaders.num_workers, loaders.prefetch_factor or loaders.batch_size",
+    ),
+    (
         r"killed by signal: Killed|killed by signal: Terminated|(?s:multiprocessing.*(ConnectionResetError|EOFError))",
         "a loader worker was killed, most often for lack of memory: lower loaders.num_workers or prefetch_factor",
     ),

@@ -116,7 +116,8 @@ def _close(trainer: "Trainer", status: Status, reason: str, code: int, seconds: 
     folder = trainer.checkpoints.folder
     if trainer.ranks.is_main:
         weights = next((link for link in (folder / "best", folder / "last") if link.exists()), None)
-        for file in weights.resolve().glob("*.safetensors") if weights else ():
+        # By its name in the run folder, which may itself be a link to another disk.
+        for file in (folder / weights.resolve().name).glob("*.safetensors") if weights else ():
             trainer.journal.artifact(str(file), "model")
         hint = trainer.journal.finish(status, reason, code)
     best = "" if trainer.best is None else f"{trainer.monitor} {trainer.best:.4g}"

@@ -159,7 +159,7 @@ class Saver:
             future.result()
             self._failure = ""
         except (CheckpointError, MemoryError) as error:
-            self._failure = f"no checkpoint of step {step}: {error or 'out of memory'}"
+            self._failure = f"no checkpoint of step {step}: {str(error) or 'out of memory'}"
             self._say(f"warning: {self._failure}")
 
     def finish(self, trainer: "Trainer") -> None:

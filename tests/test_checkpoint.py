@@ -781,25 +781,6 @@ def test_a_folder_that_is_no_checkpoint_is_called_that(tmp_path):
 # Disks
 
 
-@pytest.fixture
-def mounted(tmp_path):
-    """Mount a small file system in memory, with the options given; the test is skipped where that is not allowed."""
-    folder = tmp_path / "mounted"
-    folder.mkdir()
-
-    def mount(options):
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True, timeout=30
-        )
-        if done.returncode:
-            pytest.skip(f"SKIPPED, NOT TESTED HERE: mounting a tmpfs needs root ({done.stderr.strip()})")
-        return folder
-
-    yield mount
-    while os.path.ismount(folder):
-        subprocess.run(["umount", "-l", folder], timeout=30, check=True)
-
-
 def test_a_full_disk_is_seen_before_anything_is_written(mounted):
     folder = mounted("size=5m")
     checkpoints = Checkpoints(folder / "checkpoints")

@@ -3,19 +3,16 @@
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import FOREIGN
 from whole_runs import (
     ACCELERATE,
     EXACT,
     TORCHRUN,
-    TOY,
     WAIT_SECONDS,
     Place,
     close,
@@ -23,10 +20,8 @@ from whole_runs import (
     figures,
     last,
     same_training,
-    write_config,
 )
 
-from dtrain import create_trainer, tracking
 from dtrain.checkpoint import load
 from dtrain.runfiles import read_run
 
@@ -100,6 +95,7 @@ def test_only_rank_0_writes_in_the_run_folder_and_only_its_sender_imports_mlflow
 
 
 # ------------------------------------------------------------------------------------------------------ exact resume
+
 
 @pytest.fixture(scope="module")
 def uninterrupted(place: Place) -> Path:
@@ -213,19 +209,20 @@ def test_a_stop_at_any_step_of_an_epoch_changes_nothing(
         assert figures(stopped) == figures(whole)
 
 
-def test_going_on_with_another_number_of_ranks_covers_the_rest_of_the_epoch(place: Place) -> None:
-    seen = place.folder / "seen"
+@pytest.mark.parametrize("ranks", [1, pytest.param(4, marks=pytest.mark.soak)])
+def test_going_on_with_another_number_of_ranks_covers_the_rest_of_the_epoch(place: Place, ranks: int) -> None:
+    seen = place.folder / f"seen-{ranks}"
     settings = {"loaders.train": {"size": 26}, "loaders.val": None, "metrics": None, "trainer.max_epochs": 1}
-    config = place.config("fewer", **settings)
+    config = place.config(f"from-2-to-{ranks}", **settings)
     counted = []
-    for options in ({"ranks": 2, "do": "train 1 rank 0 USR1", "expect": 75}, {"ranks": 1}):
+    for options in ({"ranks": 2, "do": "train 1 rank 0 USR1", "expect": 75}, {"ranks": ranks}):
         seen.mkdir()
         place.run(config, env={"TOY_SEEN": str(seen)}, **options)
         counted.append([int(line) for file in seen.iterdir() for line in file.read_text().split()])
         shutil.rmtree(seen)
-    state = last(place.path("fewer")).state
+    state = last(place.path(f"from-2-to-{ranks}")).state
     assert len(counted[0]) >= 16, "two steps of two times four samples, and what was loaded ahead"
-    assert len(counted[1]) == 10 and state["step"] == 2 + 3
+    assert len(counted[1]) == 10 and state["step"] == 2 + -(-10 // (4 * ranks))
     rest = set(counted[1])
     assert len(rest) == 10
     assert sorted(set(counted[0]) | rest) == list(range(26))
@@ -392,27 +389,6 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(place: Place) -
 
 
 # ------------------------------------------------------------------------- settings, on one rank and in this process
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """`here(name, expect="FINISHED", **changes)`: a training in this process; its run folder. No sender is started."""
-    shutil.copy(TOY, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "toy", raising=False)
-    monkeypatch.setattr(tracking, "_sender_command", lambda *arguments: [sys.executable, "-c", ""])
-    for name in (*FOREIGN, "TOY_DO", "TOY_SEEN"):
-        monkeypatch.delenv(name, raising=False)
-
-    def train(name: str, expect: str = "FINISHED", **changes: Any) -> Path:
-        from dtrain import load_config
-
-        trainer = create_trainer(load_config(write_config(tmp_path, name, changes)))
-        assert trainer.fit() == expect
-        return tmp_path / f"run-{name}"
-
-    return train
 
 
 def test_a_checkpoint_every_step_changes_nothing(here: Callable[..., Path]) -> None:

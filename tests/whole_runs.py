@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -210,6 +211,45 @@ def close(one: Mapping[str, Mapping[int, float]], other: Mapping[str, Mapping[in
         assert one[key].keys() == other[key].keys(), key
         for step, value in one[key].items():
             assert math.isclose(value, other[key][step], rel_tol=1e-5), (key, step, value, other[key][step])
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """`here(name, expect="FINISHED", **changes)`: a training in this process; its run folder. No sender is started."""
+    from dtrain import create_trainer, load_config, tracking
+
+    shutil.copy(TOY, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "toy", raising=False)
+    monkeypatch.setattr(tracking, "_sender_command", lambda *arguments: [sys.executable, "-c", ""])
+    for name in (*FOREIGN, "TOY_DO", "TOY_SEEN"):
+        monkeypatch.delenv(name, raising=False)
+
+    def train(name: str, expect: str = "FINISHED", **changes: Any) -> Path:
+        trainer = create_trainer(load_config(write_config(tmp_path, name, changes)))
+        assert trainer.fit() == expect
+        return tmp_path / f"run-{name}"
+
+    return train
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mount a small file system in memory, with the options given; the test is skipped where that is not allowed."""
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+
+    def mount(options: str) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        if done.returncode:
+            pytest.skip(f"SKIPPED, NOT TESTED HERE: mounting a tmpfs needs root ({done.stderr.strip()})")
+        return folder
+
+    yield mount
+    while os.path.ismount(folder):
+        subprocess.run(["umount", "-l", str(folder)], timeout=30, check=True)
 
 
 @pytest.fixture(scope="module")
