@@ -375,5 +375,6 @@ def brief(error: BaseException) -> str:
     if isinstance(root, OSError) and root.strerror:
         return redact(f"{root.strerror}: {root.filename}" if root.filename else root.strerror)
     from_network = isinstance(root, OSError) or str(error).startswith("API request to")
-    lines = str(root if from_network else error).strip().splitlines()
+    from_database = any(kind.__name__ == "DatabaseError" for kind in type(root).__mro__)  # as all drivers have it
+    lines = str(root if from_network or from_database else error).strip().splitlines()
     return redact(lines[0][:300]) if lines else type(error).__name__

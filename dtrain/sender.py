@@ -124,7 +124,6 @@ class MlflowRun:
         self._client = client
         self._params: dict[str, str] = dict(run.data.params)
         self._tags: dict[str, str] = dict(run.data.tags)
-        self._harmless = ("dtrain.id", self._tags.get("dtrain.id", ""))  # what may be written again at any time
         self._images: set[tuple[str, int]] | None = None  # key and step of those that are there
 
     def log_metrics(self, rows: Sequence[Row]) -> None:
@@ -202,7 +201,8 @@ class MlflowRun:
             if _get_run(self._client, self.id) is None:  # refused for this reason: all of it is to be sent again
                 raise RunIsGoneError(f"MLflow run {self.id} was deleted") from error
             if len(items) == 1:
-                self._client.set_tag(self.id, *self._harmless)  # or is it that nothing can be written at all?
+                # This raises where nothing at all can be written, as in a database that is read-only for a while.
+                self._client.set_tag(self.id, "dtrain.refused", _clean(f"{kind[:-1]} {items[0].key}", _LONGEST_TAG))
                 _log.warning("MLflow refuses %s %r; it stays in the journal: %s", kind[:-1], items[0].key, brief(error))
                 return
             half = len(items) // 2
