@@ -337,11 +337,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if done.returncode:
         pytest.skip(f"SKIPPED, NOT TESTED HERE: mounting a tmpfs needs root ({done.stderr.strip()})")
     yield folder
-    subprocess.run(["umount", "-l", folder], timeout=30, check=True)
+    for mounted in (folder.with_name("read-only"), folder):
+        if mounted.is_mount():
+            subprocess.run(["umount", "-l", mounted], timeout=30, check=True)
 
 
-def remount(folder: Path, options: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True, timeout=30)
+def mount(*words: str | Path) -> None:
+    subprocess.run(["mount", *words], check=True, timeout=30)
 
 
 @pytest.mark.usefixtures("quiet_journal", "impatient")
@@ -355,10 +357,13 @@ def test_a_store_on_a_full_or_read_only_disk_gets_everything_later(tmp_path: Pat
     write_run(folder, range(300, 4000))
     assert deliver(folder, store) == 1
     assert "full" in read_json(folder / "mlflow.json")["problem"]
-    remount(small_disk, "size=9m,ro")
-    assert deliver(folder, store) == 1
-    assert read_json(folder / "mlflow.json")["problem"]
-    remount(small_disk, "rw")
+    mount("-o", "remount,size=9m", small_disk)
+    read_only = small_disk.with_name("read-only")
+    read_only.mkdir()
+    mount("--bind", small_disk, read_only)
+    mount("-o", "remount,bind,ro", read_only)
+    assert deliver(folder, f"sqlite:///{read_only}/mlflow.db") == 1
+    assert "Read-only file system" in read_json(folder / "mlflow.json")["problem"]
     assert deliver(folder, store) == 0
     whole(folder, store, 4000)
 
