@@ -288,7 +288,7 @@ class Journal:
                 _log.warning("MLflow gets nothing for now, its sender could not be started: %s", error)
 
     def _wait_for_sender(self) -> str:
-        deadline = time.monotonic() + self._exit_timeout_seconds
+        deadline, late = time.monotonic() + self._exit_timeout_seconds, False
         if self._sender is None or self._sender.poll():  # it died early, of memory for instance: one more try
             self._start_sender()
         if self._sender is not None:
@@ -297,13 +297,13 @@ class Journal:
             try:
                 self._sender.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
+                late = True
                 self._sender.kill()  # safe at any moment: it only ever remembers what MLflow has acknowledged
                 self._sender.wait()
         state = read_json(self.folder / DELIVERY)
         if self._sender is not None and self._sender.returncode == 0:
             return str(state.get("note", ""))
-        log = self.folder / SENDER_LOG
-        why = state.get("problem") or (f"see {log}" if log.exists() else "its sender was not ready in time")
+        why = state.get("problem") or ("its sender was still at work" if late else f"see {self.folder / SENDER_LOG}")
         rest = f"dtrain sync {shlex.quote(str(self.folder))}"
         where = redact(self.tracking_uri)
         return f"MLflow ({where}) does not have all of this run yet: {why}. Nothing is lost; send the rest with: {rest}"

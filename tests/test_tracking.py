@@ -404,6 +404,7 @@ def test_a_sender_that_delivers_nothing_costs_a_hint_with_the_cure(
     journal.start({}, {})
     hint = journal.finish("FINISHED")
     assert f"dtrain sync '{folder}'" in hint and "\n" not in hint and "Nothing is lost" in hint
+    assert "its sender was still at work" in hint
 
 
 def test_the_other_ranks_journal_has_the_same_methods() -> None:
