@@ -117,7 +117,7 @@ def _close(trainer: "Trainer", status: Status, reason: str, code: int, seconds: 
     if trainer.ranks.is_main:
         weights = next((link for link in (folder / "best", folder / "last") if link.exists()), None)
         # By its name in the run folder, which may itself be a link to another disk.
-        for file in (folder / weights.resolve().name).glob("*.safetensors") if weights else ():
+        for file in (folder.absolute() / weights.resolve().name).glob("*.safetensors") if weights else ():
             trainer.journal.artifact(str(file), "model")
         hint = trainer.journal.finish(status, reason, code)
     best = "" if trainer.best is None else f"{trainer.monitor} {trainer.best:.4g}"

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dtrain.trainer import Trainer
 
 FAILED_STEP = "failed-step"  # a folder of checkpoints in the run folder
+WRITER = "checkpoint"  # the thread's name
 POST_SECONDS = 5.0  # so long a rank waits for the others' last notes
 
 
@@ -184,7 +185,7 @@ class Saver:
             return
         work = (future, trainer.step, snapshot, score)
         # A daemon: an end at once does not wait for it, every other end does.
-        threading.Thread(target=self._write_now, args=work, name="checkpoint", daemon=True).start()
+        threading.Thread(target=self._write_now, args=work, name=WRITER, daemon=True).start()
 
     def _write_now(self, future: "Future[Path]", step: int, snapshot: Snapshot, score: float | None) -> None:
         """The thread's part."""

@@ -1,6 +1,8 @@
 """What every rank runs: create the trainer, fit, close; says how it ended as an exit status; knows no command line."""
 
+import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ from dtrain.create import create_trainer
 from dtrain.desk import PredictionError
 from dtrain.rehearsal import rehearse as tried
 from dtrain.replay import replay as repeat
+from dtrain.saving import WRITER
 from dtrain.tracking import NoJournal
 from dtrain.trainer import Trainer
 from dtrain.yamlfile import ConfigError
@@ -116,6 +119,10 @@ def _status(action: Callable[[], int]) -> int:
     except ConfigError:
         raise
     except KeyboardInterrupt:
+        if any(thread.name == WRITER for thread in threading.enumerate()):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(INTERRUPTED)  # a thread that writes while Python takes itself apart crashes
         return INTERRUPTED
     except PredictionError as error:
         print(error, file=sys.stderr, flush=True)

@@ -313,7 +313,7 @@ def test_a_signal_before_the_first_step_ends_at_once_and_asks_for_another_start(
 
 
 def test_checkpoints_by_the_clock(place: Place) -> None:
-    changes = {"trainer.checkpoint_every_minutes": 0.001, "trainer.keep_last": 100, "trainer.max_epochs": 1}
+    changes = {"trainer.checkpoint_every_minutes": 0, "trainer.keep_last": 100, "trainer.max_epochs": 1}
     place.run(place.config("clock", **changes, **{"loaders.train.size": 40}))
     assert len(list((place.path("clock") / "checkpoints").glob("step-*"))) >= 3
 

@@ -11,6 +11,7 @@ import pytest
 from conftest import TAG, RunCli, StartCli, Tagged
 
 # Stands before `-m dtrain ...`, which python -c then takes for the script's arguments.
+PLUGINS = 'pytest_plugins = ["whole_runs"]'  # a folder of its own does not have them
 SLEEPER = [sys.executable, "-c", "import time; print('awake', flush=True); time.sleep(100)"]
 ARGUMENTS = [sys.executable, "-c", "import os, sys; print(sys.argv[1:], os.getcwd()); sys.exit(7)"]
 
@@ -64,7 +65,7 @@ def test_a_dead_process_that_nobody_waited_for_is_no_leftover(start_cli: StartCl
 def test_a_test_that_leaves_a_process_behind_fails(pytester: pytest.Pytester) -> None:
     # The fixture's patience is cut short: here the failure is what is wanted.
     source = Path(__file__).with_name("conftest.py").read_text()
-    pytester.makeconftest(source.replace("wait_gone(30)", "wait_gone(0.2)"))
+    pytester.makeconftest(source.replace("wait_gone(30)", "wait_gone(0.2)").replace(PLUGINS, ""))
     pytester.makepyfile(
         """
         import subprocess
@@ -79,7 +80,7 @@ def test_a_test_that_leaves_a_process_behind_fails(pytester: pytest.Pytester) ->
 
 
 def test_soak_tests_run_only_when_asked_for(pytester: pytest.Pytester) -> None:
-    pytester.makeconftest(Path(__file__).with_name("conftest.py").read_text())
+    pytester.makeconftest(Path(__file__).with_name("conftest.py").read_text().replace(PLUGINS, ""))
     pytester.makepyfile("import pytest\n\n@pytest.mark.soak\ndef test_long():\n    pass\n")
     pytester.makeini("[pytest]\nmarkers = soak: long")
     pytester.runpytest_subprocess(timeout=60).assert_outcomes(skipped=1)
