@@ -16,7 +16,7 @@ from typing import TypeVar
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 REPEAT_SECONDS = 0.5  # launchers deliver one signal several times within milliseconds
-STOPPED_EARLY = 75
+STOPPED_EARLY, INTERRUPTED = 75, 130  # exit statuses: start it again; a second Ctrl-C
 OTHERS_WAIT_SECONDS = 3.0  # a rank that waits for data when it is asked to stop, waits on: others wait for it
 # A batch system's own limit is kept clear of by so much, or a tenth of what there is: a step and a save must fit in.
 MARGIN_SECONDS = 120.0

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from dtrain import failure, report
-from dtrain.interrupt import end_workers
+from dtrain.interrupt import INTERRUPTED, STOPPED_EARLY, end_workers
 from dtrain.progress import LineProgress
 from dtrain.redact import Redacted
 from dtrain.resume import move_aside
@@ -16,8 +16,6 @@ from dtrain.tracking import Journal, Status, ui_command
 
 if TYPE_CHECKING:
     from dtrain.trainer import Trainer
-
-INTERRUPTED = 130
 
 
 @contextlib.contextmanager
@@ -36,7 +34,8 @@ def _watched(trainer: "Trainer", began: float) -> Iterator[None]:
     reason, code = "", 1
     try:
         yield
-        status, reason, code = ("KILLED", trainer.ended, 75) if trainer.stopped else ("FINISHED", trainer.ended, 0)
+        reason = trainer.ended
+        status, code = ("KILLED", STOPPED_EARLY) if trainer.stopped else ("FINISHED", 0)
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"
         if isinstance(error, KeyboardInterrupt | SystemExit):

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from dtrain import report
 from dtrain.create import create_trainer
 from dtrain.desk import PredictionError
+from dtrain.interrupt import INTERRUPTED, STOPPED_EARLY
 from dtrain.rehearsal import rehearse as tried
 from dtrain.replay import replay as repeat
 from dtrain.saving import WRITER
@@ -23,7 +24,7 @@ from dtrain.yamlfile import ConfigError
 if TYPE_CHECKING:
     from subprocess import Popen
 
-FAILED, STOPPED_EARLY, INTERRUPTED = 1, 75, 130
+FAILED = 1
 
 
 def train(config: ConfigDict, sender: "Popen[bytes] | None" = None) -> int:
