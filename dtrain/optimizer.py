@@ -67,6 +67,34 @@ def schedule_settings(
     return dict(locals())
 
 
+class WeightAverage:
+    """An exponential moving average of a module's parameters and buffers; whole numbers are taken as they are.
+
+    torch's AveragedModel keeps its count in a tensor, for which the host waits for the device in every step.
+
+    Args:
+        module: What is averaged; its copy is the average.
+        decay: The old average's share, from 0 to 1. The first update is a copy.
+    """
+
+    def __init__(self, module: torch.nn.Module, decay: float) -> None:
+        self.module, self.decay, self.updates = copy.deepcopy(module).requires_grad_(False), decay, 0
+
+    @torch.no_grad()
+    def update(self, module: torch.nn.Module) -> None:
+        """Take the weights of one more step in."""
+        mine, theirs = ([*one.parameters(), *one.buffers()] for one in (self.module, module))
+        averaged: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for pair in zip(mine, theirs, strict=True):
+            if self.updates and (pair[0].is_floating_point() or pair[0].is_complex()):
+                averaged.append(pair)
+            else:
+                pair[0].copy_(pair[1])
+        if averaged:
+            torch._foreach_lerp_(*zip(*averaged, strict=True), 1 - self.decay)
+        self.updates += 1
+
+
 class Schedule:
     """A learning-rate scheduler with its clock. torch's scheduler (if any) knows nothing of warm-up.
 

@@ -44,7 +44,7 @@ def state_of(trainer: "Trainer", generators: dict[int, Any] | None = None) -> di
         "optimizer_name": type(trainer.optimizer).__name__,
         "schedule": trainer.schedule.state_dict(),
         "scaler": trainer.scaler.state_dict() if trainer.scaler else {},
-        "averaged": int(trainer.ema.n_averaged) if trainer.ema else 0,
+        "averaged": trainer.ema.updates if trainer.ema else 0,
         "seed": trainer.parts.seed,
         "rng": states,
     }
@@ -102,7 +102,7 @@ def restore(trainer: "Trainer", loaded: Loaded | None) -> None:
     if trainer.scaler and state["scaler"]:
         trainer.scaler.load_state_dict(state["scaler"])
     if trainer.ema:
-        trainer.ema.n_averaged.fill_(state["averaged"])
+        trainer.ema.updates = state["averaged"]
     trainer.judge_patience()
     trainer.saver.is_saved(trainer)
     if len(state["rng"]) == trainer.ranks.world_size:

@@ -16,7 +16,6 @@ from typing import Any, Literal, cast
 import torch
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dtrain import batch as batches
 from dtrain.checkpoint import Checkpoints
@@ -28,7 +27,7 @@ from dtrain.inference import Use, autocast, load_for_use, outcomes_of_volumes, p
 from dtrain.interrupt import StopRequest
 from dtrain.loss import Criterion
 from dtrain.metrics import Metrics
-from dtrain.optimizer import Schedule, total_norm
+from dtrain.optimizer import Schedule, WeightAverage, total_norm
 from dtrain.record import recorded
 from dtrain.resume import Start
 from dtrain.saving import Saver
@@ -154,8 +153,7 @@ class Trainer:
         self.checkpoint_every_steps, self.early_stop_patience = checkpoint_every_steps, early_stop_patience
         self.input_key, self.target_key, self.hang_timeout_seconds = input_key, target_key, hang_timeout_seconds
         self.scaler = torch.amp.GradScaler(self.device.type) if precision == "fp16" else None
-        average = None if ema_decay is None else get_ema_multi_avg_fn(ema_decay)
-        self.ema = AveragedModel(self.module, multi_avg_fn=average, use_buffers=True) if average else None
+        self.ema = None if ema_decay is None else WeightAverage(self.module, ema_decay)
         self.parameters = [item for item in self.module.parameters() if item.requires_grad]
         self.saver = Saver(parts.checkpoints, checkpoint_every_minutes, lambda line: self.progress.note(line))
         self.vote = Vote(parts.ranks)
@@ -282,7 +280,7 @@ class Trainer:
         self._timed_samples += position - self.position
         self.step, self.position = self.step + 1, position
         if self.ema:
-            self.ema.update_parameters(self.module)
+            self.ema.update(self.module)
         self.progress.step()
         if self._is_due(self.log_every_steps):
             self._log()

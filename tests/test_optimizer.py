@@ -10,9 +10,10 @@ from ml_collections import ConfigDict
 from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dtrain.config import from_mapping
-from dtrain.optimizer import Schedule, end_points, get_lr_scheduler, get_optimizer
+from dtrain.optimizer import Schedule, WeightAverage, end_points, get_lr_scheduler, get_optimizer
 from dtrain.yamlfile import ConfigError
 
 RATE = 0.1
@@ -369,3 +370,25 @@ def test_end_points_where_there_is_one_or_none_can_know_the_second() -> None:
 def test_the_schedules_are_torchs_own() -> None:
     assert isinstance(schedule_of(name="CosineAnnealingLR").scheduler, CosineAnnealingLR)
     assert isinstance(schedule_of(name="ReduceLROnPlateau").scheduler, ReduceLROnPlateau)
+
+
+# ------------------------------------------------------------------------------------------------------------ average
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9, 1.0])
+def test_the_average_is_that_of_torch(decay: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    ours = WeightAverage(model, decay)
+    for step in range(1, 4):
+        for value in [*model.parameters(), *model.buffers()]:
+            value.data.copy_(torch.full_like(value, step) if value.dtype == torch.long else torch.randn_like(value))
+        ours.update(model)
+        theirs.update_parameters(model)
+        for name, value in ours.module.state_dict().items():
+            if value.dtype == torch.long:
+                assert value == step, "a counter is no average"
+            else:
+                torch.testing.assert_close(value, theirs.module.state_dict()[name], rtol=0, atol=1e-6)
+    assert ours.updates == 3 and not any(value.requires_grad for value in ours.module.parameters())
