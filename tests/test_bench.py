@@ -171,3 +171,19 @@ def peak_mb_source() -> str:
     """The function alone: its module imports torch."""
     tree = ast.parse((BENCH / "workload.py").read_text())
     return next(ast.unparse(node) for node in tree.body if getattr(node, "name", "") == "peak_mb")
+
+
+@pytest.mark.slow
+def test_checkpoint_measures_the_stall_against_the_copy_and_judges_it(
+    clean_env: dict[str, str], tmp_path: Path
+) -> None:
+    command = [sys.executable, str(BENCH / "checkpoint.py"), "--parameters", "1000000", "--checkpoints", "3"]
+    done = subprocess.run(
+        [*command, "--json", "all.json"], cwd=tmp_path, env=clean_env, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^(ok  |MISS)  a checkpoint's stall / the bare copy .* <= 1\.2$", done.stdout, re.M)
+    data = json.loads((tmp_path / "all.json").read_text())
+    assert [one["step"] for one in data["checkpoints"]] == [4, 8, 12]
+    assert min(one["copy_s"] for one in data["checkpoints"]) > 0
+    assert {path.name for path in tmp_path.iterdir()} == {"all.json"}

@@ -153,7 +153,9 @@ def mlflow_client(place: Place) -> Any:
 
 
 def test_each_sitting_ends_as_it_should(sittings: list[dict[str, Any]]) -> None:
-    assert [sitting["step"] for sitting in sittings] == [4, 6, 8, 12, 12]
+    steps = [sitting["step"] for sitting in sittings]
+    # Checkpoints are written beside the training: that of step 12 may be on its way yet when rank 0 is killed.
+    assert steps[:3] == [4, 6, 8] and steps[3] in (11, 12) and steps[4] == 12
     assert [sitting["state"] for sitting in sittings] == ["KILLED", "KILLED", "FAILED", "FAILED", "FINISHED"]
     assert [sitting["exit_status"] for sitting in sittings[:2]] == [75, 75]
     assert "SIGTERM" in sittings[0]["reason"] or "another rank" in sittings[0]["reason"]
