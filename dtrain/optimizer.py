@@ -43,7 +43,24 @@ def get_optimizer(config: ConfigDict, model: torch.nn.Module) -> Optimizer:
     chosen = {"fused", "foreach", "capturable", "differentiable"} & set(config.optimizer)
     if on_gpu and not chosen and "fused" in optimizer.defaults and type(optimizer).__module__.startswith("torch."):
         optimizer = build(config, "optimizer", parameters, fused=True)
+    _start_momentum(optimizer)
     return optimizer
+
+
+def _start_momentum(optimizer: Optimizer) -> None:
+    """Let fused SGD's momentum begin at zero, from which the first step makes the gradient, as without it.
+
+    torch leaves it as whatever lay in memory where the first step is skipped (torch/optim/sgd.py, _fused_sgd), as
+    fp16's often is. With dampening zero would be another beginning: there the host looks before it steps.
+    """
+    for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else []:
+        if not group["fused"] or not group["momentum"]:
+            continue
+        if group["dampening"]:
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+            continue
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:

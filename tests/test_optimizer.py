@@ -372,6 +372,38 @@ def test_the_schedules_are_torchs_own() -> None:
     assert isinstance(schedule_of(name="ReduceLROnPlateau").scheduler, ReduceLROnPlateau)
 
 
+# ---------------------------------------------------------------------------------------------------------- fused SGD
+
+
+@pytest.mark.parametrize("dampening", [0.0, 0.3])
+def test_fused_momentum_is_not_what_lay_in_memory_when_the_first_step_is_skipped(
+    monkeypatch: pytest.MonkeyPatch, dampening: float
+) -> None:
+    torch.manual_seed(0)
+    models = [nn.Linear(3, 2) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    options = {"name": "SGD", "lr": RATE, "momentum": 0.9, "weight_decay": 0.1, "dampening": dampening}
+    fused, plain = (
+        get_optimizer(from_mapping({"optimizer": options | {"fused": kind}}), model)
+        for kind, model in zip((True, False), models, strict=True)
+    )
+    monkeypatch.setattr(torch, "empty_like", lambda value: torch.full_like(value, math.nan))
+    for step in range(3):
+        gradients = [torch.randn_like(value) for value in models[0].parameters()]
+        for model in models:
+            for value, gradient in zip(model.parameters(), gradients, strict=True):
+                value.grad = gradient.clone()
+        if getattr(fused, "_step_supports_amp_scaling", False):
+            fused.found_inf = torch.tensor(float(step == 0))
+        elif step == 0:  # the host looks at the gradient, and does not step
+            continue
+        fused.step()
+        if step:
+            plain.step()
+    for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 # ------------------------------------------------------------------------------------------------------------ average
 
 
