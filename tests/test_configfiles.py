@@ -25,9 +25,9 @@ SHORT = {
     "pidnet_scene": ["loaders.global_batch_size=4", "loaders.val.source.length=3", "loaders.test.source.length=3"],
     "relation_teeth": ["loaders.train.length=64", "loaders.val.length=8", "loaders.test.length=8"],
     "transunet_cells": ["loaders.train.length=4", "loaders.val.length=1", "loaders.test.length=1"],
-    # With weights of the classes, each rank divides by those of its own pixels.
+    # Group norm: batch norm sees each rank's own samples.
     "unet2d_scene": [
-        "loss.weight=null",
+        "model.layer_order=gcr",
         "loaders.global_batch_size=4",
         "loaders.val.length=3",
         "loaders.test.length=3",
@@ -99,15 +99,24 @@ def test_every_config_has_a_run_folder_and_an_experiment_of_its_own() -> None:
         assert len(set(found)) == len(found), found
 
 
+def assert_predicted(folder: Path) -> None:
+    """Something was predicted."""
+    files = [path for path in (folder / "predictions").iterdir() if path.is_file()]
+    assert files and all(path.stat().st_size for path in files), files
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3 * TIMEOUT_SECONDS)
-def test_each_trains_validates_and_tests_and_two_ranks_do_the_same(place: Path, run_cli: RunCli) -> None:
+def test_each_trains_validates_tests_and_predicts_and_two_ranks_do_the_same(place: Path, run_cli: RunCli) -> None:
     env = {"PYTHONPATH": f"{place / 'stubs'}:{REPOSITORY}"}
     commands = [arguments(file, place / "one" / file.stem) for file in FILES]
+    commands += [["predict", *words] for words in commands]
     launcher = [sys.executable, "-c", SEVERAL, json.dumps(commands)]
-    done = run_cli([], launcher=launcher, env=env, timeout=TIMEOUT_SECONDS)
-    assert f"STATUS {[0] * len(FILES)}" in done.stdout, done.text
+    done = run_cli([], launcher=launcher, env=env, timeout=2 * TIMEOUT_SECONDS)
+    assert f"STATUS {[0] * len(commands)}" in done.stdout, done.text
     found = {file.stem: assert_done(place / "one" / file.stem) for file in FILES}
+    for file in FILES:
+        assert_predicted(place / "one" / file.stem)
 
     for name in ("unet2d_scene", "pidnet_scene"):
         words = arguments(FOLDER / f"{name}.yaml", place / "two" / name)
@@ -117,3 +126,15 @@ def test_each_trains_validates_and_tests_and_two_ranks_do_the_same(place: Path, 
         if name == "unet2d_scene":  # PIDNet's BatchNorm and loss see each rank's own samples
             same = [key for key in figures if key.startswith(("train/", "val/", "test/"))]
             assert [figures[key] for key in same] == pytest.approx([found[name][key] for key in same], rel=1e-4)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3 * TIMEOUT_SECONDS)
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_each_trains_and_predicts_on_two_ranks(place: Path, run_cli: RunCli, file: Path) -> None:
+    env = {"PYTHONPATH": f"{place / 'stubs'}:{REPOSITORY}"}
+    for words in (arguments(file, place / "two"), ["predict", *arguments(file, place / "two")]):
+        done = run_cli(words, nproc=2, env=env, timeout=TIMEOUT_SECONDS)
+        assert done.rc == 0, done.text
+    assert_done(place / "two")
+    assert_predicted(place / "two")

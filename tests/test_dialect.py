@@ -556,7 +556,7 @@ def test_a_test_file_predicts_what_pytorch3dunet_predicts(run_cli: RunCli, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["multiclass", "dsb2018"])
+@pytest.mark.parametrize("kind", ["multiclass", pytest.param("dsb2018", marks=pytest.mark.soak)])
 def test_a_file_trains_and_predicts_from_the_command_line(kind: str, run_cli: RunCli, tmp_path: Path) -> None:
     import h5py
 

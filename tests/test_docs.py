@@ -24,6 +24,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 from conftest import REPOSITORY, RunCli, Running, Tagged
+from whole_runs import NO_MLFLOW
 
 from dtrain.check import check
 from dtrain.config import load_config, place_of, to_plain, to_yaml
@@ -46,6 +47,8 @@ NOT_RUN = (
     *("needs SLURM", "stays until Ctrl-C", "takes 10 minutes", "takes some minutes"),
 )
 TIMEOUT_SECONDS = 240
+# The pages whose trainings are told to MLflow: its import takes as long as all else of a short training.
+WITH_MLFLOW = ("README", "getting-started", "mlflow", "pictures")
 
 
 class Block(NamedTuple):
@@ -82,7 +85,9 @@ def commands(block: Block) -> Iterator[tuple[str, str]]:
 class Desk:
     """A folder in which one page is worked through, with commands as a user has them."""
 
-    def __init__(self, folder: Path, files: Path, store: Path, env: dict[str, str], tagged: Tagged) -> None:
+    def __init__(
+        self, folder: Path, files: Path, store: Path, env: dict[str, str], tagged: Tagged, with_mlflow: bool
+    ) -> None:
         self.folder, self.files, self.tagged = folder, files, tagged
         shutil.copytree(REPOSITORY / "configfiles", folder / "configfiles")
         self._shorten(folder / "configfiles" / "digits.yaml")
@@ -92,6 +97,10 @@ class Desk:
             (programs / "dtrain").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m dtrain "$@"\n')
             (programs / "dtrain").chmod(0o755)
         env = env | {"MLFLOW_TRACKING_URI": f"sqlite:///{store}"}  # one for all: making it takes seconds
+        if not with_mlflow:
+            (files / "mlflow").mkdir()
+            (files / "mlflow" / "__init__.py").write_text(NO_MLFLOW)
+            env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(files), env.get("PYTHONPATH")]))
         self.env = env | {"PATH": os.pathsep.join([str(programs), str(Path(sys.executable).parent), env["PATH"]])}
 
     @staticmethod
@@ -108,9 +117,16 @@ class Desk:
 
 
 @pytest.fixture
-def desk(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, clean_env: dict[str, str], tagged: Tagged) -> Desk:
+def desk(
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    clean_env: dict[str, str],
+    tagged: Tagged,
+    request: pytest.FixtureRequest,
+) -> Desk:
     store = tmp_path_factory.getbasetemp() / "mlflow.db"
-    return Desk(tmp_path, tmp_path_factory.mktemp("files"), store, clean_env, tagged)
+    with_mlflow = request.node.callspec.params["page"].stem in WITH_MLFLOW
+    return Desk(tmp_path, tmp_path_factory.mktemp("files"), store, clean_env, tagged, with_mlflow)
 
 
 @pytest.mark.slow

@@ -129,7 +129,7 @@ def test_a_card_is_short(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- the replay
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_a_step_that_failed_is_repeated_with_the_same_samples_and_loss(place: Place, ranks: int) -> None:
     name = f"replay-{ranks}"
     changes = {"model.dropout": 0.5, "loaders.batch_size": 4 // ranks}
@@ -277,8 +277,10 @@ def asked_while_loading(place: Place, name: str, ranks: int, **changes: Any) -> 
     assert time.monotonic() - began < 45
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize(
+    ("ranks", "accumulate"),
+    [(2, 3), *(pytest.param(*each, marks=pytest.mark.soak) for each in ((1, 1), (1, 3), (2, 1)))],
+)
 def test_a_stop_while_waiting_for_data_keeps_the_last_whole_step(place: Place, ranks: int, accumulate: int) -> None:
     changes = {"model.dropout": 0.5, "trainer.accumulate": accumulate, "loaders.batch_size": 4 // ranks}
     name = f"loading-{ranks}-{accumulate}"

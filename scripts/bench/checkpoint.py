@@ -20,7 +20,7 @@ from pathlib import Path
 
 import yaml
 from checkpoint_parts import EVERY
-from overhead import HERE, Verdict, environment, machine
+from overhead import Verdict, environment, machine
 
 MOST_RATIO = 1.2
 TIMEOUT_SECONDS = 900.0

@@ -5,6 +5,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +41,8 @@ class ClockedAdamW(torch.optim.AdamW):
     A copy is taken halfway from checkpoint to checkpoint, when the last one is written. The figures go to $BENCH_FILE.
     """
 
-    gaps: dict[int, float] = {}  # step -> seconds until the next step began
-    copies: list[float] = []
+    gaps: ClassVar[dict[int, float]] = {}  # step -> seconds until the next step began
+    copies: ClassVar[list[float]] = []
     done = 0
     ended = 0.0
 
