@@ -54,7 +54,10 @@ _CURES = (
         r"shared memory|Bus error|/dev/shm",
         "too little shared memory for loader workers: docker run --shm-size=8g, or loaders.num_workers=0",
     ),
-    (r"DataLoader worker .* exited|killed by signal", "loaders.num_workers=0 shows the error itself"),
+    (
+        r"DataLoader worker .* exited|killed by signal",  # torch does not always see the signal
+        "a loader worker died: lower loaders.num_workers if memory was short; loaders.num_workers=0 shows other causes",
+    ),
     (r"Expected to have finished reduction", "trainer.ddp.find_unused_parameters=true, or use these parameters"),
     (
         r"NonFiniteError|not finite",
