@@ -500,6 +500,15 @@ def test_whatever_is_saved_can_be_loaded(tmp_path, state):
     assert same(state, load(path).state)
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+@settings(quick, max_examples=1000)
+@given(st.dictionaries(keys, st.recursive(plain, nest, max_leaves=12), max_size=4))
+def test_whatever_is_saved_can_be_loaded_a_thousand_times(tmp_path, state):
+    path = Checkpoints(tmp_path).save(0, {}, state)
+    assert same(state, load(path).state)
+
+
 class Mixed:
     """A marker for a place in a nested value; a refused one is put there."""
 
@@ -730,6 +739,47 @@ def test_damage_is_named_and_the_one_before_is_used(three, name, damage):
     assert load(three.folder / "step-00000002").manifest["step"] == 2
 
 
+def spoil(chance, path):
+    """Damage one file at random, or swap two; the names of those that are no longer what they were."""
+    names = ["model.safetensors", "ema.safetensors", "state.pt", "manifest.json"]
+    name, other = chance.sample(names, 2)
+    file, kind = path / name, chance.choice(["bit", "page", "cut", "swap"])
+    content = file.read_bytes()
+    if kind == "bit":
+        flip(file, chance.randrange(8 * len(content)))
+    elif kind == "page":
+        begin = chance.randrange(len(content))
+        file.write_bytes(content[:begin] + bytes(len(content[begin : begin + 4096])) + content[begin + 4096 :])
+    elif kind == "cut":
+        file.write_bytes(content[: chance.randrange(len(content))])
+    else:
+        file.write_bytes((path / other).read_bytes())
+        (path / other).write_bytes(content)
+    return [each for each in names if (path / each).read_bytes() != (path.parent / "whole" / each).read_bytes()]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_a_thousand_damages_are_found_and_the_one_before_is_used(three):
+    seed = random.randrange(1 << 30)
+    print("seed", seed)
+    chance = random.Random(seed)
+    path, whole = three.folder / "step-00000003", three.folder / "whole"
+    shutil.copytree(path, whole)
+    found = 0
+    while found < 1000:
+        if names := spoil(chance, path):  # zeros may have been there before
+            with pytest.warns(
+                UserWarning, match=rf"step-00000003/({'|'.join(names)}): .*step-00000002 is used instead"
+            ):
+                assert three.last() == three.folder / "step-00000002"
+            found += 1
+            for name in names:
+                shutil.copy(whole / name, path / name)
+    with no_warning():
+        assert three.last() == path
+
+
 def test_a_foreign_file_is_named_but_what_systems_leave_is_not(three):
     path = three.folder / "step-00000003"
     (path / ".nfs0001").touch()
@@ -890,6 +940,14 @@ def test_a_thousand_kills(tmp_path):
     )
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_five_hundred_kills_on_a_disk_that_is_full_now_and_then(tmp_path, mounted):
+    folder = mounted("size=3m")  # a checkpoint needs a quarter of a megabyte, and up to four are there at once
+    report = in_a_process("random_kills", folder, random.randrange(1 << 30), 500, "full", timeout_seconds=1500)
+    assert report["failures"] == [] and report["acknowledged"] > 100 and report["full"] > 50, report
+
+
 def test_a_kill_before_any_single_file_operation_leaves_the_acknowledged_checkpoint(tmp_path):
     report = in_a_process("kill_at_every_operation", tmp_path)
     assert report["failures"] == []
@@ -943,31 +1001,47 @@ def complaints(folder, acknowledged):
     return wrong
 
 
-def random_kills(folder, seed, count):
+def fill(folder, chance):
+    """Leave less room than a checkpoint needs, or enough for one."""
+    (folder / "others.bin").unlink(missing_ok=True)
+    free = shutil.disk_usage(folder).free
+    with contextlib.suppress(OSError):
+        (folder / "others.bin").write_bytes(bytes(max(0, free - chance.choice([50_000, 200_000, 1_000_000]))))
+
+
+def random_kills(folder, seed, count, disk=""):
     chance = random.Random(int(seed))
-    folder, acknowledged, failures = Path(folder), 0, []
+    folder, acknowledged, failures, full = Path(folder), 0, [], 0
     torch.set_num_threads(1)
     Checkpoints(folder / "warm").save(1, weights_of(1), {})
     began = time.perf_counter()
     save_numbered(Checkpoints(folder / "warm"), 2)
     save_seconds = time.perf_counter() - began
+    shutil.rmtree(folder / "warm")
     for _ in range(int(count)):
         reading, writing = os.pipe()
 
         def child(first=acknowledged + 1, writing=writing):
             checkpoints = Checkpoints(folder / "run", keep_last=1)
             for step in range(first, first + 1000):
-                save_numbered(checkpoints, step)
+                try:
+                    save_numbered(checkpoints, step)
+                except CheckpointError:  # the disk is full: the training goes on
+                    os.write(writing, struct.pack("q", -step))
+                    continue
                 os.write(writing, struct.pack("q", step))
 
+        if disk == "full":
+            fill(folder, chance)
         process = fork(child)
         os.close(writing)
         time.sleep(chance.uniform(0, 3 * save_seconds))
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
         with os.fdopen(reading, "rb") as pipe:
-            told = pipe.read()
-        acknowledged = struct.unpack("q", told[-8:])[0] if told else acknowledged
+            told = [step for (step,) in struct.iter_unpack("q", pipe.read())]
+        full += sum(step < 0 for step in told)
+        acknowledged = max([acknowledged, *told])
         (folder / "run").mkdir(exist_ok=True)
         failures += complaints(folder / "run", acknowledged)
     return {
@@ -975,6 +1049,7 @@ def random_kills(folder, seed, count):
         "save_seconds": save_seconds,
         "kills": int(count),
         "acknowledged": acknowledged,
+        "full": full,
         "failures": failures,
     }
 
