@@ -101,14 +101,16 @@ class WeightAverage:
     def update(self, module: torch.nn.Module) -> None:
         """Take the weights of one more step in."""
         mine, theirs = ([*one.parameters(), *one.buffers()] for one in (self.module, module))
-        averaged: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for pair in zip(mine, theirs, strict=True):
-            if self.updates and (pair[0].is_floating_point() or pair[0].is_complex()):
-                averaged.append(pair)
+        averages: list[torch.Tensor] = []
+        weights: list[torch.Tensor] = []
+        for average, weight in zip(mine, theirs, strict=True):
+            if self.updates and (average.is_floating_point() or average.is_complex()):
+                averages.append(average)
+                weights.append(weight)
             else:
-                pair[0].copy_(pair[1])
-        if averaged:
-            torch._foreach_lerp_(*zip(*averaged, strict=True), 1 - self.decay)
+                average.copy_(weight)
+        if averages:
+            torch._foreach_lerp_(averages, weights, 1 - self.decay)
         self.updates += 1
 
 

@@ -7,8 +7,7 @@ another (distributed.py), how anything is written (checkpoint.py, tracking.py) o
 import contextlib
 import gc
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -28,6 +27,7 @@ from dtrain.interrupt import StopRequest
 from dtrain.loss import Criterion
 from dtrain.metrics import Metrics
 from dtrain.optimizer import Schedule, WeightAverage, total_norm
+from dtrain.pace import Pace
 from dtrain.record import recorded
 from dtrain.resume import Start
 from dtrain.saving import Saver
@@ -156,7 +156,7 @@ class Trainer:
         self.ema = None if ema_decay is None else WeightAverage(self.module, ema_decay)
         self.parameters = [item for item in self.module.parameters() if item.requires_grad]
         self.saver = Saver(parts.checkpoints, checkpoint_every_minutes, lambda line: self.progress.note(line))
-        self.vote = Vote(parts.ranks)
+        self.vote, self.pace = Vote(parts.ranks), Pace(parts.ranks.rank, parts.ranks.world_size)
         self.stop_request = StopRequest(time_limit, job_ends_at(), alone=parts.ranks.world_size == 1)
         self._begin_at_zero()
 
@@ -180,7 +180,6 @@ class Trainer:
         self._bad_steps = torch.zeros((), device=self.device)
         self._sum_dtype = torch.float32 if self.device.type == "mps" else torch.float64
         self._clear_sums()
-        self._restart_clock()
 
     # ---------------------------------------------------------------------------------------------------- the loop
 
@@ -218,11 +217,12 @@ class Trainer:
         end = loader.end(self.position)
         self.progress.start_epoch(self.epoch + 1, *self._extent())
         self.model.train()
-        self._restart_clock()
+        self.pace.restart()
         self.saver.mark(self)
         self.batch_start = self.position
         for micro in self.stop_request.waiting(loader.epoch(self.epoch, self.position)):
             self.beats += 1
+            self.pace.data_came()
             with contextlib.nullcontext() if micro.closes else self.ranks.no_sync(self.model):
                 self._forward_backward(micro)
             if micro.closes:
@@ -239,6 +239,7 @@ class Trainer:
     def _forward_backward(self, micro: Micro) -> None:
         """Forward, loss, backward; the gradients become those of the mean over all ranks' samples of this step."""
         loss, terms, _ = self.outcome(self.model, micro.batch)
+        self.pace.forward_done()
         value = loss.detach()
         # 0 * loss is NaN for a loss that is not finite; so then are its gradients, which every rank gets to see.
         seed = torch.add(self._weight(micro.weight, value.dtype), value, alpha=0)
@@ -246,6 +247,7 @@ class Trainer:
         self.sums["loss"].add_(value, alpha=micro.samples)
         for name, term in terms.items():
             self.sum_of(f"loss_{name}").add_(term.detach(), alpha=micro.samples)
+        self.pace.exchanged()
 
     def _optimizer_step(self) -> None:
         """Clip, and step unless a gradient is not finite."""
@@ -277,7 +279,7 @@ class Trainer:
     def _after_step(self, position: int) -> None:
         """What follows each optimizer step, in this order."""
         self.samples += position - self.position
-        self._timed_samples += position - self.position
+        self.pace.exchanged(position - self.position)
         self.step, self.position = self.step + 1, position
         if self.ema:
             self.ema.update(self.module)
@@ -319,7 +321,7 @@ class Trainer:
         """Validate, keep the best, count towards early stopping; once per step at most. False where it was stopped."""
         if self.loaders.val is None or self.validated_step == self.step:
             return True
-        with self._paused_clock():
+        with self.pace.paused():
             figures = self.evaluate("val")
         if self.stopped:
             return False
@@ -392,10 +394,7 @@ class Trainer:
         figures = {name: value for name, value in self._train_figures().items() if math.isfinite(value)}
         if "train/loss" not in figures and self.on_nonfinite == "stop":
             raise NonFiniteError(f"train/loss is not finite at step {self.step}")
-        figures |= {
-            "lr": self.rate,
-            "samples_per_second": self._timed_samples / max(time.perf_counter() - self._clock, 1e-9),
-        }
+        figures |= {"lr": self.rate, "samples_per_second": self.pace.samples_per_second}
         if self.clip_grad_norm is not None:
             figures["grad_norm"] = float(self.grad_norm)
         if self.skipped:
@@ -403,11 +402,14 @@ class Trainer:
         self._clear_sums()
         self.journal.log(self.step, figures)
         self.progress.figures(self.step, figures)
-        self._restart_clock()
+        self.pace.restart(warm_up=False)
 
     def _train_figures(self) -> dict[str, float]:
-        sums = self.ranks.sum_(torch.stack(list(self.sums.values()))).tolist()
-        return {f"train/{name}": value / self.samples for name, value in zip(self.sums, sums, strict=True)}
+        own = torch.tensor(self.pace.own(), dtype=self._sum_dtype, device=self.device)
+        sums = self.ranks.sum_(torch.cat([torch.stack(list(self.sums.values())), own])).tolist()
+        if slow := self.pace.judge(sums[len(self.sums) :]):
+            self.progress.note(f"warning: {slow}")
+        return {f"train/{name}": value / self.samples for name, value in zip(self.sums, sums, strict=False)}
 
     def _judge_bad_steps(self) -> None:
         """Stop for the steps that were skipped since the last look, or count them; the same on every rank."""
@@ -439,7 +441,7 @@ class Trainer:
 
     def _prepare_metrics(self) -> None:
         """Make the metrics after the first step: their imports take seconds, but a mistake in them should show now."""
-        with self._paused_clock():
+        with self.pace.paused():
             self.metrics.prepare()
             gc.collect()
             gc.freeze()  # what is there by now stays; looking through it for garbage would cost some steps 5 %
@@ -486,13 +488,3 @@ class Trainer:
 
     def _is_due(self, every_steps: int | None) -> bool:
         return every_steps is not None and self.step % every_steps == 0
-
-    def _restart_clock(self) -> None:
-        self._clock, self._timed_samples = time.perf_counter(), 0
-
-    @contextlib.contextmanager
-    def _paused_clock(self) -> Iterator[None]:
-        """Time that is not training does not count in samples per second."""
-        before = time.perf_counter()
-        yield
-        self._clock += time.perf_counter() - before

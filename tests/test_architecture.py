@@ -34,7 +34,7 @@ HELPERS = {
     **dict.fromkeys(("annotations", "check", "locate", "sections", "source"), "build"),
     **dict.fromkeys(("address", "codestate", "redact", "runfiles"), "tracking"),
     **dict.fromkeys(("evaluation", "record", "rehearsal", "report", "resume", "saving", "state"), "trainer"),
-    **dict.fromkeys(("failure", "replay", "watch"), "trainer"),
+    **dict.fromkeys(("failure", "pace", "replay", "watch"), "trainer"),
     **dict.fromkeys(("drawing", "panel", "pictures"), "trainer"),
     "board": "distributed",
     "delivery": "sender",

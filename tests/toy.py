@@ -2,8 +2,9 @@
 
 For the tests, TOY_DO makes the model do something at a certain call: "train 5 rank 1 TERM" sends SIGTERM to rank 1's
 process in its fifth training forward, "eval 1 rank 0 KILL" kills rank 0 in its first evaluation forward, "raise"
-raises, "nan" spoils the output, "sleep" never returns. TOY_LOAD does the same where a sample is loaded, "sample 3 rank
-0 sleep", at each time. TOY_SEEN names a folder where each process notes the samples that it loads.
+raises, "nan" spoils the output, "sleep" never returns, "lag" takes 0.2 s; "train all" means each call. TOY_LOAD does
+the same where a sample is loaded, "sample 3 rank 0 sleep" or "sample all", at each time. TOY_SEEN names a folder where
+each process notes the samples that it loads.
 """
 
 import os
@@ -52,13 +53,16 @@ def note_seen(index: int) -> None:
 
 def trouble_at(index: int) -> None:
     _, number, _, rank, action = (os.environ.get("TOY_LOAD") or "sample -1 rank 0 nothing").split()
-    if index == int(number) and os.environ.get("RANK", "0") == rank:
+    if number in ("all", str(index)) and os.environ.get("RANK", "0") == rank:
         act(action)
 
 
 def act(action: str) -> None:
     if action == "raise":
         raise RuntimeError("the toy is broken")
+    if action == "lag":
+        time.sleep(0.2)
+        return
     if action == "sleep":
         while True:
             time.sleep(0.1)
@@ -71,13 +75,13 @@ class Trouble(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         phase, number, _, rank, self.action = (os.environ.get("TOY_DO") or "never 0 rank 0 nothing").split()
-        self.due = (phase, int(number)) if os.environ.get("RANK", "0") == rank else None
+        self.due = (phase, number) if os.environ.get("RANK", "0") == rank else None
         self.calls: Counter[str] = Counter()
 
     def forward(self, x: Tensor) -> Tensor:
         phase = "train" if self.training else "eval"
         self.calls[phase] += 1
-        if (phase, self.calls[phase]) != self.due:
+        if self.due not in ((phase, str(self.calls[phase])), (phase, "all")):
             return x
         if self.action == "nan":
             return x * float("nan")
