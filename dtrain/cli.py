@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dtrain import __version__
+from dtrain import __version__, launcher
 from dtrain.yamlfile import ConfigError, one_line
 
 USAGE, INTERRUPTED = 2, 130
@@ -18,6 +18,7 @@ MAIN_SPEAKS_SECONDS = (
 
 EXAMPLES = {
     "train": "dtrain train configfiles/digits.yaml trainer.max_epochs=3 optimizer.lr=5e-4",
+    "launch": "dtrain launch configfiles/digits.yaml --nproc-per-node 4 --max-restarts 3",
     "test": "dtrain test configfiles/digits.yaml --checkpoint runs/digits/checkpoints/best",
     "predict": "dtrain predict configfiles/digits.yaml --output-dir predictions predictor.format=csv",
     "check": "dtrain check configfiles/digits.yaml",
@@ -27,6 +28,7 @@ EXAMPLES = {
 }
 HELP = {
     "train": "train, validate, test; go on where an earlier start ended",
+    "launch": "train on several ranks of this machine, or as one node of many",
     "test": "loss and metrics of a checkpoint on the test data",
     "predict": "predict the data of loaders.predict, else loaders.test, into files; go on where an earlier start ended",
     "check": "build everything and try one batch of each phase; train nothing, write nothing",
@@ -66,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "overrides", metavar="KEY=VALUE", nargs="*", default=[], help="dotted keys, values in YAML"
         )
+        if name == "launch":
+            launcher.add_options(command)
         if name in ("test", "predict"):
             command.add_argument("--checkpoint", metavar="PATH", help="a checkpoint or weight file (default: the best)")
         if name == "predict":
@@ -87,7 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if str(Path.cwd()) not in sys.path:  # for `modules:` of the current folder, as `python -m` has it
         sys.path.insert(0, str(Path.cwd()))
     try:
-        return {"config": _config, "sync": _sync, "replay": _replay}.get(options.command, _work)(options)
+        return {"config": _config, "launch": launcher.launch, "sync": _sync, "replay": _replay}.get(
+            options.command, _work
+        )(options)
     except ConfigError as error:
         return _refuse(error)
     except KeyboardInterrupt:

@@ -110,6 +110,12 @@ def notes_on(config: ConfigDict) -> list[str]:
     return list(getattr(config, "_notes", ()))
 
 
+def run_folder(config: ConfigDict) -> Path:
+    """Where a training leaves what it makes: `trainer.checkpoint_dir`, else a folder named like the experiment."""
+    named = (config.get("trainer") or {}).get("checkpoint_dir")
+    return Path(named or f"runs/{config.get('experiment') or 'default'}")
+
+
 def place_of(config: ConfigDict, path: Sequence[str | int]) -> Place | None:
     """Where the key `path` of `config` was written; the nearest key above it that has a place otherwise."""
     places = getattr(config, "_places", {})

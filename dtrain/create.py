@@ -13,9 +13,9 @@ from dtrain import report, rng
 from dtrain.build import build, defaults
 from dtrain.check import check, notes
 from dtrain.checkpoint import CheckpointError, Checkpoints, Loaded, load, load_weights
-from dtrain.config import from_mapping, place_of, sources, to_plain, to_yaml
+from dtrain.config import from_mapping, place_of, run_folder, sources, to_plain, to_yaml
 from dtrain.dataloader import Loaders, get_train_loaders
-from dtrain.distributed import Ranks, launcher_precision, set_up
+from dtrain.distributed import Ranks, environment, launcher_precision, set_up
 from dtrain.inference import IDLE_SECONDS, Use
 from dtrain.loss import get_loss_criterion
 from dtrain.metrics import Metrics, get_evaluation_metric
@@ -147,11 +147,11 @@ def _start(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks, package
     if ranks.is_main:
         base = Path(package or ".")
         base = base.parent if base.is_file() else base
-        folder = base / (options["checkpoint_dir"] or f"runs/{config.get('experiment') or 'default'}")
+        folder = base / run_folder(config)
         run_name = config.get("run_name") or report.default_run_name(config.get("experiment") or "run")
         uri = config.mlflow.get("tracking_uri") if config.get("mlflow") else None
         try:
-            found = find_start(folder, options["resume"], run_name, options, uri)
+            found = find_start(folder, options["resume"], run_name, options, uri, environment().restarts > 0)
         except (ResumeError, CheckpointError, OSError) as error:
             found = str(error)
     found = ranks.broadcast(found)

@@ -28,6 +28,7 @@ class Environment(NamedTuple):
     world_size: int = 1
     local_world_size: int = 1
     launcher: str = "none"
+    restarts: int = 0  # of all ranks, by the launcher, without which this would be the first start
 
 
 def environment() -> Environment:
@@ -43,7 +44,8 @@ def environment() -> Environment:
     if "RANK" in env and "WORLD_SIZE" in env:
         world = int(env["WORLD_SIZE"])
         local_world = int(env.get("LOCAL_WORLD_SIZE", world))
-        found = Environment(int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), world, local_world, "torchrun")
+        restarts = int(env.get("TORCHELASTIC_RESTART_COUNT", 0))
+        found = Environment(int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), world, local_world, "torchrun", restarts)
     elif int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in env:
         world, node = int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_NODEID", 0))
         local_world = _tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", str(world)))[node]
@@ -425,11 +427,12 @@ def _thread_notes(found: Environment) -> list[str]:
         if chosen_by_user:
             torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
             return []
-    threads = max(1, _cores() // found.local_world_size)
+    threads = max(1, cores() // found.local_world_size)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
     return []
 
 
-def _cores() -> int:
+def cores() -> int:
+    """The processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TypeVar
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 REPEAT_SECONDS = 0.5  # launchers deliver one signal several times within milliseconds
 STOPPED_EARLY, INTERRUPTED = 75, 130  # exit statuses: start it again; a second Ctrl-C
@@ -66,7 +66,8 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._take) for number in (*SIGNALS, signal.SIGALRM)}
+        taken = (*heeded(), signal.SIGALRM)
+        before = {number: signal.signal(number, self._take) for number in taken}
         if self._limit:  # a signal, too: it reaches a loop that waits for data
             signal.setitimer(signal.ITIMER_REAL, max(1e-3, self._end_seconds - time.monotonic()))
         try:
@@ -110,6 +111,11 @@ class StopRequest:
             raise KeyboardInterrupt
 
 
+def heeded() -> tuple[signal.Signals, ...]:
+    """The signals that ask to stop; under nohup, a terminal that hangs up does not."""
+    return tuple(each for each in SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN)
+
+
 def end_at_once(say: Callable[[str], object]) -> None:
     """While nothing is there that could be lost, a request to stop ends this process: start it again for the same."""
 
@@ -140,6 +146,26 @@ def seconds_of(time_limit: float | str) -> float:
     return seconds
 
 
+def end_with(parent: int) -> None:
+    """Have this process killed when its parent ends, however that one ends.
+
+    Args:
+        parent: Its process; 0 where that is unknown.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    elif parent:
+        threading.Thread(target=_watch_parent, args=(parent,), daemon=True).start()
+    if parent and os.getppid() != parent:  # it died before it was watched
+        os._exit(1)
+
+
+def _watch_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(REPEAT_SECONDS)
+    os._exit(1)
+
+
 def leave_to_parent(parent: int, _worker: int = 0) -> None:
     """For loader workers: schedulers and terminals signal every process of a job; when to stop is the rank's word.
 
@@ -149,10 +175,7 @@ def leave_to_parent(parent: int, _worker: int = 0) -> None:
     Args:
         parent: The process that forks or spawns this one; 0 where a fork server does.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if parent and os.getppid() != parent:  # it died before it was watched
-        os._exit(1)
+    end_with(parent)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

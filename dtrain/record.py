@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from dtrain import failure, report
 from dtrain.interrupt import INTERRUPTED, STOPPED_EARLY, end_workers
+from dtrain.launched import is_written_by_launcher
 from dtrain.progress import LineProgress
 from dtrain.redact import Redacted
 from dtrain.resume import move_aside
@@ -56,6 +57,9 @@ def _logged(trainer: "Trainer") -> Iterator[None]:
         return
     _lay_out_folder(trainer)
     path = trainer.parts.start.folder / "logs" / "rank-0.log"
+    if is_written_by_launcher(path):
+        yield
+        return
     path.parent.mkdir(exist_ok=True)
     shown = trainer.progress
     with path.open("a", encoding="utf-8") as log:

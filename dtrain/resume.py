@@ -30,7 +30,14 @@ class Start(NamedTuple):
     busy: str = ""  # who else writes the run folder; empty where nobody does
 
 
-def find_start(folder: Path, resume: str, run_name: str, limits: Mapping[str, Any], tracking_uri: str | None) -> Start:
+def find_start(
+    folder: Path,
+    resume: str,
+    run_name: str,
+    limits: Mapping[str, Any],
+    tracking_uri: str | None,
+    is_restart: bool = False,
+) -> Start:
     """Look at the run folder and decide; nothing is touched.
 
     Args:
@@ -39,10 +46,13 @@ def find_start(folder: Path, resume: str, run_name: str, limits: Mapping[str, An
         run_name: The name for a new run.
         limits: max_epochs and max_steps, to see whether they were raised since a finished training.
         tracking_uri: Where to look an MLflow run id up.
+        is_restart: The launcher starts this training again, which goes on, whatever it once began from.
 
     Raises:
         ResumeError: What `resume` names is not there.
     """
+    if is_restart and (resume == "none" or (folder / CHECKPOINTS / "last").exists()):
+        resume = "auto"
     found = _found(folder, resume, run_name, limits, tracking_uri)
     return found._replace(busy=_other_writer(found.folder))
 

@@ -14,6 +14,7 @@ from dtrain import rng
 from dtrain.checkpoint import CheckpointError, Checkpoints
 from dtrain.distributed import is_lost_rank
 from dtrain.interrupt import StopWaiting
+from dtrain.runfiles import update_run
 from dtrain.snapshot import Snapshot, take_snapshot
 from dtrain.state import state_of
 
@@ -189,10 +190,14 @@ class Saver:
 
     def _write_now(self, future: "Future[Path]", step: int, snapshot: Snapshot, score: float | None) -> None:
         """The thread's part."""
+        began = time.monotonic()
         try:
             future.set_result(self.checkpoints.write(step, snapshot, score))
         except BaseException as error:
             future.set_exception(error)
+            return
+        with contextlib.suppress(OSError):  # so long a launcher waits when it ends this training
+            update_run(self.checkpoints.folder.parent, save_seconds=round(time.monotonic() - began, 3))
 
 
 def place_of(trainer: "Trainer") -> tuple[int, int, int]:

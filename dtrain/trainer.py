@@ -24,6 +24,7 @@ from dtrain.distributed import Ranks, Vote, job_ends_at
 from dtrain.evaluation import Outcome, evaluate, evaluate_volumes
 from dtrain.inference import Use, autocast, load_for_use, outcomes_of_volumes, predict
 from dtrain.interrupt import StopRequest
+from dtrain.launched import note_step
 from dtrain.loss import Criterion
 from dtrain.metrics import Metrics
 from dtrain.optimizer import Schedule, WeightAverage, total_norm
@@ -284,6 +285,7 @@ class Trainer:
         if self.ema:
             self.ema.update(self.module)
         self.progress.step()
+        note_step()
         if self._is_due(self.log_every_steps):
             self._log()
         self.schedule.tick("step")

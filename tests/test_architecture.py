@@ -21,7 +21,7 @@ GET_ROOMS = ("modelloader", "dataloader", "loss", "metrics", "optimizer")
 LAYERS = (
     ("__main__",),
     ("cli",),
-    ("worker",),
+    ("worker", "launcher"),
     ("create",),
     ("trainer",),
     ("predict",),
@@ -36,7 +36,8 @@ HELPERS = {
     **dict.fromkeys(("evaluation", "record", "rehearsal", "report", "resume", "saving", "state"), "trainer"),
     **dict.fromkeys(("failure", "pace", "replay", "watch"), "trainer"),
     **dict.fromkeys(("drawing", "panel", "pictures"), "trainer"),
-    "board": "distributed",
+    **dict.fromkeys(("agent", "console"), "launcher"),
+    **dict.fromkeys(("board", "launched"), "distributed"),
     "delivery": "sender",
     **dict.fromkeys(("desk", "grid", "items", "outputs", "parts", "segments", "stitch"), "predict"),
     "inference": "trainer",

@@ -1,0 +1,175 @@
+"""torchrun's agent, which starts, watches and restarts the ranks of one node; knows no config, no console."""
+
+import json
+import math
+import os
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch.distributed.elastic.agent.server.api import RunResult, Worker, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+from dtrain.launched import VARIABLE, Launch
+
+STORE_SECONDS = 300.0  # so long a node waits for the one that holds the rendezvous
+_ENDED = (WorkerState.SUCCEEDED, WorkerState.FAILED, WorkerState.UNHEALTHY)
+
+
+class Site(NamedTuple):
+    """This node's part of a job.
+
+    Attributes:
+        ranks_here: Ranks on this node.
+        nodes: How many nodes there are.
+        endpoint: HOST:PORT of the rendezvous; of one node alone, localhost:0.
+        is_host: Whether the rendezvous is held here.
+        address: By which the other nodes reach this one.
+        job: By which nodes of one job know one another.
+        command: What a rank runs.
+        max_restarts: How often failed ranks are started again.
+    """
+
+    ranks_here: int
+    nodes: int
+    endpoint: str
+    is_host: bool
+    address: str
+    job: str
+    command: tuple[str, ...]
+    max_restarts: int
+
+    def spec(self) -> WorkerSpec:
+        """The same for torchrun."""
+        parameters = RendezvousParameters(
+            "c10d", self.endpoint, self.job, self.nodes, self.nodes, self.address,
+            is_host=str(self.is_host).lower(), read_timeout=int(STORE_SECONDS), timeout=900,
+        )  # fmt: skip
+        return WorkerSpec(
+            role="rank",
+            local_world_size=self.ranks_here,
+            rdzv_handler=get_rendezvous_handler(parameters),
+            max_restarts=self.max_restarts,
+            monitor_interval=0.1,
+            entrypoint=self.command[0],
+            args=tuple(word.replace("$", "$$") for word in self.command[1:]),  # torchrun fills in ${local_rank}
+            local_addr=self.address,
+        )
+
+
+class End(NamedTuple):
+    """How a rank ended.
+
+    Attributes:
+        rank: Its number among all ranks.
+        status: Its exit status, which is its own word where it ended by itself; negative: the signal that ended it.
+        spoke: When it left its word, in unix seconds; infinite where it left none.
+    """
+
+    rank: int
+    status: int
+    spoke: float
+
+
+class Agent(LocalElasticAgent):
+    """torchrun's agent, with what it lacks.
+
+    Each start of the ranks gets a store of its own, on the first node's launcher: torch gives all of them the first
+    one's, with what dead ranks have left on it, and a node that is replaced would wait for ever to be told of it. And
+    ranks are restarted only where that makes sense.
+
+    Args:
+        site: This node's part of the job.
+        folder: For files between launcher and ranks.
+        log_folder: Told to the ranks, see Launch.
+        listen: Called for each rank before it is started: its files, local rank and rank.
+        ended: Called once all ranks here are over, with their ends, whether all had done a step, and whether they could
+            be started again: whether to do so.
+        shutdown_seconds: How long ranks have to save and end, once they are asked to.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        folder: Path,
+        log_folder: str,
+        listen: Callable[[Launch, int, int], None],
+        ended: Callable[[list[End], bool, bool], bool],
+        shutdown_seconds: Callable[[], float],
+    ) -> None:
+        super().__init__(site.spec(), DefaultLogsSpecs(log_dir=str(folder)))
+        self._folder, self._log_folder = folder, log_folder
+        self._listen, self._ended, self._shutdown_seconds = listen, ended, shutdown_seconds
+        self._launch = Launch(os.getpid(), str(folder), 0, log_folder)
+        self._store_of_ranks: dist.Store | None = None
+        self.processes: Mapping[int, int] = {}  # local rank -> process, of the ranks that were started
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+
+    def has_begun(self) -> bool:
+        """Whether all ranks here have done a step since they were started."""
+        ranks = range(self._worker_group.spec.local_world_size)
+        return all(self._launch.mark(rank).exists() for rank in ranks)
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        self.processes = {}
+        super()._rendezvous(worker_group)
+        store, address = worker_group.store, worker_group.spec.local_addr
+        if worker_group.group_rank == 0:
+            of_ranks = dist.TCPStore(address or "localhost", 0, is_master=True, wait_for_workers=False)
+            self._store_of_ranks = of_ranks  # it ends with its last holder
+            starts = store.underlying_store.add(f"dtrain/{worker_group.spec.rdzv_handler.get_run_id()}", 1)
+            store.set("dtrain", json.dumps([address, of_ranks.port, starts]))
+        worker_group.master_addr, worker_group.master_port, starts = json.loads(store.get("dtrain"))
+        folder = self._folder / f"start-{starts}"
+        folder.mkdir()
+        self._launch = Launch(os.getpid(), str(folder), starts, self._log_folder)
+        os.environ[VARIABLE] = json.dumps(self._launch._asdict())
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        for worker in worker_group.workers:
+            self._listen(self._launch, worker.local_rank, worker.global_rank)
+        self.processes = super()._start_workers(worker_group)
+        return dict(self.processes)
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        self._shutdown(timeout=int(self._shutdown_seconds()))
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        if result.state in _ENDED:
+            again = self._remaining_restarts > 0 and result.state == WorkerState.FAILED
+            ends = [self._end_of(worker, result) for worker in worker_group.workers]
+            if not self._ended(ends, self.has_begun(), again):
+                self._remaining_restarts = 0
+        return result
+
+    def _end_of(self, worker: Worker, result: RunResult) -> End:
+        failure = result.failures.get(worker.global_rank)
+        status, spoke, word = 0, math.inf, self._launch.word(worker.local_rank)
+        with suppress(OSError, ValueError):
+            status, spoke = int(word.read_text()), word.stat().st_mtime
+        return End(worker.global_rank, failure.exitcode if failure else status, spoke)
+
+
+def in_thread(agent: Agent) -> "tuple[threading.Thread, list[BaseException]]":
+    """Run the agent beside the main thread, which stays free for signals; what it raises comes into the list."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            agent.run()
+        except BaseException as error:
+            raised.append(error)
+        finally:
+            with suppress(Exception):
+                agent._worker_group.spec.rdzv_handler.shutdown()
+
+    thread = threading.Thread(target=run, name="agent", daemon=True)
+    thread.start()
+    return thread, raised

@@ -1,0 +1,97 @@
+"""A rank's side of `dtrain launch`: it ends with its launcher and leaves word how it went; knows no training."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from dtrain.distributed import environment
+from dtrain.interrupt import STOPPED_EARLY, end_with
+
+VARIABLE = "DTRAIN_LAUNCH"  # in a rank's environment: what follows, as JSON
+
+
+class Launch(NamedTuple):
+    """What a launcher tells its ranks.
+
+    Attributes:
+        pid: The launcher's process.
+        folder: Where launcher and ranks leave files for one another; on this machine, for one start of the ranks.
+        starts: How often the ranks of this job were started, this time included.
+        log_folder: Where the launcher writes what the ranks print; '' where it does not.
+    """
+
+    pid: int
+    folder: str
+    starts: int
+    log_folder: str
+
+    def pipe(self, local_rank: int) -> Path:
+        """Where a rank's output goes, if it is there."""
+        return Path(self.folder) / f"{local_rank}.pipe"
+
+    def mark(self, local_rank: int) -> Path:
+        """There once the rank has done a step."""
+        return Path(self.folder) / f"{local_rank}.begun"
+
+    def word(self, local_rank: int) -> Path:
+        """Holds the rank's exit status once it has ended by itself."""
+        return Path(self.folder) / f"{local_rank}.status"
+
+
+_launch: Launch | None = None
+_mark: Path | None = None  # to be left at the first step
+
+
+def as_rank(main: Callable[[], int]) -> int:
+    """Run `main` as one rank of a launcher.
+
+    Returns:
+        The exit status for torchrun's agent, which takes all but 0 for a failure, and ends the other ranks, perhaps in
+        the middle of their saving: so a rank that stopped early says 0. The true status is left for the launcher.
+    """
+    global _launch, _mark
+    launch = Launch(**json.loads(os.environ.pop(VARIABLE)))
+    end_with(launch.pid)
+    # The launcher makes a store for each start: torch takes the first one for all, with what dead ranks left on it.
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(launch.starts - 1)
+    local_rank = environment().local_rank
+    _speak_into(launch.pipe(local_rank))
+    _launch, _mark = launch, launch.mark(local_rank)
+    status = 1
+    try:
+        status = main()
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        raise
+    finally:
+        launch.word(local_rank).write_text(str(status))
+    return 0 if status == STOPPED_EARLY else status
+
+
+def note_step() -> None:
+    """Called after each step; the first one is told to the launcher, which restarts nothing that never got there."""
+    global _mark
+    if _mark is not None:
+        _mark.touch()
+        _mark = None
+
+
+def is_written_by_launcher(log: Path) -> bool:
+    """Whether this file gets all that this rank prints, from its launcher."""
+    return _launch is not None and bool(_launch.log_folder) and log.absolute() == Path(_launch.log_folder) / log.name
+
+
+def _speak_into(pipe: Path) -> None:
+    """Both streams in one pipe, line by line, so that a kill loses none and their order is kept."""
+    if not pipe.exists():
+        return
+    end = os.open(pipe, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(end, stream)
+    os.close(end)
+    for text in (sys.stdout, sys.stderr):
+        text.reconfigure(line_buffering=True)  # type: ignore[union-attr]
