@@ -107,7 +107,7 @@ class Agent(LocalElasticAgent):
         self._folder, self._log_folder = folder, log_folder
         self._listen, self._ended, self._shutdown_seconds = listen, ended, shutdown_seconds
         self._launch = Launch(os.getpid(), str(folder), 0, log_folder)
-        self._store_of_ranks: dist.Store | None = None
+        self._store_of_ranks: Any = None
         self.processes: Mapping[int, int] = {}  # local rank -> process, of the ranks that were started
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
 
@@ -119,12 +119,14 @@ class Agent(LocalElasticAgent):
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         self.processes = {}
         super()._rendezvous(worker_group)
-        store, address = worker_group.store, worker_group.spec.local_addr
+        store: Any = worker_group.store
+        address = worker_group.spec.local_addr
         if worker_group.group_rank == 0:
-            of_ranks = dist.TCPStore(address or "localhost", 0, is_master=True, wait_for_workers=False)
-            self._store_of_ranks = of_ranks  # it ends with its last holder
+            self._store_of_ranks = dist.TCPStore(  # type: ignore[attr-defined]
+                address or "localhost", 0, is_master=True, wait_for_workers=False
+            )
             starts = store.underlying_store.add(f"dtrain/{worker_group.spec.rdzv_handler.get_run_id()}", 1)
-            store.set("dtrain", json.dumps([address, of_ranks.port, starts]))
+            store.set("dtrain", json.dumps([address, self._store_of_ranks.port, starts]))
         worker_group.master_addr, worker_group.master_port, starts = json.loads(store.get("dtrain"))
         folder = self._folder / f"start-{starts}"
         folder.mkdir()

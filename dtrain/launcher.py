@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -176,15 +177,18 @@ def _is_host(host: str, port: int, nodes: int) -> bool:
 
 
 def _is_rendezvous(host: str, port: int) -> bool:
-    from datetime import timedelta
-
+    """Whether it is one of torch's stores that listens there: anything else may never answer, and torch waits for it."""
     import torch.distributed as dist
 
-    try:
-        dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_KNOCK_SECONDS), wait_for_workers=False)
-        return True
-    except Exception:
-        return False
+    found = threading.Event()
+
+    def knock() -> None:
+        with suppress(Exception):
+            dist.TCPStore(host, port, is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
+            found.set()
+
+    threading.Thread(target=knock, daemon=True).start()
+    return found.wait(_KNOCK_SECONDS)
 
 
 def _owner_of(port: int) -> str:

@@ -323,7 +323,7 @@ def test_a_rank_killed_at_any_moment_is_restarted_bit_for_bit(place: Place, part
     for number in range(4):
         running = two(place, place.config(f"any-{part}-{number}", **LIVELY), "--max-restarts", "2")
         run, victim = place.path(f"any-{part}-{number}"), chance.choice([0, 1])
-        until(lambda: steps_done(run) >= 3, running)
+        until(lambda run=run: steps_done(run) >= 3, running)
         time.sleep(chance.uniform(0, 0.3))
         if pid := ranks_of(running).get(victim):
             os.kill(pid, signal.SIGKILL)
