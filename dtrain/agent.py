@@ -18,7 +18,8 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from dtrain.launched import VARIABLE, Launch
 
-STORE_SECONDS = 300.0  # so long a node waits for the one that holds the rendezvous
+STORE_SECONDS = 300  # so long a node waits for the one that holds the rendezvous
+NODES_SECONDS = 900  # and for all others
 _ENDED = (WorkerState.SUCCEEDED, WorkerState.FAILED, WorkerState.UNHEALTHY)
 
 
@@ -49,7 +50,7 @@ class Site(NamedTuple):
         """The same for torchrun."""
         parameters = RendezvousParameters(
             "c10d", self.endpoint, self.job, self.nodes, self.nodes, self.address,
-            is_host=str(self.is_host).lower(), read_timeout=int(STORE_SECONDS), timeout=900,
+            is_host=str(self.is_host).lower(), read_timeout=STORE_SECONDS, join_timeout=NODES_SECONDS,
         )  # fmt: skip
         return WorkerSpec(
             role="rank",

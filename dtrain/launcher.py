@@ -177,7 +177,7 @@ def _is_host(host: str, port: int, nodes: int) -> bool:
 
 
 def _is_rendezvous(host: str, port: int) -> bool:
-    """Whether it is one of torch's stores that listens there: anything else may never answer, and torch waits for it."""
+    """Whether one of torch's stores listens there; anything else may never answer, and torch would wait for it."""
     import torch.distributed as dist
 
     found = threading.Event()
