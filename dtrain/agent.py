@@ -92,7 +92,6 @@ class Agent(LocalElasticAgent):
         listen: Called for each rank before it is started: its files, local rank and rank.
         ended: Called once all ranks here are over, with their ends, whether all had done a step, and whether they could
             be started again: whether to do so.
-        shutdown_seconds: How long ranks have to save and end, once they are asked to.
     """
 
     def __init__(
@@ -102,11 +101,10 @@ class Agent(LocalElasticAgent):
         log_folder: str,
         listen: Callable[[Launch, int, int], None],
         ended: Callable[[list[End], bool, bool], bool],
-        shutdown_seconds: Callable[[], float],
     ) -> None:
         super().__init__(site.spec(), DefaultLogsSpecs(log_dir=str(folder)))
         self._folder, self._log_folder = folder, log_folder
-        self._listen, self._ended, self._shutdown_seconds = listen, ended, shutdown_seconds
+        self._listen, self._ended = listen, ended
         self._launch = Launch(os.getpid(), str(folder), 0, log_folder)
         self._store_of_ranks: Any = None
         self.processes: Mapping[int, int] = {}  # local rank -> process, of the ranks that were started
@@ -140,9 +138,6 @@ class Agent(LocalElasticAgent):
         self.processes = super()._start_workers(worker_group)
         return dict(self.processes)
 
-    def _stop_workers(self, worker_group: WorkerGroup) -> None:
-        self._shutdown(timeout=int(self._shutdown_seconds()))
-
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
         if result.state in _ENDED:
@@ -160,19 +155,34 @@ class Agent(LocalElasticAgent):
         return End(worker.global_rank, failure.exitcode if failure else status, spoke)
 
 
-def in_thread(agent: Agent) -> "tuple[threading.Thread, list[BaseException]]":
-    """Run the agent beside the main thread, which stays free for signals; what it raises comes into the list."""
-    raised: list[BaseException] = []
+class AgentThread(threading.Thread):
+    """Makes and runs an agent beside the main thread, which stays free for signals: torch waits for other nodes in C++.
 
-    def run() -> None:
+    Args:
+        arguments: The agent's.
+
+    Attributes:
+        raised: What ended the agent, if it did not end by itself.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(name="agent", daemon=True)
+        self.raised: BaseException | None = None
+        self._arguments = arguments
+        self._agent: Agent | None = None
+
+    @property
+    def processes(self) -> list[int]:
+        """The ranks of this node that were started."""
+        return [*self._agent.processes.values()] if self._agent else []
+
+    def run(self) -> None:
+        """The thread's part. It outlives its ranks: the kernel would take its end for their parent's."""
         try:
-            agent.run()
+            self._agent = Agent(*self._arguments)
+            self._agent.run()
         except BaseException as error:
-            raised.append(error)
+            self.raised = error
         finally:
             with suppress(Exception):
-                agent._worker_group.spec.rdzv_handler.shutdown()
-
-    thread = threading.Thread(target=run, name="agent", daemon=True)
-    thread.start()
-    return thread, raised
+                self._agent._worker_group.spec.rdzv_handler.shutdown()  # type: ignore[union-attr]

@@ -62,7 +62,7 @@ class Console:
     def say(self, text: str) -> None:
         """The launcher's own words, on stderr."""
         with self._lock:
-            print(self._clear + text, file=sys.stderr, flush=True)
+            _write(2, f"{self._clear}{text}\n".encode(errors="backslashreplace"))
 
     def traceback_of(self, rank: int) -> str:
         """The last traceback among a rank's last lines; '' if there is none."""

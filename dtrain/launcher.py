@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -27,7 +27,7 @@ from dtrain.runfiles import read_json, read_run
 from dtrain.yamlfile import ConfigError, Mistake, one_line
 
 if TYPE_CHECKING:
-    from dtrain.agent import Agent, End
+    from dtrain.agent import AgentThread, End
     from dtrain.launched import Launch
 
 DONE, FAILED, USAGE = 0, 1, 2
@@ -237,40 +237,28 @@ class _Job:
         self.ends: list[End] = []
         self.asked: list[signal.Signals] = []  # the requests to stop, in the order in which they came
         self.asked_at: list[float] = []
-        self.began, self.start_began, self.has_begun, self.restarts = time.time(), time.time(), False, 0
+        self.start_began, self.has_begun, self.restarts = time.time(), False, 0
 
     def run(self) -> int:
         """Start the ranks, pass signals on, and say how it ended."""
-        from dtrain.agent import Agent, in_thread
+        from dtrain.agent import AgentThread
 
         for name in ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # what they have to say is said here
         private = Path(tempfile.mkdtemp(prefix="dtrain-launch-"))
-        try:
-            # Made here, since it already talks to the rendezvous, and its errors are the user's to see.
-            agent = Agent(
-                self.site, private, str(self.console.log_folder), self._listen, self._ended, self.shutdown_seconds
-            )
-        except Exception as error:
-            shutil.rmtree(private, ignore_errors=True)
-            return self._no_rendezvous(error)
         for number in (*heeded(), signal.SIGQUIT):
             signal.signal(number, self._take)
-        thread, raised = in_thread(agent)
-        self._see_to_end(agent, thread)
+        agent = AgentThread(self.site, private, str(self.console.log_folder), self._listen, self._ended)
+        agent.start()
+        self._see_to_end(agent)
         self.console.drain()
-        status = self._status(raised)
+        status = self._status(agent.raised)
         shutil.rmtree(private, ignore_errors=True)
         sys.stdout.flush()
         sys.stderr.flush()
-        if thread.is_alive():
+        if agent.is_alive():
             os._exit(status)  # it waits for other nodes; ranks that are still there end with this process
         return status
-
-    def _no_rendezvous(self, error: Exception) -> int:
-        cause = one_line(str(error.__cause__ or error))
-        self.console.say(f"dtrain launch: no rendezvous at {self.site.endpoint} ({cause}); is its node there?")
-        return FAILED
 
     def shutdown_seconds(self) -> float:
         """How long ranks may take to save and end: by the last save's time, where that is known."""
@@ -294,14 +282,14 @@ class _Job:
         times = [at for at, number in zip(self.asked_at, self.asked, strict=False) if number == signal.SIGINT]
         return next((at for at in times[1:] if at > times[0] + REPEAT_SECONDS), None)
 
-    def _see_to_end(self, agent: "Agent", thread: Any) -> None:
+    def _see_to_end(self, agent: "AgentThread") -> None:
         """Wait for the agent; what is asked of this process is asked of every rank, those included that start later."""
         told: dict[int, int] = {}
-        while thread.is_alive():
-            thread.join(0.05)
+        while agent.is_alive():
+            agent.join(0.05)
             if not self.asked:
                 continue
-            processes = [*agent.processes.values()]
+            processes = agent.processes
             for process in processes:
                 for number in self.asked[told.get(process, 0) :]:
                     _send(process, number)
@@ -315,7 +303,7 @@ class _Job:
                     self.console.say(
                         f"dtrain launch: ranks had not ended {limit:.0f} s after they were asked to: killed"
                     )
-                thread.join(AT_ONCE_SECONDS)
+                agent.join(AT_ONCE_SECONDS)
                 return
             if not processes:
                 return  # it waits for other nodes: nothing is to be saved
@@ -333,7 +321,7 @@ class _Job:
         self.ends = []
         return True
 
-    def _status(self, raised: Sequence[BaseException]) -> int:
+    def _status(self, raised: BaseException | None) -> int:
         """The true exit status of this node's ranks, and what there is to say about it."""
         statuses = {end.status if end.spoke < math.inf or end.status else FAILED for end in self.ends}
         stopped = INTERRUPTED if self.asked[:1] == [signal.SIGINT] else STOPPED_EARLY
@@ -348,11 +336,21 @@ class _Job:
         if statuses - {DONE, STOPPED_EARLY, INTERRUPTED}:
             self.console.say("\n".join(self._first_failure()))
             return FAILED
-        if raised or not statuses:
-            why = f"{type(raised[0]).__name__}: {raised[0]}" if raised else "no rank was started"
-            self.console.say(f"dtrain launch: {one_line(why)}")
+        if not statuses:
+            self.console.say(f"dtrain launch: {self._why_not(raised)}")
             return FAILED
         return max(statuses)
+
+    def _why_not(self, raised: BaseException | None) -> str:
+        """Why no rank was started, or not again."""
+        kind = type(raised).__name__
+        if kind == "RendezvousConnectionError":
+            return f"no rendezvous at {self.site.endpoint}: its node is not there, or no longer"
+        if kind == "RendezvousTimeoutError":
+            return f"not all of the {self.site.nodes} nodes came to {self.site.endpoint}"
+        if kind == "RendezvousClosedError":
+            return "another node has ended the job"
+        return one_line(f"{kind}: {raised}")
 
     def _first_failure(self) -> list[str]:
         """Which rank failed first, how, where its output is, and its traceback."""
@@ -389,5 +387,7 @@ def _how(end: "End") -> str:
 
 
 def _send(process: int, number: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(process, number)
+    """A signal to a rank, if it is there still: its number may be another process's by now."""
+    with suppress(psutil.Error, ProcessLookupError):
+        if psutil.Process(process).ppid() == os.getpid():
+            os.kill(process, number)
