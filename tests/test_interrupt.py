@@ -10,6 +10,15 @@ from dtrain import interrupt
 from dtrain.interrupt import SIGNALS, StopRequest
 
 
+@pytest.fixture
+def hangup():
+    """What these tests run under may have it ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangup")
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_asks_to_stop_and_gives_its_name(number):
     request = StopRequest()
@@ -19,6 +28,16 @@ def test_a_signal_asks_to_stop_and_gives_its_name(number):
         assert request.reason == f"signal {signal.Signals(number).name}"
 
 
+@pytest.mark.usefixtures("hangup")
+def test_under_nohup_a_terminal_that_hangs_up_asks_for_nothing():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    request = StopRequest()
+    with request.listening():
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not request and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+@pytest.mark.usefixtures("hangup")
 def test_the_signal_handlers_of_before_come_back():
     before = [signal.getsignal(number) for number in SIGNALS]
     with StopRequest().listening():
