@@ -118,15 +118,13 @@ class Agent(LocalElasticAgent):
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         self.processes = {}
         super()._rendezvous(worker_group)
-        store: Any = worker_group.store
-        address = worker_group.spec.local_addr
-        if worker_group.group_rank == 0:
-            self._store_of_ranks = dist.TCPStore(  # type: ignore[attr-defined]
-                address or "localhost", 0, is_master=True, wait_for_workers=False
-            )
-            starts = store.underlying_store.add(f"dtrain/{worker_group.spec.rdzv_handler.get_run_id()}", 1)
+        group: Any = worker_group  # which was given None for all that is known by now
+        store, address = group.store, group.spec.local_addr
+        if group.group_rank == 0:
+            self._store_of_ranks = dist.TCPStore(address or "localhost", 0, is_master=True, wait_for_workers=False)
+            starts = store.underlying_store.add(f"dtrain/{group.spec.rdzv_handler.get_run_id()}", 1)
             store.set("dtrain", json.dumps([address, self._store_of_ranks.port, starts]))
-        worker_group.master_addr, worker_group.master_port, starts = json.loads(store.get("dtrain"))
+        group.master_addr, group.master_port, starts = json.loads(store.get("dtrain"))
         folder = self._folder / f"start-{starts}"
         folder.mkdir()
         self._launch = Launch(os.getpid(), str(folder), starts, self._log_folder)

@@ -167,20 +167,24 @@ def test_accelerates_own_settings_reach_the_ranks(tmp_path: Path, monkeypatch: p
 # ---------------------------------------------------------------------------------------------------- lines and status
 
 CHATTER = """
-import os, sys, torch
-from toy import MLP, Points
+import os, sys
+from toy import MLP
 
 print("threads", os.environ["OMP_NUM_THREADS"])
 for number in range(300):
     print(f"long {number} " + "x" * 6000 + ".")
     print(f"short {number} " + "y" * 50 + ".", file=sys.stderr)
 print(f"secret at https://me:{'p' + 'w'}@host/", flush=True)
+
+
+class Chatter(MLP):
+    pass
 """
 
 
 def test_lines_stay_whole_and_a_failure_before_the_first_step_is_told_and_not_restarted(place: Place) -> None:
     (place.folder / "chatter.py").write_text(CHATTER)
-    file = place.config("chatter", modules=["chatter", "toy"], **{"trainer.resume": "none"})
+    file = place.config("chatter", modules=["chatter", "toy"], **{"model.name": "Chatter", "trainer.resume": "none"})
     env = {key: value for key, value in place.env.items() if key != "OMP_NUM_THREADS"}
     place.env, kept = env, place.env
     try:
