@@ -121,7 +121,8 @@ class Agent(LocalElasticAgent):
         group: Any = worker_group  # which was given None for all that is known by now
         store, address = group.store, group.spec.local_addr
         if group.group_rank == 0:
-            self._store_of_ranks = dist.TCPStore(address or "localhost", 0, is_master=True, wait_for_workers=False)
+            where = (address or "localhost", 0)
+            self._store_of_ranks = dist.TCPStore(*where, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
             starts = store.underlying_store.add(f"dtrain/{group.spec.rdzv_handler.get_run_id()}", 1)
             store.set("dtrain", json.dumps([address, self._store_of_ranks.port, starts]))
         group.master_addr, group.master_port, starts = json.loads(store.get("dtrain"))
