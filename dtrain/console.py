@@ -11,7 +11,8 @@ from pathlib import Path
 
 from dtrain.redact import redact
 
-MOST_HELD_BYTES = 1 << 20  # of a line without end, and before a rank's file is opened
+MOST_LINE_BYTES = 1 << 20  # of a line that does not end
+MOST_HELD_CHARACTERS = 1 << 26  # of what waits for a rank's file to be opened
 MOST_KEPT_LINES = 400  # of each rank, to find its last traceback in
 LOOK_SECONDS = 1.0  # between two looks whether a rank's file may be opened
 DRAIN_SECONDS = 2.0  # what a dead rank wrote is read in milliseconds; a process of its that lives on is not waited for
@@ -84,7 +85,7 @@ class Console:
             if not (chunk := os.read(end, 1 << 16)):
                 break
             whole, newline, rest = (rest + chunk).rpartition(b"\n")
-            if len(rest) > MOST_HELD_BYTES:
+            if len(rest) > MOST_LINE_BYTES:
                 whole, newline, rest = rest, b"\n", b""
             if newline:
                 self._show(whole.split(b"\n"), rank, log)
@@ -124,7 +125,7 @@ class _Log:
         if self._path is None:
             return
         self._held += text
-        if self._held and (self._mark is None or self._mark.exists() or len(self._held) > MOST_HELD_BYTES):
+        if self._held and (self._mark is None or self._mark.exists() or len(self._held) > MOST_HELD_CHARACTERS):
             self._flush()
 
     def close(self) -> None:
