@@ -127,7 +127,7 @@ def _ranks_here(options: argparse.Namespace, config: Mapping[str, Any]) -> int:
     given = options.nproc_per_node
     if given != "auto" and (not given.isdigit() or given == "0"):
         raise _wrong(f"--nproc-per-node {given}: expected a number from 1 on, or auto")
-    ranks = max(1, gpus if wish.startswith(("auto", "cuda")) else 1) if given == "auto" else int(given)
+    ranks = int(given) if given != "auto" else max(1, gpus) if wish in ("auto", "cuda") else 1
     backend = ((config.get("trainer") or {}).get("ddp") or {}).get("backend")
     choose_device(wish, Environment(0, 0, ranks * options.nnodes, ranks, "torchrun"), gpus, backend)
     return ranks

@@ -128,7 +128,11 @@ def test_more_ranks_than_gpus_are_refused_and_auto_takes_all(monkeypatch: pytest
     def ranks(given: str, config: dict[str, Any]) -> int:
         return launcher._ranks_here(_options(nproc_per_node=given), config)
 
-    assert ranks("auto", {}) == 2 and ranks("auto", {"device": "cpu"}) == 1 and ranks("2", {"device": "cuda"}) == 2
+    assert (
+        ranks("auto", {}) == 2
+        and ranks("auto", {"device": "cpu"}) == ranks("auto", {"device": "cuda:1"}) == 1
+        and ranks("2", {"device": "cuda"}) == 2
+    )
     assert ranks("4", {"device": "cpu"}) == 4 and ranks("4", {"trainer": {"ddp": {"backend": "gloo"}}}) == 4
     with pytest.raises(ConfigError, match=r"8 ranks on this node, but 2 GPU\(s\)"):
         ranks("8", {})
