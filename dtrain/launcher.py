@@ -1,4 +1,4 @@
-"""`dtrain launch`: N ranks on this machine, or one node of many, and their true exit status; imports torch late."""
+"""`dtrain launch`: N ranks here, or one node of many, and their true exit status; knows nothing of what they train."""
 
 import argparse
 import logging
