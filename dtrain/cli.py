@@ -23,6 +23,7 @@ EXAMPLES = {
     "predict": "dtrain predict configfiles/digits.yaml --output-dir predictions predictor.format=csv",
     "check": "dtrain check configfiles/digits.yaml",
     "config": "dtrain config configfiles/digits.yaml optimizer.lr=5e-4",
+    "submit": "dtrain submit configfiles/digits.yaml --nodes 2 --gpus-per-node 4 --time 12:00:00",
     "sync": "dtrain sync runs/digits",
     "replay": "dtrain replay runs/digits",
 }
@@ -33,8 +34,20 @@ HELP = {
     "predict": "predict the data of loaders.predict, else loaders.test, into files; go on where an earlier start ended",
     "check": "build everything and try one batch of each phase; train nothing, write nothing",
     "config": "print the resolved config, with the class of each section",
+    "submit": "train as a SLURM job, with a copy of config and code; requeued until it is done",
     "sync": "send what a run's journal holds and MLflow has not to MLflow",
     "replay": "repeat the step in which a training failed, on one process, and look at every number",
+}
+
+CLUSTER = {  # options of submit, which stand for keys of the config's `cluster`
+    "nodes": ("N[-M]", "how many nodes"),
+    "gpus_per_node": ("N", "GPUs of each, and as many ranks"),
+    "nproc_per_node": ("N", "ranks on each, if not one per GPU"),
+    "cpus_per_node": ("N", "processors of each"),
+    "mem_per_node": ("SIZE", "memory of each, such as 64G"),
+    "time": ("LIMIT", "such as 12:00:00, 90m, 1.5h, 1-12:00:00"),
+    **dict.fromkeys(("partition", "account", "qos", "constraint"), ("NAME", "as the cluster calls it")),
+    "array": ("'KEY=VALUE ...'", "once for each job of an array"),
 }
 
 
@@ -70,12 +83,21 @@ def _parser() -> argparse.ArgumentParser:
         )
         if name == "launch":
             launcher.add_options(command)
+        if name == "submit":
+            _submit_options(command)
         if name in ("test", "predict"):
             command.add_argument("--checkpoint", metavar="PATH", help="a checkpoint or weight file (default: the best)")
         if name == "predict":
             command.add_argument("--output-dir", metavar="DIR", help="default: predictions in the run folder")
             command.add_argument("--overwrite", action="store_true", help="make files anew that were made otherwise")
     return parser
+
+
+def _submit_options(command: argparse.ArgumentParser) -> None:
+    for key, (metavar, text) in CLUSTER.items():
+        more: dict[str, Any] = {"type": int} if metavar == "N" else {"action": "append"} if key == "array" else {}
+        command.add_argument(f"--{key.replace('_', '-')}", dest=f"cluster.{key}", metavar=metavar, help=text, **more)
+    command.add_argument("--dry-run", action="store_true", help="print the batch script; write and submit nothing")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,12 +110,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words and words[0].endswith((".yaml", ".yml")):
         words.insert(0, "train")
     options = _options(words)
-    if str(Path.cwd()) not in sys.path:  # for `modules:` of the current folder, as `python -m` has it
+    # For `modules:` of the current folder, as `python -m` has it; not with -P, as Python has it.
+    if not sys.flags.safe_path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        return {"config": _config, "launch": launcher.launch, "sync": _sync, "replay": _replay}.get(
-            options.command, _work
-        )(options)
+        special = {
+            "config": _config, "launch": launcher.launch, "sync": _sync, "replay": _replay, "submit": _submit,
+        }  # fmt: skip
+        return special.get(options.command, _work)(options)
     except ConfigError as error:
         return _refuse(error)
     except KeyboardInterrupt:
@@ -181,6 +205,13 @@ def _config(options: argparse.Namespace) -> int:
         print(f"# {name + ':':<22} {target.module}.{target.name}{where}")
     print(to_yaml(config), end="")
     return 0
+
+
+def _submit(options: argparse.Namespace) -> int:
+    from dtrain.submit import submit
+
+    given = {key[8:]: value for key, value in vars(options).items() if key.startswith("cluster.")}
+    return submit(options.config, options.overrides, given, options.dry_run)
 
 
 def _replay(options: argparse.Namespace) -> int:

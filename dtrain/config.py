@@ -31,7 +31,7 @@ from dtrain.yamlfile import (
     type_name,
 )
 
-__all__ = ["from_mapping", "load_config", "notes_on", "place_of", "sources", "to_config_dict", "to_plain", "to_yaml"]
+__all__ = ["from_mapping", "load_config", "merged", "notes_on", "place_of", "sources", "to_config_dict", "to_plain", "to_yaml"]
 
 MAX_BYTES = 1_000_000  # no hand-written config is larger; a data file given by mistake is refused before it is parsed
 MAX_FILES = 100  # under `_base_`, counted as often as they are read
@@ -50,13 +50,27 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
     Raises:
         ConfigError: With every mistake that reading can find.
     """
+    tree = _read(path, overrides)
+    if overrides:
+        tree.texts["overrides.txt"] = "\n".join([*overrides, ""])
+    return _to_config(tree)
+
+
+def merged(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The same as plain values whose `${...}` are left to be resolved where they are read next.
+
+    Raises:
+        ConfigError: With every mistake that reading can find.
+    """
+    return _read(path, overrides).values
+
+
+def _read(path: str | Path, overrides: Sequence[str]) -> "_Tree":
     tree = _read_file(Path(path), ())
     _apply_all(overrides, lambda text: _override(tree, text))
     if tree.values.get("experiment") is None:
         tree.values["experiment"] = Path(path).stem
-    if overrides:
-        tree.texts["overrides.txt"] = "\n".join([*overrides, ""])
-    return _to_config(tree)
+    return tree
 
 
 def sources(config: ConfigDict) -> dict[str, str]:

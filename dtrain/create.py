@@ -15,7 +15,7 @@ from dtrain.check import check, notes
 from dtrain.checkpoint import CheckpointError, Checkpoints, Loaded, load, load_weights
 from dtrain.config import from_mapping, place_of, run_folder, sources, to_plain, to_yaml
 from dtrain.dataloader import Loaders, get_train_loaders
-from dtrain.distributed import Ranks, environment, launcher_precision, set_up
+from dtrain.distributed import Ranks, batch_job, environment, launcher_precision, set_up
 from dtrain.inference import IDLE_SECONDS, Use
 from dtrain.loss import get_loss_criterion
 from dtrain.metrics import Metrics, get_evaluation_metric
@@ -25,6 +25,7 @@ from dtrain.pictures import Pictures
 from dtrain.progress import get_progress
 from dtrain.redact import redact, redacted_tree
 from dtrain.resume import CHECKPOINTS, ResumeError, Start, find_start
+from dtrain.runfiles import folder_of
 from dtrain.sections import PHASES, calls, refused
 from dtrain.state import FORMAT, restore
 from dtrain.tracking import Journal, NoJournal, flatten
@@ -247,7 +248,7 @@ def _record(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks) -> dic
     """What the journal is told at the start."""
     return {
         "params": flatten(to_plain(config)),
-        "tags": {"launcher": ranks.launcher, "device": ranks.device.type},
+        "tags": {"launcher": ranks.launcher, "device": ranks.device.type, **batch_job()},
         "artifacts": [("config.yaml", "config"), ("config", "config/as-written")],
         "world_size": ranks.world_size,
         "max_epochs": options["max_epochs"],

@@ -265,6 +265,13 @@ def job_ends_at() -> float | None:
     return float(text) if text.isdigit() else None
 
 
+def batch_job() -> dict[str, str]:
+    """What SLURM calls the job that this process is part of, and how often it was put back; {} outside of one."""
+    names = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    return {"SLURM_RESTART_COUNT": "0", **found} if found else {}
+
+
 def launcher_precision() -> str | None:
     """The precision that `accelerate launch` was asked for, in dtrain's words; None when it was not."""
     return {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}.get(os.environ.get("ACCELERATE_MIXED_PRECISION", ""))

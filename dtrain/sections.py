@@ -68,6 +68,7 @@ HOUSE = {
     "pictures": ("picture_settings", Slot(("dtrain.pictures",))),
     "pre_trained": ("weight_settings", Slot(("dtrain.modelloader",))),
     "predictor": ("Predictor", Slot(("dtrain.predict",))),
+    "cluster": ("cluster_settings", Slot(("dtrain.submit",))),
     "schedule": ("schedule_settings", Slot(("dtrain.optimizer",))),
 }
 # The schedules whose length dtrain fills in where the config leaves it out: it knows it, and PolynomialLR's default
@@ -98,6 +99,9 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # where the type alone ad
     },
     "lr_scheduler": {"warmup_steps": _ANY, "warmup_start": _ANY},
     "mlflow": {"exit_timeout_seconds": _ANY},
+    "cluster": {
+        "gpus_per_node": _ANY, "nproc_per_node": _SOME, "cpus_per_node": _SOME, "signal_seconds": _SOME,
+    },
     "predictor": {
         "batch_size": _SOME, "prediction_channel": _ANY, "connectivity": (1, 3), "min_size": _ANY, "slab_planes": _SOME,
     },
@@ -109,7 +113,7 @@ TOP_LEVEL = {  # the keys of a config with their types; those without one are lo
     "seed": "int | None",
     "device": "str",
     "modules": "",
-    **dict.fromkeys((*SLOTS, "trainer", "mlflow", "predictor"), ""),
+    **dict.fromkeys((*SLOTS, "trainer", "mlflow", "predictor", "cluster"), ""),
 }
 
 
@@ -377,4 +381,5 @@ READERS = {
     "trainer": _trainer_calls,
     "mlflow": _settings_call,
     "predictor": _settings_call,
+    "cluster": _settings_call,
 }

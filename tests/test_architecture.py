@@ -21,7 +21,7 @@ GET_ROOMS = ("modelloader", "dataloader", "loss", "metrics", "optimizer")
 LAYERS = (
     ("__main__",),
     ("cli",),
-    ("worker", "launcher"),
+    ("worker", "launcher", "submit"),
     ("create",),
     ("trainer",),
     ("predict",),
@@ -42,6 +42,7 @@ HELPERS = {
     **dict.fromkeys(("desk", "grid", "items", "outputs", "parts", "segments", "stitch"), "predict"),
     "inference": "trainer",
     "rows": "progress",
+    **dict.fromkeys(("codecopy", "job", "jobscript"), "submit"),
     "snapshot": "checkpoint",
     **dict.fromkeys(("dialect", "yamlfile"), "config"),
 }
