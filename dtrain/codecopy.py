@@ -7,7 +7,8 @@ an editable installation, is copied like the modules of the current folder.
 import ast
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def copy_code(modules: Iterable[str], to: Path) -> list[str]:
         if not places or any(part in ("site-packages", "dist-packages") for place in places for part in place.parts):
             continue
         for place in places:
-            _copy(place, to / place.name, to)
+            _copy(place, to)
         copied.append(name)
         files = (to / name).rglob("*.py") if folders else [to / places[0].name]
         waiting += {found for file in files for found in _imports(file)}
@@ -72,21 +73,27 @@ def copy_code(modules: Iterable[str], to: Path) -> list[str]:
     return sorted(copied)
 
 
-def _copy(place: Path, target: Path, root: Path) -> None:
-    if place.is_dir() and not place.is_symlink():
-        target.mkdir(exist_ok=True)  # a namespace package lies in several folders
-        for item in sorted(place.iterdir()):
-            if not item.name.startswith(".") and item.name != "__pycache__":
-                _copy(item, target / item.name, root)
-        if sum(1 for _ in root.rglob("*")) > MAX_FILES:
-            text = f"{place} and what it imports are more than {MAX_FILES} files; keep the code in a package of its own"
-            raise ConfigError(text)
-    elif target.exists():
+def _copy(place: Path, to: Path) -> None:
+    """Copy a module's file, or a package's folder with all that lies in it."""
+    files = list(islice(_files(place), MAX_FILES + 1))
+    if len(files) > MAX_FILES:
+        raise ConfigError(f"{place} has more than {MAX_FILES} files, so it is not copied; put the code into a package")
+    for file in files:
+        target = to / file.relative_to(place.parent)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_symlink() or file.stat().st_size > LINK_BYTES:
+            target.symlink_to(file.resolve())
+        else:
+            shutil.copy(file, target)
+
+
+def _files(place: Path) -> Iterator[Path]:
+    if place.is_symlink() or not place.is_dir():
+        yield place
         return
-    elif place.is_symlink() or place.stat().st_size > LINK_BYTES:
-        target.symlink_to(place.resolve())
-    else:
-        shutil.copy(place, target)
+    for item in place.iterdir():
+        if not item.name.startswith(".") and item.name != "__pycache__":
+            yield from _files(item)
 
 
 def _imports(file: Path) -> set[str]:

@@ -31,7 +31,10 @@ from dtrain.yamlfile import (
     type_name,
 )
 
-__all__ = ["from_mapping", "load_config", "merged", "notes_on", "place_of", "sources", "to_config_dict", "to_plain", "to_yaml"]
+__all__ = [
+    *("from_mapping", "load_config", "merged", "notes_on", "place_of"),
+    *("sources", "to_config_dict", "to_plain", "to_yaml"),
+]
 
 MAX_BYTES = 1_000_000  # no hand-written config is larger; a data file given by mistake is refused before it is parsed
 MAX_FILES = 100  # under `_base_`, counted as often as they are read

@@ -25,7 +25,6 @@ from dtrain.pictures import Pictures
 from dtrain.progress import get_progress
 from dtrain.redact import redact, redacted_tree
 from dtrain.resume import CHECKPOINTS, ResumeError, Start, find_start
-from dtrain.runfiles import folder_of
 from dtrain.sections import PHASES, calls, refused
 from dtrain.state import FORMAT, restore
 from dtrain.tracking import Journal, NoJournal, flatten

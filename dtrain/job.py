@@ -105,6 +105,7 @@ class Starts:
 
     @property
     def are_idle(self) -> bool:
+        """Whether the last few led nowhere."""
         recent = self._earlier[-IDLE_STARTS:]
         return len(recent) == IDLE_STARTS and all(start == self._now for start in recent)
 

@@ -4,7 +4,6 @@ Directives hold nothing but plain words, everything else is quoted for bash.
 """
 
 import re
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,11 +96,11 @@ def _word(value: Any) -> str:
 
 
 def _quoted(path: str | Path) -> str:
-    """A path for bash. Python's path is divided by colons, and sbatch treats a backslash in a file's name as its own."""
+    """A path for bash. Python's search path is divided by colons, and a backslash means something to sbatch."""
     text = str(path)
     if not text.isprintable() or set(text) & {":", "\\"}:
         raise ValueError(f"{text!r} cannot be used in a batch script: no control characters, colons, backslashes")
-    return shlex.quote(text)
+    return "'" + text.replace("'", "'\\''") + "'"
 
 
 def sbatch_pattern(path: Path) -> str:

@@ -18,11 +18,6 @@ _LOCK_SECONDS = 10.0
 _DIED = "rank 0 died without a word"
 
 
-def folder_of(checkpoint_dir: str | None, experiment: str | None) -> str:
-    """The run folder of a config: what `trainer.checkpoint_dir` says, else one named after the experiment."""
-    return checkpoint_dir or f"runs/{experiment or 'default'}"
-
-
 def read_run(folder: Path) -> dict[str, Any]:
     """What run.json of a run folder holds; {} when there is none."""
     return read_json(Path(folder) / RUN_FACTS)

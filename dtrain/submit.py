@@ -1,7 +1,6 @@
 """`dtrain submit`: a SLURM job of a config, which has a copy of config and code of its own; trains nothing itself."""
 
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -15,10 +14,9 @@ from ml_collections import ConfigDict
 
 from dtrain.check import check
 from dtrain.codecopy import copy_code, named_modules
-from dtrain.config import load_config, merged, to_plain
+from dtrain.config import load_config, merged, run_folder, to_plain
 from dtrain.interrupt import seconds_of
 from dtrain.jobscript import Job, is_word, sbatch_pattern, script
-from dtrain.runfiles import folder_of
 from dtrain.sections import mistake
 from dtrain.yamlfile import ConfigError, Mistake, dump, found
 
@@ -92,7 +90,7 @@ def submit(path: str, overrides: Sequence[str], options: Mapping[str, Any], dry_
         number = _sbatch(folder)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)  # what was never submitted needs nothing
-        if not isinstance(error, OSError | _Refused):
+        if not isinstance(error, OSError | _RefusedError):
             raise
         print(f"dtrain submit: {error}", file=sys.stderr)
         return 1
@@ -111,14 +109,16 @@ def _plan(path: str, overrides: Sequence[str]) -> Plan:
     settings = cluster_settings(**to_plain(first.get("cluster") or {}))
     directives = _directives(first, settings)
     variants = _variants(first, settings)
-    folder_base = _folder(first)
-    folder = folder_base.with_name(f"{folder_base.name}.jobs") / time.strftime("%Y%m%d-%H%M%S")
+    base = Path.cwd() / run_folder(first)
+    folder = base.with_name(f"{base.name}.jobs") / time.strftime("%Y%m%d-%H%M%S")
     texts, run_folders, modules = [], [], set[str]()
     for index, words in enumerate(variants):
-        config = load_config(path, [*overrides, *words])
-        check(config, "train")
-        place = _folder(config)
-        if len(variants) > 1 and place == folder_base:
+        config = first
+        if words:
+            config = load_config(path, [*overrides, *words])
+            check(config, "train")
+        place = Path.cwd() / run_folder(config)
+        if len(variants) > 1 and place == base:
             place = place.with_name(f"{place.name}-{index}")
         values = merged(path, [*overrides, *words])
         values.pop("cluster", None)  # says where, not what: the training is the same wherever it runs
@@ -140,11 +140,6 @@ def _plan(path: str, overrides: Sequence[str]) -> Plan:
     return Plan(job, texts, frozenset(modules), shape)
 
 
-def _folder(config: ConfigDict) -> Path:
-    trainer = config.get("trainer") or {}
-    return Path.cwd() / folder_of(trainer.get("checkpoint_dir"), config.get("experiment"))
-
-
 def _variants(config: ConfigDict, settings: Mapping[str, Any]) -> list[list[str]]:
     """The overrides of each job; one job without any where there is no array."""
     try:
@@ -161,7 +156,7 @@ def _no_two_alike(config: ConfigDict, run_folders: Sequence[Path]) -> None:
 
 
 def _directives(config: ConfigDict, settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """sbatch's options.
+    """The options of sbatch.
 
     Raises:
         ConfigError: Those that no batch script could hold, or SLURM would read otherwise.
@@ -217,19 +212,19 @@ def _write(plan: Plan, text: str) -> None:
     (folder / "job.sbatch").write_text(text, encoding="utf-8")
 
 
-class _Refused(Exception):
-    """sbatch did not take the job."""
+class _RefusedError(Exception):
+    """The job was not taken."""
 
 
 def _sbatch(folder: Path) -> str:
     """The job's number."""
     array = any(line.startswith("#SBATCH --array=") for line in (folder / "job.sbatch").read_text().splitlines())
     output = sbatch_pattern(folder) + ("/%A_%a.log" if array else "/%j.log")
-    command = ["sbatch", "--parsable", f"--chdir={os.getcwd()}", f"--output={output}", str(folder / "job.sbatch")]
+    command = ["sbatch", "--parsable", f"--chdir={Path.cwd()}", f"--output={output}", str(folder / "job.sbatch")]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     except FileNotFoundError:
-        raise _Refused("there is no sbatch here; --dry-run prints the script for a machine that has one") from None
+        raise _RefusedError("there is no sbatch here; --dry-run prints the script for a machine that has one") from None
     if done.returncode:
-        raise _Refused(done.stderr.strip() or f"sbatch ended with {done.returncode}")
+        raise _RefusedError(done.stderr.strip() or f"sbatch ended with {done.returncode}")
     return done.stdout.strip().partition(";")[0]

@@ -187,6 +187,17 @@ class Cluster:
         words = self.run("scontrol", "-o", "show", "job", number).split()
         return dict(word.partition("=")[::2] for word in words)
 
+    def wait(self, number: str, until: Callable[[dict[str, str]], bool], seconds: float = 120) -> dict[str, str]:
+        """What SLURM knows of a job as soon as it is as it should be. Asked, not `sbatch --wait`: that looks rarely."""
+        end = time.monotonic() + seconds
+        while not until(job := self.job(number)):
+            assert time.monotonic() < end, f"job {number} is {job}\n{self.logs()}"
+            time.sleep(0.2)
+        return job
+
+    def ended(self, number: str, seconds: float = 120) -> dict[str, str]:
+        return self.wait(number, lambda job: job["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"), seconds)
+
     def stop(self) -> None:
         """Cancel the jobs, end the daemons, and then whatever is left of the jobs."""
         self.query("scancel", "--user", user())

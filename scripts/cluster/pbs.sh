@@ -24,7 +24,7 @@ if [[ -n ${NCPUS-} ]]; then
 fi
 
 # PBS runs a copy of this script, which is kept: by the time it is needed, the original may be another one.
-mkdir -p -m 700 -- "$run_folder.jobs"
+(umask 077 && mkdir -p -- "$run_folder.jobs")
 script=$run_folder.jobs/pbs-$DTRAIN_JOB_ID.sh
 [[ -e $script ]] || cp -- "$0" "$script"
 

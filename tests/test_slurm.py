@@ -1,0 +1,258 @@
+"""Trainings as jobs of a real SLURM with two nodes: preempted, out of time, cancelled, off a broken node; and back."""
+
+import json
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY
+from slurm_cluster import Cluster, cluster_or_skip
+from whole_runs import EXACT, Place, close, figures, last, same_training
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+# Two ranks; the data take their time, so that there is some to disturb a training in.
+SLOW = """
+import time
+from toy import Points
+
+class Slow(Points):
+    def __init__(self, seconds=0.0, **more):
+        super().__init__(**more)
+        self.seconds = seconds
+
+    def __getitem__(self, index):
+        time.sleep(self.seconds)
+        return super().__getitem__(index)
+"""
+CHANGES = {**EXACT, "modules": ["toy", "slow"], "loaders.name": "Slow", "trainer.pictures": False}
+SOAK = 10
+
+
+class Jobs:
+    """Where trainings are submitted; all share the folder of whole runs."""
+
+    def __init__(self, cluster: Cluster, place: Place) -> None:
+        self.cluster, self.place, self.folder = cluster, place, place.folder
+        (place.folder / "slow.py").write_text(SLOW)
+
+    def config(self, name: str, **changes: Any) -> Path:
+        """Write the config file NAME.yaml; returns its run folder, of which an earlier test's is gone."""
+        run = self.place.path(name)
+        for old in (run, run.with_name(f"{run.name}.jobs")):
+            shutil.rmtree(old, ignore_errors=True)
+        self.place.config(name, **CHANGES, **changes)
+        return run
+
+    def submit(self, *words: str, mlflow: bool = False, **env: str) -> str:
+        """The job's number."""
+        command = [sys.executable, "-m", "dtrain", "submit", *words]
+        done = subprocess.run(
+            command, cwd=self.folder, env=self._env(mlflow) | env, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout.split()[1].rstrip(":")
+
+    def sbatch(self, *words: str, **env: str) -> str:
+        done = subprocess.run(
+            ["sbatch", "--parsable", *words],
+            cwd=self.folder,
+            env=self._env(False) | env,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def _env(self, mlflow: bool) -> dict[str, str]:
+        stubs = [] if mlflow else [str(self.folder / "stubs")]
+        path = f"{Path(sys.executable).parent}:{self.cluster.env['PATH']}"
+        return {**self.cluster.env, "PATH": path, "PYTHONPATH": ":".join([*stubs, str(REPOSITORY)])}
+
+    def log(self, run: Path) -> str:
+        return "".join(path.read_text() for path in run.with_name(f"{run.name}.jobs").rglob("*.log"))
+
+    def at_step(self, number: str, run: Path, step: int) -> None:
+        """Returns once the training has done so many steps."""
+
+        def there(job: dict[str, str]) -> bool:
+            assert job["JobState"] in ("PENDING", "RUNNING"), f"{job}\n{self.log(run)}"
+            return (run / "metrics.jsonl").exists() and max(figures(run).get("train/loss", {0: 0.0})) >= step
+
+        self.cluster.wait(number, there)
+
+    def undisturbed(self) -> Path:
+        """A training that nobody disturbs, outside of SLURM."""
+
+        def make() -> str:
+            run = self.config("slurm-whole")
+            self.place.run("train", "slurm-whole.yaml", ranks=2)
+            return str(run)
+
+        return Path(self.place.once("slurm-whole", make))
+
+    def urgent(self) -> None:
+        self.sbatch("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+
+
+@pytest.fixture(scope="module")
+def jobs(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    cluster = cluster_or_skip(tmp_path_factory.mktemp("slurm") / "c", place.env)
+    try:
+        yield Jobs(cluster, place)
+    finally:
+        cluster.stop()
+
+
+def is_done(jobs: Jobs, number: str, run: Path, restarts: int, most: int | None = None) -> None:
+    """The job ended well after so many restarts, and its training as if nobody had disturbed it."""
+    job = jobs.cluster.ended(number)
+    assert job["JobState"] == "COMPLETED", f"{job}\n{jobs.log(run)}"
+    assert restarts <= int(job["Restarts"]) <= (most or restarts), f"{job}\n{jobs.log(run)}"
+    facts = json.loads((run / "run.json").read_text())
+    assert (facts["state"], facts["world_size"]) == ("FINISHED", 2)
+    same_training(run, jobs.undisturbed())
+    assert figures(run) == figures(jobs.undisturbed())
+
+
+# How a job is disturbed: each returns when its training has gone on and ended
+
+
+def preempted(jobs: Jobs, name: str, partition: str = "preempt", **options: Any) -> Path:
+    run = jobs.config(name, **{"loaders.seconds": 0.2})
+    number = jobs.submit(f"{name}.yaml", "--nodes", "2", "--time", "10m", "--partition", partition, **options)
+    jobs.at_step(number, run, 2)
+    jobs.urgent()
+    is_done(jobs, number, run, 1)
+    return run
+
+
+def preempted_with_grace(jobs: Jobs, name: str) -> Path:
+    """SLURM takes a job that ends in its grace time for done: it has to put itself back."""
+    return preempted(jobs, name, "grace")
+
+
+def out_of_time(jobs: Jobs, name: str) -> Path:
+    run = jobs.config(name, **{"loaders.seconds": 1.5})
+    number = jobs.submit(f"{name}.yaml", "--nodes", "2", "--time", "1m", "cluster.signal_seconds=30")
+    jobs.cluster.wait(number, lambda job: job["Restarts"] == "1")
+    is_done(jobs, number, run, 1, most=3)
+    return run
+
+
+def cancelled(jobs: Jobs, name: str) -> Path:
+    run = jobs.config(name, **{"loaders.seconds": 0.2})
+    number = jobs.submit(f"{name}.yaml", "--nodes", "2", "--time", "10m")
+    jobs.at_step(number, run, 2)
+    jobs.cluster.run("scancel", number)
+    job = jobs.cluster.ended(number)
+    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0"), job
+    facts = json.loads((run / "run.json").read_text())
+    assert (facts["state"], facts["reason"]) == ("KILLED", "signal SIGTERM"), facts
+    assert last(run).state["step"] == max(figures(run)["train/loss"])
+    is_done(jobs, jobs.submit(f"{name}.yaml", "--nodes", "2", "--time", "10m"), run, 0)
+    return run
+
+
+def off_a_node(jobs: Jobs, name: str) -> Path:
+    """A node is drained, which lets its job go on, then fails; the job waits until it is back."""
+    run = jobs.config(name, **{"loaders.seconds": 0.2})
+    number = jobs.submit(f"{name}.yaml", "--nodes", "2", "--time", "10m")
+    jobs.at_step(number, run, 1)
+    jobs.cluster.run("scontrol", "update", "nodename=node2", "state=drain", "reason=test")
+    jobs.at_step(number, run, 2)
+    jobs.cluster.run("scontrol", "update", "nodename=node2", "state=down", "reason=test")
+    jobs.cluster.wait(number, lambda job: job["Restarts"] == "1" and job["JobState"] == "PENDING")
+    jobs.cluster.run("scontrol", "update", "nodename=node2", "state=resume")
+    is_done(jobs, number, run, 1)
+    return run
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("time", range(SOAK))
+@pytest.mark.parametrize("how", [preempted, preempted_with_grace, out_of_time, cancelled, off_a_node])
+def test_a_disturbed_job_ends_as_if_nothing_had_been(jobs: Jobs, how: Callable[[Jobs, str], Path], time: int) -> None:
+    how(jobs, f"slurm-{how.__name__}")
+
+
+def test_a_preempted_job_goes_on_in_its_run_with_the_code_it_was_submitted_with(jobs: Jobs) -> None:
+    code = jobs.folder / "slow.py"
+    run = jobs.config(
+        "slurm-fast", **{"loaders.seconds": 0.2, "mlflow.tracking_uri": f"sqlite:///{jobs.folder}/slurm.db"}
+    )
+    jobs.undisturbed()
+    number = jobs.submit("slurm-fast.yaml", "--nodes", "2", "--time", "10m", "--partition", "preempt", mlflow=True)
+    code.write_text("an edit that the job is not to see")
+    try:
+        jobs.at_step(number, run, 2)
+        jobs.urgent()
+        is_done(jobs, number, run, 1)
+    finally:
+        code.write_text(SLOW)
+    with sqlite3.connect(jobs.folder / "slurm.db") as store:
+        assert store.execute("select status from runs").fetchall() == [("FINISHED",)]
+        tags = dict(store.execute("select key, value from tags").fetchall())
+    assert (tags["SLURM_JOB_ID"], tags["SLURM_RESTART_COUNT"], tags["world_size"]) == (number, "1", "2")
+
+
+def test_a_failing_config_and_a_crash_are_not_requeued_and_an_array_is_done(jobs: Jobs) -> None:
+    scripts = REPOSITORY / "scripts" / "cluster"
+    wrong = jobs.config("slurm-wrong", **{"optimizer.lr": "much"})
+    crash = jobs.config("slurm-crash")
+    array = jobs.config("slurm-array", **{"trainer.max_epochs": 1})
+    numbers = {
+        "wrong": jobs.sbatch(
+            f"--output={wrong}.log", str(scripts / "slurm-node.sbatch"), "slurm-wrong.yaml", str(wrong)
+        ),
+        "crash": jobs.sbatch(
+            "--nodes=2", "--ntasks-per-node=1", "--time=10", f"--output={crash}.log",
+            str(scripts / "slurm-srun.sbatch"), "slurm-crash.yaml", str(crash), TOY_DO="train 5 rank 0 KILL",
+        ),
+    }  # fmt: skip
+    both = jobs.submit("slurm-array.yaml", "--time", "10m", "--array", "seed=1", "--array", "seed=2 optimizer.lr=0.5")
+    for name, status in (("wrong", "2:0"), ("crash", "137:0")):
+        job = jobs.cluster.ended(numbers[name])
+        assert (job["JobState"], job["Restarts"], job["ExitCode"]) == ("FAILED", "0", status), job
+    assert "optimizer.lr: expected float" in Path(f"{wrong}.log").read_text()
+    assert "learning rate" in Path(f"{crash}.log").read_text()  # what was said before a kill is there
+    for index in range(2):
+        assert jobs.cluster.ended(f"{both}_{index}")["JobState"] == "COMPLETED", jobs.log(array)
+        run = array.with_name(f"{array.name}-{index}")
+        assert json.loads((run / "run.json").read_text())["state"] == "FINISHED"
+    assert figures(array.with_name(f"{array.name}-0")) != figures(array.with_name(f"{array.name}-1"))
+
+
+@pytest.mark.soak
+def test_a_job_goes_on_with_another_number_of_nodes(jobs: Jobs) -> None:
+    changes = {"model.dropout": 0.0, "model.norm": False, "loaders.seconds": 0.2, "trainer.accumulate": 1}
+    changes |= {"loaders.global_batch_size": 4, "loaders.batch_size": None}
+    whole = jobs.config("slurm-two", **changes)
+    jobs.place.run("train", "slurm-two.yaml", ranks=2)
+    run = jobs.config("slurm-fewer", **changes)
+    number = jobs.submit("slurm-fewer.yaml", "--nodes", "1-2", "--time", "10m")
+    jobs.at_step(number, run, 2)
+    jobs.cluster.run("scontrol", "update", "nodename=node2", "state=down", "reason=test")
+    try:
+        assert jobs.cluster.ended(number)["Restarts"] == "1"
+    finally:
+        jobs.cluster.run("scontrol", "update", "nodename=node2", "state=resume")
+    facts = json.loads((run / "run.json").read_text())
+    assert (facts["state"], facts["world_size"]) == ("FINISHED", 1), jobs.log(run)
+    close(figures(run), figures(whole))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["slurm-node", "slurm-nodes", "slurm-srun"])
+def test_the_scripts_train(jobs: Jobs, name: str) -> None:
+    run = jobs.config(f"{name}-script")
+    more = {"slurm-node": [], "slurm-nodes": ["--nodes=2"], "slurm-srun": ["--nodes=2", "--ntasks-per-node=1"]}[name]
+    script = str(REPOSITORY / "scripts" / "cluster" / f"{name}.sbatch")
+    number = jobs.sbatch(*more, "--time=10", f"--output={run}.log", script, f"{name}-script.yaml", str(run))
+    assert jobs.cluster.ended(number)["JobState"] == "COMPLETED", Path(f"{run}.log").read_text()
+    if more:
+        same_training(run, jobs.undisturbed())
