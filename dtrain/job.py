@@ -156,8 +156,11 @@ def _said(command: Sequence[str]) -> str:
             if done.returncode == 0:
                 return done.stdout.strip()
             wrong = done.stderr.strip()
-        except (OSError, subprocess.TimeoutExpired) as error:
+        except subprocess.TimeoutExpired as error:
             wrong = str(error)
+        except OSError as error:
+            wrong = str(error)
+            break
         if tries_left:
             time.sleep(PAUSE_SECONDS)
     say(f"{shlex.join(command)}: {wrong}")

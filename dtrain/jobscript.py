@@ -22,10 +22,10 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 10000))
 
 # dtrain.job passes the warning on to srun, and has a job that was stopped early and has saved start again.
-# srun waits for the other nodes when one has ended, but not for ever; killing them at once would lose their status.
+# srun waits for the other nodes when one has ended: one of them may be saving. Not for ever: another may hang.
 exec "$python" -m dtrain.job --run-folder "$run_folder" --requeue "scontrol requeue $SLURM_JOB_ID" -- \\
     srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \\
-    --kill-on-bad-exit=0 --wait=60 \\
+    --kill-on-bad-exit=0 --wait=600 \\
     "$python" -m dtrain launch "$config" --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$ranks" \\
     --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" "$@"
 """

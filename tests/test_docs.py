@@ -34,6 +34,7 @@ from dtrain.optimizer import schedule_settings
 from dtrain.pictures import picture_settings
 from dtrain.predict import Predictor
 from dtrain.sections import PHASES, TOP_LEVEL
+from dtrain.submit import cluster_settings
 from dtrain.tracking import Journal
 from dtrain.trainer import Trainer
 from dtrain.yamlfile import ConfigError, scalar
@@ -312,6 +313,7 @@ HOUSE: dict[tuple[str, ...], tuple[Callable, set[str]]] = {
     ("trainer", "pictures"): (picture_settings, set()),
     ("mlflow",): (Journal.__init__, {"self", "folder", "experiment", "run_name", "sender"}),
     ("predictor",): (Predictor, set()),
+    ("cluster",): (cluster_settings, set()),
     ("loaders",): (loader_settings, set()),
     ("lr_scheduler",): (schedule_settings, set()),
 }
