@@ -1,8 +1,9 @@
 """A real SLURM for tests: one controller and two nodes on this machine, in one folder, gone when the test is.
 
 The daemons stay in the foreground as children of the test's process and die with it. Each node is a slurmd in a UTS and
-mount namespace of its own: its host name is node1 or node2, and both names resolve. No cgroups, database, systemd or
-network are needed; the resources of a node are only declared.
+mount namespace of its own: its host name is node1 or node2, and both names resolve. Where that is not allowed, the two
+nodes have this machine's two names, the other one being localhost. No cgroups, database, systemd or network are needed;
+the resources of a node are only declared.
 """
 
 import ctypes
@@ -23,7 +24,6 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 PACKAGES = "munge slurmctld slurmd slurm-client"  # Debian's names
 SBIN = os.pathsep.join(["/usr/sbin", "/sbin", "/usr/local/sbin"])
 PR_SET_PDEATHSIG = 1
-NODES = ("node1", "node2")
 CPUS, MEMORY_MB = 2, 8000
 
 # proctrack/linuxproc finds a step's processes by their parents, so orphans would be lost: never killed, and holding
@@ -83,11 +83,13 @@ PartitionName=urgent  Nodes=ALL Default=NO  PriorityTier=20 PreemptMode=OFF     
 # What a slurmd's namespace is made of. While it starts, the daemon reads other CommunicationParameters than its jobs
 # will: it must listen on its own address only, to be told from the other node's, and a srun inside a node on all.
 NODE = """set -e
-hostname "$1"
-mount --bind "$2/hosts" /etc/hosts
-mount --bind "$2/slurmd.conf" "$2/slurm.conf"
-(until [ -s "$2/slurmd.$1.pid" ]; do sleep 0.05; done; umount "$2/slurm.conf") &
-exec slurmd -D -N "$1" -f "$2/slurm.conf" -d "$2/slurmstepd"
+hostname "$0"
+mount --bind "$1/hosts" /etc/hosts
+mount --bind "$1/slurmd.conf" "$1/slurm.conf"
+folder=$1
+(until [ -s "$folder/slurmd.$0.pid" ]; do sleep 0.05; done; umount "$folder/slurm.conf") &
+shift
+exec "$@"
 """
 NAMESPACES = (
     ("unshare", "--uts", "--mount", "--"),
@@ -107,34 +109,37 @@ class Cluster:
         self.folder = folder
         self.env = {**env, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{env['PATH']}:{SBIN}", "LC_ALL": "C"}
         self.daemons: list[subprocess.Popen[bytes]] = []
+        self.namespaces = namespaces()
+        self.host = socket.gethostname().partition(".")[0]
+        self.nodes = ("node1", "node2") if self.namespaces else (self.host, "localhost")
         folder.mkdir(mode=0o755)
         self._write()
         self._start()
 
     def _write(self) -> None:
         folder = self.folder
-        for name in ("state", *(f"spool.{node}" for node in NODES)):
+        for name in ("state", *(f"spool.{node}" for node in self.nodes)):
             (folder / name).mkdir()
         (folder / "munge.key").write_bytes(secrets.token_bytes(128))
         (folder / "munge.key").chmod(0o400)
         (folder / "slurmstepd").write_text(STEPD)
         (folder / "slurmstepd").chmod(0o755)
-        host = socket.gethostname().partition(".")[0]
-        ports = free_ports(1 + len(NODES))
+        ports = free_ports(1 + len(self.nodes))
         net = ports[0] % 200 + 20  # loopback, and different for each node of each cluster
-        hosts, nodes = [f"127.0.0.1 localhost {host}", "::1 ip6-localhost"], []
-        for number, (node, port) in enumerate(zip(NODES, ports[1:], strict=True), 1):
-            hosts.append(f"127.0.{net}.{number} {node}")
+        hosts, nodes = [f"127.0.0.1 localhost {self.host}", "::1 ip6-localhost"], []
+        for number, (node, port) in enumerate(zip(self.nodes, ports[1:], strict=True), 1):
+            name, address = (node, f"127.0.{net}.{number}") if self.namespaces else (self.host, "127.0.0.1")
+            hosts.append(f"{address} {node}")
             # A link to a device will do for a GPU, a plain file would not.
             (folder / f"gpu{number - 1}").symlink_to("/dev/null")
             nodes.append(
-                f"NodeName={node} NodeHostname={node} NodeAddr=127.0.{net}.{number} Port={port} CPUs={CPUS} "
+                f"NodeName={node} NodeHostname={name} NodeAddr={address} Port={port} CPUs={CPUS} "
                 f"SocketsPerBoard=1 CoresPerSocket={CPUS} ThreadsPerCore=1 RealMemory={MEMORY_MB} Gres=gpu:2"
             )
         (folder / "hosts").write_text("\n".join([*hosts, ""]))
         (folder / "gres.conf").write_text(f"AutoDetect=off\nName=gpu File={folder}/gpu[0-1] Flags=nvidia_gpu_env\n")
         (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n" if version() >= (23, 11) else "# not used\n")
-        values = {"host": host, "port": ports[0], "folder": folder, "user": user(), "nodes": "\n".join(nodes)}
+        values = {"host": self.host, "port": ports[0], "folder": folder, "user": user(), "nodes": "\n".join(nodes)}
         for name, communication in (("slurm", "NoCtldInAddrAny"), ("slurmd", "NoCtldInAddrAny,NoInAddrAny")):
             (folder / f"{name}.conf").write_text(CONFIG.format(**values, communication=communication))
 
@@ -145,8 +150,10 @@ class Cluster:
         self._daemon("munged", ["munged", "-F", *force, *(f"--{key}={at / name}" for key, name in names.items())])
         self._until("munged", (at / "munge.socket").exists)
         self._daemon("slurmctld", ["slurmctld", "-D", "-f", str(at / "slurm.conf")])
-        for node in NODES:
-            self._daemon(f"slurmd.{node}", [*namespaces(), "sh", "-c", NODE, "sh", node, str(at)])
+        slurmd = ["-f", str(at / "slurm.conf"), "-d", str(at / "slurmstepd")]
+        for node in self.nodes:
+            inside = [*self.namespaces, "sh", "-c", NODE, node, str(at)] if self.namespaces else []
+            self._daemon(f"slurmd.{node}", [*inside, "slurmd", "-D", "-N", node, *slurmd])
         self._until("the nodes", lambda: self.query("sinfo", "-h", "-p", "batch", "-o", "%D %t") == "2 idle")
 
     def _daemon(self, name: str, command: Sequence[str]) -> None:
@@ -265,6 +272,4 @@ def version() -> tuple[int, ...]:
 def cluster_or_skip(folder: Path, env: Mapping[str, str]) -> Cluster:
     if lacking := missing():
         pytest.skip(f"SKIPPED, NOT TESTED HERE: no {', '.join(lacking)} (apt-get install {PACKAGES})")
-    if not namespaces():
-        pytest.skip("SKIPPED, NOT TESTED HERE: no namespaces are allowed, so that a node cannot have a name of its own")
     return Cluster(folder, env)

@@ -30,7 +30,9 @@ class Slow(Points):
         time.sleep(self.seconds)
         return super().__getitem__(index)
 """
-CHANGES = {**EXACT, "modules": ["toy", "slow"], "loaders.name": "Slow", "trainer.pictures": False}
+CHANGES = {
+    **EXACT, "modules": ["toy", "slow"], "loaders.name": "Slow", "loaders.num_workers": 0, "trainer.pictures": False,
+}  # fmt: skip
 SOAK = 10
 
 
@@ -46,7 +48,7 @@ class Jobs:
         run = self.place.path(name)
         for old in (run, run.with_name(f"{run.name}.jobs")):
             shutil.rmtree(old, ignore_errors=True)
-        self.place.config(name, **CHANGES, **changes)
+        self.place.config(name, **{**CHANGES, **changes})
         return run
 
     def submit(self, *words: str, mlflow: bool = False, **env: str) -> str:
@@ -164,11 +166,11 @@ def off_a_node(jobs: Jobs, name: str) -> Path:
     run = jobs.config(name, **{"loaders.seconds": 0.2})
     number = jobs.submit(f"{name}.yaml", "--nodes", "2", "--time", "10m")
     jobs.at_step(number, run, 1)
-    jobs.cluster.run("scontrol", "update", "nodename=node2", "state=drain", "reason=test")
+    jobs.cluster.run("scontrol", "update", f"nodename={jobs.cluster.nodes[1]}", "state=drain", "reason=test")
     jobs.at_step(number, run, 2)
-    jobs.cluster.run("scontrol", "update", "nodename=node2", "state=down", "reason=test")
+    jobs.cluster.run("scontrol", "update", f"nodename={jobs.cluster.nodes[1]}", "state=down", "reason=test")
     jobs.cluster.wait(number, lambda job: job["Restarts"] == "1" and job["JobState"] == "PENDING")
-    jobs.cluster.run("scontrol", "update", "nodename=node2", "state=resume")
+    jobs.cluster.run("scontrol", "update", f"nodename={jobs.cluster.nodes[1]}", "state=resume")
     is_done(jobs, number, run, 1)
     return run
 
@@ -236,11 +238,11 @@ def test_a_job_goes_on_with_another_number_of_nodes(jobs: Jobs) -> None:
     run = jobs.config("slurm-fewer", **changes)
     number = jobs.submit("slurm-fewer.yaml", "--nodes", "1-2", "--time", "10m")
     jobs.at_step(number, run, 2)
-    jobs.cluster.run("scontrol", "update", "nodename=node2", "state=down", "reason=test")
+    jobs.cluster.run("scontrol", "update", f"nodename={jobs.cluster.nodes[1]}", "state=down", "reason=test")
     try:
         assert jobs.cluster.ended(number)["Restarts"] == "1"
     finally:
-        jobs.cluster.run("scontrol", "update", "nodename=node2", "state=resume")
+        jobs.cluster.run("scontrol", "update", f"nodename={jobs.cluster.nodes[1]}", "state=resume")
     facts = json.loads((run / "run.json").read_text())
     assert (facts["state"], facts["world_size"]) == ("FINISHED", 1), jobs.log(run)
     close(figures(run), figures(whole))
