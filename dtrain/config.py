@@ -32,8 +32,16 @@ from dtrain.yamlfile import (
 )
 
 __all__ = [
-    *("from_mapping", "load_config", "merged", "notes_on", "place_of"),
-    *("sources", "to_config_dict", "to_plain", "to_yaml"),
+    "from_mapping",
+    "load_config",
+    "merged",
+    "notes_on",
+    "place_of",
+    "run_folder",
+    "sources",
+    "to_config_dict",
+    "to_plain",
+    "to_yaml",
 ]
 
 MAX_BYTES = 1_000_000  # no hand-written config is larger; a data file given by mistake is refused before it is parsed
