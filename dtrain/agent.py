@@ -13,7 +13,11 @@ import torch.distributed as dist
 from torch.distributed.elastic.agent.server.api import RunResult, Worker, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous import (
+    RendezvousConnectionError,
+    RendezvousHandler,
+    RendezvousParameters,
+)
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from dtrain.launched import VARIABLE, Launch
@@ -48,20 +52,29 @@ class Site(NamedTuple):
 
     def spec(self) -> WorkerSpec:
         """The same for torchrun."""
-        parameters = RendezvousParameters(
-            "c10d", self.endpoint, self.job, self.nodes, self.nodes, self.address,
-            is_host=str(self.is_host).lower(), read_timeout=STORE_SECONDS, join_timeout=NODES_SECONDS,
-        )  # fmt: skip
+        try:
+            handler = self._rendezvous(self.is_host)
+        except RendezvousConnectionError:
+            if not self.is_host or self.nodes == 1:
+                raise
+            handler = self._rendezvous(False)  # another node of this very machine was quicker
         return WorkerSpec(
             role="rank",
             local_world_size=self.ranks_here,
-            rdzv_handler=get_rendezvous_handler(parameters),
+            rdzv_handler=handler,
             max_restarts=self.max_restarts,
             monitor_interval=0.1,
             entrypoint=self.command[0],
             args=tuple(word.replace("$", "$$") for word in self.command[1:]),  # torchrun fills in ${local_rank}
             local_addr=self.address,
         )
+
+    def _rendezvous(self, is_host: bool) -> RendezvousHandler:
+        parameters = RendezvousParameters(
+            "c10d", self.endpoint, self.job, self.nodes, self.nodes, self.address,
+            is_host=str(is_host).lower(), read_timeout=STORE_SECONDS, join_timeout=NODES_SECONDS,
+        )  # fmt: skip
+        return get_rendezvous_handler(parameters)
 
 
 class End(NamedTuple):

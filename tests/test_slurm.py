@@ -201,7 +201,7 @@ def test_a_failing_config_and_a_crash_are_not_requeued_and_an_array_is_done(jobs
     scripts = REPOSITORY / "scripts" / "cluster"
     for script in scripts.glob("*.sbatch"):
         jobs.cluster.run("sbatch", "--test-only", "--array=0", str(script))
-    wrong = jobs.config("slurm-wrong", **{"optimizer.lr": "much"})
+    wrong = jobs.config("slurm-wrong", optimizer={"name": "AdamW", "lr": "much"})
     crash = jobs.config("slurm-crash")
     array = jobs.config("slurm-array", **{"trainer.max_epochs": 1})
     numbers = {
