@@ -16,18 +16,22 @@ from whole_runs import EXACT, Place, close, figures, last, same_training
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-# Two ranks; the data take their time, so that there is some to disturb a training in.
+# Data that take their time, so that there is a training to disturb; and none more come while a file is there, so that it
+# cannot end before.
 SLOW = """
-import time
+import os, time
 from toy import Points
 
 class Slow(Points):
-    def __init__(self, seconds=0.0, **more):
+    def __init__(self, seconds=0.0, hold="", **more):
         super().__init__(**more)
-        self.seconds = seconds
+        self.seconds, self.hold, self.loaded = seconds, hold, 0
 
     def __getitem__(self, index):
+        self.loaded += 1
         time.sleep(self.seconds)
+        while self.loaded > 10 and os.path.exists(self.hold):
+            time.sleep(0.05)
         return super().__getitem__(index)
 """
 CHANGES = {
@@ -50,6 +54,12 @@ class Jobs:
             shutil.rmtree(old, ignore_errors=True)
         self.place.config(name, **{**CHANGES, **changes})
         return run
+
+    def held(self, name: str, **changes: Any) -> tuple[Path, Path]:
+        """The same of a training that stops at its third step until the file is removed."""
+        hold = self.folder / f"{name}.hold"
+        hold.touch()
+        return self.config(name, **{"loaders.hold": str(hold)}, **changes), hold
 
     def submit(self, *words: str, mlflow: bool = False, **env: str) -> str:
         """The job's number."""
@@ -135,9 +145,10 @@ def preempted_with_grace(jobs: Jobs, name: str) -> Path:
 
 
 def out_of_time(jobs: Jobs, name: str) -> Path:
-    run = jobs.config(name, **{"loaders.seconds": 0.8})
-    number = jobs.submit(f"{name}.yaml", "--nodes", "2", "--time", "1m", "cluster.signal_seconds=30")
+    run, hold = jobs.held(name)
+    number = jobs.submit(f"{name}.yaml", "--nodes", "2", "--time", "1m")
     jobs.cluster.wait(number, lambda job: job["Restarts"] == "1")
+    hold.unlink()
     is_done(jobs, number, run, 1, most=3)
     return run
 
@@ -179,15 +190,15 @@ def test_a_disturbed_job_ends_as_if_nothing_had_been(jobs: Jobs, how: Callable[[
 
 def test_a_preempted_job_goes_on_in_its_run_with_the_code_it_was_submitted_with(jobs: Jobs) -> None:
     code = jobs.folder / "slow.py"
-    run = jobs.config(
-        "slurm-fast", **{"loaders.seconds": 0.2, "mlflow.tracking_uri": f"sqlite:///{jobs.folder}/slurm.db"}
-    )
+    run, hold = jobs.held("slurm-fast", **{"mlflow.tracking_uri": f"sqlite:///{jobs.folder}/slurm.db"})
     jobs.undisturbed()
     number = jobs.submit("slurm-fast.yaml", "--nodes", "2", "--time", "10m", "--partition", "preempt", mlflow=True)
     code.write_text("an edit that the job is not to see")
     try:
         jobs.at_step(number, run, 2)
         jobs.urgent()
+        jobs.cluster.wait(number, lambda job: job["Restarts"] == "1")
+        hold.unlink()
         is_done(jobs, number, run, 1)
     finally:
         code.write_text(SLOW)
@@ -197,13 +208,12 @@ def test_a_preempted_job_goes_on_in_its_run_with_the_code_it_was_submitted_with(
     assert (tags["SLURM_JOB_ID"], tags["SLURM_RESTART_COUNT"], tags["world_size"]) == (number, "1", "2")
 
 
-def test_a_failing_config_and_a_crash_are_not_requeued_and_an_array_is_done(jobs: Jobs) -> None:
+def test_a_failing_config_and_a_crash_are_not_requeued(jobs: Jobs) -> None:
     scripts = REPOSITORY / "scripts" / "cluster"
     for script in scripts.glob("*.sbatch"):
         jobs.cluster.run("sbatch", "--test-only", "--array=0", str(script))
     wrong = jobs.config("slurm-wrong", optimizer={"name": "AdamW", "lr": "much"})
     crash = jobs.config("slurm-crash")
-    array = jobs.config("slurm-array", **{"trainer.max_epochs": 1})
     numbers = {
         "wrong": jobs.sbatch(
             f"--output={wrong}.log", str(scripts / "slurm-node.sbatch"), "slurm-wrong.yaml", str(wrong)
@@ -213,12 +223,17 @@ def test_a_failing_config_and_a_crash_are_not_requeued_and_an_array_is_done(jobs
             str(scripts / "slurm-srun.sbatch"), "slurm-crash.yaml", str(crash), TOY_DO="train 5 rank 0 KILL",
         ),
     }  # fmt: skip
-    both = jobs.submit("slurm-array.yaml", "--time", "10m", "--array", "seed=1", "--array", "seed=2 optimizer.lr=0.5")
     for name, status in (("wrong", "2:0"), ("crash", "137:0")):
         job = jobs.cluster.ended(numbers[name])
         assert (job["JobState"], job["Restarts"], job["ExitCode"]) == ("FAILED", "0", status), job
     assert "optimizer.lr: expected float" in Path(f"{wrong}.log").read_text()
     assert "learning rate" in Path(f"{crash}.log").read_text()  # what was said before a kill is there
+
+
+@pytest.mark.soak
+def test_an_array_trains_each_of_its_overrides(jobs: Jobs) -> None:
+    array = jobs.config("slurm-array", **{"trainer.max_epochs": 1})
+    both = jobs.submit("slurm-array.yaml", "--time", "10m", "--array", "seed=1", "--array", "seed=2 optimizer.lr=0.5")
     for index in range(2):
         assert jobs.cluster.ended(f"{both}_{index}")["JobState"] == "COMPLETED", jobs.log(array)
         run = array.with_name(f"{array.name}-{index}")
