@@ -16,7 +16,7 @@ from whole_runs import EXACT, Place, close, figures, last, same_training
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-# Data that take their time, so that there is a training to disturb; and none more come while a file is there, so that it
+# Data that take their time, so that there is a training to disturb. While a file is there no more of them come: then it
 # cannot end before.
 SLOW = """
 import os, time
