@@ -43,6 +43,8 @@ CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
+# Jobs take their port from their number, and several clusters share this machine's
+FirstJobId={first}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
@@ -139,7 +141,15 @@ class Cluster:
         (folder / "hosts").write_text("\n".join([*hosts, ""]))
         (folder / "gres.conf").write_text(f"AutoDetect=off\nName=gpu File={folder}/gpu[0-1] Flags=nvidia_gpu_env\n")
         (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n" if version() >= (23, 11) else "# not used\n")
-        values = {"host": self.host, "port": ports[0], "folder": folder, "user": user(), "nodes": "\n".join(nodes)}
+        first = ports[0] % 3000 // 10 * 1000 + 1
+        values = {
+            "first": first,
+            "host": self.host,
+            "port": ports[0],
+            "folder": folder,
+            "user": user(),
+            "nodes": "\n".join(nodes),
+        }
         for name, communication in (("slurm", "NoCtldInAddrAny"), ("slurmd", "NoCtldInAddrAny,NoInAddrAny")):
             (folder / f"{name}.conf").write_text(CONFIG.format(**values, communication=communication))
 
@@ -246,8 +256,8 @@ def namespaces() -> Sequence[str]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Neighbouring ports below the ephemeral ones, free on all of loopback."""
-    for first in range(20000 + os.getpid() % 900 * 10, 30000, 10):
+    """Neighbouring ports between those of jobs and the ephemeral ones, free on all of loopback."""
+    for first in range(30000 + os.getpid() % 200 * 10, 32700, 10):
         ports = range(first, first + count)
         try:
             for port in ports:
