@@ -110,8 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words and words[0].endswith((".yaml", ".yml")):
         words.insert(0, "train")
     options = _options(words)
-    # For `modules:` of the current folder, as `python -m` has it; not with -P, as Python has it.
-    if not sys.flags.safe_path and str(Path.cwd()) not in sys.path:
+    # For `modules:` of the current folder, as `python -m` has it; a job has a copy of them, and says so.
+    if "PYTHONSAFEPATH" not in os.environ and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
         special = {
@@ -198,8 +198,8 @@ def _config(options: argparse.Namespace) -> int:
     for line in notes_on(config):
         print(f"# {one_line(line)}")
     for name, call in calls(config).items():
-        if name.endswith((".loader", ".schedule", ".ddp", ".pictures")):
-            continue  # dtrain's own keys beside a component's
+        if name.endswith((".loader", ".schedule", ".ddp", ".pictures")) or name == "cluster":
+            continue  # dtrain's own keys beside a component's, and what is no part of a training
         target = locate(config, call).target
         where = f"  {target.file}:{target.line}" if isinstance(target, Callee) else ""
         print(f"# {name + ':':<22} {target.module}.{target.name}{where}")
