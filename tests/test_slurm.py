@@ -146,7 +146,7 @@ def preempted_with_grace(jobs: Jobs, name: str) -> Path:
 
 def out_of_time(jobs: Jobs, name: str) -> Path:
     run, hold = jobs.held(name)
-    number = jobs.submit(f"{name}.yaml", "--nodes", "2", "--time", "1m")
+    number = jobs.submit(f"{name}.yaml", "--nodes", "2", "--time", "2m", "cluster.signal_seconds=20")
     jobs.cluster.wait(number, lambda job: job["Restarts"] == "1")
     hold.unlink()
     is_done(jobs, number, run, 1, most=3)
@@ -189,19 +189,18 @@ def test_a_disturbed_job_ends_as_if_nothing_had_been(jobs: Jobs, how: Callable[[
 
 
 def test_a_preempted_job_goes_on_in_its_run_with_the_code_it_was_submitted_with(jobs: Jobs) -> None:
-    code = jobs.folder / "slow.py"
-    run, hold = jobs.held("slurm-fast", **{"mlflow.tracking_uri": f"sqlite:///{jobs.folder}/slurm.db"})
+    code = jobs.folder / "edited.py"
+    code.write_text(SLOW)
+    store = f"sqlite:///{jobs.folder}/slurm.db"
+    run, hold = jobs.held("slurm-fast", modules=["toy", "edited"], **{"mlflow.tracking_uri": store})
     jobs.undisturbed()
     number = jobs.submit("slurm-fast.yaml", "--nodes", "2", "--time", "10m", "--partition", "preempt", mlflow=True)
     code.write_text("an edit that the job is not to see")
-    try:
-        jobs.at_step(number, run, 2)
-        jobs.urgent()
-        jobs.cluster.wait(number, lambda job: job["Restarts"] == "1")
-        hold.unlink()
-        is_done(jobs, number, run, 1)
-    finally:
-        code.write_text(SLOW)
+    jobs.at_step(number, run, 2)
+    jobs.urgent()
+    jobs.cluster.wait(number, lambda job: job["Restarts"] == "1")
+    hold.unlink()
+    is_done(jobs, number, run, 1)
     with sqlite3.connect(jobs.folder / "slurm.db") as store:
         assert store.execute("select status from runs").fetchall() == [("FINISHED",)]
         tags = dict(store.execute("select key, value from tags").fetchall())
