@@ -24,6 +24,7 @@ EXAMPLES = {
     "config": "dtrain config configfiles/digits.yaml optimizer.lr=5e-4",
     "sync": "dtrain sync runs/digits",
     "replay": "dtrain replay runs/digits",
+    "doctor": "srun dtrain doctor configfiles/digits.yaml",
 }
 HELP = {
     "train": "train, validate, test; go on where an earlier start ended",
@@ -33,6 +34,7 @@ HELP = {
     "config": "print the resolved config, with the class of each section",
     "sync": "send what a run's journal holds and MLflow has not to MLflow",
     "replay": "repeat the step in which a training failed, on one process, and look at every number",
+    "doctor": "probe versions, GPUs, network, disk, MLflow and, under srun, all nodes; one line each, with the cure",
 }
 
 
@@ -62,12 +64,15 @@ def _parser() -> argparse.ArgumentParser:
         if name in ("sync", "replay"):
             command.add_argument("folder", metavar="RUN_FOLDER", help="what trainer.checkpoint_dir named")
             continue
-        command.add_argument("config", metavar="CONFIG", help="a YAML file")
+        optional: dict[str, Any] = {"nargs": "?"} if name == "doctor" else {}
+        command.add_argument("config", metavar="CONFIG", help="a YAML file", **optional)
         command.add_argument(
             "overrides", metavar="KEY=VALUE", nargs="*", default=[], help="dotted keys, values in YAML"
         )
         if name in ("test", "predict"):
             command.add_argument("--checkpoint", metavar="PATH", help="a checkpoint or weight file (default: the best)")
+        if name == "doctor":
+            command.add_argument("--json", action="store_true", help="print one JSON object")
         if name == "predict":
             command.add_argument("--output-dir", metavar="DIR", help="default: predictions in the run folder")
             command.add_argument("--overwrite", action="store_true", help="make files anew that were made otherwise")
@@ -87,7 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if str(Path.cwd()) not in sys.path:  # for `modules:` of the current folder, as `python -m` has it
         sys.path.insert(0, str(Path.cwd()))
     try:
-        return {"config": _config, "sync": _sync, "replay": _replay}.get(options.command, _work)(options)
+        return {"config": _config, "sync": _sync, "replay": _replay, "doctor": _doctor}.get(options.command, _work)(
+            options
+        )
     except ConfigError as error:
         return _refuse(error)
     except KeyboardInterrupt:
@@ -168,7 +175,7 @@ def _config(options: argparse.Namespace) -> int:
     for line in notes_on(config):
         print(f"# {one_line(line)}")
     for name, call in calls(config).items():
-        if name.endswith((".loader", ".schedule", ".ddp", ".pictures")):
+        if name.endswith((".loader", ".schedule", ".ddp", ".fsdp", ".pictures")):
             continue  # dtrain's own keys beside a component's
         target = locate(config, call).target
         where = f"  {target.file}:{target.line}" if isinstance(target, Callee) else ""
@@ -188,6 +195,16 @@ def _replay(options: argparse.Namespace) -> int:
     from dtrain import worker
 
     return worker.replay(config, folder)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from dtrain.config import load_config
+    from dtrain.doctor import examine
+
+    config = load_config(options.config, options.overrides) if options.config else {}
+    status = examine(config, print, options.json)
+    sys.stdout.flush()
+    os._exit(status)  # a probe that hangs in the kernel would keep Python from ending
 
 
 def _sync(options: argparse.Namespace) -> int:

@@ -21,7 +21,7 @@ GET_ROOMS = ("modelloader", "dataloader", "loss", "metrics", "optimizer")
 LAYERS = (
     ("__main__",),
     ("cli",),
-    ("worker",),
+    ("worker", "doctor"),
     ("create",),
     ("trainer",),
     ("predict",),
@@ -37,6 +37,7 @@ HELPERS = {
     **dict.fromkeys(("failure", "replay", "watch"), "trainer"),
     **dict.fromkeys(("drawing", "panel", "pictures"), "trainer"),
     "board": "distributed",
+    "shards": "distributed",
     "delivery": "sender",
     **dict.fromkeys(("desk", "grid", "items", "outputs", "parts", "segments", "stitch"), "predict"),
     "inference": "trainer",
@@ -255,7 +256,7 @@ def importers(name: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for file in package():
         for one in imports(file):
-            if one.is_of(name):
+            if one.is_of(name) and not one.is_of("importlib.metadata"):  # which reads versions, and imports nothing
                 found.setdefault(file.room, []).append(file.at(one.line))
     return found
 
