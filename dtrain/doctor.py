@@ -67,8 +67,8 @@ def examine(config: Mapping[str, Any], say: Callable[[str], None], as_json: bool
     folder = Path(trainer.get("checkpoint_dir") or f"runs/{experiment}")
     findings = []
     if here.local_rank == 0:
-        look = {"versions": versions, "gpus": gpus, "fabric": fabric, "files": files, "shared memory": shared_memory}
-        findings = in_time({**look, "disk": lambda: disk(folder)}, LOCAL_SECONDS)
+        look = {"versions": versions, "gpus": gpus, "nccl": nccl, "fabric": fabric, "disk": lambda: disk(folder)}
+        findings = in_time({**look, "files": files, "shared memory": shared_memory}, LOCAL_SECONDS)
     if here.world_size > 1:
         findings = _together(here, findings)
     else:
@@ -133,7 +133,7 @@ def versions() -> Finding:
 
 
 def gpus() -> Finding:
-    """What torch can compute on, and the library by which GPUs talk."""
+    """What torch can compute on."""
     import torch
 
     if not torch.cuda.is_available():
@@ -145,14 +145,24 @@ def gpus() -> Finding:
     kinds = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
     free = [torch.cuda.mem_get_info(index) for index in range(len(names))]
     used = [index for index, (left, whole) in enumerate(free) if left < 0.9 * whole]
-    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else ""
-    text = f"{kinds}, CUDA {torch.version.cuda}, {f'NCCL {nccl}' if nccl else 'no NCCL'}"
-    if not nccl and len(names) > 1:
-        return Finding("gpus", "fail", text, "install a torch with NCCL; without it GPUs talk through gloo")
+    text = f"{kinds}, CUDA {torch.version.cuda}"
     if used:
         cure = "another process is at work there: nvidia-smi"
         return Finding("gpus", "warn", f"{text}; memory taken on {', '.join(map(str, used))}", cure)
     return Finding("gpus", "ok", text)
+
+
+def nccl() -> Finding:
+    """The library by which GPUs talk to one another."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding("nccl", "ok", "not needed: CPUs talk through gloo")
+    if not torch.distributed.is_nccl_available():
+        several = torch.cuda.device_count() > 1
+        cure = "install a torch with NCCL; without it GPUs talk through gloo, slowly"
+        return Finding("nccl", "fail" if several else "warn", "this torch has none", cure)
+    return Finding("nccl", "ok", ".".join(map(str, torch.cuda.nccl.version())))
 
 
 def fabric() -> Finding:
