@@ -68,7 +68,9 @@ def examine(config: Mapping[str, Any], say: Callable[[str], None], as_json: bool
     findings = []
     if here.local_rank == 0:
         look = {"versions": versions, "gpus": gpus, "nccl": nccl, "fabric": fabric, "disk": lambda: disk(folder)}
-        findings = in_time({**look, "files": files, "shared memory": shared_memory}, LOCAL_SECONDS)
+        findings = in_time(
+            {**look, "files": lambda: files(here.world_size), "shared memory": shared_memory}, LOCAL_SECONDS
+        )
     if here.world_size > 1:
         findings = _together(here, findings)
     else:
@@ -214,14 +216,15 @@ def disk(folder: Path) -> Finding:
     return Finding("disk", "ok", text)
 
 
-def files() -> Finding:
-    """How many files and sockets a process may have open: loader workers pass tensors by them."""
+def files(world_size: int = 1) -> Finding:
+    """How many files and sockets a process may have open: workers pass tensors by them, gloo has one per rank."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = "no limit" if hard == resource.RLIM_INFINITY else str(hard)
-    if soft == resource.RLIM_INFINITY or soft >= 4096:
+    need = 256 + 2 * world_size
+    if soft == resource.RLIM_INFINITY or soft >= max(4096, need):
         return Finding("files", "ok", f"{'no limit' if soft == resource.RLIM_INFINITY else soft} open files")
     cure = f"ulimit -n {65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)} before the start"
-    return Finding("files", "fail" if soft < 256 else "warn", f"{soft} open files at most (hard limit {most})", cure)
+    return Finding("files", "fail" if soft < need else "warn", f"{soft} open files at most (hard limit {most})", cure)
 
 
 def shared_memory() -> Finding:
