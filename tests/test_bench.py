@@ -202,7 +202,7 @@ def test_scale_measures_sampler_ranks_and_journal(clean_env: dict[str, str], tmp
     )
     assert done.returncode == 0, done.stdout + done.stderr
     data = json.loads((tmp_path / "all.json").read_text())
-    assert [one["samples"] for one in data["sampler"]] == [10**3, 10**6, 10**8]
+    assert [one["samples"] for one in data["sampler"]] == [10**6, 10**8]
     assert max(one["peak_mb"] for one in data["sampler"]) < 8  # a permutation of the largest would take 800
     assert [one["ranks"] for one in data["together"]] == [2]
     assert min(data["together"][0].values()) > 0

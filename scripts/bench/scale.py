@@ -2,7 +2,7 @@
 
     python scripts/bench/scale.py [--ranks 1 2 4 8 16] [--samples 1000000000] [--steps 500] [--json FILE]
 
-The sampler is the training's own, of one rank of 8,000, whose first indices are drawn; its memory is what Python
+The sampler is the training's own, of one rank of up to 8,000, whose first indices are drawn; its memory is what Python
 allocated meanwhile and what the process grew by. Ranks are gloo processes of this machine under torchrun
 (scale_rank.py): more of them than cores take turns, so their times are upper limits of what a core for each would give.
 The journal is that of a training on two ranks by the command line (overhead.yaml), which logs every step.
@@ -27,13 +27,13 @@ from dtrain.dataloader import ShuffledShard
 
 HERE = Path(__file__).resolve().parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-RANKS_OF_SAMPLER, BATCH_SIZE, BATCHES = 8000, 32, 4000
+MOST_RANKS, BATCH_SIZE, BATCHES = 8000, 32, 3500
 TIMEOUT_SECONDS = 170.0
 
 
 def sampler(samples: int) -> dict[str, float]:
     """A rank's first indices out of so many samples: microseconds for each, and the memory that it took."""
-    world = min(RANKS_OF_SAMPLER, max(1, samples // BATCH_SIZE))
+    world = min(MOST_RANKS, max(1, samples // (BATCH_SIZE * BATCHES)))  # so that each has enough of them
     shard = ShuffledShard(samples, 0, world - 1, world, BATCH_SIZE)
     began, drawn = time.perf_counter(), 0
     for _, *indices in islice(shard, BATCHES):
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
     wish = parser.parse_args()
-    sizes = sorted({10**3, min(10**6, wish.samples), wish.samples})
+    sizes = sorted({min(10**6, wish.samples), wish.samples})
     drawn = [sampler(size) for size in sizes]
     print(f"{machine()}\n\n{'samples':>12}{'us an index':>14}{'allocated, MB':>16}{'process grew, MB':>18}")
     for one in drawn:
