@@ -51,6 +51,7 @@ def check(config: ConfigDict, purpose: str | None = "train") -> None:
     mistakes += _shared_mistakes(config, described) + _top_level_mistakes(config) + module_mistakes(config)
     told = {item.text.partition(":")[0] for item in mistakes}
     mistakes += [item for item in _value_mistakes(config) if item.text.partition(":")[0] not in told]
+    mistakes += strategy_mistakes(config, config.get("trainer"))
     mistakes += _name_mistakes(config) + _missing_mistakes(config, purpose or _purpose_of(config))
     if mistakes:
         # A key shared by several calls has one mistake, not one for each signature.
@@ -298,6 +299,32 @@ def _value_mistakes(config: ConfigDict) -> list[Mistake]:
         text = f"MLflow 3 no longer writes to {shown(uri)}; name the folder alone (sqlite is put in it), or a server"
         mistakes.append(mistake(config, ("mlflow", "tracking_uri"), text))
     return mistakes
+
+
+def strategy_mistakes(config: ConfigDict, options: Any) -> list[Mistake]:
+    """What cannot be had together with `trainer.strategy`.
+
+    Args:
+        config: The whole config.
+        options: What it has under `trainer`, and what came from elsewhere.
+    """
+    if _at(options, "strategy") != "fsdp":
+        text = "says what is gathered at a time under `trainer.strategy: fsdp`, which is not asked for"
+        given = _at(options, "strategy") == "ddp" and _at(options, "fsdp")
+        return [mistake(config, ("trainer", "fsdp"), text)] if given else []
+    unfit = {
+        "compile": "is not possible with the model shared out (strategy: fsdp)",
+        "sync_batchnorm": "has not been tried with the model shared out (strategy: fsdp)",
+    }
+    found = [mistake(config, ("trainer", key), text) for key, text in unfit.items() if _at(options, key)]
+    if _at(options, "precision") == "fp16":
+        text = "fp16 needs its gradients scaled, which is not possible with strategy: fsdp; possible: bf16, fp32"
+        found.append(mistake(config, ("trainer", "precision"), text))
+    text = "is DistributedDataParallel's; with strategy: fsdp possible: backend, timeout_seconds, broadcast_buffers"
+    own = {"backend", "timeout_seconds", "broadcast_buffers"}
+    ddp = _at(options, "ddp") if is_mapping(_at(options, "ddp")) else {}
+    given = [key for key, value in ddp.items() if value is not None and key not in own]
+    return found + [mistake(config, ("trainer", "ddp", key), text) for key in given]
 
 
 def _name_mistakes(config: ConfigDict) -> list[Mistake]:

@@ -26,6 +26,7 @@ EXAMPLES = {
     "submit": "dtrain submit configfiles/digits.yaml --nodes 2 --gpus-per-node 4 --time 12:00:00",
     "sync": "dtrain sync runs/digits",
     "replay": "dtrain replay runs/digits",
+    "doctor": "srun dtrain doctor configfiles/digits.yaml",
 }
 HELP = {
     "train": "train, validate, test; go on where an earlier start ended",
@@ -37,6 +38,7 @@ HELP = {
     "submit": "train as a SLURM job, with a copy of config and code; requeued until it is done",
     "sync": "send what a run's journal holds and MLflow has not to MLflow",
     "replay": "repeat the step in which a training failed, on one process, and look at every number",
+    "doctor": "probe versions, GPUs, network, disk, MLflow and, under srun, all nodes; one line each, with the cure",
 }
 
 CLUSTER = {  # options of submit, which stand for keys of the config's `cluster`
@@ -77,7 +79,8 @@ def _parser() -> argparse.ArgumentParser:
         if name in ("sync", "replay"):
             command.add_argument("folder", metavar="RUN_FOLDER", help="what trainer.checkpoint_dir named")
             continue
-        command.add_argument("config", metavar="CONFIG", help="a YAML file")
+        optional: dict[str, Any] = {"nargs": "?"} if name == "doctor" else {}
+        command.add_argument("config", metavar="CONFIG", help="a YAML file", **optional)
         command.add_argument(
             "overrides", metavar="KEY=VALUE", nargs="*", default=[], help="dotted keys, values in YAML"
         )
@@ -87,6 +90,8 @@ def _parser() -> argparse.ArgumentParser:
             _submit_options(command)
         if name in ("test", "predict"):
             command.add_argument("--checkpoint", metavar="PATH", help="a checkpoint or weight file (default: the best)")
+        if name == "doctor":
+            command.add_argument("--json", action="store_true", help="print one JSON object")
         if name == "predict":
             command.add_argument("--output-dir", metavar="DIR", help="default: predictions in the run folder")
             command.add_argument("--overwrite", action="store_true", help="make files anew that were made otherwise")
@@ -116,6 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         special = {
             "config": _config, "launch": launcher.launch, "sync": _sync, "replay": _replay, "submit": _submit,
+            "doctor": _doctor,
         }  # fmt: skip
         return special.get(options.command, _work)(options)
     except ConfigError as error:
@@ -198,7 +204,7 @@ def _config(options: argparse.Namespace) -> int:
     for line in notes_on(config):
         print(f"# {one_line(line)}")
     for name, call in calls(config).items():
-        if name.endswith((".loader", ".schedule", ".ddp", ".pictures")) or name == "cluster":
+        if name.endswith((".loader", ".schedule", ".ddp", ".fsdp", ".pictures")) or name == "cluster":
             continue  # dtrain's own keys beside a component's, and what is no part of a training
         target = locate(config, call).target
         where = f"  {target.file}:{target.line}" if isinstance(target, Callee) else ""
@@ -225,6 +231,16 @@ def _replay(options: argparse.Namespace) -> int:
     from dtrain import worker
 
     return worker.replay(config, folder)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from dtrain.config import load_config
+    from dtrain.doctor import examine
+
+    config = load_config(options.config, options.overrides) if options.config else {}
+    status = examine(config, print, options.json)
+    sys.stdout.flush()
+    os._exit(status)  # a probe that hangs in the kernel would keep Python from ending
 
 
 def _sync(options: argparse.Namespace) -> int:

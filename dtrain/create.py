@@ -1,5 +1,6 @@
 """create_trainer: every part of a training, built in the order of need; knows the config, but not how one trains."""
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 
 from dtrain import report, rng
 from dtrain.build import build, defaults
-from dtrain.check import check, notes
+from dtrain.check import check, notes, strategy_mistakes
 from dtrain.checkpoint import CheckpointError, Checkpoints, Loaded, load, load_weights
 from dtrain.config import from_mapping, place_of, run_folder, sources, to_plain, to_yaml
 from dtrain.dataloader import Loaders, get_train_loaders
@@ -26,9 +27,11 @@ from dtrain.progress import get_progress
 from dtrain.redact import redact, redacted_tree
 from dtrain.resume import CHECKPOINTS, ResumeError, Start, find_start
 from dtrain.sections import PHASES, calls, refused
+from dtrain.shards import launcher_strategy, settings_of_accelerate
 from dtrain.state import FORMAT, restore
 from dtrain.tracking import Journal, NoJournal, flatten
 from dtrain.trainer import Parts, Trainer
+from dtrain.yamlfile import ConfigError
 
 if TYPE_CHECKING:
     from subprocess import Popen
@@ -60,7 +63,8 @@ def create_trainer(
     options["precision"] = options["precision"] or launcher_precision() or "fp32"
     seed = config.get("seed") or 0
     ddp = ({"timeout_seconds": IDLE_SECONDS} if purpose == "predict" else {}) | (options["ddp"] or {})
-    ranks = set_up(config.get("device", "auto"), ddp, options["deterministic"])
+    fsdp = _fsdp(config, options) if purpose == "train" else None  # else each rank has a whole model
+    ranks = set_up(config.get("device", "auto"), ddp, options["deterministic"], fsdp)
     progress = get_progress(ranks.is_main)
     for line in (ranks.notes + notes(config)) if ranks.is_main else ():
         progress.note(line)
@@ -79,15 +83,20 @@ def create_trainer(
     checkpoints = Checkpoints(
         start.folder / CHECKPOINTS, keep_last=options["keep_last"], keep_best=options["keep_best"], mode=mode
     )
-    model, optimizer, schedule, table = compiled, None, None, dict[str, str]()
+    model, average, optimizer, schedule, table = compiled, None, None, None, dict[str, str]()
+    use = _use(config, options, start, phases)
     journal: Journal | NoJournal = NoJournal()
     if purpose == "train":
+        if ranks.shards and loaders.test is not None and use.whole_volumes(loaders.test):
+            text = "tests whole volumes, which a model that is shared out cannot; train without, then `dtrain test`"
+            raise refused(config, ("loaders", "test"), text)
+        average = None if options["ema_decay"] is None else ranks.share_out(copy.deepcopy(module))
         model, journal = ranks.wrap(compiled), _journal(config, ranks, start, sender)
         optimizer, schedule, plan = _plan(config, options, module, loaders, mode)
         table = _table(config, module, loaders, ranks, journal, start, plan)
     parts = Parts(
-        ranks, module, compiled, model, loaders, loss, metrics, optimizer, schedule, checkpoints,
-        journal, progress, _pictures(config, options, loaders, start), _use(config, options, start, phases),
+        ranks, module, compiled, model, average, loaders, loss, metrics, optimizer, schedule, checkpoints,
+        journal, progress, _pictures(config, options, loaders, start), use,
         start, seed,
         places={key: str(place) for key in config if (place := place_of(config, (key,)))},
         table=table,
@@ -100,6 +109,22 @@ def create_trainer(
     if purpose == "train":
         _restore(config, trainer, ranks, start)
     return trainer
+
+
+def _fsdp(config: ConfigDict, options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The options of sharing the model out; None where it is not.
+
+    Raises:
+        ConfigError: They, or other settings, do not go with it.
+    """
+    told = launcher_strategy()
+    strategy = options["strategy"] or told or "ddp"
+    if mistakes := strategy_mistakes(config, {**options, "strategy": strategy}):
+        raise ConfigError(mistakes)
+    if strategy == "ddp":
+        return None
+    own = {key: value for key, value in (options["fsdp"] or {}).items() if value is not None}
+    return (settings_of_accelerate() if told else {}) | own
 
 
 def _phases(config: ConfigDict, purpose: str) -> tuple[str, ...]:
@@ -169,13 +194,13 @@ def _prepared_model(
     if options["pre_trained"] and start.checkpoint is None:
         if ranks.is_main:
             _load_pre_trained(config, module, options["pre_trained"], say)
-        module = module.to(ranks.device)
+        module = module if ranks.shards else module.to(ranks.device)
         ranks.share_weights(module)
     if options["sync_batchnorm"] and ranks.world_size > 1:
         if ranks.device.type != "cuda":
             raise refused(config, ("trainer", "sync_batchnorm"), "needs GPUs; torch has none of it for the CPU")
         module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    return module.to(ranks.device)
+    return module if ranks.shards else module.to(ranks.device)  # part by part, where it is too large for a device
 
 
 def _load_pre_trained(
@@ -271,7 +296,7 @@ def _table(
         + (f" x {train.accumulate} accumulated" if train.accumulate > 1 else ""),
         "steps": f"{train.steps():,} per epoch, {plan['steps']:,} in all",
         "learning rate": plan["rates"],
-        "device": f"{ranks.device}, {plan['precision']}",
+        "device": f"{ranks.device}, {plan['precision']}" + (", the model shared out (fsdp)" if ranks.shards else ""),
         "run folder": str(start.folder),
     }
     if isinstance(journal, Journal):

@@ -151,7 +151,7 @@ class ShuffledShard:
     def __iter__(self) -> Iterator[list[int]]:
         """Batches as [epoch, index, index, ...]: the epoch travels with the indices to the workers that live on."""
         epoch, end = self.epoch, self.end(self.start)
-        block = self.global_batch * max(1, 8192 // self.global_batch)  # permuting in blocks costs a tenth
+        block = self.global_batch * max(1, 8192 // self.batch_size)  # permuting in blocks costs a tenth
         for low in range(self.start, end, block):
             high = min(low + block, end)
             own = np.arange(low + self.rank, high, self.world_size)

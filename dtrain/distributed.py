@@ -5,6 +5,7 @@ import os
 import re
 import socket
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -15,6 +16,8 @@ from dtrain.yamlfile import ConfigError, Mistake
 
 if TYPE_CHECKING:
     import torch
+
+    from dtrain.shards import Shards
 
 
 VOTE_SECONDS = 0.2  # about so long apart are two votes; a stop takes effect after two of them
@@ -102,6 +105,7 @@ class Ranks:
     notes: list[str] = field(default_factory=list)
     host: str = field(default_factory=socket.gethostname)
     board: Board = field(default_factory=lambda: Board(0, 1))
+    shards: "Shards | None" = None  # how models are shared out over the ranks, where they are
     are_lost: bool = False  # some are gone, so that nothing can be agreed on any more
 
     @property
@@ -110,12 +114,26 @@ class Ranks:
         return self.rank == 0
 
     def wrap(self, model: "torch.nn.Module") -> "torch.nn.Module":
-        """The model as the ranks train it: DistributedDataParallel when there are several."""
-        trainable = any(item.requires_grad for item in model.parameters())
-        return self.accelerator.prepare_model(model) if self.world_size > 1 and trainable else model
+        """The model as the ranks train it: DistributedDataParallel when there are several, or itself shared out."""
+        if self.world_size == 1 or not any(item.requires_grad for item in model.parameters()):
+            return model
+        if not self.shards:
+            return self.accelerator.prepare_model(model)
+        if self.shards.syncs_buffers and any(True for _ in model.buffers()):
+            model.register_forward_pre_hook(self._begin_with_same_buffers)
+        return self.share_out(model)
+
+    def share_out(self, model: "torch.nn.Module") -> "torch.nn.Module":
+        """Where models are shared out, leave this rank its part of the main rank's weights."""
+        if not self.shards:
+            return model
+        self.share_weights(model)
+        return self.shards.share_out(model)
 
     def no_sync(self, model: Any) -> Any:
         """A context in which gradients add up on each rank alone, until the last batch of a step."""
+        if self.shards:
+            return self.shards.amid_step()
         return model.no_sync() if hasattr(model, "no_sync") else contextlib.nullcontext()
 
     def sum_(self, tensor: "torch.Tensor") -> "torch.Tensor":
@@ -156,6 +174,26 @@ class Ranks:
                 if isinstance(value, torch.Tensor):
                     dist.broadcast(value, src=0)
 
+    def whole(self, tree: Any) -> Any:
+        """A state_dict or the like as one process would have it: of shards, the main rank gets whole tensors."""
+        return self.shards.whole(tree, self.is_main) if self.shards else tree
+
+    def load_weights(self, model: "torch.nn.Module", weights: Mapping[str, Any] | None) -> None:
+        """Give every rank these weights, which only the main rank has, or its own where it has none."""
+        if self.shards:
+            self.shards.load_weights(model, weights, self.broadcast)
+            return
+        if weights is not None:
+            model.load_state_dict(weights)
+        self.share_weights(model)
+
+    def load_optimizer(self, optimizer: "torch.optim.Optimizer", state: "dict[str, Any] | None") -> None:
+        """Give every rank's optimizer this state, which only the main rank has."""
+        if self.shards:
+            self.shards.load_optimizer(optimizer, state, self.broadcast)
+        else:
+            optimizer.load_state_dict(self.broadcast(state))
+
     def agree_on_buffers(self, model: "torch.nn.Module") -> None:
         """Give every rank the main rank's buffers: BatchNorm's running statistics differ between ranks."""
         if self.world_size > 1:
@@ -163,6 +201,13 @@ class Ranks:
 
             for buffer in model.buffers():
                 dist.broadcast(buffer.data, src=0)
+
+    def _begin_with_same_buffers(self, model: "torch.nn.Module", _inputs: Any) -> None:
+        """What DistributedDataParallel does before the first forward of each step."""
+        assert self.shards
+        if model.training and not self.shards.is_amid_step:
+            self.agree_on_buffers(model)
+        self.shards.is_amid_step = False
 
     def close(self) -> None:
         """Leave the process group; only after success, since it waits for the others."""
@@ -277,13 +322,19 @@ def launcher_precision() -> str | None:
     return {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}.get(os.environ.get("ACCELERATE_MIXED_PRECISION", ""))
 
 
-def set_up(device: str = "auto", ddp: dict[str, Any] | None = None, deterministic: bool = False) -> Ranks:
+def set_up(
+    device: str = "auto",
+    ddp: dict[str, Any] | None = None,
+    deterministic: bool = False,
+    fsdp: dict[str, Any] | None = None,
+) -> Ranks:
     """Join the process group, choose the device, set the threads.
 
     Args:
         device: The config's `device`.
         ddp: DistributedDataParallel's options, and `backend` (gloo lets ranks share a GPU) and `timeout_seconds`.
         deterministic: Ask torch for deterministic algorithms.
+        fsdp: The options of sharing the model out; None: it is not.
 
     Raises:
         ConfigError: The device does not exist, or there are fewer GPUs than ranks.
@@ -308,6 +359,12 @@ def set_up(device: str = "auto", ddp: dict[str, Any] | None = None, deterministi
     if found.world_size > 1:
         ranks.accelerator = _join(found, chosen, backend, timeout_seconds, options)
         ranks.board = Board(found.rank, found.world_size, torch.distributed.distributed_c10d._get_default_store())
+        if fsdp is not None:
+            from dtrain.shards import Shards
+
+            ranks.shards = Shards(chosen, found.world_size, fsdp, options.get("broadcast_buffers") is not False)
+    elif fsdp is not None:
+        ranks.notes.append("trainer.strategy: fsdp shares the model out over several ranks; one process has all of it")
     return ranks
 
 
@@ -325,6 +382,7 @@ def _join(found: Environment, device: Any, backend: str | None, timeout_seconds:
     default = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = None if timeout_seconds is None else timedelta(seconds=timeout_seconds)
     dist.init_process_group(backend or default, timeout=timeout)
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # what it asks for is done here, and not where the config says ddp
     if device.type == "cuda":
         # Where ranks share a GPU, accelerate must see the device's index, not the rank's.
         os.environ["LOCAL_RANK"] = str(device.index)

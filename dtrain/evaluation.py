@@ -1,6 +1,6 @@
 """One pass over a phase's data: loss and metrics, exact over ranks; knows no training and no optimizer."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +39,8 @@ def evaluate(
     How often and when a training is validated changes no random number that it draws on the CPU.
 
     Args:
-        module: The model without the ranks' wrapper, whose collectives would wait for a rank without batches.
+        module: The model without the ranks' wrapper, whose collectives would wait for a rank without batches; one that
+            is shared out has no wrapper, and is called equally often on all ranks.
         loader: This rank's batches; every sample of the phase is in one rank's batches, once.
         forward: `forward(module, batch)` gives the loss (mean over the batch), its terms, and the outcome.
         metrics: What is updated and computed; forgotten afterwards.
@@ -52,10 +53,12 @@ def evaluate(
     metrics.reset()
     sums: dict[str, tuple[Any, int]] = {}
     stopped = False
-    for number, batch in enumerate(loader):
-        if stopped := stop():
+    for number, (batch, counts, stopped) in enumerate(_rounds(loader, stop, ranks)):
+        if stopped:
             break
         loss, terms, outcome = forward(module, batch)
+        if not counts:
+            continue
         count = size(outcome.inputs)
         for name, value in {"loss": loss, **{f"loss_{key}": term for key, term in terms.items()}}.items():
             total, samples = sums.get(name, (0.0, 0))
@@ -68,8 +71,9 @@ def evaluate(
     means = ranks.broadcast(_means([sums_of for sums_of, _ in everybody]) if everybody else None)
     result = None if means is None else means | metrics.compute()
     metrics.reset()
-    if album and everybody and result is not None:
-        album.draw([seen for _, seen in everybody], module, forward)
+    if album and result is not None:
+        seen = [seen for _, seen in everybody or ()]
+        _lead(ranks, module, forward, lambda forward: album.draw(seen, module, forward))
     return result
 
 
@@ -100,6 +104,40 @@ def evaluate_volumes(
     result = None if ranks.broadcast(any(everybody or ())) else metrics.compute()
     metrics.reset()
     return result
+
+
+def _rounds(loader: Iterable[Any], stop: Callable[[], bool], ranks: Ranks) -> Iterator[tuple[Any, bool, bool]]:
+    """This rank's batches, each with whether it counts, and whether to stop before it.
+
+    Calling a model that is shared out takes all ranks: there, one that has no batch left lends a hand with rank 0's,
+    and all stop together.
+    """
+    if not ranks.shards:
+        for batch in loader:
+            yield batch, True, stop()
+        return
+    batches = iter(loader)
+    while True:
+        batch = next(batches, None)
+        here = batch is not None
+        with_batch, stops = ranks.sum_(torch.tensor([float(here), float(stop())])).tolist()
+        if not with_batch:
+            return
+        spare = ranks.broadcast(batch) if with_batch < ranks.world_size else None  # rank 0 has one where any has
+        yield batch if here else spare, here, stops > 0
+
+
+def _lead(ranks: Ranks, module: torch.nn.Module, forward: Forward, work: Callable[[Forward], None]) -> None:
+    """Let the main rank do `work(forward)` alone; where the model is shared out, the others follow each forward."""
+    if not ranks.shards:
+        if ranks.is_main:
+            work(forward)
+    elif ranks.is_main:
+        work(lambda module, batch: forward(module, ranks.broadcast(batch)))
+        ranks.broadcast(None)
+    else:
+        while (batch := ranks.broadcast()) is not None:
+            forward(module, batch)
 
 
 def _sum_dtype(value: torch.Tensor) -> torch.dtype:

@@ -67,21 +67,23 @@ def load_for_use(trainer: "Trainer", checkpoint: Path | None, required: bool = F
     Raises:
         ConfigError: There is none, or it does not fit the model.
     """
+    weights: Mapping[str, Any] | None = None
 
     def decide() -> None:
+        nonlocal weights
         path = checkpoint or trainer.checkpoints.best() or trainer.checkpoints.last()
         if path is not None:
-            _load(trainer.module, path)
+            weights = _weights_for(trainer.module, path)
         elif required and not trainer.parts.use.has_weights:
             raise ConfigError(
                 f"{trainer.checkpoints.folder} holds no checkpoint; train first, or name one: --checkpoint"
             )
 
     agreed(trainer.ranks, decide)
-    trainer.ranks.share_weights(trainer.module)
+    trainer.ranks.load_weights(trainer.module, weights)
 
 
-def _load(module: torch.nn.Module, path: Path) -> None:
+def _weights_for(module: torch.nn.Module, path: Path) -> Mapping[str, Any]:
     try:
         if path.is_dir():
             loaded = load(path)
@@ -93,7 +95,7 @@ def _load(module: torch.nn.Module, path: Path) -> None:
     if misfits := misfits_of(module, weights):
         more = f"; and {len(misfits) - 5} more" if len(misfits) > 5 else ""
         raise ConfigError(f"{path} does not fit the model: {'; '.join(misfits[:5])}{more}")
-    module.load_state_dict(weights)
+    return weights
 
 
 def _digest(weights: Mapping[str, Any]) -> str:
@@ -123,6 +125,8 @@ def predict(
         PredictionError: A file cannot be written.
     """
     loader: Any = trainer.loaders.predict or trainer.loaders.test
+    if trainer.ranks.shards:
+        raise ConfigError("a model that is shared out predicts nothing: use create_trainer(..., purpose='predict')")
     if loader is None:
         raise ConfigError("loaders: has neither 'predict' nor 'test', so there is nothing to predict")
     use = trainer.parts.use

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from dtrain.build import build
 from dtrain.config import to_plain
 from dtrain.sections import calls, refused
+from dtrain.shards import is_shard
 
 # What ReduceLROnPlateau learns on its way; the rest of its state is its arguments.
 _LEARNT = {"best", "num_bad_epochs", "cooldown_counter", "last_epoch"}
@@ -90,17 +91,20 @@ class WeightAverage:
     torch's AveragedModel keeps its count in a tensor, for which the host waits for the device in every step.
 
     Args:
-        module: What is averaged; its copy is the average.
+        module: A copy of what is averaged; it becomes the average.
         decay: The old average's share, from 0 to 1. The first update is a copy.
     """
 
     def __init__(self, module: torch.nn.Module, decay: float) -> None:
-        self.module, self.decay, self.updates = copy.deepcopy(module).requires_grad_(False), decay, 0
+        self.module, self.decay, self.updates = module.requires_grad_(False), decay, 0
+        self._of_shards = any(is_shard(item) for item in module.parameters())
 
     @torch.no_grad()
     def update(self, module: torch.nn.Module) -> None:
         """Take the weights of one more step in."""
         mine, theirs = ([*one.parameters(), *one.buffers()] for one in (self.module, module))
+        if self._of_shards:
+            mine, theirs = ([item.to_local() if is_shard(item) else item for item in one] for one in (mine, theirs))
         averages: list[torch.Tensor] = []
         weights: list[torch.Tensor] = []
         for average, weight in zip(mine, theirs, strict=True):

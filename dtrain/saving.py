@@ -61,9 +61,10 @@ class Saver:
             return
         trainer.ranks.agree_on_buffers(trainer.module)
         state = state_of(trainer)  # which also finds ranks that drifted apart
+        weights, averaged = _weights_of(trainer)
         self._at = at
         if trainer.ranks.is_main:
-            self._write(trainer, state)
+            self._write(trainer, state, weights, averaged)
 
     def is_saved(self, trainer: "Trainer") -> None:
         """What the trainer is now, lies on the disk: it was just read from there."""
@@ -77,8 +78,9 @@ class Saver:
             RuntimeError: The ranks' weights are not the same.
         """
         state = state_of(trainer)
+        weights, averaged = _weights_of(trainer)
         if trainer.ranks.is_main:
-            self.checkpoints.check(trainer.module.state_dict(), state, ema=_ema_of(trainer))
+            self.checkpoints.check(weights, state, ema=averaged)
 
     def mark(self, trainer: "Trainer") -> None:
         """Note what a step that is then abandoned halfway must not have changed; say so if a write has failed."""
@@ -109,6 +111,9 @@ class Saver:
             exact: Unless this is False.
             timeout_seconds: How long to wait for the others' random numbers.
         """
+        if trainer.ranks.shards:
+            self._say("the failed step cannot be replayed: of a model that is shared out, no rank has the weights")
+            return
         board, shard = trainer.ranks.board, trainer.train_loader.shard
         board.post("failed step", rng.get_state() | self._generators)
         if not trainer.ranks.is_main:
@@ -133,11 +138,16 @@ class Saver:
         """Save the last whole step without the other ranks' help: they, or this one, are stuck in the next.
 
         Each rank leaves what only it knows on the board; rank 0 writes. Where a note is missing, what follows is the
-        same training, but with other random numbers.
+        same training, but with other random numbers. Of a model that is shared out, no rank has the weights: there, the
+        last checkpoint is what the next start goes on from.
 
         Returns:
             Whether this rank has done what it could.
         """
+        if trainer.ranks.shards:
+            self._say(f"warning: step {trainer.step} is not saved: ranks that wait cannot give their shards of it")
+            self.wait()
+            return not self._failure
         board = trainer.ranks.board
         sums = {name: float(value) for name, value in self._sums.items()}
         board.post("abandoned", (rng.get_state() | self._generators, sums))
@@ -148,7 +158,7 @@ class Saver:
         state["sums"] = {name: sum(each.get(name, 0.0) for _, each in notes.values()) for name in sums}
         if self._at != place_of(trainer):
             self._at = place_of(trainer)
-            self._write(trainer, state)
+            self._write(trainer, state, *_weights_of(trainer))
         self.wait()
         return not self._failure
 
@@ -174,13 +184,20 @@ class Saver:
         if failure := trainer.ranks.broadcast(self._failure):
             raise CheckpointError(failure)
 
-    def _write(self, trainer: "Trainer", state: dict[str, Any]) -> None:
+    def _write(
+        self,
+        trainer: "Trainer",
+        state: dict[str, Any],
+        weights: dict[str, Any],
+        averaged: dict[str, Any] | None,
+    ) -> None:
         score = trainer.score if trainer.validated_step == trainer.step else None
         self.wait()  # and let go of its copies, before there are others
         future: Future[Path] = Future()
         self._under_way = trainer.step, future
         try:
-            snapshot = take_snapshot(trainer.module.state_dict(), state, _ema_of(trainer), copies=True)
+            # What was gathered from shards is nobody else's.
+            snapshot = take_snapshot(weights, state, averaged, copies=trainer.ranks.shards is None)
         except CheckpointError as error:
             future.set_exception(error)
             return
@@ -205,5 +222,7 @@ def place_of(trainer: "Trainer") -> tuple[int, int, int]:
     return trainer.step, trainer.epoch, trainer.validated_step
 
 
-def _ema_of(trainer: "Trainer") -> dict[str, torch.Tensor] | None:
-    return trainer.ema.module.state_dict() if trainer.ema else None
+def _weights_of(trainer: "Trainer") -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The model's weights and their averages; on the main rank whole. All ranks call it where they are shared out."""
+    averaged = trainer.ranks.whole(trainer.ema.module.state_dict()) if trainer.ema else None
+    return trainer.ranks.whole(trainer.module.state_dict()), averaged

@@ -65,6 +65,7 @@ HOUSE = {
     ),
     "loader": ("loader_settings", Slot(("dtrain.dataloader",))),
     "ddp": ("ddp_options", Slot(("dtrain.distributed",))),
+    "fsdp": ("fsdp_options", Slot(("dtrain.shards",))),
     "pictures": ("picture_settings", Slot(("dtrain.pictures",))),
     "pre_trained": ("weight_settings", Slot(("dtrain.modelloader",))),
     "predictor": ("Predictor", Slot(("dtrain.predict",))),
@@ -218,7 +219,7 @@ def _trainer_calls(config: ConfigDict, section: str, wrong: Wrong) -> dict[str, 
     own = _house_call((section,), section, {key: values[key] for key in values if key != "name"})
     if values.get("name") is not None:
         own = replace(own, name=values["name"])
-    parts = {key: values.get(key) or {} for key in ("ddp", "pictures")}
+    parts = {key: values.get(key) or {} for key in ("ddp", "fsdp", "pictures")}
     if is_mapping(values.get("pre_trained")):  # a path alone, else
         parts["pre_trained"] = values["pre_trained"]
     return {section: own} | {

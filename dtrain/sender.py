@@ -256,6 +256,24 @@ def find(run_id: str, uri: str) -> dict[str, Any]:
     return {**known, "checkpoint_dir": tags.get("dtrain.checkpoint_dir"), "tags": tags}
 
 
+def probe(experiment: str, uri: str) -> dict[str, Any]:
+    """Whether MLflow can be written to, or why not, as {'error': ...}; a tag is set and taken away again.
+
+    Args:
+        experiment: where, if it is there; else any other, for a new one could not be removed without a trace.
+        uri: resolved tracking URI.
+    """
+    try:
+        client = connect(uri)
+        there = client.get_experiment_by_name(experiment) or next(iter(client.search_experiments(max_results=1)), None)
+        if there is not None:
+            client.set_experiment_tag(there.experiment_id, "dtrain.doctor", "probe")
+            client.delete_experiment_tag(there.experiment_id, "dtrain.doctor")
+        return {"experiment": there.name if there else None}
+    except Exception as error:
+        return {"error": redact(brief(error))}
+
+
 def _get_run(client: Any, run_id: str) -> Any:
     """The run as mlflow has it, None when it is not there or deleted; a server that is away is another matter."""
     try:
@@ -307,6 +325,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tracking-uri", metavar="URI", help="default: run.json's, else MLFLOW_TRACKING_URI")
     parser.add_argument("--wait", action="store_true", help="get ready, then read the command line from stdin, as JSON")
     parser.add_argument("--find", metavar="RUN_ID", help="print what MLflow knows of a run, as one JSON line")
+    parser.add_argument(
+        "--probe", metavar="EXPERIMENT", help="print whether MLflow can be written to, as one JSON line"
+    )
     options = parser.parse_args(arguments)
     os.environ.update(_CLIENT_SETTINGS)
     with contextlib.redirect_stderr(Redacted(sys.stderr)), contextlib.redirect_stdout(Redacted(sys.stdout)):
@@ -314,8 +335,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.wait:
             return _wait_for_a_run(resolve_tracking_uri(options.tracking_uri))
         try:
-            if options.find:
-                answer = find(options.find, resolve_tracking_uri(options.tracking_uri))
+            if options.find or options.probe:
+                uri = resolve_tracking_uri(options.tracking_uri)
+                answer = find(options.find, uri) if options.find else probe(options.probe, uri)
                 print(json.dumps(answer))
                 return 1 if "error" in answer else 0
             if options.folder is None or not (options.folder / JOURNAL).is_file():

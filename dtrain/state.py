@@ -6,6 +6,7 @@ import torch
 
 from dtrain import rng
 from dtrain.checkpoint import Loaded
+from dtrain.shards import is_shard
 
 if TYPE_CHECKING:
     from dtrain.trainer import Trainer
@@ -40,7 +41,7 @@ def state_of(trainer: "Trainer", generators: dict[int, Any] | None = None) -> di
         "skipped": trainer.skipped,
         "sums": dict(zip(trainer.sums, sums.tolist(), strict=True)),
         "samples": trainer.samples,
-        "optimizer": trainer.optimizer.state_dict(),
+        "optimizer": trainer.ranks.whole(trainer.optimizer.state_dict()),
         "optimizer_name": type(trainer.optimizer).__name__,
         "schedule": trainer.schedule.state_dict(),
         "scaler": trainer.scaler.state_dict() if trainer.scaler else {},
@@ -70,9 +71,10 @@ def _generators_of_all(trainer: "Trainer") -> list[Any] | None:
 
 
 def fingerprint(module: torch.nn.Module) -> dict[str, int]:
-    """A checksum of each tensor's bits, by name; it costs one reading of them, and one wait."""
+    """A checksum of each tensor's bits, by name, but for shards; it costs one reading of them, and one wait."""
     bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    tensors = {name: item.detach() for name, item in module.state_dict().items() if isinstance(item, torch.Tensor)}
+    entries = {name: item for name, item in module.state_dict().items() if isinstance(item, torch.Tensor)}
+    tensors = {name: item.detach() for name, item in entries.items() if not is_shard(item)}
     sums = []
     for value in tensors.values():
         real = torch.view_as_real(value) if value.is_complex() else value
@@ -83,13 +85,12 @@ def fingerprint(module: torch.nn.Module) -> dict[str, int]:
 
 def restore(trainer: "Trainer", loaded: Loaded | None) -> None:
     """Go on from a checkpoint, which only the main rank has read (None elsewhere)."""
-    if loaded is not None:
-        trainer.module.load_state_dict(loaded.weights)
-        if trainer.ema and loaded.ema is not None:
-            trainer.ema.module.load_state_dict(loaded.ema)
-    for module in (trainer.module, trainer.ema.module) if trainer.ema else (trainer.module,):
-        trainer.ranks.share_weights(module)
-    state = trainer.ranks.broadcast(loaded.state if loaded else None)
+    trainer.ranks.load_weights(trainer.module, loaded.weights if loaded else None)
+    if trainer.ema:
+        trainer.ranks.load_weights(trainer.ema.module, loaded.ema if loaded else None)
+    state = dict(loaded.state) if loaded else {}
+    trainer.ranks.load_optimizer(trainer.optimizer, state.pop("optimizer", None))
+    state = trainer.ranks.broadcast(state)
     trainer.step, trainer.epoch, trainer.position = state["step"], state["epoch"], state["position"]
     trainer.best, trainer.bad_validations, trainer.skipped = state["best"], state["bad_validations"], state["skipped"]
     trainer.samples = state["samples"]
@@ -97,7 +98,6 @@ def restore(trainer: "Trainer", loaded: Loaded | None) -> None:
     trainer.grad_norm.fill_(state["grad_norm"])
     for name, value in state["sums"].items():  # all ranks add up the same sums; what was summed so far is rank 0's
         trainer.sum_of(name).fill_(value if trainer.ranks.is_main else 0.0)
-    trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.schedule.load_state_dict(state["schedule"])
     if trainer.scaler and state["scaler"]:
         trainer.scaler.load_state_dict(state["scaler"])

@@ -385,24 +385,34 @@ def find_run(run_id: str, uri: str | None = None, timeout_seconds: float = 60.0)
         ValueError: see `resolve_tracking_uri`.
     """
     where = resolve_tracking_uri(uri)
-    command = _sender_command("--find", run_id)
+    answer = _asked(where, "--find", run_id, timeout_seconds=timeout_seconds)
+    if "error" in answer:
+        raise LookupError(f"MLflow run {run_id} in {redact(where)}: {answer['error']}")
+    return answer
+
+
+def probe_store(uri: str, experiment: str, timeout_seconds: float) -> str:
+    """Why MLflow at a resolved address cannot be written to, found out in a process of its own; '' where it can."""
+    answer = _asked(uri, "--probe", experiment, timeout_seconds=timeout_seconds)
+    return str(answer.get("error", ""))
+
+
+def _asked(uri: str, *words: str, timeout_seconds: float) -> dict[str, Any]:
+    """What a sender answers; where it does not, why, as {'error': ...}."""
     try:
         done = subprocess.run(
-            command,
-            env=_sender_environment(where),
+            _sender_command(*words),
+            env=_sender_environment(uri),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=timeout_seconds,
         )
-        answer = json.loads(done.stdout.strip().splitlines()[-1])
+        return dict(json.loads(done.stdout.strip().splitlines()[-1]))
     except subprocess.TimeoutExpired:
-        answer = {"error": f"no answer within {timeout_seconds:g} s"}
+        return {"error": f"no answer within {timeout_seconds:g} s"}
     except (ValueError, IndexError):
-        answer = {"error": redact((done.stderr.strip().splitlines() or ["the sender said nothing"])[-1])}
-    if "error" in answer:
-        raise LookupError(f"MLflow run {run_id} in {redact(where)}: {answer['error']}")
-    return dict(answer)
+        return {"error": redact((done.stderr.strip().splitlines() or ["the sender said nothing"])[-1])}
 
 
 def prepare_sender(tracking_uri: str | None) -> subprocess.Popen[bytes] | None:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch.nn.utils import clip_grads_with_norm_
@@ -49,6 +49,7 @@ class Parts:
     module: torch.nn.Module  # the bare model: what is saved
     compiled: torch.nn.Module  # the same, compiled if so configured: what is evaluated
     model: torch.nn.Module  # the same, wrapped for the ranks: what is trained
+    average: torch.nn.Module | None  # a copy, if an average of the weights is kept
     loaders: Loaders
     loss: Criterion | None  # as are optimizer and schedule: only what the purpose needs is there
     metrics: Metrics
@@ -96,7 +97,9 @@ class Trainer:
         deterministic: torch's deterministic algorithms.
         pictures: What is drawn at validations: its settings as a mapping; false or null: nothing.
         time_limit: After so long (seconds, 90m, 01:30:00) this start saves and ends, as before a batch system's limit.
+        strategy: ddp | fsdp: each rank has the model, or a part. Default: accelerate's own setting, else ddp.
         ddp: Options of DistributedDataParallel, and backend and timeout_seconds of its process group.
+        fsdp: Which parts of a shared-out model are gathered at a time.
         hang_timeout_seconds: A rank that makes no progress for so long is named, and the job ends; 0: never.
         input_key: Which entry of a dict batch is the input.
         target_key: Which entry of a dict batch is the target.
@@ -130,22 +133,20 @@ class Trainer:
         deterministic: bool = False,
         pictures: bool | dict | None = True,
         time_limit: float | str | None = None,
+        strategy: Literal["ddp", "fsdp"] | None = None,
         ddp: dict | None = None,
+        fsdp: dict | None = None,
         hang_timeout_seconds: float = 1800.0,
         input_key: str | None = None,
         target_key: str | None = None,
     ) -> None:
         self.parts, self.ranks, self.loaders = parts, parts.ranks, parts.loaders
-        self.train_loader: Any = parts.loaders.train
+        given: Any = parts  # the purpose at hand has what it takes
+        self.train_loader, self.loss = given.loaders.train, given.loss
+        self.optimizer, self.schedule = given.optimizer, given.schedule
         self.module, self.model, self.compiled = parts.module, parts.model, parts.compiled
-        self.loss: Any = parts.loss
-        self.metrics, self.optimizer, self.schedule = (
-            parts.metrics,
-            cast(Any, parts.optimizer),
-            cast(Any, parts.schedule),
-        )
         self.checkpoints, self.journal, self.progress = parts.checkpoints, parts.journal, parts.progress
-        self.device = parts.ranks.device
+        self.metrics, self.device = parts.metrics, parts.ranks.device
         self.max_epochs = math.inf if max_epochs is None else max_epochs
         self.max_steps = math.inf if max_steps is None else max_steps
         self.monitor, self.mode, self.precision = monitor or "val/loss", mode or "min", precision or "fp32"
@@ -154,7 +155,8 @@ class Trainer:
         self.checkpoint_every_steps, self.early_stop_patience = checkpoint_every_steps, early_stop_patience
         self.input_key, self.target_key, self.hang_timeout_seconds = input_key, target_key, hang_timeout_seconds
         self.scaler = torch.amp.GradScaler(self.device.type) if precision == "fp16" else None
-        self.ema = None if ema_decay is None else WeightAverage(self.module, ema_decay)
+        self.ema = None if parts.average is None or ema_decay is None else WeightAverage(parts.average, ema_decay)
+        self.total_norm = parts.ranks.shards.total_norm if parts.ranks.shards else total_norm
         self.parameters = [item for item in self.module.parameters() if item.requires_grad]
         self.saver = Saver(parts.checkpoints, checkpoint_every_minutes, lambda line: self.progress.note(line))
         self.vote, self.pace = Vote(parts.ranks), Pace(parts.ranks.rank, parts.ranks.world_size)
@@ -254,7 +256,7 @@ class Trainer:
         """Clip, and step unless a gradient is not finite."""
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
-        self.grad_norm = total_norm([item.grad for item in self.parameters if item.grad is not None])
+        self.grad_norm = self.total_norm([item.grad for item in self.parameters if item.grad is not None])
         if self.clip_grad_norm is not None:
             clip_grads_with_norm_(self.parameters, self.clip_grad_norm, self.grad_norm)
         self.rate = self.schedule.rate(self.step)

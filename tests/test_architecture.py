@@ -21,7 +21,7 @@ GET_ROOMS = ("modelloader", "dataloader", "loss", "metrics", "optimizer")
 LAYERS = (
     ("__main__",),
     ("cli",),
-    ("worker", "launcher", "submit"),
+    ("worker", "launcher", "submit", "doctor"),
     ("create",),
     ("trainer",),
     ("predict",),
@@ -37,7 +37,7 @@ HELPERS = {
     **dict.fromkeys(("failure", "pace", "replay", "watch"), "trainer"),
     **dict.fromkeys(("drawing", "panel", "pictures"), "trainer"),
     **dict.fromkeys(("agent", "console"), "launcher"),
-    **dict.fromkeys(("board", "launched"), "distributed"),
+    **dict.fromkeys(("board", "launched", "shards"), "distributed"),
     "delivery": "sender",
     **dict.fromkeys(("desk", "grid", "items", "outputs", "parts", "segments", "stitch"), "predict"),
     "inference": "trainer",
@@ -257,7 +257,7 @@ def importers(name: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for file in package():
         for one in imports(file):
-            if one.is_of(name):
+            if one.is_of(name) and not one.is_of("importlib.metadata"):  # which reads versions, and imports nothing
                 found.setdefault(file.room, []).append(file.at(one.line))
     return found
 

@@ -191,3 +191,20 @@ def test_checkpoint_measures_the_stall_against_the_copy_and_judges_it(
     assert [one["step"] for one in data["checkpoints"]] == [4, 8, 12]
     assert min(one["copy_s"] for one in data["checkpoints"]) > 0
     assert {path.name for path in tmp_path.iterdir()} == {"all.json"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_scale_measures_sampler_ranks_and_journal(clean_env: dict[str, str], tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCH / "scale.py"), "--ranks", "2", "--samples", "100000000", "--steps", "20"]
+    done = subprocess.run(
+        [*command, "--json", "all.json"], cwd=tmp_path, env=clean_env, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    data = json.loads((tmp_path / "all.json").read_text())
+    assert [one["samples"] for one in data["sampler"]] == [10**6, 10**8]
+    assert max(one["peak_mb"] for one in data["sampler"]) < 8  # a permutation of the largest would take 800
+    assert [one["ranks"] for one in data["together"]] == [2]
+    assert min(data["together"][0].values()) > 0
+    assert data["journal"]["lines"] >= 1
+    assert {path.name for path in tmp_path.iterdir()} == {"all.json"}

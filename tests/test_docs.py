@@ -34,6 +34,7 @@ from dtrain.optimizer import schedule_settings
 from dtrain.pictures import picture_settings
 from dtrain.predict import Predictor
 from dtrain.sections import PHASES, TOP_LEVEL
+from dtrain.shards import fsdp_options
 from dtrain.submit import cluster_settings
 from dtrain.tracking import Journal
 from dtrain.trainer import Trainer
@@ -310,6 +311,7 @@ def test_nothing_names_a_path_of_one_machine() -> None:
 HOUSE: dict[tuple[str, ...], tuple[Callable, set[str]]] = {
     ("trainer",): (Trainer.__init__, {"self", "parts"}),
     ("trainer", "ddp"): (ddp_options, set()),
+    ("trainer", "fsdp"): (fsdp_options, set()),
     ("trainer", "pictures"): (picture_settings, set()),
     ("mlflow",): (Journal.__init__, {"self", "folder", "experiment", "run_name", "sender"}),
     ("predictor",): (Predictor, set()),
@@ -344,7 +346,7 @@ def test_the_reference_tells_every_default(path: tuple[str, ...]) -> None:
     for key, default in settings(path).items():
         place = place_of(config, (*path, key))
         assert place is not None
-        if key == "ddp":
+        if key in ("ddp", "fsdp"):
             continue
         told = re.search(r"Default: (\S+?)[,.]?(?:\s|$)", lines[place.line - 1])
         assert told, f"line {place.line} tells no default"

@@ -1,5 +1,6 @@
 """Optimizers and schedules by name: clocks, warm-up, lengths filled in, end points, going on after a stop."""
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -412,7 +413,7 @@ def test_the_average_is_that_of_torch(decay: float) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64), nn.BatchNorm1d(4), nn.Linear(4, 2))
     theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-    ours = WeightAverage(model, decay)
+    ours = WeightAverage(copy.deepcopy(model), decay)
     for step in range(1, 4):
         for value in [*model.parameters(), *model.buffers()]:
             value.data.copy_(torch.full_like(value, step) if value.dtype == torch.long else torch.randn_like(value))
