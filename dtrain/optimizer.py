@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from dtrain.build import build
 from dtrain.config import to_plain
 from dtrain.sections import calls, refused
-from dtrain.shards import is_shard
+from dtrain.shards import is_shard, local_part
 
 # What ReduceLROnPlateau learns on its way; the rest of its state is its arguments.
 _LEARNT = {"best", "num_bad_epochs", "cooldown_counter", "last_epoch"}
@@ -104,7 +104,7 @@ class WeightAverage:
         """Take the weights of one more step in."""
         mine, theirs = ([*one.parameters(), *one.buffers()] for one in (self.module, module))
         if self._of_shards:
-            mine, theirs = ([item.to_local() if is_shard(item) else item for item in one] for one in (mine, theirs))
+            mine, theirs = (list(map(local_part, one)) for one in (mine, theirs))
         averages: list[torch.Tensor] = []
         weights: list[torch.Tensor] = []
         for average, weight in zip(mine, theirs, strict=True):

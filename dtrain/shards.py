@@ -70,6 +70,11 @@ def is_shard(value: Any) -> bool:
     return hasattr(value, "full_tensor")
 
 
+def local_part(value: Any) -> Any:
+    """The part of a tensor that this rank has; all of one that is not shared out."""
+    return value.to_local() if is_shard(value) else value
+
+
 class Shards:
     """How models are shared out over all ranks. All ranks call the same methods in the same order.
 
@@ -132,7 +137,7 @@ class Shards:
             value = part.full_tensor() if is_shard(part) else part  # for each, tied or not: all ranks must agree
             if not keeps:
                 return torch.empty(0)
-            local = part.to_local() if is_shard(part) else part
+            local = local_part(part)
             tied = local.data_ptr() or id(part), local.dtype, tuple(part.shape), local.stride()
             if tied not in kept:
                 kept[tied] = value.detach().to("cpu", copy=True)

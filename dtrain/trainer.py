@@ -20,7 +20,7 @@ from dtrain import batch as batches
 from dtrain.checkpoint import Checkpoints
 from dtrain.dataloader import Loaders, Micro
 from dtrain.desk import Result
-from dtrain.distributed import Ranks, Vote, job_ends_at
+from dtrain.distributed import Ranks, job_ends_at
 from dtrain.evaluation import Outcome, evaluate, evaluate_volumes
 from dtrain.inference import Use, autocast, load_for_use, outcomes_of_volumes, predict
 from dtrain.interrupt import StopRequest
@@ -33,6 +33,7 @@ from dtrain.record import recorded
 from dtrain.resume import Start
 from dtrain.saving import Saver
 from dtrain.tracking import Journal, NoJournal
+from dtrain.vote import Vote
 from dtrain.watch import watched
 from dtrain.yamlfile import ConfigError
 

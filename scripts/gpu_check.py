@@ -164,7 +164,8 @@ def nccl(bench: Bench) -> str:
     needs_gpus(bench)
     piece = """
         import torch, torch.distributed as dist
-        from dtrain.distributed import Ranks, Vote, _join, environment
+        from dtrain.distributed import Ranks, _join, environment
+        from dtrain.vote import Vote
 
         found, device = environment(), torch.device("cuda", 0)
         torch.cuda.set_device(device)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dtrain.config import ConfigError
-from dtrain.distributed import Environment, Ranks, Vote, choose_device, environment, set_up
+from dtrain.distributed import Environment, Ranks, choose_device, environment, set_up
+from dtrain.vote import Vote
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RANK_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -121,7 +122,8 @@ def test_the_vote_of_one_process_counts_at_once():
 
 SCRIPT = """
 import json, os, sys, time, torch
-from dtrain.distributed import Vote, set_up
+from dtrain.distributed import set_up
+from dtrain.vote import Vote
 ranks = set_up("cpu")
 vote = Vote(ranks)
 votes = []

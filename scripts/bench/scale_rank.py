@@ -9,8 +9,9 @@ import psutil
 import torch
 
 from dtrain import rng
-from dtrain.distributed import Vote, set_up
+from dtrain.distributed import set_up
 from dtrain.state import fingerprint
+from dtrain.vote import Vote
 
 STEP_SECONDS = 0.002
 
