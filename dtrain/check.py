@@ -310,7 +310,8 @@ def strategy_mistakes(config: ConfigDict, options: Any) -> list[Mistake]:
     """
     if _at(options, "strategy") != "fsdp":
         text = "says what is gathered at a time under `trainer.strategy: fsdp`, which is not asked for"
-        given = _at(options, "strategy") == "ddp" and _at(options, "fsdp")
+        own = _at(options, "fsdp") if is_mapping(_at(options, "fsdp")) else {}
+        given = _at(options, "strategy") == "ddp" and any(value is not None for value in own.values())
         return [mistake(config, ("trainer", "fsdp"), text)] if given else []
     unfit = {
         "compile": "is not possible with the model shared out (strategy: fsdp)",
