@@ -26,7 +26,7 @@ EXAMPLES = {
     "submit": "dtrain submit configfiles/digits.yaml --nodes 2 --gpus-per-node 4 --time 12:00:00",
     "sync": "dtrain sync runs/digits",
     "replay": "dtrain replay runs/digits",
-    "doctor": "srun dtrain doctor configfiles/digits.yaml",
+    "doctor": "dtrain doctor configfiles/digits.yaml",
 }
 HELP = {
     "train": "train, validate, test; go on where an earlier start ended",
