@@ -19,6 +19,7 @@ from typing import Any
 
 from dtrain.codestate import capture_code
 from dtrain.delivery import PATIENCE_SECONDS, Delivery, Row, SystemFigures, brief, follow
+from dtrain.emptystore import begin_with, empty_store, keep
 from dtrain.redact import Redacted, redact
 from dtrain.runfiles import JOURNAL, SENDER_LOG, close_run_of, lives, read_run
 from dtrain.tracking import resolve_tracking_uri, sqlite_file
@@ -229,7 +230,7 @@ def connect(uri: str) -> Any:
         ImportError: mlflow is not installed.
     """
     from filelock import FileLock
-    from mlflow import MlflowClient
+    from mlflow import MlflowClient, __version__
 
     database = sqlite_file(uri)
     if database is None:
@@ -237,8 +238,13 @@ def connect(uri: str) -> Any:
     database.parent.mkdir(parents=True, exist_ok=True)
     # MLflow puts artifacts into ./mlruns of the folder it is in when it opens the store: let that be the store's own.
     with FileLock(database.with_name(f".{database.name}.lock"), timeout=120), contextlib.chdir(database.parent):
+        empty, is_new = empty_store(__version__), not database.exists()
+        if is_new:
+            begin_with(empty, database)
         client = MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
+        if is_new and not empty.exists():
+            keep(empty, database)
     return client
 
 

@@ -38,7 +38,7 @@ HELPERS = {
     **dict.fromkeys(("drawing", "panel", "pictures"), "trainer"),
     **dict.fromkeys(("agent", "console"), "launcher"),
     **dict.fromkeys(("board", "launched", "shards", "vote"), "distributed"),
-    "delivery": "sender",
+    **dict.fromkeys(("delivery", "emptystore"), "sender"),
     **dict.fromkeys(("desk", "grid", "items", "outputs", "parts", "segments", "stitch"), "predict"),
     "inference": "trainer",
     "rows": "progress",
