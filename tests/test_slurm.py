@@ -30,7 +30,7 @@ class Slow(Points):
     def __getitem__(self, index):
         self.loaded += 1
         time.sleep(self.seconds)
-        while self.loaded > 10 and os.path.exists(self.hold):
+        while self.loaded > 12 and os.path.exists(self.hold):
             time.sleep(0.05)
         return super().__getitem__(index)
 """
@@ -56,7 +56,7 @@ class Jobs:
         return run
 
     def held(self, name: str, **changes: Any) -> tuple[Path, Path]:
-        """The same of a training that stops at its third step until the file is removed."""
+        """The same of a training that waits in its fourth step until the file is removed."""
         hold = self.folder / f"{name}.hold"
         hold.touch()
         return self.config(name, **{"loaders.hold": str(hold)}, **changes), hold
