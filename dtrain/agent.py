@@ -148,6 +148,14 @@ class Agent(LocalElasticAgent):
         for worker in worker_group.workers:
             self._listen(self._launch, worker.local_rank, worker.global_rank)
         self.processes = super()._start_workers(worker_group)
+        assert self._pcontext is not None
+        close, mark = self._pcontext.close, self._launch.closing
+
+        def close_and_tell(*arguments: Any, **options: Any) -> None:
+            mark.touch()
+            close(*arguments, **options)
+
+        self._pcontext.close = close_and_tell  # type: ignore[method-assign]
         return dict(self.processes)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:

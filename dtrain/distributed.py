@@ -223,6 +223,13 @@ def is_lost_rank(error: BaseException) -> bool:
     )
 
 
+def lost_rank() -> Exception:
+    """The error for a rank that is told of it before it sees it."""
+    import torch.distributed as dist
+
+    return dist.DistError("another rank has failed")
+
+
 def ddp_options(
     *,
     backend: Literal["gloo", "nccl"] | None = None,

@@ -36,6 +36,11 @@ class Launch(NamedTuple):
         """There once the rank has done a step."""
         return Path(self.folder) / f"{local_rank}.begun"
 
+    @property
+    def closing(self) -> Path:
+        """There once a rank has failed, and the others are ended for it."""
+        return Path(self.folder) / "closing"
+
     def word(self, local_rank: int) -> Path:
         """Holds the rank's exit status once it has ended by itself."""
         return Path(self.folder) / f"{local_rank}.status"
@@ -78,6 +83,11 @@ def note_step() -> None:
     if _mark is not None:
         _mark.touch()
         _mark = None
+
+
+def is_closed_for_another() -> bool:
+    """Whether the SIGTERM that came is no request to stop: another rank has failed, and the launcher ends the rest."""
+    return _launch is not None and _launch.closing.exists()
 
 
 def is_written_by_launcher(log: Path) -> bool:

@@ -311,7 +311,7 @@ class _Job:
     def _ended(self, ends: "list[End]", has_begun: bool, can_restart: bool) -> bool:
         """All ranks here are over: whether the agent may start them again, if it would."""
         self.ends, self.has_begun = ends, has_begun
-        final = {USAGE, STOPPED_EARLY, INTERRUPTED} & {end.status for end in ends}
+        final = {USAGE, STOPPED_EARLY, INTERRUPTED} & {end.status for end in ends if end.spoke < math.inf}
         if not can_restart or not has_begun or self.asked or final:
             return False
         self.console.drain()
@@ -329,8 +329,8 @@ class _Job:
             return INTERRUPTED
         if USAGE in statuses:
             return USAGE
-        if any(end.rank == 0 and end.status == STOPPED_EARLY for end in self.ends):  # its checkpoint is written
-            return STOPPED_EARLY
+        if any(end.rank == 0 and end.status == STOPPED_EARLY and end.spoke < math.inf for end in self.ends):
+            return STOPPED_EARLY  # its checkpoint is written
         if self.asked and not self.has_begun and statuses != {DONE}:  # before the first step nothing can be lost
             return stopped
         if statuses - {DONE, STOPPED_EARLY, INTERRUPTED}:

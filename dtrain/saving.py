@@ -12,8 +12,9 @@ import torch
 
 from dtrain import rng
 from dtrain.checkpoint import CheckpointError, Checkpoints
-from dtrain.distributed import is_lost_rank
+from dtrain.distributed import is_lost_rank, lost_rank
 from dtrain.interrupt import StopWaiting
+from dtrain.launched import is_closed_for_another
 from dtrain.runfiles import update_run
 from dtrain.snapshot import Snapshot, take_snapshot
 from dtrain.state import state_of
@@ -97,6 +98,8 @@ class Saver:
         try:
             yield
         except (StopWaiting, Exception) as error:
+            if is_closed_for_another():
+                raise error if isinstance(error, Exception) else lost_rank() from None
             others_left = trainer.stop_request and is_lost_rank(error)
             if not (isinstance(error, StopWaiting) or others_left) or not self._abandon(trainer):
                 raise

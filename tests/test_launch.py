@@ -419,6 +419,28 @@ def test_the_likelier_cause_comes_first() -> None:
     assert [end.rank for end in sorted(ends, key=launcher._order)] == [4, 3, 2, 5, 0, 1]
 
 
+@pytest.mark.parametrize(
+    ("ends", "asked", "has_begun", "status"),
+    [
+        ([(0, 0, 1.0), (1, 0, 1.0)], [], True, 0),
+        ([(0, 75, 1.0), (1, 75, 1.0)], ["TERM"], True, 75),
+        ([(0, 75, 1.0), (1, -9, None)], ["TERM"], True, 75),  # slow to end, after all was saved
+        ([(0, 75, None), (1, 1, 1.0)], [], False, 1),  # rank 0 was ended in its start-up for rank 1's sake
+        ([(0, 75, None), (1, -15, None)], ["TERM"], False, 75),
+        ([(0, -2, None), (1, 130, 1.0)], ["INT"], False, 130),
+        ([(0, 1, 1.0), (1, 2, 1.0)], [], False, 2),
+        ([(0, 0, None), (1, 0, None)], [], True, 1),  # os._exit(0)
+        ([(0, 75, 1.0), (1, 75, 1.0)], [], True, 75),  # a time limit
+    ],
+)
+def test_the_status_of_a_job(tmp_path: Path, ends: list[Any], asked: list[str], has_begun: bool, status: int) -> None:
+    job = launcher._Job(None, tmp_path, None, False)
+    job.ends = [End(rank, code, float("inf") if spoke is None else spoke) for rank, code, spoke in ends]
+    job.asked = [signal.Signals[f"SIG{name}"] for name in asked]
+    job.asked_at, job.has_begun = [0.0] * len(asked), has_begun
+    assert job._status(None) == status
+
+
 def test_a_restart_goes_on_whatever_the_training_began_from(tmp_path: Path) -> None:
     def found(resume: str, is_restart: bool) -> Any:
         return find_start(tmp_path / "run", resume, "name", {}, None, is_restart)
