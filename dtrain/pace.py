@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 WARM_UP_STEPS = 3  # of each epoch: loader workers start, kernels are chosen
 LEAST_STEPS = 5  # to judge by
-LEAST_SHARE = 0.25  # of its own time, that the others wait
-LEAST_SECONDS = 0.005
+LEAST_SHARE = 0.33  # of its own time, that the others wait
+LEAST_SECONDS = 0.02
 _KINDS = ("waiting for data", "forward")
 
 

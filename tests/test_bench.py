@@ -30,7 +30,8 @@ def overhead(arguments: list[str], env: dict[str, str], folder: Path) -> subproc
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_overhead_measures_both_loops_and_judges_every_promise(
     clean_env: dict[str, str], tagged: Tagged, tmp_path: Path, ranks: int
 ) -> None:
@@ -193,7 +194,7 @@ def test_checkpoint_measures_the_stall_against_the_copy_and_judges_it(
     assert {path.name for path in tmp_path.iterdir()} == {"all.json"}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(300)
 def test_scale_measures_sampler_ranks_and_journal(clean_env: dict[str, str], tmp_path: Path) -> None:
     command = [sys.executable, str(BENCH / "scale.py"), "--ranks", "2", "--samples", "100000000", "--steps", "20"]

@@ -86,7 +86,7 @@ def test_a_published_pidnet_loads_from_beside_its_loss(tmp_path: Path) -> None:
 def test_a_prediction_takes_such_a_file_too(tmp_path: Path) -> None:
     model, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     torch.save({f"model.{name}": value for name, value in model.state_dict().items()}, tmp_path / "weights.pt")
-    inference._load(other, tmp_path / "weights.pt")
+    other.load_state_dict(inference._weights_for(other, tmp_path / "weights.pt"))
     assert torch.equal(other.weight, model.weight)
 
 

@@ -11,7 +11,10 @@ from dtrain.pace import Pace
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "kind"),
-    [({"do": "train all rank 1 lag"}, "forward"), ({"env": {"TOY_LOAD": "sample all rank 1 lag"}}, "waiting for data")],
+    [
+        pytest.param({"do": "train all rank 1 lag"}, "forward", marks=pytest.mark.soak),
+        ({"env": {"TOY_LOAD": "sample all rank 1 lag"}}, "waiting for data"),
+    ],
 )
 def test_a_slow_rank_is_named_once_with_what_is_slow(place: Place, what: dict, kind: str) -> None:
     """0.2 s in each forward of rank 1, or in loading each of its samples."""
@@ -28,7 +31,7 @@ def test_ranks_that_take_as_long_as_one_another_are_not_called_slow() -> None:
 
 
 def test_what_is_too_short_to_matter_or_unknown_is_not_judged() -> None:
-    assert Pace(0, 2).judge([0.0001, 0.001, 0.0001, 0.004]) == ""
+    assert Pace(0, 2).judge([0.0001, 0.001, 0.0001, 0.014]) == ""
     assert Pace(0, 2).judge([0.0, 0.0, 0.1, 0.4]) == "", "rank 0 has not done enough steps"
     assert Pace(0, 1).judge([0.1, 0.4]) == ""
 
