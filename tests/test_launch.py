@@ -231,6 +231,18 @@ def test_a_killed_rank_is_named_and_the_ranks_go_on_from_the_last_checkpoint(pla
     assert figures(whole) == figures(place.path("restart"))
 
 
+def test_a_rank_that_waits_while_another_is_killed_has_failed_not_stopped(place: Place) -> None:
+    """torchrun ends it with the same signal that asks to save and stop, and nothing must come of that here."""
+    running = two(place, place.config("waits", **LONG), env={"TOY_LOAD": "sample 7 rank 0 sleep"})
+    run = place.path("waits")
+    until(lambda: (run / "metrics.jsonl").exists() and len(ranks_of(running)) == 2, running)
+    time.sleep(2.0)
+    os.kill(ranks_of(running)[1], signal.SIGKILL)
+    result = running.result(60)
+    assert result.rc == 1 and "rank 1 failed first (killed by SIGKILL; " in result.stderr, result.text
+    assert (read_run(run)["state"], read_run(run)["exit_status"]) == ("FAILED", 1)
+
+
 @pytest.mark.parametrize(
     "name", ["USR1", *(pytest.param(each, marks=pytest.mark.soak) for each in ("TERM", "HUP", "USR2"))]
 )
