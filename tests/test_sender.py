@@ -548,7 +548,8 @@ def test_a_server_that_comes_back_gets_the_rest(
         server.start()
     thread.join(60)
     assert status == [0] and len(rows_of(folder, server.uri, "lr")) == 10
-    assert [record.getMessage() for record in caplog.records] == ["Connection refused", "delivering again"]
+    told = [record.getMessage() for record in caplog.records if record.name.startswith("dtrain")]  # not MLflow's own
+    assert told == ["Connection refused", "delivering again"]
 
 
 @pytest.mark.usefixtures("quiet_journal")
