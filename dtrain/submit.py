@@ -184,8 +184,7 @@ def _directives(config: ConfigDict, settings: Mapping[str, Any]) -> list[tuple[s
     # Of a short job only a part, or it would be told to stop when it starts.
     warning = min(settings["signal_seconds"], minutes * 60 // 3) if minutes else settings["signal_seconds"]
     values = {
-        "nodes": settings["nodes"],
-        "ntasks-per-node": 1,
+        "nodes": settings["nodes"],  # without a number of tasks, which srun has: of a range SLURM would give the least
         "gpus-per-node": settings["gpus_per_node"],
         "cpus-per-task": settings["cpus_per_node"],
         "mem": settings["mem_per_node"],

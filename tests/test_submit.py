@@ -71,7 +71,7 @@ def test_dry_run_prints_a_script_and_writes_nothing(desk: Path, run_cli: RunCli)
     assert done.rc == 0, done.text
     assert [path for path in desk.rglob("*") if path not in before and "__pycache__" not in path.parts] == []
     assert directives(done.stdout) == [
-        "--job-name=toy", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=4", "--time=0-12:00:00",
+        "--job-name=toy", "--nodes=2", "--gpus-per-node=4", "--time=0-12:00:00",
         "--partition=gpu", "--signal=B:USR1@180", "--requeue", "--open-mode=append",
     ]  # fmt: skip
     assert BODY in done.stdout and "\nranks=4 " in done.stdout
@@ -184,7 +184,7 @@ def test_no_name_or_path_breaks_out_of_500_scripts(desk: Path, monkeypatch: pyte
     assert complaints(list(scripts)) == ""
     env = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_JOB_NUM_NODES": "1", "ARGS": str(desk / "args")}
     for script, plan in scripts.items():
-        known = {"--job-name", "--nodes", "--ntasks-per-node", "--partition", "--signal", "--requeue", "--open-mode"}
+        known = {"--job-name", "--nodes", "--partition", "--signal", "--requeue", "--open-mode"}
         assert {line.partition("=")[0] for line in directives(script.read_text())} <= known
         subprocess.run(["bash", script], check=True, cwd=desk, env={**os.environ, **env}, timeout=30)
         words = (desk / "args").read_bytes().decode().split("\0")[:-1]
