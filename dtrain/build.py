@@ -7,6 +7,7 @@ schema (sections.py reads the calls, locate.py follows the names, check.py compa
 import ast
 import functools
 import importlib
+import importlib.metadata
 import inspect
 import re
 import site
@@ -42,6 +43,14 @@ def build(config: ConfigDict, key: str, *given: Any, **given_names: Any) -> Any:
         ConfigError: The name or an argument is wrong, a module cannot be imported, or the constructor raised.
     """
     return make(config, calls(config)[key], *given, **given_names)
+
+
+def version_of(package: str) -> str:
+    """The version of an installed package, which is not imported; '' if there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def defaults(config: ConfigDict, key: str) -> dict[str, Any]:

@@ -18,12 +18,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import psutil
 
+from dtrain.build import version_of
+from dtrain.config import run_folder
 from dtrain.distributed import Environment, Ranks, environment, set_up
 from dtrain.tracking import probe_store, redact, resolve_tracking_uri, sqlite_file
 from dtrain.yamlfile import ConfigError, one_line
@@ -63,8 +64,7 @@ def examine(config: Mapping[str, Any], say: Callable[[str], None], as_json: bool
         The exit status, the same on every rank that was found: 0 where nothing failed, else 1.
     """
     here = environment()
-    trainer, experiment = config.get("trainer") or {}, config.get("experiment") or "default"
-    folder = Path(trainer.get("checkpoint_dir") or f"runs/{experiment}")
+    folder, experiment = run_folder(config), config.get("experiment") or "default"
     findings = []
     if here.local_rank == 0:
         look = {"versions": versions, "gpus": gpus, "nccl": nccl, "fabric": fabric, "disk": lambda: disk(folder)}
@@ -122,12 +122,8 @@ def versions() -> Finding:
     """Python and the libraries that a training cannot do without."""
     found, wrong = [f"Python {platform.python_version()}"], []
     for name, least in OLDEST.items():
-        try:
-            found.append(f"{name} {(its := version(name))}")
-        except PackageNotFoundError:
-            found.append(f"no {name}")
-            wrong.append(f"{name}>={'.'.join(map(str, least))}")
-            continue
+        its = version_of(name)
+        found.append(f"{name} {its}" if its else f"no {name}")
         numbers = tuple(int(part) for part in its.split("+")[0].split(".")[:2] if part.isdigit())
         wrong += [f"{name}>={'.'.join(map(str, least))}"] if numbers < least else []
     cure = f"pip install '{' '.join(wrong)}'" if wrong else ""

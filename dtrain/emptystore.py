@@ -2,52 +2,56 @@
 
 import contextlib
 import os
-import shutil
 import sqlite3
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+from dtrain.runfiles import write_bytes
 
 
-def empty_store(mlflow_version: str) -> Path:
-    """Where the empty store of that version of MLflow is kept: in the user's cache folder."""
+def begin_store(database: Path, mlflow_version: str, make: Callable[[Path], object]) -> None:
+    """Write a new store, whole or not at all: a kill amid MLflow's migrations would leave one that it cannot use.
+
+    The empty one is kept in the user's cache folder. What does not work here, MLflow's own way will show.
+
+    Args:
+        database: The file; not there yet.
+        mlflow_version: Each has its own tables.
+        make: Has MLflow make a store in a file.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return cache / "dtrain" / f"mlflow-{mlflow_version}.db"
+    kept = cache / "dtrain" / f"mlflow-{mlflow_version}.db"
+    with contextlib.suppress(Exception):
+        content = _whole(kept)
+        if content is None:
+            with tempfile.TemporaryDirectory() as folder:
+                make(Path(folder) / "mlflow.db")
+                content = _without_rows(Path(folder) / "mlflow.db")
+            with contextlib.suppress(OSError):
+                kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                write_bytes(kept, content)
+        write_bytes(database, content, durable=True)
 
 
-def begin_with(empty: Path, database: Path) -> None:
-    """Make a new store of the empty one, if there is one; what does not work, MLflow's own way will show."""
-    with contextlib.suppress(OSError, sqlite3.Error):
-        _put(database, lambda new: _copy_whole(empty, new))
+def _whole(kept: Path) -> bytes | None:
+    """The empty store, if there is one and it is not damaged."""
+    with contextlib.suppress(OSError, sqlite3.Error), contextlib.closing(sqlite3.connect(":memory:")) as copy:
+        content = kept.read_bytes()
+        copy.deserialize(content)
+        if copy.execute("PRAGMA quick_check").fetchone() == ("ok",):
+            return content
+    return None
 
 
-def keep(empty: Path, database: Path) -> None:
-    """Keep a store that was just made, without its only row: that names a folder for artifacts beside it."""
-    with contextlib.suppress(OSError, sqlite3.Error):
-        empty.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _put(empty, lambda new: _copy_without_rows(database, new))
-
-
-def _copy_whole(empty: Path, new: Path) -> None:
-    shutil.copyfile(empty, new)
-    with contextlib.closing(sqlite3.connect(new)) as copy:
-        if copy.execute("PRAGMA quick_check").fetchone() != ("ok",):
-            raise sqlite3.DatabaseError(f"{empty} is damaged")
-
-
-def _copy_without_rows(database: Path, new: Path) -> None:
-    with contextlib.closing(sqlite3.connect(database)) as source, contextlib.closing(sqlite3.connect(new)) as target:
-        source.backup(target)
-        target.execute("DELETE FROM experiments")
-        target.commit()
-        target.execute("VACUUM")
-
-
-def _put(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file whole or not at all."""
-    new = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        write(new)
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
+def _without_rows(database: Path) -> bytes:
+    """A store that was just made without its only row: that names a folder for artifacts beside it."""
+    with (
+        contextlib.closing(sqlite3.connect(database)) as source,
+        contextlib.closing(sqlite3.connect(":memory:")) as copy,
+    ):
+        source.backup(copy)
+        copy.execute("DELETE FROM experiments")
+        copy.commit()
+        copy.execute("VACUUM")
+        return copy.serialize()

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from dtrain.distributed import job_ends_at
 from dtrain.interrupt import STOPPED_EARLY
 from dtrain.runfiles import read_json, read_run, write_json
 
@@ -127,8 +128,8 @@ class Starts:
 
 def _job_ends_at() -> float | None:
     """When SLURM ends this job, in unix seconds; None where that is unknown."""
-    if text := os.environ.get("SLURM_JOB_END_TIME"):
-        return float(text)
+    if (known := job_ends_at()) is not None:
+        return known
     if job := os.environ.get("SLURM_JOB_ID"):
         try:
             return datetime.datetime.fromisoformat(_said(["squeue", "-h", "-j", job, "-o", "%e"])).timestamp()

@@ -19,7 +19,7 @@ from typing import Any
 
 from dtrain.codestate import capture_code
 from dtrain.delivery import PATIENCE_SECONDS, Delivery, Row, SystemFigures, brief, follow
-from dtrain.emptystore import begin_with, empty_store, keep
+from dtrain.emptystore import begin_store
 from dtrain.redact import Redacted, redact
 from dtrain.runfiles import JOURNAL, SENDER_LOG, close_run_of, lives, read_run
 from dtrain.tracking import resolve_tracking_uri, sqlite_file
@@ -232,20 +232,20 @@ def connect(uri: str) -> Any:
     from filelock import FileLock
     from mlflow import MlflowClient, __version__
 
+    def open_store(uri: str) -> Any:
+        client = MlflowClient(tracking_uri=uri)
+        client.search_experiments(max_results=1)
+        return client
+
     database = sqlite_file(uri)
     if database is None:
         return MlflowClient(tracking_uri=uri)
     database.parent.mkdir(parents=True, exist_ok=True)
     # MLflow puts artifacts into ./mlruns of the folder it is in when it opens the store: let that be the store's own.
     with FileLock(database.with_name(f".{database.name}.lock"), timeout=120), contextlib.chdir(database.parent):
-        empty, is_new = empty_store(__version__), not database.exists()
-        if is_new:
-            begin_with(empty, database)
-        client = MlflowClient(tracking_uri=uri)
-        client.search_experiments(max_results=1)
-        if is_new and not empty.exists():
-            keep(empty, database)
-    return client
+        if not database.exists():
+            begin_store(database, __version__, lambda file: open_store(f"sqlite:///{file}"))
+        return open_store(uri)
 
 
 def find(run_id: str, uri: str) -> dict[str, Any]:

@@ -412,9 +412,10 @@ class Trainer:
     def _train_figures(self) -> dict[str, float]:
         own = torch.tensor(self.pace.own(), dtype=self._sum_dtype, device=self.device)
         sums = self.ranks.sum_(torch.cat([torch.stack(list(self.sums.values())), own])).tolist()
-        if slow := self.pace.judge(sums[len(self.sums) :]):
+        count = len(self.sums)
+        if slow := self.pace.judge(sums[count:]):
             self.progress.note(f"warning: {slow}")
-        return {f"train/{name}": value / self.samples for name, value in zip(self.sums, sums, strict=False)}
+        return {f"train/{name}": value / self.samples for name, value in zip(self.sums, sums[:count], strict=True)}
 
     def _judge_bad_steps(self) -> None:
         """Stop for the steps that were skipped since the last look, or count them; the same on every rank."""

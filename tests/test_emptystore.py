@@ -1,6 +1,7 @@
-"""New sqlite stores of MLflow are copies of an empty one that is kept, and no others."""
+"""New sqlite stores of MLflow are copies of an empty one that is kept, and are there whole or not at all."""
 
 import json
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -13,7 +14,6 @@ from conftest import REPOSITORY
 SCRIPT = """
 import json, sys
 from dtrain.sender import connect
-from dtrain.emptystore import empty_store
 
 client = connect(f"sqlite:///{sys.argv[1]}/mlflow.db")
 run = client.create_run("0")
@@ -55,12 +55,35 @@ def test_the_second_store_is_a_copy_of_the_first_before_it_had_rows(tmp_path: Pa
     (empty,) = (cache / "dtrain").iterdir()
     assert schema(tmp_path / "first" / "mlflow.db") == schema(tmp_path / "second" / "mlflow.db") == schema(empty)
     assert [rows(empty, table) for table in ("runs", "experiments", "metrics")] == [0, 0, 0]
-    empty.write_bytes(empty.read_bytes()[:5000])  # damaged: MLflow makes the store itself
+    empty.write_bytes(empty.read_bytes()[:5000])  # damaged: it is made again
     assert store(tmp_path / "third", clean_env, cache)[0][0] == "Default"
-    assert schema(tmp_path / "third" / "mlflow.db") == schema(tmp_path / "first" / "mlflow.db")
+    assert schema(tmp_path / "third" / "mlflow.db") == schema(tmp_path / "first" / "mlflow.db") == schema(empty)
 
 
 @pytest.mark.slow
 def test_a_cache_that_cannot_be_written_costs_nothing(tmp_path: Path, clean_env: dict[str, str]) -> None:
     (tmp_path / "cache").write_text("a file")
     assert store(tmp_path / "first", clean_env, tmp_path / "cache")[0][0] == "Default"
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from dtrain.emptystore import begin_store
+
+def make(file):
+    file.write_bytes(b"SQLite format 3")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+begin_store(Path(sys.argv[1]) / "mlflow.db", "1.0", make)
+"""
+
+
+def test_a_kill_amid_the_migrations_leaves_no_half_store(tmp_path: Path, clean_env: dict[str, str]) -> None:
+    cache = tmp_path / "cache"
+    env = clean_env | {"XDG_CACHE_HOME": str(cache), "TMPDIR": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
+    folder = tmp_path / "store"
+    folder.mkdir()
+    assert subprocess.run([sys.executable, "-c", KILLED, folder], env=env, timeout=60).returncode == -signal.SIGKILL
+    assert list(folder.iterdir()) == []
+    assert not cache.exists()
