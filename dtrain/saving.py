@@ -45,6 +45,7 @@ class Saver:
         self._at: tuple[int, int, int] | None = None  # step, epoch and last validation of the last checkpoint
         self._generators: dict[str, Any] = {}  # as they were after the last step
         self._sums: dict[str, torch.Tensor] = {}
+        self._copies: dict[str, torch.Tensor] = {}  # the last checkpoint's, whose memory the next one takes
 
     @property
     def is_due(self) -> bool:
@@ -195,12 +196,12 @@ class Saver:
         averaged: dict[str, Any] | None,
     ) -> None:
         score = trainer.score if trainer.validated_step == trainer.step else None
-        self.wait()  # and let go of its copies, before there are others
+        self.wait()  # its copies are about to be written over
         future: Future[Path] = Future()
         self._under_way = trainer.step, future
         try:
             # What was gathered from shards is nobody else's.
-            snapshot = take_snapshot(weights, state, averaged, copies=trainer.ranks.shards is None)
+            snapshot = take_snapshot(weights, state, averaged, self._copies if trainer.ranks.shards is None else None)
         except CheckpointError as error:
             future.set_exception(error)
             return

@@ -88,12 +88,17 @@ def take_snapshot(
     weights: Mapping[str, Any],
     state: Mapping[str, Any],
     ema: Mapping[str, Any] | None = None,
-    copies: bool = False,
+    copies: dict[str, Tensor] | None = None,
 ) -> Snapshot:
     """Bring everything to host memory and check that it can be loaded again with `weights_only=True`.
 
-    Tensors of a device are copied, those on the CPU only with `copies`: else they must not change until the snapshot
-    is written.
+    Args:
+        weights: The model's state_dict.
+        state: Tensors and plain types, nested.
+        ema: Averaged weights, as `weights`.
+        copies: Where given, all tensors are copied, into the memory of those of the last snapshot that it was given to,
+            which must be written by now: new memory costs four times the copy. Without it, only tensors of a device are
+            copied, and those on the CPU must not change until the snapshot is written.
 
     Raises:
         CheckpointError: values of other types, each with its key path, its type and what to give instead.
@@ -146,10 +151,13 @@ class _Walk:
     over: an address says who is who only as long as its owner lives.
     """
 
-    def __init__(self, copies: bool = False) -> None:
+    def __init__(self, copies: dict[str, Tensor] | None = None) -> None:
         self.problems: list[str] = []
         self.need_bytes = 0
         self._copies = copies
+        self._last_copies = {} if copies is None else dict(copies)
+        if copies is not None:
+            copies.clear()  # what is not used again is let go
         self._done: dict[int, tuple[Any, Any]] = {}
         self._dtypes: dict[int, torch.dtype] = {}
 
@@ -175,23 +183,31 @@ class _Walk:
         return copy
 
     def tensor(self, tensor: Tensor, place: str) -> Tensor:
-        """A tensor of the CPU itself, detached, or the copy of another; with no more memory behind it than it shows."""
+        """A tensor in host memory, detached; with no more memory behind it than it shows."""
         if id(tensor) in self._done:
             return self._done[id(tensor)][1]
         if reason := _why_not(tensor):
             self._refuse(tensor, place, reason)
             return torch.empty(0)
-        host = tensor.detach().to("cpu").resolve_conj().resolve_neg()
-        if host.layout == torch.strided:
+        host = self._copy(tensor.detach(), place)
+        if self._copies is None and host.layout == torch.strided:
             memory = host.untyped_storage()
             # torch.save would write all the memory behind a view, and refuses to write any under two dtypes.
             if memory.nbytes() > host.nbytes or self._dtypes.setdefault(memory.data_ptr(), host.dtype) != host.dtype:
                 host = host.clone()
-        if self._copies and _elements(host).data_ptr() == _elements(tensor.detach()).data_ptr():
-            host = host.clone()
         self.need_bytes += _elements(host).nbytes
         self._done[id(tensor)] = tensor, host
         return host
+
+    def _copy(self, tensor: Tensor, place: str) -> Tensor:
+        """A tensor of the CPU itself or the copy of another; with `copies` always a copy."""
+        if self._copies is None or tensor.layout != torch.strided:
+            return tensor.to("cpu", copy=self._copies is not None).resolve_conj().resolve_neg()
+        host = self._last_copies.pop(place, None)
+        if host is None or (host.shape, host.dtype) != (tensor.shape, tensor.dtype):
+            host = torch.empty_like(tensor, device="cpu")
+        self._copies[place] = host
+        return host.copy_(tensor)
 
     def weights(self, weights: Mapping[str, Any], place: str) -> Weights:
         """Split a state_dict into what safetensors can hold, the aliases among it, and the rest."""

@@ -231,7 +231,7 @@ def test_a_copy_does_not_change_with_the_training() -> None:
         "turned": weight.t(), "row": weight[0], "number": torch.tensor(1.0), "none": torch.empty(0),
         "graph": torch.eye(3).to_sparse(), "complex": torch.ones(2, dtype=torch.complex64).conj(),
     }  # fmt: skip
-    snapshot = take_snapshot({"w": weight, "tied": weight}, state, {"w": weight}, copies=True)
+    snapshot = take_snapshot({"w": weight, "tied": weight}, state, {"w": weight}, copies={})
     weight.add_(100)
     for value in (state["number"], state["graph"]._values(), state["complex"]):
         value.mul_(0)
@@ -243,9 +243,30 @@ def test_a_copy_does_not_change_with_the_training() -> None:
     assert float(snapshot.state["complex"].real.sum()) == 2
 
 
+def test_the_next_copy_takes_the_memory_of_the_last() -> None:
+    copies: dict[str, torch.Tensor] = {}
+    weights, state = {"w": torch.zeros(3, 4), "cut": torch.zeros(2)}, {"gone": torch.zeros(5), "cast": torch.zeros(6)}
+    take_snapshot(weights, state, {"w": weights["w"]}, copies)
+    before = {place: copy.data_ptr() for place, copy in copies.items()}
+    assert set(before) == {
+        "weights['w']",
+        "weights['cut']",
+        "state['gone']",
+        "state['cast']",
+    }  # the average is "w" itself
+    weights = {"w": torch.arange(12.0).view(3, 4), "cut": torch.ones(3)}
+    snapshot = take_snapshot(weights, {"cast": torch.ones(6, dtype=torch.int64), "new": weights["cut"]}, None, copies)
+    for name, weight in weights.items():
+        assert torch.equal(snapshot.weights.tensors[name], weight)
+    assert snapshot.state["cast"].dtype == torch.int64 and torch.equal(snapshot.state["new"], torch.ones(3))
+    assert set(copies) == {"weights['w']", "weights['cut']", "state['cast']"}
+    assert copies["weights['w']"].data_ptr() == before["weights['w']"]
+    assert sum(copy.nbytes for copy in copies.values()) == snapshot.need_bytes
+
+
 def test_weights_in_another_layout_come_back(tmp_path: Path) -> None:
     weight = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
-    snapshot = take_snapshot({"w": weight, "turned": weight.permute(3, 2, 1, 0)}, {}, copies=True)
+    snapshot = take_snapshot({"w": weight, "turned": weight.permute(3, 2, 1, 0)}, {}, copies={})
     back = load(Checkpoints(tmp_path).write(1, snapshot)).weights
     assert torch.equal(back["w"], weight) and torch.equal(back["turned"], weight.permute(3, 2, 1, 0))
 

@@ -4,8 +4,9 @@
 
 dtrain trains a model with AdamW on the CPU and saves it every fourth step. The stall is the time from the end of such a
 step to the begin of the next one, less the median of that time after the steps without a checkpoint. Halfway between
-two checkpoints, when the last one is on the disk, weights and optimizer state are copied and the copy is timed
-(checkpoint_parts.py). The ratio is the median of each checkpoint's stall over the copy before it.
+two checkpoints, when the last one is on the disk, weights and optimizer state are copied, into memory that is there
+already, and the copy is timed (checkpoint_parts.py). The ratio is the median of each checkpoint's stall over the copy
+before it.
 """
 
 import argparse

@@ -43,6 +43,7 @@ class ClockedAdamW(torch.optim.AdamW):
 
     gaps: ClassVar[dict[int, float]] = {}  # step -> seconds until the next step began
     copies: ClassVar[list[float]] = []
+    memory: ClassVar[list[Tensor]] = []
     done = 0
     ended = 0.0
 
@@ -64,11 +65,12 @@ class ClockedAdamW(torch.optim.AdamW):
         kind.ended = time.perf_counter()
 
     def copy_seconds(self) -> float:
-        """What copying the weights and the optimizer's state takes."""
-        values = [value for group in self.param_groups for value in group["params"]]
+        """What copying the weights and the optimizer's state takes, into memory that is there already."""
+        values = [value.detach() for group in self.param_groups for value in group["params"]]
         values += [value for state in self.state.values() for value in state.values()]
+        if not self.memory:
+            self.memory.extend(value.clone() for value in values)
         began = time.perf_counter()
-        copies = [value.detach().clone() for value in values]
-        seconds = time.perf_counter() - began
-        del copies
-        return seconds
+        for copy, value in zip(self.memory, values, strict=True):
+            copy.copy_(value)
+        return time.perf_counter() - began
