@@ -61,7 +61,9 @@ class Bench:
     def __init__(self, folder: Path, device: str) -> None:
         self.folder, self.device = folder, device
 
-    def train(self, name: str, *overrides: str, ranks: int = 0, device: str | None = None, rc: int = 0) -> Training:
+    def train(
+        self, name: str, *overrides: str, ranks: int = 0, command: str = "train", device: str | None = None, rc: int = 0
+    ) -> Training:
         """Run dtrain, under torchrun for ranks > 0; in the folder `name`, where an earlier training is gone on with.
 
         Raises:
@@ -69,11 +71,11 @@ class Bench:
         """
         folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
-        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"] if ranks else []
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
         wish = [f"device={device or self.device}"] if device != "" else []
-        command = [sys.executable, *launcher, "-m", "dtrain", str(HERE / "gpu_check.yaml"), *wish, *overrides]
+        words = [sys.executable, *launcher, "-m", "dtrain", command, str(HERE / "gpu_check.yaml"), *wish, *overrides]
         done = subprocess.run(
-            command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_SECONDS
+            words, cwd=folder, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_SECONDS
         )
         output = done.stdout + done.stderr
         (folder / "output.txt").write_text(output)
@@ -86,7 +88,14 @@ class Bench:
         script = self.folder / "piece.py"
         script.parent.mkdir(parents=True, exist_ok=True)
         script.write_text(textwrap.dedent(code))
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", str(script)]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+            str(script),
+        ]
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
         if done.returncode:
             raise AssertionError(told(done.stdout + done.stderr))
@@ -306,6 +315,41 @@ def stopped_step(bench: Bench) -> str:
     return told(done.output)[:100]
 
 
+def fsdp(bench: Bench) -> str:
+    """trainer.strategy: fsdp: the losses of DDP, and bit for bit after a resume."""
+    options = ("model.dropout=0", "model.batch_norm=false", "trainer.deterministic=true")
+    losses = bench.train("ddp", *options, ranks=1).losses
+    options = (*options, "trainer.strategy=fsdp")
+    whole = bench.train("whole", *options, ranks=1)
+    bench.train("parts", *options, "trainer.max_steps=13", ranks=1)
+    return f"{close(whole.losses, losses, 1e-4)}, {same(whole, bench.train('parts', *options, ranks=1))}"
+
+
+def launch(bench: Bench) -> str:
+    """dtrain launch: its rank is killed, started again and goes on from the last checkpoint, bit for bit."""
+    options = ("trainer.deterministic=true", "trainer.checkpoint_every_steps=5", "--nproc-per-node=1")
+    whole = bench.train("whole", *options, command="launch")
+    again = bench.train("again", *options, "model.killed=13", "--max-restarts=1", command="launch")
+    if not (again.folder / "killed").exists():
+        raise AssertionError("the rank was not killed")
+    return f"started again, {same(whole, again)}"
+
+
+def doctor(bench: Bench) -> str:
+    """dtrain doctor: GPUs, NCCL, fabric and the all-reduce of two ranks."""
+    needs_gpus(bench)
+    command = [sys.executable, "-m", "dtrain", "doctor", str(HERE / "gpu_check.yaml"), "--json"]
+    bench.folder.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(
+        command, cwd=bench.folder, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_SECONDS
+    )
+    found = {one["probe"]: one for one in json.loads(done.stdout)["findings"]}
+    probes = {name: found.get(name, {"status": "missing"}) for name in ("gpus", "nccl", "fabric", "all-reduce")}
+    if wrong := [f"{name}: {probe}" for name, probe in probes.items() if probe["status"] not in ("ok", "warn")]:
+        raise AssertionError("; ".join(wrong))
+    return "; ".join(f"{name}: {probe['status']} {probe['found']}" for name, probe in probes.items())
+
+
 CHECKS: dict[str, Callable[[Bench], str]] = {
     "fallback": fallback,
     "torchrun-one-rank": one_rank,
@@ -320,6 +364,9 @@ CHECKS: dict[str, Callable[[Bench], str]] = {
     "no-waiting-sees": watch_sees,
     "skipped-step": skipped_step,
     "stopped-step": stopped_step,
+    "fsdp": fsdp,
+    "launch": launch,
+    "doctor": doctor,
 }
 
 

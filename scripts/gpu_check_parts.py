@@ -1,5 +1,9 @@
 """What gpu_check.py trains: a dataset with noise, a small network that looks around itself. Plain torch, no dtrain."""
 
+import os
+import signal
+from pathlib import Path
+
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -36,6 +40,7 @@ class Net(nn.Module):
             device is then an error. None: nothing is watched.
         accumulate: Batches per step, for counting steps.
         poison: The step whose outputs are NaN.
+        killed: The step in which the process kills itself, unless the file `killed` says that it did so before.
     """
 
     def __init__(
@@ -46,6 +51,7 @@ class Net(nn.Module):
         watch_every_steps: int | None = None,
         accumulate: int = 1,
         poison: int | None = None,
+        killed: int | None = None,
     ) -> None:
         super().__init__()
         norm = nn.BatchNorm2d(16) if batch_norm else nn.Identity()
@@ -53,13 +59,16 @@ class Net(nn.Module):
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(16 * 64, 64), nn.ReLU(), nn.Linear(64, 10))
         self.expects = getattr(torch, expects) if expects else torch.float32
         self.watch_every_steps, self.accumulate, self.poison = watch_every_steps, accumulate, poison
-        self.batches = 0
+        self.killed, self.batches = killed, 0
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         self.batches += self.training
         step = -(-self.batches // self.accumulate) if self.training else 0
         if self.watch_every_steps and image.is_cuda:
             torch.cuda.set_sync_debug_mode("error" if self.is_watched(step) else "default")
+        if step == self.killed and not Path("killed").exists():
+            Path("killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
         output = self.head(self.features(image))
         if output.dtype != self.expects:
             raise AssertionError(f"the network computed in {output.dtype}, expected {self.expects}")

@@ -21,6 +21,12 @@ def tensors(samples: int) -> TensorDataset:
     return TensorDataset(torch.ones(samples), torch.ones(samples))
 
 
+def wait_for_device() -> None:
+    """Return once all that was asked of a GPU is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 class Wide(nn.Module):
     """Matrices of 2048 x 2048, about `parameters` numbers in all; the output depends on each of them."""
 
@@ -62,6 +68,7 @@ class ClockedAdamW(torch.optim.AdamW):
             while any(thread.name == WRITER for thread in threading.enumerate()):
                 time.sleep(0.01)
             kind.copies.append(self.copy_seconds())
+        wait_for_device()
         kind.ended = time.perf_counter()
 
     def copy_seconds(self) -> float:
@@ -69,7 +76,8 @@ class ClockedAdamW(torch.optim.AdamW):
         values = [value.detach() for group in self.param_groups for value in group["params"]]
         values += [value for state in self.state.values() for value in state.values()]
         if not self.memory:
-            self.memory.extend(value.clone() for value in values)
+            self.memory.extend(value.to("cpu", copy=True) for value in values)
+        wait_for_device()
         began = time.perf_counter()
         for copy, value in zip(self.memory, values, strict=True):
             copy.copy_(value)
