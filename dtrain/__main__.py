@@ -3,8 +3,8 @@
 import os
 import sys
 
-from dtrain.cli import main
+from dtrain.cli import program
 from dtrain.launched import VARIABLE, as_rank
 
 if __name__ == "__main__":
-    sys.exit(as_rank(main) if VARIABLE in os.environ else main())
+    sys.exit(as_rank(program) if VARIABLE in os.environ else program())

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dtrain import __version__, launcher
+from dtrain.interrupt import INTERRUPTED, end_at_once, ignore_signals
 from dtrain.yamlfile import ConfigError, one_line
 
-USAGE, INTERRUPTED = 2, 130
+USAGE = 2
 MAIN_SPEAKS_SECONDS = (
     10.0  # torchrun ends all ranks as soon as one has ended, and the main one may be the last to see it
 )
@@ -105,6 +106,14 @@ def _submit_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dry-run", action="store_true", help="print the batch script; write and submit nothing")
 
 
+def program() -> int:
+    """The program `dtrain`: runs one command; what is signalled afterwards changes nothing of its status."""
+    try:
+        return main()
+    finally:
+        ignore_signals()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -170,8 +179,6 @@ def _work(options: argparse.Namespace) -> int:
     check(config, options.command if options.command in ("test", "predict") else "train")
     sender = _sender(config) if options.command == "train" else None
     if options.command in ("train", "predict"):
-        from dtrain.interrupt import end_at_once
-
         end_at_once(lambda line: print(line, file=sys.stderr, flush=True))
     from dtrain import worker
 

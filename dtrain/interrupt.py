@@ -128,6 +128,12 @@ def end_at_once(say: Callable[[str], object]) -> None:
             signal.signal(number, end)
 
 
+def ignore_signals() -> None:
+    """At a process's end: its status is known, and Python, which gives up its handlers first, would die of one."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def seconds_of(time_limit: float | str) -> float:
     """A duration in seconds: 5400, '90m', '1.5h', '01:30:00' or '1-12:00:00' (days-hours:minutes:seconds).
 

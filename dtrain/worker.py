@@ -37,8 +37,9 @@ def train(config: ConfigDict, sender: "Popen[bytes] | None" = None) -> int:
 
     def action() -> int:
         trainer = create_trainer(config, sender=sender)
-        status = trainer.fit()
-        trainer.ranks.close()
+        with trainer.stop_request.listening():
+            status = trainer.fit()
+            trainer.ranks.close()
         return STOPPED_EARLY if status == "KILLED" else 0
 
     return _status(action)
@@ -56,8 +57,8 @@ def test(config: ConfigDict, checkpoint: str | None = None) -> int:
             )
         with trainer.stop_request.listening():
             trainer.test(path)
-        trainer.progress.close()
-        trainer.ranks.close()
+            trainer.progress.close()
+            trainer.ranks.close()
         return STOPPED_EARLY if trainer.stopped else 0
 
     return _status(action)
@@ -70,11 +71,12 @@ def predict(
 
     def action() -> int:
         trainer = create_trainer(config, purpose="predict")
-        result = trainer.predict(checkpoint, output_dir, overwrite)
-        trainer.progress.close()
-        for line in report.prediction(result):
-            trainer.progress.note(line)
-        trainer.ranks.close()
+        with trainer.stop_request.listening():
+            result = trainer.predict(checkpoint, output_dir, overwrite)
+            trainer.progress.close()
+            for line in report.prediction(result):
+                trainer.progress.note(line)
+            trainer.ranks.close()
         return STOPPED_EARLY if result.stopped else 0
 
     return _status(action)

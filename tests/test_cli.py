@@ -166,11 +166,25 @@ def test_check_tries_the_modules_of_the_current_folder_and_writes_nothing(run_cl
 
 
 def test_the_console_script_finds_modules_of_the_current_folder_too(project: Path, clean_env: dict[str, str]) -> None:
-    script = "import sys; from dtrain.cli import main; sys.exit(main())"  # -P: the current folder is not on sys.path
+    script = (
+        "import sys; from dtrain.cli import program; sys.exit(program())"  # -P: the current folder is not on sys.path
+    )
     command = [sys.executable, "-P", "-c", script, "config", "c.yaml"]
     done = subprocess.run(command, cwd=project, env=clean_env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert f"parts.Net  {project}/parts.py:3" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["INT", "TERM", "USR1"])
+def test_a_signal_when_all_is_done_changes_nothing_of_the_status(
+    project: Path, clean_env: dict[str, str], name: str
+) -> None:
+    at_end = f"import atexit, os, signal; atexit.register(os.kill, os.getpid(), signal.SIG{name})"
+    for status, key in ((0, "dim"), (2, "dimm")):
+        script = f"{at_end}; import sys; from dtrain.cli import program; sys.exit(program())"
+        command = [sys.executable, "-c", script, "config", "c.yaml", f"model.{key}=3"]
+        done = subprocess.run(command, cwd=project, env=clean_env, capture_output=True, text=True, timeout=60)
+        assert done.returncode == status, done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------- in this process

@@ -7,10 +7,12 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -298,21 +300,11 @@ def test_nothing_outlives_a_launcher_killed_at_any_moment(place: Place, part: in
     print("seconds", [round(killed(place, f"orphans-{part}-{number}", chance), 2) for number in range(5)])
 
 
-@pytest.mark.parametrize(
-    ("times", "pause", "expect"),
-    [
-        (2, 0.8, 130),
-        pytest.param(1, 0.0, 75, marks=pytest.mark.soak),
-        pytest.param(3, 0.1, 75, marks=pytest.mark.soak),  # within half a second: one, delivered several times
-        pytest.param(3, 0.6, 130, marks=pytest.mark.soak),
-        pytest.param(10, 0.2, 130, marks=pytest.mark.soak),
-    ],
-)
-def test_ctrl_c_once_is_graceful_twice_is_immediate_and_no_rank_stays(
-    place: Place, times: int, pause: float, expect: int
+def interrupted(
+    place: Place, name: str, times: int, pause: float, expect: int, send: Callable[[int, int], None]
 ) -> None:
+    """Ctrl-C so many times, after `pause` seconds each: the exit status, and that nothing is left."""
     # A training that is stuck does not heed the first.
-    name = f"ctrl-{times}-{pause}"
     env = {"TOY_DO": "train 9 rank 1 sleep"} if expect == 130 else {}
     running = two(place, place.config(name, **LONG), env=env)
     until(lambda: steps_done(place.path(name)) >= 3, running)
@@ -320,13 +312,36 @@ def test_ctrl_c_once_is_graceful_twice_is_immediate_and_no_rank_stays(
     for number in range(times):
         time.sleep(pause if number else 0.0)
         if running.process.poll() is None:
-            os.kill(running.pid, signal.SIGINT)
+            send(running.pid, signal.SIGINT)
     began = time.monotonic()
     result = running.result(60)
     assert result.rc == expect, result.text
     if expect == 130:
         assert time.monotonic() - began < 10
     assert running.tagged.wait_gone(10), running.tagged.command_lines()
+
+
+def test_ctrl_c_twice_is_immediate_and_no_rank_stays(place: Place) -> None:
+    interrupted(place, "ctrl-c", 2, 0.8, 130, os.kill)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("times", "pause", "expect"),
+    [
+        (1, 0.0, 75),
+        (2, 0.8, 130),
+        (3, 0.1, 75),  # within half a second: one, delivered several times
+        (3, 0.6, 130),
+        (10, 0.2, 130),
+    ],
+)
+@pytest.mark.parametrize("send", [os.kill, os.killpg])
+def test_ctrl_c_any_number_of_times_to_the_launcher_or_its_terminals_group(
+    place: Place, times: int, pause: float, expect: int, send: Callable[[int, int], None]
+) -> None:
+    for number in range(4):
+        interrupted(place, f"ctrl-c-{send.__name__}-{times}-{pause}-{number}", times, pause, expect, send)
 
 
 @pytest.mark.soak
@@ -345,8 +360,10 @@ def test_a_rank_killed_at_any_moment_is_restarted_bit_for_bit(place: Place, part
     print("seed", seed)
     chance = random.Random(seed)
     for number in range(4):
-        running = two(place, place.config(f"any-{part}-{number}", **LIVELY), "--max-restarts", "2")
-        run, victim = place.path(f"any-{part}-{number}"), chance.choice([0, 1])
+        name, store = f"any-{part}-{number}", place.folder / f"any-{part}-{number}.db"
+        file = place.config(name, **LIVELY, **{"mlflow.tracking_uri": f"sqlite:///{store}"})
+        running = two(place, file, "--max-restarts", "2", mlflow=part == 0)
+        run, victim = place.path(name), chance.choice([0, 1])
         until(lambda run=run: steps_done(run) >= 3, running)
         time.sleep(chance.uniform(0, 1.0))
         if pid := ranks_of(running).get(victim):
@@ -357,6 +374,9 @@ def test_a_rank_killed_at_any_moment_is_restarted_bit_for_bit(place: Place, part
             assert f"rank {victim} failed first" in result.stderr, result.text
         same_training(whole, run)
         assert figures(whole) == figures(run)
+        if part == 0:
+            with closing(sqlite3.connect(store)) as found:
+                assert found.execute("SELECT status FROM runs").fetchall() == [("FINISHED",)]
 
 
 # --------------------------------------------------------------------------------------------------------- two machines
