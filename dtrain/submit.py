@@ -1,6 +1,7 @@
 """`dtrain submit`: a SLURM job of a config, which has a copy of config and code of its own; trains nothing itself."""
 
 import json
+import secrets
 import shlex
 import shutil
 import subprocess
@@ -86,12 +87,8 @@ def submit(path: str, overrides: Sequence[str], options: Mapping[str, Any], dry_
         return 0
     folder = plan.job.folder
     try:
-        _write(plan, text)
-        number = _sbatch(folder)
-    except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)  # what was never submitted needs nothing
-        if not isinstance(error, OSError | _RefusedError):
-            raise
+        number = _submitted(plan, text)
+    except (OSError, _RefusedError) as error:
         print(f"dtrain submit: {error}", file=sys.stderr)
         return 1
     log = folder / (f"{number}_*.log" if len(plan.texts) > 1 else f"{number}.log")
@@ -110,7 +107,7 @@ def _plan(path: str, overrides: Sequence[str]) -> Plan:
     directives = _directives(first, settings)
     variants = _variants(first, settings)
     base = Path.cwd() / run_folder(first)
-    folder = base.with_name(f"{base.name}.jobs") / time.strftime("%Y%m%d-%H%M%S")
+    folder = base.with_name(f"{base.name}.jobs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     texts, run_folders, modules = [], [], set[str]()
     for index, words in enumerate(variants):
         config = first
@@ -200,15 +197,20 @@ def _is_range(nodes: int | str) -> bool:
     return least.isdecimal() and int(least) > 0 and (not dash or (most.isdecimal() and int(most) >= int(least)))
 
 
-def _write(plan: Plan, text: str) -> None:
-    """The job's folder, for its owner alone: what is copied may hold what others are not to see."""
+def _submitted(plan: Plan, text: str) -> str:
+    """The job's number; its folder is for its owner alone: what is copied may hold what others are not to see."""
     folder = plan.job.folder
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.mkdir(mode=0o700)
-    for path, config in zip(plan.job.configs, plan.texts, strict=True):
-        path.write_text(config, encoding="utf-8")
-    copy_code({"dtrain", *plan.modules}, folder / "code")
-    (folder / "job.sbatch").write_text(text, encoding="utf-8")
+    try:
+        for path, config in zip(plan.job.configs, plan.texts, strict=True):
+            path.write_text(config, encoding="utf-8")
+        copy_code({"dtrain", *plan.modules}, folder / "code")
+        (folder / "job.sbatch").write_text(text, encoding="utf-8")
+        return _sbatch(folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)  # what was never submitted needs nothing
+        raise
 
 
 class _RefusedError(Exception):

@@ -185,7 +185,7 @@ def off_a_node(jobs: Jobs, name: str) -> Path:
 @pytest.mark.parametrize("time", range(SOAK))
 @pytest.mark.parametrize("how", [preempted, preempted_with_grace, out_of_time, cancelled, off_a_node])
 def test_a_disturbed_job_ends_as_if_nothing_had_been(jobs: Jobs, how: Callable[[Jobs, str], Path], time: int) -> None:
-    how(jobs, f"slurm-{how.__name__}")
+    how(jobs, f"slurm-{how.__name__}-{time}")
 
 
 def test_a_preempted_job_goes_on_in_its_run_with_the_code_it_was_submitted_with(jobs: Jobs) -> None:

@@ -283,6 +283,20 @@ def test_a_job_that_is_not_taken_leaves_nothing(desk: Path, capsys: pytest.Captu
     assert list((desk / "runs" / "toy.jobs").iterdir()) == []
 
 
+def test_jobs_that_are_submitted_in_one_second_leave_one_another_alone(
+    desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("time.strftime", lambda form: "20261126-101500")
+    assert [submit("toy.yaml", [f"seed={seed}"], {}) for seed in range(3)] == [0, 0, 0]
+    folders = list((desk / "runs" / "toy.jobs").iterdir())
+    assert {yaml.safe_load((folder / "config.yaml").read_text())["seed"] for folder in folders} == {0, 1, 2}
+    monkeypatch.setattr("secrets.token_hex", lambda length: folders[0].name.rpartition("-")[2])  # taken already
+    before = sorted(folders[0].rglob("*"))
+    assert submit("toy.yaml", ["seed=3"], {}) == 1
+    assert "File exists" in capsys.readouterr().err
+    assert sorted(folders[0].rglob("*")) == before
+
+
 # What the script runs
 
 
