@@ -23,7 +23,7 @@ import psutil
 from dtrain.console import Console
 from dtrain.distributed import Environment, choose_device, cores
 from dtrain.interrupt import INTERRUPTED, REPEAT_SECONDS, STOPPED_EARLY, end_at_once, heeded
-from dtrain.runfiles import read_json, read_run
+from dtrain.runfiles import close_run_of, lives, read_json, read_run
 from dtrain.yamlfile import ConfigError, Mistake, one_line
 
 if TYPE_CHECKING:
@@ -252,6 +252,7 @@ class _Job:
         agent.start()
         self._see_to_end(agent)
         self.console.drain()
+        self._close_run()
         status = self._status(agent.raised)
         shutil.rmtree(private, ignore_errors=True)
         sys.stdout.flush()
@@ -320,6 +321,14 @@ class _Job:
         self.console.say("\n".join([*self._first_failure(), f"dtrain launch: {again}"]))
         self.ends = []
         return True
+
+    def _close_run(self) -> None:
+        """Say of a rank 0 of this node that it died, where it has no sender that does: MLflow may be missing."""
+        facts = read_run(self.folder)
+        is_ours = any(end.rank == 0 for end in self.ends) and facts.get("attempt_started", 0.0) >= self.start_began
+        if is_ours and facts.get("state") == "RUNNING" and not lives(facts):
+            with suppress(OSError):
+                close_run_of(self.folder, facts["pid"])
 
     def _status(self, raised: BaseException | None) -> int:
         """The true exit status of this node's ranks, and what there is to say about it."""

@@ -4,10 +4,12 @@
 
 import ast
 import copy
+import itertools
 import random
 import re
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -1180,6 +1182,23 @@ def test_a_mutant_is_good_or_refused_in_lines(seed: int) -> None:
 def test_ten_thousand_mutants_are_good_or_refused_in_lines() -> None:
     refused = sum(only_lines_of_text(seed) for seed in range(10_000))
     assert refused > 5000
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_fifty_mutants_end_the_program_with_2_and_a_line_each() -> None:
+    seconds = []
+    sayable = (seed for seed in itertools.count() if "\0" not in "".join(mutant(seed)[1]))
+    for seed in itertools.islice(filter(only_lines_of_text, sayable), 50):
+        _, overrides = mutant(seed)
+        began = time.monotonic()
+        command = [sys.executable, "-m", "dtrain", "config", "m.yaml", *overrides]
+        done = subprocess.run(command, capture_output=True, timeout=60)
+        seconds.append(time.monotonic() - began)
+        lines = done.stderr.decode(errors="surrogateescape").splitlines()
+        assert (done.returncode, done.stdout) == (2, b""), (seed, done)
+        assert lines and all(line.startswith(("m.yaml:", "argument ")) for line in lines), (seed, lines)
+    print(f"50 of 50; {sorted(seconds)[25]:.2f} s each, {max(seconds):.2f} s at most")
 
 
 def test_mutants_are_mostly_wrong() -> None:

@@ -16,6 +16,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import RunCli, Running
 from whole_runs import EXACT, Place, figures, last, same_training
@@ -243,6 +244,31 @@ def test_a_rank_that_waits_while_another_is_killed_has_failed_not_stopped(place:
     result = running.result(60)
     assert result.rc == 1 and "rank 1 failed first (killed by SIGKILL; " in result.stderr, result.text
     assert (read_run(run)["state"], read_run(run)["exit_status"]) == ("FAILED", 1)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("how", ["KILL", "raise", "exit", "vanish", "SEGV"])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_ends_in_whatever_way_takes_all_down_and_is_named(place: Place, how: str, victim: int) -> None:
+    seed = random.randrange(1 << 30)
+    print("seed", seed)
+    chance, seconds = random.Random(seed), []
+    for number in range(5):
+        name = f"down-{how}-{victim}-{number}"
+        trouble = f"train {chance.randrange(3, 60)} rank {victim} {how}"
+        running = two(place, place.config(name, **LONG), env={"TOY_DO": trouble})
+        until(lambda running=running: len(ranks_of(running)) == 2, running)
+        pid = ranks_of(running)[victim]
+        while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.02)
+        began = time.monotonic()
+        result = running.result(60)
+        assert running.tagged.wait_gone(10), running.tagged.command_lines()
+        seconds.append(round(time.monotonic() - began, 2))
+        assert result.rc == 1 and f"dtrain launch: rank {victim} failed first" in result.stderr, result.text
+        assert read_run(place.path(name))["state"] == "FAILED"
+    print("seconds", seconds)
+    assert max(seconds) < 10
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,14 @@
 
 For the tests, TOY_DO makes the model do something at a certain call: "train 5 rank 1 TERM" sends SIGTERM to rank 1's
 process in its fifth training forward, "eval 1 rank 0 KILL" kills rank 0 in its first evaluation forward, "raise"
-raises, "nan" spoils the output, "sleep" never returns, "lag" takes 0.2 s; "train all" means each call. TOY_LOAD does
-the same where a sample is loaded, "sample 3 rank 0 sleep" or "sample all", at each time. TOY_SEEN names a folder where
-each process notes the samples that it loads.
+raises, "exit" leaves with 3 and "vanish" with 0 and no word, "nan" spoils the output, "sleep" never returns, "lag"
+takes 0.2 s; "train all" means each call. TOY_LOAD does the same where a sample is loaded, "sample 3 rank 0 sleep" or
+"sample all", at each time. TOY_SEEN names a folder where each process notes the samples that it loads.
 """
 
 import os
 import signal
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -60,6 +61,10 @@ def trouble_at(index: int) -> None:
 def act(action: str) -> None:
     if action == "raise":
         raise RuntimeError("the toy is broken")
+    if action == "exit":
+        sys.exit(3)
+    if action == "vanish":
+        os._exit(0)
     if action == "lag":
         time.sleep(0.2)
         return
