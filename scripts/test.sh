@@ -32,8 +32,10 @@ apt_install() {
     return "$status"
 }
 
+install_programs git shellcheck tmux munged=munge slurmctld slurmd sbatch=slurm-client &
+programs=$!
 make_venv
-install_programs git shellcheck tmux munged=munge slurmctld slurmd sbatch=slurm-client
+wait "$programs"
 cd -- "$root"
 # What some tests compare with. Without dependencies: theirs would bring torchvision, which breaks beside a CPU torch.
 "$python" -m pip install -qq --no-deps -r tests/requirements.lock

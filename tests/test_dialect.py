@@ -555,8 +555,8 @@ def test_a_test_file_predicts_what_pytorch3dunet_predicts(run_cli: RunCli, tmp_p
     np.testing.assert_allclose(ours[:, -2:, -12:, -12:], theirs[:, -2:, -12:, -12:], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["multiclass", pytest.param("dsb2018", marks=pytest.mark.soak)])
+@pytest.mark.soak  # docs/moving-over.md does it in every run, for a boundary
+@pytest.mark.parametrize("kind", ["multiclass", "dsb2018"])
 def test_a_file_trains_and_predicts_from_the_command_line(kind: str, run_cli: RunCli, tmp_path: Path) -> None:
     import h5py
 

@@ -79,7 +79,9 @@ def test_a_checkpoint_is_that_of_ddp(place: Place) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("first", "then"), [("fsdp", "ddp"), ("ddp", "fsdp"), ("fsdp", "fsdp")])
+@pytest.mark.parametrize(
+    ("first", "then"), [("fsdp", "ddp"), ("ddp", "fsdp"), pytest.param("fsdp", "fsdp", marks=pytest.mark.soak)]
+)
 def test_a_training_goes_on_with_the_other_strategy(place: Place, first: str, then: str) -> None:
     name = f"{first}-to-{then}"
     settings = {"fsdp": SHARED, "ddp": SETTINGS}
