@@ -34,7 +34,8 @@ _CLIENT_SETTINGS = {
 }
 _UPLOAD_TIMEOUT_SECONDS = "300"  # a server may answer late when it has gigabytes to put away
 _MOST_AT_ONCE = {"metrics": 1000, "params": 100, "tags": 100}  # MLflow's limits per request
-_NICENESS = 19
+# Of a sender that gets ready while the ranks do: what it has not done when they begin, costs them steps.
+_NICENESS_AT_FIRST, _NICENESS = 3, 19
 _SILENCE_SECONDS = 3600.0  # twice as long as a training without progress is let live
 _LONGEST_KEY, _LONGEST_PARAM, _LONGEST_TAG = 250, 6000, 5000
 _IMAGES = "images"  # MLflow's folder for them, and its names, of which the thumbnail's is the last one written
@@ -367,7 +368,7 @@ def _uri_of(folder: Path, given: str | None) -> str:
 
 def _wait_for_a_run(uri: str) -> int:
     """The sender of a training that is still being built: does what takes long, then what it is told, if it is."""
-    _stand_back()
+    _stand_back(_NICENESS_AT_FIRST)
     with contextlib.suppress(Exception):  # it shows again, and is reported, when there is a run
         import mlflow.system_metrics.system_metrics_monitor  # noqa: F401  for its import
 
@@ -382,9 +383,9 @@ def _wait_for_a_run(uri: str) -> int:
     return main(words)
 
 
-def _stand_back() -> None:
+def _stand_back(niceness: int) -> None:
     """Leave the processor to the ranks, and go on where a batch system tells every process of a job to end."""
-    os.nice(max(0, _NICENESS - os.nice(0)))
+    os.nice(max(0, niceness - os.nice(0)))
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
 
@@ -393,7 +394,7 @@ def _feed(folder: Path, parent: int, uri: str, system_metrics: bool) -> int:
     """The sender of a training that runs."""
     from filelock import FileLock
 
-    _stand_back()
+    _stand_back(_NICENESS)
     facts = read_run(folder)
     code_folder = "code" if facts["attempt"] == 1 else f"code/resume_{facts['attempt']}"
     code_tags = capture_code(folder / code_folder)  # first of all, before anybody edits a file
