@@ -45,6 +45,7 @@ cd -- "$root"
 "$python" -m mypy
 
 cores=$(getconf _NPROCESSORS_ONLN)
-# One thread per worker: the tests start processes of their own, and none depends on speed.
+# One thread per worker: the tests start processes of their own, and none depends on speed. One worker more than cores,
+# since some wait; each takes whole files as long as there are any, since tests of a file share what takes long to make.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$python" -m pytest --numprocesses $((cores < 8 ? cores : 8)) "$@"
+exec "$python" -m pytest --numprocesses $((cores < 8 ? cores + 1 : 8)) --dist worksteal "$@"
