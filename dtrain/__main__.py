@@ -2,9 +2,11 @@
 
 import os
 import sys
+from functools import partial
 
-from dtrain.cli import program
+from dtrain.cli import main
+from dtrain.interrupt import run_to_end
 from dtrain.launched import VARIABLE, as_rank
 
 if __name__ == "__main__":
-    sys.exit(as_rank(program) if VARIABLE in os.environ else program())
+    sys.exit(run_to_end(partial(as_rank, main) if VARIABLE in os.environ else main))

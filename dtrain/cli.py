@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dtrain import __version__, launcher
-from dtrain.interrupt import INTERRUPTED, end_at_once, ignore_signals
+from dtrain.interrupt import INTERRUPTED, end_at_once, run_to_end
 from dtrain.yamlfile import ConfigError, one_line
 
 USAGE = 2
@@ -107,11 +107,8 @@ def _submit_options(command: argparse.ArgumentParser) -> None:
 
 
 def program() -> int:
-    """The program `dtrain`: runs one command; what is signalled afterwards changes nothing of its status."""
-    try:
-        return main()
-    finally:
-        ignore_signals()
+    """The program `dtrain`."""
+    return run_to_end(main)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -25,20 +25,25 @@ def begin_store(database: Path, mlflow_version: str, make: Callable[[Path], obje
     with contextlib.suppress(Exception):
         content = _whole(kept)
         if content is None:
-            with tempfile.TemporaryDirectory() as folder:
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # MLflow has it open still
                 make(Path(folder) / "mlflow.db")
                 content = _without_rows(Path(folder) / "mlflow.db")
             with contextlib.suppress(OSError):
                 kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                write_bytes(kept, content)
-        write_bytes(database, content, durable=True)
+                write_bytes(kept, content, durable=True)
+        new = database.with_name(f".{database.name}.new")
+        write_bytes(new, content, durable=True)
+        try:
+            os.link(new, database)  # which fails where another program, which knows no lock, has made one meanwhile
+        finally:
+            new.unlink()
 
 
 def _whole(kept: Path) -> bytes | None:
     """The empty store, if there is one and it is not damaged."""
     with contextlib.suppress(OSError, sqlite3.Error), contextlib.closing(sqlite3.connect(":memory:")) as copy:
         content = kept.read_bytes()
-        copy.deserialize(content)
+        copy.deserialize(content or b"damaged")
         if copy.execute("PRAGMA quick_check").fetchone() == ("ok",):
             return content
     return None

@@ -1,5 +1,6 @@
 """A request to stop, by a signal or a time limit: only a flag, read between two steps; knows no training, no ranks."""
 
+import atexit
 import ctypes
 import multiprocessing
 import os
@@ -128,8 +129,20 @@ def end_at_once(say: Callable[[str], object]) -> None:
             signal.signal(number, end)
 
 
-def ignore_signals() -> None:
-    """At a process's end: its status is known, and Python, which gives up its handlers first, would die of one."""
+def run_to_end(run: Callable[[], int]) -> int:
+    """The status of a process's work. A signal that comes later ends the process with that status, and no other.
+
+    Python then still waits for threads, which may hang. At its very end it gives up its handlers, and would die of one.
+    """
+    atexit.register(_ignore_signals)  # the first that is registered is the last that runs
+    status = run()
+    sys.stdout.flush()
+    for number in SIGNALS:
+        signal.signal(number, lambda _number, _frame: os._exit(status))
+    return status
+
+
+def _ignore_signals() -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 from dtrain.distributed import job_ends_at
-from dtrain.interrupt import STOPPED_EARLY
+from dtrain.interrupt import STOPPED_EARLY, run_to_end
 from dtrain.runfiles import read_json, read_run, write_json
 
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -130,7 +130,7 @@ def _job_ends_at() -> float | None:
     """When SLURM ends this job, in unix seconds; None where that is unknown."""
     if (known := job_ends_at()) is not None:
         return known
-    if job := os.environ.get("SLURM_JOB_ID"):
+    if job := _slurm_job():
         try:
             return datetime.datetime.fromisoformat(_said(["squeue", "-h", "-j", job, "-o", "%e"])).timestamp()
         except ValueError:  # 'N/A': no limit
@@ -138,9 +138,15 @@ def _job_ends_at() -> float | None:
     return None
 
 
+def _slurm_job() -> str:
+    """This job as SLURM's commands take it, '' elsewhere: the number of one task of an array stands for all of them."""
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}" if task else os.environ.get("SLURM_JOB_ID", "")
+
+
 def _put_back(command: Sequence[str]) -> None:
     """Have the job start again, but for one that SLURM has ended: it was cancelled, or is put back already."""
-    if job := os.environ.get("SLURM_JOB_ID"):
+    if job := _slurm_job():
         words = _said(["scontrol", "-o", "show", "job", job]).split()
         if words and "JobState=RUNNING" not in words:
             say("the batch system has ended this job; whether it starts again is its decision")
@@ -174,4 +180,4 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_to_end(main))

@@ -21,9 +21,11 @@ fi
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 10000))
 
+# As scontrol takes it: the number of one task of an array stands for all of them.
+job=${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}
 # dtrain.job passes the warning on to srun, and has a job that was stopped early and has saved start again.
 # srun waits for the other nodes when one has ended: one of them may be saving. Not for ever: another may hang.
-exec "$python" -m dtrain.job --run-folder "$run_folder" --requeue "scontrol requeue $SLURM_JOB_ID" -- \\
+exec "$python" -m dtrain.job --run-folder "$run_folder" --requeue "scontrol requeue $job" -- \\
     srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \\
     --kill-on-bad-exit=0 --wait=600 \\
     "$python" -m dtrain launch "$config" --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$ranks" \\

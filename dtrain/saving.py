@@ -198,16 +198,16 @@ class Saver:
         score = trainer.score if trainer.validated_step == trainer.step else None
         self.wait()  # its copies are about to be written over
         future: Future[Path] = Future()
-        self._under_way = trainer.step, future
         try:
             # What was gathered from shards is nobody else's.
             snapshot = take_snapshot(weights, state, averaged, self._copies if trainer.ranks.shards is None else None)
         except CheckpointError as error:
             future.set_exception(error)
-            return
-        work = (future, trainer.step, snapshot, score)
-        # A daemon: an end at once does not wait for it, every other end does.
-        threading.Thread(target=self._write_now, args=work, name=WRITER, daemon=True).start()
+        else:
+            work = (future, trainer.step, snapshot, score)
+            # A daemon: an end at once does not wait for it, every other end does.
+            threading.Thread(target=self._write_now, args=work, name=WRITER, daemon=True).start()
+        self._under_way = trainer.step, future  # at last: after any other error there is nothing to wait for
 
     def _write_now(self, future: "Future[Path]", step: int, snapshot: Snapshot, score: float | None) -> None:
         """The thread's part."""

@@ -46,6 +46,6 @@ cd -- "$root"
 
 cores=$(getconf _NPROCESSORS_ONLN)
 # One thread per worker: the tests start processes of their own, and none depends on speed. One worker more than cores,
-# since some wait; each takes whole files as long as there are any, since tests of a file share what takes long to make.
+# since some wait; each takes a stretch of neighbours, which share what takes long to make, then some of another's.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec "$python" -m pytest --numprocesses $((cores < 8 ? cores + 1 : 8)) --dist worksteal "$@"

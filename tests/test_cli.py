@@ -4,6 +4,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -185,6 +186,20 @@ def test_a_signal_when_all_is_done_changes_nothing_of_the_status(
         command = [sys.executable, "-c", script, "config", "c.yaml", f"model.{key}=3"]
         done = subprocess.run(command, cwd=project, env=clean_env, capture_output=True, text=True, timeout=60)
         assert done.returncode == status, done.stderr
+
+
+def test_a_thread_that_never_ends_can_be_interrupted(project: Path, clean_env: dict[str, str]) -> None:
+    (project / "stuck.py").write_text(
+        "import threading, time\nthreading.Thread(target=time.sleep, args=[1000]).start()\n"
+    )
+    script = "import stuck, sys; from dtrain.cli import program; print(flush=True); sys.exit(program())"
+    command = [sys.executable, "-c", script, "config", "c.yaml", "model.dimm=3"]
+    process = subprocess.Popen(command, cwd=project, env=clean_env, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None and "model.dimm" in process.stderr.readline()
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 2
 
 
 # ------------------------------------------------------------------------------------------------------- in this process

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
+from dtrain.emptystore import begin_store
+
 SCRIPT = """
 import json, sys
 from dtrain.sender import connect
@@ -55,7 +57,7 @@ def test_the_second_store_is_a_copy_of_the_first_before_it_had_rows(tmp_path: Pa
     (empty,) = (cache / "dtrain").iterdir()
     assert schema(tmp_path / "first" / "mlflow.db") == schema(tmp_path / "second" / "mlflow.db") == schema(empty)
     assert [rows(empty, table) for table in ("runs", "experiments", "metrics")] == [0, 0, 0]
-    empty.write_bytes(empty.read_bytes()[:5000])  # damaged: it is made again
+    empty.write_bytes(b"")  # damaged: it is made again
     assert store(tmp_path / "third", clean_env, cache)[0][0] == "Default"
     assert schema(tmp_path / "third" / "mlflow.db") == schema(tmp_path / "first" / "mlflow.db") == schema(empty)
 
@@ -87,3 +89,17 @@ def test_a_kill_amid_the_migrations_leaves_no_half_store(tmp_path: Path, clean_e
     assert subprocess.run([sys.executable, "-c", KILLED, folder], env=env, timeout=60).returncode == -signal.SIGKILL
     assert list(folder.iterdir()) == []
     assert not cache.exists()
+
+
+def test_a_store_that_another_program_makes_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    database = tmp_path / "mlflow.db"
+
+    def make(file: Path) -> None:
+        with closing(sqlite3.connect(file)) as empty:
+            empty.execute("CREATE TABLE experiments (id)")
+        database.write_text("another's")
+
+    begin_store(database, "1.0", make)
+    assert database.read_text() == "another's"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "mlflow.db"]

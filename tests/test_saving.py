@@ -271,6 +271,15 @@ def test_weights_in_another_layout_come_back(tmp_path: Path) -> None:
     assert torch.equal(back["w"], weight) and torch.equal(back["turned"], weight.permute(3, 2, 1, 0))
 
 
+def test_a_copy_that_fails_ends_the_training_and_is_not_waited_for(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("dtrain.saving.take_snapshot", failing)
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        here("no-copy")
+
+
 # ------------------------------------------------------------------------------------------------------------- memory
 
 

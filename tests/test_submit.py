@@ -377,6 +377,22 @@ def test_only_what_was_stopped_early_is_put_back(
     assert (batch.status(step), batch.requeued) == (status, requeued), batch.said
 
 
+def test_of_an_array_one_task_is_asked_for_and_put_back(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the tasks has the number of the whole array as its own."""
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert batch.status(SAVES) == 75
+    asked = (batch.desk / "asked").read_text()
+    assert "squeue -h -j 7_3 -o %e\n" in asked and "scontrol -o show job 7_3\n" in asked
+    for file in [*REPOSITORY.glob("scripts/cluster/*.sbatch"), REPOSITORY / "dtrain" / "jobscript.py"]:
+        text = file.read_text()
+        (line,) = re.findall("^job=.*$", text, re.M)
+        assert '--requeue "scontrol requeue $job"' in text
+        for env, job in (({}, "7"), ({"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}, "7_0")):
+            command = ["bash", "-uc", f'{line}; echo "$job"']
+            assert subprocess.check_output(command, env={"SLURM_JOB_ID": "7", **env}, text=True) == f"{job}\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR2])
 def test_a_warning_reaches_the_step_as_usr1(batch: Batch, number: signal.Signals) -> None:
     process = batch.start(f"trap 'touch warned; {SAVES}' USR1; touch ready; while :; do sleep 0.05; done")
