@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TypeVar
 
@@ -130,21 +130,28 @@ def end_at_once(say: Callable[[str], object]) -> None:
 
 
 def run_to_end(run: Callable[[], int]) -> int:
-    """The status of a process's work. A signal that comes later ends the process with that status, and no other.
+    """Do a process's work, and see that it ends with the status of that, whatever comes afterwards.
 
-    Python then still waits for threads, which may hang. At its very end it gives up its handlers, and would die of one.
+    Python's own end is cut short after the last exit handler: C++ threads of torch abort it now and then, and a signal
+    kills it, since it gives up its handlers first. Before that it waits for threads, which a signal ends.
     """
-    atexit.register(_ignore_signals)  # the first that is registered is the last that runs
-    status = run()
-    sys.stdout.flush()
+    status = 1
+
+    def end(*_: object) -> None:
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+    atexit.register(end)  # what is registered later, as by a user's modules, runs before
+    try:
+        status = run()
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        raise
     for number in SIGNALS:
-        signal.signal(number, lambda _number, _frame: os._exit(status))
+        signal.signal(number, end)
     return status
-
-
-def _ignore_signals() -> None:
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def seconds_of(time_limit: float | str) -> float:

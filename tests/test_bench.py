@@ -178,7 +178,7 @@ def peak_mb_source() -> str:
     return next(ast.unparse(node) for node in tree.body if getattr(node, "name", "") == "peak_mb")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_checkpoint_measures_the_stall_against_the_copy_and_judges_it(
     clean_env: dict[str, str], tmp_path: Path
 ) -> None:

@@ -1148,9 +1148,13 @@ def test_threads_that_save_at_once_take_turns(tmp_path):
 def test_an_interrupted_save_cleans_up_and_goes_on_as_the_interrupt(tmp_path, monkeypatch, step):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, weights_of(1), {})
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(torch, "save", lambda *given: signal.raise_signal(signal.SIGINT))  # Ctrl-C while it writes
-        checkpoints.save(step, weights_of(2), {})
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(torch, "save", lambda *given: signal.raise_signal(signal.SIGINT))  # Ctrl-C while it writes
+            checkpoints.save(step, weights_of(2), {})
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert names_in(tmp_path) == [".lock", "last", "step-00000001"]
     assert float(load(checkpoints.last()).weights["b"]) == 1
 

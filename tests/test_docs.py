@@ -49,6 +49,8 @@ NOT_RUN = (
     *("needs SLURM", "stays until Ctrl-C", "takes 10 minutes", "takes some minutes"),
 )
 TIMEOUT_SECONDS = 240
+# Pages that take minutes; in every run test_configfiles.py and test_predict.py do what they say.
+SLOW = ("systems", "predict")
 # The pages whose trainings are told to MLflow: its import takes as long as all else of a short training.
 WITH_MLFLOW = ("README", "getting-started", "mlflow", "pictures")
 
@@ -133,7 +135,9 @@ def desk(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # a page is up to six trainings, one after another
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=pytest.mark.soak if page.stem in SLOW else ()) for page in PAGES], ids=name_of
+)
 def test_what_a_page_says_works(page: Path, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(desk.folder)
     for block in blocks(page):

@@ -244,6 +244,7 @@ def test_a_stop_while_validating_is_quick_and_the_validation_is_done_by_the_next
     assert figures(place.path("val-whole")) == figures(place.path("val"))
 
 
+@pytest.mark.soak
 def test_a_stop_while_validating_every_few_steps_loses_nothing(place: Place) -> None:
     changes = {"trainer.validate_every_steps": 3, "model.dropout": 0.5}
     place.run(place.config("steps-whole", **changes))

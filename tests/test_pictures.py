@@ -607,7 +607,7 @@ def test_wrong_settings_are_refused_with_their_key(tmp_path: Path, value: str, m
     assert "trainer.pictures" in str(refused.value) and message in str(refused.value)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_digits_on_one_and_two_ranks_and_in_mlflow(run_cli: RunCli, tmp_path: Path) -> None:
     common = [REPOSITORY / "configfiles/digits.yaml", "trainer.max_epochs=2", "optimizer.lr=0"]  # weights stay equal

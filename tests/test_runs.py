@@ -344,11 +344,11 @@ def test_an_exception_in_the_model_is_shown_and_the_failed_run_goes_on_by_its_id
 
 def test_two_ranks_asked_for_and_one_got_is_refused(place: Place) -> None:
     launcher = [*ACCELERATE, "--cpu", "--num_processes", "2"]
-    result = place.run(place.config("alone"), launcher=launcher, expect=None)
+    result = place.run(place.config("lonely"), launcher=launcher, expect=None)
     assert result.rc != 0
     assert "accelerate was asked for 2 processes, but started one" in result.stderr
     assert "accelerate launch --multi_gpu --num_processes 2" in result.stderr
-    assert not place.path("alone").exists()
+    assert not place.path("lonely").exists()
 
 
 def test_accelerate_launch_gives_two_gloo_ranks(place: Place) -> None:

@@ -241,6 +241,23 @@ def test_an_array_trains_each_of_its_overrides(jobs: Jobs) -> None:
 
 
 @pytest.mark.soak
+def test_one_task_of_an_array_is_put_back_alone(jobs: Jobs) -> None:
+    array, hold = jobs.held("slurm-tasks")
+    both = jobs.submit("slurm-tasks.yaml", "--time", "10m", "--array", "seed=1", "--array", "seed=2")
+    tasks = [f"{both}_{index}" for index in range(2)]
+    for index, task in enumerate(tasks):
+        jobs.at_step(task, array.with_name(f"{array.name}-{index}"), 2)
+    # The number of one of them is the array's own, and would stand for both.
+    tasks.sort(key=lambda task: jobs.cluster.job(task)["JobId"] != both)
+    jobs.cluster.run("scancel", "--batch", "--signal=USR1", tasks[0])
+    jobs.cluster.wait(tasks[0], lambda job: job["Restarts"] == "1" and job["JobState"] == "RUNNING")
+    hold.unlink()
+    ends = [jobs.cluster.ended(task) for task in tasks]
+    found = [(job["JobState"], job["Restarts"]) for job in ends]
+    assert found == [("COMPLETED", "1"), ("COMPLETED", "0")], jobs.log(array)
+
+
+@pytest.mark.soak
 def test_a_job_goes_on_with_another_number_of_nodes(jobs: Jobs) -> None:
     changes = {"model.dropout": 0.0, "model.norm": False, "loaders.seconds": 0.2, "trainer.accumulate": 1}
     changes |= {"loaders.global_batch_size": 4, "loaders.batch_size": None}

@@ -1,4 +1,4 @@
-"""Faults at random moments of real trainings on two ranks: a few in every run of the tests, hundreds with --soak."""
+"""Faults at random moments of real trainings on two ranks, by the hundred."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ PAIRS, STOPS, RANK_KILLS = 100, 30, 50
 pytestmark = pytest.mark.timeout(7200)
 
 
+@pytest.mark.soak  # test_launch.py, test_runs.py and test_failures.py have one of each in every run
 def test_a_few_kills_and_stops_lose_nothing(tmp_path: Path) -> None:
     reports = in_warm_process(tmp_path, 900, kills_and_resumes=1, stops=2, rank_kills=1)
     assert reports["kills_and_resumes"]["pairs"] == 1 and reports["stops"]["stops"] == 2
