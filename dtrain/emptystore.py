@@ -42,10 +42,10 @@ def begin_store(database: Path, mlflow_version: str, make: Callable[[Path], obje
 def _whole(kept: Path) -> bytes | None:
     """The empty store, if there is one and it is not damaged."""
     with contextlib.suppress(OSError, sqlite3.Error), contextlib.closing(sqlite3.connect(":memory:")) as copy:
-        content = kept.read_bytes()
-        copy.deserialize(content or b"damaged")
-        if copy.execute("PRAGMA quick_check").fetchone() == ("ok",):
-            return content
+        if content := kept.read_bytes():
+            copy.deserialize(content)
+            if copy.execute("PRAGMA quick_check").fetchone() == ("ok",):
+                return content
     return None
 
 

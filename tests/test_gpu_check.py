@@ -56,14 +56,15 @@ def test_an_unknown_check_is_refused_with_the_possible_ones(env: dict[str, str])
 
 @pytest.mark.slow
 def test_checks_run_and_say_what_they_found(env: dict[str, str], tmp_path: Path) -> None:
-    done = gpu_check("--device", "cpu", "--keep", str(tmp_path), "nccl", "stopped-step", env=env)
+    done = gpu_check("--device", "cpu", "--keep", str(tmp_path), "fallback", "nccl", "stopped-step", env=env)
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stdout + done.stderr
     assert lines[0].startswith("dtrain on a rehearsal on the CPU, torch ")
-    assert lines[1] == "skip nccl: needs 1 GPU(s), found 0"
-    assert lines[2].startswith("ok stopped-step: ")
-    assert "NonFiniteError" in lines[2]
-    assert (tmp_path / "stopped-step" / "stop" / "run" / "run.json").is_file()
+    assert lines[1].startswith("ok fallback: one process on the CPU, loss ")
+    assert lines[2] == "skip nccl: needs 1 GPU(s), found 0"
+    assert lines[3].startswith("ok stopped-step: ")
+    assert "NonFiniteError" in lines[3]
+    assert (tmp_path / "fallback" / "auto" / "run" / "run.json").is_file()
 
 
 def test_a_check_that_fails_says_why_and_fails_the_script(parts: None, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -248,12 +248,8 @@ def test_the_next_copy_takes_the_memory_of_the_last() -> None:
     weights, state = {"w": torch.zeros(3, 4), "cut": torch.zeros(2)}, {"gone": torch.zeros(5), "cast": torch.zeros(6)}
     take_snapshot(weights, state, {"w": weights["w"]}, copies)
     before = {place: copy.data_ptr() for place, copy in copies.items()}
-    assert set(before) == {
-        "weights['w']",
-        "weights['cut']",
-        "state['gone']",
-        "state['cast']",
-    }  # the average is "w" itself
+    # Not the average: it is "w" itself.
+    assert set(before) == {"weights['w']", "weights['cut']", "state['gone']", "state['cast']"}
     weights = {"w": torch.arange(12.0).view(3, 4), "cut": torch.ones(3)}
     snapshot = take_snapshot(weights, {"cast": torch.ones(6, dtype=torch.int64), "new": weights["cut"]}, None, copies)
     for name, weight in weights.items():
