@@ -394,8 +394,8 @@ def _feed(folder: Path, parent: int, uri: str, system_metrics: bool) -> int:
     """The sender of a training that runs."""
     from filelock import FileLock
 
-    _stand_back(_NICENESS)
     facts = read_run(folder)
+    _stand_back(_NICENESS if facts["state"] == "RUNNING" else 0)  # of a run that ended meanwhile, rank 0 waits for it
     code_folder = "code" if facts["attempt"] == 1 else f"code/resume_{facts['attempt']}"
     code_tags = capture_code(folder / code_folder)  # first of all, before anybody edits a file
     system = _system_figures(uri, facts["started"]) if system_metrics else None

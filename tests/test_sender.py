@@ -803,5 +803,18 @@ def test_a_sender_that_died_while_it_waited_is_replaced(tmp_path: Path, uri: str
     assert run_of(tmp_path / "run", uri).info.status == "FINISHED"
 
 
+@pytest.mark.parametrize(("status", "expected"), [(None, "19"), ("FINISHED", "0")])
+@pytest.mark.usefixtures("quiet_journal")
+def test_only_while_a_training_runs_the_sender_stands_back(
+    tmp_path: Path, uri: str, status: str | None, expected: str
+) -> None:
+    """Started late, for a run that has ended meanwhile, it would on a busy machine not come to work in time."""
+    folder = write_run(tmp_path, [1], status=status)
+    look = "import os, sys; from dtrain import sender; sender.main(sys.argv[1:]); print(os.nice(0))"
+    words = [folder, "--parent", str(GONE_PID), "--tracking-uri", uri, "--no-system-metrics"]
+    done = subprocess.run([sys.executable, "-c", look, *words], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split()[-1:] == [expected], done.stderr
+
+
 def test_where_no_sender_can_be_prepared_the_run_will_say_so() -> None:
     assert tracking.prepare_sender("file:///there") is None
