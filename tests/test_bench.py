@@ -209,3 +209,25 @@ def test_scale_measures_sampler_ranks_and_journal(clean_env: dict[str, str], tmp
     assert min(data["together"][0].values()) > 0
     assert data["journal"]["lines"] >= 1
     assert {path.name for path in tmp_path.iterdir()} == {"all.json"}
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+def test_outage_takes_the_server_away_and_back_and_judges_the_steps(clean_env: dict[str, str], tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCH / "outage.py"), "--rounds", "1", "--seconds", "1", "--json", "all.json"]
+    done = subprocess.run(command, cwd=tmp_path, env=clean_env, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(re.findall(r"^(?:ok  |MISS)  .*server (?:frozen|killed)", done.stdout, re.M)) == 6
+    data = json.loads((tmp_path / "all.json").read_text())
+    assert [span["server"] for span in data["spans"]] == ["there", "frozen", "there", "killed", "there"]
+    assert min(span["steps"] for span in data["spans"]) > 0 and data["hint"] == ""
+    assert {path.name for path in tmp_path.iterdir()} == {"all.json"}
+
+
+def test_an_outage_is_compared_with_the_spans_before_and_after(bench: Path) -> None:
+    from outage import Span, ratios
+
+    kinds = [("there", 2.0), ("frozen", 3.0), ("there", 4.0), ("killed", 3.0), ("there", 2.0), ("frozen", 6.0)]
+    spans = [Span(kind, 0, 1, step_us=time) for kind, time in [*kinds, ("there", 4.0)]]
+    assert ratios(spans, "frozen", "step_us") == [1.0, 2.0]
+    assert ratios(spans, "killed", "step_us") == [1.0]
