@@ -23,6 +23,8 @@ OTHERS_WAIT_SECONDS = 3.0  # a rank that waits for data when it is asked to stop
 MARGIN_SECONDS = 120.0
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
+_ends_at_once: list[object] = []  # the handlers of `end_at_once`
+
 T = TypeVar("T")
 
 
@@ -76,7 +78,8 @@ class StopRequest:
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in before.items():
-                signal.signal(number, handler)
+                if handler not in _ends_at_once:  # which is not for what comes afterwards: it may be a failure
+                    signal.signal(number, handler)
 
     def waiting(self, items: Iterable[T]) -> Iterator[T]:
         """The same items; while the next one is waited for, a request raises.
@@ -124,6 +127,7 @@ def end_at_once(say: Callable[[str], object]) -> None:
         say(f"signal {signal.Signals(number).name} before the first step")
         os._exit(STOPPED_EARLY)  # from within an import: whatever it has locked, nothing of it is needed
 
+    _ends_at_once.append(end)
     for number in SIGNALS:
         if number != signal.SIGINT and signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, end)

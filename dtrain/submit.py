@@ -208,6 +208,8 @@ def _submitted(plan: Plan, text: str) -> str:
         copy_code({"dtrain", *plan.modules}, folder / "code")
         (folder / "job.sbatch").write_text(text, encoding="utf-8")
         return _sbatch(folder)
+    except _UnknownError:
+        raise
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)  # what was never submitted needs nothing
         raise
@@ -215,6 +217,10 @@ def _submitted(plan: Plan, text: str) -> str:
 
 class _RefusedError(Exception):
     """The job was not taken."""
+
+
+class _UnknownError(_RefusedError):
+    """Whether it was taken is not known."""
 
 
 def _sbatch(folder: Path) -> str:
@@ -226,6 +232,9 @@ def _sbatch(folder: Path) -> str:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     except FileNotFoundError:
         raise _RefusedError("there is no sbatch here; --dry-run prints the script for a machine that has one") from None
+    if done.returncode and "timed out" in done.stderr:
+        where = f"it may be queued all the same: look with squeue --me, and remove {folder} if it is not"
+        raise _UnknownError(f"{done.stderr.strip()}; {where}")
     if done.returncode:
         raise _RefusedError(done.stderr.strip() or f"sbatch ended with {done.returncode}")
     return done.stdout.strip().partition(";")[0]

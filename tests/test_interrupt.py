@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -43,6 +45,26 @@ def test_the_signal_handlers_of_before_come_back():
     with StopRequest().listening():
         assert [signal.getsignal(number) for number in SIGNALS] != before
     assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_a_failure_that_a_signal_follows_is_not_taken_for_an_early_stop():
+    """Others that fail have a launcher end this one; the moment is that in which the signals are given back."""
+    code = """
+import os, signal, sys
+from dtrain.interrupt import SIGNALS, StopRequest, end_at_once, run_to_end
+def work():
+    end_at_once(print)
+    try:
+        with StopRequest().listening():
+            raise RuntimeError
+    except RuntimeError:
+        for number in SIGNALS[1:]:
+            os.kill(os.getpid(), number)
+        return 1
+sys.exit(run_to_end(work))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
 
 
 def test_a_launcher_that_sends_a_signal_several_times_is_asking_once():

@@ -234,6 +234,15 @@ def test_a_killed_rank_is_named_and_the_ranks_go_on_from_the_last_checkpoint(pla
     assert figures(whole) == figures(place.path("restart"))
 
 
+def test_a_rank_that_is_killed_again_and_again_ends_the_job_when_the_restarts_are_used_up(place: Place) -> None:
+    result = two(place, place.config("again", **LONG), "--max-restarts", "1", do="train 9 rank 1 KILL").result(150)
+    assert result.rc == 1, result.text
+    assert result.stderr.count("rank 1 failed first (killed by SIGKILL; its output: ") == 2
+    assert result.stderr.count("restart ") == 1
+    facts = read_run(place.path("again"))
+    assert (facts["attempt"], facts["state"], facts["exit_status"]) == (2, "FAILED", 1)
+
+
 def test_a_rank_that_waits_while_another_is_killed_has_failed_not_stopped(place: Place) -> None:
     """torchrun ends it with the same signal that asks to save and stop, and nothing must come of that here."""
     running = two(place, place.config("waits", **LONG), env={"TOY_LOAD": "sample 7 rank 0 sleep"})
@@ -497,6 +506,14 @@ def test_the_status_of_a_job(tmp_path: Path, ends: list[Any], asked: list[str], 
     job.asked = [signal.Signals[f"SIG{name}"] for name in asked]
     job.asked_at, job.has_begun = [0.0] * len(asked), has_begun
     assert job._status(None) == status
+
+
+@pytest.mark.parametrize(("facts", "seconds"), [({}, 600), ({"save_seconds": 0.5}, 61.5), ({"save_seconds": 300}, 960)])
+def test_ranks_get_time_to_save_by_how_long_the_last_save_took(
+    tmp_path: Path, facts: dict[str, float], seconds: float
+) -> None:
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    assert launcher._Job(None, tmp_path, None, False).shutdown_seconds() == seconds
 
 
 def test_a_restart_goes_on_whatever_the_training_began_from(tmp_path: Path) -> None:

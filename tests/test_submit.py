@@ -283,6 +283,17 @@ def test_a_job_that_is_not_taken_leaves_nothing(desk: Path, capsys: pytest.Captu
     assert list((desk / "runs" / "toy.jobs").iterdir()) == []
 
 
+def test_a_job_that_may_have_been_taken_keeps_its_folder(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A busy controller answers late; the job is in the queue then, and starts one day."""
+    said = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"
+    write_program(desk / "bin" / "sbatch", f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+    assert submit("toy.yaml", [], {}) == 1
+    (folder,) = (desk / "runs" / "toy.jobs").iterdir()
+    assert (folder / "job.sbatch").exists() and (folder / "code").is_dir()
+    told = capsys.readouterr().err
+    assert said in told and "may be queued all the same: look with squeue --me" in told and str(folder) in told
+
+
 def test_jobs_that_are_submitted_in_one_second_leave_one_another_alone(
     desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
