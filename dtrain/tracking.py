@@ -150,7 +150,7 @@ class Journal:
         """
         values: dict[str, float | str] = {}
         for key, figure in figures.items():
-            number = self._as_number(key, figure)
+            number = figure if type(figure) is float else self._as_number(key, figure)
             if number is None or step <= self._last_steps.get(key, step - 1):
                 continue
             self._last_steps[key] = step
