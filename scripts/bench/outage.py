@@ -7,7 +7,8 @@ dtrain's journal and its sender. In every round the server is frozen (it takes c
 (it refuses them), each time between two spans in which it is there. A step's time while it is away is compared with the
 mean of the spans before and after; the first two seconds of each span do not count. Figures are medians over the
 rounds. 'CPU' is the processor time of the training's thread: the server takes its share of this machine as long as it
-is there, and that is not the training's.
+is there, and that is not the training's. What the sender takes of a processor is told, too: all that an outage could
+add to a training is what the sender does more, since the training itself does nothing else than before.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
 from overhead import Verdict, environment, machine
 
 MOST_RATIO = 1.01
@@ -44,6 +46,7 @@ class Span:
     step_us: float = 0.0
     step_cpu_us: float = 0.0
     worst_log_s: float = 0.0
+    sender_share: float = 0.0  # of one processor
 
 
 class Server:
@@ -129,9 +132,12 @@ def measure(rounds: int, seconds: float, folder: Path) -> tuple[list[Span], str]
     spans = []
 
     def span(kind: str) -> None:
-        begin = time.time() + SETTLE_SECONDS
-        time.sleep(SETTLE_SECONDS + seconds)
-        spans.append(Span(kind, begin, time.time()))
+        time.sleep(SETTLE_SECONDS)
+        begin, used = time.time(), sum(sender.cpu_times()[:2])
+        time.sleep(seconds)
+        one = Span(kind, begin, time.time())
+        one.sender_share = (sum(sender.cpu_times()[:2]) - used) / (one.end - one.begin)
+        spans.append(one)
 
     try:
         end = time.monotonic() + START_TIMEOUT_SECONDS
@@ -139,6 +145,7 @@ def measure(rounds: int, seconds: float, folder: Path) -> tuple[list[Span], str]
             if time.monotonic() > end or training.poll() is not None:
                 raise SystemExit("the training did not start")
             time.sleep(0.2)
+        (sender,) = psutil.Process(training.pid).children()
         span("there")
         for _ in range(rounds):
             for how in WAYS:
@@ -183,12 +190,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="outage-", dir=os.curdir) as folder:
         spans, hint = measure(wish.rounds, wish.seconds, Path(folder).resolve())
     print(f"{wish.rounds} rounds with spans of {wish.seconds:g} s; {machine()}\n")
-    print(f"{'server':<10}{'steps':>8}{'us per step':>14}{'CPU us':>10}{'worst log, ms':>16}")
+    print(f"{'server':<10}{'steps':>8}{'us per step':>14}{'CPU us':>10}{'worst log, ms':>16}{'sender':>9}")
     for one in spans:
         figures = f"{one.step_us:>14.0f}{one.step_cpu_us:>10.0f}{1000 * one.worst_log_s:>16.2f}"
-        print(f"{one.server:<10}{one.steps:>8}{figures}")
+        print(f"{one.server:<10}{one.steps:>8}{figures}{one.sender_share:>9.1%}")
     print(f"\nat the end: {hint or 'MLflow has every figure'}")
     verdicts = []
+    for how in ("there", *WAYS):
+        share = statistics.median(one.sender_share for one in spans if one.server == how)
+        print(f"the sender, server {how}: {share:.1%} of a processor")
     for how in WAYS:
         for what, name in (("step_us", "step"), ("step_cpu_us", "step, CPU")):
             found = ratios(spans, how, what)
