@@ -1,19 +1,38 @@
 """Which code runs: commit, state of the working tree, what differs; asks git alone, and knows nothing of MLflow."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
 from dtrain.redact import redact
 
+# Where a job was submitted, this was captured then: it runs a copy, and the working tree may have changed since.
+VARIABLE = "DTRAIN_CODE_STATE"
+_TAGS = "tags.json"
 _DIFF_BYTES = 5 * 2**20
 
 
 def capture_code(place: Path) -> dict[str, str]:
     """Writes which code runs (commit, state of the working tree, what differs) into a folder; returns tags for it."""
     place.mkdir(parents=True, exist_ok=True)
+    if captured := os.environ.get(VARIABLE):
+        shutil.copytree(captured, place, dirs_exist_ok=True, ignore=shutil.ignore_patterns(_TAGS))
+        tags: dict[str, str] = json.loads((Path(captured) / _TAGS).read_text())
+        return tags
+    return _ask_git(place)
+
+
+def capture_code_for_later(place: Path) -> None:
+    """The same for a job to come, which finds the folder by the variable."""
+    place.mkdir(parents=True)
+    (place / _TAGS).write_text(json.dumps(_ask_git(place)))
+
+
+def _ask_git(place: Path) -> dict[str, str]:
     commit = _git("rev-parse", "HEAD").strip()
     if not re.fullmatch(r"[0-9a-f]{40,64}", commit):
         (place / "commit.txt").write_text(f"no git commit in {Path.cwd()}: {redact(commit)}\n")

@@ -24,7 +24,7 @@ from dtrain.modelloader import get_model, misfits_of, take_over
 from dtrain.optimizer import Schedule, end_points, get_lr_scheduler, get_optimizer
 from dtrain.pictures import Pictures
 from dtrain.progress import get_progress
-from dtrain.redact import redact, redacted_tree
+from dtrain.redact import keep_secret, redact, redacted_tree
 from dtrain.resume import CHECKPOINTS, ResumeError, Start, find_start
 from dtrain.sections import PHASES, calls, refused
 from dtrain.shards import launcher_strategy, settings_of_accelerate
@@ -58,6 +58,7 @@ def create_trainer(
         ConfigError: With every mistake that can be found.
     """
     config = from_mapping(config)
+    keep_secret(to_plain(config))
     check(config, purpose)
     options = defaults(config, "trainer")
     options["precision"] = options["precision"] or launcher_precision() or "fp32"

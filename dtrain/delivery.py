@@ -1,5 +1,6 @@
 """How a run's journal gets to a tracking store and what has been acknowledged; it does not know whose store that is."""
 
+import contextlib
 import logging
 import os
 import time
@@ -241,7 +242,8 @@ class Delivery:
         if problem != self.memory.problem:
             _log.warning(problem or "delivering again")
             self.memory.problem = problem
-            self.memory.save()
+            with contextlib.suppress(OSError):  # a full disk may be the problem
+                self.memory.save()
 
     def _open(self) -> Run:
         facts = read_run(self.folder)

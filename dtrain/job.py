@@ -32,30 +32,31 @@ TRIES, PAUSE_SECONDS = 5, 3.0  # a controller that restarts answers again after 
 class Step:
     """The command at work. A warning is passed on as SIGUSR1, the one signal that srun hands on and survives."""
 
-    def __init__(self, command: Sequence[str]) -> None:
-        self.warned = False
+    def __init__(self) -> None:
+        self.warnings: list[int] = []
+        self._process: subprocess.Popen[bytes] | None = None
         for number in WARNINGS:
             signal.signal(number, self._warn)
-        self._process: subprocess.Popen[bytes] | None = None
-        # Its standard input is nobody's: srun would read the batch script's.
-        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-        if self.warned:
-            self._pass_on()
 
-    def _warn(self, _number: int, _frame: FrameType | None) -> None:
-        self.warned = True
+    def _warn(self, number: int, _frame: FrameType | None) -> None:
+        self.warnings.append(number)
         self._pass_on()
 
     def _pass_on(self) -> None:
         if self._process is not None and self._process.returncode is None:
             self._process.send_signal(signal.SIGUSR1)
 
-    def status(self) -> int:
-        """Waits for its end. A warning may have come before Python could take it: no accident either."""
-        assert self._process is not None
+    def run(self, command: Sequence[str]) -> int:
+        """Its exit status. A warning may have come before Python could take it: no accident either."""
+        if self.warnings:  # while the batch system was asked: nothing has begun
+            return STOPPED_EARLY
+        # Its standard input is nobody's: srun would read the batch script's.
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        if self.warnings:
+            self._pass_on()
         status = self._process.wait()
         status = 128 - status if status < 0 else status
-        return STOPPED_EARLY if self.warned and status == 128 + signal.SIGUSR1 else status
+        return STOPPED_EARLY if self.warnings and status == 128 + signal.SIGUSR1 else status
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--stopped-status", type=int, default=STOPPED_EARLY, help="of a job that is to start again")
     parser.add_argument("command", nargs="+", help="a command that ends with dtrain's KEY=VALUE arguments")
     options = parser.parse_args(arguments)
+    step = Step()
     starts = Starts(options.run_folder)
     if starts.are_idle:
         say(f"{IDLE_STARTS} starts have not led to a new checkpoint in {options.run_folder}; not started again")
@@ -74,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ends_at = _job_ends_at()
     if ends_at:  # older SLURMs do not say it; the ranks stop in time
         os.environ.setdefault("SLURM_JOB_END_TIME", str(int(ends_at)))
-    status = Step([*options.command, *starts.overrides]).status()
+    status = step.run([*options.command, *starts.overrides])
     if status != STOPPED_EARLY:
         return status
     if ends_at and ends_at - time.time() < NEAR_END_SECONDS and not starts.has_progress:

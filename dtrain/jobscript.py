@@ -80,7 +80,7 @@ def script(job: Job) -> str:
         f"ranks={int(job.ranks)} # per node",
         f"code={_quoted(job.folder / 'code')}",
         "# The copy of the code comes first, and the current folder is not looked at.",
-        "export PYTHONSAFEPATH=1 PYTHONPATH=$code${PYTHONPATH:+:$PYTHONPATH}",
+        "export PYTHONSAFEPATH=1 PYTHONPATH=$code${PYTHONPATH:+:$PYTHONPATH} DTRAIN_CODE_STATE=$code-state",
         BODY,
     ]
     return "\n".join(lines)

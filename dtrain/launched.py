@@ -48,6 +48,7 @@ class Launch(NamedTuple):
 
 _launch: Launch | None = None
 _mark: Path | None = None  # to be left at the first step
+_is_heard = False  # whether the launcher reads what this rank prints; of rank 0 on a terminal it does not
 
 
 def as_rank(main: Callable[[], int]) -> int:
@@ -57,14 +58,14 @@ def as_rank(main: Callable[[], int]) -> int:
         The exit status for torchrun's agent, which takes all but 0 for a failure, and ends the other ranks, perhaps in
         the middle of their saving: so a rank that stopped early says 0. The true status is left for the launcher.
     """
-    global _launch, _mark
+    global _launch, _mark, _is_heard
     launch = Launch(**json.loads(os.environ.pop(VARIABLE)))
     end_with(launch.pid)
     # The launcher makes a store for each start: torch takes the first one for all, with what dead ranks left on it.
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(launch.starts - 1)
     local_rank = environment().local_rank
-    _speak_into(launch.pipe(local_rank))
+    _is_heard = _speak_into(launch.pipe(local_rank))
     _launch, _mark = launch, launch.mark(local_rank)
     status = 1
     try:
@@ -92,16 +93,17 @@ def is_closed_for_another() -> bool:
 
 def is_written_by_launcher(log: Path) -> bool:
     """Whether this file gets all that this rank prints, from its launcher."""
-    return _launch is not None and bool(_launch.log_folder) and log.absolute() == Path(_launch.log_folder) / log.name
+    return _is_heard and _launch is not None and log.absolute() == Path(_launch.log_folder) / log.name
 
 
-def _speak_into(pipe: Path) -> None:
-    """Both streams in one pipe, line by line, so that a kill loses none and their order is kept."""
+def _speak_into(pipe: Path) -> bool:
+    """Both streams in one pipe, where there is one, line by line, so that a kill loses none and their order is kept."""
     if not pipe.exists():
-        return
+        return False
     end = os.open(pipe, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(end, stream)
     os.close(end)
     for text in (sys.stdout, sys.stderr):
         text.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    return True

@@ -34,6 +34,7 @@ DONE, FAILED, USAGE = 0, 1, 2
 SHUTDOWN_SECONDS = (600.0, 60.0, 3.0)  # to save in: before a save was timed; beside the last save's time, and its times
 AT_ONCE_SECONDS = 3.0  # after a second Ctrl-C
 _KNOCK_SECONDS = 3.0
+_ELSEWHERE = "192.0.2.1"  # nobody's, RFC 5737
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -200,14 +201,19 @@ def _owner_of(port: int) -> str:
 
 
 def _address_towards(host: str, port: int) -> str:
-    """The address under which this machine is seen from the rendezvous; its name may mean something else there."""
-    with suppress(OSError):
-        family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(place)  # of UDP: nothing is sent
-            address = str(probe.getsockname()[0])
-            if not address.startswith("127.") and address != "::1":
-                return address
+    """The address under which this machine is seen from the rendezvous; its name may mean something else there.
+
+    On the machine that holds it, a name is often the loopback's (127.0.1.1 in /etc/hosts); then it is the address that
+    leads to everybody else.
+    """
+    for place in (host, _ELSEWHERE):
+        with suppress(OSError):
+            family, _, _, _, found = socket.getaddrinfo(place, port, type=socket.SOCK_DGRAM)[0]
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.connect(found)  # of UDP: nothing is sent
+                address = str(probe.getsockname()[0])
+                if not address.startswith("127.") and address != "::1":
+                    return address
     return host
 
 
@@ -319,7 +325,7 @@ class _Job:
         self.restarts += 1
         again = f"restart {self.restarts} of {self.site.max_restarts}, from the last checkpoint"
         self.console.say("\n".join([*self._first_failure(), f"dtrain launch: {again}"]))
-        self.ends = []
+        self.ends, self.has_begun = [], False  # of the start to come
         return True
 
     def _close_run(self) -> None:

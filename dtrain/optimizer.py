@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import warnings
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -83,6 +84,29 @@ def schedule_settings(
         warmup_start: The factor at the first step; 0 starts at one part in warmup_steps.
     """
     return dict(locals())
+
+
+class KeptBuffers:
+    """Buffers of floating point as they were after the last good step; a step that is skipped has them put back.
+
+    A forward with NaN would leave it in running statistics for good.
+
+    Args:
+        buffers: A module's; none, where a bad step ends the training.
+    """
+
+    def __init__(self, buffers: Iterable[torch.Tensor]) -> None:
+        self._pairs = [(buffer, buffer.detach().clone()) for buffer in buffers if buffer.is_floating_point()]
+
+    @torch.no_grad()
+    def after_step(self, norm: torch.Tensor) -> None:
+        """Keep them, or put them back where the norm of the gradients is not finite; the host does not wait for it."""
+        if not self._pairs:
+            return
+        is_good = torch.isfinite(norm)
+        for buffer, kept in self._pairs:
+            kept.copy_(torch.where(is_good, buffer, kept))
+            buffer.copy_(kept)
 
 
 class WeightAverage:

@@ -6,16 +6,16 @@ import os
 import re
 from typing import IO, Any
 
+_NAMED = r"(?:password|passwd|secret|(?:api|secret|access)_?key|(?:auth|access|api)_?token)"
 _SECRETS = (
     # a password in an address, a credential in its query
     (re.compile(r"(?<=://)[^\s/'\"]+@"), "***@"),
     (re.compile(r"(?i)([?&][\w-]{0,40}(?:password|token|secret|key|signature|sig)=)[^&\s'\"]+"), r"\1***"),
     # `password: ...` in a text, and a header
-    (
-        re.compile(r"(?i)((?:password|passwd|secret|(?:api|secret|access)_?key|(?:auth|access|api)_?token)"
-                   r"['\"]?\s*[=:]\s*['\"]?)[^\s'\",;]+"),
-        r"\1***",
-    ),
+    (re.compile(rf"(?i)({_NAMED}['\"]?\s*[=:]\s*(['\"]))(?:(?!\2)[^\n])+(?=\2)"), r"\1***"),
+    (re.compile(rf"(?i)({_NAMED}['\"]?\s*[=:]\s*['\"]?)[^\s'\",;]+"), r"\1***"),
+    # `token: ...` may be a model's; of one that is long and has digits, that is not to be believed
+    (re.compile(r"(?i)(token['\"]?\s*[=:]\s*['\"]?)(?=[a-z.~+/_-]*\d)[\w.~+/-]{16,}"), r"\1***"),
     (re.compile(r"(?i)(bearer\s+)[\w.~+/=-]{16,}"), r"\1***"),
     # tokens known by how they begin: GitHub, GitLab, Hugging Face, OpenAI, Slack, Databricks, AWS
     (
@@ -24,17 +24,42 @@ _SECRETS = (
         "***",
     ),
 )  # fmt: skip
-SECRET_NAME = re.compile(r"(?i)(^|[_.-])(password|passwd|secret|token|(api|access|secret)_?key(_id)?)$")
+_NAMES = r"(?i)(^|[_.-])(password|passwd|secret|{}(api|access|secret)_?key(_id)?)(\.\d+)*$"
+_SECRET_NAME = re.compile(_NAMES.format("token|"))
+_SECRET_NUMBER = re.compile(_NAMES.format(""))  # a model's token may well be a number
+_LEAST_LETTERS = 8  # of a value that is masked wherever it stands
+_known: set[str] = set()
 
 
 @functools.cache
 def _secrets_of_environment() -> tuple[str, ...]:
-    return tuple(value for name, value in os.environ.items() if len(value) >= 8 and SECRET_NAME.search(name))
+    return tuple(
+        value for name, value in os.environ.items() if len(value) >= _LEAST_LETTERS and _SECRET_NAME.search(name)
+    )
+
+
+def is_secret(key: str, value: Any) -> bool:
+    """Whether a value is one that its key's name calls secret; of a list's entries, the list's name counts."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return _SECRET_NUMBER.search(key) is not None
+    return isinstance(value, str) and value != "" and _SECRET_NAME.search(key) is not None
+
+
+def keep_secret(value: Any, key: str = "") -> None:
+    """From now on `redact` masks the secrets of this nest of mappings and lists wherever they stand."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            keep_secret(item, str(name))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            keep_secret(item, key)
+    elif is_secret(key, value) and len(str(value)) >= _LEAST_LETTERS:
+        _known.add(str(value))
 
 
 def redact(text: str) -> str:
-    """Replaces by *** what looks like a credential, and the value of any environment variable named like one."""
-    for value in _secrets_of_environment():
+    """Replaces by *** what looks like a credential, and what the environment or the config calls one."""
+    for value in (*_secrets_of_environment(), *_known):
         text = text.replace(value, "***")
     for pattern, replacement in _SECRETS:
         text = pattern.sub(replacement, text)
@@ -42,14 +67,14 @@ def redact(text: str) -> str:
 
 
 def redacted_tree(value: Any, key: str = "") -> Any:
-    """The same nest of mappings and lists, its texts without secrets, and no text at all under a secret's name."""
+    """The same nest of mappings and lists, its texts without secrets, and nothing at all under a secret's name."""
     if isinstance(value, dict):
         return {name: redacted_tree(item, str(name)) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [redacted_tree(item, key) for item in value]
-    if isinstance(value, str):
-        return "***" if value and SECRET_NAME.search(key) else redact(value)
-    return value
+    if is_secret(key, value):
+        return "***"
+    return redact(value) if isinstance(value, str) else value
 
 
 class Redacted(io.TextIOBase):

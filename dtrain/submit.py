@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from dtrain.check import check
 from dtrain.codecopy import copy_code, named_modules
+from dtrain.codestate import capture_code_for_later
 from dtrain.config import load_config, merged, run_folder, to_plain
 from dtrain.interrupt import seconds_of
 from dtrain.jobscript import Job, is_word, sbatch_pattern, script
@@ -206,6 +207,7 @@ def _submitted(plan: Plan, text: str) -> str:
         for path, config in zip(plan.job.configs, plan.texts, strict=True):
             path.write_text(config, encoding="utf-8")
         copy_code({"dtrain", *plan.modules}, folder / "code")
+        capture_code_for_later(folder / "code-state")
         (folder / "job.sbatch").write_text(text, encoding="utf-8")
         return _sbatch(folder)
     except _UnknownError:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dtrain.address import resolve_tracking_uri, sqlite_file, ui_command
-from dtrain.redact import SECRET_NAME, redact
+from dtrain.redact import is_secret, redact
 from dtrain.runfiles import DELIVERY, JOURNAL, RUN_FACTS, SENDER_LOG, read_json, read_run, take_up_journal, update_run
 
 __all__ = [
@@ -487,7 +487,7 @@ def _sender_environment(uri: str | None = None) -> dict[str, str]:
 
 def _as_text(key: str, value: Any) -> str:
     """A param's value as MLflow shows it: text, without secrets and without addresses that change at each start."""
-    if isinstance(value, str) and value and SECRET_NAME.search(key):
+    if is_secret(key, value):
         return "***"
     if callable(value) and hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"

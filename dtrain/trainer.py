@@ -27,7 +27,7 @@ from dtrain.interrupt import StopRequest
 from dtrain.launched import note_step
 from dtrain.loss import Criterion
 from dtrain.metrics import Metrics
-from dtrain.optimizer import Schedule, WeightAverage, total_norm
+from dtrain.optimizer import KeptBuffers, Schedule, WeightAverage, total_norm
 from dtrain.pace import Pace
 from dtrain.record import recorded
 from dtrain.resume import Start
@@ -208,6 +208,7 @@ class Trainer:
         with recorded(self), watched(self, self.hang_timeout_seconds), self.saver.abandoning(self):
             self.saver.check(self)
             self._finish_last_start()
+            self.kept_buffers = KeptBuffers(self.module.buffers() if self.on_nonfinite == "skip" else ())
             while self.epoch < self.max_epochs and self.step < self.max_steps and not self.ended:
                 self._train_epoch()
             self._after_last_step()
@@ -262,6 +263,7 @@ class Trainer:
             clip_grads_with_norm_(self.parameters, self.clip_grad_norm, self.grad_norm)
         self.rate = self.schedule.rate(self.step)
         self.schedule.apply(self.step, self._take_step)
+        self.kept_buffers.after_step(self.grad_norm)
         self.optimizer.zero_grad()
 
     def _take_step(self) -> None:
@@ -326,6 +328,7 @@ class Trainer:
         """Validate, keep the best, count towards early stopping; once per step at most. False where it was stopped."""
         if self.loaders.val is None or self.validated_step == self.step:
             return True
+        self.saver.mark(self)  # this step is whole, even where the validation waits for data and is asked to stop
         with self.pace.paused():
             figures = self.evaluate("val")
         if self.stopped:
@@ -362,7 +365,8 @@ class Trainer:
         if phase == "test" and self.parts.use.whole_volumes(loader):
             means = evaluate_volumes(module, outcomes_of_volumes(self, loader), self.metrics, self.ranks, stop)
         else:
-            means = evaluate(module, loader, self.outcome, self.metrics, self.ranks, stop, album)
+            waited_for = self.stop_request.waiting(loader)
+            means = evaluate(module, waited_for, self.outcome, self.metrics, self.ranks, stop, album)
         self.model.train()
         if means is None:
             self.stop()

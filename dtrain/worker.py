@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from dtrain import report
 from dtrain.create import create_trainer
 from dtrain.desk import PredictionError
-from dtrain.interrupt import INTERRUPTED, STOPPED_EARLY
+from dtrain.interrupt import INTERRUPTED, STOPPED_EARLY, StopWaiting
 from dtrain.rehearsal import rehearse as tried
 from dtrain.replay import replay as repeat
 from dtrain.saving import WRITER
@@ -56,7 +56,10 @@ def test(config: ConfigDict, checkpoint: str | None = None) -> int:
                 f"{trainer.checkpoints.folder} holds no checkpoint; train first, or name one: --checkpoint"
             )
         with trainer.stop_request.listening():
-            trainer.test(path)
+            try:
+                trainer.test(path)
+            except StopWaiting:  # while it waited for data; the other ranks may wait for this one
+                return STOPPED_EARLY
             trainer.progress.close()
             trainer.ranks.close()
         return STOPPED_EARLY if trainer.stopped else 0

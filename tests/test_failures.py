@@ -94,6 +94,20 @@ def test_the_first_failure_is_the_one_that_is_no_consequence(notes: list[dict[st
     assert first_of(notes)["rank"] == first
 
 
+def test_ddps_own_complaint_of_unused_parameters_gets_their_names_and_the_cure(place: Place) -> None:
+    (place.folder / "idle.py").write_text(
+        "import torch\nfrom toy import MLP\n\n\n"
+        "class Idle(MLP):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.aside = torch.nn.Linear(8, 3)\n"
+    )
+    place.run(place.config("idle", modules=["idle", "toy"], **{"model.name": "Idle"}), expect=1, ranks=2)
+    failure = failure_of(place.path("idle"))
+    assert "aside.weight, aside.bias" in failure["message"] and "layers" not in failure["message"]
+    assert "trainer.ddp.find_unused_parameters=true" in failure["cure"]
+
+
 def test_unused_parameters_are_named_not_numbered() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     model[0].bias.requires_grad_(False)
@@ -166,17 +180,20 @@ def test_a_sample_that_never_comes_is_named_and_ends_the_job(place: Place) -> No
     assert read_run(place.path("hang"))["state"] == "FAILED"
 
 
-@pytest.mark.parametrize(("action", "word"), [("sleep", "forward"), ("STOP", "does not answer")])
-def test_a_stuck_rank_is_named_with_the_stacks_of_all(place: Place, action: str, word: str) -> None:
-    name = f"stuck-{action}"
+@pytest.mark.parametrize(
+    ("rank", "action", "word"),
+    [(1, "sleep", "forward"), (1, "STOP", "does not answer"), (0, "STOP", "does not answer")],
+)
+def test_a_stuck_rank_is_named_with_the_stacks_of_all(place: Place, rank: int, action: str, word: str) -> None:
+    name = f"stuck-{rank}-{action}"
     file = place.config(name, **{"trainer.hang_timeout_seconds": 4})
     began = time.monotonic()
-    place.run(file, expect=None, do=f"train 3 rank 1 {action}", **TWO)
+    place.run(file, expect=None, do=f"train 3 rank {rank} {action}", **TWO)
     assert time.monotonic() - began < 120
     text = (place.path(name) / "hang.txt").read_text()
-    assert "rank 1" in text.splitlines()[0] and "stuck" in text.splitlines()[0]
-    assert word in text and "rank 0, thread MainThread" in text
-    assert failure_of(place.path(name))["rank"] == 1
+    assert f"rank {rank}" in text.splitlines()[0] and "stuck" in text.splitlines()[0]
+    assert word in text and f"rank {1 - rank}, thread MainThread" in text
+    assert failure_of(place.path(name))["rank"] == rank
     assert read_run(place.path(name))["state"] == "FAILED"
 
 
@@ -255,18 +272,18 @@ def test_a_stop_while_validating_every_few_steps_loses_nothing(place: Place) -> 
     assert figures(place.path("steps-whole")) == figures(place.path("steps"))
 
 
-def asked_while_loading(place: Place, name: str, ranks: int, **changes: Any) -> None:
-    """Start, wait until rank 0 waits for a sample that never comes, then ask all ranks to stop."""
+def asked_while_loading(place: Place, name: str, ranks: int, sample: int = 7, **changes: Any) -> None:
+    """Start, wait until the last rank waits for a sample that never comes, then ask all ranks to stop."""
     options = {
         "ranks": ranks,
-        "env": {"TOY_LOAD": f"sample 7 rank {ranks - 1} sleep", "TOY_SEEN": str(place.folder / f"seen-{name}")},
+        "env": {"TOY_LOAD": f"sample {sample} rank {ranks - 1} sleep", "TOY_SEEN": str(place.folder / f"seen-{name}")},
     }
     Path(options["env"]["TOY_SEEN"]).mkdir()
     started = place.start(place.config(name, **changes), **options)
     end = time.monotonic() + 120
     while time.monotonic() < end:
         seen = [int(line) for file in Path(options["env"]["TOY_SEEN"]).iterdir() for line in file.read_text().split()]
-        if 7 in seen and (place.path(name) / "metrics.jsonl").exists():
+        if sample in seen and (place.path(name) / "metrics.jsonl").exists():
             break
         time.sleep(0.1)
     time.sleep(1.0)
@@ -291,6 +308,18 @@ def test_a_stop_while_waiting_for_data_keeps_the_last_whole_step(place: Place, r
     assert read_run(run)["state"] == "KILLED"
     place.run(place.config(name, **changes), ranks=ranks)
     same_training(place.path(f"{name}-whole"), run)
+
+
+def test_a_stop_while_the_validation_waits_for_data_loses_no_step(place: Place) -> None:
+    """The sample that never comes is one that the training does not have."""
+    changes = {"model.dropout": 0.5, "loaders.batch_size": 2, "loaders.train.size": 16, "loaders.val.size": 31}
+    place.run(place.config("waiting-whole", **changes), ranks=2)
+    asked_while_loading(place, "waiting", 2, sample=27, **changes)
+    run = place.path("waiting")
+    assert read_run(run)["state"] == "KILLED" and last(run).state["step"] == 4
+    place.run(place.config("waiting", **changes), ranks=2)
+    same_training(place.path("waiting-whole"), run)
+    assert figures(place.path("waiting-whole")) == figures(run)
 
 
 def test_a_time_limit_ends_a_start_with_everything_saved(place: Place) -> None:

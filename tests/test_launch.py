@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -506,6 +507,48 @@ def test_the_status_of_a_job(tmp_path: Path, ends: list[Any], asked: list[str], 
     job.asked = [signal.Signals[f"SIG{name}"] for name in asked]
     job.asked_at, job.has_begun = [0.0] * len(asked), has_begun
     assert job._status(None) == status
+
+
+def test_who_stops_a_job_that_waits_to_go_on_has_stopped_it_early(tmp_path: Path) -> None:
+    """A node was lost and is waited for: all that there was is saved, and nothing runs."""
+    job = launcher._Job(SimpleNamespace(max_restarts=2), tmp_path, None, False)
+    assert job._ended([End(0, -9, float("inf")), End(1, 1, 1.0)], has_begun=True, can_restart=True)
+    job.asked, job.asked_at = [signal.SIGTERM], [0.0]
+    assert job._status(None) == 75
+
+
+# A terminal, in which a command is started.
+TERMINAL = """
+import os, pty, sys
+sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))
+"""
+
+
+def test_on_a_terminal_which_is_rank_0s_own_it_leaves_its_log_all_the_same(place: Place) -> None:
+    file = place.config("terminal", **{"trainer.max_epochs": 2})
+    in_terminal = [sys.executable, "-c", TERMINAL, sys.executable]
+    (running,) = place.start("launch", file, "--nproc-per-node", "2", launcher=in_terminal)
+    result = running.result(150)
+    assert result.rc == 0, result.text
+    log = (place.path("terminal") / "logs" / "rank-0.log").read_text()
+    assert "epoch 2" in log and "epoch 2" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["localhost", "127.0.0.1"])
+def test_a_name_that_means_the_loopback_here_is_not_what_other_nodes_get(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 1))
+        except OSError:
+            pytest.skip("SKIPPED, NOT TESTED HERE: this machine has no way to other ones")
+        own = probe.getsockname()[0]
+    assert launcher._address_towards(name, 29500) == own != "127.0.0.1"
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    launcher._have_gloo_use(own)
+    interface = os.environ.pop("GLOO_SOCKET_IFNAME")
+    assert own in {each.address for each in psutil.net_if_addrs()[interface]}
 
 
 @pytest.mark.parametrize(("facts", "seconds"), [({}, 600), ({"save_seconds": 0.5}, 61.5), ({"save_seconds": 300}, 960)])

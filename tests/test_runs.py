@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -377,12 +378,15 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_with_finite_weights(pla
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(place: Place) -> None:
-    config = place.config("skip", **{"trainer.on_nonfinite": "skip", "optimizer": {"name": "AdamW", "lr": 0.01}})
+    changes = {"trainer.on_nonfinite": "skip", "optimizer": {"name": "AdamW", "lr": 0.01}}
+    # A running mean, and an average of it, which that step's forward spoils.
+    config = place.config("skip", **changes, **{"model.norm": True, "trainer.ema_decay": 0.9})
     result = place.run(config, ranks=2, do="train 3 rank 1 nan")
     assert "step 3: loss or gradient not finite" in result.stdout
     found = figures(place.path("skip"))
     assert sorted(set(range(1, 9)) - set(found["train/loss"])) == [3]
     assert found["skipped_steps"] == dict.fromkeys(range(3, 9), 1.0)
+    assert all(math.isfinite(value) for value in found["val/loss"].values()) and found["val/loss"]
     saved = last(place.path("skip"))
     assert all(value.isfinite().all() for value in saved.weights.values())
     assert saved.state["step"] == 8 and saved.state["skipped"] == 1

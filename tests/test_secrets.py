@@ -6,6 +6,7 @@ from whole_runs import Place
 from dtrain.redact import redacted_tree
 
 SECRETS = ("hunter2-of-mine", "t0p-s3cr3t-token", "w0rd-in-an-address")
+WRITTEN = ("tok-of-the-file", "two words of it", "31415926535", "key-in-a-list")  # as they are, in the file
 
 
 def test_a_tree_is_masked_by_names_and_by_values():
@@ -21,14 +22,18 @@ def test_nothing_that_a_run_leaves_holds_a_secret(place: Place, do: str) -> None
     (place.folder / "guarded.py").write_text(
         "from toy import Points\n\n\n"
         "class Guarded(Points):\n"
-        "    def __init__(self, size, seed=0, password='', source='', note=''):\n"
+        "    def __init__(self, size, seed=0, password='', source='', note='', written=None):\n"
         "        super().__init__(size, seed)\n"
+        f"        assert list(written.values()) == [{WRITTEN[0]!r}, {WRITTEN[1]!r}, {WRITTEN[2]}, [{WRITTEN[3]!r}]]\n"
         f"        assert password == {SECRETS[0]!r} and {SECRETS[2]!r} in source and {SECRETS[1]!r} in note\n"
     )
     changes = {
         "loaders": {
             "name": "Guarded", "batch_size": 4, "password": "${DATA_PASSWORD}", "note": "sent with ${MY_TOKEN}",
             "source": f"https://me:{SECRETS[2]}@host/data", "train": {"size": 8},
+            "written": {
+                "token": WRITTEN[0], "password": WRITTEN[1], "secret": int(WRITTEN[2]), "api_key": [WRITTEN[3]],
+            },
         },
         "trainer.max_epochs": 1,
     }  # fmt: skip
@@ -40,5 +45,7 @@ def test_nothing_that_a_run_leaves_holds_a_secret(place: Place, do: str) -> None
     )  # fmt: skip
     files = [path for path in [*place.path(name).rglob("*"), database] if path.is_file()]
     assert len(files) > 10
-    found = [(path.name, secret) for path in files for secret in SECRETS if secret.encode() in path.read_bytes()]
+    found = [
+        (path.name, secret) for path in files for secret in (*SECRETS, *WRITTEN) if secret.encode() in path.read_bytes()
+    ]
     assert found == []

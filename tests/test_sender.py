@@ -1,5 +1,6 @@
 """The sender, against real sqlite stores and MLflow's own server, whole, lossy, away or silent."""
 
+import errno
 import json
 import math
 import os
@@ -729,6 +730,22 @@ def test_a_server_that_never_comes_costs_a_bounded_wait_and_a_hint(tmp_path: Pat
     assert "hunter2" not in written
     assert sender.main([str(tmp_path), "--tracking-uri", uri]) == 0
     assert run_of(tmp_path, uri).info.status == "FINISHED"
+
+
+@pytest.mark.usefixtures("quiet_journal")
+def test_a_problem_that_cannot_be_written_down_ends_no_sender(
+    tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_run(tmp_path / "run", range(10))
+
+    def full(self: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dtrain.delivery.Memory.save", full)
+        assert deliver(folder, uri) == 1
+    assert deliver(folder, uri) == 0
+    assert len(rows_of(folder, uri, "train/loss")) == 10
 
 
 @pytest.mark.usefixtures("quiet_journal")

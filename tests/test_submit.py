@@ -24,6 +24,7 @@ from conftest import REPOSITORY, RunCli
 from whole_runs import TOY, write_config
 
 from dtrain import submit as submitting
+from dtrain.codestate import capture_code
 from dtrain.config import load_config
 from dtrain.jobscript import BODY
 from dtrain.submit import submit
@@ -276,6 +277,32 @@ def test_an_array_has_a_folder_and_a_config_for_each_job(desk: Path, capsys: pyt
     assert "job 42: toy, 1 node(s) x 1 rank(s), 3 jobs\n" in capsys.readouterr().out
 
 
+def test_a_job_has_the_state_of_the_code_that_it_was_submitted_with(
+    desk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    git = ["git", "-c", "user.name=n", "-c", "user.email=e@x"]
+    subprocess.run(["git", "init", "-q"], check=True)
+    subprocess.run(["git", "add", "toy.py"], check=True)
+    subprocess.run([*git, "commit", "-qm", "x"], check=True)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    with (desk / "toy.py").open("a") as file:
+        file.write("edited = 'before'\n")
+    assert submit("toy.yaml", [], {}) == 0
+    folder = job_folder(desk)
+    (line,) = re.findall(r"^export .*DTRAIN_CODE_STATE.*$", (folder / "job.sbatch").read_text(), re.M)
+    subprocess.run([*git, "commit", "-qam", "an edit that the job is not to see"], check=True)
+    place = subprocess.run(
+        ["bash", "-c", f"code={folder}/code; {line}; echo $DTRAIN_CODE_STATE"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    monkeypatch.setenv("DTRAIN_CODE_STATE", place.stdout.strip())
+    assert capture_code(desk / "captured") == {"mlflow.source.git.commit": commit, "dtrain.code_changed": "True"}
+    assert "+edited = 'before'" in (desk / "captured" / "diff.patch").read_text()
+    assert {path.name for path in (desk / "captured").iterdir()} == {"commit.txt", "status.txt", "diff.patch"}
+
+
 def test_a_job_that_is_not_taken_leaves_nothing(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_program(desk / "bin" / "sbatch", "#!/bin/sh\necho 'invalid partition' >&2\nexit 1\n")
     assert submit("toy.yaml", [], {}) == 1
@@ -355,6 +382,13 @@ class Batch:
 @pytest.fixture
 def batch(desk: Path) -> Batch:
     return Batch(desk)
+
+
+def test_a_warning_while_the_batch_system_is_asked_starts_nothing_and_is_a_stop(batch: Batch) -> None:
+    batch.env()
+    write_program(batch.desk / "bin" / "squeue", "#!/bin/sh\nkill -USR1 $PPID\ncat squeue.says\n")
+    assert batch.status("touch begun") == 75, batch.said
+    assert not (batch.desk / "begun").exists()
 
 
 SAVES = "mkdir -p run/checkpoints; ln -sfn step-$RANDOM$$ run/checkpoints/last; exit 75"
