@@ -336,6 +336,46 @@ def test_nothing_outlives_a_launcher_killed_at_any_moment(place: Place, part: in
     print("seconds", [round(killed(place, f"orphans-{part}-{number}", chance), 2) for number in range(5)])
 
 
+@pytest.mark.soak
+def test_of_a_launcher_that_is_killed_the_sender_alone_lives_on_for_a_while(place: Place) -> None:
+    """It says in MLflow how the run ended; where nobody answers it gives up."""
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        running = two(place, place.config("sender", **LONG, **{"mlflow.tracking_uri": uri}), mlflow=True)
+        until(lambda: steps_done(place.path("sender")) >= 3, running)
+        os.kill(running.pid, signal.SIGKILL)
+        running.process.wait(10)
+        time.sleep(5)
+        assert [line for line in running.tagged.command_lines() if "dtrain.sender" not in line] == []
+        assert running.tagged.wait_gone(60), running.tagged.command_lines()
+    assert read_run(place.path("sender"))["state"] == "FAILED"
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("part", PARTS)
+def test_a_stop_at_any_moment_through_the_launcher_loses_no_step(place: Place, part: int) -> None:
+    seed = random.randrange(1 << 30)
+    print("seed", seed)
+    chance, moments = random.Random(seed), []
+    for number in range(5):
+        name = f"stopped-{part}-{number}"
+        running, run = two(place, place.config(name, **LONG)), place.path(f"stopped-{part}-{number}")
+        if chance.random() < 0.5:
+            time.sleep(chance.uniform(1, 9))  # mostly in the start-up
+        else:
+            until(lambda run=run: steps_done(run) >= 3, running)
+            time.sleep(chance.uniform(0, 2))
+        os.kill(running.pid, chance.choice([signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]))
+        result, done = running.result(60), steps_done(run)
+        assert result.rc == 75 or (result.rc == 130 and not done), result.text
+        assert not done or (last(run).state["step"] >= done and read_run(run)["state"] == "KILLED")
+        assert running.tagged.wait_gone(10), running.tagged.command_lines()
+        moments.append(done)
+        shutil.rmtree(run, ignore_errors=True)
+    print("steps done", moments)
+
+
 def interrupted(
     place: Place, name: str, times: int, pause: float, expect: int, send: Callable[[int, int], None]
 ) -> None:
@@ -394,7 +434,7 @@ def test_a_rank_killed_at_any_moment_is_restarted_bit_for_bit(place: Place, part
     whole = undisturbed(place)
     seed = random.randrange(1 << 30)
     print("seed", seed)
-    chance = random.Random(seed)
+    chance, restarted = random.Random(seed), 0
     for number in range(4):
         name, store = f"any-{part}-{number}", place.folder / f"any-{part}-{number}.db"
         file = place.config(name, **LIVELY, **{"mlflow.tracking_uri": f"sqlite:///{store}"})
@@ -406,6 +446,7 @@ def test_a_rank_killed_at_any_moment_is_restarted_bit_for_bit(place: Place, part
             os.kill(pid, signal.SIGKILL)
         result = running.result(120)
         assert result.rc == 0, result.text
+        restarted += read_run(run)["attempt"] > 1
         if read_run(run)["attempt"] > 1:
             assert f"rank {victim} failed first" in result.stderr, result.text
         same_training(whole, run)
@@ -413,6 +454,8 @@ def test_a_rank_killed_at_any_moment_is_restarted_bit_for_bit(place: Place, part
         if part == 0:
             with closing(sqlite3.connect(store)) as found:
                 assert found.execute("SELECT status FROM runs").fetchall() == [("FINISHED",)]
+    print("restarted", restarted, "of 4")
+    assert restarted >= 2, "else there was nothing to see"
 
 
 # --------------------------------------------------------------------------------------------------------- two machines
@@ -447,7 +490,8 @@ def one_node_lost(place: Place, machines: list[list[str]], name: str, at_step: i
     """Node 1's launcher is killed and started again: the same training, in the same run, as if nothing had been."""
     words = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-endpoint", "10.77.0.1:29555", "--max-restarts", "2"]
     whole = undisturbed(place)
-    file = place.config(name, **LIVELY)
+    store = place.folder / f"{name}.db"
+    file = place.config(name, **LIVELY, **{"mlflow.tracking_uri": f"sqlite:///{store}"})
 
     def node(number: int) -> Running:
         return place.start("launch", file, *words, launcher=machines[number], mlflow=mlflow)[0]
@@ -466,6 +510,9 @@ def one_node_lost(place: Place, machines: list[list[str]], name: str, at_step: i
     assert (run / "logs" / "rank-0.log").exists()
     same_training(whole, run)
     assert figures(whole) == figures(run)
+    if mlflow:
+        with closing(sqlite3.connect(store)) as found:
+            assert found.execute("SELECT status FROM runs").fetchall() == [("FINISHED",)]
 
 
 def test_a_node_that_is_killed_and_comes_back_goes_on_in_the_same_run(place: Place, machines: list[list[str]]) -> None:

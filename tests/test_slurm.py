@@ -43,6 +43,8 @@ SOAK = 10
 class Jobs:
     """Where trainings are submitted; all share the folder of whole runs."""
 
+    feeds_mlflow = False  # a store for each training
+
     def __init__(self, cluster: Cluster, place: Place) -> None:
         self.cluster, self.place, self.folder = cluster, place, place.folder
         (place.folder / "slow.py").write_text(SLOW)
@@ -52,8 +54,11 @@ class Jobs:
         run = self.place.path(name)
         for old in (run, run.with_name(f"{run.name}.jobs")):
             shutil.rmtree(old, ignore_errors=True)
-        self.place.config(name, **{**CHANGES, **changes})
+        self.place.config(name, **{**CHANGES, "mlflow.tracking_uri": f"sqlite:///{self.store(name)}", **changes})
         return run
+
+    def store(self, name: str) -> Path:
+        return self.folder / f"{name}.db"
 
     def held(self, name: str, **changes: Any) -> tuple[Path, Path]:
         """The same of a training that waits in its fourth step until the file is removed."""
@@ -63,6 +68,7 @@ class Jobs:
 
     def submit(self, *words: str, mlflow: bool = False, **env: str) -> str:
         """The job's number."""
+        mlflow = mlflow or self.feeds_mlflow
         command = [sys.executable, "-m", "dtrain", "submit", *words]
         done = subprocess.run(
             command, cwd=self.folder, env=self._env(mlflow) | env, capture_output=True, text=True, timeout=120
@@ -123,6 +129,11 @@ def is_done(jobs: Jobs, number: str, run: Path, restarts: int, most: int | None 
     assert restarts <= int(job["Restarts"]) <= (most or restarts), f"{job}\n{jobs.log(run)}"
     facts = json.loads((run / "run.json").read_text())
     assert (facts["state"], facts["world_size"]) == ("FINISHED", 2)
+    if jobs.feeds_mlflow:
+        with sqlite3.connect(jobs.store(run.name.removeprefix("run-"))) as store:
+            assert store.execute("select status from runs").fetchall() == [("FINISHED",)]
+            tags = dict(store.execute("select key, value from tags").fetchall())
+        assert (tags["SLURM_JOB_ID"], tags.get("SLURM_RESTART_COUNT", "0")) == (number, job["Restarts"])
     same_training(run, jobs.undisturbed())
     assert figures(run) == figures(jobs.undisturbed())
 
@@ -185,7 +196,12 @@ def off_a_node(jobs: Jobs, name: str) -> Path:
 @pytest.mark.parametrize("time", range(SOAK))
 @pytest.mark.parametrize("how", [preempted, preempted_with_grace, out_of_time, cancelled, off_a_node])
 def test_a_disturbed_job_ends_as_if_nothing_had_been(jobs: Jobs, how: Callable[[Jobs, str], Path], time: int) -> None:
-    how(jobs, f"slurm-{how.__name__}-{time}")
+    """The first time with a real MLflow, in which it is one run."""
+    jobs.feeds_mlflow = time == 0
+    try:
+        how(jobs, f"slurm-{how.__name__}-{time}")
+    finally:
+        jobs.feeds_mlflow = False
 
 
 def test_a_preempted_job_goes_on_in_its_run_with_the_code_it_was_submitted_with(jobs: Jobs) -> None:
