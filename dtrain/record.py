@@ -39,7 +39,7 @@ def _watched(trainer: "Trainer", began: float) -> Iterator[None]:
         status, code = ("KILLED", STOPPED_EARLY) if trainer.stopped else ("FINISHED", 0)
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"
-        if isinstance(error, KeyboardInterrupt | SystemExit):
+        if isinstance(error, KeyboardInterrupt):
             status, code = "KILLED", INTERRUPTED
         else:
             for line in failure.report(trainer, error):

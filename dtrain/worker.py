@@ -133,7 +133,7 @@ def _status(action: Callable[[], int]) -> int:
     except PredictionError as error:
         print(error, file=sys.stderr, flush=True)
         return FAILED
-    except Exception:
+    except (Exception, SystemExit) as error:  # of somebody's own sys.exit(0), too: the work is not done
         traceback.print_exc()
         sys.stderr.flush()
-        return FAILED
+        return error.code if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code else FAILED

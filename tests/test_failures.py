@@ -12,6 +12,7 @@ import pytest
 import torch
 from whole_runs import TORCHRUN, Place, figures, last, same_training
 
+from dtrain import worker
 from dtrain.board import Board
 from dtrain.failure import card, first_of, phase_of, unused_parameters
 from dtrain.runfiles import read_run
@@ -165,6 +166,19 @@ def test_the_replay_names_the_module_whose_output_is_bad_first(place: Place) -> 
 
 def test_a_folder_without_a_failed_step_is_told(place: Place, tmp_path: Path) -> None:
     assert "is no run folder" in place.run("replay", str(tmp_path), expect=2).text
+
+
+def test_a_model_that_leaves_the_program_has_failed(place: Place) -> None:
+    result = place.run(place.config("leaves"), expect=3, do="train 3 rank 0 exit")
+    assert "rank 0 failed at step 3 (forward): SystemExit: 3" in result.stdout
+    facts = read_run(place.path("leaves"))
+    assert (facts["state"], facts["reason"]) == ("FAILED", "SystemExit: 3")
+    assert failure_of(place.path("leaves"))["samples"]
+
+
+@pytest.mark.parametrize(("code", "status"), [(0, 1), (None, 1), ("why", 1), (4, 4)])
+def test_work_that_somebody_left_is_not_done(code: Any, status: int) -> None:
+    assert worker._status(lambda: sys.exit(code)) == status
 
 
 # ----------------------------------------------------------------------------------------------------------- the hang
