@@ -788,7 +788,8 @@ ENDINGS = [
     *((f"train 3 rank {rank} {name}", [75, 75], "KILLED") for name in ("TERM", "INT", "USR1", "USR2") for rank in "01"),
     *((f"train 3 rank {rank} {name}", None, "FAILED") for name in ("raise", "KILL", "SEGV", "ABRT") for rank in "01"),
     ("eval 1 rank 0 raise", None, "FAILED"),
-    ("eval 1 rank 1 TERM", [75, 75], "KILLED"),
+    ("eval 1 rank 0 TERM", [75, 75], "KILLED"),
+    ("eval 1 rank 1 TERM", [0, 0], "FINISHED"),  # in its only batch, the last one of all: nothing is left to stop
 ]
 
 
