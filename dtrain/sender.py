@@ -43,6 +43,7 @@ _IMAGE = re.compile(r"(?P<key>.+)[+%]step[+%](?P<step>\d+)[+%]timestamp[+%].+\.w
 _log = logging.getLogger(__name__)
 
 
+_REFUSED = "dtrain.refused"  # the tag that names what MLflow did not take
 # MLflow's pages then show charts and parameters first, not the views for language models.
 _KIND = {"mlflow.experimentKind": "custom_model_development"}
 
@@ -203,8 +204,12 @@ class MlflowRun:
             if _get_run(self._client, self.id) is None:  # refused for this reason: all of it is to be sent again
                 raise RunIsGoneError(f"MLflow run {self.id} was deleted") from error
             if len(items) == 1:
-                # This raises where nothing at all can be written, as in a database that is read-only for a while.
-                self._client.set_tag(self.id, "dtrain.refused", _clean(f"{kind[:-1]} {items[0].key}", _LONGEST_TAG))
+                known, new = self._tags.get(_REFUSED, ""), f"{kind[:-1]} {items[0].key}"
+                if new not in known.split(", "):
+                    text = _clean(f"{known}, {new}" if known else new, _LONGEST_TAG)
+                    # This raises where nothing at all can be written, as in a database that is read-only for a while.
+                    self._client.set_tag(self.id, _REFUSED, text)
+                    self._tags[_REFUSED] = text
                 _log.warning("MLflow refuses %s %r; it stays in the journal: %s", kind[:-1], items[0].key, brief(error))
                 return
             half = len(items) // 2

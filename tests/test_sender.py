@@ -338,6 +338,7 @@ def test_a_value_that_mlflow_refuses_takes_no_other_with_it(
     assert len(rows_of(folder, uri, "good")) == 20
     refused = [record.getMessage() for record in caplog.records if "refuses metric" in record.getMessage()]
     assert len(refused) == 2 and "bad@3" in refused[0] and "bad@4" in refused[1]
+    assert run.data.tags["dtrain.refused"] == "metric bad@3, metric bad@4"
 
 
 @pytest.mark.usefixtures("quiet_journal")
