@@ -19,7 +19,8 @@ _DIFF_BYTES = 5 * 2**20
 def capture_code(place: Path) -> dict[str, str]:
     """Writes which code runs (commit, state of the working tree, what differs) into a folder; returns tags for it."""
     place.mkdir(parents=True, exist_ok=True)
-    if captured := os.environ.get(VARIABLE):
+    captured = os.environ.get(VARIABLE)
+    if captured and Path(captured).is_dir():
         shutil.copytree(captured, place, dirs_exist_ok=True, ignore=shutil.ignore_patterns(_TAGS))
         tags: dict[str, str] = json.loads((Path(captured) / _TAGS).read_text())
         return tags
