@@ -414,6 +414,7 @@ def _system_figures(uri: str, started: float) -> SystemFigures | None:
     try:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
+        connect(uri)  # or the monitor's own client would make a new store, where all can see it half done
         return SystemFigures(SystemMetricsMonitor(run_id="", tracking_uri=uri), started)
     except Exception as error:
         _log.warning("no system metrics: %s", brief(error))

@@ -834,5 +834,12 @@ def test_only_while_a_training_runs_the_sender_stands_back(
     assert done.stdout.split()[-1:] == [expected], done.stderr
 
 
+@pytest.mark.usefixtures("quiet_journal")
+def test_a_new_store_is_made_under_its_lock_whoever_needs_it_first(tmp_path: Path) -> None:
+    database = tmp_path / "new" / "mlflow.db"
+    assert sender._system_figures(f"sqlite:///{database}", time.time()) is not None
+    assert database.exists() and database.with_name(".mlflow.db.lock").exists()
+
+
 def test_where_no_sender_can_be_prepared_the_run_will_say_so() -> None:
     assert tracking.prepare_sender("file:///there") is None
