@@ -170,9 +170,11 @@ def _refuse(error: ConfigError) -> int:
 def _work(options: argparse.Namespace) -> int:
     """The commands that need torch; the config is checked before it is imported."""
     from dtrain.check import check
-    from dtrain.config import load_config
+    from dtrain.config import load_config, to_plain
+    from dtrain.redact import keep_secret
 
     config = load_config(options.config, options.overrides)
+    keep_secret(to_plain(config))
     check(config, options.command if options.command in ("test", "predict") else "train")
     sender = _sender(config) if options.command == "train" else None
     if options.command in ("train", "predict"):

@@ -1,5 +1,6 @@
 """Which code runs: commit, state of the working tree, what differs; asks git alone, and knows nothing of MLflow."""
 
+import contextlib
 import json
 import os
 import re
@@ -19,11 +20,11 @@ _DIFF_BYTES = 5 * 2**20
 def capture_code(place: Path) -> dict[str, str]:
     """Writes which code runs (commit, state of the working tree, what differs) into a folder; returns tags for it."""
     place.mkdir(parents=True, exist_ok=True)
-    captured = os.environ.get(VARIABLE)
-    if captured and Path(captured).is_dir():
-        shutil.copytree(captured, place, dirs_exist_ok=True, ignore=shutil.ignore_patterns(_TAGS))
-        tags: dict[str, str] = json.loads((Path(captured) / _TAGS).read_text())
-        return tags
+    if captured := os.environ.get(VARIABLE):
+        with contextlib.suppress(OSError, ValueError):  # gone or cut short: then what is here says more than nothing
+            tags: dict[str, str] = json.loads((Path(captured) / _TAGS).read_text())
+            shutil.copytree(captured, place, dirs_exist_ok=True, ignore=shutil.ignore_patterns(_TAGS))
+            return tags
     return _ask_git(place)
 
 

@@ -79,9 +79,11 @@ def launch(options: argparse.Namespace) -> int:
         ConfigError: With every mistake that can be found; nothing was started then.
     """
     from dtrain.check import check
-    from dtrain.config import load_config, run_folder
+    from dtrain.config import load_config, run_folder, to_plain
+    from dtrain.redact import keep_secret
 
     config = load_config(options.config, options.overrides)
+    keep_secret(to_plain(config))  # the ranks' output is masked here
     check(config, "train")
     host, port = _endpoint(options)
     end_at_once(lambda line: print(line, file=sys.stderr, flush=True))
@@ -201,24 +203,25 @@ def _owner_of(port: int) -> str:
 
 
 def _address_towards(host: str, port: int) -> str:
-    """The address under which this machine is seen from the rendezvous; its name may mean something else there.
-
-    On the machine that holds it, a name is often the loopback's (127.0.1.1 in /etc/hosts); then it is the address that
-    leads to everybody else.
-    """
-    for place in (host, _ELSEWHERE):
-        with suppress(OSError):
-            family, _, _, _, found = socket.getaddrinfo(place, port, type=socket.SOCK_DGRAM)[0]
-            with socket.socket(family, socket.SOCK_DGRAM) as probe:
-                probe.connect(found)  # of UDP: nothing is sent
-                address = str(probe.getsockname()[0])
-                if not address.startswith("127.") and address != "::1":
-                    return address
+    """The address under which this machine is seen from the rendezvous; its name may mean something else there."""
+    with suppress(OSError):
+        family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(place)  # of UDP: nothing is sent
+            address = str(probe.getsockname()[0])
+            if not address.startswith("127.") and address != "::1":
+                return address
     return host
 
 
 def _have_gloo_use(address: str) -> None:
-    """Gloo would take the interface of the machine's name, which is often the loopback."""
+    """Gloo would take the interface of the machine's name, which is often the loopback (127.0.1.1 in /etc/hosts).
+
+    Args:
+        address: This machine's; where it is a name, what leads to everybody else is taken.
+    """
+    if address.strip("0123456789.") and ":" not in address:
+        address = _address_towards(_ELSEWHERE, 1)
     for name, found in psutil.net_if_addrs().items():
         if any(each.address.partition("%")[0] == address for each in found):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)

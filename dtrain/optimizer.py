@@ -89,14 +89,15 @@ def schedule_settings(
 class KeptBuffers:
     """Buffers of floating point as they were after the last good step; a step that is skipped has them put back.
 
-    A forward with NaN would leave it in running statistics for good.
+    A forward with NaN would leave it in running statistics for good. Sparse and expanded ones are constants.
 
     Args:
         buffers: A module's; none, where a bad step ends the training.
     """
 
     def __init__(self, buffers: Iterable[torch.Tensor]) -> None:
-        self._pairs = [(buffer, buffer.detach().clone()) for buffer in buffers if buffer.is_floating_point()]
+        plain = [buffer for buffer in buffers if buffer.is_floating_point() and buffer.layout == torch.strided]
+        self._pairs = [(buffer, buffer.detach().clone()) for buffer in plain if 0 not in buffer.stride()]
 
     @torch.no_grad()
     def after_step(self, norm: torch.Tensor) -> None:

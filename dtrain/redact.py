@@ -7,15 +7,19 @@ import re
 from typing import IO, Any
 
 _NAMED = r"(?:password|passwd|secret|(?:api|secret|access)_?key|(?:auth|access|api)_?token)"
+_TOKEN = r"(?=[A-Za-z.~+/_-]*\d)[\w.~+/-]{16,}+"
 _SECRETS = (
     # a password in an address, a credential in its query
     (re.compile(r"(?<=://)[^\s/'\"]+@"), "***@"),
     (re.compile(r"(?i)([?&][\w-]{0,40}(?:password|token|secret|key|signature|sig)=)[^&\s'\"]+"), r"\1***"),
     # `password: ...` in a text, and a header
-    (re.compile(rf"(?i)({_NAMED}['\"]?\s*[=:]\s*(['\"]))(?:(?!\2)[^\n])+(?=\2)"), r"\1***"),
+    (re.compile(rf"(?i)({_NAMED}['\"]?\s*[=:]\s*(['\"]))(?:\\.|(?!\2)[^\n\\])+(?=\2)"), r"\1***"),
     (re.compile(rf"(?i)({_NAMED}['\"]?\s*[=:]\s*['\"]?)[^\s'\",;]+"), r"\1***"),
-    # `token: ...` may be a model's; of one that is long and has digits, that is not to be believed
-    (re.compile(r"(?i)(token['\"]?\s*[=:]\s*['\"]?)(?=[a-z.~+/_-]*\d)[\w.~+/-]{16,}"), r"\1***"),
+    # `token: ...` may be a model's, a figure or a call; of one that is long and has digits, that is not to be believed
+    (
+        re.compile(rf"(?i)(token['\"]?\s*[=:]\s*['\"]?)(?!\d[\d.]*(?:e[+-]?\d+)?\b)(?![\w.]+\()(?:{_TOKEN})"),
+        r"\1***",
+    ),
     (re.compile(r"(?i)(bearer\s+)[\w.~+/=-]{16,}"), r"\1***"),
     # tokens known by how they begin: GitHub, GitLab, Hugging Face, OpenAI, Slack, Databricks, AWS
     (
@@ -26,7 +30,7 @@ _SECRETS = (
 )  # fmt: skip
 _NAMES = r"(?i)(^|[_.-])(password|passwd|secret|{}(api|access|secret)_?key(_id)?)(\.\d+)*$"
 _SECRET_NAME = re.compile(_NAMES.format("token|"))
-_SECRET_NUMBER = re.compile(_NAMES.format(""))  # a model's token may well be a number
+_SECRET_NUMBER = re.compile(_NAMES.format(""))  # a model's token may well be a number, or a word
 _LEAST_LETTERS = 8  # of a value that is masked wherever it stands
 _known: set[str] = set()
 
@@ -53,13 +57,20 @@ def keep_secret(value: Any, key: str = "") -> None:
     elif isinstance(value, list | tuple):
         for item in value:
             keep_secret(item, key)
-    elif is_secret(key, value) and len(str(value)) >= _LEAST_LETTERS:
-        _known.add(str(value))
+    elif is_secret(key, value):
+        text = str(value)  # of `cls_token: learnable` the word is not to be taken out of everything
+        if re.fullmatch(_TOKEN, text) or (_SECRET_NUMBER.search(key) and len(text) >= _LEAST_LETTERS):
+            _known.add(text)
+
+
+def secrets_for_child() -> dict[str, str]:
+    """Variables from which a process that is started with them knows what this one was told."""
+    return {f"DTRAIN_{number}_SECRET": value for number, value in enumerate(sorted(_known))}
 
 
 def redact(text: str) -> str:
     """Replaces by *** what looks like a credential, and what the environment or the config calls one."""
-    for value in (*_secrets_of_environment(), *_known):
+    for value in sorted({*_secrets_of_environment(), *_known}, key=len, reverse=True):  # one may begin like another
         text = text.replace(value, "***")
     for pattern, replacement in _SECRETS:
         text = pattern.sub(replacement, text)

@@ -205,11 +205,10 @@ class MlflowRun:
                 raise RunIsGoneError(f"MLflow run {self.id} was deleted") from error
             if len(items) == 1:
                 known, new = self._tags.get(_REFUSED, ""), f"{kind[:-1]} {items[0].key}"
-                if new not in known.split(", "):
-                    text = _clean(f"{known}, {new}" if known else new, _LONGEST_TAG)
-                    # This raises where nothing at all can be written, as in a database that is read-only for a while.
-                    self._client.set_tag(self.id, _REFUSED, text)
-                    self._tags[_REFUSED] = text
+                text = known if new in known.split(", ") else _clean(f"{known}, {new}" if known else new, _LONGEST_TAG)
+                # This raises where nothing at all can be written, as in a database that is read-only for a while.
+                self._client.set_tag(self.id, _REFUSED, text)
+                self._tags[_REFUSED] = text
                 _log.warning("MLflow refuses %s %r; it stays in the journal: %s", kind[:-1], items[0].key, brief(error))
                 return
             half = len(items) // 2

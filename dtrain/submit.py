@@ -19,6 +19,7 @@ from dtrain.codestate import capture_code_for_later
 from dtrain.config import load_config, merged, run_folder, to_plain
 from dtrain.interrupt import seconds_of
 from dtrain.jobscript import Job, is_word, sbatch_pattern, script
+from dtrain.redact import keep_secret
 from dtrain.sections import mistake
 from dtrain.yamlfile import ConfigError, Mistake, dump, found
 
@@ -103,6 +104,7 @@ def submit(path: str, overrides: Sequence[str], options: Mapping[str, Any], dry_
 
 def _plan(path: str, overrides: Sequence[str]) -> Plan:
     first = load_config(path, overrides)
+    keep_secret(to_plain(first))
     check(first, "train")
     settings = cluster_settings(**to_plain(first.get("cluster") or {}))
     directives = _directives(first, settings)

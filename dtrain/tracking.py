@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dtrain.address import resolve_tracking_uri, sqlite_file, ui_command
-from dtrain.redact import is_secret, redact
+from dtrain.redact import is_secret, redact, secrets_for_child
 from dtrain.runfiles import DELIVERY, JOURNAL, RUN_FACTS, SENDER_LOG, read_json, read_run, take_up_journal, update_run
 
 __all__ = [
@@ -478,7 +478,7 @@ def _sender_environment(uri: str | None = None) -> dict[str, str]:
     """The sender's environment: the true URI, which may hold a password, is shown neither by `ps` nor in run.json."""
     environment = dict(os.environ) if uri is None else {**os.environ, "MLFLOW_TRACKING_URI": uri}
     # numpy under mlflow would start a thread, with its memory, for every core.
-    environment.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+    environment |= secrets_for_child() | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     home = Path(__file__).resolve().parent.parent
     if home.name not in ("site-packages", "dist-packages"):  # run from a checkout
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(home), os.environ.get("PYTHONPATH"))))

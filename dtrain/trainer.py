@@ -365,7 +365,7 @@ class Trainer:
         if phase == "test" and self.parts.use.whole_volumes(loader):
             means = evaluate_volumes(module, outcomes_of_volumes(self, loader), self.metrics, self.ranks, stop)
         else:
-            waited_for = self.stop_request.waiting(loader)
+            waited_for = loader if self.ranks.shards else self.stop_request.waiting(loader)  # with shards all wait
             means = evaluate(module, waited_for, self.outcome, self.metrics, self.ranks, stop, album)
         self.model.train()
         if means is None:

@@ -133,7 +133,7 @@ def _status(action: Callable[[], int]) -> int:
     except PredictionError as error:
         print(error, file=sys.stderr, flush=True)
         return FAILED
-    except (Exception, SystemExit) as error:  # of somebody's own sys.exit(0), too: the work is not done
+    except (Exception, SystemExit):  # after somebody's own sys.exit(0 or 75), too, the work is neither done nor saved
         traceback.print_exc()
         sys.stderr.flush()
-        return error.code if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code else FAILED
+        return FAILED

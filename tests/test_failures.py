@@ -169,16 +169,16 @@ def test_a_folder_without_a_failed_step_is_told(place: Place, tmp_path: Path) ->
 
 
 def test_a_model_that_leaves_the_program_has_failed(place: Place) -> None:
-    result = place.run(place.config("leaves"), expect=3, do="train 3 rank 0 exit")
+    result = place.run(place.config("leaves"), expect=1, do="train 3 rank 0 exit")
     assert "rank 0 failed at step 3 (forward): SystemExit: 3" in result.stdout
     facts = read_run(place.path("leaves"))
     assert (facts["state"], facts["reason"]) == ("FAILED", "SystemExit: 3")
     assert failure_of(place.path("leaves"))["samples"]
 
 
-@pytest.mark.parametrize(("code", "status"), [(0, 1), (None, 1), ("why", 1), (4, 4)])
-def test_work_that_somebody_left_is_not_done(code: Any, status: int) -> None:
-    assert worker._status(lambda: sys.exit(code)) == status
+@pytest.mark.parametrize("code", [0, None, "why", 2, 75, 256])
+def test_work_that_somebody_left_is_not_done(code: Any) -> None:
+    assert worker._status(lambda: sys.exit(code)) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------- the hang

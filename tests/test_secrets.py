@@ -3,16 +3,43 @@
 import pytest
 from whole_runs import Place
 
+from dtrain import redact
 from dtrain.redact import redacted_tree
 
 SECRETS = ("hunter2-of-mine", "t0p-s3cr3t-token", "w0rd-in-an-address")
-WRITTEN = ("tok-of-the-file", "two words of it", "31415926535", "key-in-a-list")  # as they are, in the file
+WRITTEN = ("tok-0f-the-file-4711", "two words of it", "31415926535", "key-in-a-list")  # as they are, in the file
 
 
 def test_a_tree_is_masked_by_names_and_by_values():
     given = {"password": "abc", "x": [{"api_key": "k"}, "http://me:pw@host/", 3, None], "tokens": "fine", "token": ""}
     wanted = {"password": "***", "x": [{"api_key": "***"}, "http://***@host/", 3, None], "tokens": "fine", "token": ""}
     assert redacted_tree(given) == wanted
+
+
+def test_words_of_a_model_are_left_alone_and_the_longest_secret_goes_first(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(redact, "_known", set())
+    redact.keep_secret({"cls_token": "learnable", "pad_token": "<|endoftext|>", "a": {"password": "swordfish"}})
+    redact.keep_secret([{"secret": "swordfish-2024-x"}, {"api_key": ["abcdefgh"]}, {"token": "0a1b2c3d4e5f6a7b8c9d"}])
+    text = "pos: learnable, <|endoftext|>, swordfish-2024-x, swordfish, abcdefgh, 0a1b2c3d4e5f6a7b8c9d"
+    assert redact.redact(text) == "pos: learnable, <|endoftext|>, ***, ***, ***, ***"
+    assert set(redact.secrets_for_child().values()) == redact._known
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{'loss_per_token': 0.6931471805599453}", None),
+        ("loss_per_token: 1.25e-05 and 1234567890123456789", None),
+        ("+        cls_token = nn.functional.conv2d(x)", None),
+        ("+        token = self.embedding_layer_1(x)", None),
+        ("hf_token: hf0123456789abcdefghij", "hf_token: ***"),
+        ('password: "two words"', 'password: "***"'),
+        ('{"password": "ab\\"cd", "x": 1}', '{"password": "***", "x": 1}'),
+        ("password=plain, next", "password=***, next"),
+    ],
+)
+def test_what_a_text_keeps(text: str, expected: str | None):
+    assert redact.redact(text) == (expected or text)
 
 
 @pytest.mark.timeout(300)
