@@ -196,7 +196,11 @@ def test_a_sample_that_never_comes_is_named_and_ends_the_job(place: Place) -> No
 
 @pytest.mark.parametrize(
     ("rank", "action", "word"),
-    [(1, "sleep", "forward"), (1, "STOP", "does not answer"), (0, "STOP", "does not answer")],
+    [
+        (1, "sleep", "forward"),
+        pytest.param(1, "STOP", "does not answer", marks=pytest.mark.soak),
+        (0, "STOP", "does not answer"),
+    ],
 )
 def test_a_stuck_rank_is_named_with_the_stacks_of_all(place: Place, rank: int, action: str, word: str) -> None:
     name = f"stuck-{rank}-{action}"

@@ -80,7 +80,8 @@ def test_a_checkpoint_is_that_of_ddp(place: Place) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("first", "then"), [("fsdp", "ddp"), ("ddp", "fsdp"), pytest.param("fsdp", "fsdp", marks=pytest.mark.soak)]
+    ("first", "then"),
+    [("fsdp", "ddp"), *(pytest.param(*each, marks=pytest.mark.soak) for each in (("ddp", "fsdp"), ("fsdp", "fsdp")))],
 )
 def test_a_training_goes_on_with_the_other_strategy(place: Place, first: str, then: str) -> None:
     name = f"{first}-to-{then}"
