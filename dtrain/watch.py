@@ -70,8 +70,7 @@ def _end(trainer: "Trainer", limit_seconds: float, main: int) -> None:
         say(f"{reason}\n")
         for line in text.splitlines():
             say(f"  {line}\n")
-        for line in _write(trainer, reason, text, notes, stuck[0]):
-            say(f"{line}\n")
+        say(_write(trainer, reason, text, notes, stuck[0]))
         _kill(ranks.board.notes("process"), silent, ranks.host)
     else:
         time.sleep(2 * ANSWER_SECONDS)  # rank 0 is to speak before a launcher ends it for this one's sake
@@ -114,8 +113,8 @@ def _line(rank: int, note: dict[str, Any] | None) -> str:
     return f"rank {rank}: step {note['step'] + 1}, {note['phase']} (process {note['pid']} on {note['host']})"
 
 
-def _write(trainer: "Trainer", reason: str, text: str, notes: dict[int, dict[str, Any]], stuck: int) -> list[str]:
-    """Leave it in the run folder; returns what there is to say about it."""
+def _write(trainer: "Trainer", reason: str, text: str, notes: dict[int, dict[str, Any]], stuck: int) -> str:
+    """Leave it in the run folder; returns the line that says so, '' where there is no such folder on this machine."""
     folder: Path = trainer.parts.start.folder
     stacks = [
         f"rank {rank}, thread {name}\n{stack}" for rank, note in notes.items() for name, stack in note["stacks"].items()
@@ -127,8 +126,8 @@ def _write(trainer: "Trainer", reason: str, text: str, notes: dict[int, dict[str
         failed = {"rank": stuck, "error": "Hang", "message": reason, "cure": cure, "time": time.time()}
         write_json(folder / FAILURE, {**note, **failed}, durable=True)
         update_run(folder, state="FAILED", reason=reason, exit_status=1, ended=round(time.time(), 3))
-        return [cure]
-    return []  # there is no such folder on this machine
+        return f"{cure}\n"
+    return ""
 
 
 def _kill(processes: dict[int, tuple[str, int]], silent: list[int], host: str) -> None:

@@ -186,7 +186,8 @@ def main() -> None:
     parser.add_argument("--train", nargs=2, metavar=("FOLDER", "URI"), help=argparse.SUPPRESS)
     wish = parser.parse_args()
     if wish.train:
-        return train(*wish.train)
+        train(*wish.train)
+        return
     with tempfile.TemporaryDirectory(prefix="outage-", dir=os.curdir) as folder:
         spans, hint = measure(wish.rounds, wish.seconds, Path(folder).resolve())
     print(f"{wish.rounds} rounds with spans of {wish.seconds:g} s; {machine()}\n")
@@ -211,7 +212,6 @@ def main() -> None:
     if wish.json:
         data = {"machine": machine(), "spans": list(map(asdict, spans)), "verdicts": list(map(asdict, verdicts))}
         wish.json.write_text(json.dumps(data | {"hint": hint}, indent=1) + "\n")
-    return None
 
 
 if __name__ == "__main__":
