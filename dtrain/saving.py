@@ -213,12 +213,12 @@ class Saver:
         """The thread's part."""
         began = time.monotonic()
         try:
-            future.set_result(self.checkpoints.write(step, snapshot, score))
+            path = self.checkpoints.write(step, snapshot, score)
+            with contextlib.suppress(OSError):  # so long a launcher waits when it ends this training
+                update_run(self.checkpoints.folder.parent, save_seconds=round(time.monotonic() - began, 3))
+            future.set_result(path)  # at last: whoever waited for it may end, and nothing may change a run that ended
         except BaseException as error:
             future.set_exception(error)
-            return
-        with contextlib.suppress(OSError):  # so long a launcher waits when it ends this training
-            update_run(self.checkpoints.folder.parent, save_seconds=round(time.monotonic() - began, 3))
 
 
 def place_of(trainer: "Trainer") -> tuple[int, int, int]:

@@ -309,6 +309,11 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def contents(folder: Path) -> dict[str, str]:
+    """Of each file its SHA-256: a comparison that fails shows names, not megabytes."""
+    return {str(path.relative_to(folder)): sha256(path) for path in folder.rglob("*") if path.is_file()}
+
+
 def test_the_best_checkpoint_is_the_one_with_the_best_score(finished: Path) -> None:
     scores = figures(finished)["val/Accuracy"]
     best = load(finished / "checkpoints" / "best").manifest
@@ -548,12 +553,12 @@ def test_a_finished_training_is_left_alone_and_goes_on_when_max_epochs_is_raised
 ) -> None:
     cosine = {"lr_scheduler": {"name": "CosineAnnealingLR", "interval": "step"}, "model.dropout": 0.2}
     run = here("more", **cosine)
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    before = contents(run)
     here("more", **cosine)
     out = capsys.readouterr().out
     assert "holds a finished training; to go on, raise trainer.max_epochs" in out
     assert "trainer.resume=none" in out
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert contents(run) == before
     here("more", **cosine, **{"trainer.max_epochs": 4})
     found = figures(run)
     assert sorted(found["train/loss"]) == list(range(1, 33))

@@ -13,7 +13,7 @@ import torch
 from whole_runs import EXACT, Place, figures, last, same_training
 
 from dtrain.checkpoint import CheckpointError, Checkpoints, load, verify
-from dtrain.runfiles import read_run
+from dtrain.runfiles import read_run, update_run
 from dtrain.snapshot import take_snapshot
 
 pytestmark = pytest.mark.timeout(600)
@@ -170,6 +170,18 @@ def test_the_loop_goes_on_while_a_checkpoint_is_written(here: Here, tmp_path: Pa
     assert figures(run) == figures(whole)
     found = sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
     assert found == [3, 6, 8, 9, 12, 15, 16] and not any(verify(path) for path in run.glob("checkpoints/step-*"))
+
+
+def test_the_writer_has_written_all_when_the_training_has_ended(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(folder: Path, **facts: Any) -> None:
+        time.sleep(0.3)
+        update_run(folder, **facts)
+
+    monkeypatch.setattr("dtrain.saving.update_run", slow)
+    run = here("written")
+    ended = read_run(run)
+    time.sleep(0.6)
+    assert ended["save_seconds"] > 0 and read_run(run) == ended
 
 
 def test_a_second_ctrl_c_waits_for_no_checkpoint(place: Place) -> None:
