@@ -61,7 +61,7 @@ def examine(config: Mapping[str, Any], say: Callable[[str], None], as_json: bool
         as_json: One JSON object instead: `ok`, and the `findings`.
 
     Returns:
-        The exit status, the same on every rank that was found: 0 where nothing failed, else 1.
+        The exit status, the same on every rank: 0 where nothing failed, else 1.
     """
     here = environment()
     folder, experiment = run_folder(config), config.get("experiment") or "default"
@@ -71,13 +71,15 @@ def examine(config: Mapping[str, Any], say: Callable[[str], None], as_json: bool
         findings = in_time(
             {**look, "files": lambda: files(here.world_size), "shared memory": shared_memory}, LOCAL_SECONDS
         )
-    if here.world_size > 1:
-        findings = _together(here, findings)
-    else:
-        findings.append(_pair())
+    last = []
     if here.rank == 0:
         uri = (config.get("mlflow") or {}).get("tracking_uri")
-        findings += in_time({"mlflow": lambda: store(uri, experiment)}, STORE_SECONDS + 5)
+        last = in_time({"mlflow": lambda: store(uri, experiment)}, STORE_SECONDS + 5)
+    if here.world_size > 1:
+        findings = _together(here, findings, last)
+    else:
+        findings += [_pair(), *last]
+    if here.rank == 0:
         for line in _as_text(findings, as_json):
             say(line)
     return int(any(one.status == "fail" for one in findings))
@@ -272,25 +274,23 @@ def _why_no_sqlite(file: Path) -> str:
 # ----------------------------------------------------------------------------------------------------- ranks together
 
 
-def _together(here: Environment, findings: list[Finding]) -> list[Finding]:
-    """What all ranks of this job find; rank 0's is complete, the others' tells whether anything failed."""
+def _together(here: Environment, findings: list[Finding], last: list[Finding]) -> list[Finding]:
+    """What all ranks of this job find, `last` (rank 0's) at the end; on every rank all of it."""
     try:
         ranks = set_up(ddp={"timeout_seconds": TOGETHER_SECONDS})
         nodes = ranks.gather((ranks.host, findings) if here.local_rank == 0 else None)
         merged = _merged([node for node in nodes or () if node])
         merged.append(_all_reduced(ranks.rank, ranks.world_size, ranks.device))
         merged += [one] if (one := clocks(ranks, here)) else []
-        merged = ranks.broadcast(merged)
+        merged = ranks.broadcast(merged + last)
         ranks.close()
+        return merged
     except ConfigError as error:
-        return [*findings, Finding("ranks", "fail", str(error))]
+        apart = Finding("ranks", "fail", str(error))
     except Exception as error:
         cure = "is each of them started, and does MASTER_ADDR lead to rank 0? GLOO_SOCKET_IFNAME chooses a network"
-        return [
-            *findings,
-            Finding("ranks", "fail", f"{here.world_size} ranks did not come together: {error}", cure),
-        ]
-    return merged
+        apart = Finding("ranks", "fail", f"{here.world_size} ranks did not come together: {error}", cure)
+    return [*findings, apart, *last]
 
 
 def _merged(nodes: Sequence[tuple[str, Sequence[Finding]]]) -> list[Finding]:
