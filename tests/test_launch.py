@@ -519,6 +519,68 @@ def test_a_node_that_is_killed_and_comes_back_goes_on_in_the_same_run(place: Pla
     one_node_lost(place, machines, "nodes", at_step=4)
 
 
+# `dtrain launch`, which waits for other nodes as long as its arguments say: for the rendezvous, for all nodes.
+IMPATIENT = """
+import sys
+from dtrain import agent, cli
+agent.STORE_SECONDS = agent.NODES_SECONDS = SECONDS
+sys.exit(cli.main(sys.argv[3:]))  # after: -c -m dtrain
+"""
+
+
+def impatient(place: Place, python: list[str], endpoint: str, file: str, *words: str, seconds: int = 6) -> Running:
+    """One node of two."""
+    launcher = [*python, "-c", IMPATIENT.replace("= SECONDS", f"= {seconds}")]
+    words = ("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-endpoint", endpoint, *words)
+    return place.start("launch", file, *words, launcher=launcher)[0]
+
+
+def free_endpoint() -> str:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return f"localhost:{probe.getsockname()[1]}"
+
+
+@pytest.mark.soak
+def test_a_node_that_never_comes_is_not_waited_for_for_ever(place: Place) -> None:
+    endpoint = free_endpoint()
+    result = impatient(place, [sys.executable], endpoint, place.config("alone")).result(90)
+    assert result.rc == 1
+    assert f"dtrain launch: not all of the 2 nodes came to {endpoint}" in result.stderr, result.text
+    assert "Traceback" not in result.text
+
+
+@pytest.mark.soak
+def test_a_rendezvous_that_is_not_there_is_named(place: Place, machines: list[list[str]]) -> None:
+    result = impatient(place, machines[1], "10.77.0.1:29556", place.config("nobody")).result(90)
+    assert result.rc == 1
+    assert "no rendezvous at 10.77.0.1:29556: its node is not there, or no longer" in result.stderr, result.text
+    assert "Traceback" not in result.text
+
+
+def test_ctrl_c_while_the_other_node_is_waited_for_ends_at_once(place: Place) -> None:
+    endpoint = free_endpoint()
+    running = impatient(place, [sys.executable], endpoint, place.config("waits"), seconds=600)
+    host, port = endpoint.split(":")
+    until(lambda: launcher._is_rendezvous(host, int(port)), running)
+    os.kill(running.pid, signal.SIGINT)
+    assert running.result(20).rc == 130
+
+
+def test_a_lost_node_that_held_the_rendezvous_ends_the_others_in_words(place: Place, machines: list[list[str]]) -> None:
+    file = place.config("headless", **LONG)
+    endpoint = "10.77.0.1:29557"
+    first, second = (impatient(place, one, endpoint, file, "--max-restarts", "1", seconds=12) for one in machines)
+    run = place.path("headless")
+    until(lambda: steps_done(run) >= 4, first)
+    os.kill(first.pid, signal.SIGKILL)
+    first.process.wait(10)
+    result = second.result(150)
+    assert result.rc == 1, result.text
+    assert "no rendezvous at 10.77.0.1:29557: its node is not there, or no longer" in result.stderr, result.text
+    assert last(run).state["step"] >= 2
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("part", PARTS)
 def test_a_node_lost_at_any_step_changes_nothing(place: Place, machines: list[list[str]], part: int) -> None:
