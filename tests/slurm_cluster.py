@@ -15,6 +15,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -71,6 +72,7 @@ SchedulerParameters=sched_interval=1,bf_interval=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 KillWait=10
+SlurmdTimeout=15
 MinJobAge=7200
 ReturnToService=2
 InactiveLimit=0
@@ -160,11 +162,30 @@ class Cluster:
         self._daemon("munged", ["munged", "-F", *force, *(f"--{key}={at / name}" for key, name in names.items())])
         self._until("munged", (at / "munge.socket").exists)
         self._daemon("slurmctld", ["slurmctld", "-D", "-f", str(at / "slurm.conf")])
-        slurmd = ["-f", str(at / "slurm.conf"), "-d", str(at / "slurmstepd")]
         for node in self.nodes:
-            inside = [*self.namespaces, "sh", "-c", NODE, node, str(at)] if self.namespaces else []
-            self._daemon(f"slurmd.{node}", [*inside, "slurmd", "-D", "-N", node, *slurmd])
+            self.start(node)
         self._until("the nodes", lambda: self.query("sinfo", "-h", "-p", "batch", "-o", "%D %t") == "2 idle")
+
+    def start(self, node: str) -> None:
+        """Switch a node on."""
+        at = self.folder
+        inside = [*self.namespaces, "sh", "-c", NODE, node, str(at)] if self.namespaces else []
+        slurmd = ["slurmd", "-D", "-N", node, "-f", str(at / "slurm.conf"), "-d", str(at / "slurmstepd")]
+        (at / f"slurmd.{node}.pid").unlink(missing_ok=True)
+        self._daemon(f"slurmd.{node}", [*inside, *slurmd])
+
+    def lose(self, node: str) -> None:
+        """Cut a node's power: all that runs in its namespace is gone at once, and nobody is told."""
+        slurmd = int((self.folder / f"slurmd.{node}.pid").read_text())
+        own = _uts(slurmd)
+        assert self.namespaces and own != _uts(os.getpid())
+        (daemon,) = (each for each in self.daemons if node in each.args)  # type: ignore[operator]
+        self.daemons.remove(daemon)
+        while there := [process for process in psutil.process_iter() if _uts(process.pid) == own]:
+            for process in there:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            daemon.poll()
 
     def _daemon(self, name: str, command: Sequence[str]) -> None:
         with (self.folder / f"{name}.log").open("ab") as log:
@@ -239,6 +260,14 @@ class Cluster:
             except psutil.Error:
                 continue
         return found
+
+
+def _uts(pid: int) -> str:
+    """The namespace in which a process has its host name; '' of one that is gone."""
+    try:
+        return str(Path(f"/proc/{pid}/ns/uts").readlink())
+    except OSError:
+        return ""
 
 
 def _die_with_parent() -> None:

@@ -192,9 +192,42 @@ def off_a_node(jobs: Jobs, name: str) -> Path:
     return run
 
 
+def requeued(jobs: Jobs, name: str) -> Path:
+    """By hand, as an administrator may."""
+    run = jobs.config(name, **{"loaders.seconds": 0.2})
+    number = jobs.submit(f"{name}.yaml", "--nodes", "2", "--time", "10m")
+    jobs.at_step(number, run, 2)
+    jobs.cluster.run("scontrol", "requeue", number)
+    is_done(jobs, number, run, 1)
+    return run
+
+
+def without_power(jobs: Jobs, name: str, node: int = 1) -> Path:
+    """A node is gone, of which SLURM knows nothing until it is missed; later it is switched on again."""
+    if not jobs.cluster.namespaces:
+        pytest.skip("SKIPPED, NOT TESTED HERE: nodes without namespaces have no processes of their own")
+    run = jobs.config(name, **{"loaders.seconds": 0.2})
+    number = jobs.submit(f"{name}.yaml", "--nodes", "2", "--time", "10m")
+    jobs.at_step(number, run, 2)
+    lost = jobs.cluster.nodes[node]
+    jobs.cluster.lose(lost)
+    jobs.cluster.wait(number, lambda job: job["Restarts"] == "1" and job["JobState"] == "PENDING")
+    jobs.cluster.start(lost)
+    is_done(jobs, number, run, 1)
+    return run
+
+
+def without_first_node(jobs: Jobs, name: str) -> Path:
+    """The one with the batch script, rank 0 and the rendezvous."""
+    return without_power(jobs, name, node=0)
+
+
+HOW = [preempted, preempted_with_grace, out_of_time, cancelled, off_a_node, requeued, without_power, without_first_node]
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("time", range(SOAK))
-@pytest.mark.parametrize("how", [preempted, preempted_with_grace, out_of_time, cancelled, off_a_node])
+@pytest.mark.parametrize("how", HOW)
 def test_a_disturbed_job_ends_as_if_nothing_had_been(jobs: Jobs, how: Callable[[Jobs, str], Path], time: int) -> None:
     """The first time with a real MLflow, in which it is one run."""
     jobs.feeds_mlflow = time == 0
