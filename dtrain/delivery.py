@@ -18,7 +18,9 @@ _LOOK_EVERY_SECONDS = 0.1  # a read at the journal's end
 _SEND_EVERY_SECONDS = 1.0  # a batch to the store, as long as the run lasts
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 10.0  # after a failure; doubled each time
 _ROWS_PER_BATCH = 1000
-_TRIES_PER_ARTIFACT = 3
+# A file that the store refuses holds up no figures, nor the run's end for long; an artifact store that is away for a
+# while, as long as the run lasts, costs no file.
+_FILE_AGAIN_SECONDS, _FILE_AGAIN_AT_END_SECONDS, _TRIES_AT_END = 30.0, 1.0, 5
 _log = logging.getLogger(__name__)
 
 Row = tuple[str, float, int, int]  # key, value, timestamp in ms, step
@@ -187,7 +189,9 @@ class Delivery:
         self._run: Run | None = None
         self._system = system
         self._code_tags: dict[str, str] = {}
-        self._failures: dict[str, int] = {}  # per artifact, in this life
+        # Per artifact, in this life: when it failed last, and how often since the run's end; the last failure of all.
+        self._failed: dict[str, tuple[float, int]] = {}
+        self._failure = ""
         self._send_at = 0.0
         self._journal = (folder / JOURNAL).open("rb")
         if os.fstat(self._journal.fileno()).st_size < self.memory.offset:  # it is not the journal that it once was
@@ -235,7 +239,17 @@ class Delivery:
         """Whether nothing is left that could be sent now, nor will be."""
         if self._batch.lines or self._artifacts_due():
             return False
-        return not self._ending_due() if self.draining else self.memory.status not in ("", "RUNNING")
+        return not self._ending_due() if self.draining else self._has_ended
+
+    @property
+    def problem(self) -> str:
+        """Which files are not sent, and why not; '' where none waits for another try."""
+        left = [item[0] for item in self.memory.artifacts if item[0] in self._failed]
+        return f"not sent: {', '.join(left)}: {self._failure}" if left else ""
+
+    @property
+    def _has_ended(self) -> bool:
+        return self.memory.status not in ("", "RUNNING")
 
     def report(self, problem: str) -> None:
         """Says a problem once, and '' after it, and leaves it where rank 0 finds it."""
@@ -302,14 +316,20 @@ class Delivery:
         self.memory.artifacts += [item for item in artifacts if item not in self.memory.artifacts]
 
     def _artifacts_due(self) -> list[list[Any]]:
-        return [item for item in self.memory.artifacts if self._failures.get(item[0], 0) < _TRIES_PER_ARTIFACT]
+        """Those that have not been given up, which happens only once the run has ended."""
+        if not (self.draining or self._has_ended):
+            return self.memory.artifacts
+        return [item for item in self.memory.artifacts if self._failed.get(item[0], (0.0, 0))[1] < _TRIES_AT_END]
 
     def _send_artifacts(self, run: Run) -> None:
-        """Sends the files in the queue; one that fails holds up no other, and is tried again."""
-        failure = ""
-        due = self._artifacts_due()
-        for item in due:
-            path = self.folder / item[0]
+        """Sends the files in the queue; one that fails holds up nothing, and is tried again later."""
+        at_end = self.draining or self._has_ended
+        pause = _FILE_AGAIN_AT_END_SECONDS if at_end else _FILE_AGAIN_SECONDS
+        sent = False
+        for item in [*self._artifacts_due()]:
+            path, (failed_at, tries) = self.folder / item[0], self._failed.get(item[0], (-pause, 0))
+            if time.monotonic() < failed_at + pause:
+                continue
             try:
                 if path.exists() and path.resolve().is_relative_to(self.folder.resolve()):
                     send = run.log_file if len(item) == 2 else run.log_image
@@ -317,13 +337,14 @@ class Delivery:
                 else:
                     _log.warning("%s is not there, or not in the run folder, and is not sent", item[0])
                 self.memory.artifacts.remove(item)
+                self._failed.pop(item[0], None)
+                sent = True
             except Exception as error:
-                self._failures[item[0]] = self._failures.get(item[0], 0) + 1
-                failure = f"{item[0]} could not be sent: {brief(error)}"
-        if due:
+                self._failed[item[0]] = time.monotonic(), tries + at_end
+                self._failure = brief(error)
+                self._run = None  # as after any failure
+        if sent:
             self.memory.save()
-        if failure:
-            raise RuntimeError(failure)
 
 
 def follow(delivery: Delivery, parent: int | None = None, patience_seconds: float = PATIENCE_SECONDS) -> int:
@@ -356,10 +377,9 @@ def follow(delivery: Delivery, parent: int | None = None, patience_seconds: floa
                 if try_at > give_up_at:
                     return 1
             else:
-                left = ", ".join(item[0] for item in delivery.memory.artifacts) if delivery.done else ""
-                delivery.report(f"not sent: {left}" if left else "")
+                delivery.report(delivery.problem)
                 if delivery.done:
-                    return 1 if left else 0
+                    return 1 if delivery.memory.artifacts else 0
                 pause = _FIRST_PAUSE_SECONDS
                 if delivery.draining:
                     give_up_at = time.monotonic() + patience_seconds

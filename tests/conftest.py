@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import Forked, Forks
 
 pytest_plugins = ["whole_runs"]  # the fixture `place`
 
@@ -66,13 +67,14 @@ class Tagged:
 
     def __init__(self) -> None:
         self.tag = uuid.uuid4().hex
-        self.started: list[subprocess.Popen[bytes]] = []
+        self.started: list[subprocess.Popen[bytes] | Forked] = []
 
     def pids(self) -> list[int]:
-        """Living processes that carry the tag."""
+        """Living processes that carry the tag, or are of the session of one that was forked."""
         wanted = f"{TAG}={self.tag}".encode()
+        sessions = {process.pid for process in self.started if isinstance(process, Forked)}
         processes = (entry for entry in Path("/proc").iterdir() if entry.name.isdigit())
-        return [int(entry.name) for entry in processes if _carries(entry, wanted)]
+        return [int(entry.name) for entry in processes if _is_ours(entry, wanted, sessions)]
 
     def command_lines(self) -> list[str]:
         return [f"{pid}: {_command_line(pid)}" for pid in self.pids()]
@@ -100,12 +102,11 @@ class Tagged:
             time.sleep(0.02)
 
 
-def _carries(entry: Path, wanted: bytes) -> bool:
+def _is_ours(entry: Path, wanted: bytes, sessions: set[int]) -> bool:
     try:
-        if wanted not in (entry / "environ").read_bytes().split(b"\0"):
-            return False
+        state, _parent, _group, session, *_ = (entry / "stat").read_text().rpartition(")")[2].split()
         # A zombie is dead: its parent has not asked for it yet, or never will.
-        return (entry / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return state != "Z" and (int(session) in sessions or wanted in (entry / "environ").read_bytes().split(b"\0"))
     except OSError:
         return False
 
@@ -142,21 +143,36 @@ class Running:
     """A command line at work, for tests that disturb it.
 
     Its output goes to files: a pipe would fill up, or be kept open by a process that was left behind.
+
+    Args:
+        forks: What to fork it from; the command is then `python -m dtrain ...`.
     """
 
-    def __init__(self, command: Sequence[str], cwd: Path, env: Mapping[str, str], files: Path, tagged: Tagged) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        cwd: Path,
+        env: Mapping[str, str],
+        files: Path,
+        tagged: Tagged,
+        forks: Forks | None = None,
+    ) -> None:
         self.command, self.tagged = list(command), tagged
         self.out, self.err = files / "stdout", files / "stderr"
+        self.process: subprocess.Popen[bytes] | Forked
         with self.out.open("wb") as out, self.err.open("wb") as err:
-            self.process = subprocess.Popen(
-                self.command,
-                cwd=cwd,
-                env=dict(env),
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                start_new_session=True,
-            )
+            if forks is not None:
+                self.process = forks.start(self.command[3:], cwd, env, self.out, self.err)
+            else:
+                self.process = subprocess.Popen(
+                    self.command,
+                    cwd=cwd,
+                    env=dict(env),
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=err,
+                    start_new_session=True,
+                )
         tagged.started.append(self.process)
 
     @property

@@ -1,6 +1,7 @@
 """The fixtures of conftest.py do what the other tests trust them to do."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,6 +66,7 @@ def test_a_dead_process_that_nobody_waited_for_is_no_leftover(start_cli: StartCl
 def test_a_test_that_leaves_a_process_behind_fails(pytester: pytest.Pytester) -> None:
     # The fixture's patience is cut short: here the failure is what is wanted.
     source = Path(__file__).with_name("conftest.py").read_text()
+    shutil.copy(Path(__file__).with_name("forks.py"), pytester.path)
     pytester.makeconftest(source.replace("wait_gone(30)", "wait_gone(0.2)").replace(PLUGINS, ""))
     pytester.makepyfile(
         """
@@ -80,6 +82,7 @@ def test_a_test_that_leaves_a_process_behind_fails(pytester: pytest.Pytester) ->
 
 
 def test_soak_tests_run_only_when_asked_for(pytester: pytest.Pytester) -> None:
+    shutil.copy(Path(__file__).with_name("forks.py"), pytester.path)
     pytester.makeconftest(Path(__file__).with_name("conftest.py").read_text().replace(PLUGINS, ""))
     pytester.makepyfile("import pytest\n\n@pytest.mark.soak\ndef test_long():\n    pass\n")
     pytester.makeini("[pytest]\nmarkers = soak: long")

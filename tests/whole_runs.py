@@ -1,5 +1,6 @@
 """Whole trainings for tests, through the real command line: where they are made, and what they left."""
 
+import functools
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import pytest
 import torch
 from conftest import FOREIGN, FOREIGN_PREFIXES, TAG, Result, Running, Tagged
 from filelock import FileLock
+from forks import Forks
 
 from dtrain.checkpoint import Loaded, load
 
@@ -96,21 +98,24 @@ class Place:
         mlflow: bool = False,
         launcher: list[str] | None = None,
         env: Mapping[str, str] | None = None,
+        cold: bool = False,
     ) -> list[Running]:
         """Start a training; of several ranks each process is the caller's own, unless a launcher starts them.
 
-        MLflow is kept out, which saves its import's seconds; the journal holds the same.
+        MLflow is kept out, which saves its import's seconds; the journal holds the same. `cold`: processes that import
+        all by themselves, for tests of the start-up and of what /proc shows of a process.
         """
         path = [str(self.folder / "audit"), *([] if mlflow else [str(self.folder / "stubs")])]
         path += filter(None, [os.environ.get("PYTHONPATH")])
         full = {**self.env, "PYTHONPATH": os.pathsep.join(path), "TOY_DO": do, **(env or {})}
         command = [*(launcher or [sys.executable]), "-m", "dtrain", *arguments]
         worlds = [{}] if launcher or ranks == 1 else worlds_of(ranks)
+        forks = None if launcher or cold else _forks()
         started = []
         for number, world in enumerate(worlds):
             files = self.folder / "output" / f"{self.tagged.tag}-{len(self.tagged.started)}-{number}"
             files.mkdir(parents=True)
-            started.append(Running(command, self.folder, full | world, files, self.tagged))
+            started.append(Running(command, self.folder, full | world, files, self.tagged, forks))
         return started
 
     def run(self, *arguments: str, expect: int | None = 0, timeout: float = WAIT_SECONDS, **options: Any) -> Result:
@@ -130,6 +135,13 @@ class Place:
             if not kept.exists():
                 kept.write_text(json.dumps(make()))
             return json.loads(kept.read_text())
+
+
+@functools.cache
+def _forks() -> Forks:
+    """One for all tests of this process."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN_PREFIXES) and k not in FOREIGN}
+    return Forks({**kept, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
 
 
 def worlds_of(ranks: int) -> list[dict[str, str]]:
