@@ -24,6 +24,7 @@ from whole_runs import (
 )
 
 from dtrain.checkpoint import load
+from dtrain.dataloader import ShuffledShard
 from dtrain.runfiles import read_run
 
 pytestmark = pytest.mark.timeout(900)  # several command lines each, which start slowly on a busy machine
@@ -380,6 +381,9 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_with_finite_weights(pla
     assert saved.state["step"] == 2
     assert all(value.isfinite().all() for value in saved.weights.values())
     assert read_run(place.path(name))["state"] == "FAILED"
+    card = json.loads((place.path(name) / "failure.json").read_text())
+    (samples,) = ShuffledShard(29, 0, rank, 2, 4).batches_from(0, 16, 1)  # of its third step
+    assert (card["rank"], card["samples"]) == (rank, samples)
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(place: Place) -> None:

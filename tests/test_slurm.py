@@ -332,8 +332,41 @@ def test_a_job_goes_on_with_another_number_of_nodes(jobs: Jobs) -> None:
 def test_the_scripts_train(jobs: Jobs, name: str) -> None:
     run = jobs.config(f"{name}-script")
     more = {"slurm-node": [], "slurm-nodes": ["--nodes=2"], "slurm-srun": ["--nodes=2", "--ntasks-per-node=1"]}[name]
-    script = str(REPOSITORY / "scripts" / "cluster" / f"{name}.sbatch")
-    number = jobs.sbatch(*more, "--time=10", f"--output={run}.log", script, f"{name}-script.yaml", str(run))
+    number = jobs.sbatch(*more, "--time=10", f"--output={run}.log", script(name), f"{name}-script.yaml", str(run))
     assert jobs.cluster.ended(number)["JobState"] == "COMPLETED", Path(f"{run}.log").read_text()
+    assert json.loads((run / "run.json").read_text())["world_size"] == (2 if more else 1)
     if more:
         same_training(run, jobs.undisturbed())
+
+
+def script(name: str) -> str:
+    return str(REPOSITORY / "scripts" / "cluster" / f"{name}.sbatch")
+
+
+@pytest.mark.soak
+def test_the_script_for_several_configs_trains_each(jobs: Jobs) -> None:
+    names = ["slurm-first", "slurm-second"]
+    for seed, name in enumerate(names):
+        jobs.config(name, seed=seed, **{"trainer.max_epochs": 1})
+    log = f"{jobs.folder}/slurm-configs-%a.log"
+    files = [f"{name}.yaml" for name in names]
+    number = jobs.sbatch("--array=0-1", "--time=10", f"--output={log}", script("slurm-array"), *files)
+    runs = [jobs.folder / "runs" / name for name in names]
+    for index, run in enumerate(runs):
+        assert jobs.cluster.ended(f"{number}_{index}")["JobState"] == "COMPLETED", Path(
+            log.replace("%a", str(index))
+        ).read_text()
+        assert json.loads((run / "run.json").read_text())["state"] == "FINISHED"
+    assert figures(runs[0]) != figures(runs[1])
+
+
+@pytest.mark.soak
+def test_the_doctor_sees_the_nodes_of_a_job(jobs: Jobs) -> None:
+    words = ["--nodes=2", "--ntasks-per-node=1", sys.executable, "-m", "dtrain", "doctor", "--json"]
+    env = jobs._env(True)
+    done = subprocess.run(["srun", *words], cwd=jobs.folder, env=env, capture_output=True, text=True, timeout=300)
+    told = json.loads(done.stdout)
+    found = {one["probe"]: one for one in told["findings"]}
+    assert (done.returncode == 0) == told["ok"], done.stderr
+    assert "of 2 nodes)" in found["disk"]["found"] and "2 ranks, gloo" in found["all-reduce"]["found"], done.stdout
+    assert found["clocks"]["status"] == "ok" and found["mlflow"]["status"] == "ok", done.stdout
