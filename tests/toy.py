@@ -71,6 +71,8 @@ def act(action: str) -> None:
     if action == "sleep":
         while True:
             time.sleep(0.1)
+    if action == "KILL":
+        print("last words " + "z" * 6000, flush=True)
     os.kill(os.getpid(), signal.Signals[f"SIG{action}"])
 
 
