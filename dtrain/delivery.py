@@ -18,9 +18,9 @@ _LOOK_EVERY_SECONDS = 0.1  # a read at the journal's end
 _SEND_EVERY_SECONDS = 1.0  # a batch to the store, as long as the run lasts
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 10.0  # after a failure; doubled each time
 _ROWS_PER_BATCH = 1000
-# A file that the store refuses holds up no figures, nor the run's end for long; an artifact store that is away for a
-# while, as long as the run lasts, costs no file.
-_FILE_AGAIN_SECONDS, _FILE_AGAIN_AT_END_SECONDS, _TRIES_AT_END = 30.0, 1.0, 5
+# After a file has failed, others are tried in a second, and where none is left, it in half a minute; or after ten times
+# as long as that took, so that figures have their turn. At the run's end so many failures in a row are the last ones.
+_FILE_PAUSE_SECONDS, _FAILED_FILE_PAUSE_SECONDS, _TRIES_AT_END = 1.0, 30.0, 5
 _log = logging.getLogger(__name__)
 
 Row = tuple[str, float, int, int]  # key, value, timestamp in ms, step
@@ -189,9 +189,11 @@ class Delivery:
         self._run: Run | None = None
         self._system = system
         self._code_tags: dict[str, str] = {}
-        # Per artifact, in this life: when it failed last, and how often since the run's end; the last failure of all.
-        self._failed: dict[str, tuple[float, int]] = {}
-        self._failure = ""
+        # Of artifacts, in this life: how often each failed; of the last failure why, when and after how long it came;
+        # and how many there were in a row since the run's end.
+        self._failed: dict[str, int] = {}
+        self._failure, self._failed_at, self._failed_after = "", float("-inf"), 0.0
+        self._failures_at_end = 0
         self._send_at = 0.0
         self._journal = (folder / JOURNAL).open("rb")
         if os.fstat(self._journal.fileno()).st_size < self.memory.offset:  # it is not the journal that it once was
@@ -237,7 +239,7 @@ class Delivery:
     @property
     def done(self) -> bool:
         """Whether nothing is left that could be sent now, nor will be."""
-        if self._batch.lines or self._artifacts_due():
+        if self._batch.lines or (self.memory.artifacts and self._failures_at_end < _TRIES_AT_END):
             return False
         return not self._ending_due() if self.draining else self._has_ended
 
@@ -245,7 +247,8 @@ class Delivery:
     def problem(self) -> str:
         """Which files are not sent, and why not; '' where none waits for another try."""
         left = [item[0] for item in self.memory.artifacts if item[0] in self._failed]
-        return f"not sent: {', '.join(left)}: {self._failure}" if left else ""
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        return f"not sent: {', '.join(left[:3])}{more}: {self._failure}" if left else ""
 
     @property
     def _has_ended(self) -> bool:
@@ -315,34 +318,34 @@ class Delivery:
     def _queue(self, artifacts: list[list[Any]]) -> None:
         self.memory.artifacts += [item for item in artifacts if item not in self.memory.artifacts]
 
-    def _artifacts_due(self) -> list[list[Any]]:
-        """Those that have not been given up, which happens only once the run has ended."""
-        if not (self.draining or self._has_ended):
-            return self.memory.artifacts
-        return [item for item in self.memory.artifacts if self._failed.get(item[0], (0.0, 0))[1] < _TRIES_AT_END]
-
     def _send_artifacts(self, run: Run) -> None:
-        """Sends the files in the queue; one that fails holds up nothing, and is tried again later."""
-        at_end = self.draining or self._has_ended
-        pause = _FILE_AGAIN_AT_END_SECONDS if at_end else _FILE_AGAIN_SECONDS
+        """Sends the files in the queue until one fails; those that did come after all others."""
+        at_end = self.draining or (self._has_ended and not self._batch.lines)
+        others = any(item[0] not in self._failed for item in self.memory.artifacts)
+        pause = _FILE_PAUSE_SECONDS if at_end or others else _FAILED_FILE_PAUSE_SECONDS
+        if time.monotonic() < self._failed_at + (pause if at_end else max(pause, 10 * self._failed_after)):
+            return
         sent = False
-        for item in [*self._artifacts_due()]:
-            path, (failed_at, tries) = self.folder / item[0], self._failed.get(item[0], (-pause, 0))
-            if time.monotonic() < failed_at + pause:
-                continue
+        for item in sorted(self.memory.artifacts, key=lambda item: self._failed.get(item[0], 0)):
+            path, began = self.folder / item[0], time.monotonic()
             try:
                 if path.exists() and path.resolve().is_relative_to(self.folder.resolve()):
                     send = run.log_file if len(item) == 2 else run.log_image
                     send(path, *item[1:])
                 else:
                     _log.warning("%s is not there, or not in the run folder, and is not sent", item[0])
-                self.memory.artifacts.remove(item)
-                self._failed.pop(item[0], None)
-                sent = True
+                    if len(item) != 2:  # the newest pictures are kept, and there were many in the meantime
+                        self.memory.note = f"pictures were removed before they could be sent, such as {item[0]}"
             except Exception as error:
-                self._failed[item[0]] = time.monotonic(), tries + at_end
-                self._failure = brief(error)
                 self._run = None  # as after any failure
+                self._failed[item[0]] = self._failed.get(item[0], 0) + 1
+                self._failure, self._failed_at = brief(error), time.monotonic()
+                self._failed_after = self._failed_at - began
+                self._failures_at_end += at_end
+                break
+            self.memory.artifacts.remove(item)
+            self._failed.pop(item[0], None)
+            self._failures_at_end, sent = 0, True
         if sent:
             self.memory.save()
 
@@ -381,8 +384,10 @@ def follow(delivery: Delivery, parent: int | None = None, patience_seconds: floa
                 if delivery.done:
                     return 1 if delivery.memory.artifacts else 0
                 pause = _FIRST_PAUSE_SECONDS
-                if delivery.draining:
+                if delivery.draining and not delivery.problem:
                     give_up_at = time.monotonic() + patience_seconds
+                elif time.monotonic() > give_up_at:
+                    return 1
         if not more:
             time.sleep(_LOOK_EVERY_SECONDS)
 

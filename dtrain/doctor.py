@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import resource
+import shlex
 import shutil
 import socket
 import sqlite3
@@ -65,16 +66,15 @@ def examine(config: Mapping[str, Any], say: Callable[[str], None], as_json: bool
     """
     here = environment()
     folder, experiment = run_folder(config), config.get("experiment") or "default"
-    findings = []
+    findings, last = [], []
     if here.local_rank == 0:
         look = {"versions": versions, "gpus": gpus, "nccl": nccl, "fabric": fabric, "disk": lambda: disk(folder)}
-        findings = in_time(
-            {**look, "files": lambda: files(here.world_size), "shared memory": shared_memory}, LOCAL_SECONDS
-        )
-    last = []
-    if here.rank == 0:
+        look |= {"files": lambda: files(here.world_size), "shared memory": shared_memory}
         uri = (config.get("mlflow") or {}).get("tracking_uri")
-        last = in_time({"mlflow": lambda: store(uri, experiment)}, STORE_SECONDS + 5)
+        if here.rank == 0:  # beside the others, since all ranks wait for it
+            look["mlflow"] = lambda: store(uri, experiment)
+        findings = in_time(look, STORE_SECONDS + 5 if here.rank == 0 else LOCAL_SECONDS)
+        last = [findings.pop()] if here.rank == 0 else []
     if here.world_size > 1:
         findings = _together(here, findings, last)
     else:
@@ -128,7 +128,7 @@ def versions() -> Finding:
         found.append(f"{name} {its}" if its else f"no {name}")
         numbers = tuple(int(part) for part in its.split("+")[0].split(".")[:2] if part.isdigit())
         wrong += [f"{name}>={'.'.join(map(str, least))}"] if numbers < least else []
-    cure = f"pip install '{' '.join(wrong)}'" if wrong else ""
+    cure = f"pip install {shlex.join(wrong)}" if wrong else ""
     return Finding("versions", "fail" if wrong else "ok", ", ".join(found), cure)
 
 

@@ -72,7 +72,9 @@ class Tagged:
     def pids(self) -> list[int]:
         """Living processes that carry the tag, or are of the session of one that was forked."""
         wanted = f"{TAG}={self.tag}".encode()
-        sessions = {process.pid for process in self.started if isinstance(process, Forked)}
+        forked = [process for process in self.started if isinstance(process, Forked)]
+        # The kernel keeps a number as long as a session has it. A process that has it after that is another's.
+        sessions = {each.pid for each in forked if each.poll() is None or not Path(f"/proc/{each.pid}").exists()}
         processes = (entry for entry in Path("/proc").iterdir() if entry.name.isdigit())
         return [int(entry.name) for entry in processes if _is_ours(entry, wanted, sessions)]
 

@@ -1,7 +1,8 @@
 """Command lines of dtrain by forking one process that has imported torch: a second of a processor each, not six.
 
 What is forked does what `python -m dtrain ARGUMENTS` does, with arguments, environment, folder, files, signals and a
-session of its own; only /proc goes on to show the command line and the environment of the process it was forked from.
+session of its own. What tells the two apart: /proc shows the command line and the environment of the process it was
+forked from, all that it forks hash texts alike, and exit handlers of libraries that were imported before do not run.
 """
 
 import gc
@@ -49,7 +50,9 @@ class Forks:
 
     def __init__(self, env: Mapping[str, str]) -> None:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self._server = subprocess.Popen([sys.executable, __file__], env=dict(env), text=True, bufsize=1, **pipes)
+        self._server = subprocess.Popen(
+            [sys.executable, __file__], env=dict(env), text=True, bufsize=1, process_group=0, **pipes
+        )
         self._begun: queue.Queue[Forked] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
 

@@ -72,7 +72,7 @@ SchedulerParameters=sched_interval=1,bf_interval=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 KillWait=10
-SlurmdTimeout=15
+SlurmdTimeout=30
 MinJobAge=7200
 ReturnToService=2
 InactiveLimit=0
@@ -178,7 +178,7 @@ class Cluster:
         """Cut a node's power: all that runs in its namespace is gone at once, and nobody is told."""
         slurmd = int((self.folder / f"slurmd.{node}.pid").read_text())
         own = _uts(slurmd)
-        assert self.namespaces and own != _uts(os.getpid())
+        assert own and own != _uts(os.getpid())
         (daemon,) = (each for each in self.daemons if node in each.args)  # type: ignore[operator]
         self.daemons.remove(daemon)
         while there := [process for process in psutil.process_iter() if _uts(process.pid) == own]:

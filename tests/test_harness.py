@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TAG, RunCli, StartCli, Tagged
+from whole_runs import Place
 
 # Stands before `-m dtrain ...`, which python -c then takes for the script's arguments.
 PLUGINS = 'pytest_plugins = ["whole_runs"]'  # a folder of its own does not have them
@@ -99,3 +100,34 @@ def test_the_tag_is_the_tests_own(tagged: Tagged, clean_env: dict[str, str]) -> 
     assert (tagged.pids(), other.pids()) == ([], [process.pid])
     other.kill()
     process.wait(10)
+
+
+ASKS = """
+import json, os, sys
+from toy import MLP
+sees = [sys.argv[1:], os.getcwd(), os.environ["COLOUR"], os.getsid(0) == os.getpid(), sys.path[:3]]
+print("sees", json.dumps(sees), flush=True)
+print("to stderr", file=sys.stderr)
+if os.environ["COLOUR"] == "red":
+    os.kill(os.getpid(), 9)
+class Asking(MLP):
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("colour", "override", "rc"), [("green", "seed=1", 0), ("blue", "model.lrr=1", 2), ("red", "seed=1", -9)]
+)
+def test_a_forked_process_is_what_one_of_its_own_would_be(place: Place, colour: str, override: str, rc: int) -> None:
+    """By what a module of the user sees."""
+    (place.folder / "asks.py").write_text(ASKS)
+    file = place.config("asks", modules=["asks", "toy"], **{"model.name": "Asking"})
+    found = []
+    for cold in (True, False):
+        words = (override, "trainer.max_epochs=1", "trainer.resume=none")
+        (running,) = place.start("train", file, *words, cold=cold, env={"COLOUR": colour})
+        result = running.result(90)
+        sees = [line for line in result.stdout.splitlines() if line.startswith("sees ")]
+        found.append((result.rc, sees, "to stderr" in result.stderr, "Traceback" in result.stderr))
+    assert found[0] == found[1]
+    assert found[0][0] == rc and len(found[0][1]) == (rc != 2)

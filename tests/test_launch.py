@@ -236,10 +236,10 @@ def test_a_killed_rank_is_named_and_the_ranks_go_on_from_the_last_checkpoint(pla
 
 
 def test_a_rank_that_is_killed_again_and_again_ends_the_job_when_the_restarts_are_used_up(place: Place) -> None:
-    words = ("--max-restarts", "1", "--log-dir", "elsewhere")
+    words = ("--max-restarts", "1", "--log-dir", "logs-again")
     result = two(place, place.config("again", **LONG), *words, do="train 9 rank 1 KILL").result(150)
     assert result.rc == 1, result.text
-    assert "last words " + "z" * 6000 in (place.folder / "elsewhere" / "rank-1.log").read_text().splitlines()[-1]
+    assert "last words " + "z" * 6000 in (place.folder / "logs-again" / "rank-1.log").read_text().splitlines()[-1]
     assert result.stderr.count("rank 1 failed first (killed by SIGKILL; its output: ") == 2
     assert result.stderr.count("restart ") == 1
     facts = read_run(place.path("again"))
@@ -306,7 +306,7 @@ def test_a_signal_to_the_launcher_saves_and_asks_for_another_start(place: Place,
 
 def killed(place: Place, name: str, chance: random.Random) -> float:
     """The launcher killed at a random moment: how long its ranks and their workers lived on."""
-    running = two(place, place.config(name, **LONG))
+    running = two(place, place.config(name, **LONG), cold=True)
     run = place.path(name)
     if chance.random() < 0.3:
         time.sleep(chance.uniform(0, 8))  # in the start-up
@@ -363,7 +363,7 @@ def test_a_stop_at_any_moment_through_the_launcher_loses_no_step(place: Place, p
     chance, moments = random.Random(seed), []
     for number in range(5):
         name = f"stopped-{part}-{number}"
-        running, run = two(place, place.config(name, **LONG)), place.path(f"stopped-{part}-{number}")
+        running, run = two(place, place.config(name, **LONG), cold=True), place.path(name)
         if chance.random() < 0.5:
             time.sleep(chance.uniform(1, 9))  # mostly in the start-up
         else:

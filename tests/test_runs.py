@@ -44,7 +44,7 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"loaders.batch_size": 2, "trainer.accumulate": 3, "loaders.num_workers": 2},
         {"launcher": [*TORCHRUN, "--nproc_per_node=2"]},
     ),
-    "4x1x3": ({"loaders.batch_size": 1, "trainer.accumulate": 3}, {"ranks": 4}),
+    "4x1x3": ({"loaders.batch_size": 1, "trainer.accumulate": 3}, {"ranks": 4, "cold": True}),
     "2 of 12": ({"loaders.batch_size": None, "loaders.global_batch_size": 12}, {"ranks": 2}),
 }
 
@@ -102,7 +102,7 @@ def test_only_rank_0_writes_in_the_run_folder_and_only_its_sender_imports_mlflow
 @pytest.fixture(scope="module")
 def uninterrupted(place: Place) -> Path:
     """Two ranks, 29 samples in steps of 8: 4 steps per epoch, the last of 5 samples in two batches."""
-    place.once("whole", lambda: place.run(place.config("whole", **EXACT), ranks=2).rc)
+    place.once("whole", lambda: place.run(place.config("whole", **EXACT), ranks=2, cold=True).rc)
     return place.path("whole")
 
 

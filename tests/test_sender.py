@@ -13,7 +13,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -381,27 +383,148 @@ def test_files_cannot_hold_up_a_status_nor_leave_the_run_folder(
     assert [path.name for path in place.iterdir()] == ["good"]
 
 
-@pytest.mark.usefixtures("quiet_journal", "impatient")
-def test_a_file_is_tried_again_as_long_as_the_run_lasts_and_holds_up_no_figure(
-    tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+class Shelf:
+    """A store that takes figures and, of files, only those that are not in `refuses`; each try takes `seconds`."""
+
+    uri, id = "shelf:", "1"
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.seconds, self.refuses = 1000.0, 0.0, {"bad"}
+        self.tries: list[tuple[float, str]] = []
+        self.figures: list[float] = []  # when some came
+        self.status = ""
+        clock = SimpleNamespace(monotonic=lambda: self.now, sleep=self.sleep, time=time.time)
+        monkeypatch.setattr(delivery, "time", clock)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def known(self, run_id: str | None) -> "Shelf":
+        return self
+
+    create = known
+
+    def log_metrics(self, rows: Any) -> None:
+        self.figures += [self.now] if rows else []
+
+    def log_params(self, values: Any, attempt: int) -> None:
+        pass
+
+    def log_tags(self, values: Any) -> None:
+        pass
+
+    def set_status(self, status: str, time_ms: int) -> None:
+        self.status = status
+
+    def log_file(self, path: Path, to: str) -> None:
+        self.tries.append((self.now, path.name))
+        self.now += self.seconds
+        if path.name in self.refuses:
+            raise OSError(f"{path.name} is too large")
+
+    def log_image(self, path: Path, key: str, step: int, time_ms: int) -> None:
+        self.log_file(path, "")
+
+    def train(self, work: Delivery, seconds: float) -> None:
+        """A figure and a look every tenth of a second."""
+        end = self.now + seconds
+        while self.now < end:
+            line = {"kind": "metrics", "time": time.time(), "step": round(self.now * 10), "values": {"loss": 1.0}}
+            with (work.folder / "metrics.jsonl").open("a") as journal:
+                journal.write(json.dumps(line) + "\n")
+            work.step()
+            self.now += 0.1
+
+
+@pytest.fixture
+def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Shelf, Delivery]:
+    """It, and the delivery of a run with five files, of which one is refused."""
+    shelf, names = Shelf(monkeypatch), ["bad", *"1234"]
+    for name in names:
+        (tmp_path / name).write_text("x")
+    write_run(tmp_path, artifacts=[(name, "") for name in names], status=None)
+    return shelf, Delivery(tmp_path, shelf)
+
+
+@pytest.mark.usefixtures("quiet_journal")
+def test_a_refused_file_holds_up_neither_other_files_nor_figures(shelf: tuple[Shelf, Delivery]) -> None:
+    store, work = shelf
+    began = store.now
+    store.train(work, 65)
+    assert [name for _, name in store.tries[:5]] == ["bad", *"1234"] and store.tries[4][0] < began + 2
+    again, names = zip(*store.tries[5:], strict=True)
+    assert names == ("bad",) * 3 and all(b - a >= 30 for a, b in pairwise(again))
+    assert max(b - a for a, b in pairwise(store.figures)) < 1.5
+    assert work.problem == "not sent: bad: bad is too large" and not work.done
+    store.refuses = set()
+    store.train(work, 31)
+    assert work.problem == "" and not work.memory.artifacts
+
+
+@pytest.mark.usefixtures("quiet_journal")
+def test_files_that_fail_slowly_leave_figures_their_turn(shelf: tuple[Shelf, Delivery]) -> None:
+    store, work = shelf
+    store.seconds, store.refuses = 20.0, {"bad", *"1234"}
+    began = store.now
+    store.train(work, 1200)
+    busy = 20.0 * len(store.tries)
+    assert len(store.tries) >= 3 and busy / (store.now - began) < 0.12
+
+
+@pytest.mark.usefixtures("quiet_journal")
+@pytest.mark.parametrize("is_mended", [False, True])
+def test_after_the_run_a_file_is_tried_at_once_and_a_few_times_more(
+    shelf: tuple[Shelf, Delivery], is_mended: bool
 ) -> None:
-    monkeypatch.setattr(delivery, "_FILE_AGAIN_SECONDS", 0.0)
-    monkeypatch.setattr(delivery, "_SEND_EVERY_SECONDS", 0.0)
-    (tmp_path / "good").write_text("x")
-    write_run(tmp_path, range(3), artifacts=[("good", "")], status=None)
-    work = Delivery(tmp_path, MlflowStore(uri))
-    work._open()
-    place = Path(run_of(tmp_path, uri).info.artifact_uri)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_text("a file where the folder should be")
-    for step in range(3, 40):
-        write_run(tmp_path, range(step, step + 1), status=None)
-        work.step()
-        assert len(rows_of(tmp_path, uri, "lr")) == step + 1
-        assert work.problem.startswith("not sent: good: ") and not work.done
-    place.unlink()
-    work.step()
-    assert [path.name for path in place.iterdir()] == ["good"] and work.problem == ""
+    store, work = shelf
+    store.train(work, 100)
+    write_run(work.folder, status="FINISHED")
+    tried, ended = len(store.tries), store.now
+    store.refuses -= {"bad"} if is_mended else set()
+    assert follow(work) == (0 if is_mended else 1)
+    assert len(store.tries) - tried == (1 if is_mended else delivery._TRIES_AT_END)
+    assert store.now - ended < 8 and store.status == "FINISHED"
+
+
+@pytest.mark.usefixtures("quiet_journal")
+def test_files_that_fail_slowly_at_the_end_are_given_up_in_time(shelf: tuple[Shelf, Delivery]) -> None:
+    store, work = shelf
+    store.seconds, store.refuses = 9.0, {"bad", *"1234"}
+    write_run(work.folder, status="FINISHED")
+    began = store.now
+    assert follow(work, patience_seconds=20) == 1
+    assert store.now - began < 40 and len(work.memory.artifacts) == 5
+    assert work.problem.startswith("not sent: ")
+
+
+@pytest.mark.usefixtures("quiet_journal")
+def test_pictures_that_are_gone_before_they_could_be_sent_are_told(shelf: tuple[Shelf, Delivery]) -> None:
+    store, work = shelf
+    work.memory.artifacts = [["pictures/step-8/val.png", "val/worst", 8, 0]]
+    write_run(work.folder, status="FINISHED")
+    store.refuses = set()
+    assert follow(work) == 0
+    assert work.memory.note == "pictures were removed before they could be sent, such as pictures/step-8/val.png"
+
+
+def test_rank_0s_end_is_bounded_and_says_which_file_is_not_sent(tmp_path: Path) -> None:
+    """By a sender of its own."""
+    store, folder = tmp_path / "store", tmp_path / "run"
+    folder.mkdir()
+    (folder / "good").write_text("x")
+    journal = Journal(folder, experiment="e", run_name="r", tracking_uri=str(store), system_metrics=False)
+    journal.start({}, {}, [("good", "")])
+    wait_until(lambda: read_run(folder).get("run_id"), 60)
+    place = Path(run_of(folder, journal.tracking_uri).info.artifact_uri)
+    wait_until((place / "good").exists, 60)
+    (folder / "late").write_text("x")
+    (place / "there").write_text("a file where the folder should be")
+    journal.artifact("late", "there")
+    hint = journal.finish("FINISHED")
+    assert "not sent: late: " in hint and f"dtrain sync {folder}" in hint
+    assert run_of(folder, journal.tracking_uri).info.status == "FINISHED"
+    (place / "there").unlink()
+    assert deliver(folder, journal.tracking_uri) == 0 and (place / "there" / "late").exists()
 
 
 @pytest.mark.usefixtures("quiet_journal")
@@ -520,7 +643,7 @@ def server(server_process: Server) -> Iterator[Server]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pauses of a twentieth of a second between attempts, of which there are more for it."""
-    monkeypatch.setattr(delivery, "_FILE_AGAIN_AT_END_SECONDS", 0.02)
+    monkeypatch.setattr(delivery, "_FILE_PAUSE_SECONDS", 0.02)
     monkeypatch.setattr(delivery, "_TRIES_AT_END", 40)
     monkeypatch.setattr(delivery, "_FIRST_PAUSE_SECONDS", 0.02)
     monkeypatch.setattr(delivery, "_LONGEST_PAUSE_SECONDS", 0.05)

@@ -106,7 +106,7 @@ class Jobs:
 
     def undisturbed(self) -> Path:
         """The same training outside of SLURM, on faster data, which nobody disturbed; test_runs.py has it, too."""
-        self.place.once("whole", lambda: self.place.run(self.place.config("whole", **EXACT), ranks=2).rc)
+        self.place.once("whole", lambda: self.place.run(self.place.config("whole", **EXACT), ranks=2, cold=True).rc)
         return self.place.path("whole")
 
     def urgent(self) -> None:
@@ -211,8 +211,10 @@ def without_power(jobs: Jobs, name: str, node: int = 1) -> Path:
     jobs.at_step(number, run, 2)
     lost = jobs.cluster.nodes[node]
     jobs.cluster.lose(lost)
-    jobs.cluster.wait(number, lambda job: job["Restarts"] == "1" and job["JobState"] == "PENDING")
-    jobs.cluster.start(lost)
+    try:
+        jobs.cluster.wait(number, lambda job: job["Restarts"] == "1" and job["JobState"] == "PENDING")
+    finally:
+        jobs.cluster.start(lost)
     is_done(jobs, number, run, 1)
     return run
 
