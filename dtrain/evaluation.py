@@ -1,6 +1,7 @@
 """One pass over a phase's data: loss and metrics, exact over ranks; knows no training and no optimizer."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -56,16 +57,17 @@ def evaluate(
     for number, (batch, counts, stopped) in enumerate(_rounds(loader, stop, ranks)):
         if stopped:
             break
-        loss, terms, outcome = forward(module, batch)
-        if not counts:
-            continue
-        count = size(outcome.inputs)
-        for name, value in {"loss": loss, **{f"loss_{key}": term for key, term in terms.items()}}.items():
-            total, samples = sums.get(name, (0.0, 0))
-            sums[name] = (total + value.detach().to(_sum_dtype(value)) * count, samples + count)
-        metrics.update(outcome.output, outcome.target, ranks.rank + number * ranks.world_size)
-        if album:
-            album.see(outcome, ranks.rank + number * ranks.world_size)
+        with _of_batch(number):
+            loss, terms, outcome = forward(module, batch)
+            if not counts:
+                continue
+            count = size(outcome.inputs)
+            for name, value in {"loss": loss, **{f"loss_{key}": term for key, term in terms.items()}}.items():
+                total, samples = sums.get(name, (0.0, 0))
+                sums[name] = (total + value.detach().to(_sum_dtype(value)) * count, samples + count)
+            metrics.update(outcome.output, outcome.target, ranks.rank + number * ranks.world_size)
+            if album:
+                album.see(outcome, ranks.rank + number * ranks.world_size)
     own = None if stopped else {name: (float(total), count) for name, (total, count) in sums.items()}
     everybody = ranks.gather((own, album.seen() if album and not stopped else None))
     means = ranks.broadcast(_means([sums_of for sums_of, _ in everybody]) if everybody else None)
@@ -104,6 +106,16 @@ def evaluate_volumes(
     result = None if ranks.broadcast(any(everybody or ())) else metrics.compute()
     metrics.reset()
     return result
+
+
+@contextmanager
+def _of_batch(number: int) -> Iterator[None]:
+    """An error passes on with the number of this rank's batch, `batch_number`, by which its samples are found."""
+    try:
+        yield
+    except Exception as error:
+        error.batch_number = number  # type: ignore[attr-defined]
+        raise
 
 
 def _rounds(loader: Iterable[Any], stop: Callable[[], bool], ranks: Ranks) -> Iterator[tuple[Any, bool, bool]]:

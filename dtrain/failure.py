@@ -1,5 +1,6 @@
 """What is left of a training that failed: one card that says where, on which samples, and what helps; no collective."""
 
+import itertools
 import os
 import re
 import time
@@ -172,13 +173,27 @@ def _note(trainer: "Trainer", error: BaseException, consequence: bool) -> dict[s
         "message": message,
         "where": f"{own[-1].filename}:{own[-1].lineno} in {own[-1].name}" if own else "",
         "config": ", ".join(f"{key} ({place})" for key, place in trainer.parts.places.items() if key == part),
-        "samples": [] if phase in ("validation", "test") else trainer.samples_at_work()[:_MOST_SAMPLES],
+        "samples": _samples(trainer, phase, error)[:_MOST_SAMPLES],
         "memory": memory_text(),
         "cure": next((cure for pattern, cure in _CURES if re.search(pattern, text)), ""),
         "traceback": text,
         "consequence": consequence,
         "bad_loss": not bool(torch.isfinite(trainer.sums["loss"])),
     }
+
+
+def _samples(trainer: "Trainer", phase: str, error: BaseException) -> list[int]:
+    """Those of the batch at work; of an evaluation's, where it was the model, the loss or a metric that failed."""
+    if phase not in ("validation", "test"):
+        return trainer.samples_at_work()
+    loader, number = (
+        trainer.loaders.test if phase == "test" else trainer.loaders.val,
+        getattr(error, "batch_number", None),
+    )
+    if loader is None or number is None:
+        return []
+    _epoch, *samples = next(itertools.islice(iter(loader.batch_sampler or ()), number, None), [0])
+    return samples
 
 
 def _cure_of_silence(ranks: list[int]) -> str:

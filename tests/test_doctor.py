@@ -63,13 +63,14 @@ def test_what_fails_is_told_with_its_cure(clean_env: dict[str, str], tagged: Tag
     config = tmp_path / "config.yaml"
     config.write_text("trainer: {checkpoint_dir: /proc/runs}\nmlflow: {tracking_uri: 'http://127.0.0.1:9'}\n")
     (tmp_path / "nsswitch.conf").write_text("hosts: files\n")
-    container = ["unshare", "--mount", "--uts"]
-    contained = subprocess.run([*container, "true"], capture_output=True, timeout=30).returncode == 0
-    script = (
-        "mount -t tmpfs -o size=40m tmpfs /dev/shm && mount --bind nsswitch.conf /etc/nsswitch.conf && "
-        "hostname nobody-knows-it && " if contained else ""
-    ) + f"ulimit -n 200 && exec {shlex.quote(sys.executable)} -m dtrain doctor config.yaml"  # fmt: skip
-    words = [*(container if contained else []), "sh", "-c", script]
+    words = ["unshare", "--mount", "--uts", "sh", "-c"]
+    setting = "mount -t tmpfs -o size=40m tmpfs /dev/shm && mount --bind nsswitch.conf /etc/nsswitch.conf && "
+    setting += "hostname nobody-knows-it && "
+    contained = not subprocess.run(
+        [*words, f"{setting} true"], cwd=tmp_path, capture_output=True, timeout=30
+    ).returncode
+    doctor = f"ulimit -n 200 && exec {shlex.quote(sys.executable)} -m dtrain doctor config.yaml"
+    words = [*words, setting + doctor] if contained else ["sh", "-c", doctor]
     done = subprocess.run(words, cwd=tmp_path, env=clean_env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 1, done.stderr
     found = {line[6:].split("  ")[0].strip(): line for line in done.stdout.splitlines()}

@@ -42,6 +42,13 @@ def test_an_error_in_the_model_leaves_a_card_with_rank_step_samples_and_place(pl
     assert "RuntimeError: the toy is broken" in failure["traceback"]
 
 
+def test_an_error_in_a_validation_names_the_samples_of_its_batch(place: Place) -> None:
+    text = place.run(place.config("validating"), ranks=2, expect=1, do="eval 2 rank 0 raise").text
+    failure = failure_of(place.path("validating"))
+    assert (failure["rank"], failure["phase"], failure["samples"]) == (0, "validation", [8, 9, 10])
+    assert "samples 8, 9, 10" in text
+
+
 def test_the_rank_that_failed_first_is_named_not_the_one_that_saw_it_go(place: Place) -> None:
     place.run(place.config("first"), expect=None, do="train 3 rank 1 raise", **TWO)
     failure = failure_of(place.path("first"))
