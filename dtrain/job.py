@@ -26,6 +26,7 @@ from dtrain.runfiles import read_json, read_run, write_json
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 IDLE_STARTS = 3  # so many starts in a row without a new checkpoint, and the next one will not make one either
 NEAR_END_SECONDS = 600.0  # a stop so near to the end of the job's time is its time limit
+ALIVE = {"JobState=RUNNING", "JobState=SIGNALING", "JobState=RESIZING"}  # as scontrol tells a job that goes on
 TRIES, PAUSE_SECONDS = 5, 3.0  # a controller that restarts answers again after a while
 
 
@@ -150,7 +151,7 @@ def _put_back(command: Sequence[str]) -> None:
     """Have the job start again, but for one that SLURM has ended: it was cancelled, or is put back already."""
     if job := _slurm_job():
         words = _said(["scontrol", "-o", "show", "job", job]).split()
-        if words and "JobState=RUNNING" not in words:
+        if words and not set(words) & ALIVE:
             say("the batch system has ended this job; whether it starts again is its decision")
             return
     say(f"saved; back into the queue: {shlex.join(command)}")

@@ -26,6 +26,7 @@ PACKAGES = "munge slurmctld slurmd slurm-client"  # Debian's names
 SBIN = os.pathsep.join(["/usr/sbin", "/sbin", "/usr/local/sbin"])
 PR_SET_PDEATHSIG = 1
 CPUS, MEMORY_MB = 2, 8000
+UNDER_WAY = ("PENDING", "CONFIGURING", "RUNNING", "SIGNALING", "COMPLETING")  # states of a job
 
 # proctrack/linuxproc finds a step's processes by their parents, so orphans would be lost: never killed, and holding
 # srun's pipes. As their subreaper slurmstepd inherits them; the attribute survives the exec.
@@ -231,7 +232,7 @@ class Cluster:
         return job
 
     def ended(self, number: str, seconds: float = 120) -> dict[str, str]:
-        return self.wait(number, lambda job: job["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"), seconds)
+        return self.wait(number, lambda job: job["JobState"] not in UNDER_WAY, seconds)
 
     def stop(self) -> None:
         """Cancel the jobs, end the daemons, and then whatever is left of the jobs."""

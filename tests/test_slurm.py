@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY
-from slurm_cluster import Cluster, cluster_or_skip
+from slurm_cluster import UNDER_WAY, Cluster, cluster_or_skip
 from whole_runs import EXACT, Place, close, figures, last, same_training
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -99,7 +99,7 @@ class Jobs:
         """Returns once the training has done so many steps."""
 
         def there(job: dict[str, str]) -> bool:
-            assert job["JobState"] in ("PENDING", "RUNNING"), f"{job}\n{self.log(run)}"
+            assert job["JobState"] in UNDER_WAY, f"{job}\n{self.log(run)}"
             return (run / "metrics.jsonl").exists() and max(figures(run).get("train/loss", {0: 0.0})) >= step
 
         self.cluster.wait(number, there)

@@ -408,13 +408,15 @@ SAVES = "mkdir -p run/checkpoints; ln -sfn step-$RANDOM$$ run/checkpoints/last; 
         (SAVES, {"minutes_left": 1}, 75, 1),
         ("exit 75", {}, 75, 1),
         ("exit 75", {"minutes_left": 1}, 1, 0),
+        (SAVES, {"state": "SIGNALING"}, 75, 1),
         (SAVES, {"state": "COMPLETING"}, 75, 0),
         (SAVES, {"state": "CANCELLED"}, 75, 0),
         ("! read -r line && exit 5", {}, 5, 0),
     ],
     ids=[
         *("done", "a wrong config", "a crash", "a kill", "a signal of its own", "stopped", "the time limit"),
-        *("stopped before the first step", "a limit that is too short", "put back by SLURM", "cancelled", "no input"),
+        *("stopped before the first step", "a limit that is too short", "about to be signalled", "put back by SLURM"),
+        *("cancelled", "no input"),
     ],
 )  # fmt: skip
 def test_only_what_was_stopped_early_is_put_back(
