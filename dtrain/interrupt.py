@@ -80,6 +80,8 @@ class StopRequest:
             for number, handler in before.items():
                 if handler not in _ends_at_once:  # which is not for what comes afterwards: it may be a failure
                     signal.signal(number, handler)
+                elif number == signal.SIGINT:
+                    signal.signal(number, signal.default_int_handler)
 
     def waiting(self, items: Iterable[T]) -> Iterator[T]:
         """The same items; while the next one is waited for, a request raises.
@@ -124,12 +126,14 @@ def end_at_once(say: Callable[[str], object]) -> None:
     """While nothing is there that could be lost, a request to stop ends this process: start it again for the same."""
 
     def end(number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT:  # as KeyboardInterrupt it would be lost in some library's import now and then
+            os._exit(INTERRUPTED)
         say(f"signal {signal.Signals(number).name} before the first step")
         os._exit(STOPPED_EARLY)  # from within an import: whatever it has locked, nothing of it is needed
 
     _ends_at_once.append(end)
     for number in SIGNALS:
-        if number != signal.SIGINT and signal.getsignal(number) == signal.SIG_DFL:
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, end)
 
 

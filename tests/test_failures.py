@@ -369,6 +369,27 @@ def test_a_signal_before_the_first_step_ends_at_once_and_asks_for_another_start(
     assert done.rc == 75 and "signal SIGTERM before the first step" in done.stdout
 
 
+SWALLOWS = """
+import os, signal, time
+from toy import MLP
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.2)
+except BaseException:
+    pass
+class Deaf(MLP):
+    pass
+"""
+
+
+def test_ctrl_c_is_heard_while_a_library_is_imported_that_swallows_it(place: Place) -> None:
+    """As torch's did, once in some forty times."""
+    (place.folder / "swallows.py").write_text(SWALLOWS)
+    file = place.config("deaf", modules=["swallows", "toy"], **{"model.name": "Deaf"})
+    assert place.run(file, expect=130).stderr == ""
+    assert not place.path("deaf").exists()
+
+
 def test_checkpoints_by_the_clock(place: Place) -> None:
     changes = {"trainer.checkpoint_every_minutes": 0, "trainer.keep_last": 100, "trainer.max_epochs": 1}
     place.run(place.config("clock", **changes, **{"loaders.train.size": 40}))
