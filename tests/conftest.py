@@ -134,11 +134,16 @@ def tagged() -> Iterator[Tagged]:
         pytest.fail("processes were left behind:\n" + "\n".join(left))
 
 
+def neutral_env() -> dict[str, str]:
+    """The environment of tests' processes: the CPU, one thread each, and nobody else's ranks or MLflow."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN_PREFIXES) and k not in FOREIGN}
+    return {**kept, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
 @pytest.fixture
 def clean_env(tagged: Tagged) -> dict[str, str]:
-    """The environment of a test's processes: the CPU, one thread each, the tag, and nobody else's ranks or MLflow."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN_PREFIXES) and k not in FOREIGN}
-    return {**kept, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", TAG: tagged.tag}
+    """The same with the test's tag."""
+    return {**neutral_env(), TAG: tagged.tag}
 
 
 class Running:

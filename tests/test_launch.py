@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import RunCli, Running
-from whole_runs import EXACT, Place, figures, last, same_training
+from whole_runs import EXACT, Place, figures, last, same_training, worlds_of
 
 from dtrain import launcher
 from dtrain.agent import End
@@ -539,9 +539,7 @@ def impatient(place: Place, python: list[str], endpoint: str, file: str, *words:
 
 
 def free_endpoint() -> str:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return f"localhost:{probe.getsockname()[1]}"
+    return f"localhost:{worlds_of(1)[0]['MASTER_PORT']}"
 
 
 @pytest.mark.soak

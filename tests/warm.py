@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
-from conftest import FOREIGN, FOREIGN_PREFIXES
+from conftest import neutral_env
 from whole_runs import EXACT as ALL_OF_IT
 from whole_runs import NO_MLFLOW, TOY, equal, figures, last, worlds_of, write_config
 
@@ -271,9 +271,8 @@ def in_warm_process(folder: Path, timeout_seconds: float, **counts: int) -> dict
     stub.mkdir(parents=True)
     (stub / "__init__.py").write_text(NO_MLFLOW)
     tests = Path(__file__).parent
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN_PREFIXES) and k not in FOREIGN}
     env = {
-        **kept, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WARM_TAG": f"{os.getpid()}-{seed}",
+        **neutral_env(), "WARM_TAG": f"{os.getpid()}-{seed}",
         "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests), str(folder / "stubs"), str(folder)]),
     }  # fmt: skip
     command = [sys.executable, __file__, str(folder), str(seed), *(f"{role} {count}" for role, count in counts.items())]

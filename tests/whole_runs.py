@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FOREIGN, FOREIGN_PREFIXES, TAG, Result, Running, Tagged
+from conftest import FOREIGN, TAG, Result, Running, Tagged, neutral_env
 from filelock import FileLock
 from forks import Forks
 
@@ -83,8 +83,7 @@ class Place:
             for name, text in (("stubs/mlflow/__init__.py", NO_MLFLOW), ("audit/sitecustomize.py", AUDIT)):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / name).write_text(text)
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN_PREFIXES) and k not in FOREIGN}
-        self.env = {**kept, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", TAG: tagged.tag}
+        self.env = {**neutral_env(), TAG: tagged.tag}
 
     def config(self, name: str, **changes: Any) -> str:
         """A config file of that name, whose run folder has it, too; `changes` has dots between keys."""
@@ -140,8 +139,7 @@ class Place:
 @functools.cache
 def _forks() -> Forks:
     """One for all tests of this process."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN_PREFIXES) and k not in FOREIGN}
-    return Forks({**kept, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
+    return Forks(neutral_env())
 
 
 def worlds_of(ranks: int) -> list[dict[str, str]]:
