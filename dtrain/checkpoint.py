@@ -92,12 +92,19 @@ class Checkpoints:
     ) -> None:
         """Raise, before the first step, what `save` would raise: types, a folder that cannot be written, a full disk.
 
+        A checkpoint of one number is written there and removed.
+
         Raises:
             CheckpointError: as `save`. The space for what an optimizer adds at its first step cannot be foreseen here.
         """
         snapshot = take_snapshot(weights, state, ema)
+        trial = take_snapshot({"weight": torch.zeros(1)}, {})
         with self._writing(self.folder, snapshot.need_bytes, LOCK_TIMEOUT_SECONDS):
             _require_space(self.folder, snapshot.need_bytes)
+            try:  # it is also the first use of much C++, which in a thread must not meet with a fork: see calm.py
+                _write_files(self.folder / ".tmp-step-trial", trial, {"finite": trial.is_finite()})
+            finally:
+                self._clear_leftovers()
 
     def save(
         self,
@@ -315,9 +322,6 @@ def load_weights(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} {error}") from error
 
 
-# Writing
-
-
 def _acquire(lock: FileLock, timeout_seconds: float) -> None:
     try:
         lock.acquire(timeout=timeout_seconds)
@@ -410,12 +414,8 @@ def _reason(error: BaseException) -> tuple[int, str]:
     return 0, str(error)
 
 
-# Reading
-
-
 def _step_in(name: str) -> int | None:
-    match = re.fullmatch(r"step-(\d{8,})", name)
-    return int(match[1]) if match else None
+    return int(name.removeprefix("step-")) if re.fullmatch(r"step-\d{8,}", name) else None
 
 
 def _read_manifest(folder: Path) -> Manifest:

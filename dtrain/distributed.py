@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import psutil
 
 from dtrain.board import Board
+from dtrain.calm import calm_forks
 from dtrain.yamlfile import ConfigError, Mistake
 
 if TYPE_CHECKING:
@@ -311,6 +312,7 @@ def set_up(
     if found.world_size > 1:
         ranks.accelerator = _join(found, chosen, backend, timeout_seconds, options)
         ranks.board = Board(found.rank, found.world_size, torch.distributed.distributed_c10d._get_default_store())
+        calm_forks()
         if fsdp is not None:
             from dtrain.shards import Shards
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -80,6 +81,16 @@ class Tagged:
 
     def command_lines(self) -> list[str]:
         return [f"{pid}: {_command_line(pid)}" for pid in self.pids()]
+
+    def stacks(self) -> list[str]:
+        """Where each of them is, a line for each thread: its innermost calls, those of C included."""
+        spy = [str(Path(sys.executable).with_name("py-spy")), "dump", "--native", "--pid"]
+        lines = []
+        for pid in self.pids():
+            dump = subprocess.run([*spy, str(pid)], capture_output=True, text=True, timeout=60, check=False)
+            threads = re.split(r"\nThread ", dump.stdout + dump.stderr)
+            lines += [f"{pid} {' < '.join(thread.split(chr(10))[:10])}" for thread in threads[1:] or threads]
+        return lines
 
     def wait_gone(self, timeout_seconds: float) -> bool:
         """True as soon as none is left, False when some are after the time."""
@@ -200,8 +211,10 @@ class Running:
         try:
             self.process.wait(timeout)
         except subprocess.TimeoutExpired:
-            left = "\n".join(self.tagged.command_lines())
-            self.tagged.kill()
+            try:
+                left = "\n".join(self.tagged.command_lines() + self.tagged.stacks())
+            finally:
+                self.tagged.kill()
             pytest.fail(f"still running after {timeout} s: {' '.join(self.command)}\n{left}\n{self.output().text}")
         return self.output()
 

@@ -37,7 +37,7 @@ HELPERS = {
     **dict.fromkeys(("failure", "pace", "replay", "watch"), "trainer"),
     **dict.fromkeys(("drawing", "panel", "pictures"), "trainer"),
     **dict.fromkeys(("agent", "console"), "launcher"),
-    **dict.fromkeys(("board", "launched", "shards", "vote"), "distributed"),
+    **dict.fromkeys(("board", "calm", "launched", "shards", "vote"), "distributed"),
     **dict.fromkeys(("delivery", "emptystore"), "sender"),
     **dict.fromkeys(("desk", "grid", "items", "outputs", "parts", "segments", "stitch"), "predict"),
     "inference": "trainer",

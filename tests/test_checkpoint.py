@@ -868,6 +868,20 @@ def test_a_disk_that_fills_up_while_writing_leaves_the_old_and_nothing_else(moun
     assert checkpoints.save(3, weights_of(3), {}) == checkpoints.last()
 
 
+@pytest.mark.parametrize("files", range(5))
+def test_a_disk_that_takes_no_files_is_seen_before_the_first_step(mounted, files):
+    folder = mounted("size=9m,nr_inodes=50")
+    checkpoints = Checkpoints(folder)
+    checkpoints.check(weights_of(1), {})
+    before = names_in(folder)
+    used = 50 - os.statvfs(folder).f_ffree
+    subprocess.run(["mount", "-o", f"remount,nr_inodes={used + files}", folder], check=True, timeout=30)
+    # Space there is, but a checkpoint is a folder of three files.
+    with pytest.raises(CheckpointError, match=r"No space left on device") if files < 4 else contextlib.nullcontext():
+        checkpoints.check(weights_of(1), {})
+    assert names_in(folder) == before == [".lock"]
+
+
 @contextlib.contextmanager
 def file_size_limit(size):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -1,0 +1,100 @@
+"""Loader workers are forked from a rank whose other threads hold locks: they start all the same."""
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from whole_runs import Place, figures
+
+from dtrain import calm
+
+# Gloo's threads hold Python's lock on the list of thread states, a semaphore, for 10 ms instead of nanoseconds.
+SLOW = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <pthread.h>
+#include <semaphore.h>
+#include <string.h>
+#include <time.h>
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec + t.tv_nsec * 1e-9;
+}
+
+int sem_post(sem_t *semaphore) {
+    int (*post)(sem_t *) = (int (*)(sem_t *))dlsym(RTLD_NEXT, "sem_post");
+    char name[16] = "";
+    pthread_getname_np(pthread_self(), name, sizeof name);
+    if (!strncmp(name, "pt_gloo", 7)) for (double end = now() + 0.01; now() < end;);
+    return post(semaphore);
+}
+
+static void *spin(void *on) {
+    while (*(volatile int *)on);
+    return NULL;
+}
+
+int begin_to_spin(int *on) {
+    pthread_t thread;
+    return pthread_create(&thread, NULL, spin, on);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    source = tmp_path_factory.mktemp("slow") / "slow.c"
+    source.write_text(SLOW)
+    made = source.with_suffix(".so")
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", made, source, "-ldl", "-lpthread"], check=True)
+    return made
+
+
+@pytest.mark.timeout(400)
+def test_workers_are_forked_while_gloo_lets_go_of_a_collective(place: Place, library: Path) -> None:
+    settings = {
+        "model.norm": True, "loaders.batch_size": 2, "loaders.num_workers": 2, "loaders.persistent_workers": False,
+        "loaders.test": {"size": 7, "seed": 2}, "trainer.max_epochs": 3,
+    }  # fmt: skip
+    env = {"LD_PRELOAD": str(library)}
+    result = place.run(place.config("calm", **settings), ranks=2, cold=True, env=env)
+    assert "cannot be preloaded" not in result.text
+    assert len(figures(place.path("calm"))["val/loss"]) == 3
+
+
+@pytest.fixture
+def spinning(library: Path) -> Iterator[ctypes.c_int]:
+    """A thread of C that runs until this is 0."""
+    on = ctypes.c_int(1)
+    assert ctypes.CDLL(str(library)).begin_to_spin(ctypes.byref(on)) == 0
+    yield on
+    on.value = 0
+
+
+def test_a_fork_waits_until_a_thread_of_c_rests(spinning: ctypes.c_int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calm, "PATIENCE_SECONDS", 100)
+    look, seen = calm._is_one_at_work, []
+
+    def looked() -> bool:
+        seen.append(look())
+        if len(seen) == 5:
+            spinning.value = 0
+        return seen[-1]
+
+    monkeypatch.setattr(calm, "_is_one_at_work", looked)
+    calm.wait_for_calm()
+    assert seen[:5] == [True] * 5
+    assert seen[-2:] == [False, False]
+
+
+def test_a_thread_that_never_rests_keeps_no_fork_from_being_made(spinning: ctypes.c_int) -> None:
+    calm.wait_for_calm()
+    assert calm._is_one_at_work()
