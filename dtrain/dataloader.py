@@ -6,6 +6,7 @@ the number of ranks, workers or restarts. Progress is a position, counted in sam
 
 import functools
 import itertools
+import multiprocessing
 import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from dtrain import rng
 from dtrain.build import build
 from dtrain.interrupt import leave_to_parent
 from dtrain.sections import PHASES, refused
+from dtrain.stacks import answer, answering_end
 
 
 def loader_settings(
@@ -277,14 +279,22 @@ def _data_loader(dataset: Dataset, seed: int, batches: Any, options: dict[str, A
     if not workers:
         options = options | {"prefetch_factor": None, "multiprocessing_context": None, "timeout": 0}
     options = options | {"persistent_workers": bool(workers) and options["persistent_workers"]}
-    parent = 0 if options["multiprocessing_context"] == "forkserver" else os.getpid()
+    method = options["multiprocessing_context"] or multiprocessing.get_start_method()
+    parent = 0 if method == "forkserver" else os.getpid()
+    stacks = answering_end() if method == "fork" and workers else None
     return DataLoader(
         _Batches(dataset, seed, options["collate_fn"]),
         batch_sampler=batches,
-        worker_init_fn=functools.partial(leave_to_parent, parent),
+        worker_init_fn=functools.partial(_begin_worker, parent, stacks),
         generator=torch.Generator(),  # else each epoch would draw a seed from the generator that dropout uses
         **options | {"collate_fn": _as_it_is},
     )
+
+
+def _begin_worker(parent: int, stacks: int | None, _worker: int) -> None:
+    leave_to_parent(parent)
+    if stacks is not None:
+        answer(stacks)
 
 
 class Loaders(NamedTuple):

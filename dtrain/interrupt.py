@@ -200,7 +200,7 @@ def _watch_parent(parent: int) -> None:
     os._exit(1)
 
 
-def leave_to_parent(parent: int, _worker: int = 0) -> None:
+def leave_to_parent(parent: int) -> None:
     """For loader workers: schedulers and terminals signal every process of a job; when to stop is the rank's word.
 
     The rank's own word is SIGTERM, too: torch and Python end workers with it, and wait until they are gone. And a

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dtrain.failure import FAILURE, memory_text, phase_of
 from dtrain.runfiles import update_run, write_json, write_text
+from dtrain.stacks import stacks_of_workers
 
 if TYPE_CHECKING:
     from dtrain.trainer import Trainer
@@ -63,6 +64,10 @@ def _end(trainer: "Trainer", limit_seconds: float, main: int) -> None:
     notes = ranks.board.notes("hang", ANSWER_SECONDS)
     silent = [rank for rank in range(ranks.world_size) if rank not in notes]
     stuck = silent or stuck_of(notes)
+    if not silent:
+        ranks.board.post("workers", stacks_of_workers() if ranks.rank in stuck else {})
+        for rank, stacks in ranks.board.notes("workers", ANSWER_SECONDS).items():
+            notes[rank]["stacks"] |= stacks
     text = "\n".join(_line(rank, notes.get(rank)) for rank in range(ranks.world_size))
     if ranks.is_main or (0 in silent and ranks.rank == min(notes)):
         say = sys.stderr.write if not ranks.is_main else lambda line: trainer.progress.note(line.strip())
@@ -96,7 +101,7 @@ def _where(trainer: "Trainer", main: int) -> dict[str, Any]:
     names = [frame.name for frame in traceback.extract_stack(frames[main])]
     threads = {thread.ident: thread.name for thread in threading.enumerate()}
     stacks = {
-        threads.get(number, str(number)): "".join(traceback.format_stack(frame))
+        f"thread {threads.get(number, number)}": "".join(traceback.format_stack(frame))
         for number, frame in frames.items()
         if number != threading.get_ident()
     }
@@ -116,9 +121,7 @@ def _line(rank: int, note: dict[str, Any] | None) -> str:
 def _write(trainer: "Trainer", reason: str, text: str, notes: dict[int, dict[str, Any]], stuck: int) -> str:
     """Leave it in the run folder; returns the line that says so, '' where there is no such folder on this machine."""
     folder: Path = trainer.parts.start.folder
-    stacks = [
-        f"rank {rank}, thread {name}\n{stack}" for rank, note in notes.items() for name, stack in note["stacks"].items()
-    ]
+    stacks = [f"rank {rank}, {name}\n{stack}" for rank, note in notes.items() for name, stack in note["stacks"].items()]
     with contextlib.suppress(OSError):
         write_text(folder / HANG, "\n\n".join([reason, text, *stacks]) + "\n")
         note = {key: value for key, value in notes.get(stuck, {}).items() if key != "stacks"}

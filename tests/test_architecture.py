@@ -44,6 +44,7 @@ HELPERS = {
     "rows": "progress",
     **dict.fromkeys(("codecopy", "job", "jobscript"), "submit"),
     "snapshot": "checkpoint",
+    "stacks": "dataloader",
     **dict.fromkeys(("dialect", "yamlfile"), "config"),
 }
 # Within one layer nobody knows anybody, but the sender reads the journal.

@@ -1,16 +1,20 @@
 """The order of samples, what each rank gets of it from any position, exact evaluation, and each sample's randomness."""
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from itertools import chain, pairwise, product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +26,7 @@ from dtrain import rng
 from dtrain.config import from_mapping
 from dtrain.dataloader import EvaluationShard, Micro, ShuffledShard, TrainLoader, get_train_loaders, permuted
 from dtrain.interrupt import end_workers, leave_to_parent
+from dtrain.stacks import stacks_of_workers
 from dtrain.yamlfile import ConfigError
 
 
@@ -513,6 +518,52 @@ def test_the_workers_load() -> None:
 def test_a_worker_dies_with_its_rank(context: str) -> None:
     batches = list(loader(dataset=DiesWith(4), num_workers=1, multiprocessing_context=context).epoch(0))
     assert [micro.batch.tolist() for micro in batches] == [[signal.SIGKILL] * 4]
+
+
+def test_workers_begin_where_python_starts_processes_by_a_fork_server(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing, test_dataloader\n"
+        "if __name__ == '__main__':\n"
+        "    multiprocessing.set_start_method('forkserver')\n"  # Python 3.14's own choice
+        "    batches = test_dataloader.loader(dataset=test_dataloader.WhoLoads(40), num_workers=2).epoch(0)\n"
+        "    print({item for micro in batches for item in micro.batch.tolist()})\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])}
+    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == "{0, 1}\n", done.stderr
+
+
+class HoldsTheInterpreter(Numbers):
+    """Nothing else of Python runs in the process any more."""
+
+    def __getitem__(self, index: int) -> int:
+        ctypes.PyDLL(None).sleep(3600)
+        return index
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signals of Linux")
+def test_workers_tell_where_they_hang() -> None:
+    loading = loader(dataset=HoldsTheInterpreter(40), num_workers=2)
+
+    def wait() -> None:
+        with contextlib.suppress(RuntimeError):  # in the end they are killed
+            next(iter(loading.epoch(0)))
+
+    threading.Thread(target=wait, daemon=True).start()
+    began = multiprocessing.get_context("fork").Process(target=time.sleep, args=(3600,), daemon=True)
+    began.start()
+    told: dict[str, str] = {}
+    while sum("in __getitem__" in text for text in told.values()) < 2:
+        time.sleep(0.1)
+        told = stacks_of_workers()
+    assert len(told) == 3
+    assert told[f"loader worker {began.pid}"].startswith("has not begun its work"), "no dtrain's, and not ended by it"
+    stopped = next(child for child in multiprocessing.active_children() if child is not began)
+    os.kill(stopped.pid or 0, signal.SIGSTOP)
+    told = stacks_of_workers()
+    assert told[f"loader worker {stopped.pid}"].startswith("does not answer")
+    assert sum("in __getitem__" in text for text in told.values()) == 1
 
 
 def test_a_worker_whose_rank_is_gone_before_it_begins_ends() -> None:

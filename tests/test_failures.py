@@ -201,6 +201,18 @@ def test_a_sample_that_never_comes_is_named_and_ends_the_job(place: Place) -> No
     assert read_run(place.path("hang"))["state"] == "FAILED"
 
 
+def test_a_worker_that_hangs_says_where(place: Place) -> None:
+    changes = {"trainer.hang_timeout_seconds": 4, "loaders.num_workers": 2, "loaders.batch_size": 2}
+    file = place.config("worker-hangs", **changes)
+    place.run(file, expect=None, env={"TOY_LOAD": "sample 7 rank 1 sleep"}, **TWO)
+    assert failure_of(place.path("worker-hangs"))["rank"] == 1
+    text = (place.path("worker-hangs") / "hang.txt").read_text()
+    told = text.split("\nrank 1, loader worker ")[1:]
+    assert len(told) == 2
+    assert sum("in trouble_at" in part and "toy.py" in part for part in told) == 1
+    assert "rank 0, loader worker" not in text
+
+
 @pytest.mark.parametrize(
     ("rank", "action", "word"),
     [
