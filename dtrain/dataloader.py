@@ -21,7 +21,7 @@ from dtrain import rng
 from dtrain.build import build
 from dtrain.interrupt import leave_to_parent
 from dtrain.sections import PHASES, refused
-from dtrain.stacks import answer, answering_end
+from dtrain.stacks import begin_to_answer
 
 
 def loader_settings(
@@ -279,22 +279,21 @@ def _data_loader(dataset: Dataset, seed: int, batches: Any, options: dict[str, A
     if not workers:
         options = options | {"prefetch_factor": None, "multiprocessing_context": None, "timeout": 0}
     options = options | {"persistent_workers": bool(workers) and options["persistent_workers"]}
-    method = options["multiprocessing_context"] or multiprocessing.get_start_method()
+    method = options["multiprocessing_context"] or multiprocessing.get_start_method(allow_none=True)
+    method = method or multiprocessing.get_all_start_methods()[0]  # asked otherwise, Python would settle on it for good
     parent = 0 if method == "forkserver" else os.getpid()
-    stacks = answering_end() if method == "fork" and workers else None
     return DataLoader(
         _Batches(dataset, seed, options["collate_fn"]),
         batch_sampler=batches,
-        worker_init_fn=functools.partial(_begin_worker, parent, stacks),
+        worker_init_fn=functools.partial(_begin_worker, parent),
         generator=torch.Generator(),  # else each epoch would draw a seed from the generator that dropout uses
         **options | {"collate_fn": _as_it_is},
     )
 
 
-def _begin_worker(parent: int, stacks: int | None, _worker: int) -> None:
+def _begin_worker(parent: int, _worker: int) -> None:
     leave_to_parent(parent)
-    if stacks is not None:
-        answer(stacks)
+    begin_to_answer()
 
 
 class Loaders(NamedTuple):

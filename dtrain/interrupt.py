@@ -108,7 +108,8 @@ class StopRequest:
             self.reason = self._limit if alarm else f"signal {signal.Signals(number).name}"
             self._first_seconds, self._asked_in = now, self._waits
             if self._waits and self._patience_seconds:
-                signal.setitimer(signal.ITIMER_REAL, self._patience_seconds)
+                # Again and again: what a handler raises is lost where a worker is just forked, as in destructors.
+                signal.setitimer(signal.ITIMER_REAL, self._patience_seconds, REPEAT_SECONDS)
             elif self._waits:
                 raise StopWaiting
         elif number == signal.SIGALRM and self._waits and self._waits == self._asked_in:

@@ -1,60 +1,52 @@
-"""Where loader workers are: asked by a signal, told through a pipe, also by one that hangs; knows no loader."""
+"""Where loader workers are, asked by a signal when a training hangs; knows no loader and no training."""
 
 import contextlib
 import faulthandler
-import functools
 import multiprocessing
 import os
-import re
-import select
 import signal
 import time
 from pathlib import Path
 
-# No scheduler, shell or library sends it; faulthandler answers it in C, whatever the worker is stuck in.
+# No scheduler, shell or library sends it. faulthandler answers it in C: also where Python hangs.
 ASK = signal.SIGRTMAX - 1 if hasattr(signal, "SIGRTMAX") else 0
-FIRST_SECONDS, NEXT_SECONDS = 0.5, 0.05  # so long a worker has to begin, and to go on
-ALL_SECONDS = 2.0
+ANSWER_SECONDS = 0.5
+_NAME = "dtrain-stacks"
 
 
-@functools.cache
-def _pipe() -> tuple[int, int]:
-    """One for all workers of this process, which are asked one by one."""
-    ends = os.pipe()
-    os.set_blocking(ends[1], False)  # a worker must not wait for a reader
-    return ends
-
-
-def answering_end() -> int:
-    """Where a worker that is forked from this process writes."""
-    return _pipe()[1]
-
-
-def answer(end: int) -> None:
-    """In a worker: write the Python stacks of all its threads there when it is asked."""
-    if ASK:
-        faulthandler.register(ASK, end)
+def begin_to_answer() -> None:
+    """In a worker: from now on write the Python stacks of all threads into a file in memory when asked."""
+    if ASK and hasattr(os, "memfd_create"):
+        signal.signal(ASK, signal.SIG_IGN)  # who sees the file may ask
+        faulthandler.register(ASK, os.memfd_create(_NAME))
 
 
 def stacks_of_workers() -> dict[str, str]:
-    """The Python stacks of this process's workers, as many as can be asked in ALL_SECONDS, by name."""
-    end = time.monotonic() + ALL_SECONDS
-    workers = multiprocessing.active_children() if ASK else []
-    return {f"loader worker {one.pid}": _ask(one.pid) for one in workers if one.pid and time.monotonic() < end}
+    """The Python stacks of this process's workers, and of other daemon processes that it has started, by name."""
+    pids = [child.pid for child in multiprocessing.active_children() if child.daemon and child.pid]
+    answers = {pid: _answer_of(pid) for pid in pids}
+    for pid, answer in answers.items():
+        if answer is not None:  # else the signal would end it
+            with contextlib.suppress(OSError):
+                os.kill(pid, ASK)
+    if answers:
+        time.sleep(ANSWER_SECONDS)
+    return {f"worker {pid}": _read(answer) for pid, answer in answers.items()}
 
 
-def _ask(pid: int) -> str:
-    with contextlib.suppress(OSError):  # it has ended
-        caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.M)
-        if caught is None or not int(caught[1], 16) >> (ASK - 1) & 1:  # the signal would end it
-            return "has not begun its work, or was not forked from its rank\n"
-        os.kill(pid, ASK)
-    return _read() or "does not answer: it is stopped or gone\n"
+def _answer_of(pid: int) -> Path | None:
+    """The file in which a worker answers."""
+    with contextlib.suppress(OSError):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            if _NAME in str(link.readlink()):
+                return link
+    return None
 
 
-def _read() -> str:
-    text = b""
-    reading = _pipe()[0]
-    while select.select([reading], [], [], NEXT_SECONDS if text else FIRST_SECONDS)[0]:
-        text += os.read(reading, 1 << 16)
-    return text.decode(errors="replace")
+def _read(answer: Path | None) -> str:
+    if answer is None:
+        return "has not begun its work, or is no loader's\n"
+    with contextlib.suppress(OSError):
+        if text := answer.read_text(errors="replace"):
+            return text
+    return "does not answer: it is stopped, waits for a disk, or is gone\n"

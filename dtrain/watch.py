@@ -23,6 +23,7 @@ HANG = "hang.txt"
 ANSWER_SECONDS = 3.0  # so long the others have to tell where they are
 # Functions of torch in whose stack a rank waits for the others.
 _COLLECTIVES = {"_sync_buffers", "all_reduce", "broadcast", "broadcast_object_list", "gather_object", "settle", "_read"}
+_END_SECONDS = 60.0  # so long the end itself may take
 _FROZEN_SECONDS = 10.0  # beyond the limit: then even this watch's own thread does not run
 
 
@@ -59,15 +60,17 @@ def _watch(trainer: "Trainer", limit_seconds: float, main: int, over: threading.
 def _end(trainer: "Trainer", limit_seconds: float, main: int) -> None:
     """Say where this rank is; rank 0 says it for all, and ends those that are frozen on its machine."""
     ranks = trainer.ranks
+    faulthandler.dump_traceback_later(limit_seconds + _END_SECONDS, exit=True, file=2)
     ranks.board.raise_flag("hang")
     ranks.board.post("hang", _where(trainer, main))
     notes = ranks.board.notes("hang", ANSWER_SECONDS)
     silent = [rank for rank in range(ranks.world_size) if rank not in notes]
     stuck = silent or stuck_of(notes)
     if not silent:
-        ranks.board.post("workers", stacks_of_workers() if ranks.rank in stuck else {})
-        for rank, stacks in ranks.board.notes("workers", ANSWER_SECONDS).items():
-            notes[rank]["stacks"] |= stacks
+        with contextlib.suppress(Exception):  # helpful, not needed
+            ranks.board.post("workers", stacks_of_workers() if ranks.rank in stuck else {})
+            for rank, stacks in ranks.board.notes("workers", ANSWER_SECONDS).items():
+                notes[rank]["stacks"] |= stacks
     text = "\n".join(_line(rank, notes.get(rank)) for rank in range(ranks.world_size))
     if ranks.is_main or (0 in silent and ranks.rank == min(notes)):
         say = sys.stderr.write if not ranks.is_main else lambda line: trainer.progress.note(line.strip())

@@ -87,8 +87,11 @@ class Tagged:
         spy = [str(Path(sys.executable).with_name("py-spy")), "dump", "--native", "--pid"]
         lines = []
         for pid in self.pids():
-            dump = subprocess.run([*spy, str(pid)], capture_output=True, text=True, timeout=60, check=False)
-            threads = re.split(r"\nThread ", dump.stdout + dump.stderr)
+            try:
+                dump = subprocess.run([*spy, str(pid)], capture_output=True, text=True, timeout=10, check=False)
+                threads = re.split(r"\nThread ", dump.stdout + dump.stderr)
+            except (OSError, subprocess.SubprocessError) as error:
+                threads = [str(error)]
             lines += [f"{pid} {' < '.join(thread.split(chr(10))[:10])}" for thread in threads[1:] or threads]
         return lines
 
@@ -211,10 +214,8 @@ class Running:
         try:
             self.process.wait(timeout)
         except subprocess.TimeoutExpired:
-            try:
-                left = "\n".join(self.tagged.command_lines() + self.tagged.stacks())
-            finally:
-                self.tagged.kill()
+            left = "\n".join(self.tagged.command_lines() + self.tagged.stacks())
+            self.tagged.kill()
             pytest.fail(f"still running after {timeout} s: {' '.join(self.command)}\n{left}\n{self.output().text}")
         return self.output()
 

@@ -1,6 +1,5 @@
 """The order of samples, what each rank gets of it from any position, exact evaluation, and each sample's randomness."""
 
-import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -8,7 +7,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 import tracemalloc
 from collections import Counter
@@ -535,35 +533,39 @@ def test_workers_begin_where_python_starts_processes_by_a_fork_server(tmp_path: 
 
 
 class HoldsTheInterpreter(Numbers):
-    """Nothing else of Python runs in the process any more."""
+    """An item leaves a file, and then nothing else of Python runs in the process any more."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(40)
+        self.folder = folder
 
     def __getitem__(self, index: int) -> int:
-        ctypes.PyDLL(None).sleep(3600)
-        return index
+        (self.folder / str(os.getpid())).touch()
+        while True:
+            ctypes.PyDLL(None).sleep(3600)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="signals of Linux")
-def test_workers_tell_where_they_hang() -> None:
-    loading = loader(dataset=HoldsTheInterpreter(40), num_workers=2)
-
-    def wait() -> None:
-        with contextlib.suppress(RuntimeError):  # in the end they are killed
-            next(iter(loading.epoch(0)))
-
-    threading.Thread(target=wait, daemon=True).start()
-    began = multiprocessing.get_context("fork").Process(target=time.sleep, args=(3600,), daemon=True)
-    began.start()
-    told: dict[str, str] = {}
-    while sum("in __getitem__" in text for text in told.values()) < 2:
+@pytest.mark.skipif(sys.platform != "linux", reason="files in memory are Linux's")
+@pytest.mark.parametrize("context", ["fork", "spawn", "forkserver"])
+def test_workers_tell_where_they_hang(context: str, tmp_path: Path) -> None:
+    dataset = HoldsTheInterpreter(tmp_path)
+    loading = loader(dataset=dataset, num_workers=2, multiprocessing_context=context, timeout=1)
+    with pytest.raises(RuntimeError, match="timed out"):
+        next(iter(loading.loader))
+    foreign = multiprocessing.get_context("fork").Process(target=time.sleep, args=(3600,), daemon=True)
+    foreign.start()
+    while len(stuck := list(tmp_path.iterdir())) < 2:
         time.sleep(0.1)
-        told = stacks_of_workers()
-    assert len(told) == 3
-    assert told[f"loader worker {began.pid}"].startswith("has not begun its work"), "no dtrain's, and not ended by it"
-    stopped = next(child for child in multiprocessing.active_children() if child is not began)
-    os.kill(stopped.pid or 0, signal.SIGSTOP)
+    stopped, other = (int(path.name) for path in stuck)
+    os.kill(stopped, signal.SIGSTOP)
+    while " T" not in Path(f"/proc/{stopped}/stat").read_text():
+        time.sleep(0.1)
     told = stacks_of_workers()
-    assert told[f"loader worker {stopped.pid}"].startswith("does not answer")
-    assert sum("in __getitem__" in text for text in told.values()) == 1
+    assert told.keys() == {f"worker {pid}" for pid in (stopped, other, foreign.pid)}
+    assert "in __getitem__" in told[f"worker {other}"]
+    assert told[f"worker {stopped}"].startswith("does not answer")
+    assert told[f"worker {foreign.pid}"].startswith("has not begun its work")
+    assert foreign.is_alive(), "it does not know the signal, which would have ended it"
 
 
 def test_a_worker_whose_rank_is_gone_before_it_begins_ends() -> None:

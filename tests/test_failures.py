@@ -207,10 +207,10 @@ def test_a_worker_that_hangs_says_where(place: Place) -> None:
     place.run(file, expect=None, env={"TOY_LOAD": "sample 7 rank 1 sleep"}, **TWO)
     assert failure_of(place.path("worker-hangs"))["rank"] == 1
     text = (place.path("worker-hangs") / "hang.txt").read_text()
-    told = text.split("\nrank 1, loader worker ")[1:]
+    told = text.split("\nrank 1, worker ")[1:]
     assert len(told) == 2
     assert sum("in trouble_at" in part and "toy.py" in part for part in told) == 1
-    assert "rank 0, loader worker" not in text
+    assert "rank 0, worker" not in text
 
 
 @pytest.mark.parametrize(
