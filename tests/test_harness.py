@@ -51,7 +51,8 @@ def test_env_adds_and_takes_away(run_cli: RunCli) -> None:
 def test_a_process_that_leaves_its_session_is_still_found(tagged: Tagged, clean_env: dict[str, str]) -> None:
     launched = subprocess.run(["setsid", "--fork", "sleep", "100"], env=clean_env, check=True, timeout=10)
     assert launched.returncode == 0
-    assert [line for line in tagged.command_lines() if line.endswith("sleep 100")]
+    while not [line for line in tagged.command_lines() if line.endswith("sleep 100")]:
+        time.sleep(0.01)  # /proc shows a process that is being started with no environment
     assert not tagged.wait_gone(0.1)
     tagged.kill()
     assert tagged.pids() == []
