@@ -9,7 +9,7 @@ import time
 import pytest
 
 from dtrain import interrupt
-from dtrain.interrupt import SIGNALS, StopRequest
+from dtrain.interrupt import SIGNALS, StopRequest, StopWaiting
 
 
 @pytest.fixture
@@ -74,6 +74,27 @@ def test_a_launcher_that_sends_a_signal_several_times_is_asking_once():
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGINT)
         assert request.reason == "signal SIGTERM"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_request_is_not_lost_where_python_drops_what_a_handler_raises(monkeypatch):
+    """As in a destructor or, while a worker is forked, in what Python calls before."""
+    monkeypatch.setattr(interrupt, "OTHERS_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(interrupt, "REPEAT_SECONDS", 0.05)
+
+    class Drops:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+
+    def items():
+        Drops()
+        time.sleep(60)
+        yield
+
+    request = StopRequest(alone=False)
+    with request.listening(), pytest.raises(StopWaiting):
+        next(request.waiting(items()))
 
 
 def test_a_second_ctrl_c_ends_at_once(monkeypatch):
