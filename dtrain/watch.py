@@ -101,7 +101,8 @@ def stuck_of(notes: dict[int, dict[str, Any]]) -> list[int]:
 def _where(trainer: "Trainer", main: int) -> dict[str, Any]:
     """This rank's step, phase and stacks."""
     frames = sys._current_frames()
-    names = [frame.name for frame in traceback.extract_stack(frames[main])]
+    stack = traceback.extract_stack(frames[main])
+    names = [frame.name for frame in stack]
     threads = {thread.ident: thread.name for thread in threading.enumerate()}
     stacks = {
         f"thread {threads.get(number, number)}": "".join(traceback.format_stack(frame))
@@ -109,7 +110,7 @@ def _where(trainer: "Trainer", main: int) -> dict[str, Any]:
         if number != threading.get_ident()
     }
     return {
-        "waits": not _COLLECTIVES.isdisjoint(names),
+        "waits": not _COLLECTIVES.isdisjoint(names) or "/torch/distributed/" in stack[-1].filename,
         "step": trainer.step, "epoch": trainer.epoch, "phase": phase_of(names), "stacks": stacks,
         "samples": trainer.samples_at_work(), "host": trainer.ranks.host, "pid": os.getpid(), "memory": memory_text(),
     }  # fmt: skip

@@ -234,6 +234,13 @@ def test_a_stuck_rank_is_named_with_the_stacks_of_all(place: Place, rank: int, a
     assert read_run(place.path(name))["state"] == "FAILED"
 
 
+def test_of_ranks_that_share_a_model_the_one_that_the_others_wait_for_is_named(place: Place) -> None:
+    shared = {"trainer.strategy": "fsdp", "trainer.fsdp": {"layers": ["Linear"]}}  # so rank 0 waits in its forward, too
+    file = place.config("shared-hang", **shared, **{"trainer.hang_timeout_seconds": 4})
+    place.run(file, expect=None, do="train 3 rank 1 sleep", **TWO)
+    assert (place.path("shared-hang") / "hang.txt").read_text().startswith("no progress for 4 s; rank 1 is stuck\n")
+
+
 def test_a_slow_training_is_no_hang(place: Place) -> None:
     file = place.config("slow", **{"trainer.hang_timeout_seconds": 3, "trainer.max_steps": 3})
     place.run(file, do="train 2 rank 0 CONT")
