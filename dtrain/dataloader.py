@@ -9,6 +9,7 @@ import itertools
 import multiprocessing
 import os
 from collections.abc import Callable, Collection, Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from dtrain import rng
 from dtrain.build import build
-from dtrain.interrupt import leave_to_parent
+from dtrain.interrupt import held_back, leave_to_parent
 from dtrain.sections import PHASES, refused
 from dtrain.stacks import begin_to_answer
 
@@ -274,6 +275,19 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
+class _HeldLoader(DataLoader):
+    """Its workers outlive the signals to all processes of a job also while they are being started.
+
+    No fork server's do: it would have the signals blocked for good, and so would what others start by it.
+    """
+
+    def __iter__(self) -> Any:
+        if self.num_workers and (self.multiprocessing_context or multiprocessing).get_start_method() == "spawn":
+            resource_tracker.ensure_running()  # else it is started meanwhile, which lets SIGTERM through again
+        with held_back():
+            return super().__iter__()
+
+
 def _data_loader(dataset: Dataset, seed: int, batches: Any, options: dict[str, Any]) -> DataLoader:
     workers = options["num_workers"]
     if not workers:
@@ -282,7 +296,7 @@ def _data_loader(dataset: Dataset, seed: int, batches: Any, options: dict[str, A
     method = options["multiprocessing_context"] or multiprocessing.get_start_method(allow_none=True)
     method = method or multiprocessing.get_all_start_methods()[0]  # asked otherwise, Python would settle on it for good
     parent = 0 if method == "forkserver" else os.getpid()
-    return DataLoader(
+    return (DataLoader if method == "forkserver" else _HeldLoader)(
         _Batches(dataset, seed, options["collate_fn"]),
         batch_sampler=batches,
         worker_init_fn=functools.partial(_begin_worker, parent),

@@ -201,6 +201,16 @@ def _watch_parent(parent: int) -> None:
     os._exit(1)
 
 
+@contextmanager
+def held_back() -> Iterator[None]:
+    """What is started meanwhile begins with the signals blocked, until it says itself what they are to do there."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def leave_to_parent(parent: int) -> None:
     """For loader workers: schedulers and terminals signal every process of a job; when to stop is the rank's word.
 
@@ -214,6 +224,7 @@ def leave_to_parent(parent: int) -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*SIGNALS} - {signal.SIGTERM})
     threading.Thread(target=_await_parents_word, daemon=True).start()
 
 

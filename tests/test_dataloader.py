@@ -532,6 +532,34 @@ def test_workers_begin_where_python_starts_processes_by_a_fork_server(tmp_path: 
     assert done.stdout == "{0, 1}\n", done.stderr
 
 
+def signalled_to_end() -> None:
+    """As by a batch system, which signals every process of a job."""
+    subprocess.run(["kill", "-TERM", str(os.getpid())], check=True)
+
+
+class SlowToBegin(Numbers):
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        signalled_to_end()
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_a_worker_that_is_just_beginning_outlives_a_signal_to_the_whole_job(
+    context: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = torch.utils.data._utils.signal_handling._set_worker_signal_handlers
+
+    def begin() -> None:
+        own()
+        signalled_to_end()
+
+    monkeypatch.setattr(torch.utils.data._utils.signal_handling, "_set_worker_signal_handlers", begin)
+    loading = loader(dataset=SlowToBegin(8), num_workers=2, multiprocessing_context=context)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert sorted(chain.from_iterable(micro.batch.tolist() for micro in loading.epoch(0))) == list(range(8))
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
 class HoldsTheInterpreter(Numbers):
     """An item leaves a file, and then nothing else of Python runs in the process any more."""
 
