@@ -8,6 +8,7 @@ import functools
 import itertools
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Collection, Iterator
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -51,7 +52,7 @@ def loader_settings(
         persistent_workers: Keep the workers from epoch to epoch.
         prefetch_factor: Batches that each worker loads ahead.
         timeout: Seconds to wait for a batch from a worker; 0 waits for ever.
-        multiprocessing_context: fork, spawn or forkserver.
+        multiprocessing_context: fork, spawn or forkserver. Default: fork on Linux, else Python's own choice.
         collate_fn: A function by name that makes a batch of a list of samples.
     """
     return dict(locals())
@@ -282,7 +283,7 @@ class _HeldLoader(DataLoader):
     """
 
     def __iter__(self) -> Any:
-        if self.num_workers and (self.multiprocessing_context or multiprocessing).get_start_method() == "spawn":
+        if self.num_workers and self.multiprocessing_context.get_start_method() == "spawn":
             resource_tracker.ensure_running()  # else it is started meanwhile, which lets SIGTERM through again
         with held_back():
             return super().__iter__()
@@ -291,10 +292,12 @@ class _HeldLoader(DataLoader):
 def _data_loader(dataset: Dataset, seed: int, batches: Any, options: dict[str, Any]) -> DataLoader:
     workers = options["num_workers"]
     if not workers:
-        options = options | {"prefetch_factor": None, "multiprocessing_context": None, "timeout": 0}
+        options = options | {"prefetch_factor": None, "timeout": 0}
     options = options | {"persistent_workers": bool(workers) and options["persistent_workers"]}
     method = options["multiprocessing_context"] or multiprocessing.get_start_method(allow_none=True)
-    method = method or multiprocessing.get_all_start_methods()[0]  # asked otherwise, Python would settle on it for good
+    if method is None:  # forks share the data set's memory; Python's own choice differs from version to version
+        method = "fork" if sys.platform == "linux" else multiprocessing.get_all_start_methods()[0]
+    options = options | {"multiprocessing_context": method if workers else None}
     parent = 0 if method == "forkserver" else os.getpid()
     return (DataLoader if method == "forkserver" else _HeldLoader)(
         _Batches(dataset, seed, options["collate_fn"]),

@@ -518,6 +518,13 @@ def test_a_worker_dies_with_its_rank(context: str) -> None:
     assert [micro.batch.tolist() for micro in batches] == [[signal.SIGKILL] * 4]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other defaults")
+def test_workers_are_forked_whatever_python_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: None)
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["forkserver", "fork", "spawn"])  # 3.14's
+    assert loader(num_workers=1).loader.multiprocessing_context.get_start_method() == "fork"
+
+
 def test_workers_begin_where_python_starts_processes_by_a_fork_server(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
