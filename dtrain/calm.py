@@ -17,7 +17,7 @@ def calm_forks() -> None:
 
     Those of gloo let go of a collective's tensors after the ranks went on. They need a thread state of Python for it,
     and before Python 3.11.10 the lock on the list of these stays locked in a child that is forked meanwhile, which then
-    waits for ever (github.com/python/cpython/issues/112275): seen in 3 of 3,600 forks after a broadcast on two busy
+    waits for ever (github.com/python/cpython/issues/112275): 3 of about 3,600 forks after a broadcast on two busy
     cores. Locks of C libraries are inherited like that by all, such as the one that C++ takes when it does something
     for the first time (github.com/pytorch/pytorch/issues/130610). Threads of Python are not waited for, since they may
     work for minutes: what ours use of C++ is used before, see `Checkpoints.check`.

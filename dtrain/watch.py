@@ -60,7 +60,7 @@ def _watch(trainer: "Trainer", limit_seconds: float, main: int, over: threading.
 def _end(trainer: "Trainer", limit_seconds: float, main: int) -> None:
     """Say where this rank is; rank 0 says it for all, and ends those that are frozen on its machine."""
     ranks = trainer.ranks
-    faulthandler.dump_traceback_later(limit_seconds + _END_SECONDS, exit=True, file=2)
+    faulthandler.dump_traceback_later(_END_SECONDS, exit=True, file=2)
     ranks.board.raise_flag("hang")
     ranks.board.post("hang", _where(trainer, main))
     notes = ranks.board.notes("hang", ANSWER_SECONDS)
