@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dtrain.config import load_config
-    from dtrain.create import create_trainer
+    from dtrain.config.errors import ConfigError
+    from dtrain.config.load import load_config
     from dtrain.trainer import Trainer
-    from dtrain.yamlfile import ConfigError
+    from dtrain.training.setup import create_trainer
 
 __version__ = "0.1.0"
 __all__ = ["ConfigError", "Trainer", "__version__", "create_trainer", "load_config"]
@@ -15,15 +15,15 @@ __all__ = ["ConfigError", "Trainer", "__version__", "create_trainer", "load_conf
 def __getattr__(name: str) -> Any:
     """Import torch only for those who train, and ml_collections only for those who read a config."""
     if name == "load_config":
-        from dtrain.config import load_config
+        from dtrain.config.load import load_config
 
         return load_config
     if name == "ConfigError":
-        from dtrain.yamlfile import ConfigError
+        from dtrain.config.errors import ConfigError
 
         return ConfigError
     if name == "create_trainer":
-        from dtrain.create import create_trainer
+        from dtrain.training.setup import create_trainer
 
         return create_trainer
     if name == "Trainer":

@@ -5,8 +5,7 @@ import sys
 from functools import partial
 
 from dtrain.cli import main
-from dtrain.interrupt import run_to_end
-from dtrain.launched import VARIABLE, as_rank
+from dtrain.distributed.process import VARIABLE, as_rank, run_to_end
 
 if __name__ == "__main__":
     sys.exit(run_to_end(partial(as_rank, main) if VARIABLE in os.environ else main))

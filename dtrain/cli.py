@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dtrain import __version__, launcher
-from dtrain.interrupt import INTERRUPTED, end_at_once, run_to_end
-from dtrain.yamlfile import ConfigError, one_line
+from dtrain import __version__
+from dtrain.config.errors import ConfigError, one_line
+from dtrain.distributed.exit_status import INTERRUPTED
+from dtrain.distributed.process import run_to_end
+from dtrain.distributed.stop import end_at_once
+from dtrain.launch import launcher
 
 USAGE = 2
 MAIN_SPEAKS_SECONDS = (
@@ -156,7 +159,7 @@ def _refuse(error: ConfigError) -> int:
 
     What has a cause was raised by code that ran, and that may go wrong on one rank alone: then each rank speaks.
     """
-    from dtrain.distributed import environment, is_main
+    from dtrain.distributed.environment import environment, is_main
 
     if is_main() or error.__cause__ is not None:
         prefix = "" if is_main() else f"rank {environment().rank}: "
@@ -169,9 +172,10 @@ def _refuse(error: ConfigError) -> int:
 
 def _work(options: argparse.Namespace) -> int:
     """The commands that need torch; the config is checked before it is imported."""
-    from dtrain.check import check
-    from dtrain.config import load_config, to_plain
-    from dtrain.redact import keep_secret
+    from dtrain.config.check import check
+    from dtrain.config.errors import to_plain
+    from dtrain.config.load import load_config
+    from dtrain.tracking.secrets import keep_secret
 
     config = load_config(options.config, options.overrides)
     keep_secret(to_plain(config))
@@ -179,7 +183,7 @@ def _work(options: argparse.Namespace) -> int:
     sender = _sender(config) if options.command == "train" else None
     if options.command in ("train", "predict"):
         end_at_once(lambda line: print(line, file=sys.stderr, flush=True))
-    from dtrain import worker
+    from dtrain.launch import rank as worker
 
     if options.command == "train":
         return worker.train(config, sender)
@@ -192,18 +196,18 @@ def _work(options: argparse.Namespace) -> int:
 
 def _sender(config: Any) -> Any:
     """Rank 0's link to MLflow, which gets ready while torch is imported."""
-    from dtrain.distributed import is_main
-    from dtrain.tracking import prepare_sender
+    from dtrain.distributed.environment import is_main
+    from dtrain.tracking.start_sender import prepare_sender
 
     return prepare_sender((config.get("mlflow") or {}).get("tracking_uri")) if is_main() else None
 
 
 def _config(options: argparse.Namespace) -> int:
-    from dtrain.check import check
-    from dtrain.config import load_config, notes_on, to_yaml
-    from dtrain.locate import locate
-    from dtrain.sections import calls
-    from dtrain.source import Callee
+    from dtrain.config.check import check
+    from dtrain.config.load import load_config, notes_on, to_yaml
+    from dtrain.config.resolve import locate
+    from dtrain.config.schema import calls
+    from dtrain.config.signatures import Callee
 
     config = load_config(options.config, options.overrides)
     check(config, purpose=None)
@@ -220,28 +224,28 @@ def _config(options: argparse.Namespace) -> int:
 
 
 def _submit(options: argparse.Namespace) -> int:
-    from dtrain.submit import submit
+    from dtrain.launch.submit import submit
 
     given = {key[8:]: value for key, value in vars(options).items() if key.startswith("cluster.")}
     return submit(options.config, options.overrides, given, options.dry_run)
 
 
 def _replay(options: argparse.Namespace) -> int:
-    from dtrain.config import load_config
+    from dtrain.config.load import load_config
 
     folder = Path(options.folder)
     if not (folder / "config.yaml").is_file():
         print(f"dtrain replay: {folder} is no run folder: it has no config.yaml", file=sys.stderr)
         return USAGE
     config = load_config(folder / "config.yaml", ["trainer.resume=none", "trainer.pre_trained=null"])
-    from dtrain import worker
+    from dtrain.launch import rank as worker
 
     return worker.replay(config, folder)
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from dtrain.config import load_config
-    from dtrain.doctor import examine
+    from dtrain.config.load import load_config
+    from dtrain.launch.doctor import examine
 
     config = load_config(options.config, options.overrides) if options.config else {}
     status = examine(config, print, options.json)
@@ -253,6 +257,6 @@ def _sync(options: argparse.Namespace) -> int:
     if not (Path(options.folder) / "run.json").is_file():
         print(f"dtrain sync: {options.folder} is no run folder: it has no run.json", file=sys.stderr)
         return USAGE
-    from dtrain.tracking import deliver_rest
+    from dtrain.tracking.start_sender import deliver_rest
 
     return deliver_rest(options.folder)

@@ -5,7 +5,6 @@ the number of ranks, workers or restarts. Progress is a position, counted in sam
 """
 
 import functools
-import itertools
 import multiprocessing
 import os
 import sys
@@ -14,16 +13,15 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from ml_collections import ConfigDict
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate, get_worker_info
 
-from dtrain import rng
-from dtrain.build import build
-from dtrain.interrupt import held_back, leave_to_parent
-from dtrain.sections import PHASES, refused
-from dtrain.stacks import begin_to_answer
+from dtrain.config.build import build
+from dtrain.config.schema import PHASES, refused
+from dtrain.data import rng
+from dtrain.data.loader_workers import begin_to_answer, calm_forks, held_back, leave_to_parent
+from dtrain.data.samplers import EvaluationShard, ShuffledShard
 
 
 def loader_settings(
@@ -105,110 +103,6 @@ class TrainLoader:
             samples = max(0, -(-(high - low - self.shard.rank) // world))
             weight = samples * world / (group_high - group_low)
             yield Micro(batch, weight, samples, high == group_high, group_high, low)
-
-
-class ShuffledShard:
-    """A batch sampler with DistributedSampler's semantics that can start anywhere and stores no permutation.
-
-    Position p of epoch e holds sample permuted(p); rank r of W takes positions r, r + W, ... of each global batch. The
-    last batch is short rather than padded; a rank that has no sample left in it takes one that does not count.
-    """
-
-    def __init__(
-        self,
-        size: int,
-        seed: int,
-        rank: int,
-        world_size: int,
-        batch_size: int,
-        shuffle: bool = True,
-        drop_last: bool = False,
-    ) -> None:
-        self.size, self.seed, self.rank, self.world_size = size, seed, rank, world_size
-        self.batch_size, self.shuffle, self.drop_last = batch_size, shuffle, drop_last
-        self.global_batch = batch_size * world_size
-        self.epoch, self.start = 0, 0
-
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch whose order is used, and the position to begin at."""
-        self.epoch, self.start = epoch, start
-
-    def end(self, start: int) -> int:
-        """The position after the last sample that is used."""
-        return start + (self.size - start) // self.global_batch * self.global_batch if self.drop_last else self.size
-
-    def __len__(self) -> int:
-        return -(-(self.end(self.start) - self.start) // self.global_batch)
-
-    def for_rank(self, rank: int, world_size: int, batch_size: int) -> "ShuffledShard":
-        """The shard of the same data that another rank, of another number of ranks, has or had."""
-        return ShuffledShard(self.size, self.seed, rank, world_size, batch_size, self.shuffle, self.drop_last)
-
-    def batches_from(self, epoch: int, start: int, count: int) -> list[list[int]]:
-        """The samples of this rank's next few batches, from a position of an epoch on."""
-        before = self.epoch, self.start
-        self.set_epoch(epoch, start)
-        batches = [indices for _, *indices in itertools.islice(self, count)]
-        self.set_epoch(*before)
-        return batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        """Batches as [epoch, index, index, ...]: the epoch travels with the indices to the workers that live on."""
-        epoch, end = self.epoch, self.end(self.start)
-        block = self.global_batch * max(1, 8192 // self.batch_size)  # permuting in blocks costs a tenth
-        for low in range(self.start, end, block):
-            high = min(low + block, end)
-            own = np.arange(low + self.rank, high, self.world_size)
-            indices = self._indices(own).tolist()
-            full = (high - low) // self.global_batch * self.batch_size
-            for first in range(0, full, self.batch_size):
-                yield [epoch, *indices[first : first + self.batch_size]]
-            if (high - low) % self.global_batch:
-                yield [epoch, *(indices[full:] or self._indices(np.array([high - 1])).tolist())]
-
-    def _indices(self, positions: np.ndarray) -> np.ndarray:
-        return permuted(positions, self.size, self.seed, self.epoch) if self.shuffle else positions
-
-
-def permuted(positions: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
-    """Where a pseudo-random permutation of range(size) sends the given positions, each computed on its own.
-
-    A Feistel network permutes the next power of four; positions that land outside walk on until they are inside
-    (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002). Memory does not grow with `size`.
-    """
-    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    keys = np.random.SeedSequence((seed, epoch)).generate_state(6, np.uint64)
-    result = positions.astype(np.uint64)
-    outside = np.ones(len(result), dtype=bool)
-    while outside.any():
-        left, right = result[outside] >> half, result[outside] & mask
-        for key in keys:
-            left, right = right, left ^ (_mixed(right ^ key) & mask)
-        result[outside] = (left << half) | right
-        outside = result >= size
-    return result.astype(np.int64)
-
-
-def _mixed(value: np.ndarray) -> np.ndarray:
-    """The finalizer of splitmix64 (Steele, Lea and Flood, 2014): every input bit reaches every output bit."""
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
-
-
-class EvaluationShard:
-    """A batch sampler that deals whole batches to the ranks: each sample once, in the batches that one process has."""
-
-    def __init__(self, size: int, rank: int, world_size: int, batch_size: int) -> None:
-        self.size, self.rank, self.world_size, self.batch_size = size, rank, world_size, batch_size
-
-    def __len__(self) -> int:
-        return len(range(self.rank * self.batch_size, self.size, self.world_size * self.batch_size))
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for low in range(self.rank * self.batch_size, self.size, self.world_size * self.batch_size):
-            yield [0, *range(low, min(low + self.batch_size, self.size))]
 
 
 class _Batches(Dataset):
@@ -336,6 +230,8 @@ def get_train_loaders(
     Raises:
         ConfigError: The batch size does not fit the ranks, or a dataset is empty or has no length.
     """
+    if world_size > 1:
+        calm_forks()
     result: dict[str, Any] = {}
     for phase in PHASES:
         if phase not in phases or config.loaders.get(phase) is None:

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from ml_collections import ConfigDict
 
-from dtrain.batch import main_output
-from dtrain.build import build
+from dtrain.config.build import build
+from dtrain.data.batch import main_output
 
 
 class Criterion:

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import torch
 from ml_collections import ConfigDict
 
-from dtrain import rng
-from dtrain.batch import main_output
-from dtrain.build import make
-from dtrain.sections import calls, refused
+from dtrain.config.build import make
+from dtrain.config.schema import calls, refused
+from dtrain.data import rng
+from dtrain.data.batch import main_output
 
 
 class Group(Protocol):

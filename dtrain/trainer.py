@@ -16,26 +16,28 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
-from dtrain import batch as batches
-from dtrain.checkpoint import Checkpoints
+from dtrain.checkpoint.resume import Start
+from dtrain.checkpoint.saver import Saver
+from dtrain.checkpoint.store import Checkpoints
+from dtrain.config.errors import ConfigError
+from dtrain.data import batch as batches
 from dtrain.dataloader import Loaders, Micro
-from dtrain.desk import Result
-from dtrain.distributed import Ranks, job_ends_at
-from dtrain.evaluation import Outcome, evaluate, evaluate_volumes
-from dtrain.inference import Use, autocast, load_for_use, outcomes_of_volumes, predict
-from dtrain.interrupt import StopRequest
-from dtrain.launched import note_step
+from dtrain.distributed.environment import job_ends_at
+from dtrain.distributed.process import note_step
+from dtrain.distributed.ranks import Ranks
+from dtrain.distributed.stop import StopRequest
+from dtrain.distributed.vote import Vote
 from dtrain.loss import Criterion
 from dtrain.metrics import Metrics
-from dtrain.optimizer import KeptBuffers, Schedule, WeightAverage, total_norm
-from dtrain.pace import Pace
-from dtrain.record import recorded
-from dtrain.resume import Start
-from dtrain.saving import Saver
-from dtrain.tracking import Journal, NoJournal
-from dtrain.vote import Vote
-from dtrain.watch import watched
-from dtrain.yamlfile import ConfigError
+from dtrain.predict.run import Use, autocast, load_for_use, outcomes_of_volumes, predict
+from dtrain.predict.writer import Result
+from dtrain.tracking.journal import Journal, NoJournal
+from dtrain.training.evaluate import Outcome, evaluate, evaluate_volumes
+from dtrain.training.optimizer import KeptBuffers, WeightAverage, total_norm
+from dtrain.training.run_status import recorded
+from dtrain.training.schedule import Schedule
+from dtrain.training.throughput import Pace
+from dtrain.training.watchdog import watched
 
 
 class NonFiniteError(ArithmeticError):

@@ -50,7 +50,7 @@ class Training:
     @property
     def last(self) -> Any:
         """The newest checkpoint, loaded."""
-        from dtrain.checkpoint import load
+        from dtrain.checkpoint.files import load
 
         return load(self.folder / "run" / "checkpoints" / "last")
 
@@ -173,8 +173,10 @@ def nccl(bench: Bench) -> str:
     needs_gpus(bench)
     piece = """
         import torch, torch.distributed as dist
-        from dtrain.distributed import Ranks, _join, environment
-        from dtrain.vote import Vote
+        from dtrain.distributed.ranks import Ranks
+        from dtrain.distributed.setup import _join
+        from dtrain.distributed.environment import environment
+        from dtrain.distributed.vote import Vote
 
         found, device = environment(), torch.device("cuda", 0)
         torch.cuda.set_device(device)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs every check: lint, format, types, then the tests.
 #
-#   bash scripts/test.sh [PYTEST ARGUMENTS ...]       tests/test_config.py -k override; --soak for the long repetitions
+#   bash scripts/test.sh [PYTEST ARGUMENTS ...]       tests/config/test_load.py -k override; --soak for the long repetitions
 #
 # The first start makes .venv (see venv.sh). pytest's summary is the last line.
 set -euo pipefail

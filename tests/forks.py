@@ -126,10 +126,6 @@ if __name__ == "__main__":
     import torch._dynamo  # noqa: F401  what optimizers and DDP import when they are first used
     import torchmetrics  # noqa: F401
 
-    import dtrain.create
-    import dtrain.predict
-    import dtrain.worker  # noqa: F401
-
     gc.collect()
     gc.freeze()
     become(serve())

@@ -16,8 +16,9 @@ import yaml
 from conftest import REPOSITORY, Result, RunCli
 
 from dtrain import cli
-from dtrain.config import load_config, to_plain
-from dtrain.source import SOURCE
+from dtrain.config.errors import to_plain
+from dtrain.config.load import load_config
+from dtrain.config.signatures import SOURCE
 
 PARTS = """\
 import torch
@@ -117,7 +118,7 @@ def test_under_torchrun_a_mistake_is_told_once(run_cli: RunCli) -> None:
     assert result.text.count("SGD takes no 'lrr'") == 1
     assert result.text.count("expected int, found text 'a'") == 1
     assert "exitcode  : 2" in result.text
-    assert "dtrain.yamlfile" not in result.text, "a traceback"
+    assert "dtrain.config.yaml12" not in result.text, "a traceback"
 
 
 def test_an_error_that_one_rank_alone_may_have_is_told_by_each(run_cli: RunCli, project: Path) -> None:
@@ -211,7 +212,7 @@ sys.exit(program())
 
 
 def test_what_is_registered_for_the_end_is_done(project: Path, clean_env: dict[str, str]) -> None:
-    script = "import atexit, sys; from dtrain import cli; from dtrain.interrupt import run_to_end; sys.exit(run_to_end("
+    script = "import atexit, sys; from dtrain import cli; from dtrain.distributed.process import run_to_end; sys.exit(run_to_end("
     script += "lambda: atexit.register(print, 'the end') and cli.main()))"
     command = [sys.executable, "-c", script, "--version"]
     done = subprocess.run(command, cwd=project, env=clean_env, capture_output=True, text=True, timeout=60)

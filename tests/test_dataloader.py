@@ -20,12 +20,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, get_worker_info
 
-from dtrain import rng
-from dtrain.config import from_mapping
-from dtrain.dataloader import EvaluationShard, Micro, ShuffledShard, TrainLoader, get_train_loaders, permuted
-from dtrain.interrupt import end_workers, leave_to_parent
-from dtrain.stacks import stacks_of_workers
-from dtrain.yamlfile import ConfigError
+from dtrain.config.errors import ConfigError
+from dtrain.config.load import from_mapping
+from dtrain.data import rng
+from dtrain.data.loader_workers import end_workers, leave_to_parent, stacks_of_workers
+from dtrain.data.samplers import EvaluationShard, ShuffledShard, permuted
+from dtrain.dataloader import Micro, TrainLoader, get_train_loaders
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dtrain.config import from_mapping
+from dtrain.config.errors import ConfigError
+from dtrain.config.load import from_mapping
 from dtrain.loss import Criterion, get_loss_criterion
-from dtrain.yamlfile import ConfigError
 
 # What a user's module holds. `modules: [test_loss]` finds it here.
 

@@ -17,11 +17,11 @@ import torchmetrics as tm
 import torchmetrics.functional as tmf
 from torch import Tensor
 
-from dtrain.config import from_mapping
-from dtrain.dataloader import EvaluationShard
-from dtrain.distributed import Ranks
+from dtrain.config.errors import ConfigError
+from dtrain.config.load import from_mapping
+from dtrain.data.samplers import EvaluationShard
+from dtrain.distributed.ranks import Ranks
 from dtrain.metrics import Metrics, get_evaluation_metric
-from dtrain.yamlfile import ConfigError
 
 CPU = torch.device("cpu")
 BATCH = 4
@@ -204,7 +204,7 @@ def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[st
     """Each rank's figures, by the number of ranks. The imports are paid for once, by the server that forks them."""
     folder = tmp_path_factory.mktemp("ranks")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torchmetrics", "dtrain.metrics", "dtrain.distributed", "dtrain.dataloader"])
+    context.set_forkserver_preload(["torchmetrics", "dtrain.metrics", "dtrain.distributed.setup", "dtrain.dataloader"])
     processes = [context.Process(target=rank_main, args=(rank, n, folder)) for n in WORLDS for rank in range(n)]
     for process in processes:
         process.start()

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from whole_runs import Place
 
-from dtrain.modelloader import renamed, take_over
+from dtrain.checkpoint.weights import renamed, take_over
 
 
 def net(classes: int = 3, second: str = "head") -> nn.Module:

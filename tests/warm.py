@@ -22,8 +22,8 @@ from conftest import neutral_env
 from whole_runs import EXACT as ALL_OF_IT
 from whole_runs import NO_MLFLOW, TOY, equal, figures, last, worlds_of, write_config
 
-from dtrain.check import check
-from dtrain.config import load_config
+from dtrain.config.check import check
+from dtrain.config.load import load_config
 
 CHANGES = {
     **ALL_OF_IT, "trainer.pictures": False, "trainer.log_every_steps": 1, "trainer.validate_every_steps": 3,
@@ -288,8 +288,8 @@ if __name__ == "__main__":
     import accelerate  # noqa: F401
     import toy  # noqa: F401
 
-    import dtrain.worker  # noqa: F401
-    from dtrain import tracking
+    import dtrain.launch.rank  # noqa: F401
+    from dtrain.tracking import start_sender as tracking
 
     # What MLflow is told is tested elsewhere, and a sender costs more than the training.
     tracking._sender_command = lambda *arguments: [sys.executable, "-c", ""]

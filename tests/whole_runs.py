@@ -18,7 +18,7 @@ from conftest import FOREIGN, TAG, Result, Running, Tagged, neutral_env
 from filelock import FileLock
 from forks import Forks
 
-from dtrain.checkpoint import Loaded, load
+from dtrain.checkpoint.files import Loaded, load
 
 TOY = Path(__file__).with_name("toy.py")
 WAIT_SECONDS = 150
@@ -27,7 +27,7 @@ AUDIT = '''"""Notes what a process opens for writing in run folders, and that it
 import os, sys
 
 place = os.environ.get("TOY_AUDIT")
-who = os.environ.get("RANK", "-") + " " + ("sender" if "dtrain.sender" in sys.orig_argv else "rank")
+who = os.environ.get("RANK", "-") + " " + ("sender" if "dtrain.tracking.sender" in sys.orig_argv else "rank")
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.chmod", "os.truncate")
 
@@ -226,7 +226,8 @@ def close(one: Mapping[str, Mapping[int, float]], other: Mapping[str, Mapping[in
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """`here(name, expect="FINISHED", **changes)`: a training in this process; its run folder. No sender is started."""
-    from dtrain import create_trainer, load_config, tracking
+    from dtrain import create_trainer, load_config
+    from dtrain.tracking import start_sender as tracking
 
     shutil.copy(TOY, tmp_path)
     monkeypatch.chdir(tmp_path)

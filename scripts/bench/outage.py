@@ -99,7 +99,7 @@ def train(folder: str, uri: str) -> None:
 
     import torch
 
-    from dtrain.tracking import Journal
+    from dtrain.tracking.journal import Journal
 
     model = torch.nn.Sequential(torch.nn.Linear(512, 1024), torch.nn.ReLU(), torch.nn.Linear(1024, 10))
     optimizer = torch.optim.AdamW(model.parameters())

@@ -187,7 +187,7 @@ def sender_pids(parent: int) -> list[int]:
     with contextlib.suppress(psutil.Error):
         for process in psutil.Process(parent).children(recursive=True):
             with contextlib.suppress(psutil.Error):
-                if "dtrain.sender" in process.cmdline():
+                if "dtrain.tracking.sender" in process.cmdline():
                     found.append(process.pid)
     return found
 
@@ -238,7 +238,7 @@ def is_sender(pid: int) -> bool:
     """Whether a process lives and is a sender; its number may be another's by now."""
     try:
         process = psutil.Process(pid)
-        return process.status() != psutil.STATUS_ZOMBIE and "dtrain.sender" in process.cmdline()
+        return process.status() != psutil.STATUS_ZOMBIE and "dtrain.tracking.sender" in process.cmdline()
     except psutil.Error:
         return False
 

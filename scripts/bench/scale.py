@@ -23,7 +23,7 @@ from pathlib import Path
 
 from overhead import environment, machine
 
-from dtrain.dataloader import ShuffledShard
+from dtrain.data.samplers import ShuffledShard
 
 HERE = Path(__file__).resolve().parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]

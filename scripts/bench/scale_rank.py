@@ -8,10 +8,10 @@ import time
 import psutil
 import torch
 
-from dtrain import rng
-from dtrain.distributed import set_up
-from dtrain.state import fingerprint
-from dtrain.vote import Vote
+from dtrain.data import rng
+from dtrain.distributed.setup import set_up
+from dtrain.distributed.vote import Vote
+from dtrain.training.state import fingerprint
 
 STEP_SECONDS = 0.002
 

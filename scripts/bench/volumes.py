@@ -110,7 +110,7 @@ def write_inputs(folder: Path, memory: Shape | None, patch: Shape) -> None:
     """The volumes that both programs read, and weights for the prediction."""
     import torch
 
-    from dtrain.components.models import UNet3D
+    from dtrain.components.models.unet import UNet3D
 
     for number in range(4):
         write_volume(folder / f"{number}.h5", twice(patch), twice(patch), number)

@@ -148,7 +148,7 @@ def their_prediction(path: Path) -> Callable[[], None]:
 
 def our_prediction(path: Path) -> Callable[[], None]:
     """Predict as `dtrain predict` does."""
-    from dtrain.create import create_trainer
+    from dtrain.training.setup import create_trainer
 
     trainer = create_trainer(ours(path), purpose="predict")
 

@@ -1,0 +1,1 @@
+"""Weights and state on disk: whole or absent, verified, kept, found again."""

@@ -1,0 +1,271 @@
+"""One checkpoint's files: write, verify, load."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dtrain.checkpoint.snapshot import CheckpointError, Snapshot, find_weights, unwrapped_names
+
+MODEL, EMA, STATE, MANIFEST = "model.safetensors", "ema.safetensors", "state.pt", "manifest.json"
+FORMAT = 1
+Manifest = dict[str, Any]
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch and safetensors wrap the OSError they met
+_CURES = {
+    errno.ENOSPC: "The disk is full (space or number of files): free some, or choose another folder.",
+    errno.EDQUOT: "The quota is used up: free some space, or choose another folder.",
+    errno.EFBIG: "The file would pass the limit on file sizes (ulimit -f): raise it, or choose another folder.",
+    errno.EROFS: "The file system is read-only: choose another folder.",
+    errno.EACCES: "The folder may not be written: change its permissions, or choose another folder.",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """What `load` returns; all tensors lie on the CPU.
+
+    Attributes:
+        weights: the model's state_dict as it was given to `save`, `get_extra_state` entries and tied tensors included.
+        state: everything else that resuming needs, as it was given to `save`.
+        ema: the averaged weights, or None where none were saved.
+        manifest: step, score (None, a number, or a number's text if nan or infinite), finite, serial, time (unix
+            seconds), versions, files.
+    """
+
+    weights: dict[str, Any]
+    state: dict[str, Any]
+    ema: dict[str, Any] | None
+    manifest: Manifest
+
+
+def load(path: Path) -> Loaded:
+    """Verify a checkpoint folder and read it into host memory; nothing in it is executed.
+
+    Raises:
+        CheckpointError: the folder is no checkpoint or is damaged; the message names the files.
+    """
+    manifest = _require_whole(path := Path(path))
+    state = _read_torch_file(path / STATE)
+    ema = _read_tensors(path / EMA, state["ema"]) if EMA in manifest["files"] else None
+    return Loaded(_read_tensors(path / MODEL, state["weights"]), state["state"], ema, manifest)
+
+
+def verify(path: Path) -> list[str]:
+    """What is wrong with a checkpoint folder, one line per file that begins with its name; [] if nothing is.
+
+    Every file is read once and compared with the SHA-256 in the manifest, and the manifest with its own. Names that
+    begin with a dot are passed over: NFS and file browsers leave such files, and nothing here reads them.
+    """
+    path = Path(path)
+    try:
+        manifest = read_manifest(path)
+        present = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")} - {MANIFEST}
+    except CheckpointError as error:
+        return [str(error)]
+    except OSError as error:
+        return [f"{MANIFEST}: {error}"]
+    files: dict[str, dict[str, Any]] = manifest["files"]
+    problems = [f"{name}: a foreign file, not in the manifest" for name in sorted(present - set(files))]
+    for name, sealed in files.items():
+        if problem := _compare(path / name, sealed):
+            problems.append(f"{name}: {problem}")
+    return problems
+
+
+def load_weights(path: Path) -> dict[str, Any]:
+    """Weights from a checkpoint folder, a .safetensors file or a torch file, on the CPU; nothing in it is executed.
+
+    In a torch file the weights may lie under 'model_state_dict', 'state_dict' or 'model'. 'module.' (DDP) before all
+    names and '_orig_mod.' (torch.compile) anywhere are taken out of a file's names; a checkpoint folder's are kept.
+
+    Returns:
+        A state_dict, with what `get_extra_state` gave for modules that have it.
+
+    Raises:
+        CheckpointError: no such file, damaged, without weights, or one that could only be read by running code in it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        _require_whole(path)
+        state = _read_torch_file(path / STATE, mmap=True)  # of which the optimizer's part is then never read
+        return _read_tensors(path / MODEL, copy.deepcopy(state["weights"]))
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder")
+    if path.suffix == ".safetensors":
+        return unwrapped_names(_read_tensors(path, {}))
+    try:
+        return unwrapped_names(find_weights(_read_torch_file(path)))
+    except ValueError as error:
+        raise CheckpointError(f"{path} {error}") from error
+
+
+def write_files(folder: Path, snapshot: Snapshot, facts: Manifest) -> None:
+    """Write all files of one checkpoint and force them to the disk, the manifest last."""
+    folder.mkdir()
+    rests = {}
+    for file, key, weights in ((MODEL, "weights", snapshot.weights), (EMA, "ema", snapshot.ema)):
+        if weights is not None:
+            metadata = {"format": "pt", "aliases": json.dumps(weights.aliases)}
+            save_file({name: tensor.contiguous() for name, tensor in weights.tensors.items()}, folder / file, metadata)
+            rests[key] = weights.rest
+    with open(folder / STATE, "wb") as stream:  # given a name instead, torch hides the errno of a failed write
+        torch.save({"state": snapshot.state, **rests}, stream)
+    files = {}
+    mode = (folder / STATE).stat().st_mode
+    for path in sorted(folder.iterdir()):
+        if path.stat().st_mode != mode:
+            path.chmod(mode)  # safetensors makes its files unreadable for others, whatever the umask says
+        fsync(path)
+        files[path.name] = _seal(path)
+    (folder / MANIFEST).write_bytes(_render({**facts, "files": files}))
+    fsync(folder / MANIFEST)
+    fsync(folder)
+
+
+def _render(facts: Manifest) -> bytes:
+    """The one way to write a manifest; it ends with the SHA-256 of itself without that line."""
+    digest = hashlib.sha256(json.dumps(facts, allow_nan=False).encode()).hexdigest()
+    return (json.dumps({**facts, "sha256": digest}, indent=2) + "\n").encode()
+
+
+def _seal(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def fsync(path: Path) -> None:
+    """Have a file or folder written to the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems cannot sync a folder, and say so.
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def failure_of(target: Path, need_bytes: int, error: BaseException) -> CheckpointError:
+    """A failed write in one message: the path, the reason, the space needed and free, and what to do."""
+    code, reason = _reason(error)
+    free = "unknown"
+    with suppress(OSError):
+        free = f"{shutil.disk_usage(next(at for at in (target, *target.parents) if at.exists())).free / 1e6:.1f} MB"
+    return CheckpointError(
+        f"{target} was not written: {reason} (need: {need_bytes / 1e6:.1f} MB, free: {free}). "
+        f"{_CURES.get(code, 'Look at that folder and its disk.')} Older checkpoints are untouched."
+    )
+
+
+def _reason(error: BaseException) -> tuple[int, str]:
+    """The errno and text of the OSError behind an error of torch ('unexpected pos') or safetensors ('os error 28')."""
+    link: BaseException | None = error
+    while link is not None and not isinstance(link, OSError):
+        link = link.__cause__ or link.__context__
+    if link is not None and link.errno is not None:
+        return link.errno, link.strerror or str(link)
+    if number := re.search(r"os error (\d+)", str(error)):
+        return int(number[1]), os.strerror(int(number[1]))
+    return 0, str(error)
+
+
+def step_in(name: str) -> int | None:
+    """step-00001200 -> 1200; None for another name."""
+    return int(name.removeprefix("step-")) if re.fullmatch(r"step-\d{8,}", name) else None
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a manifest and hold it against its own SHA-256: byte for byte what `_render` makes of its contents."""
+    try:
+        raw = (folder / MANIFEST).read_bytes()
+        manifest = json.loads(raw)
+        del manifest["sha256"]
+        whole = _render(manifest) == raw
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{MANIFEST}: missing, so {folder} is no complete checkpoint") from error
+    except OSError as error:
+        raise CheckpointError(f"{MANIFEST}: {error}") from error
+    except (ValueError, TypeError, KeyError, RecursionError):
+        whole = False
+    if not whole:
+        raise CheckpointError(f"{MANIFEST}: damaged, it differs from its own SHA-256")
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{MANIFEST}: of format {manifest.get('format')!r}; this dtrain reads format {FORMAT}")
+    if step_in(folder.name) not in (None, manifest["step"]):
+        raise CheckpointError(f"{MANIFEST}: belongs to step {manifest['step']}, not to {folder.name}")
+    return manifest
+
+
+def _compare(path: Path, sealed: dict[str, Any]) -> str:
+    """How a file differs from what the manifest says of it, '' if it does not."""
+    try:
+        if (size := path.stat().st_size) != sealed["bytes"]:
+            return f"damaged, {size} bytes instead of {sealed['bytes']}"
+        return "" if _seal(path) == sealed else "damaged, its SHA-256 is not the manifest's"
+    except FileNotFoundError:
+        return "missing"
+    except OSError as error:
+        return f"cannot be read: {error}"
+
+
+def _require_whole(path: Path) -> Manifest:
+    if problems := verify(path):
+        raise CheckpointError(f"{path} is not a whole checkpoint: {'; '.join(problems)}")
+    return read_manifest(path)
+
+
+def first_good(candidates: list[Path]) -> Path | None:
+    """The first that verifies; those before it, and what is used instead, are named in one warning."""
+    damaged: list[str] = []
+    chosen = None
+    for path in candidates:
+        if not (problems := verify(path)):
+            chosen = path
+            break
+        damaged.append(f"{path.name}/{problems[0]}")
+    if damaged:
+        instead = f"{chosen.name} is used instead" if chosen else "there is no other"
+        warnings.warn(f"damaged checkpoints in {candidates[0].parent}: {'; '.join(damaged)}; {instead}", stacklevel=3)
+    return chosen
+
+
+def _read_tensors(path: Path, rest: dict[str, Any]) -> dict[str, Any]:
+    """A safetensors file with its tied tensors tied again, added to the entries that it could not hold."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            for name in file.keys():  # noqa: SIM118  (not a dict)
+                # A copy: the tensor itself is the mapped file, and would end the process if that went away.
+                rest[name] = file.get_tensor(name).clone()
+            aliases = json.loads((file.metadata() or {}).get("aliases", "{}"))
+        rest.update({name: rest[tied] for name, tied in aliases.items()})
+    except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read as a safetensors file: {error}") from error
+    return rest
+
+
+def _read_torch_file(path: Path, mmap: bool = False) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # a file that is none of torch's fails in any way that parsing can fail
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it holds {refused[1]}, which is code" if refused else str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"{path} cannot be read without running code in it: {reason}. Possible: a checkpoint folder, a "
+            ".safetensors file, or what torch.save(model.state_dict(), path) makes. If you trust this file, load it "
+            "with weights_only=False and save it like that."
+        ) from error

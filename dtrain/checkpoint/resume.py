@@ -1,0 +1,135 @@
+"""Where a training starts: afresh, from a checkpoint, or not at all because it is finished. Decided by rank 0 alone."""
+
+import os
+import re
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dtrain.checkpoint.files import MANIFEST
+from dtrain.checkpoint.store import Checkpoints
+from dtrain.tracking.journal import find_run
+from dtrain.tracking.run_folder import lives, read_run
+
+CHECKPOINTS = "checkpoints"
+
+
+class ResumeError(Exception):
+    """`trainer.resume` names something that is not there."""
+
+
+class Start(NamedTuple):
+    """What rank 0 found."""
+
+    folder: Path
+    checkpoint: Path | None = None
+    run_name: str = ""
+    finished: str = ""  # why there is nothing to do, and how to go on; empty where there is something
+    moves_aside: bool = False  # an old training in the folder is to be moved away before this one begins
+    busy: str = ""  # who else writes the run folder; empty where nobody does
+
+
+def find_start(
+    folder: Path,
+    resume: str,
+    run_name: str,
+    limits: Mapping[str, Any],
+    tracking_uri: str | None,
+    is_restart: bool = False,
+) -> Start:
+    """Look at the run folder and decide; nothing is touched.
+
+    Args:
+        folder: The run folder (`trainer.checkpoint_dir`).
+        resume: auto | none | a checkpoint or a run folder | an MLflow run id.
+        run_name: The name for a new run.
+        limits: max_epochs and max_steps, to see whether they were raised since a finished training.
+        tracking_uri: Where to look an MLflow run id up.
+        is_restart: The launcher starts this training again, which goes on, whatever it once began from.
+
+    Raises:
+        ResumeError: What `resume` names is not there.
+    """
+    if is_restart and (resume == "none" or (folder / CHECKPOINTS / "last").exists()):
+        resume = "auto"
+    found = _found(folder, resume, run_name, limits, tracking_uri)
+    return found._replace(busy=_other_writer(found.folder))
+
+
+def _other_writer(folder: Path) -> str:
+    """Who writes a run folder, as far as can be seen from this machine."""
+    facts = read_run(folder)
+    mine = facts.get("pid") == os.getpid()
+    if facts.get("state") != "RUNNING" or facts.get("host") != socket.gethostname() or mine or not lives(facts):
+        return ""
+    return (
+        f"{folder} is being written by another training (process {facts['pid']}); "
+        "wait for its end, stop it, or give this one another trainer.checkpoint_dir"
+    )
+
+
+def _found(folder: Path, resume: str, run_name: str, limits: Mapping[str, Any], tracking_uri: str | None) -> Start:
+    if resume == "none":
+        return Start(folder, run_name=run_name, moves_aside=True)
+    if resume == "auto":
+        return _continued(folder, run_name, limits)
+    if Path(resume).is_dir():
+        return _from_path(folder, Path(resume), run_name, limits)
+    if re.fullmatch(r"[0-9a-f]{32}", resume):
+        return _continued(_folder_of_run(folder, resume, tracking_uri), run_name, limits)
+    raise ResumeError(f"'{resume}' is neither auto, none, a checkpoint, a run folder nor an MLflow run id")
+
+
+def _continued(folder: Path, run_name: str, limits: Mapping[str, Any]) -> Start:
+    facts = read_run(folder)
+    checkpoint = Checkpoints(folder / CHECKPOINTS).last() if (folder / CHECKPOINTS).is_dir() else None
+    finished = ""
+    if facts.get("state") == "FINISHED" and not any(_raised(facts, limits, key) for key in ("max_epochs", "max_steps")):
+        finished = (
+            f"{folder} holds a finished training; to go on, raise trainer.max_epochs (or max_steps); "
+            "to begin again, trainer.resume=none (moves it aside) or another trainer.checkpoint_dir"
+        )
+    return Start(folder, checkpoint, facts.get("run_name") or run_name, finished)
+
+
+def _raised(facts: Mapping[str, Any], limits: Mapping[str, Any], key: str) -> bool:
+    """Whether a limit is higher than that of the finished training; no limit is higher than any."""
+    before, now = facts.get(key), limits.get(key)
+    return before is not None and (now is None or now > before) and any(limits.values())
+
+
+def _from_path(folder: Path, path: Path, run_name: str, limits: Mapping[str, Any]) -> Start:
+    if (path / MANIFEST).is_file():
+        same_run = path.resolve().is_relative_to(folder.resolve())
+        return Start(folder, path, read_run(folder).get("run_name") or run_name if same_run else run_name)
+    if path.resolve() == folder.resolve():
+        return _continued(folder, run_name, limits)
+    checkpoint = Checkpoints(path / CHECKPOINTS).last() if (path / CHECKPOINTS).is_dir() else None
+    if checkpoint is None:
+        raise ResumeError(f"{path} holds no checkpoint that can be read")
+    return Start(folder, checkpoint, run_name)
+
+
+def _folder_of_run(folder: Path, run_id: str, tracking_uri: str | None) -> Path:
+    if read_run(folder).get("run_id") == run_id:
+        return folder
+    try:
+        place = find_run(run_id, tracking_uri)["tags"].get("dtrain.checkpoint_dir", "")
+    except (LookupError, ValueError) as error:
+        raise ResumeError(str(error)) from error
+    if not Path(place).is_dir() or not place:
+        raise ResumeError(f"MLflow run {run_id}: its folder {place or '(unknown)'} is not on this machine")
+    return Path(place)
+
+
+def move_aside(folder: Path) -> Path | None:
+    """Rename an old run folder; returns where it is now, None when there was nothing."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    names = (f"{folder.name}-{stamp}{f'-{number}' if number else ''}" for number in range(1000))
+    aside = next(place for name in names if not (place := folder.with_name(name)).exists())
+    folder.rename(aside)
+    return aside

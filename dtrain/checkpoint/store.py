@@ -1,0 +1,255 @@
+"""The folder of checkpoints: write, rotate, find."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+import dtrain
+from dtrain.checkpoint.files import (
+    FORMAT,
+    WRITE_ERRORS,
+    Manifest,
+    failure_of,
+    first_good,
+    fsync,
+    read_manifest,
+    step_in,
+    verify,
+    write_files,
+)
+from dtrain.checkpoint.snapshot import CheckpointError, Snapshot, take_snapshot
+
+LOCK_TIMEOUT_SECONDS = 60.0
+
+
+class Checkpoints:
+    """The checkpoints of one run: folders like `step-00001200` beside the symbolic links `last` and `best`.
+
+    The folders are the truth and are scanned; the links are for people, and are missing where a file system has none.
+    Instances share nothing but the folder, and a lock in it lets one writer in at a time.
+
+    Args:
+        folder: `<run>/checkpoints`; made when something is first written.
+        keep_last: how many of the newest to keep, at least 1.
+        keep_best: how many of the best by score to keep besides.
+        mode: 'max' or 'min', what a good score is.
+    """
+
+    def __init__(self, folder: Path, *, keep_last: int = 2, keep_best: int = 1, mode: str = "max") -> None:
+        if mode not in ("max", "min"):
+            raise ValueError(f"mode is {mode!r}; possible: 'max', 'min'")
+        if keep_last < 1 or keep_best < 0:
+            raise ValueError(f"keep_last is {keep_last} (at least 1), keep_best is {keep_best} (at least 0)")
+        self.folder = Path(folder)
+        self._keep_last, self._keep_best, self._mode = keep_last, keep_best, mode
+        if _leftovers(self.folder):
+            # A program that only reads may lack the right to write, or a writer may be at work: neither stops it.
+            with suppress(CheckpointError), self._writing(self.folder, 0, timeout_seconds=0):
+                pass
+
+    def check(
+        self, weights: Mapping[str, Any], state: Mapping[str, Any], *, ema: Mapping[str, Any] | None = None
+    ) -> None:
+        """Raise, before the first step, what `save` would raise: types, a folder that cannot be written, a full disk.
+
+        A checkpoint of one number is written there and removed.
+
+        Raises:
+            CheckpointError: as `save`. The space for what an optimizer adds at its first step cannot be foreseen here.
+        """
+        snapshot = take_snapshot(weights, state, ema)
+        trial = take_snapshot({"weight": torch.zeros(1)}, {})
+        with self._writing(self.folder, snapshot.need_bytes, LOCK_TIMEOUT_SECONDS):
+            _require_space(self.folder, snapshot.need_bytes)
+            try:  # it is also the first use of much C++, which in a thread must not meet with a fork: see calm.py
+                write_files(self.folder / ".tmp-step-trial", trial, {"finite": trial.is_finite()})
+            finally:
+                self._clear_leftovers()
+
+    def save(
+        self,
+        step: int,
+        weights: Mapping[str, Any],
+        state: Mapping[str, Any],
+        *,
+        ema: Mapping[str, Any] | None = None,
+        score: float | None = None,
+    ) -> Path:
+        """Write one checkpoint, whole or not at all, then remove those that need not be kept.
+
+        Tensors of a device are copied to host memory first. Those on the CPU are written from where they lie.
+
+        Args:
+            step: optimizer steps done. A checkpoint of the same step is replaced, whole or not at all.
+            weights: the model's `state_dict()`, unwrapped (no 'module.').
+            state: tensors and plain types, nested: whatever `torch.load(weights_only=True)` takes.
+            ema: averaged weights, as `weights`.
+            score: what `best` goes by; None and nan never win.
+
+        Returns:
+            The checkpoint's folder, complete and on the disk.
+
+        Raises:
+            CheckpointError: a value of a type that could not be loaded again, or a failed write, of which nothing is
+                left. Older checkpoints are untouched in both cases.
+            ValueError: the step is negative.
+        """
+        return self.write(step, take_snapshot(weights, state, ema), score)
+
+    def write(self, step: int, snapshot: Snapshot, score: float | None = None) -> Path:
+        """The second half of `save`; a thread's, where the snapshot holds copies."""
+        if step < 0:
+            raise ValueError(f"step is {step}; it counts optimizer steps and is never negative")
+        target = self.folder / f"step-{step:08d}"
+        score = None if score is None else float(score)
+        facts = {
+            "format": FORMAT,
+            "step": step,
+            "score": score if score is None or math.isfinite(score) else str(score),  # JSON has no nan
+            "finite": snapshot.is_finite(),
+            "time": time.time(),
+            "versions": {"dtrain": getattr(dtrain, "__version__", "unknown"), "torch": str(torch.__version__)},
+        }
+        with self._writing(target, snapshot.need_bytes, LOCK_TIMEOUT_SECONDS):
+            self._write(target, snapshot, facts)
+            self._rotate(target)
+        return target
+
+    def last(self) -> Path | None:
+        """The newest checkpoint that verifies, or None; one that is passed over is named in a warning."""
+        readable, unreadable = self._scan()
+        return first_good([*unreadable, *(path for path, _ in readable)])
+
+    def best(self) -> Path | None:
+        """The checkpoint with the best score that verifies, or None; one that is passed over is named in a warning."""
+        readable, unreadable = self._scan()
+        return first_good([*unreadable, *self._ranked(readable)])
+
+    @contextmanager
+    def _writing(self, target: Path, need_bytes: int, timeout_seconds: float) -> Iterator[None]:
+        """Be the only writer in the folder; a failed write becomes one sentence.
+
+        What is temporary while the lock is held is a dead writer's, of whatever host, and is cleared.
+        """
+        lock = FileLock(self.folder / ".lock")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _acquire(lock, timeout_seconds)
+            self._clear_leftovers()
+            yield
+        except WRITE_ERRORS as error:
+            raise failure_of(target, need_bytes, error) from error
+        finally:
+            lock.release()
+
+    def _clear_leftovers(self) -> None:
+        """Remove what an interrupted writer left, and put back a checkpoint that it had moved aside to replace it."""
+        for left in _leftovers(self.folder):
+            target = self.folder / left.name.removeprefix(".old-")
+            if left.name.startswith(".old-") and not target.exists():
+                left.rename(target)
+            elif left.is_symlink():
+                left.unlink()
+            else:
+                shutil.rmtree(left, ignore_errors=True)
+
+    def _write(self, target: Path, snapshot: Snapshot, facts: Manifest) -> None:
+        _require_space(self.folder, snapshot.need_bytes)
+        readable, _ = self._scan()
+        # The newest has neither always the highest step (a run may go back) nor the latest time (clocks jump).
+        serial = 1 + max((manifest["serial"] for _, manifest in readable), default=0)
+        temporary = self.folder / f".tmp-{target.name}"
+        try:
+            write_files(temporary, snapshot, {**facts, "serial": serial})
+            if target.exists():
+                target.rename(self.folder / f".old-{target.name}")
+            temporary.rename(target)
+            fsync(self.folder)
+        finally:
+            self._clear_leftovers()
+
+    def _rotate(self, newest: Path) -> None:
+        readable, _ = self._scan()
+        ranked = self._ranked(readable)
+        keep = {path for path, _ in readable[: self._keep_last]} | set(ranked[: self._keep_best])
+        # Broken weights never push the last healthy ones out. What was just written needs no second reading.
+        healthy = (path for path, manifest in readable if manifest["finite"] and (path == newest or not verify(path)))
+        keep.add(next(healthy, newest))
+        self._link("last", newest)
+        self._link("best", next((path for path in ranked if path in keep), None))
+        for path, _ in readable:
+            if path not in keep:
+                self._remove(path)
+
+    def _remove(self, path: Path) -> None:
+        try:
+            # Renamed first: a half-removed folder must not look like a damaged checkpoint.
+            shutil.rmtree(path.rename(self.folder / f".tmp-{path.name}"))
+        except OSError as error:
+            warnings.warn(f"{path} is no longer needed but could not be removed: {error}", stacklevel=4)
+
+    def _link(self, name: str, target: Path | None) -> None:
+        link, temporary = self.folder / name, self.folder / f".tmp-{name}"
+        with suppress(OSError):  # no links on this file system, or a folder of that name: nothing depends on the link
+            if target is not None:
+                temporary.symlink_to(target.name)
+                temporary.replace(link)
+            elif link.is_symlink():
+                link.unlink()
+        with suppress(OSError):
+            temporary.unlink()
+
+    def _scan(self) -> tuple[list[tuple[Path, Manifest]], list[Path]]:
+        """All checkpoints with their manifests, newest first, and the folders whose manifest cannot be read."""
+        readable, unreadable = [], []
+        for path in sorted(self.folder.iterdir()) if self.folder.is_dir() else ():
+            if step_in(path.name) is not None and path.is_dir():
+                try:
+                    readable.append((path, read_manifest(path)))
+                except CheckpointError:
+                    unreadable.append(path)
+        return sorted(readable, key=lambda found: found[1]["serial"], reverse=True), unreadable
+
+    def _ranked(self, readable: list[tuple[Path, Manifest]]) -> list[Path]:
+        """Those with a score, best first: finite weights before others, the older of two equals first."""
+        sign = -1 if self._mode == "max" else 1
+        ranks = []
+        for path, manifest in readable:
+            score = math.nan if manifest["score"] is None else float(manifest["score"])
+            if math.isfinite(score):
+                ranks.append((not manifest["finite"], sign * score, manifest["serial"], path))
+        return [path for *_, path in sorted(ranks)]
+
+
+def _acquire(lock: FileLock, timeout_seconds: float) -> None:
+    try:
+        lock.acquire(timeout=timeout_seconds)
+    except Timeout as error:
+        raise OSError(errno.EBUSY, f"another process has been writing there for {timeout_seconds:.0f} s") from error
+    except OSError as error:
+        # Some network file systems know no locks: there, safety is that a run has one rank 0.
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+
+
+def _leftovers(folder: Path) -> list[Path]:
+    return [path for name in (".old-step-*", ".tmp-step-*", ".tmp-last", ".tmp-best") for path in folder.glob(name)]
+
+
+def _require_space(folder: Path, need_bytes: int) -> None:
+    """Refuse to begin what cannot end; the system's own error, should it come later, is handled as well."""
+    usage = shutil.disk_usage(folder)
+    if usage.total and usage.free < need_bytes:  # some network file systems report 0 of 0
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,0 +1,216 @@
+"""What a `def` or a class says about its arguments, as source text: names, defaults, types. Knows no config.
+
+And whether a YAML value fits a type annotation.
+"""
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from dtrain.config.errors import is_mapping, shown
+from dtrain.config.yaml12 import scalar
+
+# What a YAML value can never be, so that such an annotation neither accepts nor excuses it. A component (a mapping with
+# a `name`) is built into an object and is not looked at here.
+_OBJECTS = {"Tensor", "Module", "Optimizer", "Dataset", "Generator", "ndarray", "Callable", "Metric", "LRScheduler"}
+_SCALARS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "str": (str,), "bool": (bool,)}
+_TUPLES = {"tuple", "Tuple"}
+_LISTS = {"list", "List", "Sequence", "Iterable", "Collection", "set", "Set", *_TUPLES}
+_MAPPINGS = {"dict", "Dict", "Mapping", "MutableMapping", "ConfigDict"}
+_MEANT = {
+    "none": None,
+    "nil": None,
+    "yes": True,
+    "on": True,
+    "no": False,
+    "off": False,
+}  # YAML 1.1's and Python's words
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One argument that a callee takes."""
+
+    name: str
+    annotation: ast.expr | None = None
+    default: str | None = None  # its source text; None: the argument is required
+    positional: bool = True
+    keyword: bool = True
+    through: bool = False  # taken out of `**kwargs`
+
+    def __str__(self) -> str:
+        text = self.name + (f": {ast.unparse(self.annotation)}" if self.annotation else "")
+        equals = " = " if self.annotation else "="
+        return text if self.default is None else f"{text}{equals}{self.default}"
+
+
+def own_parameters(node: ast.FunctionDef | ast.AsyncFunctionDef, method: bool) -> tuple[Parameter, ...]:
+    """What a `def` names itself; of a method without `self`."""
+    arguments = node.args
+    positional = [*arguments.posonlyargs, *arguments.args]
+    missing = len(positional) - len(arguments.defaults)
+    result = []
+    for index, item in enumerate(positional):
+        default = ast.unparse(arguments.defaults[index - missing]) if index >= missing else None
+        result.append(Parameter(item.arg, item.annotation, default, keyword=item not in arguments.posonlyargs))
+    if method:
+        result = result[1:]
+    for item, value in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
+        result.append(Parameter(item.arg, item.annotation, ast.unparse(value) if value else None, positional=False))
+    return tuple(result)
+
+
+def is_record(node: ast.ClassDef) -> bool:
+    """A dataclass or a NamedTuple: its annotated names are its arguments."""
+    decorators = [ast.unparse(item) for item in node.decorator_list]
+    named = any(ast.unparse(item).rpartition(".")[2] == "NamedTuple" for item in node.bases)
+    return named or any(
+        text.partition("(")[0].rpartition(".")[2] == "dataclass" and "init=False" not in text for text in decorators
+    )
+
+
+def record_fields(node: ast.ClassDef) -> Iterator[Parameter]:
+    """The arguments that a dataclass or NamedTuple adds to those of its bases."""
+    for item in node.body:
+        if not isinstance(item, ast.AnnAssign) or not isinstance(item.target, ast.Name):
+            continue
+        options = {}
+        if isinstance(item.value, ast.Call) and ast.unparse(item.value.func).rpartition(".")[2] == "field":
+            options = {option.arg: ast.unparse(option.value) for option in item.value.keywords}
+            default = options.get("default") or (
+                f"{options['default_factory']}()" if "default_factory" in options else None
+            )
+        else:
+            default = ast.unparse(item.value) if item.value else None
+        if _name(item.annotation) not in ("ClassVar", "KW_ONLY") and options.get("init") != "False":
+            yield Parameter(item.target.id, item.annotation, default)
+
+
+# ------------------------------------------------------------------------------------------------- values and types
+
+
+def expectation(value: object, annotation: ast.expr | None) -> str | None:
+    """What was expected instead of a YAML value, or None when the annotation admits it or cannot be understood."""
+    if annotation is None or _admits(value, annotation):
+        return None
+    return _described(annotation)
+
+
+def cure(value: object, annotation: ast.expr | None) -> str:
+    """`; write 1000` where a value of another type was meant (1e3, "yes", "None", a number in quotes), or nothing."""
+    meant: Any = int(value) if isinstance(value, float) and value.is_integer() else value
+    if isinstance(value, str):
+        meant = _MEANT.get(value.lower(), scalar(value))
+    if type(meant) is type(value) or annotation is None or not _admits(meant, annotation):
+        return ""
+    return f"; write {shown(meant)}" + (
+        " without quotes" if isinstance(value, str) and scalar(value) is not value else ""
+    )
+
+
+def wanted_as(value: object, annotation: ast.expr | None) -> str:
+    """'Tensor' or 'tuple' where a list fits an annotation as such alone; else nothing."""
+    members = list(_members(annotation)) if annotation and isinstance(value, list) else []
+    fitting = {_name(item) for item in members if _fits(value, item)}
+    return "Tensor" if fitting == {"Tensor"} else "tuple" if fitting and fitting <= _TUPLES else ""
+
+
+def takes_mappings(annotation: ast.expr | None) -> bool:
+    """Whether a list of mappings is what is wanted, such as list[dict] | None: then nothing in it is to be built."""
+    members = [item for item in _members(annotation) if _name(item) != "None"] if annotation else []
+    return bool(members) and all(
+        isinstance(item, ast.Subscript) and _name(item) in _LISTS and _name(_items(item)[0]) in _MAPPINGS
+        for item in members
+    )
+
+
+def _members(annotation: ast.expr) -> Iterator[ast.expr]:
+    """The alternatives of a union, at any depth; quoted annotations are read."""
+    if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
+        try:
+            yield from _members(ast.parse(annotation.value, mode="eval").body)
+        except SyntaxError:
+            yield ast.Name("Any")
+    elif isinstance(annotation, ast.BinOp) and isinstance(annotation.op, ast.BitOr):
+        yield from _members(annotation.left)
+        yield from _members(annotation.right)
+    elif isinstance(annotation, ast.Subscript) and _name(annotation) in ("Union", "Optional"):
+        for item in _items(annotation):
+            yield from _members(item)
+        if _name(annotation) == "Optional":
+            yield ast.Constant(None)
+    else:
+        yield annotation
+
+
+def _admits(value: object, annotation: ast.expr) -> bool:
+    return any(_fits(value, item) for item in _members(annotation))
+
+
+def _fits(value: object, annotation: ast.expr) -> bool:
+    """Whether a value fits an annotation that is no union."""
+    name = _name(annotation)
+    if isinstance(annotation, ast.Subscript):
+        return _fits_generic(value, name, _items(annotation))
+    if name in _SCALARS:
+        return isinstance(value, _SCALARS[name]) and (name == "bool" or not isinstance(value, bool))
+    if name in _LISTS:
+        return isinstance(value, list)
+    if name in _MAPPINGS:
+        return is_mapping(value)
+    if name == "Tensor":
+        return _is_numbers(value)
+    return value is None if name == "None" else name not in _OBJECTS
+
+
+def _fits_generic(value: object, name: str, items: list[ast.expr]) -> bool:
+    if name == "Literal":
+        return any(shown(value) == _literal(item) for item in items)
+    if name in _LISTS:
+        if not isinstance(value, list):
+            return False
+        if name in _TUPLES and ast.unparse(items[-1]) != "...":
+            return len(value) == len(items) and all(_admits(*pair) for pair in zip(value, items, strict=True))
+        return all(_admits(item, items[0]) for item in value)
+    return is_mapping(value) if name in _MAPPINGS else name not in _OBJECTS
+
+
+def _is_numbers(value: object) -> bool:
+    """A list of numbers, or of such lists: what stands for a tensor in YAML."""
+    return isinstance(value, list) and all(_is_numbers(item) or type(item) in (int, float) for item in value)
+
+
+def _items(annotation: ast.Subscript) -> list[ast.expr]:
+    return annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
+
+
+def _name(node: ast.expr) -> str:
+    """`typing.Callable[[int], str]` -> 'Callable'."""
+    return ast.unparse(node.value if isinstance(node, ast.Subscript) else node).rpartition(".")[2]
+
+
+def _literal(node: ast.expr) -> str:
+    """A literal as YAML would have it."""
+    try:
+        return shown(ast.literal_eval(node))
+    except ValueError:  # a member of an Enum
+        return ast.unparse(node)
+
+
+def _described(annotation: ast.expr) -> str:
+    """What can be written in YAML; an object is named only where there is nothing else."""
+    members = list(_members(annotation))
+    writable = [item for item in members if _name(item) not in _OBJECTS and _name(item) != "None"]
+    optional = ["null"] if any(_name(item) == "None" for item in members) else []
+    return " or ".join([*dict.fromkeys(map(_described_member, writable or members)), *(optional if writable else [])])
+
+
+def _described_member(annotation: ast.expr) -> str:
+    if isinstance(annotation, ast.Subscript) and _name(annotation) == "Literal":
+        literals = [_literal(item) for item in _items(annotation)]
+        return f"one of {', '.join(literals)}" if len(literals) > 1 else literals[0]
+    text = ast.unparse(annotation)
+    if _name(annotation) in _OBJECTS:
+        return "a list of numbers" if _name(annotation) == "Tensor" else "a component ({name: ...})"
+    return {"None": "null", "str": "text", "dict": "a mapping", "list[str]": "a list of texts"}.get(text, text)

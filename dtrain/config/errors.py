@@ -1,0 +1,103 @@
+"""What a mistake is, where it stands, and the words of its message."""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+MAX_SHOWN = 60  # characters of a value in a message
+KeyPath = tuple[str | int, ...]
+
+
+class Place(NamedTuple):
+    """Where a key was written: a file with line and column (from 1), or a command-line argument (line 0)."""
+
+    file: str
+    line: int = 0
+    column: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}" if self.line else self.file
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One thing that is wrong with a config, told in one line."""
+
+    text: str
+    place: Place | None = None
+
+    def __str__(self) -> str:
+        return one_line(f"{self.place}: {self.text}" if self.place else self.text)
+
+
+class ConfigError(Exception):
+    """The config or the command line is wrong; holds every mistake that was found. Exit status 2."""
+
+    def __init__(self, mistakes: Iterable[Mistake] | Mistake | str) -> None:
+        if isinstance(mistakes, str):
+            mistakes = Mistake(mistakes)
+        self.mistakes = [mistakes] if isinstance(mistakes, Mistake) else list(dict.fromkeys(mistakes))
+        super().__init__("\n".join(map(str, self.mistakes)))
+
+
+def one_line(text: str) -> str:
+    """The text without line breaks, and without characters that a terminal would obey."""
+    text = " ".join(text.split())
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """The names in `known` that `name` was probably meant to be, best first; of clearly worse ones none."""
+    spellings: dict[str, list[str]] = {}
+    for item in sorted(known):
+        spellings.setdefault(item.lower(), []).append(item)
+    close = difflib.get_close_matches(name.lower(), spellings, n=count, cutoff=0.6)
+    alike = {item: difflib.SequenceMatcher(None, item.lower(), name.lower()).ratio() for item in close}
+    best = [max(spellings[item], key=lambda one: difflib.SequenceMatcher(None, one, name).ratio()) for item in close]
+    return [item for item in best if alike[item.lower()] > alike[best[0].lower()] - 0.1]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'a' or 'b'?`, or nothing."""
+    found = nearest(name, known)
+    return f"; did you mean {' or '.join(repr(item) for item in found)}?" if found else ""
+
+
+def dotted(path: Sequence[str | int]) -> str:
+    """('loaders', 'train', 0) -> 'loaders.train.0'."""
+    return ".".join(map(str, path))
+
+
+def shown(value: Any) -> str:
+    """A value as YAML would have it, cut to a readable length."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(to_plain(value))
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
+
+
+def found(value: Any) -> str:
+    """`found text 'abc'`, `found null`: what a user is told about a value of a wrong type."""
+    return "found null" if value is None else f"found {type_name(value)} {shown(value)}"
+
+
+def type_name(value: Any) -> str:
+    """What a user calls the type of a YAML value."""
+    if value is None:
+        return "null"
+    if is_mapping(value):
+        return "mapping"
+    return {str: "text"}.get(type(value), type(value).__name__)
+
+
+def is_mapping(value: Any) -> bool:
+    """A mapping of any kind; a ConfigDict is none by its type."""
+    return isinstance(value, Mapping) or hasattr(value, "to_dict")
+
+
+def to_plain(value: Any) -> Any:
+    """A copy in plain dicts and lists (ConfigDict's own to_dict shares lists and skips dicts inside them)."""
+    if is_mapping(value):
+        return {key: to_plain(value[key]) for key in value}
+    return [to_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,449 @@
+"""YAML and overrides in, one locked ConfigDict out, every key with its place; knows no component, no torch, no rank."""
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dtrain.config.errors import (
+    ConfigError,
+    KeyPath,
+    Mistake,
+    Place,
+    did_you_mean,
+    dotted,
+    found,
+    is_mapping,
+    shown,
+    to_plain,
+    type_name,
+)
+from dtrain.config.pytorch3dunet import canonical_key, canonical_names, translate
+from dtrain.config.yaml12 import MAX_DEPTH, MAX_VALUES, dump, key_mistake, parse, scalar
+
+__all__ = [
+    "from_mapping",
+    "load_config",
+    "merged",
+    "notes_on",
+    "place_of",
+    "run_folder",
+    "sources",
+    "to_config_dict",
+    "to_plain",
+    "to_yaml",
+]
+
+MAX_BYTES = 1_000_000  # no hand-written config is larger; a data file given by mistake is refused before it is parsed
+MAX_FILES = 100  # under `_base_`, counted as often as they are read
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Read a YAML file, the files under its `_base_`, and `KEY=VALUE` overrides into one config.
+
+    Args:
+        path: The YAML file.
+        overrides: `KEY=VALUE` texts; dotted keys, list indices as numbers, values in YAML.
+
+    Returns:
+        A locked ConfigDict with canonical key names; mappings inside lists are ConfigDicts too.
+
+    Raises:
+        ConfigError: With every mistake that reading can find.
+    """
+    tree = _read(path, overrides)
+    if overrides:
+        tree.texts["overrides.txt"] = "\n".join([*overrides, ""])
+    return _to_config(tree)
+
+
+def merged(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The same as plain values whose `${...}` are left to be resolved where they are read next.
+
+    Raises:
+        ConfigError: With every mistake that reading can find.
+    """
+    return _read(path, overrides).values
+
+
+def _read(path: str | Path, overrides: Sequence[str]) -> "_Tree":
+    tree = _read_file(Path(path), ())
+    _apply_all(overrides, lambda text: _override(tree, text))
+    if tree.values.get("experiment") is None:
+        tree.values["experiment"] = Path(path).stem
+    return tree
+
+
+def sources(config: ConfigDict) -> dict[str, str]:
+    """The texts that a config was read from, as written: file name -> text."""
+    return dict(getattr(config, "_texts", {}))
+
+
+def from_mapping(values: Mapping[str, Any] | ConfigDict) -> ConfigDict:
+    """The same for a mapping made in Python: a locked deep copy with canonical key names (no places).
+
+    Raises:
+        ConfigError: It is no mapping, or holds more than plain values, lists and mappings with text keys.
+    """
+    if isinstance(values, ConfigDict) and hasattr(values, "_places"):
+        return values
+    if not is_mapping(values):
+        raise ConfigError(f"expected a mapping, {found(values)}; dtrain.load_config reads a file")
+    mistakes: list[Mistake] = []
+    tree = _Tree(_checked(values, (), mistakes), {})
+    if mistakes:
+        raise ConfigError(mistakes)
+    canonical_names(tree.values, tree.places)
+    return _to_config(tree)
+
+
+def _checked(value: Any, path: KeyPath, mistakes: list[Mistake]) -> Any:
+    """A plain copy of a value made in Python."""
+    if len(path) > MAX_DEPTH:
+        mistakes.append(Mistake(f"{dotted(path[:3])}...: nesting deeper than {MAX_DEPTH}"))
+        return None
+    if is_mapping(value):
+        for key in value:
+            if wrong := key_mistake(key) if isinstance(key, str) else f"a key is a text, {found(key)}":
+                mistakes.append(Mistake(f"{dotted(path)}: {wrong}" if path else wrong))
+        return {key: _checked(value[key], (*path, key), mistakes) for key in value}
+    if isinstance(value, list | tuple):
+        return [_checked(item, (*path, index), mistakes) for index, item in enumerate(value)]
+    if isinstance(value, bool | None):
+        return value
+    if isinstance(value, Integral | Real):  # NumPy's numbers are such, too
+        return int(value) if isinstance(value, Integral) else float(value)
+    if isinstance(value, str | Path):
+        return str(value)
+    name = f"{type(value).__module__}.{type(value).__qualname__}"
+    mistakes.append(Mistake(f"{dotted(path)}: a config holds plain values, lists and mappings only, found a {name}"))
+    return None
+
+
+def notes_on(config: ConfigDict) -> list[str]:
+    """What a user is to know of how the config was read: lines about the keys that another program's file brought."""
+    return list(getattr(config, "_notes", ()))
+
+
+def run_folder(config: ConfigDict) -> Path:
+    """Where a training leaves what it makes: `trainer.checkpoint_dir`, else a folder named like the experiment."""
+    named = (config.get("trainer") or {}).get("checkpoint_dir")
+    return Path(named or f"runs/{config.get('experiment') or 'default'}")
+
+
+def place_of(config: ConfigDict, path: Sequence[str | int]) -> Place | None:
+    """Where the key `path` of `config` was written; the nearest key above it that has a place otherwise."""
+    places = getattr(config, "_places", {})
+    path = tuple(path)
+    while path and path not in places:
+        path = path[:-1]
+    return places.get(path)
+
+
+def to_config_dict(value: Any) -> Any:
+    """A deep copy with unlocked ConfigDicts for mappings, also inside lists, in the order written."""
+    if is_mapping(value):
+        result = ConfigDict(sort_keys=False)
+        for key in value:
+            result[key] = to_config_dict(value[key])
+        return result
+    return [to_config_dict(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def to_yaml(config: Mapping[str, Any] | ConfigDict) -> str:
+    """The config as YAML that load_config reads back to the same values."""
+    return dump(_escaped(to_plain(config)))
+
+
+def _escaped(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    return value.replace("${", "$${") if isinstance(value, str) else value
+
+
+# ------------------------------------------------------------------------------------------------- files and `_base_`
+
+
+@dataclass
+class _Tree:
+    """Plain values with the place of every key. A place may be left over from a value that was replaced."""
+
+    values: dict[str, Any]
+    places: dict[KeyPath, Place]
+    texts: dict[str, str] = field(default_factory=dict)  # the files as written, by name
+
+
+def _apply_all(items: Sequence[Any], action: Callable[[Any], None]) -> None:
+    """Do it for each item, and raise all mistakes together."""
+    mistakes: list[Mistake] = []
+    for item in items:
+        try:
+            action(item)
+        except ConfigError as error:
+            mistakes += error.mistakes
+    if mistakes:
+        raise ConfigError(mistakes)
+
+
+def _read_file(
+    path: Path, ancestors: tuple[Path, ...], place: Place | None = None, left: Iterator[int] | None = None
+) -> _Tree:
+    """A file laid over the files under its `_base_`. `left` counts down the files that may still be read."""
+    left = iter(range(MAX_FILES)) if left is None else left
+    if next(left, None) is None:
+        raise ConfigError(Mistake(f"more than {MAX_FILES} files under '_base_'", Place(ancestors[0].name, 1, 1)))
+    text = _read_text(path, place)
+    if path.resolve() in ancestors:
+        raise ConfigError(Mistake(f"'_base_' goes round in a circle: {path} is already being read", place))
+    values, places = parse(text, str(path))
+    if not isinstance(values, dict):
+        what = "is empty" if values is None else f"holds a {type_name(values)}"
+        text = f"the file {what}; a config is a mapping of sections (model, loaders, ...)"
+        raise ConfigError(Mistake(text, Place(str(path), 1, 1)))
+    own = _Tree(values, places | {(): Place(str(path), 1, 1)}, {path.name: text})
+    result = _Tree({}, {})
+
+    def lay_base(item: tuple[KeyPath, Any]) -> None:
+        where, name = own.places.get(item[0]), item[1]
+        if not isinstance(name, str):
+            raise ConfigError(Mistake(f"_base_: expected a file name or a list of them, {found(name)}", where))
+        _merge(result, _read_file(path.parent / name, (*ancestors, path.resolve()), where, left))
+
+    bases = _References(own).all_of(values.pop("_base_", None), ("_base_",))
+    listed = [(("_base_", index), name) for index, name in enumerate(bases)] if isinstance(bases, list) else []
+    _apply_all(listed if isinstance(bases, list | None) else [(("_base_",), bases)], lay_base)
+    canonical_names(own.values, own.places)
+    _merge(result, own)
+    return result
+
+
+def _read_text(path: Path, place: Place | None) -> str:
+    """The file's text; every reason why there is none is one mistake."""
+    try:
+        if path.is_dir():
+            raise ConfigError(Mistake(f"{path} is a folder, expected a YAML file", place))
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise ConfigError(Mistake(f"{path} is larger than {MAX_BYTES // 1_000_000} MB; that is no config", place))
+        return data.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(Mistake(f"there is no file {path}{_similar_file(path)}", place)) from None
+    except UnicodeDecodeError as error:
+        before = error.object[: error.start].split(b"\n")
+        text = f"not UTF-8 text: byte {error.object[error.start]:#x}"
+        raise ConfigError(Mistake(text, Place(str(path), len(before), len(before[-1]) + 1))) from None
+    except OSError as error:
+        raise ConfigError(Mistake(f"cannot read {path}: {error.strerror}", place)) from None
+    except ValueError as error:  # a NUL byte in the name
+        raise ConfigError(Mistake(f"cannot read {str(path)!r}: {error}", place)) from None
+
+
+def _similar_file(path: Path) -> str:
+    folder = path.parent if path.parent.is_dir() else Path()
+    try:
+        return did_you_mean(str(path), [str(folder / item.name) for item in folder.glob("*.y*ml")])
+    except OSError:
+        return ""
+
+
+def _merge(into: _Tree, other: _Tree) -> None:
+    """Lay `other` over `into`: mappings key by key, everything else replaced. `_delete_: true` drops what lay below."""
+    replaced: set[KeyPath] = set()
+
+    def lay(below: dict[str, Any], above: dict[str, Any], path: KeyPath) -> dict[str, Any]:
+        for key, value in above.items():
+            here = (*path, key)
+            if isinstance(value, dict):
+                delete = value.pop("_delete_", False)
+                if not isinstance(delete, bool):
+                    text = f"{dotted((*here, '_delete_'))}: expected true or false, {found(delete)}"
+                    raise ConfigError(Mistake(text, other.places.get((*here, "_delete_"))))
+                if isinstance(below.get(key), dict) and not delete:
+                    lay(below[key], value, here)
+                    continue
+                value = lay({}, value, here)
+            below[key] = value
+            replaced.add(here)
+        return below
+
+    lay(into.values, other.values, ())
+    kept = (path for path in into.places if not any(path[:end] in replaced for end in range(1, len(path) + 1)))
+    into.places = {path: into.places[path] for path in kept} | other.places
+    for name, text in other.texts.items():
+        while name in into.texts and into.texts[name] != text:  # two files of one name in different folders
+            name = f"_{name}"
+        into.texts[name] = text
+
+
+# ---------------------------------------------------------------------------------------------------------- overrides
+
+
+def _override(tree: _Tree, text: str) -> None:
+    """Set one `KEY=VALUE` in the tree.
+
+    Raises:
+        ConfigError: The text has no '=', no key, a bad value, or leads through something that is no mapping or list.
+    """
+    place = Place(f"argument {shown(text)}")
+    key, equals, value_text = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(Mistake("expected KEY=VALUE with dots between keys, such as optimizer.lr=1e-3", place))
+    value, places = parse(value_text, text, place)
+    path, value = canonical_key(tuple(key.split(".")), value)
+    parent: Any = tree.values
+    done: KeyPath = ()
+    for part in path[:-1]:
+        index = _step(parent, str(part), done, place)
+        done = (*done, index)
+        if isinstance(parent, dict) and parent.get(index) is None:
+            parent[index] = {}
+            tree.places[done] = place
+        parent = parent[index]
+    last = _step(parent, str(path[-1]), done, place)
+    parent[last] = value
+    tree.places |= {(*done, last): place} | {(*done, last, *rest): place for rest in places}
+    canonical_names(tree.values, tree.places)  # the value may be a mapping in another dialect
+
+
+def _step(parent: Any, part: str, done: KeyPath, place: Place) -> Any:
+    """The key or the list index that `part` means inside `parent`."""
+    if isinstance(parent, dict):
+        if wrong := key_mistake(part):
+            raise ConfigError(Mistake(wrong, place))
+        return part
+    if isinstance(parent, list):
+        if not re.fullmatch(r"[0-9]{1,9}", part) or int(part) >= len(parent):
+            possible = f"0 to {len(parent) - 1}" if parent else "none, it is empty"
+            text = f"'{dotted(done)}' is a list: {shown(part)} is none of its indices ({possible})"
+            raise ConfigError(Mistake(text, place))
+        return int(part)
+    raise ConfigError(Mistake(f"'{dotted(done)}' is {shown(parent)}, so it has no key {shown(part)}", place))
+
+
+# ------------------------------------------------------------------------------------------------------ `${...}`
+
+_REFERENCE = re.compile(r"(?P<literal>\$\$\{)|\$\{(?P<name>[^{}]*)\}|(?P<broken>\$\{)")
+_FORMS = "write ${NAME}, ${NAME:-default} or ${section.key}, and $${ for a plain ${"
+_TEXTS = {("experiment",), ("run_name",)}  # the environment's `12345` is a name here, and cannot be put in quotes
+
+
+class _References:
+    """Replaces the `${...}` in a tree's values; the tree stays as it is, so the order of keys does not matter."""
+
+    def __init__(self, tree: _Tree) -> None:
+        self.tree = tree
+        self.count = self.depth = 0
+        self.mistakes: list[Mistake] = []
+
+    def all_of(self, value: Any, path: KeyPath = ()) -> Any:
+        """A copy of `value`, which stands at `path`.
+
+        Raises:
+            ConfigError: With every reference that leads nowhere.
+        """
+        result = self.value(value, path)
+        if self.mistakes:
+            raise ConfigError(self.mistakes)
+        return result
+
+    def value(self, value: Any, path: KeyPath, chain: tuple[KeyPath, ...] = ()) -> Any:
+        """The same; `chain`: the references that led here."""
+        self.count, self.depth = self.count + 1, self.depth + 1
+        if self.count > 2 * MAX_VALUES or self.depth > 2 * MAX_DEPTH:  # references to lists of references to lists ...
+            raise ConfigError(Mistake("references grow without end; that is no config", self.tree.places.get(path)))
+        if isinstance(value, dict):
+            value = {key: self.value(item, (*path, key), chain) for key, item in value.items()}
+        elif isinstance(value, list):
+            value = [self.value(item, (*path, index), chain) for index, item in enumerate(value)]
+        elif isinstance(value, str) and "${" in value:
+            value = self.text(value, path, chain)
+        self.depth -= 1
+        return value
+
+    def text(self, text: str, path: KeyPath, chain: tuple[KeyPath, ...]) -> Any:
+        """A text with its references replaced; one that is nothing but a reference takes its target's type."""
+        if path in chain:
+            circle = " -> ".join(map(dotted, (*chain[chain.index(path) :], path)))
+            return self.wrong(path, f"'{dotted(path)}' refers to itself: {circle}")
+        whole = _REFERENCE.fullmatch(text)
+        if whole and whole["name"] is not None:
+            return self.target(whole["name"], path, chain, typed=path not in _TEXTS)
+
+        def part(match: re.Match[str]) -> str:
+            if match["literal"]:
+                return "${"
+            if match["broken"]:
+                self.wrong(path, f"{shown(text)}: a '${{' without its '}}'; {_FORMS}")
+                return ""
+            value = self.target(match["name"], path, chain, typed=False)
+            if isinstance(value, dict | list):
+                self.wrong(path, f"'{match[0]}' is a {type_name(value)}; it can only stand alone")
+            return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+        result = _REFERENCE.sub(part, text)
+        self.count += len(result) // 100
+        return result
+
+    def target(self, reference: str, path: KeyPath, chain: tuple[KeyPath, ...], typed: bool) -> Any:
+        """What `NAME`, `NAME:-default` (the environment) or `section.key` (the config) stands for."""
+        name, has_default, default = (part.strip() for part in reference.partition(":-"))
+        if not re.fullmatch(r"[\w-]+(\.[\w-]+)*", name):
+            return self.wrong(path, f"'${{{reference}}}' names nothing; {_FORMS}")
+        in_environment = None if "." in name else os.environ.get(name)
+        if in_environment or (in_environment is not None and not has_default):
+            return scalar(in_environment) if typed else in_environment
+        keys: KeyPath = tuple(int(part) if part.isdecimal() else part for part in name.split("."))
+        there, value = _look_up(self.tree.values, keys) if "." in name or not has_default else (False, None)
+        if there:
+            return self.value(value, keys, (*chain, path))
+        if has_default:
+            return scalar(default) if typed else default
+        if "." in name:
+            known = did_you_mean(name, map(dotted, self.tree.places))
+            return self.wrong(path, f"'${{{reference}}}': there is no such key{known}")
+        return self.wrong(
+            path, f"'${{{reference}}}': the environment has no {name!r}; set it, or write ${{{name}:-default}}"
+        )
+
+    def wrong(self, path: KeyPath, text: str) -> None:
+        self.mistakes.append(Mistake(f"{dotted(path)}: {text}", self.tree.places.get(path)))
+
+
+def _look_up(values: Any, path: KeyPath) -> tuple[bool, Any]:
+    """Whether there is such a key, and its value."""
+    try:
+        for key in path:
+            values = values[key]
+        return True, values
+    except (KeyError, IndexError, TypeError):
+        return False, None
+
+
+# ------------------------------------------------------------------------------------------------------------- result
+
+
+def _to_config(tree: _Tree) -> ConfigDict:
+    values = _References(tree).all_of(tree.values)
+    notes = translate(values, tree.places)
+    config = to_config_dict(values)
+    _lock(config)
+    # Places ride along outside of the fields: they are no settings, and a copy of a section needs none.
+    object.__setattr__(config, "_places", tree.places)
+    object.__setattr__(config, "_texts", tree.texts)
+    object.__setattr__(config, "_notes", notes)
+    return config
+
+
+def _lock(value: Any) -> None:
+    if isinstance(value, ConfigDict):
+        value.lock()
+    for item in value.values() if isinstance(value, ConfigDict) else value if isinstance(value, list) else ():
+        _lock(item)

@@ -1,0 +1,353 @@
+"""Other programs' files as dtrain would say them, every key with its place; knows no file, object or signature.
+
+Two steps. Names that mean the same are replaced file by file, so that files of several dialects can be merged. What
+pytorch-3dunet means otherwise than dtrain is translated once, when everything is merged.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from dtrain.config.errors import ConfigError, KeyPath, Mistake, Place, dotted, found, shown
+
+# pytorch-3dunet's and its forks' names for the same settings. One table, applied to files and overrides alike, so that
+# everything behind load_config knows one name for each thing.
+RENAMES: dict[KeyPath, KeyPath] = {
+    ("manual_seed",): ("seed",),
+    ("eval_metric",): ("metrics",),
+    ("metrics", "names"): ("metrics", "name"),
+    ("trainer", "optimizer"): ("optimizer",),
+    ("trainer", "lr_scheduler"): ("lr_scheduler",),
+    ("optimizer", "learning_rate"): ("optimizer", "lr"),
+    ("loaders", "dataset"): ("loaders", "name"),
+    ("loaders", "valid"): ("loaders", "val"),
+    ("loaders", "train", "dataset"): ("loaders", "train", "name"),
+    ("loaders", "val", "dataset"): ("loaders", "val", "name"),
+    ("loaders", "test", "dataset"): ("loaders", "test", "name"),
+    ("trainer", "max_num_epochs"): ("trainer", "max_epochs"),
+    ("trainer", "max_num_iterations"): ("trainer", "max_steps"),
+    ("trainer", "validate_after_iters"): ("trainer", "validate_every_steps"),
+    ("trainer", "log_after_iters"): ("trainer", "log_every_steps"),
+    ("trainer", "eval_score_higher_is_better"): ("trainer", "mode"),
+    ("trainer", "mlflow_path"): ("mlflow", "tracking_uri"),
+    ("trainer", "experiment_name"): ("experiment",),
+    ("mlflow", "mlflow_path"): ("mlflow", "tracking_uri"),
+    ("mlflow", "experiment_name"): ("experiment",),
+    ("mlflow_path",): ("mlflow", "tracking_uri"),
+    ("experiment_name",): ("experiment",),
+}
+MODES = {True: "max", False: "min"}  # of eval_score_higher_is_better
+
+Values = dict[str, Any]
+Places = dict[KeyPath, Place]
+
+
+def canonical_key(path: KeyPath, value: Any) -> tuple[KeyPath, Any]:
+    """The key path and the value that an override of another dialect stands for."""
+    for old, new in RENAMES.items():
+        if path[: len(old)] == old:
+            value = _canonical_value(old, value) if path == old else value
+            path = (*new, *path[len(old) :])
+    return path, value
+
+
+def canonical_names(values: Values, places: Places) -> None:
+    """Rename, in place, what another dialect calls otherwise.
+
+    Raises:
+        ConfigError: A setting has both names.
+    """
+    mistakes = [wrong for old, new in RENAMES.items() for wrong in _rename(values, places, old, new)]
+    if mistakes:
+        raise ConfigError(mistakes)
+    metrics = values.get("metrics")
+    if isinstance(metrics, dict) and isinstance(metrics.get("multiple"), bool):
+        del metrics["multiple"]  # a fork's flag for 'name is a list', which the list itself says
+
+
+def _rename(values: Values, places: Places, old: KeyPath, new: KeyPath) -> list[Mistake]:
+    parent = _mapping_at(values, old[:-1])
+    if parent is None or old[-1] not in parent:
+        return []
+    place = places.get(old)
+    target = _mapping_at(values, new[:-1], create=True)
+    if target is None:
+        return [Mistake(f"{dotted(old)}: stands for '{dotted(new)}', but '{dotted(new[:-1])}' is no mapping", place)]
+    if new[-1] in target:
+        text = f"'{dotted(old)}' and '{dotted(new)}' are two names of one setting; keep one of them"
+        return [Mistake(text, place)]
+    target[new[-1]] = _canonical_value(old, parent.pop(old[-1]))
+    _move_places(places, old, new)
+    return []
+
+
+def _move_places(places: Places, old: KeyPath, new: KeyPath) -> None:
+    """What stood at `old` and below stands at `new` now; a place that a replaced value left there is the user's own."""
+    if old in places and new[:-1]:
+        places.setdefault(new[:-1], places[old])
+    places |= {(*new, *path[len(old) :]): where for path, where in places.items() if path[: len(old)] == old}
+
+
+def _canonical_value(old: KeyPath, value: Any) -> Any:
+    return MODES[value] if old[-1] == "eval_score_higher_is_better" and isinstance(value, bool) else value
+
+
+def _mapping_at(values: Any, path: KeyPath, create: bool = False) -> dict[Any, Any] | None:
+    for key in path:
+        if isinstance(values, dict) and create and values.get(key) is None:
+            values[key] = {}
+        values = values.get(key) if isinstance(values, dict) else None
+    return values if isinstance(values, dict) else None
+
+
+# ------------------------------------------------------------------------------------------------------ pytorch-3dunet
+
+_DATASETS = ("StandardHDF5Dataset", "LazyHDF5Dataset", "DSB2018Dataset")
+_FOREIGN = (".pytorch", ".pt", ".pth")  # files that hold a checkpoint; dtrain's own are folders
+_PHASES = ("train", "val", "test")
+_TRANSFORMS = "dtrain.components.transforms.pytorch3dunet.paired"
+
+# What pytorch-3dunet takes where a file says nothing, and dtrain takes otherwise.
+_DEFAULTS: dict[KeyPath, Any] = {
+    ("loaders", "name"): "StandardHDF5Dataset",
+    ("loaders", "num_workers"): 1,
+    ("optimizer", "name"): "Adam",
+    ("optimizer", "lr"): 1e-3,
+    ("optimizer", "weight_decay"): 0,
+    ("lr_scheduler", "interval"): "validation",
+    ("trainer", "validate_every_steps"): 200,
+    ("trainer", "log_every_steps"): 100,
+    ("trainer", "mode"): "max",
+}
+# torch's losses that know none of these keys; dtrain's own know them all.
+_BARE_LOSSES = ("BCEWithLogitsLoss", "CrossEntropyLoss", "MSELoss", "L1Loss", "SmoothL1Loss")
+_MASK_KEYS = ("ignore_index", "skip_last_target", "squeeze_channel")
+_CROSS_ENTROPIES = ("CrossEntropyLoss", "WeightedCrossEntropyLoss")
+_METRICS: dict[str, Values] = {  # with what pytorch-3dunet takes where the file says nothing, and dtrain otherwise
+    "MeanIoU": {"skip_background": True, "aggregation": "sample"},
+    "DiceCoefficient": {},
+    "AdaptedRandError": {"threshold": None, "use_last_target": False},
+    "BoundaryAdaptedRandError": {"thresholds": [0.3, 0.4, 0.5, 0.6]},
+    "BoundaryAveragePrecision": {"thresholds": [0.3, 0.4, 0.5, 0.6], "input_channel": 0},
+    "BlobsAveragePrecision": {"thresholds": [0.4, 0.5, 0.6, 0.7, 0.8], "input_channel": 0, "invert_pmaps": False},
+    "PSNR": {},
+    "MSE": {},
+}
+_NOTES = {  # settings of pytorch-3dunet's trainer that change no result
+    "skip_train_validation": "metrics are computed on validation data alone, never on training batches",
+    "max_val_images": "how many samples are drawn is said by trainer.pictures",
+    "tensorboard_formatter": "pictures go to MLflow, not to TensorBoard, and are drawn in one way",
+}
+
+
+def translate(values: Values, places: Places) -> list[str]:
+    """Turn a train or test file of pytorch-3dunet, in place, into the settings of dtrain that do the same.
+
+    A file is taken for one of pytorch-3dunet's if a phase of its `loaders` has a `transformer` and the dataset is one
+    of pytorch-3dunet's.
+
+    Returns:
+        Lines about what was filled in and what has no effect here.
+
+    Raises:
+        ConfigError: With every key that cannot be honoured.
+    """
+    loaders = _mapping_at(values, ("loaders",)) or {}
+    phases = [_mapping_at(loaders, (phase,)) or {} for phase in _PHASES]
+    if loaders.get("name", _DATASETS[0]) not in _DATASETS or not any("transformer" in phase for phase in phases):
+        return []
+    work = _Translation(values, places)
+    work.run()
+    if work.mistakes:
+        raise ConfigError(work.mistakes)
+    return work.notes
+
+
+class _Translation:
+    """One file's way from pytorch-3dunet to dtrain; collects every mistake before any is raised."""
+
+    def __init__(self, values: Values, places: Places) -> None:
+        self.values, self.places = values, places
+        self.notes: list[str] = []
+        self.mistakes: list[Mistake] = []
+
+    def run(self) -> None:
+        """All sections."""
+        filled = [path for path in _DEFAULTS if self._filled(path)]
+        if filled:
+            said = ", ".join(f"{dotted(path)}: {shown(_DEFAULTS[path])}" for path in filled)
+            self.notes.append(f"pytorch-3dunet's own values, where the file says nothing: {said}")
+        self._trainer()
+        self._loaders()
+        self._loss()
+        self._metrics()
+        self._predictor()
+
+    def wrong(self, path: KeyPath, text: str) -> None:
+        """A key that cannot be honoured."""
+        where = next((self.places[path[:end]] for end in range(len(path), -1, -1) if path[:end] in self.places), None)
+        self.mistakes.append(Mistake(f"{dotted(path)}: {text}", where))
+
+    def note(self, path: KeyPath, text: str) -> None:
+        """A key that has no effect on the result."""
+        self.notes.append(f"{dotted(path)}: has no effect: {text}")
+
+    def _filled(self, path: KeyPath) -> bool:
+        section = _mapping_at(self.values, path[:-1])
+        if section is None or path[-1] in section:
+            return False
+        if path == ("optimizer", "weight_decay") and section.get("name") != "AdamW":
+            return False  # the one of torch's optimizers whose own default is not 0
+        section[path[-1]] = _DEFAULTS[path]
+        return True
+
+    def _trainer(self) -> None:
+        trainer = _mapping_at(self.values, ("trainer",))
+        if trainer is None:
+            return
+        _drop_nulls(trainer, ("resume", "validate_iters", *_NOTES))
+        if str(trainer.get("resume", "")).endswith(_FOREIGN):
+            text = (
+                "a checkpoint of pytorch-3dunet lacks what a training needs to go on (the schedule's state, the random "
+                f"numbers', the place in the epoch); to start from its weights: pre_trained: {trainer['resume']}"
+            )
+            self.wrong(("trainer", "resume"), text)
+        if "validate_iters" in trainer:
+            self.wrong(("trainer", "validate_iters"), "a validation here is always over all of loaders.val; remove it")
+        for key in [key for key in _NOTES if key in trainer]:
+            self.note(("trainer", key), _NOTES[key])
+            del trainer[key]
+
+    def _loaders(self) -> None:
+        loaders = self.values["loaders"]
+        for phase in _PHASES:
+            own = _mapping_at(loaders, (phase,))
+            if own is None:
+                continue
+            if "transformer" in own:
+                self._transformer(own, ("loaders", phase))
+            if phase == "test" and loaders["name"] != "DSB2018Dataset":
+                own |= {"label_internal_path": None, "weight_internal_path": None}
+        if loaders["name"] == "DSB2018Dataset" and loaders.pop("expand_dims", None) is not None:
+            self.note(("loaders", "expand_dims"), "an image is (C, H, W) here, and a 2-D network takes it as it is")
+
+    def _transformer(self, phase: Values, path: KeyPath) -> None:
+        """The lists for image and label become one transform of both; what is in them is checked where it is built."""
+        lists = phase.pop("transformer")
+        path = (*path, "transformer")
+        if not isinstance(lists, dict):
+            self.wrong(path, f"expected a mapping of the lists raw and label, {found(lists)}")
+            return
+        for key in [key for key in lists if key not in ("raw", "label", "weight")]:
+            self.wrong((*path, key), "possible: raw, label, weight")
+        if "raw" not in lists:
+            self.wrong(path, "has no list 'raw' for the image")
+            return
+        if path[1] == "test":  # where pytorch-3dunet itself reads no label
+            lists = {"raw": lists["raw"]}
+        phase["transforms"] = {"name": _TRANSFORMS, "label": None} | lists
+        _move_places(self.places, path, (*path[:-1], "transforms"))
+
+    def _loss(self) -> None:
+        """What pytorch-3dunet wraps around torch's losses is a loss around them here as well."""
+        loss = _mapping_at(self.values, ("loss",))
+        if loss is None:
+            return
+        _drop_nulls(loss, ("weight", "pos_weight", *_MASK_KEYS))
+        name = loss.get("name")
+        if name == "BCEWithLogitsLoss":
+            self._binary_weights(loss)
+        if name not in _BARE_LOSSES:
+            return
+        own = ("ignore_index",) if name == "CrossEntropyLoss" else ()
+        outer = {key: loss.pop(key) for key in _MASK_KEYS if key in loss and key not in own}
+        if not any(value is not False for value in outer.values()):
+            return
+        for key in loss:
+            _move_places(self.places, ("loss", key), ("loss", "loss", key))
+        self.values["loss"] = {"name": "MaskedLoss", "loss": loss} | outer
+
+    def _binary_weights(self, loss: Values) -> None:
+        if "weight" in loss:
+            text = "pytorch-3dunet does not use it; remove it, or weigh the foreground with pos_weight"
+            self.wrong(("loss", "weight"), text)
+        weight = loss.get("pos_weight")
+        if isinstance(weight, int | float) and not isinstance(weight, bool):
+            loss["pos_weight"] = [weight]
+        elif isinstance(weight, list) and len(weight) != 1:
+            text = f"torch lays {len(weight)} weights along the last axis of a volume, not along its channels; give one"
+            self.wrong(("loss", "pos_weight"), text)
+
+    def _metrics(self) -> None:
+        metrics = _mapping_at(self.values, ("metrics",))
+        if metrics is None:
+            return
+        _drop_nulls(metrics, list(metrics))
+        name = metrics.get("name")
+        if not isinstance(name, str) or name not in _METRICS:
+            return
+        self.values["metrics"] = metrics = _METRICS[name] | {"activation": self._activation()} | metrics
+        if name == "BlobsAveragePrecision":
+            self._blobs(metrics)
+
+    def _activation(self) -> str:
+        """What pytorch-3dunet's model does to its logits; its metrics are given that."""
+        model = _mapping_at(self.values, ("model",)) or {}
+        loss = _mapping_at(self.values, ("loss",)) or {}
+        if model.get("is_segmentation", True) is False:
+            return "none"
+        classes = model.get("final_sigmoid", True) is False or loss.get("name") in _CROSS_ENTROPIES
+        return "softmax" if classes else "sigmoid"
+
+    def _blobs(self, metrics: Values) -> None:
+        """The average precision of insides: that of boundaries, with the probabilities the other way round."""
+        kind = metrics.pop("metric", "ap")
+        if kind not in ("ap", "acc"):
+            self.wrong(("metrics", "metric"), f"{shown(kind)} is no metric of instances; possible: ap, acc")
+        if kind == "acc":
+            metrics["iou_thresholds"] = [0.5]
+        label = metrics["name"]
+        for key in list(metrics):
+            _move_places(self.places, ("metrics", key), ("metrics", label, key))
+        self.values["metrics"] = {label: metrics | {"name": "BoundaryAveragePrecision"}}
+
+    def _predictor(self) -> None:
+        """What the phase `test` is for there is prediction, with a file's own place for weights and outputs."""
+        if self.values.get("model_path") is not None:
+            self._move(("model_path",), ("predictor", "checkpoint"))
+        loaders = _mapping_at(self.values, ("loaders",)) or {}
+        if loaders.get("output_dir") is not None:
+            self._move(("loaders", "output_dir"), ("predictor", "output_dir"))
+        loaders.pop("output_dir", None)
+        if "test" in loaders:
+            self._move(("loaders", "test"), ("loaders", "predict"))
+        predictor = _mapping_at(self.values, ("predictor",), create="predict" in loaders)
+        if predictor is None:
+            return
+        _drop_nulls(predictor, list(predictor))
+        predictor.setdefault("activation", self._activation())
+        if predictor.get("name") == "DSB2018Predictor":
+            self._images(predictor)
+
+    def _images(self, predictor: Values) -> None:
+        """One HDF5 file for each image, as DSB2018Predictor means to write."""
+        del predictor["name"]
+        predictor.setdefault("format", "hdf5")
+        segments = predictor.get("save_segmentation", True)
+        if isinstance(segments, bool):
+            predictor.pop("save_segmentation", None)
+        if segments is True:
+            for key, value in {"instances": "foreground", "connectivity": 2, "output_dataset": "segmentation"}.items():
+                predictor.setdefault(key, value)
+            text = "DSB2018Predictor writes the numbered instances alone; for probabilities: save_segmentation: false"
+            self.notes.append(f"predictor.name: {text}")
+
+    def _move(self, old: KeyPath, new: KeyPath) -> None:
+        """Give a setting another place, unless something stands there."""
+        self.mistakes += _rename(self.values, self.places, old, new)
+
+
+def _drop_nulls(mapping: Values, keys: Iterable[str]) -> None:
+    """A null is the same as no key for what pytorch-3dunet reads with `get`."""
+    for key in keys:
+        if key in mapping and mapping[key] is None:
+            del mapping[key]

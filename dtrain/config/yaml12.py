@@ -1,0 +1,264 @@
+"""YAML 1.2 text to plain values with the place of every key, and back; knows no section and no setting of dtrain."""
+
+import math
+import re
+from typing import Any
+
+import yaml
+
+from dtrain.config.errors import ConfigError, KeyPath, Mistake, Place, dotted, shown
+
+MAX_VALUES = 20_000  # counted after aliases are expanded, so that an 'alias bomb' is refused too
+MAX_DEPTH = 50
+MAX_DIGITS = 100  # a longer number is a text: Python refuses to print integers of thousands of digits
+_NULL = {"", "~", "null", "Null", "NULL"}
+_BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+_INT = re.compile(r"[-+]?[0-9]+")
+_BASED_INT = re.compile(r"0x[0-9a-fA-F]+|0o[0-7]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_INF_NAN = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+
+
+def scalar(text: str) -> Any:
+    """A plain scalar by the core schema of YAML 1.2 (yaml.org/spec/1.2.2, 10.3.2): `1e-4` is a float, `on` a text.
+
+    What no float can hold (`1e999`) and what has more digits than any setting stay texts.
+    """
+    if text in _NULL:
+        return None
+    if text in _BOOL:
+        return _BOOL[text]
+    if len(text) > MAX_DIGITS:
+        return text
+    if _INT.fullmatch(text):
+        return int(text)
+    if _BASED_INT.fullmatch(text):
+        return int(text, 0)
+    if _FLOAT.fullmatch(text):
+        return float(text) if math.isfinite(float(text)) else text
+    if _INF_NAN.fullmatch(text):
+        return float(text.replace(".", ""))
+    return text
+
+
+class _TooMuchError(yaml.MarkedYAMLError):
+    """Valid YAML, but no config."""
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's scanner and parser; plain scalars are tagged as such, and get their type from `scalar`."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.count = self.depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.count, self.depth = self.count + 1, self.depth + 1
+        if too_much := _too_much(self.count, self.depth - 1):
+            raise _TooMuchError(problem=too_much, problem_mark=self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> str:
+        if kind is yaml.ScalarNode:
+            return "plain" if implicit[0] else "tag:yaml.org,2002:str"
+        return "tag:yaml.org,2002:seq" if kind is yaml.SequenceNode else "tag:yaml.org,2002:map"
+
+
+def _too_much(count: int, depth: int) -> str:
+    if count > MAX_VALUES:
+        return f"more than {MAX_VALUES} values (aliases expanded); that is no config"
+    return f"nesting deeper than {MAX_DEPTH}; that is no config" if depth > MAX_DEPTH else ""
+
+
+_TAGS: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool, "null": type(None)}
+
+
+class _Reader:
+    """Turns a YAML node tree into plain values and notes the place of every key."""
+
+    def __init__(self, file: str, fixed_place: Place | None = None) -> None:
+        self.file, self.fixed_place = file, fixed_place
+        self.places: dict[KeyPath, Place] = {}
+        self.mistakes: list[Mistake] = []
+        self.count = 0
+        self.merging: list[Any] = []
+
+    def place(self, node: Any) -> Place:
+        return self.fixed_place or Place(self.file, node.start_mark.line + 1, node.start_mark.column + 1)
+
+    def wrong(self, node: Any, text: str) -> None:
+        self.mistakes.append(Mistake(text, self.place(node)))
+
+    def counted(self, node: Any, path: KeyPath) -> None:
+        self.count += 1
+        if too_much := _too_much(self.count, len(path)):
+            raise ConfigError(Mistake(too_much, self.place(node)))
+
+    def value(self, node: Any, path: KeyPath = (), place: Place | None = None) -> Any:
+        self.counted(node, path)
+        if path:
+            self.places[path] = place or self.place(node)
+        tag = _tag(node)
+        if isinstance(node, yaml.MappingNode) and tag == "map":
+            return self.mapping(node, path)
+        if isinstance(node, yaml.SequenceNode) and tag == "seq":
+            return [self.value(item, (*path, index)) for index, item in enumerate(node.value)]
+        if isinstance(node, yaml.ScalarNode):
+            return self.scalar(node)
+        return self.refuse_tag(node)
+
+    def scalar(self, node: Any) -> Any:
+        tag = _tag(node)
+        if tag == "plain":
+            return scalar(node.value)
+        if tag not in _TAGS:
+            return self.refuse_tag(node)
+        value = node.value if tag == "str" else scalar(node.value)
+        if tag == "float" and type(value) is int:
+            return float(value)
+        if type(value) is not _TAGS[tag]:
+            self.wrong(node, f"{shown(node.value)} is no {tag}")
+        return value
+
+    def refuse_tag(self, node: Any) -> None:
+        text = f"the tag {shown(_tag(node))} is not allowed; a config holds plain values, lists and mappings only"
+        self.wrong(node, text)
+
+    def mapping(self, node: Any, path: KeyPath) -> dict[str, Any]:
+        """A mapping; what `<<` merges in is read first, so that the keys written here win, and their places too."""
+        result: dict[str, Any] = {}
+        for key_node, value_node in reversed(node.value):
+            if _is_merge(key_node):
+                result |= self.merged(value_node, path)
+        first: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = None if _is_merge(key_node) else self.key(key_node)
+            if key is None:
+                continue
+            if key in first:
+                where = "" if self.fixed_place else f", first written in line {first[key].start_mark.line + 1}"
+                self.wrong(key_node, f"duplicate key '{dotted((*path, key))}'{where}")
+                continue
+            first[key] = key_node
+            result[key] = self.value(value_node, (*path, key), self.place(key_node))
+        return result
+
+    def merged(self, node: Any, path: KeyPath) -> dict[str, Any]:
+        """`<<: *name` or `<<: [*a, *b]`: the earlier of the list wins."""
+        result: dict[str, Any] = {}
+        for item in reversed(node.value if isinstance(node, yaml.SequenceNode) else [node]):
+            self.counted(item, path)
+            if item in self.merging:
+                self.wrong(item, "'<<' merges a mapping into itself")
+            elif isinstance(item, yaml.MappingNode):
+                self.merging.append(item)
+                result |= self.mapping(item, path)
+                self.merging.pop()
+            else:
+                self.wrong(item, "'<<' takes a mapping or a list of mappings")
+        return result
+
+    def key(self, node: Any) -> str | None:
+        if not isinstance(node, yaml.ScalarNode):
+            self.wrong(node, f"a key is a text, found a {'list' if _tag(node) == 'seq' else 'mapping'}")
+            return None
+        value = self.scalar(node)
+        if not isinstance(value, str):
+            self.wrong(node, f"a key is a text; put {shown(node.value)} in quotes")
+        elif wrong := key_mistake(value):
+            self.wrong(node, wrong)
+        else:
+            return value
+        return None
+
+
+def _tag(node: Any) -> str:
+    return str(node.tag.removeprefix("tag:yaml.org,2002:"))
+
+
+def _is_merge(node: Any) -> bool:
+    return node.tag == "plain" and node.value == "<<"
+
+
+def key_mistake(key: str) -> str:
+    """Why a text cannot be a key; empty if it can."""
+    if "." in key:
+        return f"the key {shown(key)} holds a dot; nest the keys instead (dots are for the command line)"
+    bad = not key or not key.isprintable() or key.startswith("__") or len(key) > MAX_DIGITS
+    return f"{shown(key)} cannot be a key" if bad else ""
+
+
+def parse(text: str, file: str, fixed_place: Place | None = None) -> tuple[Any, dict[KeyPath, Place]]:
+    """Parse one YAML document.
+
+    Args:
+        text: The document.
+        file: Its name, for places.
+        fixed_place: Where everything in it was written, when that is no file.
+
+    Returns:
+        The value (None for an empty document) and the place of every key in it.
+
+    Raises:
+        ConfigError: Not YAML, or more than plain values, lists and mappings with text keys.
+    """
+    reader = _Reader(file, fixed_place)
+    try:
+        node = _Loader(text).get_single_node()
+        value = None if node is None else reader.value(node)
+    except yaml.YAMLError as error:
+        raise ConfigError(_syntax_mistake(error, text, file, fixed_place)) from None
+    if reader.mistakes:
+        raise ConfigError(reader.mistakes)
+    return value, reader.places
+
+
+def _syntax_mistake(error: yaml.YAMLError, text: str, file: str, fixed_place: Place | None) -> Mistake:
+    line, column = 1, 1
+    if isinstance(error, yaml.reader.ReaderError):
+        before = text[: error.position].split("\n")
+        line, column = len(before), len(before[-1]) + 1
+        problem = f"the character {chr(error.character)!a} is not allowed"
+    elif isinstance(error, yaml.MarkedYAMLError):
+        if mark := error.problem_mark or error.context_mark:
+            line, column = mark.line + 1, mark.column + 1
+        begun = error.context_mark.line + 1 if error.context_mark else line
+        context = f" ({error.context}{f' begun in line {begun}' if begun != line else ''})" if error.context else ""
+        problem = (error.problem or "cannot be read") + context
+        lines = text.splitlines() or [""]
+        if "${" in lines[min(line, len(lines)) - 1]:
+            problem += "; inside {...} or [...] a reference needs quotes: '${...}'"
+        if "found character '\\t'" in problem:
+            problem += "; indent with spaces"
+    else:
+        problem = str(error)
+    prefix = "" if isinstance(error, _TooMuchError) else "not valid YAML: "
+    return Mistake(prefix + problem, fixed_place or Place(file, line, column))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `scalar` reads: a text that would be read as something else is quoted."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_str(self, data: str) -> Any:
+        # PyYAML writes Unicode's line breaks as they are, and reads them back as blanks.
+        style = '"' if re.search("[\x85\u2028\u2029]", data) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> str:
+        if kind is yaml.ScalarNode and implicit[0] and not isinstance(scalar(value), str):
+            return f"tag:yaml.org,2002:{_NAMES[type(scalar(value))]}"
+        return super().resolve(kind, value, implicit)  # what YAML 1.1 would misread is quoted for its readers
+
+
+_NAMES = {kind: name for name, kind in _TAGS.items()}
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
+def dump(value: Any) -> str:
+    """Plain values as YAML that `parse`, and a reader of YAML 1.1, read back to the same values."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

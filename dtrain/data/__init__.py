@@ -1,0 +1,1 @@
+"""How samples become batches: order, forms, random numbers, worker processes."""

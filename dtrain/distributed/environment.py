@@ -1,0 +1,102 @@
+"""What the launcher says about this process; the only reader of RANK & co.; no torch."""
+
+import os
+import re
+from typing import TYPE_CHECKING, NamedTuple
+
+from dtrain.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    pass
+
+
+class Environment(NamedTuple):
+    """What the launcher says about this process."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    launcher: str = "none"
+    restarts: int = 0  # of all ranks, by the launcher, without which this would be the first start
+
+
+def environment() -> Environment:
+    """Read this process's place from torchrun's or accelerate's variables, else from srun's.
+
+    Inside torchrun, SLURM's variables are those of the node's one task, and in a batch script they are set although
+    srun started nothing; so they count only where srun itself started several tasks.
+
+    Raises:
+        ConfigError: The variables contradict one another.
+    """
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        world = int(env["WORLD_SIZE"])
+        local_world = int(env.get("LOCAL_WORLD_SIZE", world))
+        restarts = int(env.get("TORCHELASTIC_RESTART_COUNT", 0))
+        found = Environment(int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), world, local_world, "torchrun", restarts)
+    elif int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in env:
+        world, node = int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_NODEID", 0))
+        local_world = _tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", str(world)))[node]
+        found = Environment(int(env["SLURM_PROCID"]), int(env.get("SLURM_LOCALID", 0)), world, local_world, "srun")
+    else:
+        found = Environment()
+    if not 0 <= found.rank < found.world_size:
+        raise ConfigError(f"RANK is {found.rank}, but WORLD_SIZE is {found.world_size}")
+    return found
+
+
+def is_main() -> bool:
+    """Whether this process is the one that speaks, before there is a process group."""
+    try:
+        return environment().rank == 0
+    except ConfigError:
+        return True
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """SLURM's '2(x3),1' -> [2, 2, 2, 1]."""
+    result: list[int] = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        result += [int(count)] * int(times or 1)
+    return result
+
+
+def _first_host(nodelist: str) -> str:
+    """SLURM's 'node[03-07,9],other' -> 'node03'."""
+    match = re.match(r"([^,\[]+)(?:\[(\d+))?", nodelist)
+    return (match[1] + (match[2] or "")) if match else "127.0.0.1"
+
+
+def export_srun_variables(found: Environment) -> None:
+    """Give torch the variables that it reads, since srun sets only its own."""
+    job = int(os.environ.get("SLURM_JOB_ID", 0)) * 7 + int(os.environ.get("SLURM_STEP_ID", 0) or 0)
+    os.environ.setdefault("MASTER_ADDR", _first_host(os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1")))
+    os.environ.setdefault("MASTER_PORT", str(20000 + job % 20000))  # jobs on one node must not meet on a port
+    names = {"RANK": found.rank, "LOCAL_RANK": found.local_rank, "WORLD_SIZE": found.world_size}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    os.environ["LOCAL_WORLD_SIZE"] = str(found.local_world_size)
+
+
+def job_ends_at() -> float | None:
+    """When the batch system ends this job, in unix seconds; None where it has not said."""
+    text = os.environ.get("SLURM_JOB_END_TIME", "")
+    return float(text) if text.isdigit() else None
+
+
+def batch_job() -> dict[str, str]:
+    """What SLURM calls the job that this process is part of, and how often it was put back; {} outside of one."""
+    names = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    return {"SLURM_RESTART_COUNT": "0", **found} if found else {}
+
+
+def launcher_precision() -> str | None:
+    """The precision that `accelerate launch` was asked for, in dtrain's words; None when it was not."""
+    return {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}.get(os.environ.get("ACCELERATE_MIXED_PRECISION", ""))
+
+
+def cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,150 @@
+"""A request to stop, by a signal or a time limit: only a flag, read between two steps; knows no training, no ranks."""
+
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TypeVar
+
+from dtrain.distributed.exit_status import INTERRUPTED, STOPPED_EARLY
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+REPEAT_SECONDS = 0.5  # launchers deliver one signal several times within milliseconds
+OTHERS_WAIT_SECONDS = 3.0  # a rank that waits for data when it is asked to stop, waits on: others wait for it
+# A batch system's own limit is kept clear of by so much, or a tenth of what there is: a step and a save must fit in.
+MARGIN_SECONDS = 120.0
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_ends_at_once: list[object] = []  # the handlers of `end_at_once`
+T = TypeVar("T")
+
+
+class StopWaiting(BaseException):
+    """A request to stop came while there was nothing to do but wait: no `except Exception` on the way may take it."""
+
+
+class StopRequest:
+    """True once a signal has come or the time is over; `reason` says which. A second Ctrl-C ends at once.
+
+    Args:
+        time_limit: How long this process may train, from now: see `seconds_of`.
+        job_ends_at: When a batch system ends it, in unix seconds.
+        alone: Nobody else needs what this process waits for; else it goes on waiting for a while.
+
+    Raises:
+        ValueError: The time limit is none.
+    """
+
+    def __init__(
+        self, time_limit: float | str | None = None, job_ends_at: float | None = None, alone: bool = True
+    ) -> None:
+        self.reason = ""
+        self._patience_seconds = 0.0 if alone else OTHERS_WAIT_SECONDS
+        self._first_seconds = 0.0
+        self._waits = self._asked_in = self._wait_number = 0  # the wait that goes on, by number; 0 for none
+        limits = []
+        if time_limit is not None:
+            limits.append((seconds_of(time_limit), f"the time limit ({time_limit})"))
+        if job_ends_at is not None:
+            left = max(0.0, job_ends_at - time.time())
+            limits.append((left - min(MARGIN_SECONDS, left / 10), "the batch system's time limit"))
+        self._end_seconds, self._limit = min(limits, default=(0.0, ""))
+        self._end_seconds += time.monotonic()
+
+    def __bool__(self) -> bool:
+        return bool(self.reason)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the signals over, and give them back at the end."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        taken = (*heeded(), signal.SIGALRM)
+        before = {number: signal.signal(number, self._take) for number in taken}
+        if self._limit:  # a signal, too: it reaches a loop that waits for data
+            signal.setitimer(signal.ITIMER_REAL, max(1e-3, self._end_seconds - time.monotonic()))
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            for number, handler in before.items():
+                if handler not in _ends_at_once:  # which is not for what comes afterwards: it may be a failure
+                    signal.signal(number, handler)
+                elif number == signal.SIGINT:
+                    signal.signal(number, signal.default_int_handler)
+
+    def waiting(self, items: Iterable[T]) -> Iterator[T]:
+        """The same items; while the next one is waited for, a request raises.
+
+        Raises:
+            StopWaiting: From within the wait.
+        """
+        iterator = iter(items)
+        while True:
+            self._wait_number += 1
+            self._waits = self._wait_number
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self._waits = 0
+            yield item
+
+    def _take(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self.reason:
+            alarm = number == signal.SIGALRM
+            self.reason = self._limit if alarm else f"signal {signal.Signals(number).name}"
+            self._first_seconds, self._asked_in = now, self._waits
+            if self._waits and self._patience_seconds:
+                # Again and again: what a handler raises is lost where a worker is just forked, as in destructors.
+                signal.setitimer(signal.ITIMER_REAL, self._patience_seconds, REPEAT_SECONDS)
+            elif self._waits:
+                raise StopWaiting
+        elif number == signal.SIGALRM and self._waits and self._waits == self._asked_in:
+            raise StopWaiting
+        elif number == signal.SIGINT and now - self._first_seconds > REPEAT_SECONDS:
+            raise KeyboardInterrupt
+
+
+def heeded() -> tuple[signal.Signals, ...]:
+    """The signals that ask to stop; under nohup, a terminal that hangs up does not."""
+    return tuple(each for each in SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN)
+
+
+def end_at_once(say: Callable[[str], object]) -> None:
+    """While nothing is there that could be lost, a request to stop ends this process: start it again for the same."""
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT:  # as KeyboardInterrupt it would be lost in some library's import now and then
+            os._exit(INTERRUPTED)
+        say(f"signal {signal.Signals(number).name} before the first step")
+        os._exit(STOPPED_EARLY)  # from within an import: whatever it has locked, nothing of it is needed
+
+    _ends_at_once.append(end)
+    for number in SIGNALS:
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, end)
+
+
+def seconds_of(time_limit: float | str) -> float:
+    """A duration in seconds: 5400, '90m', '1.5h', '01:30:00' or '1-12:00:00' (days-hours:minutes:seconds).
+
+    Raises:
+        ValueError: It is none of these, or not above 0.
+    """
+    text = str(time_limit).strip()
+    seconds = 0.0
+    if clock := re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text):
+        days, hours, minutes, rest = (int(part or 0) for part in clock.groups())
+        seconds = ((days * 24 + hours) * 60 + minutes) * 60 + rest
+    elif number := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", text):
+        seconds = float(number[1]) * _UNITS[number[2] or "s"]
+    if seconds <= 0:
+        raise ValueError(f"time_limit is {time_limit!r}; possible: seconds, 90m, 1.5h, 2d, 01:30:00 or 1-12:00:00")
+    return seconds

@@ -1,0 +1,208 @@
+"""torchrun's agent, which starts, watches and restarts the ranks of one node; knows no config, no console."""
+
+import json
+import math
+import os
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch.distributed.elastic.agent.server.api import RunResult, Worker, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.rendezvous import (
+    RendezvousConnectionError,
+    RendezvousHandler,
+    RendezvousParameters,
+)
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+from dtrain.distributed.process import VARIABLE, Launch
+
+STORE_SECONDS = 300  # so long a node waits for the one that holds the rendezvous
+NODES_SECONDS = 900  # and for all others
+_ENDED = (WorkerState.SUCCEEDED, WorkerState.FAILED, WorkerState.UNHEALTHY)
+
+
+class Site(NamedTuple):
+    """This node's part of a job.
+
+    Attributes:
+        ranks_here: Ranks on this node.
+        nodes: How many nodes there are.
+        endpoint: HOST:PORT of the rendezvous; of one node alone, localhost:0.
+        is_host: Whether the rendezvous is held here.
+        address: By which the other nodes reach this one.
+        job: By which nodes of one job know one another.
+        command: What a rank runs.
+        max_restarts: How often failed ranks are started again.
+    """
+
+    ranks_here: int
+    nodes: int
+    endpoint: str
+    is_host: bool
+    address: str
+    job: str
+    command: tuple[str, ...]
+    max_restarts: int
+
+    def spec(self) -> WorkerSpec:
+        """The same for torchrun."""
+        try:
+            handler = self._rendezvous(self.is_host)
+        except RendezvousConnectionError:
+            if not self.is_host or self.nodes == 1:
+                raise
+            handler = self._rendezvous(False)  # another node of this very machine was quicker
+        return WorkerSpec(
+            role="rank",
+            local_world_size=self.ranks_here,
+            rdzv_handler=handler,
+            max_restarts=self.max_restarts,
+            monitor_interval=0.1,
+            entrypoint=self.command[0],
+            args=tuple(word.replace("$", "$$") for word in self.command[1:]),  # torchrun fills in ${local_rank}
+            local_addr=self.address,
+        )
+
+    def _rendezvous(self, is_host: bool) -> RendezvousHandler:
+        parameters = RendezvousParameters(
+            "c10d", self.endpoint, self.job, self.nodes, self.nodes, self.address,
+            is_host=str(is_host).lower(), read_timeout=STORE_SECONDS, join_timeout=NODES_SECONDS,
+        )  # fmt: skip
+        return get_rendezvous_handler(parameters)
+
+
+class End(NamedTuple):
+    """How a rank ended.
+
+    Attributes:
+        rank: Its number among all ranks.
+        status: Its exit status, which is its own word where it ended by itself; negative: the signal that ended it.
+        spoke: When it left its word, in unix seconds; infinite where it left none.
+    """
+
+    rank: int
+    status: int
+    spoke: float
+
+
+class Agent(LocalElasticAgent):
+    """torchrun's agent, with what it lacks.
+
+    Each start of the ranks gets a store of its own, on the first node's launcher: torch gives all of them the first
+    one's, with what dead ranks have left on it, and a node that is replaced would wait for ever to be told of it. And
+    ranks are restarted only where that makes sense.
+
+    Args:
+        site: This node's part of the job.
+        folder: For files between launcher and ranks.
+        log_folder: Told to the ranks, see Launch.
+        listen: Called for each rank before it is started: its files, local rank and rank.
+        ended: Called once all ranks here are over, with their ends, whether all had done a step, and whether they could
+            be started again: whether to do so.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        folder: Path,
+        log_folder: str,
+        listen: Callable[[Launch, int, int], None],
+        ended: Callable[[list[End], bool, bool], bool],
+    ) -> None:
+        super().__init__(site.spec(), DefaultLogsSpecs(log_dir=str(folder)))
+        self._folder, self._log_folder = folder, log_folder
+        self._listen, self._ended = listen, ended
+        self._launch = Launch(os.getpid(), str(folder), 0, log_folder)
+        self._store_of_ranks: Any = None
+        self.processes: Mapping[int, int] = {}  # local rank -> process, of the ranks that were started
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+
+    def has_begun(self) -> bool:
+        """Whether all ranks here have done a step since they were started."""
+        ranks = range(self._worker_group.spec.local_world_size)
+        return all(self._launch.mark(rank).exists() for rank in ranks)
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        self.processes = {}
+        super()._rendezvous(worker_group)
+        group: Any = worker_group  # which was given None for all that is known by now
+        store, address = group.store, group.spec.local_addr
+        if group.group_rank == 0:
+            where = (address or "localhost", 0)
+            self._store_of_ranks = dist.TCPStore(*where, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+            starts = store.underlying_store.add(f"dtrain/{group.spec.rdzv_handler.get_run_id()}", 1)
+            store.set("dtrain", json.dumps([address, self._store_of_ranks.port, starts]))
+        group.master_addr, group.master_port, starts = json.loads(store.get("dtrain"))
+        folder = self._folder / f"start-{starts}"
+        folder.mkdir()
+        self._launch = Launch(os.getpid(), str(folder), starts, self._log_folder)
+        os.environ[VARIABLE] = json.dumps(self._launch._asdict())
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        for worker in worker_group.workers:
+            self._listen(self._launch, worker.local_rank, worker.global_rank)
+        self.processes = super()._start_workers(worker_group)
+        assert self._pcontext is not None
+        close, mark = self._pcontext.close, self._launch.closing
+
+        def close_and_tell(*arguments: Any, **options: Any) -> None:
+            mark.touch()
+            close(*arguments, **options)
+
+        self._pcontext.close = close_and_tell  # type: ignore[method-assign]
+        return dict(self.processes)
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        if result.state in _ENDED:
+            again = self._remaining_restarts > 0 and result.state == WorkerState.FAILED
+            ends = [self._end_of(worker, result) for worker in worker_group.workers]
+            if not self._ended(ends, self.has_begun(), again):
+                self._remaining_restarts = 0
+        return result
+
+    def _end_of(self, worker: Worker, result: RunResult) -> End:
+        failure = result.failures.get(worker.global_rank)
+        status, spoke, word = 0, math.inf, self._launch.word(worker.local_rank)
+        with suppress(OSError, ValueError):
+            status, spoke = int(word.read_text()), word.stat().st_mtime
+        return End(worker.global_rank, failure.exitcode if failure else status, spoke)
+
+
+class AgentThread(threading.Thread):
+    """Makes and runs an agent beside the main thread, which stays free for signals: torch waits for other nodes in C++.
+
+    Args:
+        arguments: The agent's.
+
+    Attributes:
+        raised: What ended the agent, if it did not end by itself.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(name="agent", daemon=True)
+        self.raised: BaseException | None = None
+        self._arguments = arguments
+        self._agent: Agent | None = None
+
+    @property
+    def processes(self) -> list[int]:
+        """The ranks of this node that were started."""
+        return [*self._agent.processes.values()] if self._agent else []
+
+    def run(self) -> None:
+        """The thread's part. It outlives its ranks: the kernel would take its end for their parent's."""
+        try:
+            self._agent = Agent(*self._arguments)
+            self._agent.run()
+        except BaseException as error:
+            self.raised = error
+        finally:
+            with suppress(Exception):
+                self._agent._worker_group.spec.rdzv_handler.shutdown()  # type: ignore[union-attr]

@@ -1,0 +1,156 @@
+"""What several ranks print, as whole lines with rank and time, and in one file per rank; knows not what it means."""
+
+import os
+import re
+import select
+import sys
+import threading
+import time
+from collections import deque
+from pathlib import Path
+
+from dtrain.tracking.secrets import redact
+
+MOST_LINE_BYTES = 1 << 20  # of a line that does not end
+MOST_HELD_CHARACTERS = 1 << 26  # of what waits for a rank's file to be opened
+MOST_KEPT_LINES = 400  # of each rank, to find its last traceback in
+LOOK_SECONDS = 1.0  # between two looks whether a rank's file may be opened
+DRAIN_SECONDS = 2.0  # what a dead rank wrote is read in milliseconds; a process of its that lives on is not waited for
+_STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
+
+
+class Console:
+    """The one writer to this terminal or batch log.
+
+    Args:
+        log_folder: Where each rank's lines go, as rank-N.log; None: nowhere.
+        is_terminal: Whether the stream is a terminal, on which a bar may stand where the next line goes.
+    """
+
+    def __init__(self, log_folder: Path | None, is_terminal: bool) -> None:
+        self.log_folder = log_folder
+        self._clear = "\r\x1b[K" if is_terminal else ""
+        self._lock = threading.Lock()
+        self._readers: list[tuple[threading.Thread, int]] = []
+        self._lines: dict[int, deque[str]] = {}
+
+    def listen(self, pipe: Path, rank: int, mark: Path | None = None) -> None:
+        """Show and keep what comes through a pipe.
+
+        Args:
+            pipe: Made here; whoever opens it for writing is heard.
+            rank: Whose it is.
+            mark: The rank's file is opened once this is there: a new training first moves an old folder aside.
+        """
+        os.mkfifo(pipe)
+        held = os.open(pipe, os.O_RDWR)  # so that the pipe does not end before its writer has come
+        end = os.open(pipe, os.O_RDONLY)
+        self._lines[rank] = deque(maxlen=MOST_KEPT_LINES)
+        log = _Log(None if self.log_folder is None else self.log_folder / f"rank-{rank}.log", mark)
+        reader = threading.Thread(target=self._read, args=(end, rank, log), name=f"rank {rank}", daemon=True)
+        reader.start()
+        self._readers.append((reader, held))
+
+    def drain(self) -> None:
+        """The ranks have ended: what they have written is shown and kept to its last byte."""
+        for _, held in self._readers:
+            os.close(held)
+        end = time.monotonic() + DRAIN_SECONDS
+        for reader, _ in self._readers:
+            reader.join(max(0.0, end - time.monotonic()))
+        self._readers.clear()
+
+    def say(self, text: str) -> None:
+        """The launcher's own words, on stderr."""
+        with self._lock:
+            _write(2, f"{self._clear}{text}\n".encode(errors="backslashreplace"))
+
+    def traceback_of(self, rank: int) -> str:
+        """The last traceback among a rank's last lines; '' if there is none."""
+        lines = list(self._lines.get(rank, ()))
+        heads = [number for number, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
+        if not heads:
+            return ""
+        tail = lines[heads[-1] :]
+        # It ends with the first line that is not indented: the error itself.
+        end = next((number for number, line in enumerate(tail) if number and line[:1].strip()), len(tail) - 1)
+        return "\n".join(tail[: end + 1])
+
+    def _read(self, end: int, rank: int, log: "_Log") -> None:
+        rest = b""
+        while True:
+            if not select.select([end], [], [], LOOK_SECONDS if log.waits else None)[0]:
+                log.write("")
+                continue
+            if not (chunk := os.read(end, 1 << 16)):
+                break
+            whole, newline, rest = (rest + chunk).rpartition(b"\n")
+            if len(rest) > MOST_LINE_BYTES:
+                whole, newline, rest = rest, b"\n", b""
+            if newline:
+                self._show(whole.split(b"\n"), rank, log)
+        if rest:
+            self._show([rest], rank, log)
+        os.close(end)
+        log.close()
+
+    def _show(self, raw: list[bytes], rank: int, log: "_Log") -> None:
+        lines = [redact(line.decode(errors="backslashreplace")) for line in raw]
+        self._lines[rank].extend(lines)
+        log.write("".join(f"{line}\n" for line in lines))
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        text = ""
+        for line in lines:
+            seen = line.rstrip("\r").rpartition("\r")[2]  # of a bar that redraws itself, its last state
+            stamp = "" if _STAMP.match(seen) else f"{now}  "
+            text += f"{self._clear}rank {rank}  {stamp}{seen}\n"
+        with self._lock:
+            _write(1, text.encode())
+
+
+class _Log:
+    """One rank's file, appended to; opened late, and given up with a warning where the disk refuses."""
+
+    def __init__(self, path: Path | None, mark: Path | None) -> None:
+        self._path, self._mark = path, mark
+        self._file: int | None = None
+        self._held = ""
+
+    @property
+    def waits(self) -> bool:
+        """Whether there is something to write that may not be written yet."""
+        return bool(self._held)
+
+    def write(self, text: str) -> None:
+        if self._path is None:
+            return
+        self._held += text
+        if self._held and (self._mark is None or self._mark.exists() or len(self._held) > MOST_HELD_CHARACTERS):
+            self._flush()
+
+    def close(self) -> None:
+        if self._held and self._path is not None:
+            self._flush()
+        if self._file is not None:
+            os.close(self._file)
+
+    def _flush(self) -> None:
+        assert self._path is not None
+        try:
+            if self._file is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            os.write(self._file, self._held.encode(errors="backslashreplace"))
+        except OSError as error:
+            print(f"dtrain launch: {self._path} is not written: {error.strerror}", file=sys.stderr, flush=True)
+            self._path = None
+        self._held = ""
+
+
+def _write(stream: int, data: bytes) -> None:
+    """All of it; where the reader went away (`| head`), nothing: the files have it."""
+    try:
+        while data:
+            data = data[os.write(stream, data) :]
+    except OSError:
+        pass

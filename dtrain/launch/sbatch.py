@@ -1,0 +1,110 @@
+"""The text of a SLURM batch script; knows no config and no files, only values, and lets none of them be more than that.
+
+Directives hold nothing but plain words, everything else is quoted for bash.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+WORD = re.compile(r"[A-Za-z0-9][\w.,:@+*/()\[\]&|=-]{0,199}", re.ASCII)
+
+# The same lines stand in scripts/cluster/slurm-nodes.sbatch.
+BODY = """\
+export MLFLOW_DISABLE_TELEMETRY=true PYTHONUNBUFFERED=1
+if [[ -n ${SLURM_CPUS_PER_TASK-} ]]; then
+    export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not take it over by itself
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_PER_TASK > ranks ? SLURM_CPUS_PER_TASK / ranks : 1))}
+fi
+# The first node is where the ranks meet, on a port of this job and start: others may run on the same node.
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 10000))
+
+# As scontrol takes it: the number of one task of an array stands for all of them.
+job=${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}
+# dtrain.launch.job passes the warning on to srun, and has a job that was stopped early and has saved start again.
+# srun waits for the other nodes when one has ended: one of them may be saving. Not for ever: another may hang.
+exec "$python" -m dtrain.launch.job --run-folder "$run_folder" --requeue "scontrol requeue $job" -- \\
+    srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \\
+    --kill-on-bad-exit=0 --wait=600 \\
+    "$python" -m dtrain launch "$config" --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$ranks" \\
+    --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" "$@"
+"""
+
+
+class Job(NamedTuple):
+    """What a script is made of.
+
+    Attributes:
+        name: For the queue; any text.
+        directives: sbatch's options and their values, such as ("nodes", 2).
+        ranks: Per node.
+        python: The interpreter.
+        folder: The job's own folder, with the copy of the code.
+        configs: One, or one for each job of an array.
+        run_folders: Theirs.
+    """
+
+    name: str
+    directives: Sequence[tuple[str, Any]]
+    ranks: int
+    python: str
+    folder: Path
+    configs: Sequence[Path]
+    run_folders: Sequence[Path]
+
+
+def script(job: Job) -> str:
+    """The script.
+
+    Raises:
+        ValueError: A path that no script could hold.
+    """
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", job.name).lstrip("-_.")[:60] or "dtrain"
+    directives = [("job-name", name), *job.directives]
+    if len(job.configs) > 1:
+        directives.append(("array", f"0-{len(job.configs) - 1}"))
+    lines = [
+        "#!/bin/bash",
+        "# Written by `dtrain submit`, for the code and the config beside it.",
+        *(f"#SBATCH --{key}={_word(value)}" for key, value in directives),
+        "#SBATCH --requeue",
+        "#SBATCH --open-mode=append",
+        "set -euo pipefail",
+        "",
+        f"python={_quoted(job.python)}",
+        f"configs=({' '.join(map(_quoted, job.configs))})",
+        f"run_folders=({' '.join(map(_quoted, job.run_folders))})",
+        "config=${configs[${SLURM_ARRAY_TASK_ID:-0}]} run_folder=${run_folders[${SLURM_ARRAY_TASK_ID:-0}]}",
+        f"ranks={int(job.ranks)} # per node",
+        f"code={_quoted(job.folder / 'code')}",
+        "# The copy of the code comes first, and the current folder is not looked at.",
+        "export PYTHONSAFEPATH=1 PYTHONPATH=$code${PYTHONPATH:+:$PYTHONPATH} DTRAIN_CODE_STATE=$code-state",
+        BODY,
+    ]
+    return "\n".join(lines)
+
+
+def is_word(value: Any) -> bool:
+    """Whether a value can stand in a directive."""
+    return WORD.fullmatch(str(value)) is not None
+
+
+def _word(value: Any) -> str:
+    if not is_word(value):
+        raise ValueError(f"{value!r} cannot stand in a batch script")
+    return str(value)
+
+
+def _quoted(path: str | Path) -> str:
+    """A path for bash. Python's search path is divided by colons, and a backslash means something to sbatch."""
+    text = str(path)
+    if not text.isprintable() or set(text) & {":", "\\"}:
+        raise ValueError(f"{text!r} cannot be used in a batch script: no control characters, colons, backslashes")
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
+def sbatch_pattern(path: Path) -> str:
+    """A path as sbatch's --output takes it, whose % begins a pattern."""
+    return str(path).replace("%", "%%")

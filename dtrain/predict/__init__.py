@@ -1,0 +1,1 @@
+"""Files from a trained model: patches, volumes, segmentation."""

@@ -1,0 +1,214 @@
+"""From probabilities to classes, masks and numbered instances, plane by plane; knows no model, no file format, no rank.
+
+A chunk of planes has its planes first: (planes, K, ...) for probabilities, (planes, ...) for anything else.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from dtrain.config.errors import ConfigError
+
+CHUNK_BYTES = 1 << 22
+SMALLEST = (np.uint8, np.uint16, np.uint32)
+
+
+class Choice(NamedTuple):
+    """What of a prediction is kept.
+
+    Attributes:
+        segmentation: Classes instead of probabilities: the most probable one, or with one channel whether it is
+            above the threshold.
+        instances: `foreground`: where the class is not 0; `inverted`: where the (boundary) channel is not above the
+            threshold; None: no instances.
+        threshold: For one channel.
+        channel: Keep this one alone.
+    """
+
+    segmentation: bool = False
+    instances: Literal["foreground", "inverted"] | None = None
+    threshold: float = 0.5
+    channel: int | None = None
+
+    @property
+    def labels(self) -> bool:
+        """Whether the result has no channels."""
+        return self.segmentation or self.instances is not None
+
+    def of(self, planes: np.ndarray) -> np.ndarray:
+        """Planes of a prediction, (K, planes, ...), as they are kept, planes first.
+
+        Raises:
+            ConfigError: There is no such channel, or several channels where one is needed.
+        """
+        if self.channel is not None:
+            if self.channel >= len(planes):
+                raise ConfigError(
+                    f"predictor.prediction_channel is {self.channel}, but the model has {len(planes)} channel(s); "
+                    f"possible: 0 to {len(planes) - 1}"
+                )
+            planes = planes[self.channel : self.channel + 1]
+        if self.instances == "inverted":
+            if len(planes) > 1:
+                raise ConfigError(
+                    f"predictor.instances: inverted needs one boundary channel, the model has {len(planes)}; "
+                    "choose one with predictor.prediction_channel"
+                )
+            return planes[0] <= self.threshold
+        if not self.labels:
+            return np.swapaxes(planes, 0, 1)
+        classes = classes_of(planes, self.threshold)
+        return classes != 0 if self.instances else classes
+
+
+def classes_of(planes: np.ndarray, threshold: float) -> np.ndarray:
+    """The most probable class of each voxel; of one channel, 1 where it is above the threshold. (K, ...) -> (...)."""
+    if len(planes) == 1:
+        return (planes[0] > threshold).astype(np.uint8)
+    return planes.argmax(0).astype(smallest(len(planes) - 1))
+
+
+def smallest(largest: int) -> type[np.unsignedinteger[Any]]:
+    """The smallest unsigned type that holds a number."""
+    return next(kind for kind in SMALLEST if largest <= np.iinfo(kind).max)
+
+
+def instances(
+    chunks: Iterable[np.ndarray], depth: int, connectivity: int, min_size: int, scratch: Path
+) -> Iterator[np.ndarray]:
+    """Number the connected components of a mask, from 1 on in the order of their first plane; 0 elsewhere.
+
+    Each plane is labelled on its own; what touches between planes is one component. So the numbers do not depend on how
+    the volume is cut, and memory is bounded by a plane and by the number of components in all planes. The labels
+    wait in a file, 4 bytes per voxel, until all planes have been seen.
+
+    Args:
+        chunks: The mask, (planes, ...) each.
+        depth: How many planes there are.
+        connectivity: How many axes two neighbouring voxels may differ in, by one each: 1 up to the dimensions.
+        min_size: Components with fewer voxels become background.
+        scratch: The file, removed at the end.
+
+    Yields:
+        The numbers, (planes, ...) each, in the smallest unsigned type that holds them.
+    """
+    from scipy import ndimage
+
+    scratch.parent.mkdir(parents=True, exist_ok=True)
+    sizes, pairs = [np.zeros(1, np.int64)], [np.zeros((2, 0), np.int64)]
+    count, before = 0, np.zeros(0, np.uint32)
+    with contextlib.ExitStack() as at_end, scratch.open("w+b") as labels:  # a mapped file would count as memory
+        at_end.callback(scratch.unlink, missing_ok=True)
+        for plane in (plane for chunk in chunks for plane in chunk):
+            structure = ndimage.generate_binary_structure(plane.ndim, min(connectivity, plane.ndim))
+            own, found = ndimage.label(plane, structure, output=np.uint32)
+            sizes.append(np.bincount(own.ravel(), minlength=found + 1)[1:])
+            own[own > 0] += np.uint32(count)
+            if before.size:
+                pairs.append(_touching(before, own, connectivity))
+            labels.write(own.data)
+            count, before = count + found, own
+        number = _numbers(np.concatenate(sizes), np.concatenate(pairs, axis=1), min_size)
+        labels.seek(0)
+        step = max(1, CHUNK_BYTES // (4 * before.size))
+        for low in range(0, depth, step):
+            planes = min(step, depth - low)
+            part = np.frombuffer(labels.read(4 * before.size * planes), np.uint32)
+            yield number[part.reshape(planes, *before.shape)]
+
+
+def _touching(before: np.ndarray, plane: np.ndarray, connectivity: int) -> np.ndarray:
+    """The pairs of labels that touch between two planes, (2, pairs)."""
+    found = []
+    for offset in product((-1, 0, 1), repeat=plane.ndim):
+        if 1 + sum(map(abs, offset)) > connectivity:
+            continue
+        ours = tuple(slice(max(0, -step), min(0, -step) or None) for step in offset)
+        theirs = tuple(slice(max(0, step), min(0, step) or None) for step in offset)
+        both = (before[theirs] > 0) & (plane[ours] > 0)
+        found.append(before[theirs][both].astype(np.uint64) << np.uint64(32) | plane[ours][both])
+    pairs = np.concatenate(found)
+    pairs = np.unique(pairs[np.flatnonzero(np.diff(pairs, prepend=~pairs[:1]))])  # few are left to be sorted
+    return np.stack([pairs >> np.uint64(32), pairs & np.uint64(0xFFFFFFFF)]).astype(np.int64)
+
+
+def _numbers(sizes: np.ndarray, pairs: np.ndarray, min_size: int) -> np.ndarray:
+    """The final number of each provisional label; `sizes[0]` is the background's place."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    links = coo_array((np.ones(pairs.shape[1], np.int8), (pairs[0], pairs[1])), shape=(len(sizes), len(sizes)))
+    _, component = connected_components(links, directed=False)
+    voxels = np.bincount(component, weights=sizes)
+    firsts = np.unique(component, return_index=True)[1]  # a component's first label, by component
+    kept = (voxels >= max(min_size, 1)) & (np.arange(len(voxels)) != component[0])
+    order = np.flatnonzero(kept)[np.argsort(firsts[kept], kind="stable")]
+    number = np.zeros(len(voxels), smallest(len(order)))
+    number[order] = np.arange(1, len(order) + 1)
+    return number[component]
+
+
+class Agreement:
+    """How well a segmentation agrees with its label, counted chunk by chunk: Dice or IoU per class, class 0 left out.
+
+    Dice is 2 |A and B| / (|A| + |B|), IoU |A and B| / |A or B|, of the voxels A of a class in the prediction and B in
+    the label. A class that is in neither has none. Where the label has channels, they are the classes, and each
+    channel of the prediction is taken where it is above the threshold.
+    """
+
+    def __init__(self, metric: Literal["dice", "mean_iou"], choice: Choice) -> None:
+        self.metric, self.choice = metric, choice
+        self._both, self._predicted, self._labelled = (np.zeros(0, np.int64) for _ in range(3))
+
+    def add(self, kept: np.ndarray, label: np.ndarray) -> None:
+        """Count a chunk.
+
+        Args:
+            kept: What `Choice.of` gave, planes first.
+            label: (planes, ...) or (K, planes, ...); negative labels do not count.
+
+        Raises:
+            ValueError: The label has channels and the prediction has none, or others.
+        """
+        if label.ndim < kept.ndim or (self.choice.labels and label.ndim == kept.ndim):
+            self._add_classes(kept if self.choice.labels else self._classes(kept), label)
+            return
+        if self.choice.labels or kept.shape[1] != len(label):
+            raise ValueError(f"a label of shape {label.shape} for a prediction of {kept.shape} (planes first)")
+        for channel, truth in enumerate(label):
+            mask = kept[:, channel] > self.choice.threshold
+            masks = mask & (truth > 0), mask, truth > 0
+            self._count(channel, *(int(item.sum()) for item in masks))
+
+    def _classes(self, kept: np.ndarray) -> np.ndarray:
+        return classes_of(np.swapaxes(kept, 0, 1), self.choice.threshold)
+
+    def _add_classes(self, classes: np.ndarray, label: np.ndarray) -> None:
+        counts = label >= 0
+        predicted, truth = classes[counts].astype(np.int64), label[counts].astype(np.int64)
+        same = np.bincount(truth[predicted == truth])
+        ours, theirs = np.bincount(predicted), np.bincount(truth)
+        for index in range(1, max(len(ours), len(theirs))):
+            numbers = (int(item[index]) if index < len(item) else 0 for item in (same, ours, theirs))
+            self._count(index - 1, *numbers)
+
+    def _count(self, index: int, both: int, predicted: int, labelled: int) -> None:
+        if index >= len(self._both):
+            more = np.zeros(index + 1 - len(self._both), np.int64)
+            self._both, self._predicted, self._labelled = (
+                np.concatenate([item, more]) for item in (self._both, self._predicted, self._labelled)
+            )
+        self._both[index] += both
+        self._predicted[index] += predicted
+        self._labelled[index] += labelled
+
+    def values(self) -> list[float]:
+        """One figure per class, nan for a class that is in neither."""
+        sums = self._predicted + self._labelled
+        with np.errstate(invalid="ignore"):
+            values = 2 * self._both / sums if self.metric == "dice" else self._both / (sums - self._both)
+        return [float(value) for value in values]

@@ -1,0 +1,1 @@
+"""What a person sees: lines, bars, summary, pictures of a validation."""

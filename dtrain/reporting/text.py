@@ -1,0 +1,61 @@
+"""Numbers, durations and figures in words."""
+
+import math
+from collections.abc import Iterator, Mapping
+
+
+def count_text(count: float) -> str:
+    """A number of things: 68,946 as a whole number; other figures with three digits, as 0.25, 12.3k or 1.23M."""
+    if isinstance(count, int):
+        return f"{count:,}"
+    if not math.isfinite(count):
+        return str(count)
+    units = (("", 1.0), ("k", 1e3), ("M", 1e6), ("G", 1e9))
+    unit, size = next((pair for pair in units if abs(count) < 999.5 * pair[1]), units[-1])
+    return f"{count / size:.3g}{unit}"
+
+
+def duration_text(seconds: float) -> str:
+    """A time in its two largest units: 4.1 s, 42 s, 1 min 05 s, 1 h 02 min, 2 d 03 h."""
+    if not math.isfinite(seconds):
+        return "?"
+    if seconds < 9.95:
+        return f"{max(seconds, 0):.1f} s"
+    whole = round(seconds)
+    for name, size, lower_name, lower_size in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if whole >= size:
+            return f"{whole // size} {name} {whole % size // lower_size:02} {lower_name}"
+    return f"{whole} s"
+
+
+def figure_text(value: float) -> str:
+    """A loss or a metric with five digits, 0.3124 or 2.303e-05; whatever is no number as it prints itself."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return str(value)
+    if number == 0 or not math.isfinite(number):
+        return str(number)
+    size = math.floor(math.log10(abs(number)))
+    return f"{number:.{min(4, 4 - size)}f}" if -2 <= size <= 4 else f"{number:.3e}"
+
+
+def figure_pairs(figures: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+    """(name, what to show for it) of each figure."""
+    for name, value in figures.items():
+        if name == "samples_per_second":
+            yield name, f"{count_text(float(value))} samples/s"
+        elif name == "lr":
+            yield name, f"lr {value:.3g}"
+        else:
+            yield name, f"{name.removeprefix('train/')} {figure_text(value)}"
+
+
+def figure_texts(figures: Mapping[str, float]) -> list[str]:
+    """What to show for each figure."""
+    return [text for _, text in figure_pairs(figures)]
+
+
+def without_phase(phase: str, figures: Mapping[str, float]) -> dict[str, float]:
+    """The figures without the phase before their names."""
+    return {name.removeprefix(f"{phase}/"): value for name, value in figures.items()}

@@ -1,0 +1,392 @@
+"""The run's journal on disk: figures, params, artifacts, status; it knows no MLflow, torch, rank or config."""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import shlex
+import socket
+import subprocess
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from dtrain.tracking.run_folder import (
+    DELIVERY,
+    JOURNAL,
+    RUN_FACTS,
+    SENDER_LOG,
+    read_json,
+    read_run,
+    take_up_journal,
+    update_run,
+)
+from dtrain.tracking.secrets import is_secret, redact
+from dtrain.tracking.start_sender import ask_sender, start_process, tell_sender
+from dtrain.tracking.uri import resolve_tracking_uri
+
+STATUSES = ("FINISHED", "FAILED", "KILLED")
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+_log = logging.getLogger(__name__)
+_UNWRITTEN_BYTES = 16 * 2**20  # what is kept in memory while the disk takes nothing
+
+
+class Journal:
+    """Rank 0's record of a run, one JSON object per line, and the starter of the process that feeds MLflow from it.
+
+    A line is handed to the operating system before `log` returns, which a kill -9 of this process survives; the sender
+    flushes it to the disk before it tells MLflow. Nothing here waits for MLflow, except `finish`, and that is bounded.
+
+    Args:
+        folder: the run folder; made when it is not there.
+        experiment: MLflow's experiment.
+        run_name: MLflow's name of the run.
+        tracking_uri: see `resolve_tracking_uri`.
+        system_metrics: whether CPU, memory and GPU figures of this machine go to MLflow too.
+        exit_timeout_seconds: how long `finish` waits at most until MLflow has everything.
+        sender: from `prepare_sender`. Default: one is started when the run starts.
+
+    Raises:
+        ValueError: the tracking URI is one that MLflow cannot write to; the text holds the cure.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        experiment: str,
+        run_name: str,
+        tracking_uri: str | None = None,
+        system_metrics: bool = True,
+        exit_timeout_seconds: float = 25.0,
+        sender: subprocess.Popen[bytes] | None = None,
+    ) -> None:
+        self.folder = Path(folder).absolute()
+        self.tracking_uri = resolve_tracking_uri(tracking_uri)
+        self._experiment = experiment
+        self._run_name = run_name
+        self._system_metrics = system_metrics
+        self._exit_timeout_seconds = exit_timeout_seconds
+        self._file: int | None = None
+        self._unwritten = b""
+        self._disk_is_full = False
+        self._last_steps: dict[str, int] = {}
+        self._bad_keys: set[str] = set()
+        self._sender = sender
+        self._ended = False
+
+    def start(
+        self,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        artifacts: Sequence[tuple[str, str]] = (),
+        **run_facts: Any,
+    ) -> None:
+        """Opens the journal, or goes on in the one that is there, and starts the sender.
+
+        Args:
+            params: the flattened config, see `flatten`. Secrets in it are masked.
+            tags: for MLflow; they win over the ones that every run gets.
+            artifacts: pairs (path in the run folder, folder in MLflow).
+            **run_facts: what else run.json shall hold, such as world_size.
+
+        Raises:
+            OSError: the run folder cannot be written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        starts, self._last_steps = take_up_journal(self.folder / JOURNAL)
+        attempt = 1 + starts
+        self._file = os.open(self.folder / JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        known = read_run(self.folder)
+        host, now = socket.gethostname(), round(time.time(), 3)
+        update_run(
+            self.folder,
+            id=known.get("id") or uuid.uuid4().hex,
+            run_id=known.get("run_id"),
+            experiment=self._experiment,
+            run_name=self._run_name,
+            tracking_uri=redact(self.tracking_uri),
+            state="RUNNING",
+            reason="",
+            exit_status=None,
+            host=host,
+            pid=os.getpid(),
+            attempt=attempt,
+            started=known.get("started") or now,
+            attempt_started=now,
+            ended=None,
+            **run_facts,
+        )
+        own_tags = {"mlflow.source.name": "dtrain", "host": host, "dtrain.checkpoint_dir": str(self.folder)}
+        if "world_size" in run_facts:
+            own_tags["world_size"] = str(run_facts["world_size"])
+        self._write("start", attempt=attempt)
+        self._write("tags", values={key: redact(str(value)) for key, value in {**own_tags, **tags}.items()})
+        self._write("params", attempt=attempt, values={key: _as_text(key, value) for key, value in params.items()})
+        for path, to in artifacts:
+            self.artifact(path, to)
+        self._start_sender()
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        """Writes the figures of one step: one line, a few tens of microseconds, no waiting.
+
+        A figure that is no number costs one warning per key. A step that the journal already holds for a key is
+        dropped: a resumed training repeats the steps after its checkpoint, and MLflow would store them twice.
+
+        Args:
+            step: number of optimizer steps done.
+            figures: name -> number; one-element tensors and arrays will do.
+        """
+        values: dict[str, float | str] = {}
+        for key, figure in figures.items():
+            number = figure if type(figure) is float else self._as_number(key, figure)
+            if number is None or step <= self._last_steps.get(key, step - 1):
+                continue
+            self._last_steps[key] = step
+            values[key] = number if math.isfinite(number) else str(number)
+        if values:
+            self._write("metrics", step=int(step), values=values)
+
+    def artifact(self, path: str, to: str = "") -> None:
+        """Has a file or folder of the run folder sent to MLflow.
+
+        Args:
+            path: in the run folder, relative to it or absolute.
+            to: folder among the run's artifacts; empty: the top.
+
+        Raises:
+            ValueError: the path, or the place in MLflow, leaves its folder.
+        """
+        self._write("artifact", path=self._relative(path, to), to=to)
+
+    def image(self, path: str, key: str, step: int) -> None:
+        """Has a PNG file of the run folder sent to MLflow as the image of a key at a step, once for each step.
+
+        Args:
+            path: in the run folder, relative to it or absolute.
+            key: such as val/confusion; MLflow shows the images of one key as a sequence.
+            step: number of optimizer steps done.
+
+        Raises:
+            ValueError: the path leaves the run folder.
+        """
+        relative = self._relative(path, "")
+        if step > self._last_steps.get(key, step - 1):
+            self._last_steps[key] = step
+            self._write("image", path=relative, key=key, step=int(step))
+
+    def _relative(self, path: str, to: str) -> str:
+        """The path from the run folder, checked."""
+        relative = os.path.relpath(self.folder / path, self.folder)
+        if relative.startswith(".."):  # given with its links resolved: clusters have many
+            relative = os.path.relpath((self.folder / path).resolve(), self.folder.resolve())
+        for kind, place in (("path", relative), ("folder in MLflow", os.path.normpath(to or "."))):
+            if place.startswith("/") or place.split("/")[0] == "..":
+                raise ValueError(f"artifact {path!r} to {to!r}: the {kind} must stay inside; found {place}")
+        return relative
+
+    def finish(self, status: Status, reason: str = "", exit_status: int = 0) -> str:
+        """Writes how the run ended and waits, at most `exit_timeout_seconds`, until MLflow has everything.
+
+        A second call does nothing, so that an error path may call it without knowing what happened before.
+
+        Returns:
+            '' when MLflow has everything, else one line that says why not and how to send the rest.
+
+        Raises:
+            ValueError: the status is not one of STATUSES.
+        """
+        if status not in STATUSES:
+            raise ValueError(f"status {status!r}: a run ends as one of {', '.join(STATUSES)}")
+        if self._ended or self._file is None:
+            return ""
+        self._ended = True
+        reason = redact(reason)
+        self._write("end", status=status, reason=reason)
+        try:
+            update_run(self.folder, state=status, reason=reason, exit_status=exit_status, ended=round(time.time(), 3))
+        except OSError as error:
+            _log.warning("%s could not be written: %s", self.folder / RUN_FACTS, error)
+        hint = self._wait_for_sender()
+        if self._unwritten:
+            hint = f"the last {len(self._unwritten)} bytes of {self.folder / JOURNAL} are lost: the disk took nothing"
+        self.close()
+        return hint
+
+    def deliver_later(self, folder: Path) -> None:
+        """Has a process of its own send what MLflow lacks of a run that nobody goes on with, its true status included.
+
+        Args:
+            folder: its run folder; where its store had a password, only this run's own is known.
+        """
+        facts, sent = read_run(folder), read_json(folder / DELIVERY)
+        known = str(facts.get("tracking_uri"))
+        whole = facts.get("state") == sent.get("status") and not sent.get("artifacts")
+        if not (folder / JOURNAL).is_file() or whole or ("***" in known and known != redact(self.tracking_uri)):
+            return
+        with contextlib.suppress(OSError):
+            (folder / SENDER_LOG).parent.mkdir(exist_ok=True)
+            with (folder / SENDER_LOG).open("ab") as output:
+                start_process([str(folder)], self.tracking_uri, subprocess.DEVNULL, output)
+
+    def close(self) -> None:
+        """Closes the journal. A run that was not finished is then closed by the sender, as FAILED."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def _write(self, kind: str, **fields: Any) -> None:
+        """Appends one line; a full disk costs a warning and some memory, and gets the line when it has room again."""
+        if self._file is None:
+            raise RuntimeError("the journal is not open: call start() first, and nothing after finish()")
+        if kind == "metrics" and len(self._unwritten) > _UNWRITTEN_BYTES:
+            return
+        line = {"kind": kind, "time": round(time.time(), 3), **fields}
+        self._unwritten += json.dumps(line, allow_nan=False).encode() + b"\n"
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
+            self._disk_is_full = False
+        except OSError as error:
+            if not self._disk_is_full:
+                _log.warning("%s: %s; its lines wait in memory", self.folder / JOURNAL, error.strerror)
+            self._disk_is_full = True
+
+    def _as_number(self, key: str, figure: Any) -> float | None:
+        try:
+            if isinstance(figure, (str, bytes)):  # float("0.3") would do, but a text is a mistake
+                raise TypeError(f"it is the text {figure!r}")
+            return float(figure)
+        except Exception as error:  # whatever a foreign number type raises, the loop must not see it
+            if key not in self._bad_keys:
+                self._bad_keys.add(key)
+                _log.warning("%s is not logged: one number is needed, found %s (%s)", key, type(figure).__name__, error)
+            return None
+
+    def _start_sender(self) -> None:
+        words = [str(self.folder), "--parent", str(os.getpid())]
+        words += [] if self._system_metrics else ["--no-system-metrics"]
+        log = self.folder / SENDER_LOG
+        log.parent.mkdir(exist_ok=True)
+        if self._sender is not None and tell_sender(self._sender, words):
+            return
+        with log.open("ab") as output:
+            try:
+                self._sender = start_process(words, self.tracking_uri, stdin=subprocess.DEVNULL, output=output)
+            except OSError as error:
+                _log.warning("MLflow gets nothing for now, its sender could not be started: %s", error)
+
+    def _wait_for_sender(self) -> str:
+        deadline, late = time.monotonic() + self._exit_timeout_seconds, False
+        if self._sender is None or self._sender.poll():  # it died early, of memory for instance: one more try
+            self._start_sender()
+        if self._sender is not None:
+            with contextlib.suppress(OSError):  # no step is left to be disturbed; only root may raise a priority again
+                os.setpriority(os.PRIO_PROCESS, self._sender.pid, 0)
+            try:
+                self._sender.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                late = True
+                self._sender.kill()  # safe at any moment: it only ever remembers what MLflow has acknowledged
+                self._sender.wait()
+        state = read_json(self.folder / DELIVERY)
+        if self._sender is not None and self._sender.returncode == 0:
+            return str(state.get("note", ""))
+        why = state.get("problem") or ("its sender was still at work" if late else f"see {self.folder / SENDER_LOG}")
+        rest = f"dtrain sync {shlex.quote(str(self.folder))}"
+        where = redact(self.tracking_uri)
+        return f"MLflow ({where}) does not have all of this run yet: {why}. Nothing is lost; send the rest with: {rest}"
+
+
+class NoJournal:
+    """What the other ranks hold: Journal's methods, letter for letter, and none of its effects."""
+
+    def start(
+        self,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        artifacts: Sequence[tuple[str, str]] = (),
+        **run_facts: Any,
+    ) -> None:
+        """Does nothing."""
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        """Does nothing."""
+
+    def artifact(self, path: str, to: str = "") -> None:
+        """Does nothing."""
+
+    def image(self, path: str, key: str, step: int) -> None:
+        """Does nothing."""
+
+    def finish(self, status: Status, reason: str = "", exit_status: int = 0) -> str:
+        """Does nothing; returns ''."""
+        return ""
+
+    def deliver_later(self, folder: Path) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+def flatten(config: Mapping[Any, Any]) -> dict[str, Any]:
+    """Makes one level of many: {'optimizer': {'lr': 0.1}, 'a': [1]} -> {'optimizer.lr': 0.1, 'a.0': 1}.
+
+    Empty sections and lists are kept as they are, and two ways to one key are kept apart, so that no value is lost.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in _leaves("", config):
+        count = 2
+        name = key
+        while name in flat:
+            name, count = f"{key}#{count}", count + 1
+        flat[name] = value
+    return flat
+
+
+def _leaves(prefix: str, value: Any) -> Iterable[tuple[str, Any]]:
+    if hasattr(value, "items") and len(value):
+        pairs = [(str(key), below) for key, below in value.items()]
+    elif isinstance(value, (list, tuple)) and value:
+        pairs = [(str(index), below) for index, below in enumerate(value)]
+    else:
+        yield prefix, value
+        return
+    for key, below in pairs:
+        yield from _leaves(f"{prefix}.{key}" if prefix else key, below)
+
+
+def find_run(run_id: str, uri: str | None = None, timeout_seconds: float = 60.0) -> dict[str, Any]:
+    """Asks MLflow about a run, in a process of its own.
+
+    Args:
+        run_id: MLflow's id.
+        uri: see `resolve_tracking_uri`.
+        timeout_seconds: how long to wait for the answer; importing mlflow takes 3 of them.
+
+    Returns:
+        run_id, run_name, status, lifecycle ('active' or 'deleted') and tags, of which `dtrain.checkpoint_dir` is the
+        run folder.
+
+    Raises:
+        LookupError: there is no such run, or MLflow does not answer; the text says which.
+        ValueError: see `resolve_tracking_uri`.
+    """
+    where = resolve_tracking_uri(uri)
+    answer = ask_sender(where, "--find", run_id, timeout_seconds=timeout_seconds)
+    if "error" in answer:
+        raise LookupError(f"MLflow run {run_id} in {redact(where)}: {answer['error']}")
+    return answer
+
+
+def _as_text(key: str, value: Any) -> str:
+    """A param's value as MLflow shows it: text, without secrets and without addresses that change at each start."""
+    if is_secret(key, value):
+        return "***"
+    if callable(value) and hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    return redact(str(value))

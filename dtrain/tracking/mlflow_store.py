@@ -1,0 +1,310 @@
+"""What MLflow is asked and told; the only importer of mlflow."""
+
+import contextlib
+import getpass
+import hashlib
+import logging
+import os
+import posixpath
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dtrain.tracking.delivery import Row, brief
+from dtrain.tracking.secrets import redact
+from dtrain.tracking.sqlite_template import begin_store
+from dtrain.tracking.uri import sqlite_file
+
+# One attempt per request: the pauses between attempts are `follow`'s, and a request whose answer was lost must not be
+# repeated behind its back (a repeated "create run" would make a second run).
+CLIENT_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+_UPLOAD_TIMEOUT_SECONDS = "300"  # a server may answer late when it has gigabytes to put away
+_MOST_AT_ONCE = {"metrics": 1000, "params": 100, "tags": 100}  # MLflow's limits per request
+_LONGEST_KEY, _LONGEST_PARAM, _LONGEST_TAG = 250, 6000, 5000
+_IMAGES = "images"  # MLflow's folder for them, and its names, of which the thumbnail's is the last one written
+_IMAGE = re.compile(r"(?P<key>.+)[+%]step[+%](?P<step>\d+)[+%]timestamp[+%].+\.webp")
+_log = logging.getLogger(__name__)
+_REFUSED = "dtrain.refused"  # the tag that names what MLflow did not take
+# MLflow's pages then show charts and parameters first, not the views for language models.
+_KIND = {"mlflow.experimentKind": "custom_model_development"}
+
+
+class RunIsGoneError(Exception):
+    """The run was deleted while it was being fed."""
+
+
+class MlflowStore:
+    """MLflow at one address; it is connected to when it is first needed.
+
+    Args:
+        uri: resolved tracking URI.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._client: Any = None
+
+    @property
+    def client(self) -> Any:
+        """The client of mlflow.
+
+        Raises:
+            ImportError: mlflow is not installed.
+        """
+        if self._client is None:
+            self._client = connect(self.uri)
+        return self._client
+
+    def known(self, run_id: str | None) -> "MlflowRun | None":
+        """The run of that id, unless it is not there or deleted."""
+        run = _get_run(self.client, run_id) if run_id else None
+        return MlflowRun(self.client, run) if run else None
+
+    def create(self, folder: Path, facts: Mapping[str, Any]) -> "MlflowRun":
+        """Creates the run of a run folder, or finds it, where the answer to an earlier attempt was lost.
+
+        Args:
+            folder: the run folder.
+            facts: from run.json; its `id` is a tag of the run, by which it is found.
+        """
+        experiment = self._active_experiment(str(facts["experiment"]))
+        found = self.client.search_runs([experiment], f"tags.`dtrain.id` = '{facts['id']}'", max_results=1)
+        if found:
+            return MlflowRun(self.client, found[0])
+        tags = {"dtrain.id": str(facts["id"]), "dtrain.checkpoint_dir": str(folder), "mlflow.user": _user()}
+        if facts.get("run_id"):
+            tags["dtrain.replaces"] = facts["run_id"]
+        started_ms = round(facts["started"] * 1000)
+        return MlflowRun(self.client, self.client.create_run(experiment, started_ms, tags, run_name=facts["run_name"]))
+
+    def _active_experiment(self, name: str) -> str:
+        """The id of the experiment, made if need be; a deleted one keeps its name, so the next free name is taken."""
+        count, candidate = 1, name
+        while True:
+            known = self.client.get_experiment_by_name(candidate)
+            if known is None:
+                try:
+                    return str(self.client.create_experiment(candidate, tags=_KIND))
+                except Exception as error:
+                    if _code_of(error) != "RESOURCE_ALREADY_EXISTS":  # else another training was faster: look again
+                        raise
+            elif known.lifecycle_stage == "active":
+                return str(known.experiment_id)
+            else:
+                count += 1
+                candidate = f"{name} ({count})"
+
+
+class MlflowRun:
+    """One run in MLflow, open for writing; what MLflow cannot take is changed or left out, and said.
+
+    Args:
+        client: mlflow's client.
+        run: mlflow's Run, active.
+    """
+
+    def __init__(self, client: Any, run: Any) -> None:
+        self.id: str = run.info.run_id
+        self._client = client
+        self._params: dict[str, str] = dict(run.data.params)
+        self._tags: dict[str, str] = dict(run.data.tags)
+        self._images: set[tuple[str, int]] | None = None  # key and step of those that are there
+
+    def log_metrics(self, rows: Sequence[Row]) -> None:
+        """Sends figures; NaN stays NaN, infinities become the largest numbers that MLflow has."""
+        from mlflow.entities import Metric
+
+        self._log("metrics", [Metric(mlflow_key(key), value, time_ms, step) for key, value, time_ms, step in rows])
+
+    def log_params(self, values: Mapping[str, str], attempt: int) -> None:
+        """Sends params; of a resumed training (attempt 2, 3, ...), those that changed as `resume_2/<key>`.
+
+        MLflow refuses a second value of a param, and with it everything in the same request.
+        """
+        from mlflow.entities import Param
+
+        new: dict[str, str] = {}
+        for name, text in values.items():
+            key, value = mlflow_key(name), _clean(text, _LONGEST_PARAM)
+            if self._params.get(key, value) != value:
+                key = mlflow_key(f"resume_{attempt}/{key}")
+            if key not in self._params:
+                new[key] = value
+        self._log("params", [Param(key, value) for key, value in new.items()])
+        self._params.update(new)
+
+    def log_tags(self, values: Mapping[str, str]) -> None:
+        """Sends tags; an empty one only where it takes the place of another."""
+        from mlflow.entities import RunTag
+
+        new = {key: _clean(text, _LONGEST_TAG) for key, text in values.items() if text or key in self._tags}
+        self._log("tags", [RunTag(mlflow_key(key), text) for key, text in new.items()])
+        self._tags.update(new)
+
+    def log_file(self, path: Path, to: str) -> None:
+        """Sends a file, or a folder with all that is in it."""
+        send = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
+        with _patience():
+            send(self.id, str(path), to or None)
+
+    def log_image(self, path: Path, key: str, step: int, time_ms: int) -> None:
+        """Sends a picture, unless it is there: MLflow would store a repetition under another name."""
+        from PIL import Image
+
+        if self._images is None:
+            names = (posixpath.basename(item.path) for item in self._client.list_artifacts(self.id, _IMAGES))
+            found = (_IMAGE.fullmatch(name) for name in names)
+            self._images = {(match["key"], int(match["step"])) for match in found if match}
+        name = mlflow_key(key)
+        known = (name.replace("/", "~"), step)
+        if known in self._images:
+            return
+        with _patience(), Image.open(path) as image:
+            self._client.log_image(self.id, image, key=name, step=step, timestamp=time_ms, synchronous=True)
+        self._images.add(known)
+
+    def set_status(self, status: str, time_ms: int) -> None:
+        """RUNNING, or how and when the run ended."""
+        if status == "RUNNING":
+            self._client.update_run(self.id, status=status)
+        else:
+            self._client.set_terminated(self.id, status=status, end_time=time_ms)
+
+    def _log(self, kind: str, items: list[Any]) -> None:
+        most = _MOST_AT_ONCE[kind]
+        for first in range(0, len(items), most):
+            self._log_or_halve(kind, items[first : first + most])
+
+    def _log_or_halve(self, kind: str, items: list[Any]) -> None:
+        """MLflow stores nothing of a request in which it refuses one value: halve it until that one is alone."""
+        try:
+            self._client.log_batch(self.id, synchronous=True, **{kind: items})
+        except Exception as error:
+            if _code_of(error) not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
+                raise
+            if _get_run(self._client, self.id) is None:  # refused for this reason: all of it is to be sent again
+                raise RunIsGoneError(f"MLflow run {self.id} was deleted") from error
+            if len(items) == 1:
+                known, new = self._tags.get(_REFUSED, ""), f"{kind[:-1]} {items[0].key}"
+                text = known if new in known.split(", ") else _clean(f"{known}, {new}" if known else new, _LONGEST_TAG)
+                # This raises where nothing at all can be written, as in a database that is read-only for a while.
+                self._client.set_tag(self.id, _REFUSED, text)
+                self._tags[_REFUSED] = text
+                _log.warning("MLflow refuses %s %r; it stays in the journal: %s", kind[:-1], items[0].key, brief(error))
+                return
+            half = len(items) // 2
+            self._log_or_halve(kind, items[:half])
+            self._log_or_halve(kind, items[half:])
+
+
+@contextlib.contextmanager
+def _patience() -> Iterator[None]:
+    """Files may take their time."""
+    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    usual = os.environ[name]
+    os.environ[name] = _UPLOAD_TIMEOUT_SECONDS
+    try:
+        yield
+    finally:
+        os.environ[name] = usual
+
+
+def connect(uri: str) -> Any:
+    """MLflow's client. One process at a time: of four that make the same sqlite store together, three die.
+
+    Raises:
+        ImportError: mlflow is not installed.
+    """
+    from filelock import FileLock
+    from mlflow import MlflowClient, __version__
+
+    def open_store(uri: str) -> Any:
+        client = MlflowClient(tracking_uri=uri)
+        client.search_experiments(max_results=1)
+        return client
+
+    database = sqlite_file(uri)
+    if database is None:
+        return MlflowClient(tracking_uri=uri)
+    database.parent.mkdir(parents=True, exist_ok=True)
+    # MLflow puts artifacts into ./mlruns of the folder it is in when it opens the store: let that be the store's own.
+    with FileLock(database.with_name(f".{database.name}.lock"), timeout=120), contextlib.chdir(database.parent):
+        if not database.exists():
+            begin_store(database, __version__, lambda file: open_store(f"sqlite:///{file}"))
+        return open_store(uri)
+
+
+def find(run_id: str, uri: str) -> dict[str, Any]:
+    """What MLflow knows of a run, or why not, as {'error': ...}."""
+    database = sqlite_file(uri)
+    if database is not None and not database.exists():
+        return {"error": f"there is no {database}"}
+    try:
+        run = connect(uri).get_run(run_id)
+    except Exception as error:
+        return {"error": brief(error)}
+    info, tags = run.info, dict(run.data.tags)
+    known = {"run_id": info.run_id, "run_name": info.run_name, "status": info.status, "lifecycle": info.lifecycle_stage}
+    return {**known, "checkpoint_dir": tags.get("dtrain.checkpoint_dir"), "tags": tags}
+
+
+def probe(experiment: str, uri: str) -> dict[str, Any]:
+    """Whether MLflow can be written to, or why not, as {'error': ...}; a tag is set and taken away again.
+
+    Args:
+        experiment: where, if it is there; else any other, for a new one could not be removed without a trace.
+        uri: resolved tracking URI.
+    """
+    try:
+        client = connect(uri)
+        there = client.get_experiment_by_name(experiment) or next(iter(client.search_experiments(max_results=1)), None)
+        if there is not None:
+            client.set_experiment_tag(there.experiment_id, "dtrain.launch.doctor", "probe")
+            client.delete_experiment_tag(there.experiment_id, "dtrain.launch.doctor")
+        return {"experiment": there.name if there else None}
+    except Exception as error:
+        return {"error": redact(brief(error))}
+
+
+def _get_run(client: Any, run_id: str) -> Any:
+    """The run as mlflow has it, None when it is not there or deleted; a server that is away is another matter."""
+    try:
+        run = client.get_run(run_id)
+    except Exception as error:
+        if _code_of(error) == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+    return run if run.info.lifecycle_stage == "active" else None
+
+
+def _code_of(error: Exception) -> str:
+    return str(getattr(error, "error_code", ""))
+
+
+def mlflow_key(name: str) -> str:
+    """A key that MLflow takes: the name itself, or what can be left of it and a mark that keeps two of these apart."""
+    clean = re.sub(r"[^\w.\-/ :]", "_", name)
+    whole = posixpath.normpath(name) == name and not name.startswith(("/", "..")) and name != "."
+    if clean == name and whole and len(name) <= _LONGEST_KEY:
+        return name
+    parts = [part for part in clean.split("/") if part.strip(".")]
+    mark = hashlib.sha1(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{'/'.join(parts).lstrip('.')[:240]}-{mark}"
+
+
+def _clean(text: str, longest: int) -> str:
+    """Text that every database takes: no NUL, no half of a surrogate pair, not too long."""
+    return text.encode("utf-8", "replace").decode().replace("\x00", "\\0")[:longest]
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # in a container a user may have no name
+        return "unknown"

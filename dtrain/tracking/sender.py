@@ -1,0 +1,163 @@
+"""The process that feeds MLflow from a run's journal."""
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dtrain.tracking.delivery import PATIENCE_SECONDS, Delivery, SystemFigures, brief, follow
+from dtrain.tracking.git_state import capture_code
+from dtrain.tracking.mlflow_store import CLIENT_SETTINGS, MlflowStore, connect, find, probe
+from dtrain.tracking.run_folder import JOURNAL, SENDER_LOG, close_run_of, lives, read_run
+from dtrain.tracking.secrets import Redacted, redact
+from dtrain.tracking.uri import resolve_tracking_uri
+
+# Of a sender that gets ready while the ranks do: what it has not done when they begin, costs them steps.
+_log = logging.getLogger(__name__)
+_NICENESS_AT_FIRST, _NICENESS = 3, 19
+_SILENCE_SECONDS = 3600.0  # twice as long as a training without progress is let live
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command `python -m dtrain.tracking.sender`.
+
+    Returns:
+        0 when all is delivered or found, else 1; a wrong command line exits with 2.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m dtrain.tracking.sender", description="Feeds MLflow from a run's journal."
+    )
+    parser.add_argument("folder", nargs="?", type=Path, metavar="RUN_FOLDER")
+    parser.add_argument("--parent", type=int, metavar="PID", help="rank 0, whose journal is followed until it ends")
+    parser.add_argument("--no-system-metrics", action="store_true")
+    parser.add_argument("--tracking-uri", metavar="URI", help="default: run.json's, else MLFLOW_TRACKING_URI")
+    parser.add_argument("--wait", action="store_true", help="get ready, then read the command line from stdin, as JSON")
+    parser.add_argument("--find", metavar="RUN_ID", help="print what MLflow knows of a run, as one JSON line")
+    parser.add_argument(
+        "--probe", metavar="EXPERIMENT", help="print whether MLflow can be written to, as one JSON line"
+    )
+    options = parser.parse_args(arguments)
+    os.environ.update(CLIENT_SETTINGS)
+    with contextlib.redirect_stderr(Redacted(sys.stderr)), contextlib.redirect_stdout(Redacted(sys.stdout)):
+        logging.basicConfig(format="%(asctime)s %(message)s")
+        if options.wait:
+            return _wait_for_a_run(resolve_tracking_uri(options.tracking_uri))
+        try:
+            if options.find or options.probe:
+                uri = resolve_tracking_uri(options.tracking_uri)
+                answer = find(options.find, uri) if options.find else probe(options.probe, uri)
+                print(json.dumps(answer))
+                return 1 if "error" in answer else 0
+            if options.folder is None or not (options.folder / JOURNAL).is_file():
+                parser.error(f"a run folder is needed, with a {JOURNAL} in it; found {options.folder}")
+            folder = options.folder.absolute()
+            uri = _uri_of(folder, options.tracking_uri)
+        except ValueError as error:
+            parser.error(str(error))
+        if options.parent is None:
+            return _deliver_rest(folder, uri)
+        return _feed(folder, options.parent, uri, not options.no_system_metrics)
+
+
+def _uri_of(folder: Path, given: str | None) -> str:
+    """The tracking URI: the one given, else run.json's; one with a password in it is only in the environment."""
+    known = str(read_run(folder).get("tracking_uri") or "")
+    if "***" in known and not given and not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise ValueError(f"{known} had a password, which is stored nowhere: give --tracking-uri or MLFLOW_TRACKING_URI")
+    return resolve_tracking_uri(given or (known if "***" not in known else None))
+
+
+def _wait_for_a_run(uri: str) -> int:
+    """The sender of a training that is still being built: does what takes long, then what it is told, if it is."""
+    _stand_back(_NICENESS_AT_FIRST)
+    with contextlib.suppress(Exception):  # it shows again, and is reported, when there is a run
+        import mlflow.system_metrics.system_metrics_monitor  # noqa: F401  for its import
+
+        connect(uri)
+    line = sys.stdin.readline()
+    if not line:
+        return 0
+    words = json.loads(line)
+    log = os.open(Path(words[0]) / SENDER_LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for output in (1, 2):
+        os.dup2(log, output)
+    return main(words)
+
+
+def _stand_back(niceness: int) -> None:
+    """Leave the processor to the ranks, and go on where a batch system tells every process of a job to end."""
+    os.nice(max(0, niceness - os.nice(0)))
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def _feed(folder: Path, parent: int, uri: str, system_metrics: bool) -> int:
+    """The sender of a training that runs."""
+    from filelock import FileLock
+
+    facts = read_run(folder)
+    _stand_back(_NICENESS if facts["state"] == "RUNNING" else 0)  # of a run that ended meanwhile, rank 0 waits for it
+    code_folder = "code" if facts["attempt"] == 1 else f"code/resume_{facts['attempt']}"
+    code_tags = capture_code(folder / code_folder)  # first of all, before anybody edits a file
+    system = _system_figures(uri, facts["started"]) if system_metrics else None
+    with FileLock(folder / ".sender.lock", timeout=2 * PATIENCE_SECONDS):  # the sender of a rank 0 that died may drain
+        delivery = Delivery(folder, MlflowStore(uri), system)
+        delivery.begin(code_tags, code_folder)
+        return follow(delivery, parent)
+
+
+def _system_figures(uri: str, started: float) -> SystemFigures | None:
+    try:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        connect(uri)  # or the monitor's own client would make a new store, where all can see it half done
+        return SystemFigures(SystemMetricsMonitor(run_id="", tracking_uri=uri), started)
+    except Exception as error:
+        _log.warning("no system metrics: %s", brief(error))
+        return None
+
+
+def _deliver_rest(folder: Path, uri: str) -> int:
+    """`dtrain sync`: sends what is left of a run that nobody writes any more."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / ".sender.lock", timeout=5)
+    try:
+        lock.acquire()
+    except Timeout:
+        _log.warning("another sender is at work on %s, see %s", folder, folder / SENDER_LOG)
+        return 1
+    try:
+        facts = read_run(folder)
+        if facts.get("state") == "RUNNING" and _is_dead(folder, facts):
+            close_run_of(folder, facts["pid"])
+        delivery = Delivery(folder, MlflowStore(uri))
+        left = follow(delivery)
+        if not left:
+            print(f"all of {folder} is in MLflow: run {delivery.memory.run_id} in {redact(uri)}")
+        if read_run(folder).get("state") == "RUNNING":
+            print(f"its status is RUNNING: on {facts.get('host')}, process {facts.get('pid')} may still be at work")
+        return left
+    finally:
+        lock.release()
+
+
+def _is_dead(folder: Path, facts: Mapping[str, Any]) -> bool:
+    """Whether rank 0 is gone; of another machine's that is believed when it has written nothing for an hour."""
+    if facts.get("host") == socket.gethostname():
+        return not lives(facts)
+    return time.time() - (folder / JOURNAL).stat().st_mtime > _SILENCE_SECONDS
+
+
+if __name__ == "__main__":
+    exit_status = main()
+    sys.stdout.flush()
+    os._exit(exit_status)  # taking 2,000 modules apart, for nothing, would cost rank 0 another second of waiting

@@ -1,0 +1,1 @@
+"""What stands around the loop: set-up, state, run status, evaluation, failures."""

@@ -1,0 +1,167 @@
+"""One pass over a phase's data: loss and metrics, exact over ranks; knows no training and no optimizer."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from dtrain.data import rng
+from dtrain.data.batch import size
+from dtrain.distributed.ranks import Ranks
+from dtrain.metrics import Metrics
+from dtrain.reporting.pictures import Album
+
+
+class Outcome(NamedTuple):
+    """One batch and what the model made of it."""
+
+    inputs: Any
+    output: Any
+    target: Any
+
+
+Forward = Callable[[torch.nn.Module, Any], tuple[torch.Tensor, Mapping[str, torch.Tensor], Outcome]]
+
+
+@torch.no_grad()
+@rng.untouched()
+def evaluate(
+    module: torch.nn.Module,
+    loader: Iterable[Any],
+    forward: Forward,
+    metrics: Metrics,
+    ranks: Ranks,
+    stop: Callable[[], bool] = bool,
+    album: Album | None = None,
+) -> dict[str, float] | None:
+    """Loss (with its terms) and metrics over all ranks' batches, the same on every rank; None where a rank stopped.
+
+    How often and when a training is validated changes no random number that it draws on the CPU.
+
+    Args:
+        module: The model without the ranks' wrapper, whose collectives would wait for a rank without batches; one that
+            is shared out has no wrapper, and is called equally often on all ranks.
+        loader: This rank's batches; every sample of the phase is in one rank's batches, once.
+        forward: `forward(module, batch)` gives the loss (mean over the batch), its terms, and the outcome.
+        metrics: What is updated and computed; forgotten afterwards.
+        ranks: The ranks that share the phase.
+        stop: Asked before each batch.
+        album: Takes in the batches and draws.
+    """
+    ranks.agree_on_buffers(module)
+    module.eval()
+    metrics.reset()
+    sums: dict[str, tuple[Any, int]] = {}
+    stopped = False
+    for number, (batch, counts, stopped) in enumerate(_rounds(loader, stop, ranks)):
+        if stopped:
+            break
+        with _of_batch(number):
+            loss, terms, outcome = forward(module, batch)
+            if not counts:
+                continue
+            count = size(outcome.inputs)
+            for name, value in {"loss": loss, **{f"loss_{key}": term for key, term in terms.items()}}.items():
+                total, samples = sums.get(name, (0.0, 0))
+                sums[name] = (total + value.detach().to(_sum_dtype(value)) * count, samples + count)
+            metrics.update(outcome.output, outcome.target, ranks.rank + number * ranks.world_size)
+            if album:
+                album.see(outcome, ranks.rank + number * ranks.world_size)
+    own = None if stopped else {name: (float(total), count) for name, (total, count) in sums.items()}
+    everybody = ranks.gather((own, album.seen() if album and not stopped else None))
+    means = ranks.broadcast(_means([sums_of for sums_of, _ in everybody]) if everybody else None)
+    result = None if means is None else means | metrics.compute()
+    metrics.reset()
+    if album and result is not None:
+        seen = [seen for _, seen in everybody or ()]
+        _lead(ranks, module, forward, lambda forward: album.draw(seen, module, forward))
+    return result
+
+
+@torch.no_grad()
+@rng.untouched()
+def evaluate_volumes(
+    module: torch.nn.Module,
+    outcomes: Iterable[tuple[int, torch.Tensor, torch.Tensor]],
+    metrics: Metrics,
+    ranks: Ranks,
+    stop: Callable[[], bool] = bool,
+) -> dict[str, float] | None:
+    """Metrics over whole volumes, each one sample, the same on every rank; None where a rank stopped.
+
+    Args:
+        module: The model.
+        outcomes: This rank's volumes: number, output (1, K, *spatial), target; every volume is one rank's.
+        metrics: What is updated and computed; forgotten afterwards.
+        ranks: The ranks that share the volumes.
+        stop: Asked at the end.
+    """
+    ranks.agree_on_buffers(module)
+    module.eval()
+    metrics.reset()
+    for number, output, target in outcomes:
+        metrics.update(output.to(ranks.device), target.to(ranks.device), number)
+    everybody = ranks.gather(stop())
+    result = None if ranks.broadcast(any(everybody or ())) else metrics.compute()
+    metrics.reset()
+    return result
+
+
+@contextmanager
+def _of_batch(number: int) -> Iterator[None]:
+    """An error passes on with the number of this rank's batch, `batch_number`, by which its samples are found."""
+    try:
+        yield
+    except Exception as error:
+        error.batch_number = number  # type: ignore[attr-defined]
+        raise
+
+
+def _rounds(loader: Iterable[Any], stop: Callable[[], bool], ranks: Ranks) -> Iterator[tuple[Any, bool, bool]]:
+    """This rank's batches, each with whether it counts, and whether to stop before it.
+
+    Calling a model that is shared out takes all ranks: there, one that has no batch left lends a hand with rank 0's,
+    and all stop together.
+    """
+    if not ranks.shards:
+        for batch in loader:
+            yield batch, True, stop()
+        return
+    batches = iter(loader)
+    while True:
+        batch = next(batches, None)
+        here = batch is not None
+        with_batch, stops = ranks.sum_(torch.tensor([float(here), float(stop())])).tolist()
+        if not with_batch:
+            return
+        spare = ranks.broadcast(batch) if with_batch < ranks.world_size else None  # rank 0 has one where any has
+        yield batch if here else spare, here, stops > 0
+
+
+def _lead(ranks: Ranks, module: torch.nn.Module, forward: Forward, work: Callable[[Forward], None]) -> None:
+    """Let the main rank do `work(forward)` alone; where the model is shared out, the others follow each forward."""
+    if not ranks.shards:
+        if ranks.is_main:
+            work(forward)
+    elif ranks.is_main:
+        work(lambda module, batch: forward(module, ranks.broadcast(batch)))
+        ranks.broadcast(None)
+    else:
+        while (batch := ranks.broadcast()) is not None:
+            forward(module, batch)
+
+
+def _sum_dtype(value: torch.Tensor) -> torch.dtype:
+    """Sums over many batches need more digits than a batch's loss has; Apple's GPUs lack them."""
+    return torch.float32 if value.device.type == "mps" else torch.float64
+
+
+def _means(everybody: list[dict[str, tuple[float, int]] | None]) -> dict[str, float] | None:
+    """Of every rank's sums; None where one of them stopped."""
+    ranks = [rank for rank in everybody if rank is not None]
+    if len(ranks) < len(everybody):
+        return None
+    names = dict.fromkeys(name for rank in ranks for name in rank)
+    parts = {name: [rank[name] for rank in ranks if name in rank] for name in names}
+    return {name: sum(t for t, _ in part) / sum(n for _, n in part) for name, part in parts.items()}

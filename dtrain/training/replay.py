@@ -1,0 +1,121 @@
+"""dtrain replay: the step that failed once more, on one process, with a look at every number; trains nothing."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dtrain.checkpoint.files import load
+from dtrain.checkpoint.saver import FAILED_STEP
+from dtrain.checkpoint.store import Checkpoints
+from dtrain.config.errors import ConfigError
+from dtrain.data import rng
+
+if TYPE_CHECKING:
+    from dtrain.trainer import Trainer
+
+
+def replay(trainer: "Trainer", folder: Path) -> Iterator[str]:
+    """Repeat the failed step of a run folder, rank by rank; yields what is found, a line at a time.
+
+    Args:
+        trainer: Made of the run's own config; its weights are overwritten.
+        folder: The run folder.
+
+    Raises:
+        ConfigError: The folder holds no failed step.
+    """
+    kept = Checkpoints(folder / FAILED_STEP).last()
+    if kept is None:
+        raise ConfigError(f"{folder} holds no failed step; one is kept when a training fails in a step")
+    loaded = load(kept)
+    state = loaded.state
+    trainer.module.load_state_dict(loaded.weights)
+    trainer.module.train()
+    places = state["step"] + 1, state["epoch"] + 1, state["world_size"]
+    yield "step {} in epoch {}, as on {} rank(s)".format(*places)
+    if not state["exact"]:
+        yield "the weights are those at the last log point, some steps later: the device had skipped the bad step"
+    for rank in range(state["world_size"]):
+        yield from _of_rank(trainer, state, rank)
+
+
+def _of_rank(trainer: "Trainer", state: dict[str, Any], rank: int) -> Iterator[str]:
+    loader = trainer.train_loader
+    shard = loader.shard.for_rank(rank, state["world_size"], state["batch_size"])
+    if rank in state["rng"]:
+        rng.set_state(state["rng"][rank])
+    else:
+        yield f"rank {rank}: its random numbers are not known; dropout may differ"
+    batches: Any = loader.loader.dataset
+    for number, ids in enumerate(shard.batches_from(state["epoch"], state["position"], state["accumulate"])):
+        batch = batches.__getitems__([state["epoch"], *ids])
+        found, loss = _examined(trainer, batch, ids)
+        micro = f", batch {number + 1}" if state["accumulate"] > 1 else ""
+        yield f"rank {rank}{micro}: loss {loss:.6g}, samples {', '.join(map(str, ids))}"
+        yield from (f"  {line}" for line in found)
+
+
+def _examined(trainer: "Trainer", batch: Any, ids: list[int]) -> tuple[list[str], float]:
+    """What is not finite in one forward and backward: in the samples, after which module, in which gradients."""
+    found = [f"sample {ids[index]}: {count} values are not finite" for index, count in _bad_samples(batch, len(ids))]
+    trainer.module.zero_grad()
+    with _first_bad_module(trainer.module) as bad_modules:
+        loss, terms, _ = trainer.outcome(trainer.module, batch)
+    found += [f"first bad output: {text}" for text in bad_modules[:1]]
+    found += [f"loss term {name}: {float(term):.6g}" for name, term in terms.items()]
+    if math.isfinite(float(loss.detach())):
+        loss.backward()
+        bad = [name for name, item in trainer.module.named_parameters() if not _is_finite(item.grad)]
+        more = ", ..." if len(bad) > 10 else ""
+        found += [f"gradients that are not finite: {', '.join(bad[:10])}{more}"] if bad else []
+    return found, float(loss.detach())
+
+
+def _bad_samples(batch: Any, count: int) -> Iterator[tuple[int, int]]:
+    tensors = [item for item in _tensors(batch) if len(item) == count and item.is_floating_point()]
+    for index in range(count):
+        bad = sum(int((~torch.isfinite(tensor[index])).sum()) for tensor in tensors)
+        if bad:
+            yield index, bad
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        if value.dim():
+            yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _is_finite(value: torch.Tensor | None) -> bool:
+    return value is None or bool(torch.isfinite(value).all())
+
+
+@contextmanager
+def _first_bad_module(module: torch.nn.Module) -> Iterator[list[str]]:
+    """The modules, in the order of their calls, that gave something that is not finite."""
+    bad: list[str] = []
+
+    def look(name: str, part: torch.nn.Module) -> Any:
+        def hook(_part: torch.nn.Module, inputs: Any, output: Any) -> None:
+            if not all(_is_finite(item) for item in _tensors(output) if item.is_floating_point()):
+                fine = all(_is_finite(item) for item in _tensors(inputs) if item.is_floating_point())
+                what = "its input was finite" if fine else "its input was not finite either"
+                bad.append(f"{name or 'the model'} ({type(part).__name__}); {what}")
+
+        return part.register_forward_hook(hook)
+
+    hooks = [look(name, part) for name, part in module.named_modules()]
+    try:
+        yield bad
+    finally:
+        for handle in hooks:
+            handle.remove()

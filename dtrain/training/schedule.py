@@ -1,0 +1,192 @@
+"""get_lr_scheduler: the learning rate of each step, warm-up included."""
+
+import copy
+import json
+import warnings
+from typing import Any, Literal
+
+import torch
+from ml_collections import ConfigDict
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from dtrain.config.build import build
+from dtrain.config.errors import to_plain
+from dtrain.config.schema import calls, refused
+
+# What ReduceLROnPlateau learns on its way; the rest of its state is its arguments.
+_LEARNT = {"best", "num_bad_epochs", "cooldown_counter", "last_epoch"}
+
+
+def schedule_settings(
+    *, interval: Literal["epoch", "step", "validation"] | None = None, warmup_steps: int = 0, warmup_start: float = 0.0
+) -> dict[str, Any]:
+    """Dtrain's own keys under `lr_scheduler`; the other keys are the scheduler's.
+
+    Args:
+        interval: When the scheduler steps: after each optimizer step, epoch or validation. Default: epoch, and
+            validation for ReduceLROnPlateau.
+        warmup_steps: Optimizer steps over which the rate rises linearly from `warmup_start` times itself to itself.
+        warmup_start: The factor at the first step; 0 starts at one part in warmup_steps.
+    """
+    return dict(locals())
+
+
+class Schedule:
+    """A learning-rate scheduler with its clock. torch's scheduler (if any) knows nothing of warm-up.
+
+    During warm-up the rate that the scheduler chose is multiplied by a factor that depends on the step alone, and only
+    while the optimizer steps; so schedulers that compute the next rate from the present one are not disturbed.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        scheduler: Any = None,
+        interval: str = "epoch",
+        warmup_steps: int = 0,
+        warmup_start: float = 0.0,
+        plan: str = "",
+    ) -> None:
+        self.optimizer, self.scheduler, self.interval = optimizer, scheduler, interval
+        self.warmup_steps, self.warmup_start, self.plan = warmup_steps, warmup_start, plan
+        self.ticks = {"step": 0, "epoch": 0, "validation": 0}
+        settings = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
+        self._settings_at_start = copy.deepcopy(settings)
+
+    def rate(self, step: int) -> float:
+        """The first group's learning rate in optimizer step `step` (from 0)."""
+        return float(self.optimizer.param_groups[0]["lr"]) * self._factor(step)
+
+    def _factor(self, step: int) -> float:
+        if step >= self.warmup_steps:
+            return 1.0
+        return self.warmup_start + (1 - self.warmup_start) * (step + 1) / self.warmup_steps
+
+    def apply(self, step: int, take: Any) -> None:
+        """Call `take()` (the optimizer's step) with the rate of this step."""
+        if step >= self.warmup_steps:
+            take()
+            return
+        groups = self.optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        for group in groups:
+            group["lr"] = group["lr"] * self._factor(step)
+        take()
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+
+    def tick(self, clock: str, score: float | None = None) -> None:
+        """Something ended: a 'step', an 'epoch' or a 'validation'. The scheduler steps if that is its clock."""
+        self.ticks[clock] += 1
+        if self.scheduler is None or clock != self.interval:
+            return
+        with warnings.catch_warnings():
+            # A first step that was skipped for its gradient makes torch believe that the order of calls is wrong.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            if isinstance(self.scheduler, ReduceLROnPlateau):
+                self.scheduler.step(score if score is not None else float("nan"))
+            else:
+                self.scheduler.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scheduler's state, how far it came, and what it was planned from; the warm-up has none."""
+        scheduler = self.scheduler.state_dict() if self.scheduler is not None else {}
+        return {"scheduler": scheduler, "ticks": dict(self.ticks), "plan": self.plan}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state, after the optimizer has loaded its own.
+
+        Where the plan has changed (another length, another rate in the config), the new one holds: the schedule is run
+        through to the point that was reached, as if it had been so from the start.
+        """
+        reached = state["ticks"]
+        if self.plan == state["plan"]:
+            if self.scheduler is not None:
+                self.scheduler.load_state_dict(state["scheduler"])
+        elif isinstance(self.scheduler, ReduceLROnPlateau):  # what it did follows from scores that are gone
+            self.scheduler.load_state_dict(
+                {key: state["scheduler"][key] for key in _LEARNT & state["scheduler"].keys()}
+            )
+        else:
+            for group, settings in zip(self.optimizer.param_groups, self._settings_at_start, strict=True):
+                group.update(settings)
+            for _ in range(reached[self.interval]):
+                self.tick(self.interval)
+        self.ticks = dict(reached)
+
+
+def get_lr_scheduler(
+    config: ConfigDict, optimizer: Optimizer, steps: int, epochs: int, mode: str | None = None
+) -> Schedule:
+    """Build `lr_scheduler`.
+
+    Args:
+        config: The whole config.
+        optimizer: What it drives.
+        steps: Optimizer steps of the whole training.
+        epochs: Epochs of the whole training. T_max, total_steps and PolynomialLR's total_iters are filled with one of
+            the two, by `interval`, where the config leaves them out.
+        mode: min | max, what a good validation score is; ReduceLROnPlateau's, where the config leaves it out.
+
+    Raises:
+        ConfigError: The name or an argument is wrong, or nothing drives the scheduler.
+    """
+    if config.get("lr_scheduler") is None:
+        return Schedule(optimizer, plan=_plan(config, {}))
+    options = build(config, "lr_scheduler.schedule")
+    lengths = _lengths(config, steps if options["interval"] == "step" else epochs)
+    scheduler = build(config, "lr_scheduler", optimizer, **lengths)
+    if not isinstance(scheduler, LRScheduler | ReduceLROnPlateau):
+        text = f"{config.lr_scheduler.name} made a {type(scheduler).__name__}; expected a scheduler of torch.optim"
+        raise refused(config, ("lr_scheduler", "name"), text)
+    on_plateau = isinstance(scheduler, ReduceLROnPlateau)
+    if on_plateau and mode and "mode" not in config.lr_scheduler:
+        scheduler = build(config, "lr_scheduler", optimizer, mode=mode)
+    options["interval"] = _interval(config, options["interval"], on_plateau)
+    return Schedule(optimizer, scheduler, **options, plan=_plan(config, lengths))
+
+
+def _interval(config: ConfigDict, wish: str | None, on_plateau: bool) -> str:
+    """When the scheduler steps."""
+    if on_plateau and wish not in (None, "validation"):
+        text = "ReduceLROnPlateau needs a score, so it steps after each validation; remove 'interval'"
+        raise refused(config, ("lr_scheduler", "interval"), text)
+    interval = wish or ("validation" if on_plateau else "epoch")
+    if interval == "validation" and config.loaders.get("val") is None:
+        text = f"{config.lr_scheduler.name} steps after each validation, but 'loaders' has no 'val'"
+        raise refused(config, ("lr_scheduler",), text)
+    return interval
+
+
+def _plan(config: ConfigDict, lengths: dict[str, int]) -> str:
+    """Everything that the rate follows from, as one text that can be compared."""
+    parts = [to_plain(config.optimizer), to_plain(config.get("lr_scheduler")), lengths]
+    return json.dumps(parts, sort_keys=True, default=str)
+
+
+def _lengths(config: ConfigDict, length: int) -> dict[str, int]:
+    """The schedule's length where its scheduler needs one and the config does not say it."""
+    call = calls(config, "lr_scheduler")["lr_scheduler"]
+    return {key: length for key in call.filled if key not in call.arguments and "epochs" not in call.arguments}
+
+
+def end_points(config: ConfigDict, optimizer: Optimizer, schedule: Schedule, steps: int, epochs: int) -> str:
+    """The learning rate of the first and the last step, found by running a copy of the schedule."""
+    first = schedule.rate(0)
+    ticks = {"step": steps, "epoch": epochs}.get(schedule.interval, 0)
+    if schedule.scheduler is None:
+        return f"{first:.3g}" + (f" to {schedule.rate(steps - 1):.3g}" if schedule.warmup_steps else "")
+    if not 0 < ticks <= 20_000:
+        return f"{first:.3g}, then by {type(schedule.scheduler).__name__}"
+    rate = float(optimizer.param_groups[0]["initial_lr"])
+    probe = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate, momentum=0.9)
+    try:
+        probed = get_lr_scheduler(config, probe, steps, epochs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _ in range(ticks - 1):
+                probed.tick(schedule.interval)
+        return f"{first:.3g} to {probed.rate(steps - 1):.3g}"
+    except Exception:  # a scheduler that wants this very optimizer; the table can do without
+        return f"{first:.3g}, then by {type(schedule.scheduler).__name__}"

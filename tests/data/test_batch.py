@@ -1,0 +1,130 @@
+"""What is input, target and main output in batches and outputs of every form."""
+
+from collections import namedtuple
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+from dtrain.data.batch import caller, main_output, size, split, to_device
+
+Pair = namedtuple("Pair", "image label")
+X, Y, Z = torch.zeros(4, 2), torch.ones(4), torch.full((4,), 2.0)
+
+
+def same(found: Any, expected: Any) -> bool:
+    """Equal in structure, and of the same tensor objects."""
+    if isinstance(expected, Tensor):
+        return found is expected
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(same(found[key], expected[key]) for key in expected)
+    return type(found) is type(expected) and all(map(same, found, expected))
+
+
+@pytest.mark.parametrize(
+    ("batch", "inputs", "target"),
+    [
+        ((X, Y), X, Y),
+        ([X, Y], X, Y),
+        (Pair(X, Y), X, Y),
+        ([X, Z, Y], (X, Z), Y),
+        ({"image": X, "label": Y}, X, Y),
+        ({"input": X, "target": Y}, X, Y),
+        ({"x": X, "y": Y, "id": Z}, X, Y),
+        ({"left": X, "right": Z, "label": Y}, {"left": X, "right": Z}, Y),
+        ([{"left": X}, Y], {"left": X}, Y),
+        ((X, {"mask": Y}), X, {"mask": Y}),
+    ],
+)
+def test_a_batch_is_split_into_input_and_target(batch: Any, inputs: Any, target: Any) -> None:
+    found = split(batch)
+    assert same(found[0], inputs)
+    assert same(found[1], target)
+
+
+def test_keys_of_a_dict_can_be_named() -> None:
+    assert same(split({"ct": X, "dose": Y, "id": Z}, "ct", "dose"), (X, Y))
+    assert same(split({"ct": X, "label": Z, "dose": Y}, target_key="dose"), ({"ct": X, "label": Z}, Y))
+
+
+@pytest.mark.parametrize(
+    ("batch", "target_key", "message"),
+    [
+        (X, None, r"a batch is \(input, target\) or a dict, found one tensor of shape \(4, 2\)"),
+        ([X], None, "found a list of 1"),
+        ({"image": X, "dose": Y}, None, "no target in a batch with the keys 'image', 'dose': expected target or label"),
+        ({"image": X, "label": Y}, "dose", "expected dose; name it with trainer.target_key"),
+        (7, None, "found a int"),
+    ],
+)
+def test_a_batch_without_target_says_what_it_has(batch: Any, target_key: str | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        split(batch, target_key=target_key)
+
+
+class Takes(nn.Module):
+    """Keeps what it was called with."""
+
+    def __init__(self, forward: Any) -> None:
+        super().__init__()
+        self.forward = forward
+
+
+@pytest.mark.parametrize(
+    ("forward", "inputs", "expected"),
+    [
+        (lambda x: x, X, X),
+        (lambda x: x, (X, Z), (X, Z)),
+        (lambda x, y: (y, x), (X, Z), (Z, X)),
+        (lambda x, y: (y, x), [X, Z], (Z, X)),
+        (lambda x, mask=None: (x, mask), (X, Z), (X, Z)),
+        (lambda x, mask=None: (x, mask), X, (X, None)),
+        (lambda *images: images, (X, Z), (X, Z)),
+        (lambda left, right: (right, left), {"left": X, "right": Z}, (Z, X)),
+        (lambda left, **rest: rest, {"left": X, "right": Z}, {"right": Z}),
+        (lambda batch: batch, {"left": X, "right": Z}, {"left": X, "right": Z}),
+        (lambda batch: batch, {0: X, 1: Z}, {0: X, 1: Z}),
+    ],
+)
+def test_a_model_is_called_as_its_signature_asks(forward: Any, inputs: Any, expected: Any) -> None:
+    model = Takes(forward)
+    found = caller(model, inputs)(model, inputs)
+    assert found is expected if expected is None else True
+    assert repr(found) == repr(expected)
+
+
+@pytest.mark.parametrize(
+    ("output", "main"),
+    [
+        (X, X),
+        ((X, Y), X),
+        ([X, Y], X),
+        ([[X, Y], Z], X),
+        ({"out": X, "aux": Y}, X),
+        ({"loss": Y, "logits": X}, X),
+        ({"first": X, "second": Y}, X),
+        ({"out": (X, Y)}, X),
+        (Pair(X, Y), X),
+    ],
+)
+def test_the_main_one_of_several_outputs(output: Any, main: Tensor) -> None:
+    assert main_output(output) is main
+
+
+@pytest.mark.parametrize(
+    "value", [X, (X, Y), [X], {"image": X}, {"pair": (X, Y)}, Pair(X, Y), ["a", "b", "c", "d"], ({"x": X}, Y)]
+)
+def test_the_number_of_samples(value: Any) -> None:
+    assert size(value) == 4
+
+
+def test_all_tensors_of_a_batch_move() -> None:
+    batch = {"pair": (X, [Y]), "named": Pair(X, Y), "id": ["a", "b"], "packed": pack_sequence([Y[:2], Y[:1]])}
+    moved = to_device(batch, torch.device("meta"))
+    assert moved["pair"][0].device.type == moved["pair"][1][0].device.type == "meta"
+    assert isinstance(moved["named"], Pair) and moved["named"].label.device.type == "meta"
+    assert moved["id"] == ["a", "b"]
+    assert isinstance(moved["packed"], PackedSequence) and moved["packed"].data.device.type == "meta"
+    assert X.device.type == "cpu"

@@ -1,0 +1,365 @@
+"""README, docs/ and configfiles/reference.yaml say what is true: commands run, messages come, links and captions fit.
+
+How a page is read, block by block, in a folder of its own with a copy of configfiles/:
+
+- a block that begins with `# file: NAME` is written to that file
+- ```bash is run; a command with a comment of NOT_RUN is left out, and only its program is looked for
+- ```console holds commands after `$ ` and what they print; `...` stands for anything
+- ```python is run
+- ```yaml is checked: as a whole config, or else laid over configfiles/digits.yaml
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+from conftest import REPOSITORY, RunCli, Running, Tagged
+from whole_runs import NO_MLFLOW
+
+from dtrain.config.check import check
+from dtrain.config.errors import ConfigError, to_plain
+from dtrain.config.load import load_config, place_of, to_yaml
+from dtrain.config.schema import PHASES, TOP_LEVEL
+from dtrain.config.yaml12 import scalar
+from dtrain.dataloader import loader_settings
+from dtrain.distributed.ddp import ddp_options
+from dtrain.distributed.fsdp import fsdp_options
+from dtrain.launch.submit import cluster_settings
+from dtrain.predict.predictor import Predictor
+from dtrain.reporting.pictures import picture_settings
+from dtrain.tracking.journal import Journal
+from dtrain.trainer import Trainer
+from dtrain.training.schedule import schedule_settings
+
+README = REPOSITORY / "README.md"
+PAGES = [README, *sorted((REPOSITORY / "docs").glob("*.md"))]
+REFERENCE = REPOSITORY / "configfiles" / "reference.yaml"
+# Comments that excuse a command from being run. Whoever adds one must find it true.
+NOT_RUN = (
+    *("needs the network once", "needs the quickstart's .venv", "needs a GPU", "needs 4 GPUs", "needs two machines"),
+    *("needs SLURM", "stays until Ctrl-C", "takes 10 minutes", "takes some minutes"),
+)
+TIMEOUT_SECONDS = 240
+# Pages that take minutes. test_configfiles.py and test_predict.py train and predict the same in every run, from Python
+# or with words of their own; that the very commands of these pages work, only --soak shows.
+SLOW = ("systems", "predict")
+# The pages whose trainings are told to MLflow: its import takes as long as all else of a short training.
+WITH_MLFLOW = ("README", "getting-started", "mlflow", "pictures")
+
+
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    language: str
+    text: str
+    line: int
+
+    @property
+    def file(self) -> str | None:
+        match = re.match(r"# file: (\S+)\n", self.text)
+        return match[1] if match else None
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(REPOSITORY))
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text()
+    found = re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
+    return [Block(match[1], match[2], text.count("\n", 0, match.start()) + 1) for match in found]
+
+
+def commands(block: Block) -> Iterator[tuple[str, str]]:
+    """(command, why it is not run) of a bash block; lines that end in a backslash are joined."""
+    for line in block.text.replace("\\\n", " ").splitlines():
+        command, _, comment = line.partition(" # ")
+        if command.strip():
+            yield command.strip(), next((reason for reason in NOT_RUN if reason in comment), "")
+
+
+class Desk:
+    """A folder in which one page is worked through, with commands as a user has them."""
+
+    def __init__(
+        self, folder: Path, files: Path, store: Path, env: dict[str, str], tagged: Tagged, with_mlflow: bool
+    ) -> None:
+        self.folder, self.files, self.tagged = folder, files, tagged
+        shutil.copytree(REPOSITORY / "configfiles", folder / "configfiles")
+        self._shorten(folder / "configfiles" / "digits.yaml")
+        programs = files / "bin"
+        programs.mkdir()
+        if not (Path(sys.executable).parent / "dtrain").exists():  # a checkout that was not installed
+            (programs / "dtrain").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m dtrain "$@"\n')
+            (programs / "dtrain").chmod(0o755)
+        env = env | {"MLFLOW_TRACKING_URI": f"sqlite:///{store}"}  # one for all: making it takes seconds
+        if not with_mlflow:
+            (files / "mlflow").mkdir()
+            (files / "mlflow" / "__init__.py").write_text(NO_MLFLOW)
+            env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(files), env.get("PYTHONPATH")]))
+        self.env = env | {"PATH": os.pathsep.join([str(programs), str(Path(sys.executable).parent), env["PATH"]])}
+
+    @staticmethod
+    def _shorten(config: Path) -> None:
+        text, times = re.subn(r"max_epochs: \d+", "max_epochs: 1", config.read_text())
+        assert times == 1
+        config.write_text(text)
+
+    def run(self, *command: str) -> tuple[int, str]:
+        files = self.files / str(len(self.tagged.started))
+        files.mkdir()
+        done = Running(command, self.folder, self.env, files, self.tagged).result(TIMEOUT_SECONDS)
+        return done.rc, done.stderr + done.stdout
+
+
+@pytest.fixture
+def desk(
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    clean_env: dict[str, str],
+    tagged: Tagged,
+    request: pytest.FixtureRequest,
+) -> Desk:
+    store = tmp_path_factory.getbasetemp() / "mlflow.db"
+    with_mlflow = request.node.callspec.params["page"].stem in WITH_MLFLOW
+    return Desk(tmp_path, tmp_path_factory.mktemp("files"), store, clean_env, tagged, with_mlflow)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # a page is up to six trainings, one after another
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=pytest.mark.soak if page.stem in SLOW else ()) for page in PAGES], ids=name_of
+)
+def test_what_a_page_says_works(page: Path, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(desk.folder)
+    for block in blocks(page):
+        if block.file:
+            (desk.folder / block.file).write_text(block.text)
+        if block.language in READERS:
+            try:
+                READERS[block.language](block, desk)
+            except Exception as error:
+                error.add_note(f"in {name_of(page)}:{block.line}")
+                raise
+
+
+def run_bash(block: Block, desk: Desk) -> None:
+    for command, excuse in commands(block):
+        if excuse:
+            assert_program_is_there(command, excuse, desk)
+            continue
+        rc, output = desk.run("bash", "-o", "pipefail", "-c", command)
+        assert rc == 0, f"{command}\n{output}"
+
+
+def assert_program_is_there(command: str, excuse: str, desk: Desk) -> None:
+    program, *arguments = shlex.split(command)
+    assert program in ("srun", "source") or shutil.which(program, path=desk.env["PATH"]), f"{command} ({excuse})"
+    scripts = [word for word in arguments if word.endswith((".sh", ".yaml"))]
+    assert all((REPOSITORY / script).is_file() for script in scripts), command
+
+
+def run_console(block: Block, desk: Desk) -> None:
+    parts = re.split(r"^\$ (.*)\n", block.text, flags=re.M)
+    assert not parts[0] and len(parts) > 2, "a console block begins with '$ COMMAND'"
+    for command, expected in zip(parts[1::2], parts[2::2], strict=True):
+        _, output = desk.run("bash", "-c", command)
+        assert fits(output, expected), f"$ {command}\n{output}"
+
+
+def fits(text: str, expected: str) -> bool:
+    """Whether a text is the expected one, in which `...` stands for anything."""
+    return bool(re.fullmatch(".*".join(map(re.escape, expected.strip().split("..."))), text.strip(), re.S))
+
+
+def run_python(block: Block, desk: Desk) -> None:
+    if not block.file:
+        rc, output = desk.run(sys.executable, "-c", block.text)
+        assert rc == 0, f"{block.text}\n{output}"
+
+
+def check_yaml(block: Block, desk: Desk) -> None:
+    file = desk.folder / (block.file or "fragment.yaml")
+    if not block.file:
+        file.write_text(block.text)
+        config = to_plain(load_config(file))
+        if "model" not in config:
+            base = to_plain(load_config(desk.folder / "configfiles" / "digits.yaml"))
+            if "metrics" in config:
+                del base["trainer"]["monitor"], base["trainer"]["mode"]
+            trainer = base["trainer"] | config.get("trainer", {})
+            file.write_text(to_yaml(base | config | {"trainer": trainer}))
+    rc, output = desk.run("dtrain", "config", str(file))  # it checks everything that needs no import
+    assert rc == 0, f"{block.text}\n{output}"
+
+
+READERS: dict[str, Callable[[Block, Desk], None]] = {
+    "bash": run_bash,
+    "console": run_console,
+    "python": run_python,
+    "yaml": check_yaml,
+}
+
+
+def test_every_block_has_a_language_that_is_checked() -> None:
+    unknown = [
+        f"{name_of(page)}:{block.line}" for page in PAGES for block in blocks(page) if block.language not in READERS
+    ]
+    assert unknown == []
+
+
+def test_every_excuse_is_used() -> None:
+    used = {
+        excuse for page in PAGES for block in blocks(page) if block.language == "bash" for _, excuse in commands(block)
+    }
+    assert used - {""} == set(NOT_RUN)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "fit"),
+    [
+        ("a: b\n", "a: b", True),
+        ("a: b, c", "a: b...", True),
+        ("x a: b, c", "...a: ..., c", True),
+        ("a: b\nmore", "a: b", False),
+        ("a: b", "a: c...", False),
+        ("a+ b", "aa b", False),
+    ],
+)
+def test_an_expected_output_is_compared(text: str, expected: str, fit: bool) -> None:
+    assert fits(text, expected) is fit
+
+
+def refused_rows() -> list[tuple[str, str]]:
+    table = (REPOSITORY / "docs" / "config.md").read_text().partition("## What is refused")[2]
+    return re.findall(r"^\| `(.+?)` \| (.+) \|$", table, re.M)
+
+
+@pytest.mark.parametrize(("written", "message"), refused_rows())
+def test_what_the_config_page_calls_refused_is_refused(
+    written: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file, overrides = REPOSITORY / "configfiles" / "digits.yaml", [written]
+    if written.startswith("{"):
+        file, overrides = tmp_path / "file.yaml", []
+        file.write_text(written)
+    with pytest.raises(ConfigError) as caught:
+        check(load_config(file, overrides))
+    texts = [mistake.text for mistake in caught.value.mistakes]
+    assert any(fits(text, message) for text in texts), texts
+
+
+def test_the_config_page_shows_what_is_refused() -> None:
+    assert len(refused_rows()) > 20
+
+
+# ------------------------------------------------------------------------------------------------- links and captions
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", [*PAGES, REPOSITORY / "CHANGELOG.md"], ids=name_of)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+    for target, _, anchor in (link.partition("#") for link in re.findall(r"\]\(([^)\s]+)\)", text)):
+        if re.match(r"https?:", target):
+            continue
+        file = (page.parent / target).resolve() if target else page
+        assert file.exists(), f"{name_of(page)}: {target}"
+        assert not anchor or anchor in headings(file), f"{name_of(page)}: {target}#{anchor}"
+
+
+def test_the_readme_names_every_page() -> None:
+    linked = set(re.findall(r"\]\((docs/[\w-]+\.md)\)", README.read_text()))
+    assert linked == {name_of(page) for page in PAGES if page != README}
+
+
+def test_every_module_has_a_caption_and_no_caption_is_left_over() -> None:
+    rooms = README.read_text().partition("## The rooms of the house")[2].partition("\n## ")[0]
+    captions = re.findall(r"^\| `([\w/]+\.py)` \| (\S.*\S) \|$", rooms, re.M)
+    package = REPOSITORY / "dtrain"
+    modules = {str(path.relative_to(package)) for path in package.rglob("*.py")}
+    families = {module for module in modules if module.startswith("components/") and module.endswith("__init__.py")}
+    names = [name for name, _ in captions]
+    assert {"no caption": modules - families - set(names)} == {"no caption": set()}
+    assert {"no such room": set(names) - modules} == {"no such room": set()}
+    assert len(set(names)) == len(names)
+
+
+def test_nothing_names_a_path_of_one_machine() -> None:
+    files = [
+        *PAGES,
+        REPOSITORY / "CHANGELOG.md",
+        *(REPOSITORY / "configfiles").iterdir(),
+        REPOSITORY / "docs" / "run.svg",
+    ]
+    machine = re.compile(rf"(?<![\w.])/(root|home|Users)/\w|{re.escape(str(REPOSITORY))}\b")
+    assert {name_of(file) for file in files if machine.search(file.read_text())} == set()
+
+
+# ------------------------------------------------------------------------------------------------------ reference.yaml
+
+HOUSE: dict[tuple[str, ...], tuple[Callable, set[str]]] = {
+    ("trainer",): (Trainer.__init__, {"self", "parts"}),
+    ("trainer", "ddp"): (ddp_options, set()),
+    ("trainer", "fsdp"): (fsdp_options, set()),
+    ("trainer", "pictures"): (picture_settings, set()),
+    ("mlflow",): (Journal.__init__, {"self", "folder", "experiment", "run_name", "sender"}),
+    ("predictor",): (Predictor, set()),
+    ("cluster",): (cluster_settings, set()),
+    ("loaders",): (loader_settings, set()),
+    ("lr_scheduler",): (schedule_settings, set()),
+}
+
+
+def settings(path: tuple[str, ...]) -> dict[str, object]:
+    """The keys that one of dtrain's own rooms takes, with their defaults."""
+    function, given = HOUSE[path]
+    return {key: item.default for key, item in inspect.signature(function).parameters.items() if key not in given}
+
+
+def test_the_reference_has_every_section() -> None:
+    assert set(yaml.safe_load(REFERENCE.read_text())) == set(TOP_LEVEL)
+
+
+@pytest.mark.parametrize("path", HOUSE, ids=".".join)
+def test_the_reference_has_every_key_and_no_other(path: tuple[str, ...]) -> None:
+    section = yaml.safe_load(REFERENCE.read_text())
+    for key in path:
+        section = section[key]
+    components_own = {"name", *PHASES} if path in (("loaders",), ("lr_scheduler",)) else set()
+    assert set(section) - components_own == set(settings(path))
+
+
+@pytest.mark.parametrize("path", HOUSE, ids=".".join)
+def test_the_reference_tells_every_default(path: tuple[str, ...]) -> None:
+    config, lines = load_config(REFERENCE), REFERENCE.read_text().splitlines()
+    for key, default in settings(path).items():
+        place = place_of(config, (*path, key))
+        assert place is not None
+        if key in ("ddp", "fsdp"):
+            continue
+        told = re.search(r"Default: (\S+?)[,.]?(?:\s|$)", lines[place.line - 1])
+        assert told, f"line {place.line} tells no default"
+        assert scalar(told[1]) == default, f"line {place.line}: the default is {default!r}"
+
+
+def test_the_reference_trains_as_it_is(run_cli: RunCli) -> None:
+    check(load_config(REFERENCE))
+    done = run_cli([REFERENCE, "trainer.max_epochs=1"])
+    assert done.rc == 0, done.text

@@ -1,0 +1,134 @@
+"""The fixtures of conftest.py do what the other tests trust them to do."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TAG, RunCli, StartCli, Tagged
+from whole_runs import Place
+
+# Stands before `-m dtrain ...`, which python -c then takes for the script's arguments.
+PLUGINS = 'pytest_plugins = ["whole_runs"]'  # a folder of its own does not have them
+SLEEPER = [sys.executable, "-c", "import time; print('awake', flush=True); time.sleep(100)"]
+ARGUMENTS = [sys.executable, "-c", "import os, sys; print(sys.argv[1:], os.getcwd()); sys.exit(7)"]
+
+
+def test_a_command_line_reports_its_status_output_and_folder(run_cli: RunCli, tmp_path: Path) -> None:
+    result = run_cli(["a.yaml", tmp_path / "b"], launcher=ARGUMENTS)
+    assert result.rc == 7
+    assert result.stdout == f"{['-m', 'dtrain', 'a.yaml', str(tmp_path / 'b')]} {tmp_path}\n"
+    assert result.stderr == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_command_line_that_takes_too_long_is_killed_and_shown(run_cli: RunCli, tagged: Tagged) -> None:
+    with pytest.raises(pytest.fail.Exception, match="still running after 1 s") as failure:
+        run_cli([], launcher=SLEEPER, timeout=1)
+    assert "awake" in str(failure.value)
+    assert tagged.pids() == []
+
+
+def test_foreign_rank_variables_do_not_reach_the_processes(run_cli: RunCli, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "MLFLOW_TRACKING_URI"):
+        monkeypatch.setenv(name, "foreign")
+    code = (
+        "import os; print(*(os.environ.get(n) for n in ('RANK', 'LOCAL_RANK', 'SLURM_PROCID', 'MLFLOW_TRACKING_URI')))"
+    )
+    assert run_cli([], launcher=[sys.executable, "-c", code]).stdout.split() == ["None"] * 4
+
+
+def test_env_adds_and_takes_away(run_cli: RunCli) -> None:
+    code = "import os; print(os.environ.get('OMP_NUM_THREADS'), os.environ['RANK'])"
+    result = run_cli([], launcher=[sys.executable, "-c", code], env={"OMP_NUM_THREADS": None, "RANK": "3"})
+    assert result.stdout.split() == ["None", "3"]
+
+
+def test_a_process_that_leaves_its_session_is_still_found(tagged: Tagged, clean_env: dict[str, str]) -> None:
+    launched = subprocess.run(["setsid", "--fork", "sleep", "100"], env=clean_env, check=True, timeout=10)
+    assert launched.returncode == 0
+    while not [line for line in tagged.command_lines() if line.endswith("sleep 100")]:
+        time.sleep(0.01)  # /proc shows a process that is being started with no environment
+    assert not tagged.wait_gone(0.1)
+    tagged.kill()
+    assert tagged.pids() == []
+
+
+def test_a_dead_process_that_nobody_waited_for_is_no_leftover(start_cli: StartCli, tagged: Tagged) -> None:
+    running = start_cli([], launcher=SLEEPER)
+    os.kill(running.pid, signal.SIGKILL)
+    assert tagged.wait_gone(10)
+    assert running.result(10).rc == -signal.SIGKILL
+
+
+def test_a_test_that_leaves_a_process_behind_fails(pytester: pytest.Pytester) -> None:
+    # The fixture's patience is cut short: here the failure is what is wanted.
+    source = Path(__file__).parents[1].joinpath("conftest.py").read_text()
+    shutil.copy(Path(__file__).parents[1].joinpath("forks.py"), pytester.path)
+    pytester.makeconftest(source.replace("wait_gone(30)", "wait_gone(0.2)").replace(PLUGINS, ""))
+    pytester.makepyfile(
+        """
+        import subprocess
+
+        def test_leaves_a_process(clean_env):
+            subprocess.Popen(["sleep", "100"], env=clean_env, start_new_session=True)
+        """
+    )
+    outcome = pytester.runpytest_subprocess("-p", "no:cacheprovider", timeout=60)
+    outcome.assert_outcomes(passed=1, errors=1)
+    outcome.stdout.fnmatch_lines(["*processes were left behind*", "*sleep 100*"])
+
+
+def test_soak_tests_run_only_when_asked_for(pytester: pytest.Pytester) -> None:
+    shutil.copy(Path(__file__).parents[1].joinpath("forks.py"), pytester.path)
+    pytester.makeconftest(Path(__file__).parents[1].joinpath("conftest.py").read_text().replace(PLUGINS, ""))
+    pytester.makepyfile("import pytest\n\n@pytest.mark.soak\ndef test_long():\n    pass\n")
+    pytester.makeini("[pytest]\nmarkers = soak: long")
+    pytester.runpytest_subprocess(timeout=60).assert_outcomes(skipped=1)
+    pytester.runpytest_subprocess("--soak", timeout=60).assert_outcomes(passed=1)
+
+
+def test_the_tag_is_the_tests_own(tagged: Tagged, clean_env: dict[str, str]) -> None:
+    other = Tagged()
+    process = subprocess.Popen(["sleep", "100"], env={**clean_env, TAG: other.tag})
+    deadline = time.monotonic() + 10
+    while not other.pids() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert (tagged.pids(), other.pids()) == ([], [process.pid])
+    other.kill()
+    process.wait(10)
+
+
+ASKS = """
+import json, os, sys
+from toy import MLP
+sees = [sys.argv[1:], os.getcwd(), os.environ["COLOUR"], os.getsid(0) == os.getpid(), sys.path[:3]]
+print("sees", json.dumps(sees), flush=True)
+print("to stderr", file=sys.stderr)
+if os.environ["COLOUR"] == "red":
+    os.kill(os.getpid(), 9)
+class Asking(MLP):
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("colour", "override", "rc"), [("green", "seed=1", 0), ("blue", "model.lrr=1", 2), ("red", "seed=1", -9)]
+)
+def test_a_forked_process_is_what_one_of_its_own_would_be(place: Place, colour: str, override: str, rc: int) -> None:
+    """By what a module of the user sees."""
+    (place.folder / "asks.py").write_text(ASKS)
+    file = place.config("asks", modules=["asks", "toy"], **{"model.name": "Asking"})
+    found = []
+    for cold in (True, False):
+        words = (override, "trainer.max_epochs=1", "trainer.resume=none")
+        (running,) = place.start("train", file, *words, cold=cold, env={"COLOUR": colour})
+        result = running.result(90)
+        sees = [line for line in result.stdout.splitlines() if line.startswith("sees ")]
+        found.append((result.rc, sees, "to stderr" in result.stderr, "Traceback" in result.stderr))
+    assert found[0] == found[1]
+    assert found[0][0] == rc and len(found[0][1]) == (rc != 2)
