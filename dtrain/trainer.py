@@ -442,7 +442,7 @@ class Trainer:
     def asked_to_stop(self) -> bool:
         """Whether this rank, or during an evaluation any other, was asked to stop; costs no collective."""
         self.beats += 1
-        return self.ranks.board.is_raised("stop", wish=bool(self.stop_request))
+        return self.ranks.mailbox.is_raised("stop", wish=bool(self.stop_request))
 
     def _finish_last_start(self) -> None:
         """A validation during which an earlier start was stopped comes first."""

@@ -118,8 +118,8 @@ class Saver:
         if trainer.ranks.shards:
             self._say("the failed step cannot be replayed: of a model that is shared out, no rank has the weights")
             return
-        board, shard = trainer.ranks.board, trainer.train_loader.shard
-        board.post("failed step", rng.get_state() | self._generators)
+        mailbox, shard = trainer.ranks.mailbox, trainer.train_loader.shard
+        mailbox.post("failed step", rng.get_state() | self._generators)
         if not trainer.ranks.is_main:
             return
         state = {
@@ -130,7 +130,7 @@ class Saver:
             "batch_size": shard.batch_size,
             "world_size": shard.world_size,
             "exact": exact,
-            "rng": board.notes("failed step", timeout_seconds),
+            "rng": mailbox.notes("failed step", timeout_seconds),
         }
         kept = Checkpoints(self.checkpoints.folder.parent / FAILED_STEP, keep_last=1, keep_best=0)
         try:
@@ -141,7 +141,7 @@ class Saver:
     def _abandon(self, trainer: "Trainer") -> bool:
         """Save the last whole step without the other ranks' help: they, or this one, are stuck in the next.
 
-        Each rank leaves what only it knows on the board; rank 0 writes. Where a note is missing, what follows is the
+        Each rank leaves what only it knows in the mailbox; rank 0 writes. Where a note is missing, what follows is the
         same training, but with other random numbers. Of a model that is shared out, no rank has the weights: there, the
         last checkpoint is what the next start goes on from.
 
@@ -152,12 +152,12 @@ class Saver:
             self._say(f"warning: step {trainer.step} is not saved: ranks that wait cannot give their shards of it")
             self.wait()
             return not self._failure
-        board = trainer.ranks.board
+        mailbox = trainer.ranks.mailbox
         sums = {name: float(value) for name, value in self._sums.items()}
-        board.post("abandoned", (rng.get_state() | self._generators, sums))
+        mailbox.post("abandoned", (rng.get_state() | self._generators, sums))
         if not trainer.ranks.is_main:
             return True
-        notes = board.notes("abandoned", POST_SECONDS)
+        notes = mailbox.notes("abandoned", POST_SECONDS)
         state = state_of(trainer, {rank: generators for rank, (generators, _) in notes.items()})
         state["sums"] = {name: sum(each.get(name, 0.0) for _, each in notes.values()) for name in sums}
         if self._at != place_of(trainer):

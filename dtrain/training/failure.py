@@ -84,14 +84,14 @@ def report(trainer: "Trainer", error: BaseException) -> list[str]:
     try:
         lost = trainer.ranks.world_size > 1 and is_lost_rank(error)
         note = _note(trainer, error, consequence=lost)
-        trainer.ranks.board.post("failure", note)
+        trainer.ranks.mailbox.post("failure", note)
         if lost and trainer.ranks.is_main:
-            trainer.ranks.board.notes("failure", OTHERS_SECONDS)
+            trainer.ranks.mailbox.notes("failure", OTHERS_SECONDS)
         if note["phase"] in STEP_PHASES:  # those who are not gone have had the time to leave their numbers
             trainer.saver.keep_failed_step(trainer, note["phase"] != "logging", 0.5 if lost else NUMBERS_SECONDS)
         if not trainer.ranks.is_main:
             return []
-        notes = trainer.ranks.board.notes("failure")
+        notes = trainer.ranks.mailbox.notes("failure")
         first = first_of(notes.values())
         if first["consequence"]:
             silent = [rank for rank in range(trainer.ranks.world_size) if rank not in notes]

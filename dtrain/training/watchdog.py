@@ -33,7 +33,7 @@ def watched(trainer: "Trainer", limit_seconds: float | None) -> Iterator[None]:
     if not limit_seconds:
         yield
         return
-    trainer.ranks.board.post("process", (trainer.ranks.host, os.getpid()))
+    trainer.ranks.mailbox.post("process", (trainer.ranks.host, os.getpid()))
     over = threading.Event()
     main = threading.get_ident()
     watch = threading.Thread(target=_watch, args=(trainer, limit_seconds, main, over), name="watch", daemon=True)
@@ -53,7 +53,7 @@ def _watch(trainer: "Trainer", limit_seconds: float, main: int, over: threading.
         faulthandler.dump_traceback_later(limit_seconds + _FROZEN_SECONDS, exit=True, file=2)
         if trainer.beats != beats:
             beats, since = trainer.beats, time.monotonic()
-        elif time.monotonic() - since >= limit_seconds or trainer.ranks.board.is_raised("hang"):
+        elif time.monotonic() - since >= limit_seconds or trainer.ranks.mailbox.is_raised("hang"):
             _end(trainer, limit_seconds, main)
 
 
@@ -61,15 +61,15 @@ def _end(trainer: "Trainer", limit_seconds: float, main: int) -> None:
     """Say where this rank is; rank 0 says it for all, and ends those that are frozen on its machine."""
     ranks = trainer.ranks
     faulthandler.dump_traceback_later(_END_SECONDS, exit=True, file=2)
-    ranks.board.raise_flag("hang")
-    ranks.board.post("hang", _where(trainer, main))
-    notes = ranks.board.notes("hang", ANSWER_SECONDS)
+    ranks.mailbox.raise_flag("hang")
+    ranks.mailbox.post("hang", _where(trainer, main))
+    notes = ranks.mailbox.notes("hang", ANSWER_SECONDS)
     silent = [rank for rank in range(ranks.world_size) if rank not in notes]
     stuck = silent or stuck_of(notes)
     if not silent:
         with contextlib.suppress(Exception):  # helpful, not needed
-            ranks.board.post("workers", stacks_of_workers() if ranks.rank in stuck else {})
-            for rank, stacks in ranks.board.notes("workers", ANSWER_SECONDS).items():
+            ranks.mailbox.post("workers", stacks_of_workers() if ranks.rank in stuck else {})
+            for rank, stacks in ranks.mailbox.notes("workers", ANSWER_SECONDS).items():
                 notes[rank]["stacks"] |= stacks
     text = "\n".join(_line(rank, notes.get(rank)) for rank in range(ranks.world_size))
     if ranks.is_main or (0 in silent and ranks.rank == min(notes)):
@@ -79,7 +79,7 @@ def _end(trainer: "Trainer", limit_seconds: float, main: int) -> None:
         for line in text.splitlines():
             say(f"  {line}\n")
         say(_write(trainer, reason, text, notes, stuck[0]))
-        _kill(ranks.board.notes("process"), silent, ranks.host)
+        _kill(ranks.mailbox.notes("process"), silent, ranks.host)
     else:
         time.sleep(2 * ANSWER_SECONDS)  # rank 0 is to speak before a launcher ends it for this one's sake
     os._exit(1)
