@@ -23,7 +23,7 @@ from dtrain.config.errors import ConfigError
 from dtrain.data import batch as batches
 from dtrain.dataloader import Loaders, Micro
 from dtrain.distributed.environment import job_ends_at
-from dtrain.distributed.process import note_step
+from dtrain.distributed.launched_rank import mark_first_step
 from dtrain.distributed.ranks import Ranks
 from dtrain.distributed.stop import StopRequest
 from dtrain.distributed.vote import Vote
@@ -292,7 +292,7 @@ class Trainer:
         if self.ema:
             self.ema.update(self.module)
         self.progress.step()
-        note_step()
+        mark_first_step()
         if self._is_due(self.log_every_steps):
             self._log()
         self.schedule.tick("step")

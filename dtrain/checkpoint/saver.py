@@ -13,7 +13,7 @@ import torch
 from dtrain.checkpoint.snapshot import CheckpointError, Snapshot, take_snapshot
 from dtrain.checkpoint.store import Checkpoints
 from dtrain.data import rng
-from dtrain.distributed.process import is_closed_for_another
+from dtrain.distributed.launched_rank import is_closed_for_another
 from dtrain.distributed.ranks import is_lost_rank, lost_rank
 from dtrain.distributed.stop import StopWaiting
 from dtrain.tracking.run_folder import update_run

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 from dtrain.checkpoint.resume import move_aside
 from dtrain.data.loader_workers import end_workers
 from dtrain.distributed.exit_status import INTERRUPTED, STOPPED_EARLY
-from dtrain.distributed.process import is_written_by_launcher
+from dtrain.distributed.launched_rank import is_written_by_launcher
 from dtrain.reporting import summary as report
 from dtrain.reporting.lines import LineProgress
 from dtrain.tracking.journal import Journal, Status
