@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dtrain.checkpoint.snapshot import CheckpointError, Snapshot, take_snapshot
+from dtrain.checkpoint.contents import CheckpointError, Snapshot, take_snapshot
 from dtrain.checkpoint.store import Checkpoints
 from dtrain.data import rng
 from dtrain.distributed.launched_rank import is_closed_for_another

@@ -21,7 +21,7 @@ class Ranks(Collectives):
     launcher: str = "none"
     notes: list[str] = field(default_factory=list)
     host: str = field(default_factory=socket.gethostname)
-    mailbox: Mailbox = field(default_factory=lambda: Mailbox(0, 1))
+    mailbox: Mailbox = field(default_factory=Mailbox)
     are_lost: bool = False  # some are gone, so that nothing can be agreed on any more
 
     def __post_init__(self) -> None:

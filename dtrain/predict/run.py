@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dtrain.checkpoint.files import load, load_weights
-from dtrain.checkpoint.snapshot import CheckpointError
-from dtrain.checkpoint.weights import fitted, misfits_of
+from dtrain.checkpoint.checkpoint_files import load
+from dtrain.checkpoint.contents import CheckpointError
+from dtrain.checkpoint.weights import fitted, load_weights, misfits_of
 from dtrain.config.errors import ConfigError
 from dtrain.data import batch as batches
 from dtrain.data import rng

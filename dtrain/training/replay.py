@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dtrain.checkpoint.files import load
+from dtrain.checkpoint.checkpoint_files import load
 from dtrain.checkpoint.saver import FAILED_STEP
 from dtrain.checkpoint.store import Checkpoints
 from dtrain.config.errors import ConfigError

@@ -10,11 +10,11 @@ import torch
 from ml_collections import ConfigDict
 from torch.optim import Optimizer
 
-from dtrain.checkpoint.files import Loaded, load, load_weights
+from dtrain.checkpoint.checkpoint_files import Loaded, load
+from dtrain.checkpoint.contents import CheckpointError
 from dtrain.checkpoint.resume import CHECKPOINTS, ResumeError, Start, find_start
-from dtrain.checkpoint.snapshot import CheckpointError
 from dtrain.checkpoint.store import Checkpoints
-from dtrain.checkpoint.weights import misfits_of, take_over
+from dtrain.checkpoint.weights import load_weights, misfits_of, take_over
 from dtrain.config.build import build, defaults
 from dtrain.config.check import check, notes, strategy_mistakes
 from dtrain.config.errors import ConfigError, to_plain
@@ -320,7 +320,7 @@ def _restore(config: ConfigDict, trainer: Trainer, ranks: Ranks, start: Start) -
         return
     loaded, wrong = None, ""
     if ranks.is_main:
-        loaded = load(start.checkpoint)
+        loaded = load(start.checkpoint, start.is_verified)
         wrong = _unfit(trainer, loaded)
     if wrong := ranks.broadcast(wrong):
         cure = "trainer.resume=none begins again, trainer.pre_trained takes over weights alone"

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dtrain.checkpoint.files import Loaded
+from dtrain.checkpoint.checkpoint_files import Loaded
 from dtrain.data import rng
 from dtrain.distributed.fsdp import is_shard
 
