@@ -1,4 +1,4 @@
-"""get_optimizer and get_lr_scheduler: what moves the weights and how fast; knows no loop, no rank, no checkpoint."""
+"""get_optimizer: what moves the weights; and what a step whose gradient is not finite must not leave behind."""
 
 import inspect
 from collections.abc import Iterable
@@ -30,7 +30,7 @@ def get_optimizer(config: ConfigDict, model: torch.nn.Module) -> Optimizer:
         text = f"{config.optimizer.name} made a {type(optimizer).__name__}; expected a torch.optim.Optimizer"
         raise refused(config, ("optimizer", "name"), text)
     if any(item.default is item.empty for item in inspect.signature(optimizer.step).parameters.values()):
-        text = f"{config.optimizer.name} evaluates the loss itself, several times per step; that loop is not this one"
+        text = f"{config.optimizer.name} evaluates the loss itself, several times per step, which this training loop does not support"
         raise refused(config, ("optimizer", "name"), text)
     on_gpu = parameters[0].device.type == "cuda"
     chosen = {"fused", "foreach", "capturable", "differentiable"} & set(config.optimizer)
@@ -85,36 +85,3 @@ class KeptBuffers:
         for buffer, kept in self._pairs:
             kept.copy_(torch.where(is_good, buffer, kept))
             buffer.copy_(kept)
-
-
-class WeightAverage:
-    """An exponential moving average of a module's parameters and buffers; whole numbers are taken as they are.
-
-    torch's AveragedModel keeps its count in a tensor, for which the host waits for the device in every step.
-
-    Args:
-        module: A copy of what is averaged; it becomes the average.
-        decay: The old average's share, from 0 to 1. The first update is a copy.
-    """
-
-    def __init__(self, module: torch.nn.Module, decay: float) -> None:
-        self.module, self.decay, self.updates = module.requires_grad_(False), decay, 0
-        self._of_shards = any(is_shard(item) for item in module.parameters())
-
-    @torch.no_grad()
-    def update(self, module: torch.nn.Module) -> None:
-        """Take the weights of one more step in."""
-        mine, theirs = ([*one.parameters(), *one.buffers()] for one in (self.module, module))
-        if self._of_shards:
-            mine, theirs = (list(map(local_part, one)) for one in (mine, theirs))
-        averages: list[torch.Tensor] = []
-        weights: list[torch.Tensor] = []
-        for average, weight in zip(mine, theirs, strict=True):
-            if self.updates and (average.is_floating_point() or average.is_complex()):
-                averages.append(average)
-                weights.append(weight)
-            else:
-                average.copy_(weight)
-        if averages:
-            torch._foreach_lerp_(averages, weights, 1 - self.decay)
-        self.updates += 1
