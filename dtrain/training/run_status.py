@@ -3,15 +3,14 @@
 import contextlib
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, TextIO, cast
 
 from dtrain.checkpoint.resume import move_aside
 from dtrain.data.loader_workers import end_workers
 from dtrain.distributed.exit_status import INTERRUPTED, STOPPED_EARLY
 from dtrain.distributed.process import is_written_by_launcher
 from dtrain.reporting import summary as report
-from dtrain.reporting.lines import LineProgress
 from dtrain.tracking.journal import Journal, Status
 from dtrain.tracking.run_folder import write_text
 from dtrain.tracking.secrets import Redacted
@@ -64,38 +63,14 @@ def _logged(trainer: "Trainer") -> Iterator[None]:
         yield
         return
     path.parent.mkdir(exist_ok=True)
-    shown = trainer.progress
-    with path.open("a", encoding="utf-8") as log:
-        trainer.progress = _Both(shown, LineProgress(cast(TextIO, Redacted(log))))
+    with path.open("a", encoding="utf-8") as file:
+        log = cast(TextIO, Redacted(file))
         try:
-            yield
+            with trainer.progress.copied_to(log):
+                yield
         except BaseException:
-            traceback.print_exc(file=cast(TextIO, Redacted(log)))
+            traceback.print_exc(file=log)
             raise
-        finally:
-            trainer.progress = shown
-
-
-class _Both:
-    """Tells two progresses the same."""
-
-    def __init__(self, shown: Any, logged: Any) -> None:
-        self._parts = (shown, logged)
-        self.step_shown, self.step_logged = shown.step, logged.step
-
-    def step(self) -> None:
-        """The one call of every step, spelt out."""
-        self.step_shown()
-        self.step_logged()
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        methods = [getattr(part, name) for part in self._parts]
-
-        def tell(*args: Any, **kwargs: Any) -> None:
-            for method in methods:
-                method(*args, **kwargs)
-
-        return tell
 
 
 def _lay_out_folder(trainer: "Trainer") -> None:
@@ -127,7 +102,7 @@ def _close(trainer: "Trainer", status: Status, reason: str, code: int, seconds: 
             trainer.journal.artifact(str(file), "model")
         hint = trainer.journal.finish(status, reason, code)
     best = "" if trainer.best is None else f"{trainer.monitor} {trainer.best:.4g}"
-    table = report.summary(status, reason, best, trainer.test_figures, seconds, trainer.step, folder.parent)
+    table = report.summary_table(status, reason, best, trainer.test_figures, seconds, trainer.step, folder.parent)
     if isinstance(trainer.journal, Journal):
         table |= {"MLflow": ui_command(trainer.journal.tracking_uri)}
     trainer.progress.summary(table)

@@ -28,11 +28,11 @@ from dtrain.distributed.ranks import Ranks
 from dtrain.distributed.setup import set_up
 from dtrain.loss import get_loss_criterion
 from dtrain.metrics import Metrics, get_evaluation_metric
-from dtrain.modelloader import get_model
+from dtrain.modelloader import get_model, parameter_count
 from dtrain.predict.run import IDLE_SECONDS, Use
 from dtrain.reporting import summary as report
 from dtrain.reporting.pictures import Pictures
-from dtrain.reporting.terminal import get_progress
+from dtrain.reporting.progress import get_progress
 from dtrain.tracking.journal import Journal, NoJournal, flatten
 from dtrain.tracking.secrets import keep_secret, redact, redacted_tree
 from dtrain.trainer import Parts, Trainer
@@ -298,7 +298,7 @@ def _table(
     sizes = {phase: len(loader.loader.dataset if phase == "train" else loader.dataset)
              for phase, loader in loaders._asdict().items() if loader is not None}  # fmt: skip
     table = {
-        "model": report.model_line(str(config.model.name), module),
+        "model": report.model_line(str(config.model.name), *parameter_count(module)),
         "data": report.data_line(sizes),
         "global batch": f"{train.global_batch} = {train.shard.batch_size} x {ranks.world_size} rank(s)"
         + (f" x {train.accumulate} accumulated" if train.accumulate > 1 else ""),
