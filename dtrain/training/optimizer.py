@@ -1,16 +1,13 @@
-"""get_optimizer: what moves the weights; and what a step whose gradient is not finite must not leave behind."""
+"""get_optimizer: the optimizer over the parameters that are trained."""
 
 import inspect
-from collections.abc import Iterable
 
 import torch
 from ml_collections import ConfigDict
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from dtrain.config.build import build
 from dtrain.config.schema import refused
-from dtrain.distributed.fsdp import is_shard, local_part
 
 
 def get_optimizer(config: ConfigDict, model: torch.nn.Module) -> Optimizer:
@@ -30,7 +27,7 @@ def get_optimizer(config: ConfigDict, model: torch.nn.Module) -> Optimizer:
         text = f"{config.optimizer.name} made a {type(optimizer).__name__}; expected a torch.optim.Optimizer"
         raise refused(config, ("optimizer", "name"), text)
     if any(item.default is item.empty for item in inspect.signature(optimizer.step).parameters.values()):
-        text = f"{config.optimizer.name} evaluates the loss itself, several times per step, which this training loop does not support"
+        text = f"{config.optimizer.name} evaluates the loss itself, several times per step, which is not supported"
         raise refused(config, ("optimizer", "name"), text)
     on_gpu = parameters[0].device.type == "cuda"
     chosen = {"fused", "foreach", "capturable", "differentiable"} & set(config.optimizer)
@@ -54,34 +51,3 @@ def _start_momentum(optimizer: Optimizer) -> None:
             continue
         for parameter in group["params"]:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-
-
-def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """The 2-norm of all gradients as one vector; torch's own function sorts them first, which takes as long again."""
-    if len({item.dtype for item in gradients}) > 1:
-        return get_total_norm(gradients)
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-
-
-class KeptBuffers:
-    """Buffers of floating point as they were after the last good step; a step that is skipped has them put back.
-
-    A forward with NaN would leave it in running statistics for good. Sparse and expanded ones are constants.
-
-    Args:
-        buffers: A module's; none, where a bad step ends the training.
-    """
-
-    def __init__(self, buffers: Iterable[torch.Tensor]) -> None:
-        plain = [buffer for buffer in buffers if buffer.is_floating_point() and buffer.layout == torch.strided]
-        self._pairs = [(buffer, buffer.detach().clone()) for buffer in plain if 0 not in buffer.stride()]
-
-    @torch.no_grad()
-    def after_step(self, norm: torch.Tensor) -> None:
-        """Keep them, or put them back where the norm of the gradients is not finite; the host does not wait for it."""
-        if not self._pairs:
-            return
-        is_good = torch.isfinite(norm)
-        for buffer, kept in self._pairs:
-            kept.copy_(torch.where(is_good, buffer, kept))
-            buffer.copy_(kept)

@@ -41,7 +41,7 @@ class LastStep:
 
 
 def is_request_to_stop(error: BaseException, stop: StopRequest) -> bool:
-    """Whether an error means that a rank, or the others, left for a request to stop while there was something to wait for.
+    """Whether an error is how a wait ends where this rank, or the others before it, were asked to stop.
 
     Raises:
         Exception: Another rank has failed, and the launcher ends this one for it.

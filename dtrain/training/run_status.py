@@ -78,15 +78,15 @@ class Recorder:
         """Open the run, and close it with the status that is true, whatever happens inside."""
         began = time.monotonic()
         ending = Ending()
-        # From here on a request to stop is a flag: a run that is open must be closed, or its end would look like a crash.
+        # From here on a request to stop is a flag: a run that is open must be closed, or its end looks like a crash.
         with self.stop.listening(), self._logged():
             self.journal.start(**self.run.record)
             self.progress.begin(self.run.table)
             try:
                 yield ending
                 ending.reason = state.ended
-                killed = "KILLED", STOPPED_EARLY
-                ending.status, ending.exit_status = killed if state.stopped else ("FINISHED", DONE)
+                ending.status = "KILLED" if state.stopped else "FINISHED"
+                ending.exit_status = STOPPED_EARLY if state.stopped else DONE
             except BaseException as error:
                 ending.reason = f"{type(error).__name__}: {error}"
                 if isinstance(error, KeyboardInterrupt):
