@@ -110,7 +110,7 @@ class Trainer:
         input_key: Which entry of a dict batch is the input.
         target_key: Which entry of a dict batch is the target.
 
-    A subclass, named by `trainer.name`, may override the methods below without a leading underscore. It may read `step`,
+    A subclass, named by `trainer.name`, may override the methods without a leading underscore. It may read `step`,
     `epoch`, `position`, `state`, `trainables`, `module`, `loaders`, `ranks`, `journal` and `progress`.
     """
 
@@ -247,6 +247,7 @@ class Trainer:
                 self.optimizer_step()
                 self.after_step(micro.position)
                 self.last_step.mark()
+                self.saver.poll()
                 if state.ended or state.step >= self.max_steps:
                     break
             activity.batch_start += global_batch
