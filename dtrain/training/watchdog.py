@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from dtrain.data.loader_workers import stacks_of_workers
 from dtrain.distributed.exit_status import FAILED
-from dtrain.tracking.run_folder import update_run, write_json, write_text
+from dtrain.tracking.run_folder import update_run
+from dtrain.tracking.whole_file import write_json, write_text
 from dtrain.training.failure_card import FAILURE, Evidence, memory_text
 
 HANG = "hang.txt"
