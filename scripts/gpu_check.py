@@ -174,7 +174,7 @@ def nccl(bench: Bench) -> str:
     piece = """
         import torch, torch.distributed as dist
         from dtrain.distributed.ranks import Ranks
-        from dtrain.distributed.setup import _join
+        from dtrain.distributed.process_group import _join
         from dtrain.distributed.environment import environment
         from dtrain.distributed.vote import Vote
 

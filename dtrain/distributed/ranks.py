@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dtrain.distributed.collectives import Collectives
 from dtrain.distributed.ddp import DDP
-from dtrain.distributed.mailbox import Board
+from dtrain.distributed.mailbox import Mailbox
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,7 @@ class Ranks(Collectives):
     launcher: str = "none"
     notes: list[str] = field(default_factory=list)
     host: str = field(default_factory=socket.gethostname)
-    board: Board = field(default_factory=lambda: Board(0, 1))
+    mailbox: Mailbox = field(default_factory=lambda: Mailbox(0, 1))
     are_lost: bool = False  # some are gone, so that nothing can be agreed on any more
 
     def __post_init__(self) -> None:

@@ -11,8 +11,8 @@ import torch
 
 from dtrain.config.errors import ConfigError
 from dtrain.distributed.environment import Environment, environment
+from dtrain.distributed.process_group import choose_device, set_up
 from dtrain.distributed.ranks import Ranks
-from dtrain.distributed.setup import choose_device, set_up
 from dtrain.distributed.vote import Vote
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -132,7 +132,7 @@ def test_the_vote_of_one_process_counts_at_once():
 SCRIPT = """
 import json, os, sys, time, torch
 from dtrain.config.errors import ConfigError
-from dtrain.distributed.setup import set_up
+from dtrain.distributed.process_group import set_up
 from dtrain.distributed.vote import Vote
 ranks = set_up("cpu")
 vote = Vote(ranks)

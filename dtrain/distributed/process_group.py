@@ -8,7 +8,7 @@ import psutil
 from dtrain.config.errors import ConfigError, Mistake
 from dtrain.distributed.ddp import DDP, ddp_options
 from dtrain.distributed.environment import Environment, cores, environment, export_srun_variables
-from dtrain.distributed.mailbox import Board
+from dtrain.distributed.mailbox import Mailbox
 from dtrain.distributed.ranks import Ranks
 
 
@@ -48,7 +48,7 @@ def set_up(
     ranks = Ranks(found.rank, found.local_rank, found.world_size, chosen, found.launcher, notes=notes + device_notes)
     if found.world_size > 1:
         accelerator = _join(found, chosen, backend, timeout_seconds, options)
-        ranks.board = Board(found.rank, found.world_size, torch.distributed.distributed_c10d._get_default_store())
+        ranks.mailbox = Mailbox(found.rank, found.world_size, torch.distributed.distributed_c10d._get_default_store())
         if fsdp is None:
             ranks.strategy = DDP(ranks, accelerator)
         else:
