@@ -21,7 +21,7 @@ from dtrain.checkpoint.saver import Saver
 from dtrain.checkpoint.store import Checkpoints
 from dtrain.config.errors import ConfigError
 from dtrain.data import batch as batches
-from dtrain.dataloader import Loaders, Micro
+from dtrain.dataloader import Loaders, MicroBatch
 from dtrain.distributed.environment import job_ends_at
 from dtrain.distributed.process import note_step
 from dtrain.distributed.ranks import Ranks
@@ -243,7 +243,7 @@ class Trainer:
             self._after_epoch()
         self.progress.end_epoch()
 
-    def _forward_backward(self, micro: Micro) -> None:
+    def _forward_backward(self, micro: MicroBatch) -> None:
         """Forward, loss, backward; the gradients become those of the mean over all ranks' samples of this step."""
         loss, terms, _ = self.outcome(self.model, micro.batch)
         self.pace.forward_done()
