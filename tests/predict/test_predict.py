@@ -31,7 +31,8 @@ from dtrain.config.errors import ConfigError
 from dtrain.config.load import load_config
 from dtrain.data.batch import inputs
 from dtrain.data.samplers import EvaluationShard
-from dtrain.dataloader import _data_loader, loader_settings
+from dtrain.data.seeded_batches import batch_loader
+from dtrain.dataloader import loader_settings
 from dtrain.distributed.ranks import Ranks
 from dtrain.predict import run as inference
 from dtrain.predict.items import predict_items
@@ -727,7 +728,7 @@ def items(folder: Path, data: Any, world_size: int = 1, model: Any = identity, *
         options = {
             k: v for k, v in options.items() if k not in ("batch_size", "global_batch_size", "shuffle", "drop_last")
         }
-        loader = _data_loader(data, 0, EvaluationShard(len(data), rank, world_size, 4), options | {"pin_memory": False})
+        loader = batch_loader(data, 0, EvaluationShard(len(data), rank, world_size, 4), options | {"pin_memory": False})
         predictor = Predictor(**keys)
         own = work(model, Group(rank, world_size, table, barrier))
         own = own._replace(network=own.network._replace(activation=predictor.activated))
