@@ -26,7 +26,8 @@ from dtrain.distributed.exit_status import INTERRUPTED, STOPPED_EARLY
 from dtrain.distributed.setup import choose_device
 from dtrain.distributed.stop import REPEAT_SECONDS, end_at_once, heeded
 from dtrain.launch.console import Console
-from dtrain.tracking.run_folder import close_run_of, lives, read_json, read_run
+from dtrain.tracking.run_folder import close_run_of, lives, read_run
+from dtrain.tracking.whole_file import read_json
 
 if TYPE_CHECKING:
     from dtrain.distributed.process import Launch

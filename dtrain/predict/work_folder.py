@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from dtrain.config.errors import ConfigError
 from dtrain.predict.formats import whole_file
-from dtrain.tracking.run_folder import read_json, write_json
+from dtrain.tracking.whole_file import read_json, write_json
 
 HIDDEN = ".dtrain"
 

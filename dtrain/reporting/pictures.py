@@ -17,7 +17,7 @@ from torch.utils.data import Subset
 from dtrain.data.batch import main_output, split
 from dtrain.reporting.drawing import Tile, extent, gray, matrix, png, sheet
 from dtrain.reporting.sample_panel import panel
-from dtrain.tracking.run_folder import write_bytes
+from dtrain.tracking.whole_file import write_bytes
 
 PICTURES = "pictures"  # in the run folder
 _MOST_CLASSES = 30  # of a confusion matrix that can be read

@@ -14,8 +14,8 @@ import psutil
 import torch
 
 from dtrain.distributed.ranks import is_lost_rank
-from dtrain.tracking.run_folder import write_json
 from dtrain.tracking.secrets import redact
+from dtrain.tracking.whole_file import write_json
 
 if TYPE_CHECKING:
     from dtrain.trainer import Trainer

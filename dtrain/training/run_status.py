@@ -13,9 +13,9 @@ from dtrain.distributed.process import is_written_by_launcher
 from dtrain.reporting import summary as report
 from dtrain.reporting.lines import LineProgress
 from dtrain.tracking.journal import Journal, Status
-from dtrain.tracking.run_folder import write_text
 from dtrain.tracking.secrets import Redacted
 from dtrain.tracking.uri import ui_command
+from dtrain.tracking.whole_file import write_text
 from dtrain.training import failure
 
 if TYPE_CHECKING:

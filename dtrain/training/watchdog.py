@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtrain.data.loader_workers import stacks_of_workers
-from dtrain.tracking.run_folder import update_run, write_json, write_text
+from dtrain.tracking.run_folder import update_run
+from dtrain.tracking.whole_file import write_json, write_text
 from dtrain.training.failure import FAILURE, memory_text, phase_of
 
 if TYPE_CHECKING:
