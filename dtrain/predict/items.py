@@ -4,25 +4,23 @@ import contextlib
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from dtrain.config.errors import ConfigError
 from dtrain.predict.formats import Sheet, whole_file, write
+from dtrain.predict.predictor import Predictor
 from dtrain.predict.stitching import StoppedError
 from dtrain.predict.work_folder import Folder, digest, write_part
 from dtrain.predict.writer import Result, Work, agreed, told
-
-if TYPE_CHECKING:
-    from dtrain.predict.predictor import Predictor
 
 FORMATS = {"hdf5": "predictions.h5", "npy": "predictions.npy", "csv": "predictions.csv"}
 
 
 def predict_items(
-    predictor: "Predictor",
+    predictor: Predictor,
     loader: Any,
     inputs: Callable[[Any], Any],
     work: Work,
@@ -86,7 +84,7 @@ def predict_items(
     return Result([] if stopped else [file], int(not stopped), stopped, {})
 
 
-def _format(predictor: "Predictor") -> str:
+def _format(predictor: Predictor) -> str:
     kind = predictor.format or "hdf5"
     if kind not in FORMATS:
         raise ConfigError(f"predictor.format: {kind} is for volumes and images; possible here: {', '.join(FORMATS)}")
@@ -97,7 +95,7 @@ def _format(predictor: "Predictor") -> str:
 
 
 def _rows(
-    predictor: "Predictor", loader: Any, inputs: Callable[[Any], Any], work: Work, step: Callable[[int], None]
+    predictor: Predictor, loader: Any, inputs: Callable[[Any], Any], work: Work, step: Callable[[int], None]
 ) -> Iterator[np.ndarray]:
     for batch in loader:
         with torch.inference_mode():
@@ -117,7 +115,7 @@ def _in_order(parts: list[Path], size: int, batch_size: int) -> Iterator[np.ndar
 
 
 def _join(
-    predictor: "Predictor",
+    predictor: Predictor,
     kind: str,
     file: Path,
     chunks: Iterator[np.ndarray],
@@ -135,7 +133,7 @@ def _join(
     write(file, "hdf5" if kind == "hdf5" else "npy", chunks, sheet, written)
 
 
-def _csv(predictor: "Predictor", target: Path, chunks: Iterator[np.ndarray], written: Callable[[Path], None]) -> None:
+def _csv(predictor: Predictor, target: Path, chunks: Iterator[np.ndarray], written: Callable[[Path], None]) -> None:
     with target.open("w", encoding="ascii") as file:
         number = 0
         for chunk in chunks:

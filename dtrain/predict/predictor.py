@@ -1,20 +1,14 @@
-"""Predictor: a dataset's volumes, predicted patch by patch into files or for metrics. Knows no config, no training."""
+"""Predictor: the settings of predictions; which patches of a dataset go in, and what comes out."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Literal
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from dtrain.config.errors import ConfigError
 from dtrain.predict.patches import Grid, Region
 from dtrain.predict.segmentation import Choice
-from dtrain.predict.stitching import READING, Run, Source, StoppedError, Volume, stitched
-from dtrain.predict.work_folder import Folder
-from dtrain.predict.writer import Desk, Result, Task, Work, agreed, dealt
+from dtrain.predict.stitching import Source, Volume
 
 
 class Predictor:
@@ -102,8 +96,6 @@ class Predictor:
             if true:
                 raise ConfigError(text)
 
-    # ------------------------------------------------------------------------------------------------------ patches
-
     def source(self, dataset: Any) -> Source:
         """The patches of a dataset with `volumes`.
 
@@ -147,86 +139,3 @@ class Predictor:
         if kind == "softmax":
             return logits.softmax(1)
         return logits.sigmoid() if kind == "sigmoid" else logits
-
-    def logits(self, dataset: Any, work: Work, batch_size: int) -> Iterator[tuple[int, Tensor, Any]]:
-        """This rank's volumes, whole: the number, logits (1, K, *spatial) and label (1, *spatial), (1, K, *spatial).
-
-        Volume v is rank v modulo the number of ranks' own. One volume and its logits are in memory at a time.
-
-        Raises:
-            ValueError: A volume has no label.
-        """
-        source = self.source(dataset)
-        own = range(work.ranks.rank, len(source.volumes), work.ranks.world_size)
-        runs = [Run(number, 0, source.volumes[number].shape[0]) for number in own]
-        step = Steps(work, sum(len(source.grids[number]) for number in own))
-        for run, planes in stitched(source, runs, work.network, self.batch_size or batch_size, step):
-            volume, whole = source.volumes[run.volume], None
-            for low, chunk in planes:
-                if whole is None:
-                    whole = torch.empty((1, len(chunk), *volume.shape))
-                whole[0, :, low : low + chunk.shape[1]] = torch.from_numpy(chunk)
-            assert whole is not None
-            yield run.volume, whole, _label(dataset, source, run.volume)
-
-    # ------------------------------------------------------------------------------------------------------- volumes
-
-    def volumes(self, dataset: Any, work: Work, folder: Path, overwrite: bool, batch_size: int) -> Result:
-        """Predict every volume of a dataset into a file of its own. All ranks call it.
-
-        Args:
-            dataset: With `volumes`.
-            work: This rank's surroundings.
-            folder: Where the files go.
-            overwrite: Make files anew that were made with another model or other settings.
-            batch_size: Where the predictor's own is not given.
-
-        Raises:
-            ConfigError: The folder or a file in it is not to be written, or settings do not fit.
-            PredictionError: A file cannot be written.
-        """
-        source = self.source(dataset)
-        with contextlib.ExitStack() as held:
-            desk = Desk(self, source, Folder(folder), work, overwrite)
-            tasks: list[Task] = agreed(work.ranks, lambda: desk.open(held))
-            own = dealt(tasks, source, work.ranks)
-            network = work.network._replace(activation=self.activated)
-            step = Steps(work, sum(len(source.grids[run.volume].touching(*run[1:])) for run in own))
-            stopped = False
-            try:
-                for run, planes in stitched(source, own, network, self.batch_size or batch_size, step):
-                    desk.take(tasks, run, own[run], planes)
-            except StoppedError:
-                stopped = True
-            stopped = desk.join_rest(tasks, stopped)
-            return desk.result(tasks, stopped)
-
-
-class Steps:
-    """Counts patches, and stops the work when it is asked to."""
-
-    def __init__(self, work: Work, patches: int) -> None:
-        self.work = work
-        work.progress.start_patches(patches)
-
-    def __call__(self, patches: int) -> None:
-        """So many more are done."""
-        for _ in range(patches):
-            self.work.progress.step()
-        if self.work.stop():
-            raise StoppedError
-
-
-def _label(dataset: Any, source: Source, number: int) -> Tensor:
-    """A volume's whole label, as the dataset's transforms make it."""
-    volume = source.volumes[number]
-    if not volume.has_label:
-        raise ValueError(f"{volume.path} has no label, so nothing can be measured on it")
-    region = tuple(slice(0, extent) for extent in volume.shape)
-    with READING:
-        if hasattr(dataset, "sample"):
-            sample = dataset.sample(number, region)
-        else:
-            sample = {"image": volume.read(region), "label": volume.read_label(region)}
-        label = np.asarray(source.prepared(sample)["label"])
-    return torch.from_numpy(label.astype(np.float32 if label.dtype.kind == "f" else np.int64, copy=False))[None]

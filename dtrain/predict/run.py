@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,10 +17,10 @@ from dtrain.config.errors import ConfigError
 from dtrain.data import batch as batches
 from dtrain.data import rng
 from dtrain.predict.items import predict_items
-from dtrain.predict.predictor import Predictor, Steps
-from dtrain.predict.stitching import Network, StoppedError
-from dtrain.predict.work_folder import digest
-from dtrain.predict.writer import Result, Work, agreed
+from dtrain.predict.predictor import Predictor
+from dtrain.predict.stitching import READING, Network, Run, Source, StoppedError, stitched
+from dtrain.predict.work_folder import Folder, digest
+from dtrain.predict.writer import Desk, Result, Task, Work, agreed, dealt
 
 if TYPE_CHECKING:
     from dtrain.trainer import Trainer
@@ -142,7 +143,7 @@ def predict(
         dataset = loader.dataset.dataset  # the loader's own wraps it
         if hasattr(dataset, "volumes"):
             size = loader.batch_sampler.batch_size
-            return predictor.volumes(dataset, work, folder, overwrite, size)
+            return volumes(predictor, dataset, work, folder, overwrite, size)
         work = work._replace(network=work.network._replace(activation=predictor.activated))
         own = sum(len(request) - 1 for request in loader.batch_sampler)
         step = Steps(work, own)
@@ -150,10 +151,94 @@ def predict(
 
 
 def outcomes_of_volumes(trainer: "Trainer", loader: Any) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """This rank's whole volumes with their logits and labels, for metrics; see `Predictor.logits`."""
+    """This rank's whole volumes with their logits and labels, for metrics; see `logits`."""
     work = _work(trainer, {})
     with contextlib.suppress(StoppedError), _channels_last(trainer):
-        yield from trainer.parts.use.predictor.logits(loader.dataset.dataset, work, loader.batch_sampler.batch_size)
+        yield from logits(trainer.parts.use.predictor, loader.dataset.dataset, work, loader.batch_sampler.batch_size)
+
+
+def volumes(predictor: Predictor, dataset: Any, work: Work, folder: Path, overwrite: bool, batch_size: int) -> Result:
+    """Predict every volume of a dataset into a file of its own. All ranks call it.
+
+    Args:
+        predictor: The settings.
+        dataset: With `volumes`.
+        work: This rank's surroundings.
+        folder: Where the files go.
+        overwrite: Make files anew that were made with another model or other settings.
+        batch_size: Where the predictor's own is not given.
+
+    Raises:
+        ConfigError: The folder or a file in it is not to be written, or settings do not fit.
+        PredictionError: A file cannot be written.
+    """
+    source = predictor.source(dataset)
+    with contextlib.ExitStack() as held:
+        desk = Desk(predictor, source, Folder(folder), work, overwrite)
+        tasks: list[Task] = agreed(work.ranks, lambda: desk.open(held))
+        own = dealt(tasks, source, work.ranks)
+        network = work.network._replace(activation=predictor.activated)
+        step = Steps(work, sum(len(source.grids[run.volume].touching(*run[1:])) for run in own))
+        stopped = False
+        try:
+            for run, planes in stitched(source, own, network, predictor.batch_size or batch_size, step):
+                desk.take(tasks, run, own[run], planes)
+        except StoppedError:
+            stopped = True
+        stopped = desk.join_rest(tasks, stopped)
+        return desk.result(tasks, stopped)
+
+
+def logits(predictor: Predictor, dataset: Any, work: Work, batch_size: int) -> Iterator[tuple[int, Tensor, Any]]:
+    """This rank's volumes, whole: the number, logits (1, K, *spatial) and label (1, *spatial), (1, K, *spatial).
+
+    Volume v is rank v modulo the number of ranks' own. One volume and its logits are in memory at a time.
+
+    Raises:
+        ValueError: A volume has no label.
+    """
+    source = predictor.source(dataset)
+    own = range(work.ranks.rank, len(source.volumes), work.ranks.world_size)
+    runs = [Run(number, 0, source.volumes[number].shape[0]) for number in own]
+    step = Steps(work, sum(len(source.grids[number]) for number in own))
+    for run, planes in stitched(source, runs, work.network, predictor.batch_size or batch_size, step):
+        volume, whole = source.volumes[run.volume], None
+        for low, chunk in planes:
+            if whole is None:
+                whole = torch.empty((1, len(chunk), *volume.shape))
+            whole[0, :, low : low + chunk.shape[1]] = torch.from_numpy(chunk)
+        assert whole is not None
+        yield run.volume, whole, _label(dataset, source, run.volume)
+
+
+def _label(dataset: Any, source: Source, number: int) -> Tensor:
+    """A volume's whole label, as the dataset's transforms make it."""
+    volume = source.volumes[number]
+    if not volume.has_label:
+        raise ValueError(f"{volume.path} has no label, so nothing can be measured on it")
+    region = tuple(slice(0, extent) for extent in volume.shape)
+    with READING:
+        if hasattr(dataset, "sample"):
+            sample = dataset.sample(number, region)
+        else:
+            sample = {"image": volume.read(region), "label": volume.read_label(region)}
+        label = np.asarray(source.prepared(sample)["label"])
+    return torch.from_numpy(label.astype(np.float32 if label.dtype.kind == "f" else np.int64, copy=False))[None]
+
+
+class Steps:
+    """Counts patches, and stops the work when it is asked to."""
+
+    def __init__(self, work: Work, patches: int) -> None:
+        self.work = work
+        work.progress.start_patches(patches)
+
+    def __call__(self, patches: int) -> None:
+        """So many more are done."""
+        for _ in range(patches):
+            self.work.progress.step()
+        if self.work.stop():
+            raise StoppedError
 
 
 @contextlib.contextmanager

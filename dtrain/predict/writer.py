@@ -11,19 +11,17 @@ from dataclasses import dataclass
 from itertools import groupby
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dtrain.config.errors import ConfigError
 from dtrain.distributed.ranks import Ranks
 from dtrain.predict.formats import ENDINGS, Format, Sheet, write
+from dtrain.predict.predictor import Predictor
 from dtrain.predict.segmentation import Agreement, instances
 from dtrain.predict.stitching import READING, Network, Run, Source, Volume
 from dtrain.predict.work_folder import Folder, cut, digest, facts_of, read_parts, write_part
-
-if TYPE_CHECKING:
-    from dtrain.predict.predictor import Predictor
 
 SLAB_VOXELS = 1 << 22  # of a part: what an interruption can cost
 IMAGES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
@@ -86,7 +84,7 @@ class Task:
 class Desk:
     """Where one rank writes: parts, whole files, and the notes beside them."""
 
-    def __init__(self, predictor: "Predictor", source: Source, folder: Folder, work: Work, overwrite: bool) -> None:
+    def __init__(self, predictor: Predictor, source: Source, folder: Folder, work: Work, overwrite: bool) -> None:
         self.predictor, self.source = predictor, source
         self.folder, self.work, self.overwrite = folder, work, overwrite
         self.done: set[int] = set()  # volumes whose files are finished

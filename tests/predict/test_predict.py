@@ -37,7 +37,8 @@ from dtrain.distributed.ranks import Ranks
 from dtrain.predict import run as inference
 from dtrain.predict.items import predict_items
 from dtrain.predict.patches import Grid
-from dtrain.predict.predictor import Predictor, Steps
+from dtrain.predict.predictor import Predictor
+from dtrain.predict.run import Steps, logits, volumes
 from dtrain.predict.segmentation import Agreement, Choice, instances
 from dtrain.predict.stitching import Network, Run, stitched
 from dtrain.predict.work_folder import cut, read_parts, write_part
@@ -123,7 +124,7 @@ def predicted(
     folder: Path, dataset: PatchDataset, model: Any = identity, overwrite: bool = False, weights: str = "a", **keys: Any
 ) -> Result:
     keys = {"activation": "none"} | keys
-    return Predictor(**keys).volumes(dataset, work(model, identity_of=weights), folder, overwrite, 2)
+    return volumes(Predictor(**keys), dataset, work(model, identity_of=weights), folder, overwrite, 2)
 
 
 def predicted_by(world_size: int, folder: Path, dataset: PatchDataset, models: Sequence[Any], **keys: Any) -> Result:
@@ -136,7 +137,7 @@ def predicted_by(world_size: int, folder: Path, dataset: PatchDataset, models: S
         try:
             group = Group(rank, world_size, table, barrier)
             predictor = Predictor(**{"activation": "none"} | keys)
-            results[rank] = predictor.volumes(dataset, work(models[rank], group), folder, False, 2)
+            results[rank] = volumes(predictor, dataset, work(models[rank], group), folder, False, 2)
         except BaseException as error:
             results[rank] = error
             barrier.abort()
@@ -688,8 +689,8 @@ def test_logits_of_whole_volumes_are_dealt_out(tmp_path: Path) -> None:
     seen = []
     for rank in range(3):
         ranks = Ranks(rank, rank, 3, torch.device("cpu"))
-        for number, logits, label in Predictor().logits(data, work(ranks=ranks), 2):
-            assert np.array_equal(logits[0].numpy(), images[number])
+        for number, output, label in logits(Predictor(), data, work(ranks=ranks), 2):
+            assert np.array_equal(output[0].numpy(), images[number])
             assert label.dtype == torch.int64
             assert np.array_equal(label[0].numpy(), images[number][0] > 0)
             seen.append((rank, number))
@@ -698,7 +699,7 @@ def test_logits_of_whole_volumes_are_dealt_out(tmp_path: Path) -> None:
 
 def test_a_volume_without_label_cannot_be_measured() -> None:
     with pytest.raises(ValueError, match=r"volume-0.h5 has no label"):
-        list(Predictor().logits(dataset_of(random_volume(6, 6, 6)), work(), 2))
+        list(logits(Predictor(), dataset_of(random_volume(6, 6, 6)), work(), 2))
 
 
 # Datasets without volumes
