@@ -376,7 +376,7 @@ class _Job:
 
     def _first_failure(self) -> list[str]:
         """Which rank failed first, how, where its output is, and its traceback."""
-        from dtrain.training.failure import FAILURE
+        from dtrain.training.failure_card import FAILURE
 
         note = read_json(self.folder / FAILURE)
         if note.get("time", 0.0) < self.start_began:  # of another start, or of another machine's disk

@@ -135,7 +135,7 @@ def predict(
     predictor, wanted = use.predictor, checkpoint or use.predictor.checkpoint
     load_for_use(trainer, Path(wanted) if wanted else None, required=True)
     weights = agreed(trainer.ranks, lambda: [_digest(trainer.module.state_dict())])[0]
-    folder = Path(output_dir or predictor.output_dir or trainer.parts.start.folder / FOLDER)
+    folder = Path(output_dir or predictor.output_dir or trainer.parts.run.folder / FOLDER)
     identity = {"weights": weights, "model and data": digest(use.identity), "precision": trainer.precision}
     with trainer.stop_request.listening(), rng.untouched(), _channels_last(trainer):
         trainer.compiled.eval()
@@ -267,7 +267,9 @@ def _work(trainer: "Trainer", identity: Mapping[str, Any]) -> Work:
     def once(inputs: Any) -> Tensor:
         inputs = batches.to_device(inputs, trainer.device) if trainer.device.type != "cpu" else inputs
         with autocast(trainer):
-            return batches.main_output(batches.caller(trainer.module, inputs)(trainer.compiled, inputs))
+            return batches.main_output(
+                batches.call(trainer.compiled, inputs, batches.call_form(trainer.module, inputs))
+            )
 
     def forward(inputs: Any) -> Tensor:
         try:

@@ -17,8 +17,8 @@ import psutil
 import torch
 
 from dtrain.distributed.ranks import Ranks, is_lost_rank
-from dtrain.tracking.whole_file import write_json
 from dtrain.tracking.secrets import redact
+from dtrain.tracking.whole_file import write_json
 from dtrain.training.failed_step import FailedStep
 from dtrain.training.state import Activity, TrainState
 

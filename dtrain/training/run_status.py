@@ -18,9 +18,9 @@ from dtrain.distributed.stop import StopRequest
 from dtrain.reporting.progress import Progress
 from dtrain.reporting.summary import summary_table
 from dtrain.tracking.journal import Journal, NoJournal, Status
-from dtrain.tracking.whole_file import write_text
 from dtrain.tracking.secrets import Redacted
 from dtrain.tracking.uri import ui_command
+from dtrain.tracking.whole_file import write_text
 from dtrain.training.failure_card import forget
 from dtrain.training.state import TrainState
 
