@@ -24,7 +24,7 @@ from dtrain.data.loader_workers import begin_to_answer, calm_forks, held_back, l
 from dtrain.data.samplers import EvaluationShard, ShuffledShard
 
 
-def loader_settings(
+def loader_settings(  # noqa: PLR0913
     *,
     batch_size: int | None = None,
     global_batch_size: int | None = None,

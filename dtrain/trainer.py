@@ -108,7 +108,7 @@ class Trainer:
         target_key: Which entry of a dict batch is the target.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         parts: Parts,
         *,

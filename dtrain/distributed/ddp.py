@@ -6,7 +6,7 @@ if TYPE_CHECKING:
     pass
 
 
-def ddp_options(
+def ddp_options(  # noqa: PLR0913
     *,
     backend: Literal["gloo", "nccl"] | None = None,
     timeout_seconds: float | None = None,
