@@ -101,3 +101,9 @@ def to_plain(value: Any) -> Any:
     if is_mapping(value):
         return {key: to_plain(value[key]) for key in value}
     return [to_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def mark_section(error: BaseException, section: str) -> None:
+    """Note, on its way, from which section of the config an error came: `error.section`. The innermost mark counts."""
+    if not hasattr(error, "section"):
+        error.section = section  # type: ignore[attr-defined]
