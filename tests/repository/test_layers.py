@@ -217,6 +217,14 @@ def test_one_sees_six_files_and_ten_folders() -> None:
     assert (len(files), len(folders)) == (6, 10)
 
 
+def test_the_design_page_draws_these_layers() -> None:
+    picture = re.search(r"```mermaid\n(.*?)```", (PACKAGE.parent / "docs" / "design.md").read_text(), re.S)
+    assert picture is not None
+    boxes = dict(re.findall(r"subgraph (\w+) .*?\n\s+(.*?)\n\s+end", picture[1]))
+    (chain,) = re.findall(r"^\s+(.* --> .*)$", picture[1], re.M)
+    assert [boxes.get(name, name).split(" ~~~ ") for name in chain.split(" --> ")] == LINES
+
+
 def test_imports_go_downwards_only() -> None:
     upwards = [
         f"{file.at(one.line)} {file.top} imports {module}"
