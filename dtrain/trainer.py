@@ -20,7 +20,7 @@ from dtrain.config.errors import ConfigError, to_plain
 from dtrain.config.load import from_mapping
 from dtrain.data import rng
 from dtrain.dataloader import MicroBatch
-from dtrain.distributed.process import note_step
+from dtrain.distributed.launched_rank import mark_first_step
 from dtrain.distributed.stop import StopWaiting
 from dtrain.distributed.vote import Vote
 from dtrain.predict.run import load_for_use, outcomes_of_volumes, predict
@@ -114,7 +114,7 @@ class Trainer:
     `epoch`, `position`, `state`, `trainables`, `module`, `loaders`, `ranks`, `journal` and `progress`.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         parts: Parts,
         *,
@@ -572,7 +572,7 @@ class Trainer:
     def _after_first_step(self) -> None:
         """Tell the launcher, and make the metrics: importing them takes seconds, but a mistake in them shows now."""
         self._is_first_step = False
-        note_step()
+        mark_first_step()
         with self.throughput.paused(), self.activity.during("making the metrics"):
             self.metrics.prepare()
             gc.collect()

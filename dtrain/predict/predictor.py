@@ -43,7 +43,7 @@ class Predictor:
         ConfigError: Settings that exclude one another.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         *,
         name: Literal["StandardPredictor", "LazyPredictor"] | None = None,

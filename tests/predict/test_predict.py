@@ -1012,7 +1012,7 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 import h5py, torch
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {folders!r}
 from test_predict import predicted
 from dtrain.components.datasets.hdf5 import LazyHDF5Dataset
 from dtrain.components.datasets.slices import SliceBuilder
@@ -1034,7 +1034,7 @@ print(small, peak("large", 512))
 @pytest.mark.parametrize("keys", [{"save_segmentation": True}, {"instances": "inverted"}])
 def test_memory_does_not_grow_with_the_volume(tmp_path: Path, keys: dict[str, Any]) -> None:
     """A volume of 128 MB: what is held is of the size of some patches and planes."""
-    script = MEASURE.format(tests=str(REPOSITORY / "tests"), keys=keys)
+    script = MEASURE.format(folders=[str(REPOSITORY / "tests"), str(Path(__file__).parent)], keys=keys)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
