@@ -7,7 +7,7 @@ another (distributed.py), how anything is written (checkpoint.py, tracking.py) o
 import contextlib
 import gc
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,6 @@ from dtrain.checkpoint.resume import Start
 from dtrain.checkpoint.saver import Saver
 from dtrain.checkpoint.store import Checkpoints
 from dtrain.config.errors import ConfigError
-from dtrain.data import batch as batches
 from dtrain.dataloader import Loaders, Micro
 from dtrain.distributed.environment import job_ends_at
 from dtrain.distributed.process import note_step
@@ -29,10 +28,12 @@ from dtrain.distributed.stop import StopRequest
 from dtrain.distributed.vote import Vote
 from dtrain.loss import Criterion
 from dtrain.metrics import Metrics
-from dtrain.predict.run import Use, autocast, load_for_use, outcomes_of_volumes, predict
-from dtrain.predict.writer import Result
+from dtrain.modelloader import Forward
+from dtrain.predict.inference import Inference, Result
+from dtrain.predict.predictor import Predictor
+from dtrain.predict.run import FOLDER, load_for_use, logits, predict, predict_loader
 from dtrain.tracking.journal import Journal, NoJournal
-from dtrain.training.evaluate import Outcome, evaluate, evaluate_volumes
+from dtrain.training.evaluate import evaluate, evaluate_volumes
 from dtrain.training.optimizer import KeptBuffers, WeightAverage, total_norm
 from dtrain.training.run_status import recorded
 from dtrain.training.schedule import Schedule
@@ -62,7 +63,9 @@ class Parts:
     journal: Journal | NoJournal
     progress: Any
     pictures: Any
-    use: Use
+    predictor: Predictor
+    identity: Mapping[str, Any]  # what predictions depend on besides weights, settings and input files
+    tests_volumes: bool  # whether a test measures whole volumes
     start: Start
     seed: int
     table: Mapping[str, str]  # what is shown before the first step
@@ -164,6 +167,8 @@ class Trainer:
         self.saver = Saver(parts.checkpoints, checkpoint_every_minutes, lambda line: self.progress.note(line))
         self.vote, self.pace = Vote(parts.ranks), Pace(parts.ranks.rank, parts.ranks.world_size)
         self.stop_request = StopRequest(time_limit, job_ends_at(), alone=parts.ranks.world_size == 1)
+        self.pre_trained = pre_trained
+        self.forward = Forward(self.module, self.device, self.precision, input_key, target_key, self.loss)
         self._begin_at_zero()
 
     def _begin_at_zero(self) -> None:
@@ -181,7 +186,6 @@ class Trainer:
         self.rate = 0.0  # of the last step, as is the norm
         self.grad_norm = torch.zeros((), device=self.device)
         self.skipped = 0  # steps whose gradient was not finite
-        self._call: Callable[[torch.nn.Module, Any], Any] | None = None
         self._weights: dict[tuple[float, torch.dtype], torch.Tensor] = {}
         self._bad_steps = torch.zeros((), device=self.device)
         self._sum_dtype = torch.float32 if self.device.type == "mps" else torch.float64
@@ -364,8 +368,8 @@ class Trainer:
         module = module or (self.ema.module if self.ema else self.compiled)
         album = self.parts.pictures.album(self.step, self.journal, self.progress.note) if phase == "val" else None
         loader, stop = getattr(self.loaders, phase), self.asked_to_stop
-        if phase == "test" and self.parts.use.whole_volumes(loader):
-            means = evaluate_volumes(module, outcomes_of_volumes(self, loader), self.metrics, self.ranks, stop)
+        if phase == "test" and self.parts.tests_volumes:
+            means = evaluate_volumes(module, logits(self._inference(), loader), self.metrics, self.ranks, stop)
         else:
             waited_for = loader if self.ranks.shards else self.stop_request.waiting(loader)  # with shards all wait
             means = evaluate(module, waited_for, self.outcome, self.metrics, self.ranks, stop, album)
@@ -383,7 +387,7 @@ class Trainer:
         The model keeps these weights.
         """
         self.saver.wait()
-        load_for_use(self, checkpoint)
+        load_for_use(self.module, self.ranks, self.checkpoints, checkpoint)
         figures = self.evaluate("test", self.compiled)
         if figures:
             self.progress.evaluation("test", self.step, figures)
@@ -392,8 +396,30 @@ class Trainer:
     def predict(
         self, checkpoint: str | Path | None = None, output_dir: str | Path | None = None, overwrite: bool = False
     ) -> Result:
-        """Predict what `loaders.predict` holds, else `loaders.test`, into files; see `inference.predict`."""
-        return predict(self, checkpoint, output_dir, overwrite)
+        """Predict what `loaders.predict` holds, else `loaders.test`, into files. All ranks call it.
+
+        Args:
+            checkpoint: A checkpoint folder or weight file. Default: the predictor's own, else the best, else the last.
+            output_dir: Where the files go. Default: the predictor's own, else `predictions` in the run folder.
+            overwrite: Make files anew that were made with another model or other settings.
+
+        Raises:
+            ConfigError: There is nothing to predict, no checkpoint, or a file that is not to be written.
+            PredictionError: A file cannot be written.
+        """
+        loader, predictor = predict_loader(self.loaders, self.ranks), self.parts.predictor
+        path = checkpoint or predictor.checkpoint
+        is_required = not (self.pre_trained and self.parts.start.checkpoint is None)
+        load_for_use(self.module, self.ranks, self.checkpoints, Path(path) if path else None, is_required)
+        folder = Path(output_dir or predictor.output_dir or self.parts.start.folder / FOLDER)
+        with self.stop_request.listening():
+            return predict(self._inference(), loader, folder, overwrite)
+
+    def _inference(self) -> Inference:
+        parts = self.parts
+        return Inference(
+            parts.predictor, self.forward, self.compiled, self.ranks, self.progress, self.asked_to_stop, parts.identity
+        )
 
     # ------------------------------------------------------------------------------------- figures and checkpoints
 
@@ -458,17 +484,9 @@ class Trainer:
             gc.collect()
             gc.freeze()  # what is there by now stays; looking through it for garbage would cost some steps 5 %
 
-    def outcome(self, model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, Mapping[str, torch.Tensor], Outcome]:
+    def outcome(self, model: torch.nn.Module, batch: Any) -> Any:
         """What a model makes of one batch: the loss, its terms, and what metrics look at."""
-        if self.device.type != "cpu":
-            batch = batches.to_device(batch, self.device)
-        inputs, target = batches.split(batch, self.input_key, self.target_key)
-        if self._call is None:
-            self._call = batches.caller(self.module, inputs)
-        with autocast(self):
-            output = self._call(model, inputs)
-            loss, terms = self.loss(output, target)
-        return loss, terms, Outcome(inputs, output, target)
+        return self.forward(model, batch)
 
     def _weight(self, weight: float, dtype: torch.dtype) -> torch.Tensor:
         """A batch's weight as a tensor on the device; there are few different ones."""

@@ -15,7 +15,7 @@ from dtrain.config.errors import ConfigError
 from dtrain.distributed.exit_status import INTERRUPTED, STOPPED_EARLY
 from dtrain.distributed.stop import StopWaiting
 from dtrain.launch.rehearsal import rehearse as tried
-from dtrain.predict.writer import PredictionError
+from dtrain.predict.work_folder import PredictionError
 from dtrain.reporting import summary as report
 from dtrain.tracking.journal import NoJournal
 from dtrain.trainer import Trainer

@@ -12,7 +12,7 @@ from dtrain.modelloader import parameter_count
 from dtrain.reporting.text import duration_text
 
 if TYPE_CHECKING:
-    from dtrain.predict.writer import Result
+    from dtrain.predict.inference import Result
 
 
 def model_line(name: str, module: torch.nn.Module) -> str:

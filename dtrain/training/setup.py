@@ -29,7 +29,8 @@ from dtrain.distributed.setup import set_up
 from dtrain.loss import get_loss_criterion
 from dtrain.metrics import Metrics, get_evaluation_metric
 from dtrain.modelloader import get_model
-from dtrain.predict.run import IDLE_SECONDS, Use
+from dtrain.predict.run import IDLE_SECONDS
+from dtrain.predict.work_folder import digest
 from dtrain.reporting import summary as report
 from dtrain.reporting.pictures import Pictures
 from dtrain.reporting.terminal import get_progress
@@ -92,10 +93,12 @@ def create_trainer(
         start.folder / CHECKPOINTS, keep_last=options["keep_last"], keep_best=options["keep_best"], mode=mode
     )
     model, average, optimizer, schedule, table = compiled, None, None, None, dict[str, str]()
-    use = _use(config, options, start, phases)
+    predictor = build(config, "predictor")
+    test: Any = loaders.test
+    tests_volumes = bool(config.get("predictor") is not None and test and hasattr(test.dataset.dataset, "volumes"))
     journal: Journal | NoJournal = NoJournal()
     if purpose == "train":
-        if ranks.shards and loaders.test is not None and use.whole_volumes(loaders.test):
+        if ranks.shards and tests_volumes:
             text = "tests whole volumes, which a model that is shared out cannot; train without, then `dtrain test`"
             raise refused(config, ("loaders", "test"), text)
         average = None if options["ema_decay"] is None else ranks.share_out(copy.deepcopy(module))
@@ -104,7 +107,8 @@ def create_trainer(
         table = _table(config, module, loaders, ranks, journal, start, plan)
     parts = Parts(
         ranks, module, compiled, model, average, loaders, loss, metrics, optimizer, schedule, checkpoints,
-        journal, progress, _pictures(config, options, loaders, start), use,
+        journal, progress, _pictures(config, options, loaders, start),
+        predictor, _identity(config, options, phases), tests_volumes,
         start, seed,
         places={key: str(place) for key in config if (place := place_of(config, (key,)))},
         table=table,
@@ -142,19 +146,18 @@ def _phases(config: ConfigDict, purpose: str) -> tuple[str, ...]:
     return ("predict",) if purpose == "predict" and config.loaders.get("predict") is not None else ("test",)
 
 
-def _use(config: ConfigDict, options: Mapping[str, Any], start: Start, phases: Sequence[str]) -> Use:
-    """How the model predicts, and what its predictions depend on besides weights and files."""
+def _identity(config: ConfigDict, options: Mapping[str, Any], phases: Sequence[str]) -> dict[str, str]:
+    """What predictions depend on besides weights, the predictor's settings and input files."""
     described = calls(config)
     read = next((phase for phase in ("predict", "test") if phase in phases and f"loaders.{phase}" in described), "")
     data = described[f"loaders.{read}"] if read else None
     arguments = {key: to_plain(value) for key, value in data.arguments.items()} if data else {}
-    identity = {
+    model_and_data = {
         "model": to_plain(config.model),
         "dataset": str(data.name) if data else "",
         "arguments": {key: value for key, value in arguments.items() if not _are_paths(value)},
     }
-    has_weights = bool(options["pre_trained"]) and start.checkpoint is None
-    return Use(build(config, "predictor"), identity, config.get("predictor") is not None, has_weights)
+    return {"model and data": digest(model_and_data), "precision": options["precision"]}
 
 
 def _are_paths(value: Any) -> bool:
