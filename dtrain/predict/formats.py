@@ -175,8 +175,8 @@ def _tiff(path: Path, chunks: Iterator[np.ndarray], channels: tuple[int, ...], s
 
 
 def _png(path: Path, chunks: Iterator[np.ndarray], channels: tuple[int, ...], spec: FileSpec) -> None:
-    with _needed("pillow"):
-        from PIL import Image
+    from PIL import Image
+
     array = _in_memory(chunks, channels, spec)
     if array.dtype.kind == "f":
         array = _converted(array, "uint8", spec.path)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from dtrain.config.errors import ConfigError
-from dtrain.predict.formats import FileSpec, write
+from dtrain.predict.formats import write
 from dtrain.predict.inference import Inference, Result, StoppedError
 from dtrain.predict.predictor import Predictor
 from dtrain.predict.work_folder import PredictionFile, are_finished, digest, explained, opened, write_part
@@ -101,14 +101,7 @@ def _join(predictor: Predictor, file: PredictionFile, chunks: Iterator[np.ndarra
         if is_csv:
             _write_csv(predictor, temporary, chunks)
         else:
-            spec = FileSpec(
-                file.path,
-                (size, *first.shape[1:]),
-                has_channels=False,
-                dtype=predictor.dtype,
-                dataset=predictor.output_dataset,
-                compression=predictor.compression,
-            )
+            spec = predictor.file_spec(file.path, (size, *first.shape[1:]))
             write(temporary, "npy" if predictor.format == "npy" else "hdf5", chunks, spec)
         file.note(temporary, {})
 

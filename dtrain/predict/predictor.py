@@ -1,11 +1,13 @@
 """Predictor: the settings of predictions; which patches of a dataset go in, and what comes out."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
 from dtrain.config.errors import ConfigError
+from dtrain.predict.formats import FileSpec
 from dtrain.predict.patches import Grid
 from dtrain.predict.segmentation import Choice
 from dtrain.predict.source import Source, Volume
@@ -128,6 +130,12 @@ class Predictor:
             text = f"predictor.{key}: {list(voxels)} does not fit {volume.path} of {volume.shape}"
             raise ConfigError(f"{text}; expected {len(volume.shape)} integers of at least {least}")
         return voxels
+
+    def file_spec(
+        self, path: Path, shape: tuple[int, ...], has_channels: bool = False, source: Path | None = None
+    ) -> FileSpec:
+        """What a file of predictions is to hold."""
+        return FileSpec(path, shape, has_channels, self.dtype, self.output_dataset, self.compression, source)
 
     def activated(self, logits: Tensor) -> Tensor:
         """Predictions from logits (N, K, ...)."""

@@ -123,19 +123,7 @@ def _digest(weights: Mapping[str, Any]) -> str:
 
 
 def volumes(inference: Inference, dataset: Any, batch_size: int, folder: Path, overwrite: bool) -> Result:
-    """Predict every volume of a dataset into a file of its own. All ranks call it.
-
-    Args:
-        inference: The settings, and how the model is called.
-        dataset: With `volumes`.
-        batch_size: Patches that the model gets at once.
-        folder: Where the files go.
-        overwrite: Make files anew that were made with another model or other settings.
-
-    Raises:
-        ConfigError: The folder or a file in it is not to be written, or settings do not fit.
-        PredictionError: A file cannot be written.
-    """
+    """Predict every volume of a dataset into a file of its own, `batch_size` patches at once; see `predict`."""
     source = inference.predictor.source(dataset)
     with opened(folder, inference.ranks, lambda: plan(inference, source, folder, overwrite)) as tasks:
         writer = VolumeWriter(inference, source, tasks)

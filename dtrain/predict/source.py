@@ -56,12 +56,7 @@ class Source(NamedTuple):
             ValueError: The transforms changed its extent.
         """
         region = self.grids[number].region(index, self.halos[number])
-        with READING:
-            if hasattr(self.dataset, "sample"):
-                sample = self.dataset.sample(number, region, only_image=True)
-            else:
-                sample = {"image": self.volumes[number].read(region)}
-            image = np.asarray(self._prepared(sample)["image"], np.float32)
+        image = np.asarray(self._sample(number, region, only_image=True)["image"], np.float32)
         extent = tuple(side.stop - side.start for side in region)
         if image.shape[1:] != extent:
             raise ValueError(
@@ -80,13 +75,16 @@ class Source(NamedTuple):
         if not volume.has_label:
             raise ValueError(f"{volume.path} has no label, so nothing can be measured on it")
         region = tuple(slice(0, extent) for extent in volume.shape)
-        with READING:
-            if hasattr(self.dataset, "sample"):
-                sample = self.dataset.sample(number, region)
-            else:
-                sample = {"image": volume.read(region), "label": volume.read_label(region)}
-            label = np.asarray(self._prepared(sample)["label"])
+        label = np.asarray(self._sample(number, region, only_image=False)["label"])
         return torch.from_numpy(label.astype(np.float32 if label.dtype.kind == "f" else np.int64, copy=False))[None]
 
-    def _prepared(self, sample: dict[str, Any]) -> dict[str, Any]:
-        return self.dataset.prepared(sample) if hasattr(self.dataset, "prepared") else sample
+    def _sample(self, number: int, region: Region, only_image: bool) -> dict[str, Any]:
+        """What stands in a region of a volume, as the dataset's transforms make it."""
+        with READING:
+            if hasattr(self.dataset, "sample"):
+                sample = self.dataset.sample(number, region, only_image=only_image)
+            else:
+                sample = {"image": self.volumes[number].read(region)}
+                if not only_image:
+                    sample["label"] = self.volumes[number].read_label(region)
+            return self.dataset.prepared(sample) if hasattr(self.dataset, "prepared") else sample

@@ -104,27 +104,20 @@ def opened(folder: Path, ranks: Ranks, plan: Callable[[], T]) -> Iterator[T]:
     Raises:
         ConfigError: The folder cannot be made or written, another prediction is writing it, or `plan` refuses.
     """
-    with contextlib.ExitStack() as held:
+    lock = FileLock(folder / HIDDEN / "lock")
 
-        def lock_and_plan() -> T:
-            held.enter_context(_locked(folder))
-            return plan()
+    def lock_and_plan() -> T:
+        try:
+            (folder / HIDDEN).mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ConfigError(f"{folder} is being written by another prediction; wait for its end") from error
+        except OSError as error:
+            raise ConfigError(f"{folder} cannot be written: {error.strerror or error}") from error
+        return plan()
 
+    try:
         yield agreed(ranks, lock_and_plan)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    try:
-        (folder / HIDDEN).mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / HIDDEN / "lock")
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ConfigError(f"{folder} is being written by another prediction; wait for its end") from error
-    except OSError as error:
-        raise ConfigError(f"{folder} cannot be written: {error.strerror or error}") from error
-    try:
-        yield
     finally:
         lock.release()
 

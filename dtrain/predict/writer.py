@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from dtrain.predict.formats import FileSpec, write
+from dtrain.predict.formats import write
 from dtrain.predict.inference import Inference, Result
 from dtrain.predict.plan import Slab, Task
 from dtrain.predict.segmentation import Agreement, instances
@@ -84,15 +84,7 @@ class VolumeWriter:
             chunks = self._compared(agreement, volume, chunks)
         if predictor.choice.instances:
             chunks = instances(chunks, volume.shape[0], predictor.connectivity, predictor.min_size, task.file.scratch)
-        spec = FileSpec(
-            task.file.path,
-            volume.shape,
-            has_channels=not predictor.choice.labels,
-            dtype=predictor.dtype,
-            dataset=predictor.output_dataset,
-            compression=predictor.compression,
-            source=volume.path,
-        )
+        spec = predictor.file_spec(task.file.path, volume.shape, not predictor.choice.labels, volume.path)
         with task.file.replaced() as temporary:
             write(temporary, task.format, chunks, spec)
             task.file.note(temporary, {"scores": agreement.values()} if agreement else {})

@@ -1035,8 +1035,9 @@ print(small, peak("large", 512))
 @pytest.mark.parametrize("keys", [{"save_segmentation": True}, {"instances": "inverted"}])
 def test_memory_does_not_grow_with_the_volume(tmp_path: Path, keys: dict[str, Any]) -> None:
     """A volume of 128 MB: what is held is of the size of some patches and planes."""
-    script = MEASURE.format(tests=str(REPOSITORY / "tests"), keys=keys)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    script = MEASURE.format(tests=str(REPOSITORY / "tests" / "predict"), keys=keys)
+    python_path = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests")))
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path}
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     small, large = map(float, done.stdout.split())
