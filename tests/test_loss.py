@@ -101,6 +101,8 @@ def test_torchs_losses_get_the_main_output(wrap: Any, logits: Tensor, labels: Te
     output = wrap(logits, torch.zeros(6, 3))
     for name in ("CrossEntropyLoss", "torch.nn.functional:cross_entropy"):
         assert torch.equal(criterion(name=name)(output, labels)[0], F.cross_entropy(logits, labels))
+        smoothed = F.cross_entropy(logits, labels, label_smoothing=0.1)
+        assert torch.equal(criterion(name=name, label_smoothing=0.1)(output, labels)[0], smoothed)
 
 
 def test_other_losses_get_all_outputs(logits: Tensor, labels: Tensor) -> None:

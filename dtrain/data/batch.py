@@ -1,4 +1,4 @@
-"""What is input, target and main output: the forms that batches and outputs may have; knows no config and no loop."""
+"""What is input, target and main output: the forms that batches and outputs may have."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence

@@ -19,7 +19,7 @@ class Store(Protocol):
     def compare_set(self, key: str, expected_value: str, desired_value: str) -> bytes: ...  # noqa: D102
 
 
-class Board:
+class Mailbox:
     """Notes by name and rank. It outlives every rank but the store's own, and works where a collective would hang.
 
     Nothing here raises: whoever leaves or looks for a note is in trouble already, and the store may be gone.

@@ -23,7 +23,7 @@ import psutil
 from dtrain.config.errors import ConfigError, Mistake, one_line
 from dtrain.distributed.environment import Environment, cores
 from dtrain.distributed.exit_status import INTERRUPTED, STOPPED_EARLY
-from dtrain.distributed.setup import choose_device
+from dtrain.distributed.process_group import choose_device
 from dtrain.distributed.stop import REPEAT_SECONDS, end_at_once, heeded
 from dtrain.launch.console import Console
 from dtrain.tracking.run_folder import close_run_of, lives, read_run

@@ -78,7 +78,7 @@ def predict(
         with trainer.stop_request.listening():
             result = trainer.predict(checkpoint, output_dir, overwrite)
             trainer.progress.close()
-            for line in report.prediction(result):
+            for line in report.prediction_lines(**result._asdict()):
                 trainer.progress.note(line)
             trainer.ranks.close()
         return STOPPED_EARLY if result.stopped else 0

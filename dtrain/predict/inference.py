@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from dtrain.distributed.ranks import Ranks
 from dtrain.modelloader import Forward
 from dtrain.predict.predictor import Predictor
+from dtrain.reporting.progress import Progress
 
+IDLE_SECONDS = 7 * 86400.0  # ranks share a prediction once, before it begins, so one may wait long for another's end
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the dimensions of a convolution's weights
 CONTIGUOUS = dict.fromkeys(CHANNELS_LAST, torch.contiguous_format)
 
@@ -49,17 +51,23 @@ class Inference:
         model: What is called: the bare model, or the same compiled.
         ranks: Who shares the work.
         progress: What a person sees.
-        asked_to_stop: Whether to stop; asked after each batch.
+        run_folder: In which a folder of predictions is made, unless another one is named.
         identity: What a prediction depends on besides the predictor's settings and the file that is read.
+        has_weights: Whether the model has weights to use without a checkpoint.
+        tests_volumes: Whether a test measures whole volumes.
+        asked_to_stop: Whether to stop; asked after each batch.
     """
 
     predictor: Predictor
     forward: Forward
     model: nn.Module
     ranks: Ranks
-    progress: Any
-    asked_to_stop: Callable[[], bool]
-    identity: Mapping[str, Any] = field(default_factory=dict)
+    progress: Progress
+    run_folder: Path
+    identity: Mapping[str, Any]
+    has_weights: bool = False
+    tests_volumes: bool = False
+    asked_to_stop: Callable[[], bool] = bool
 
     def output(self, inputs: Any) -> Tensor:
         """The model's main output for inputs of any form, on the model's device."""

@@ -14,7 +14,7 @@ from dtrain.checkpoint.files import load, load_weights
 from dtrain.checkpoint.snapshot import CheckpointError
 from dtrain.checkpoint.store import Checkpoints
 from dtrain.checkpoint.weights import fitted, misfits_of
-from dtrain.config.errors import ConfigError
+from dtrain.config.errors import ConfigError, first_few
 from dtrain.data import rng
 from dtrain.dataloader import Loaders
 from dtrain.distributed.ranks import Ranks
@@ -22,25 +22,8 @@ from dtrain.predict.inference import Inference, Result, StoppedError
 from dtrain.predict.items import predict_items
 from dtrain.predict.plan import plan, share_of
 from dtrain.predict.stitching import Run, stitched
-from dtrain.predict.work_folder import agreed, opened
+from dtrain.predict.work_folder import opened
 from dtrain.predict.writer import VolumeWriter
-
-FOLDER = "predictions"  # in the run folder
-IDLE_SECONDS = 7 * 86400.0  # ranks share a prediction once, before it begins, so one may wait long for another's end
-
-
-def predict_loader(loaders: Loaders, ranks: Ranks) -> Any:
-    """The batches that are predicted: those of `loaders.predict`, else of `loaders.test`.
-
-    Raises:
-        ConfigError: There are none, or the model is sharded.
-    """
-    if ranks.shards:
-        raise ConfigError("a sharded model cannot predict: use create_trainer(..., purpose='predict')")
-    loader = loaders.predict or loaders.test
-    if loader is None:
-        raise ConfigError("loaders: has neither 'predict' nor 'test', so there is nothing to predict")
-    return loader
 
 
 def load_for_use(
@@ -68,8 +51,8 @@ def load_for_use(
         elif is_required:
             raise ConfigError(f"{checkpoints.folder} holds no checkpoint; train first, or name one: --checkpoint")
 
-    agreed(ranks, decide)
-    ranks.load_weights(module, weights)
+    ranks.decide(decide)
+    ranks.strategy.load_weights(module, weights)
 
 
 def _weights_for(module: nn.Module, path: Path) -> Mapping[str, Any]:
@@ -82,33 +65,49 @@ def _weights_for(module: nn.Module, path: Path) -> Mapping[str, Any]:
     except (CheckpointError, OSError) as error:
         raise ConfigError(str(error)) from error
     if misfits := misfits_of(module, weights):
-        more = f"; and {len(misfits) - 5} more" if len(misfits) > 5 else ""
-        raise ConfigError(f"{path} does not fit the model: {'; '.join(misfits[:5])}{more}")
+        raise ConfigError(f"{path} does not fit the model: {first_few(misfits, 5, '; ')}")
     return weights
 
 
-def predict(inference: Inference, loader: Any, folder: Path, overwrite: bool) -> Result:
-    """Predict a dataset into files. All ranks call it.
+def predict(
+    inference: Inference,
+    loaders: Loaders,
+    checkpoints: Checkpoints,
+    checkpoint: str | Path | None,
+    output_dir: str | Path | None,
+    overwrite: bool,
+) -> Result:
+    """Predict what `loaders.predict` holds, else `loaders.test`, into files. All ranks call it.
 
     Args:
-        inference: With the model, its weights loaded.
-        loader: This rank's batches; of a dataset with `volumes`, the dataset itself is read instead.
-        folder: Where the files go.
+        inference: With the model, which gets the checkpoint's weights.
+        loaders: Of a dataset with `volumes`, the dataset itself is read instead.
+        checkpoints: Those of the run.
+        checkpoint: See `load_for_use`. Default: the predictor's own.
+        output_dir: Where the files go. Default: the predictor's own, else `predictions` in the run folder.
         overwrite: Make files anew that were made with another model or other settings.
 
     Raises:
-        ConfigError: The folder or a file in it is not to be written, or settings do not fit.
+        ConfigError: There is nothing to predict, no checkpoint, or a file that is not to be written.
         PredictionError: A file cannot be written.
     """
-    weights = _digest(inference.forward.module.state_dict()) if inference.ranks.is_main else None
-    inference = replace(inference, identity={"weights": inference.ranks.broadcast(weights), **inference.identity})
+    predictor, ranks, module = inference.predictor, inference.ranks, inference.forward.module
+    loader: Any = loaders.predict or loaders.test
+    if ranks.strategy.is_sharded:
+        raise ConfigError("a sharded model cannot predict: use create_trainer(..., purpose='predict')")
+    if loader is None:
+        raise ConfigError("loaders: has neither 'predict' nor 'test', so there is nothing to predict")
+    path = checkpoint or predictor.checkpoint
+    load_for_use(module, ranks, checkpoints, Path(path) if path else None, not inference.has_weights)
+    weights = ranks.broadcast(_digest(module.state_dict()) if ranks.is_main else None)
+    inference = replace(inference, identity={"weights": weights, **inference.identity})
+    folder = Path(output_dir or predictor.output_dir or inference.run_folder / "predictions")
     dataset = loader.dataset.dataset  # the loader's own wraps it
     with rng.untouched(), inference.channels_last():
         inference.model.eval()
         if not hasattr(dataset, "volumes"):
             return predict_items(inference, loader, folder, overwrite)
-        batch_size = inference.predictor.batch_size or loader.batch_sampler.batch_size
-        return volumes(inference, dataset, batch_size, folder, overwrite)
+        return volumes(inference, dataset, predictor.batch_size or loader.batch_sampler.batch_size, folder, overwrite)
 
 
 def _digest(weights: Mapping[str, Any]) -> str:

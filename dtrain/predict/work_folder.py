@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from filelock import FileLock, Timeout
 
-from dtrain.config.errors import ConfigError
+from dtrain.config.errors import ConfigError, first_few
 from dtrain.distributed.ranks import Ranks
 from dtrain.predict.formats import FileSpec, write
 from dtrain.tracking.whole_file import read_json, whole_file, write_json
@@ -117,7 +117,7 @@ def opened(folder: Path, ranks: Ranks, plan: Callable[[], T]) -> Iterator[T]:
         return plan()
 
     try:
-        yield agreed(ranks, lock_and_plan)
+        yield ranks.decide(lock_and_plan)
     finally:
         lock.release()
 
@@ -135,29 +135,13 @@ def are_finished(files: Sequence[PredictionFile], overwrite: bool) -> list[bool]
     differences = [file.difference() for file in files]
     foreign = [f"{file.path.name} ({text})" for file, text in zip(files, differences, strict=True) if text]
     if foreign and not overwrite:
-        names = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         raise ConfigError(
-            f"{files[0].path.parent} holds predictions made otherwise: {names}; --overwrite makes them anew, "
-            "--output-dir writes elsewhere"
+            f"{files[0].path.parent} holds predictions made otherwise: {first_few(foreign, 3)}; "
+            "--overwrite makes them anew, --output-dir writes elsewhere"
         )
     for file, difference in zip(files, differences, strict=True):
         file.clean_up(is_finished=difference == "")
     return [difference == "" for difference in differences]
-
-
-def agreed(ranks: Ranks, decide: Callable[[], T]) -> T:
-    """What the main rank decides, on every rank; its refusal, too."""
-    decision: Any = None
-    refusal = ""
-    if ranks.is_main:
-        try:
-            decision = decide()
-        except ConfigError as error:
-            refusal = str(error)
-    decision, refusal = ranks.broadcast((decision, refusal))
-    if refusal:
-        raise ConfigError(refusal)
-    return decision
 
 
 @contextlib.contextmanager

@@ -1,13 +1,20 @@
-"""Progress on a terminal: a bar, and a table with one row per epoch."""
+"""A run's progress on a terminal: a bar, and a table with one row per epoch. Drawn by rich, which is imported late."""
 
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from time import perf_counter
 from typing import TYPE_CHECKING, TextIO
 
-from dtrain.reporting.lines import EpochClock, LineProgress, Outlet, SilentProgress
-from dtrain.reporting.text import count_text, duration_text, figure_pairs, figure_text, figure_texts, without_phase
+from dtrain.reporting.epoch_clock import EpochClock
+from dtrain.reporting.number_text import (
+    count_text,
+    duration_text,
+    figure_pairs,
+    figure_text,
+    figure_texts,
+    without_phase,
+)
+from dtrain.reporting.safe_stream import SafeStream
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -16,93 +23,71 @@ REDRAW_SECONDS = 0.5  # a bar is for eyes; a redraw costs the step under it abou
 BAR_COLUMNS = (6, 40)  # at least, at most
 
 
-class TerminalProgress:
+class TerminalDisplay:
     """A table of facts, a row per epoch, under them a line with the bar, and at the end a summary.
 
     The bar is one line and the cursor stays visible: what another process writes in between spoils that line at most,
     and after a kill -9 the terminal is as it was.
     """
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, clock: EpochClock) -> None:
         from rich.console import Console
         from rich.live import Live
 
-        self._console = Console(file=Outlet(stream), force_terminal=True, highlight=False)  # type: ignore[arg-type]
-        self._pace = EpochClock()
-        self._rows = Rows()
-        self._next_redraw = 0.0
+        self._console = Console(file=SafeStream(stream), force_terminal=True, highlight=False)  # type: ignore[arg-type]
+        self._clock = clock
+        self._table = EpochTable()
         self._step = 0
         self._trained: dict[str, float] = {}  # the training's latest figures
         self._evaluated: dict[str, float] = {}  # the validation's
         self._row_is_due = False
-        ours = stream is sys.stdout
+        self._row_start = (perf_counter(), 0)  # time, steps
+        is_stdout = stream is sys.stdout
         self._live = Live(
             console=self._console,
             auto_refresh=False,
             transient=True,
             get_renderable=self._bar,
-            redirect_stdout=ours,  # what the user's model prints goes above the bar
-            redirect_stderr=ours and sys.stderr.isatty(),  # but `2> errors.log` is meant
+            redirect_stdout=is_stdout,  # what the user's model prints goes above the bar
+            redirect_stderr=is_stdout and sys.stderr.isatty(),  # but `2> errors.log` is meant
         )
 
     def begin(self, facts: Mapping[str, str]) -> None:
-        """The table before the first step.
+        """The facts in a frame; nothing in them is taken for rich's markup."""
+        from rich.box import ROUNDED
+        from rich.panel import Panel
+        from rich.table import Table
+        from rich.text import Text
 
-        Args:
-            facts: What is going to run, name -> value, shown in this order. Long values are folded.
-        """
-        self._print_table(facts)
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="cyan", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in facts.items():
+            table.add_row(Text(name), Text(value))
+        self._console.print(Panel(table, box=ROUNDED, border_style="dim", expand=False))
 
-    def start_epoch(self, epoch: int, epochs: int | None, steps: int, done: int = 0) -> None:
-        """A new bar.
-
-        Args:
-            epoch: Which one, from 1 on.
-            epochs: How many there will be; None if something else ends the training.
-            steps: Optimizer steps in this epoch.
-            done: How many of them an earlier run has done already.
-        """
+    def start(self) -> None:
+        """A new bar; the row of the epoch before, where no validation has printed it."""
         self._print_due_row()
-        self._pace.start_epoch(epoch, epochs, steps, done)
-        self._start_bar()
+        if not self._live.is_started:
+            self._row_start = (perf_counter(), self._clock.counted)
+            self._live.start()
+            self._console.show_cursor(True)  # Live hides it, and a killed process could not bring it back
 
-    def start_patches(self, patches: int) -> None:
-        """A bar for a prediction rather than a training; `step` counts one patch.
-
-        Args:
-            patches: How many there are.
-        """
-        self._pace.start_patches(patches)
-        self._start_bar()
-
-    def step(self) -> None:
-        """One optimizer step is done: counts (0.1 us), and redraws at most twice a second."""
-        self._pace.done += 1
-        if perf_counter() >= self._next_redraw:
-            self._redraw()
+    def refresh(self) -> None:
+        """Redraws the bar."""
+        self._live.refresh()
 
     def figures(self, step: int, figures: Mapping[str, float]) -> None:
-        """The training's figures at a log step, shown from the next redraw on.
-
-        Args:
-            step: Optimizer steps done since the training began.
-            figures: Such as train/loss, lr, samples_per_second.
-        """
+        """Shown from the next redraw on."""
         self._step = step
         self._trained.update(figures)
         # So that a long evaluation stands under a full bar; an epoch shorter than a redraw's pause needs no such care.
-        if self._pace.done >= self._pace.steps and self._pace.row_seconds() > REDRAW_SECONDS:
-            self._redraw()
+        if self._clock.done >= self._clock.steps and self._row_seconds() > REDRAW_SECONDS:
+            self.refresh()
 
-    def evaluation(self, phase: str, step: int, figures: Mapping[str, float], best: bool = False) -> None:
-        """A row in the table of epochs; of another phase than val, a line.
-
-        Args:
-            phase: val, test ...
-            step: Optimizer steps done since the training began.
-            figures: Loss and metrics; the phase may stand before their names.
-            best: Whether this is the best evaluation so far.
-        """
+    def evaluation(self, phase: str, step: int, figures: Mapping[str, float], best: bool) -> None:
+        """A row in the table of epochs; of another phase than val, a line."""
         bare = without_phase(phase, figures)
         if phase == "val":
             self._step = step
@@ -113,45 +98,31 @@ class TerminalProgress:
             self._print("  ".join([phase, *figure_texts(bare), *(["best so far"] if best else [])]), "bold")
 
     def note(self, text: str) -> None:
-        """A text above the bar.
-
-        Args:
-            text: One line or several; long ones are folded.
-        """
+        """The text above the bar; long lines are folded."""
         self._print(text)
 
     def end_epoch(self) -> None:
-        """The epoch is over. Its row is printed with its evaluation, before or after this, or else without one."""
-        self._row_is_due = self._pace.row_steps() > 0
+        """The row of this epoch is printed with its evaluation, before or after this, or else without one."""
+        self._row_is_due = self._clock.counted > self._row_start[1]
 
     def summary(self, facts: Mapping[str, str]) -> None:
-        """The table after the last step; the bar is taken away.
+        """The bar is taken away, the facts stand in a frame.
 
-        Args:
-            facts: How it went and where things are, name -> value. What is too long for the table, say a command with
-                a path, follows it on a line of its own that can be copied in one piece.
+        What is too long for the frame, say a command with a path, follows on a line of its own that can be copied in
+        one piece.
         """
         self.close()
-        room = self._console.width - max(map(len, facts), default=0) - 6  # frame, padding, gap
-        long = {key: value for key, value in facts.items() if len(value) > room}
-        self._print_table({key: value for key, value in facts.items() if key not in long})
-        for key, value in long.items():
-            self._print(key, "cyan")
+        width = self._console.width - max(map(len, facts), default=0) - 6  # frame, padding, gap
+        long = {name: value for name, value in facts.items() if len(value) > width}
+        self.begin({name: value for name, value in facts.items() if name not in long})
+        for name, value in long.items():
+            self._print(name, "cyan")
             self._console.print(value, markup=False, emoji=False, soft_wrap=True)
 
     def close(self) -> None:
         """Takes the bar away and gives sys.stdout back; may be called again."""
         self._print_due_row()
         self._live.stop()
-
-    def _start_bar(self) -> None:
-        if not self._live.is_started:
-            self._live.start()
-            self._console.show_cursor(True)  # Live hides it, and a killed process could not bring it back
-
-    def _redraw(self) -> None:
-        self._live.refresh()
-        self._next_redraw = perf_counter() + REDRAW_SECONDS
 
     def _print(self, text: str, style: str = "") -> None:
         self._console.print(text, style=style, markup=False, emoji=False, overflow="fold")
@@ -162,83 +133,57 @@ class TerminalProgress:
 
     def _print_row(self, evaluated: Mapping[str, str], best: bool = False) -> None:
         """What has happened since the last row."""
-        trained, pace = self._trained, self._pace
-        cells = {"epoch": pace.row_text(), "step": f"{self._step:,}"}
+        trained = self._trained
+        cells = {"epoch": self._clock.epochs_done_text(), "step": f"{self._step:,}"}
         if "train/loss" in trained:
             cells["loss"] = figure_text(trained["train/loss"])
         cells |= evaluated
         if "samples_per_second" in trained:
             cells["samples/s"] = count_text(trained["samples_per_second"])
-        cells |= {"time": duration_text(pace.row_seconds()), "": "best" if best else ""}
-        for line in self._rows.lines(cells, self._console.width):
+        cells |= {"time": duration_text(self._row_seconds()), "": "best" if best else ""}
+        for line in self._table.lines(cells, self._console.width):
             self._console.print(line)
         self._row_is_due = False
-        pace.start_row()
+        self._row_start = (perf_counter(), self._clock.counted)
 
-    def _print_table(self, facts: Mapping[str, str]) -> None:
-        """Facts in a frame; nothing in them is taken for rich's markup."""
-        from rich.box import ROUNDED
-        from rich.panel import Panel
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table.grid(padding=(0, 2))
-        table.add_column(style="cyan", no_wrap=True)
-        table.add_column(overflow="fold")
-        for key, value in facts.items():
-            table.add_row(Text(key), Text(value))
-        self._console.print(Panel(table, box=ROUNDED, border_style="dim", expand=False))
+    def _row_seconds(self) -> float:
+        return perf_counter() - self._row_start[0]
 
     def _bar(self) -> "Text":
-        """The line with the bar: as many figures as the terminal is wide, the most important ones first."""
         from rich.text import Text
 
-        pace, console = self._pace, self._console
-        head = "patches " if pace.of_patches else f"epoch {pace.epoch_text()} "
-        named = {name: text.rjust(15) if "samples/s" in text else text for name, text in figure_pairs(self._trained)}
-        named |= {name: text for name, text in figure_pairs(self._evaluated) if name != "val/loss"}
-        left = pace.left_text() if pace.done < pace.steps else "writing" if pace.of_patches else "evaluating"
-        tail = [f" {pace.done:>{len(f'{pace.steps:,}')},}/{pace.steps:,}", left.ljust(16)]  # so that nothing jumps
-        room = console.width - 1 - len(head) - BAR_COLUMNS[0]
-        for name in dict.fromkeys(["train/loss", "samples_per_second", *self._evaluated, *named]):
-            if name in named and len("  ".join([*tail, named[name]])) <= room:
-                tail.insert(-1, named[name])
-        text = "  ".join(tail)
-        columns = max(0, min(console.width - 1 - len(head) - len(text), BAR_COLUMNS[1]))
-        full = columns * min(pace.done, pace.steps) // max(pace.steps, 1)
-        heavy, light = "=-" if console.options.ascii_only else "━─"  # told apart without colours, too
+        clock, console = self._clock, self._console
+        head = "patches " if clock.of_patches else f"epoch {clock.epoch_text()} "
+        width = console.width - 1 - len(head)
+        figures = self._bar_figures(width - BAR_COLUMNS[0])
+        columns = max(0, min(width - len(figures), BAR_COLUMNS[1]))
+        filled = columns * min(clock.done, clock.steps) // max(clock.steps, 1)
+        heavy, light = "=-" if console.options.ascii_only else "━─"  # different without colours, too
         line = Text(head, "bold", no_wrap=True, overflow="crop")
-        return line.append(heavy * full, "cyan").append(light * (columns - full), "dim").append(text)
+        return line.append(heavy * filled, "cyan").append(light * (columns - filled), "dim").append(figures)
+
+    def _bar_figures(self, width: int) -> str:
+        """The text after the bar: as many figures as there is width for, the most important ones first."""
+        clock = self._clock
+        texts = {name: text.rjust(15) if "samples/s" in text else text for name, text in figure_pairs(self._trained)}
+        texts |= {name: text for name, text in figure_pairs(self._evaluated) if name != "val/loss"}
+        left = clock.left_text() if clock.done < clock.steps else "writing" if clock.of_patches else "evaluating"
+        count = f" {clock.done:>{len(f'{clock.steps:,}')},}/{clock.steps:,}"
+        shown = [count, left.ljust(16)]  # of equal length, so that nothing jumps
+        for name in dict.fromkeys(["train/loss", "samples_per_second", *self._evaluated, *texts]):
+            if name in texts and len("  ".join([*shown, texts[name]])) <= width:
+                shown.insert(-1, texts[name])
+        return "  ".join(shown)
 
 
-Progress = SilentProgress | LineProgress | TerminalProgress
-
-
-def get_progress(is_main: bool, stream: TextIO | None = None) -> Progress:
-    """The right one for this rank and this stream.
-
-    Args:
-        is_main: Whether this is the rank that speaks.
-        stream: Where to write; sys.stdout if None.
-
-    Returns:
-        Bars and tables on a terminal that can redraw a line, plain lines elsewhere, silence on the other ranks.
-    """
-    if not is_main:
-        return SilentProgress()
-    stream = sys.stdout if stream is None else stream
-    can_redraw = stream.isatty() and os.environ.get("TERM", "dumb").lower() not in ("", "dumb", "unknown")
-    return TerminalProgress(stream) if can_redraw else LineProgress(stream)
-
-
-class Rows:
-    """The table of epochs: rows that line up under their columns' names."""
+class EpochTable:
+    """Rows that line up under their columns' names."""
 
     def __init__(self) -> None:
-        self._names: tuple[str, ...] = ()
+        self._columns: list[str] = []
 
     def lines(self, cells: Mapping[str, str], width: int) -> "Iterator[Text]":
-        """The row, and above it the names when they are not those of the row before.
+        """The row, and above it the columns' names when they are not those of the row before.
 
         Args:
             cells: Column's name -> text.
@@ -246,26 +191,26 @@ class Rows:
         """
         from rich.text import Text
 
-        names = self._fitting(cells, width)
-        if names != self._names:
-            self._names = names
-            yield Text("  ".join(_aligned(name, name, cells[name]) for name in names), "dim", no_wrap=True)
+        columns = _fitting_columns(cells, width)
+        if columns != self._columns:
+            self._columns = columns
+            yield Text("  ".join(_aligned(name, name, cells[name]) for name in columns), "dim", no_wrap=True)
         line = Text(no_wrap=True, overflow="crop")
-        for name in names:
+        for name in columns:
             line.append("  " if line else "")
             line.append(_aligned(name, cells[name], cells[name]), _style(name, cells[name]))
         yield line
 
-    @staticmethod
-    def _fitting(cells: Mapping[str, str], width: int) -> tuple[str, ...]:
-        """The columns for which there is room."""
-        names = list(cells)
-        droppable = ["time", *(name for name in names if name not in ("epoch", "")), "samples/s", "step"]
-        while sum(len(_aligned(name, "", cells[name])) + 2 for name in names) - 2 >= width and droppable:
-            name = droppable.pop()
-            if name in names:
-                names.remove(name)
-        return tuple(names)
+
+def _fitting_columns(cells: Mapping[str, str], width: int) -> list[str]:
+    names = list(cells)
+    figures = [name for name in names if name not in ("epoch", "step", "samples/s", "time", "")]
+    for dropped in ("step", "samples/s", "time", *reversed(figures)):
+        if sum(len(_aligned(name, "", cells[name])) + 2 for name in names) - 2 < width:
+            break
+        if dropped in names:
+            names.remove(dropped)
+    return names
 
 
 def _aligned(name: str, text: str, cell: str) -> str:

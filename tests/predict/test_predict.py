@@ -31,7 +31,8 @@ from dtrain.config.check import check
 from dtrain.config.errors import ConfigError
 from dtrain.config.load import load_config
 from dtrain.data.samplers import EvaluationShard
-from dtrain.dataloader import _data_loader, loader_settings
+from dtrain.data.seeded_batches import batch_loader
+from dtrain.dataloader import loader_settings
 from dtrain.distributed.ranks import Ranks
 from dtrain.modelloader import Forward
 from dtrain.predict.inference import Inference, Result
@@ -43,7 +44,7 @@ from dtrain.predict.segmentation import Agreement, Choice, instances
 from dtrain.predict.stitching import Run, stitched
 from dtrain.predict.work_folder import PredictionError, opened, read_parts, write_part
 from dtrain.predict.writer import cut
-from dtrain.reporting.lines import SilentProgress
+from dtrain.reporting.progress import Progress
 from dtrain.training.setup import create_trainer
 
 torch.set_num_threads(1)
@@ -117,7 +118,8 @@ def inference(predictor: Predictor, model: Any = identity, ranks: Ranks | None =
     ranks = ranks or Ranks(0, 0, 1, torch.device("cpu"))
     asked_to_stop = getattr(model, "is_to_stop", lambda: False)
     forward = Forward(nn.Identity(), ranks.device)
-    return Inference(predictor, forward, model, ranks, SilentProgress(), asked_to_stop, {"weights": weights})
+    identity = {"weights": weights}
+    return Inference(predictor, forward, model, ranks, Progress(), Path(), identity, asked_to_stop=asked_to_stop)
 
 
 def predicted(
@@ -733,7 +735,7 @@ def items(folder: Path, data: Any, world_size: int = 1, model: Any = identity, *
         options = {
             k: v for k, v in options.items() if k not in ("batch_size", "global_batch_size", "shuffle", "drop_last")
         }
-        loader = _data_loader(data, 0, EvaluationShard(len(data), rank, world_size, 4), options | {"pin_memory": False})
+        loader = batch_loader(data, 0, EvaluationShard(len(data), rank, world_size, 4), options | {"pin_memory": False})
         predictor = Predictor(**keys)
         own = inference(predictor, model, Group(rank, world_size, table, barrier))
         results[rank] = predict_items(own, loader, folder, False)
@@ -996,7 +998,7 @@ def test_a_model_that_needs_its_own_layout_has_it() -> None:
     model = Viewer()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     forward = Forward(model, torch.device("cpu"))
-    viewer = Inference(Predictor(), forward, model, Ranks(0, 0, 1, torch.device("cpu")), SilentProgress(), bool)
+    viewer = Inference(Predictor(), forward, model, Ranks(0, 0, 1, torch.device("cpu")), Progress(), Path(), {})
     image = torch.randn(2, 2, 8, 8)
     with torch.inference_mode():
         expected = model(image)

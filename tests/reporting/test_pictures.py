@@ -19,7 +19,8 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from dtrain import create_trainer, load_config
 from dtrain.config.errors import ConfigError
 from dtrain.data.samplers import EvaluationShard
-from dtrain.dataloader import _data_loader, loader_settings
+from dtrain.data.seeded_batches import batch_loader
+from dtrain.dataloader import loader_settings
 from dtrain.reporting import drawing, pictures
 from dtrain.reporting import sample_panel as panel
 from dtrain.reporting.drawing import (
@@ -306,7 +307,7 @@ def loader_of(dataset: Dataset, batch_size: int, rank: int = 0, ranks: int = 1) 
     for key in ("batch_size", "global_batch_size", "shuffle", "drop_last"):
         del options[key]
     options["pin_memory"] = False
-    return _data_loader(dataset, 3, EvaluationShard(len(dataset), rank, ranks, batch_size), options)  # type: ignore[arg-type]
+    return batch_loader(dataset, 3, EvaluationShard(len(dataset), rank, ranks, batch_size), options)  # type: ignore[arg-type]
 
 
 def validate(dataset: Dataset, model: Callable[[Any], Any], folder: Path, ranks: int = 1, **more: Any) -> Notes:

@@ -6,9 +6,9 @@ from typing import Any
 import psutil
 
 from dtrain.config.errors import ConfigError, Mistake
-from dtrain.distributed.ddp import ddp_options
+from dtrain.distributed.ddp import DDP, ddp_options
 from dtrain.distributed.environment import Environment, cores, environment, export_srun_variables
-from dtrain.distributed.mailbox import Board
+from dtrain.distributed.mailbox import Mailbox
 from dtrain.distributed.ranks import Ranks
 
 
@@ -24,7 +24,7 @@ def set_up(
         device: The config's `device`.
         ddp: DistributedDataParallel's options, and `backend` (gloo lets ranks share a GPU) and `timeout_seconds`.
         deterministic: Ask torch for deterministic algorithms.
-        fsdp: The options of sharing the model out; None: it is not.
+        fsdp: The options of the strategy fsdp; None: the strategy is ddp.
 
     Raises:
         ConfigError: The device does not exist, or there are fewer GPUs than ranks.
@@ -47,14 +47,16 @@ def set_up(
         torch.cuda.set_device(chosen)
     ranks = Ranks(found.rank, found.local_rank, found.world_size, chosen, found.launcher, notes=notes + device_notes)
     if found.world_size > 1:
-        ranks.accelerator = _join(found, chosen, backend, timeout_seconds, options)
-        ranks.board = Board(found.rank, found.world_size, torch.distributed.distributed_c10d._get_default_store())
-        if fsdp is not None:
-            from dtrain.distributed.fsdp import Shards
+        accelerator = _join(found, chosen, backend, timeout_seconds, options)
+        ranks.mailbox = Mailbox(found.rank, found.world_size, torch.distributed.distributed_c10d._get_default_store())
+        if fsdp is None:
+            ranks.strategy = DDP(ranks, accelerator)
+        else:
+            from dtrain.distributed.fsdp import FSDP
 
-            ranks.shards = Shards(chosen, found.world_size, fsdp, options.get("broadcast_buffers") is not False)
+            ranks.strategy = FSDP(ranks, fsdp, options.get("broadcast_buffers") is not False)
     elif fsdp is not None:
-        ranks.notes.append("trainer.strategy: fsdp shares the model out over several ranks; one process has all of it")
+        ranks.notes.append("trainer.strategy: fsdp shards the model over several ranks; one process holds all of it")
     return ranks
 
 
