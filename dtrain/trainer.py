@@ -5,6 +5,7 @@ import gc
 import itertools
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,8 +24,8 @@ from dtrain.dataloader import MicroBatch
 from dtrain.distributed.launched_rank import mark_first_step
 from dtrain.distributed.stop import StopWaiting
 from dtrain.distributed.vote import Vote
-from dtrain.predict.run import load_for_use, outcomes_of_volumes, predict
-from dtrain.predict.writer import Result
+from dtrain.predict.inference import Result
+from dtrain.predict.run import load_for_use, logits, predict
 from dtrain.tracking.secrets import keep_secret
 from dtrain.training.evaluate import evaluate, evaluate_volumes
 from dtrain.training.failed_step import FailedStep
@@ -165,10 +166,8 @@ class Trainer:
         self.checkpoint_every_steps = checkpoint_every_steps or math.inf
         self.hang_timeout_seconds = hang_timeout_seconds
         self.device = self.ranks.device
-        # until predict takes values
-        self.precision, self.checkpoints, self.compiled = precision or "fp32", parts.saver.checkpoints, given.compiled
-        self.input_key, self.target_key = input_key, target_key
         self.state, self.activity = TrainState(self.device), Activity()
+        self.inference = replace(parts.inference, asked_to_stop=self.asked_to_stop)
         self.last_step = LastStep(self.state, keeps_sums=accumulate > 1)
         self.vote, self.throughput = Vote(self.ranks), Throughput(self.ranks.rank, self.ranks.world_size)
         self._parameters = [item for item in self.module.parameters() if item.requires_grad]
@@ -414,8 +413,8 @@ class Trainer:
         pictures, is_sharded = self.parts.pictures, self.ranks.strategy.is_sharded
         album = pictures.album(self.step, self.journal, self.progress.note) if phase == "val" else None
         loader, stop = getattr(self.loaders, phase), self.asked_to_stop
-        if phase == "test" and self.parts.use.whole_volumes(loader):
-            means = evaluate_volumes(module, outcomes_of_volumes(self, loader), self.metrics, self.ranks, stop)
+        if phase == "test" and self.inference.tests_volumes:
+            means = evaluate_volumes(module, logits(self.inference, loader), self.metrics, self.ranks, stop)
         else:
             batches = loader if is_sharded else self.stop_request.waiting(loader)  # with shards all ranks wait
             means = evaluate(self.forward, module, batches, self.metrics, self.ranks, stop, album)
@@ -437,7 +436,7 @@ class Trainer:
         """
         with self.activity.during("test"):
             self.saver.wait()
-            load_for_use(self, checkpoint)
+            load_for_use(self.module, self.ranks, self.saver.checkpoints, checkpoint)
             figures = self.evaluate("test", self.trainables.compiled)
             if figures:
                 self.progress.evaluation("test", self.step, figures)
@@ -447,7 +446,8 @@ class Trainer:
         self, checkpoint: str | Path | None = None, output_dir: str | Path | None = None, overwrite: bool = False
     ) -> Result:
         """Predict what `loaders.predict` holds, else `loaders.test`, into files; see `dtrain.predict.run.predict`."""
-        return predict(self, checkpoint, output_dir, overwrite)
+        with self.stop_request.listening():
+            return predict(self.inference, self.loaders, self.saver.checkpoints, checkpoint, output_dir, overwrite)
 
     def asked_to_stop(self) -> bool:
         """Whether this rank, or during an evaluation any other, was asked to stop; costs no collective."""

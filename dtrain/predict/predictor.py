@@ -1,14 +1,16 @@
 """Predictor: the settings of predictions; which patches of a dataset go in, and what comes out."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
 from dtrain.config.errors import ConfigError
-from dtrain.predict.patches import Grid, Region
+from dtrain.predict.formats import FileSpec
+from dtrain.predict.patches import Grid
 from dtrain.predict.segmentation import Choice
-from dtrain.predict.stitching import Source, Volume
+from dtrain.predict.source import Source, Volume
 
 
 class Predictor:
@@ -80,21 +82,22 @@ class Predictor:
 
     def _refuse_contradictions(self) -> None:
         labels, dtype = self.choice.labels, self.dtype or ""
-        wrong = {
-            "predictor.dtype: labels need whole numbers; possible: uint8, uint16, uint32": labels and "float" in dtype,
-            "predictor.dtype: whole numbers hold probabilities, not what activation: none gives": (
+        contradictions = {
+            "predictor.dtype: labels need an integer type; possible: uint8, uint16, uint32": labels
+            and "float" in dtype,
+            "predictor.dtype: an integer type can hold probabilities, but not what activation: none gives": (
                 not labels and "uint" in dtype and self.activation == "none"
             ),
             "predictor.performance_metric: compares classes, not numbered instances; remove one of them": (
                 self.choice.instances and self.performance_metric
             ),
-            "predictor.compression: lzf is HDF5's own; other formats know gzip alone": (
+            "predictor.compression: lzf is for HDF5 only; possible for other formats: gzip": (
                 self.compression == "lzf" and self.format not in (None, "hdf5")
             ),
         }
-        for text, true in wrong.items():
-            if true:
-                raise ConfigError(text)
+        for message, applies in contradictions.items():
+            if applies:
+                raise ConfigError(message)
 
     def source(self, dataset: Any) -> Source:
         """The patches of a dataset with `volumes`.
@@ -105,37 +108,38 @@ class Predictor:
         volumes: Sequence[Volume] = dataset.volumes
         grids, halos = [], []
         for volume in volumes:
-            patch = self._extent("patch_shape", dataset, volume, volume.shape)
-            stride = self._extent("stride_shape", dataset, volume, patch)
+            patch = self._voxels("patch_shape", dataset, volume, volume.shape)
+            stride = self._voxels("stride_shape", dataset, volume, patch)
             if any(step > length for step, length in zip(stride, patch, strict=True)):
                 text = f"predictor.stride_shape: {list(stride)} is larger than the patch, {list(patch)}"
-                raise ConfigError(f"{text}; what lies between would have no prediction")
+                raise ConfigError(f"{text}; the voxels between patches would have no prediction")
             grids.append(Grid(volume.shape, patch, stride, self.blend))
-            halos.append(self._extent("halo_shape", dataset, volume, (0,) * len(volume.shape), least=0))
+            halos.append(self._voxels("halo_shape", dataset, volume, (0,) * len(volume.shape), least=0))
+        return Source(dataset, grids, halos)
 
-        def sample(number: int, region: Region) -> dict[str, Any]:
-            if hasattr(dataset, "sample"):  # which adds, say, the volume's statistics for its transforms
-                return dataset.sample(number, region, only_image=True)
-            return {"image": volumes[number].read(region)}
-
-        return Source(volumes, grids, halos, sample, getattr(dataset, "prepared", lambda sample: sample))
-
-    def _extent(
-        self, name: str, dataset: Any, volume: Volume, default: Sequence[int], least: int = 1
+    def _voxels(
+        self, key: str, dataset: Any, volume: Volume, default: Sequence[int], least: int = 1
     ) -> tuple[int, ...]:
-        own = getattr(self, name)
-        given = own if own is not None else getattr(dataset, name, None)
-        if own is None and name == "stride_shape" and self.patch_shape is not None:
-            given = None  # the dataset's stride goes with the dataset's patch
-        values = tuple(default if given is None else given)
-        if len(values) != len(volume.shape) or min(values) < least:
-            text = f"predictor.{name}: {list(values)} does not fit {volume.path} of {volume.shape}"
-            raise ConfigError(f"{text}; expected {len(volume.shape)} whole numbers from {least} on")
-        return values
+        """A setting of voxels along each axis: the predictor's own, else the dataset's, else the default."""
+        values = getattr(self, key)
+        goes_with_patch = key == "stride_shape" and self.patch_shape is not None
+        if values is None and not goes_with_patch:  # the dataset's stride goes with the dataset's patch
+            values = getattr(dataset, key, None)
+        voxels = tuple(default if values is None else values)
+        if len(voxels) != len(volume.shape) or min(voxels) < least:
+            text = f"predictor.{key}: {list(voxels)} does not fit {volume.path} of {volume.shape}"
+            raise ConfigError(f"{text}; expected {len(volume.shape)} integers of at least {least}")
+        return voxels
+
+    def file_spec(
+        self, path: Path, shape: tuple[int, ...], has_channels: bool = False, source: Path | None = None
+    ) -> FileSpec:
+        """What a file of predictions is to hold."""
+        return FileSpec(path, shape, has_channels, self.dtype, self.output_dataset, self.compression, source)
 
     def activated(self, logits: Tensor) -> Tensor:
         """Predictions from logits (N, K, ...)."""
-        kind = self.activation or ("sigmoid" if logits.shape[1] == 1 else "softmax")
-        if kind == "softmax":
+        activation = self.activation or ("sigmoid" if logits.shape[1] == 1 else "softmax")
+        if activation == "softmax":
             return logits.softmax(1)
-        return logits.sigmoid() if kind == "sigmoid" else logits
+        return logits.sigmoid() if activation == "sigmoid" else logits

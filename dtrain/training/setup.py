@@ -31,7 +31,8 @@ from dtrain.distributed.stop import StopRequest
 from dtrain.loss import get_loss_criterion
 from dtrain.metrics import Metrics, get_evaluation_metric
 from dtrain.modelloader import Forward, get_model, parameter_count
-from dtrain.predict.run import IDLE_SECONDS, Use
+from dtrain.predict.inference import IDLE_SECONDS, Inference
+from dtrain.predict.work_folder import digest
 from dtrain.reporting import summary as report
 from dtrain.reporting.pictures import Pictures
 from dtrain.reporting.progress import Progress, get_progress
@@ -62,7 +63,7 @@ class Parts:
     journal: Journal | NoJournal
     progress: Progress
     pictures: Pictures
-    use: Use
+    inference: Inference
     mode: Literal["min", "max"]
     loaded: Loaded | None  # the checkpoint to resume from, on the main rank
 
@@ -104,12 +105,19 @@ def make_parts(
     )
     saver = Saver(checkpoints, options["checkpoint_every_minutes"], progress.note, not ranks.strategy.is_sharded)
     stop = StopRequest(options["time_limit"], job_ends_at(), alone=ranks.world_size == 1)
-    use = _use(config, options, start, _phases(config, purpose))
+    identity = _identity(config, options, _phases(config, purpose))
+    has_weights = bool(options["pre_trained"]) and start.checkpoint is None
+    inference = Inference(
+        build(config, "predictor"), forward, compiled, ranks, progress, start.folder, identity,
+        has_weights=has_weights, tests_volumes=_tests_volumes(config, loaders),
+    )  # fmt: skip
     trainables, table = Trainables(module, compiled, compiled), dict[str, str]()
     journal: Journal | NoJournal = NoJournal()
     loaded = None
     if purpose == "train":
-        _refuse_sharded_volumes(config, ranks, loaders, use)
+        if ranks.strategy.is_sharded and inference.tests_volumes:
+            text = "tests whole volumes, which a sharded model cannot; train without, then `dtrain test`"
+            raise refused(config, ("loaders", "test"), text)
         trainables, plan = _trainables(config, options, ranks, trainables, loaders, mode)
         journal = _journal(config, ranks, start, sender)
         table = _table(config, module, loaders, ranks, journal, start, plan)
@@ -123,7 +131,7 @@ def make_parts(
     )  # fmt: skip
     return Parts(
         run, ranks, trainables, forward, loaders, metrics, saver, stop, journal, progress,
-        _pictures(config, options, loaders, start), use, mode, loaded,
+        _pictures(config, options, loaders, start), inference, mode, loaded,
     )  # fmt: skip
 
 
@@ -143,10 +151,10 @@ def _loaders(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks, seed:
     return get_train_loaders(config, ranks.rank, ranks.world_size, seed, pin_memory, options["accumulate"], phases)
 
 
-def _refuse_sharded_volumes(config: ConfigDict, ranks: Ranks, loaders: Loaders, use: Use) -> None:
-    if ranks.strategy.is_sharded and loaders.test is not None and use.whole_volumes(loaders.test):
-        text = "tests whole volumes, which a sharded model cannot; train without, then `dtrain test`"
-        raise refused(config, ("loaders", "test"), text)
+def _tests_volumes(config: ConfigDict, loaders: Loaders) -> bool:
+    """Whether a test measures whole volumes."""
+    loader: Any = loaders.test
+    return bool(config.get("predictor") is not None and loader and hasattr(loader.dataset.dataset, "volumes"))
 
 
 def _trainables(
@@ -188,19 +196,18 @@ def _phases(config: ConfigDict, purpose: str) -> tuple[str, ...]:
     return ("predict",) if purpose == "predict" and config.loaders.get("predict") is not None else ("test",)
 
 
-def _use(config: ConfigDict, options: Mapping[str, Any], start: Start, phases: Sequence[str]) -> Use:
-    """How the model predicts, and what its predictions depend on besides weights and files."""
+def _identity(config: ConfigDict, options: Mapping[str, Any], phases: Sequence[str]) -> dict[str, str]:
+    """What predictions depend on besides weights, the predictor's settings and input files."""
     described = calls(config)
     read = next((phase for phase in ("predict", "test") if phase in phases and f"loaders.{phase}" in described), "")
     data = described[f"loaders.{read}"] if read else None
     arguments = {key: to_plain(value) for key, value in data.arguments.items()} if data else {}
-    identity = {
+    model_and_data = {
         "model": to_plain(config.model),
         "dataset": str(data.name) if data else "",
         "arguments": {key: value for key, value in arguments.items() if not _are_paths(value)},
     }
-    has_weights = bool(options["pre_trained"]) and start.checkpoint is None
-    return Use(build(config, "predictor"), identity, config.get("predictor") is not None, has_weights)
+    return {"model and data": digest(model_and_data), "precision": options["precision"]}
 
 
 def _are_paths(value: Any) -> bool:
