@@ -20,7 +20,7 @@ from dtrain.config.check import check
 from dtrain.config.errors import ConfigError, to_plain
 from dtrain.config.load import from_mapping
 from dtrain.data import rng
-from dtrain.dataloader import Micro
+from dtrain.dataloader import MicroBatch
 from dtrain.distributed.process import note_step
 from dtrain.distributed.stop import StopWaiting
 from dtrain.distributed.vote import Vote
@@ -161,15 +161,20 @@ class Trainer:
         self.max_steps = math.inf if max_steps is None else max_steps
         self.monitor, self.mode = monitor or "val/loss", mode or "min"
         self.clip_grad_norm, self.on_nonfinite = clip_grad_norm, on_nonfinite
-        self.log_every_steps, self.validate_every_steps = log_every_steps, validate_every_steps
-        self.checkpoint_every_steps, self.early_stop_patience = checkpoint_every_steps, early_stop_patience
+        self.log_every_steps, self.early_stop_patience = log_every_steps, early_stop_patience
+        self.validate_every_steps = validate_every_steps or math.inf
+        self.checkpoint_every_steps = checkpoint_every_steps or math.inf
         self.hang_timeout_seconds = hang_timeout_seconds
         self.device = self.ranks.device
+        # until predict takes values
+        self.precision, self.checkpoints, self.compiled = precision or "fp32", parts.saver.checkpoints, given.compiled
+        self.input_key, self.target_key = input_key, target_key
         self.state, self.activity = TrainState(self.device), Activity()
         self.inference = replace(parts.inference, asked_to_stop=self.asked_to_stop)
         self.last_step = LastStep(self.state, keeps_sums=accumulate > 1)
         self.vote, self.throughput = Vote(self.ranks), Throughput(self.ranks.rank, self.ranks.world_size)
         self._parameters = [item for item in self.module.parameters() if item.requires_grad]
+        self._is_first_step = True  # of this start
         self._weights: dict[tuple[float, torch.dtype], Tensor] = {}
         self.finite_step = FiniteStep(given.optimizer, given.scaler, self.state, on_nonfinite, self.progress.note)
 
@@ -270,7 +275,7 @@ class Trainer:
         loss, terms, _ = self.forward(self.model, batch)
         return loss, terms
 
-    def backward(self, loss: Tensor, terms: Mapping[str, Tensor], micro: Micro) -> None:
+    def backward(self, loss: Tensor, terms: Mapping[str, Tensor], micro: MicroBatch) -> None:
         """Gradients of the mean over all ranks' samples of this step. Called on every rank after `training_step`."""
         self.throughput.forward_done()
         value = loss.detach()
@@ -294,7 +299,7 @@ class Trainer:
         self.state.grad_norm = norm = self.ranks.strategy.total_norm(gradients)
         if self.clip_grad_norm is not None:
             clip_grads_with_norm_(self._parameters, self.clip_grad_norm, norm)
-        with self.schedule.rate_of(self.step) as self.state.rate:
+        with self.schedule.rate_of(self.state.step) as self.state.rate:
             self.finite_step.take(norm)
         self.optimizer.zero_grad()
 
@@ -311,20 +316,19 @@ class Trainer:
         if self.ema:
             self.ema.update(self.module)
         self.progress.step()
-        note_step()
-        validates = self._is_due(self.validate_every_steps)
-        if self._is_due(self.log_every_steps):
+        if self._is_first_step:
+            self._after_first_step()
+        validates = state.step % self.validate_every_steps == 0
+        if state.step % self.log_every_steps == 0:
             self.log()
         self.schedule.tick("step")
         if validates:
             self.validate()
         stop, save = self.vote.cast(bool(self.stop_request), self.saver.is_due)
-        if save or validates or self._is_due(self.checkpoint_every_steps):
+        if save or validates or state.step % self.checkpoint_every_steps == 0:
             self.save()
         if stop:
             self.stop()
-        if not self.metrics.ready:
-            self._prepare_metrics()
 
     def after_epoch(self) -> None:
         """What follows each epoch, in this order. Called on every rank, while `epoch` does not count it yet.
@@ -332,7 +336,7 @@ class Trainer:
         Where a validation is stopped, the epoch ends when the training resumes.
         """
         self.log()
-        if self.validate_every_steps is None and not self.validate():
+        if self.validate_every_steps == math.inf and not self.validate():
             return
         self.state.epoch, self.state.position = self.epoch + 1, 0
         self.schedule.tick("epoch")
@@ -520,7 +524,7 @@ class Trainer:
 
     def _finish_last_start(self) -> None:
         """A validation during which an earlier start was stopped comes first."""
-        if self.step and self._is_due(self.validate_every_steps) and self.validate():
+        if self.step and self.step % self.validate_every_steps == 0 and self.validate():
             self.save()
 
     # -------------------------------------------------------------------------------------------------- when it fails
@@ -568,15 +572,14 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ small change
 
-    def _prepare_metrics(self) -> None:
-        """Make the metrics after the first step: their imports take seconds, but a mistake in them should show now."""
+    def _after_first_step(self) -> None:
+        """Tell the launcher, and make the metrics: importing them takes seconds, but a mistake in them shows now."""
+        self._is_first_step = False
+        note_step()
         with self.throughput.paused(), self.activity.during("making the metrics"):
             self.metrics.prepare()
             gc.collect()
             gc.freeze()  # what is there by now stays; looking through it for garbage would cost some steps 5 %
-
-    def _is_due(self, every_steps: int | None) -> bool:
-        return every_steps is not None and self.state.step % every_steps == 0
 
     def _extent(self) -> tuple[int | None, int, int]:
         """Epochs, steps of an epoch, and how many of them are done, for the progress bar."""

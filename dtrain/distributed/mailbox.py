@@ -1,4 +1,4 @@
-"""What a rank leaves for the others without waiting for them: notes on the launcher's store; knows no collective."""
+"""What a rank leaves for the others without waiting for them: notes in the launcher's store."""
 
 import base64
 import pickle

@@ -47,7 +47,7 @@ def evaluate(
     metrics.reset()
     sums: dict[str, tuple[Any, int]] = {}
     stopped = False
-    for number, (batch, counts, stopped) in enumerate(ranks.strategy.rounds(loader, stop)):
+    for number, (batch, counts, stopped) in enumerate(ranks.strategy.rounds(_batches(loader), stop)):
         if stopped:
             break
         with _of_batch(number):
@@ -99,6 +99,14 @@ def evaluate_volumes(
     result = None if ranks.broadcast(any(everybody or ())) else metrics.compute()
     metrics.reset()
     return result
+
+
+def _batches(loader: Iterable[Any]) -> Iterator[Any]:
+    try:
+        yield from loader
+    except Exception as error:
+        mark_section(error, "loaders")
+        raise
 
 
 def _update(metrics: Metrics, output: Any, target: Any, number: int) -> None:

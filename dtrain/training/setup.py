@@ -25,8 +25,8 @@ from dtrain.data import rng
 from dtrain.dataloader import Loaders, get_train_loaders
 from dtrain.distributed.environment import batch_job, environment, job_ends_at, launcher_precision
 from dtrain.distributed.fsdp import launcher_strategy, settings_of_accelerate
+from dtrain.distributed.process_group import set_up
 from dtrain.distributed.ranks import Ranks
-from dtrain.distributed.setup import set_up
 from dtrain.distributed.stop import StopRequest
 from dtrain.loss import get_loss_criterion
 from dtrain.metrics import Metrics, get_evaluation_metric
@@ -153,8 +153,10 @@ def _loaders(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks, seed:
 
 def _tests_volumes(config: ConfigDict, loaders: Loaders) -> bool:
     """Whether a test measures whole volumes."""
-    loader: Any = loaders.test
-    return bool(config.get("predictor") is not None and loader and hasattr(loader.dataset.dataset, "volumes"))
+    if config.get("predictor") is None or loaders.test is None:
+        return False
+    dataset: Any = loaders.test.dataset  # wraps the user's own
+    return hasattr(dataset.dataset, "volumes")
 
 
 def _trainables(

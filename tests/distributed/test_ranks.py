@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from dtrain.config.errors import ConfigError
+from dtrain.distributed.device import choose_device
 from dtrain.distributed.environment import Environment, environment
-from dtrain.distributed.process_group import choose_device, set_up
+from dtrain.distributed.process_group import set_up
 from dtrain.distributed.ranks import Ranks
 from dtrain.distributed.vote import Vote
 
