@@ -19,7 +19,7 @@ from dtrain.data.samplers import EvaluationShard, ShuffledShard
 from dtrain.data.seeded_batches import batch_loader
 
 
-def loader_settings(
+def loader_settings(  # noqa: PLR0913
     *,
     batch_size: int | None = None,
     global_batch_size: int | None = None,

@@ -21,7 +21,7 @@ from dtrain.config.errors import ConfigError, to_plain
 from dtrain.config.load import from_mapping
 from dtrain.data import rng
 from dtrain.dataloader import MicroBatch
-from dtrain.distributed.process import note_step
+from dtrain.distributed.launched_rank import mark_first_step
 from dtrain.distributed.stop import StopWaiting
 from dtrain.distributed.vote import Vote
 from dtrain.predict.inference import Result
@@ -115,7 +115,7 @@ class Trainer:
     `epoch`, `position`, `state`, `trainables`, `module`, `loaders`, `ranks`, `journal` and `progress`.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         parts: Parts,
         *,
@@ -166,9 +166,6 @@ class Trainer:
         self.checkpoint_every_steps = checkpoint_every_steps or math.inf
         self.hang_timeout_seconds = hang_timeout_seconds
         self.device = self.ranks.device
-        # until predict takes values
-        self.precision, self.checkpoints, self.compiled = precision or "fp32", parts.saver.checkpoints, given.compiled
-        self.input_key, self.target_key = input_key, target_key
         self.state, self.activity = TrainState(self.device), Activity()
         self.inference = replace(parts.inference, asked_to_stop=self.asked_to_stop)
         self.last_step = LastStep(self.state, keeps_sums=accumulate > 1)
@@ -439,7 +436,7 @@ class Trainer:
         """
         with self.activity.during("test"):
             self.saver.wait()
-            load_for_use(self.module, self.ranks, self.checkpoints, checkpoint)
+            load_for_use(self.module, self.ranks, self.saver.checkpoints, checkpoint)
             figures = self.evaluate("test", self.trainables.compiled)
             if figures:
                 self.progress.evaluation("test", self.step, figures)
@@ -450,7 +447,7 @@ class Trainer:
     ) -> Result:
         """Predict what `loaders.predict` holds, else `loaders.test`, into files; see `dtrain.predict.run.predict`."""
         with self.stop_request.listening():
-            return predict(self.inference, self.loaders, self.checkpoints, checkpoint, output_dir, overwrite)
+            return predict(self.inference, self.loaders, self.saver.checkpoints, checkpoint, output_dir, overwrite)
 
     def asked_to_stop(self) -> bool:
         """Whether this rank, or during an evaluation any other, was asked to stop; costs no collective."""
@@ -575,7 +572,7 @@ class Trainer:
     def _after_first_step(self) -> None:
         """Tell the launcher, and make the metrics: importing them takes seconds, but a mistake in them shows now."""
         self._is_first_step = False
-        note_step()
+        mark_first_step()
         with self.throughput.paused(), self.activity.during("making the metrics"):
             self.metrics.prepare()
             gc.collect()

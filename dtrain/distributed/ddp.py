@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 Forward = Callable[["torch.nn.Module", Any], Any]
 
 
-def ddp_options(
+def ddp_options(  # noqa: PLR0913
     *,
     backend: Literal["gloo", "nccl"] | None = None,
     timeout_seconds: float | None = None,

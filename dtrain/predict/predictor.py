@@ -45,7 +45,7 @@ class Predictor:
         ConfigError: Settings that exclude one another.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         *,
         name: Literal["StandardPredictor", "LazyPredictor"] | None = None,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dtrain.checkpoint.saver import Saver
 from dtrain.data import rng
-from dtrain.distributed.process import is_closed_for_another
+from dtrain.distributed.launched_rank import is_closed_for_another
 from dtrain.distributed.ranks import Ranks, is_lost_rank, lost_rank
 from dtrain.distributed.stop import StopRequest, StopWaiting
 from dtrain.training.state import Trainables, TrainState, capture

@@ -12,7 +12,7 @@ from dtrain.checkpoint.resume import Start, move_aside
 from dtrain.checkpoint.saver import Saver
 from dtrain.data.loader_workers import end_workers
 from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EARLY
-from dtrain.distributed.process import is_written_by_launcher
+from dtrain.distributed.launched_rank import is_written_by_launcher
 from dtrain.distributed.ranks import Ranks
 from dtrain.distributed.stop import StopRequest
 from dtrain.reporting.progress import Progress

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
+from hostile import HOSTILE, bomb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dtrain.config.errors import ConfigError, Place
+from dtrain.config.errors import ConfigError, Mistake, Place, did_you_mean, found, nearest, one_line
 from dtrain.config.yaml12 import dump, parse, scalar
 
 
@@ -233,40 +234,13 @@ def test_all_mistakes_of_a_document_are_told() -> None:
     ]
 
 
-def bomb(levels: int, merge: bool = False) -> str:
-    """Nine aliases in each level: 9 ** levels leaves out of a few hundred characters."""
-    lines = ["a0: &a0 {x: 1}"]
-    for level in range(1, levels):
-        inside = ", ".join([f"*a{level - 1}"] * 9)
-        lines.append(f"a{level}: &a{level} " + (f"{{<<: [{inside}], y{level}: 1}}" if merge else f"[{inside}]"))
-    return "\n".join(lines)
-
-
-HOSTILE = {
-    "alias bomb": bomb(9),
-    "merge bomb": bomb(9, merge=True),
-    "flow lists": "a: " + "[" * 2000,
-    "flow mappings": "{a: " * 2000,
-    "closed lists": "a: " + "[" * 2000 + "]" * 2000,
-    "block mappings": "\n".join(" " * depth + "a:" for depth in range(2000)),
-    "block lists": "\n".join(" " * depth + "-" for depth in range(2000)),
-    "many values": "a: [" + "1," * 400_000 + "]",
-    "many keys": "\n".join(f"k{index}: 1" for index in range(80_000)),
-    "circle": "a: &a {b: *a}",
-    "comments": "# " + "x" * 900_000 + "\na: [",
-    "quotes": "a: '" + "x''" * 300_000,
-    "keys of keys": "? " * 2000,
-    "tags": "!!python/object/new:os.system [echo hi]",
-}
-
-
 def test_a_hostile_text_is_refused_in_little_time_and_memory() -> None:
     code = f"""
 import json, resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (2 * 2**30,) * 2)
 resource.setrlimit(resource.RLIMIT_CPU, (40, 40))  # seconds; a tenth of it is enough
-sys.path.insert(0, {json.dumps(str(Path(__file__).parent))})
-from test_yaml12 import HOSTILE
+sys.path.insert(0, {json.dumps(str(Path(__file__).parents[1]))})
+from hostile import HOSTILE, bomb
 from dtrain.config.errors import ConfigError
 from dtrain.config.yaml12 import parse
 for name, text in HOSTILE.items():
@@ -334,3 +308,41 @@ def test_a_number_is_never_made_of_something_else(text: str) -> None:
     read = scalar(text)
     if isinstance(read, int | float) and "x" not in text and "o" not in text and not text.strip("+-").startswith("."):
         assert float(text) == read
+
+
+# --------------------------------------------------------------------------------------------------------------- words
+
+
+def test_nearest_names_ignore_case_and_come_best_first() -> None:
+    assert nearest("crossentropyloss", ["BCELoss", "CrossEntropyLoss", "NLLLoss"])[0] == "CrossEntropyLoss"
+    assert nearest("xyz", ["CrossEntropyLoss"]) == []
+    assert did_you_mean("lrr", ["lr", "eps"]) == "; did you mean 'lr'?"
+    assert did_you_mean("lr", []) == ""
+
+
+@pytest.mark.parametrize(
+    ("thing", "expected"),
+    [
+        (None, "found null"),
+        (True, "found bool true"),
+        (3, "found int 3"),
+        (0.5, "found float 0.5"),
+        ("x", "found text 'x'"),
+        ([1, {"a": None}], "found list [1, {'a': None}]"),
+        ({"a": 1}, "found mapping {'a': 1}"),
+        ("x" * 200, f"found text '{'x' * 56}..."),
+    ],
+)
+def test_a_value_in_a_message(thing: Any, expected: str) -> None:
+    assert found(thing) == expected
+
+
+def test_a_mistake_is_one_line_that_no_terminal_obeys() -> None:
+    assert str(Mistake("a\n b\x1b[31m\u202e", Place("f\n.yaml", 3, 4))) == "f .yaml:3:4: a b\\x1b[31m\\u202e"
+    assert one_line("\udcff") == "\\udcff"
+
+
+def test_the_same_mistake_is_told_once() -> None:
+    error = ConfigError([Mistake("a"), Mistake("b"), Mistake("a")])
+    assert str(error) == "a\nb"
+    assert ConfigError("text").mistakes == [Mistake("text")]
