@@ -107,15 +107,14 @@ def _join(predictor: Predictor, file: PredictionFile, chunks: Iterator[np.ndarra
 
 
 def _write_csv(predictor: Predictor, path: Path, chunks: Iterator[np.ndarray]) -> None:
-    number = 0
+    labels, threshold = predictor.choice.labels, predictor.choice.threshold
     with path.open("w", encoding="ascii") as file:
-        for chunk in chunks:
-            rows = chunk if chunk.ndim == 2 else chunk[:, np.newaxis]
-            classes = rows.argmax(1) if rows.shape[1] > 1 else rows[:, 0] > predictor.choice.threshold
-            if not number:
-                names = ["class"] if predictor.choice.labels else ["class", *(f"p{k}" for k in range(rows.shape[1]))]
-                file.write(",".join(["index", *names]) + "\n")
-            for row, class_ in zip(rows, classes, strict=True):
-                values = row if predictor.choice.labels else [int(class_), *row]
-                file.write(",".join(map(str, [number, *values])) + "\n")
-                number += 1
+        for number, row in enumerate(row for chunk in chunks for row in chunk):
+            if number == 0:
+                channels = [] if labels else [f"p{channel}" for channel in range(len(row))]
+                file.write(",".join(["index", "class", *channels]) + "\n")
+            if labels:
+                values = list(np.atleast_1d(row))
+            else:
+                values = [int(row.argmax() if len(row) > 1 else row[0] > threshold), *row]
+            file.write(",".join(map(str, [number, *values])) + "\n")

@@ -92,7 +92,7 @@ def predict(
         PredictionError: A file cannot be written.
     """
     predictor, ranks, module = inference.predictor, inference.ranks, inference.forward.module
-    loader: Any = loaders.predict or loaders.test
+    loader: Any = loaders.test if loaders.predict is None else loaders.predict  # it may be empty on this rank
     if ranks.strategy.is_sharded:
         raise ConfigError("a sharded model cannot predict: use create_trainer(..., purpose='predict')")
     if loader is None:

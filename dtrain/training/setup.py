@@ -153,8 +153,10 @@ def _loaders(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks, seed:
 
 def _tests_volumes(config: ConfigDict, loaders: Loaders) -> bool:
     """Whether a test measures whole volumes."""
-    loader: Any = loaders.test
-    return bool(config.get("predictor") is not None and loader and hasattr(loader.dataset.dataset, "volumes"))
+    if config.get("predictor") is None or loaders.test is None:
+        return False
+    dataset: Any = loaders.test.dataset  # wraps the user's own
+    return hasattr(dataset.dataset, "volumes")
 
 
 def _trainables(

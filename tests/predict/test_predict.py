@@ -45,7 +45,7 @@ from dtrain.predict.stitching import Run, stitched
 from dtrain.predict.work_folder import PredictionError, opened, read_parts, write_part
 from dtrain.predict.writer import cut
 from dtrain.reporting.progress import Progress
-from dtrain.training.setup import create_trainer
+from dtrain.trainer import create_trainer
 
 torch.set_num_threads(1)
 
