@@ -1,4 +1,4 @@
-"""Numbers, durations and figures in words."""
+"""Numbers, durations and figures as text."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -15,6 +15,15 @@ def count_text(count: float) -> str:
     return f"{count / size:.3g}{unit}"
 
 
+def short_count(number: int) -> str:
+    """A count in at most four characters or so: 999, 1.2k, 12k, 3.4M."""
+    for unit, size in (("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            value = number / size
+            return f"{value:.1f}{unit}" if value < 9.95 else f"{value:.0f}{unit}"
+    return str(number)
+
+
 def duration_text(seconds: float) -> str:
     """A time in its two largest units: 4.1 s, 42 s, 1 min 05 s, 1 h 02 min, 2 d 03 h."""
     if not math.isfinite(seconds):
@@ -29,7 +38,7 @@ def duration_text(seconds: float) -> str:
 
 
 def figure_text(value: float) -> str:
-    """A loss or a metric with five digits, 0.3124 or 2.303e-05; whatever is no number as it prints itself."""
+    """A loss or a metric with five digits, 0.3124 or 2.303e-05; what is not a number as it prints itself."""
     try:
         number = float(value)
     except (TypeError, ValueError):

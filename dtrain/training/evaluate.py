@@ -10,7 +10,7 @@ from dtrain.data import rng
 from dtrain.data.batch import size
 from dtrain.distributed.ranks import Ranks
 from dtrain.metrics import Metrics
-from dtrain.reporting.pictures import Album
+from dtrain.reporting.validation_pictures import Album
 
 
 class Outcome(NamedTuple):

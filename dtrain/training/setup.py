@@ -31,8 +31,8 @@ from dtrain.metrics import Metrics, get_evaluation_metric
 from dtrain.modelloader import get_model, parameter_count
 from dtrain.predict.run import IDLE_SECONDS, Use
 from dtrain.reporting import summary as report
-from dtrain.reporting.pictures import Pictures
 from dtrain.reporting.progress import get_progress
+from dtrain.reporting.validation_pictures import Pictures
 from dtrain.tracking.journal import Journal, NoJournal, flatten
 from dtrain.tracking.secrets import keep_secret, redact, redacted_tree
 from dtrain.trainer import Parts, Trainer

@@ -42,7 +42,7 @@ from dtrain.predict.segmentation import Agreement, Choice, instances
 from dtrain.predict.stitching import Network, Run, stitched
 from dtrain.predict.work_folder import cut, read_parts, write_part
 from dtrain.predict.writer import PredictionError, Result, Work
-from dtrain.reporting.progress import Progress
+from dtrain.reporting.line_progress import LineProgress
 from dtrain.training.setup import create_trainer
 
 torch.set_num_threads(1)
@@ -116,7 +116,7 @@ def work(model: Any = identity, ranks: Ranks | None = None, identity_of: str = "
     ranks = ranks or Ranks(0, 0, 1, torch.device("cpu"))
     stop = getattr(model, "is_to_stop", lambda: False)
     network = Network(model, lambda logits: logits, torch.device("cpu"))
-    return Work(network, ranks, Progress(), stop, {"weights": identity_of})
+    return Work(network, ranks, LineProgress(), stop, {"weights": identity_of})
 
 
 def predicted(

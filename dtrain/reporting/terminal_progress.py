@@ -1,11 +1,11 @@
-"""A run's progress on a terminal: a bar, and a table with one row per epoch. Drawn by rich, which is imported late."""
+"""A run's progress on a terminal, drawn by rich: a bar, and a table with one row per epoch."""
 
 import sys
 from collections.abc import Iterator, Mapping
 from time import perf_counter
 from typing import TYPE_CHECKING, TextIO
 
-from dtrain.reporting.epoch_clock import EpochClock
+from dtrain.reporting.line_progress import REFRESH_SECONDS, LineProgress
 from dtrain.reporting.number_text import (
     count_text,
     duration_text,
@@ -19,30 +19,29 @@ from dtrain.reporting.safe_stream import SafeStream
 if TYPE_CHECKING:
     from rich.text import Text
 
-REDRAW_SECONDS = 0.5  # a bar is for eyes; a redraw costs the step under it about a millisecond
 BAR_COLUMNS = (6, 40)  # at least, at most
 
 
-class TerminalDisplay:
+class TerminalProgress(LineProgress):
     """A table of facts, a row per epoch, under them a line with the bar, and at the end a summary.
 
     The bar is one line and the cursor stays visible: what another process writes in between spoils that line at most,
     and after a kill -9 the terminal is as it was.
     """
 
-    def __init__(self, stream: TextIO, clock: EpochClock) -> None:
+    def __init__(self, terminal: TextIO) -> None:
         from rich.console import Console
         from rich.live import Live
 
-        self._console = Console(file=SafeStream(stream), force_terminal=True, highlight=False)  # type: ignore[arg-type]
-        self._clock = clock
+        super().__init__()
+        self._console = Console(file=SafeStream(terminal), force_terminal=True, highlight=False)  # type: ignore[arg-type]
         self._table = EpochTable()
         self._step = 0
         self._trained: dict[str, float] = {}  # the training's latest figures
         self._evaluated: dict[str, float] = {}  # the validation's
         self._row_is_due = False
         self._row_start = (perf_counter(), 0)  # time, steps
-        is_stdout = stream is sys.stdout
+        is_stdout = terminal is sys.stdout
         self._live = Live(
             console=self._console,
             auto_refresh=False,
@@ -53,41 +52,37 @@ class TerminalDisplay:
         )
 
     def begin(self, facts: Mapping[str, str]) -> None:
-        """The facts in a frame; nothing in them is taken for rich's markup."""
-        from rich.box import ROUNDED
-        from rich.panel import Panel
-        from rich.table import Table
-        from rich.text import Text
+        """The table before the first step."""
+        super().begin(facts)
+        self._print_table(facts)
 
-        table = Table.grid(padding=(0, 2))
-        table.add_column(style="cyan", no_wrap=True)
-        table.add_column(overflow="fold")
-        for name, value in facts.items():
-            table.add_row(Text(name), Text(value))
-        self._console.print(Panel(table, box=ROUNDED, border_style="dim", expand=False))
-
-    def start(self) -> None:
-        """A new bar; the row of the epoch before, where no validation has printed it."""
+    def start_epoch(self, epoch: int, epochs: int | None, steps: int, done: int = 0) -> None:
+        """A new bar."""
         self._print_due_row()
-        if not self._live.is_started:
-            self._row_start = (perf_counter(), self._clock.counted)
-            self._live.start()
-            self._console.show_cursor(True)  # Live hides it, and a killed process could not bring it back
+        super().start_epoch(epoch, epochs, steps, done)
+        self._start_bar()
 
-    def refresh(self) -> None:
-        """Redraws the bar."""
+    def start_patches(self, patches: int) -> None:
+        """A new bar."""
+        super().start_patches(patches)
+        self._start_bar()
+
+    def _refresh(self) -> None:
+        super()._refresh()
         self._live.refresh()
 
     def figures(self, step: int, figures: Mapping[str, float]) -> None:
         """Shown from the next redraw on."""
+        super().figures(step, figures)
         self._step = step
         self._trained.update(figures)
-        # So that a long evaluation stands under a full bar; an epoch shorter than a redraw's pause needs no such care.
-        if self._clock.done >= self._clock.steps and self._row_seconds() > REDRAW_SECONDS:
-            self.refresh()
+        # So that a long evaluation stands under a full bar; an epoch shorter than a refresh needs no such care.
+        if self._clock.done >= self._clock.steps and self._row_seconds() > REFRESH_SECONDS:
+            self._live.refresh()
 
-    def evaluation(self, phase: str, step: int, figures: Mapping[str, float], best: bool) -> None:
+    def evaluation(self, phase: str, step: int, figures: Mapping[str, float], best: bool = False) -> None:
         """A row in the table of epochs; of another phase than val, a line."""
+        super().evaluation(phase, step, figures, best)
         bare = without_phase(phase, figures)
         if phase == "val":
             self._step = step
@@ -99,6 +94,7 @@ class TerminalDisplay:
 
     def note(self, text: str) -> None:
         """The text above the bar; long lines are folded."""
+        super().note(text)
         self._print(text)
 
     def end_epoch(self) -> None:
@@ -111,10 +107,11 @@ class TerminalDisplay:
         What is too long for the frame, say a command with a path, follows on a line of its own that can be copied in
         one piece.
         """
+        super().summary(facts)
         self.close()
         width = self._console.width - max(map(len, facts), default=0) - 6  # frame, padding, gap
         long = {name: value for name, value in facts.items() if len(value) > width}
-        self.begin({name: value for name, value in facts.items() if name not in long})
+        self._print_table({name: value for name, value in facts.items() if name not in long})
         for name, value in long.items():
             self._print(name, "cyan")
             self._console.print(value, markup=False, emoji=False, soft_wrap=True)
@@ -123,6 +120,26 @@ class TerminalDisplay:
         """Takes the bar away and gives sys.stdout back; may be called again."""
         self._print_due_row()
         self._live.stop()
+
+    def _start_bar(self) -> None:
+        if not self._live.is_started:
+            self._row_start = (perf_counter(), self._clock.counted)
+            self._live.start()
+            self._console.show_cursor(True)  # Live hides it, and a killed process could not bring it back
+
+    def _print_table(self, facts: Mapping[str, str]) -> None:
+        """Facts in a frame; nothing in them is taken for rich's markup."""
+        from rich.box import ROUNDED
+        from rich.panel import Panel
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="cyan", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in facts.items():
+            table.add_row(Text(name), Text(value))
+        self._console.print(Panel(table, box=ROUNDED, border_style="dim", expand=False))
 
     def _print(self, text: str, style: str = "") -> None:
         self._console.print(text, style=style, markup=False, emoji=False, overflow="fold")

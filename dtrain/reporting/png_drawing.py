@@ -1,4 +1,4 @@
-"""Pictures from arrays: tiles on a sheet, a legend, a matrix of counts, in Pillow; knows no model and no run."""
+"""Pictures from arrays, drawn by Pillow: tiles on a sheet with a legend, a matrix of counts, as PNG files."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -7,15 +7,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from dtrain.reporting.number_text import short_count
+
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
 
 Colour = tuple[int, int, int]
 
-# Okabe & Ito, "Color Universal Design", 2008: told apart by colour-blind people, too; then lighter, then darker ones.
+# Okabe & Ito, "Color Universal Design", 2008: distinct for colour-blind people, too; then lighter, then darker ones.
 _DISTINCT: tuple[Colour, ...] = (
-    *((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66)),
-    *((0, 114, 178), (204, 121, 167), (213, 94, 0)),
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (240, 228, 66),
+    (0, 114, 178),
+    (204, 121, 167),
+    (213, 94, 0),
 )
 BACKGROUND: Colour = (48, 48, 48)  # class 0
 PALETTE: tuple[Colour, ...] = (
@@ -27,10 +34,12 @@ PALETTE: tuple[Colour, ...] = (
 ERROR: Colour = (220, 0, 80)  # no class has it
 IGNORED: Colour = (225, 225, 225)
 RIGHT: Colour = (0, 114, 178)
-_INK, _FAINT, _PAPER, _LINE = (30, 30, 30), (110, 110, 110), (255, 255, 255), (170, 170, 170)
+_INK, _FAINT = (30, 30, 30), (110, 110, 110)
+_PAPER, _LINE = (255, 255, 255), (170, 170, 170)
 _MARGIN, _GAP, _SWATCH = 16, 14, 14
 _TITLE, _TEXT, _SMALL = 18, 14, 12  # sizes of fonts, in pixels
-_LEADING = 1.35  # height of a line over the font's size
+_TITLE_HEIGHT, _TEXT_HEIGHT = 24, 19  # of a line
+_TOP = _MARGIN + _TITLE_HEIGHT + _GAP // 2  # where a sheet begins under its title
 _LEAST_WIDTH = 420  # of a sheet, so that its title has room
 
 
@@ -62,14 +71,14 @@ def coloured(labels: np.ndarray, ignored: np.ndarray) -> np.ndarray:
 
 
 def gray(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Values (H, W) or (H, W, 3) as uint8 (H, W, 3): black at `low`, white at `high`; what is no number is black."""
+    """Values (H, W) or (H, W, 3) as uint8 (H, W, 3): black at `low`, white at `high`; NaN is black."""
     share = np.nan_to_num((values - low) / max(high - low, 1e-12), nan=0.0, posinf=1.0, neginf=0.0).clip(0, 1)
     share = share[..., None].repeat(3, axis=-1) if share.ndim == 2 else share
     return np.round(255 * share).astype(np.uint8)
 
 
 def reddened(values: np.ndarray, high: float) -> np.ndarray:
-    """Values (H, W) from 0 as uint8 (H, W, 3): white at 0, the colour of errors at `high`; no number is `high`."""
+    """Values (H, W) from 0 as uint8 (H, W, 3): white at 0, the colour of errors at `high` and for NaN."""
     share = np.nan_to_num(values / max(high, 1e-12), nan=1.0, posinf=1.0).clip(0, 1)[..., None]
     return np.round(255 + share * (np.array(ERROR) - 255)).astype(np.uint8)
 
@@ -84,13 +93,9 @@ def extent(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def short(number: int) -> str:
-    """A count in at most four characters or so: 999, 1.2k, 12k, 3.4M."""
-    for unit, size in (("M", 10**6), ("k", 10**3)):
-        if number >= size:
-            value = number / size
-            return f"{value:.1f}{unit}" if value < 9.95 else f"{value:.0f}{unit}"
-    return str(number)
+def enlarged(pixels: np.ndarray, times: int) -> np.ndarray:
+    """Pixels (H, W, ...), each repeated so many times in both directions."""
+    return pixels.repeat(times, axis=0).repeat(times, axis=1)
 
 
 def sheet(title: str, rows: Sequence[Sequence[Tile]], legend: Sequence[Key] = (), notes: Sequence[str] = ()) -> Any:
@@ -105,24 +110,20 @@ def sheet(title: str, rows: Sequence[Sequence[Tile]], legend: Sequence[Key] = ()
     Returns:
         A PIL image, RGB.
     """
-    widths, heights = _columns(rows), [max(_tile_size(tile)[1] for tile in row) for row in rows]
-    inner = max(sum(widths) + _GAP * (len(widths) - 1), _LEAST_WIDTH - 2 * _MARGIN)
-    keys = _flowed(legend, inner)
-    lines = _line(_TEXT) * (len(keys) + len(notes)) + (_GAP if keys or notes else 0)
-    top = _MARGIN + _line(_TITLE) + _GAP // 2
-    height = top + sum(heights) + _GAP * max(0, len(heights) - 1) + lines + _MARGIN
-    image, draw = _paper(inner + 2 * _MARGIN, height)
-    _write(draw, (_MARGIN, _MARGIN), fitted(title, inner, _TITLE), _TITLE)
-    y = top
-    for row, high in zip(rows, heights, strict=True):
+    widths, heights = _column_widths(rows), [max(_tile_size(tile)[1] for tile in row) for row in rows]
+    inner_width = max(sum(widths) + _GAP * (len(widths) - 1), _LEAST_WIDTH - 2 * _MARGIN)
+    keys = _flowed(legend, inner_width)
+    lines = _TEXT_HEIGHT * (len(keys) + len(notes)) + (_GAP if keys or notes else 0)
+    height = _TOP + sum(heights) + _GAP * max(0, len(heights) - 1) + lines + _MARGIN
+    image, draw = _paper(inner_width + 2 * _MARGIN, height, title)
+    y = _TOP
+    for row, row_height in zip(rows, heights, strict=True):
         x = _MARGIN
-        for tile, wide in zip(row, widths, strict=False):
+        for tile, column_width in zip(row, widths, strict=False):
             _put_tile(image, draw, tile, x, y)
-            x += wide + _GAP
-        y += high + _GAP
-    _put_keys(draw, keys, y)
-    for number, note in enumerate(notes, len(keys)):
-        _write(draw, (_MARGIN, y + number * _line(_TEXT)), fitted(note, inner, _TEXT), _TEXT, _FAINT)
+            x += column_width + _GAP
+        y += row_height + _GAP
+    _put_below(draw, y, inner_width, keys, notes)
     return image
 
 
@@ -139,31 +140,25 @@ def matrix(title: str, counts: np.ndarray, names: Sequence[str], notes: Sequence
         A PIL image, RGB.
     """
     cell, size = (46, _TEXT) if len(names) <= 12 else (34, 11)
-    left = _MARGIN + 2 * _line(_TEXT) + round(max(_width(name, _SMALL) for name in names))
-    top = _MARGIN + _line(_TITLE) + _GAP // 2 + 2 * _line(_TEXT)
+    left = _MARGIN + 2 * _TEXT_HEIGHT + round(max(_width(name, _SMALL) for name in names))
+    top = _TOP + 2 * _TEXT_HEIGHT
     side = cell * len(names)
-    legend = [Key(RIGHT, "right"), Key(ERROR, "wrong; full colour: all of the row")]
-    below = _line(_TEXT) * (1 + len(notes))
+    below = _TEXT_HEIGHT * (1 + len(notes))
     width = max(left + side + 2 * _GAP + 100 + _MARGIN, _LEAST_WIDTH)
-    image, draw = _paper(width, top + side + _GAP + below + _MARGIN)
-    _write(draw, (_MARGIN, _MARGIN), fitted(title, width - 2 * _MARGIN, _TITLE), _TITLE)
-    _write(draw, (left + side / 2, top - 1.5 * _line(_TEXT)), "predicted", _TEXT, _FAINT, "mm")
-    _write_upright(image, "true", (_MARGIN + _line(_TEXT) // 2, top + side // 2))
-    totals = counts.sum(axis=1)
+    image, draw = _paper(width, top + side + _GAP + below + _MARGIN, title)
+    _write(draw, (left + side / 2, top - 1.5 * _TEXT_HEIGHT), "predicted", _TEXT, _FAINT, "mm")
+    _write_upright(image, "true", (_MARGIN + _TEXT_HEIGHT // 2, top + side // 2))
     for row, name in enumerate(names):
-        middle = top + (row + 0.5) * cell
-        _write(draw, (left - 8, middle), name, _SMALL, anchor="rm")
-        _write(draw, (left + (row + 0.5) * cell, top - _line(_TEXT) / 2), name, _SMALL, anchor="mm")
+        total, middle = int(counts[row].sum()), (row + 0.5) * cell
+        _write(draw, (left - 8, top + middle), name, _SMALL, anchor="rm")
+        _write(draw, (left + middle, top - _TEXT_HEIGHT / 2), name, _SMALL, anchor="mm")
         for column in range(len(names)):
-            place = (left + column * cell, top + row * cell)
-            _put_count(draw, place, cell, size, int(counts[row, column]), int(totals[row]), row == column)
-        right = f"{counts[row, row] / totals[row]:.0%} of {short(int(totals[row]))}" if totals[row] else "none"
-        _write(draw, (left + side + _GAP, middle), right, _SMALL, _FAINT, "lm")
-    _put_keys(draw, [[(_MARGIN, key) if not number else (_MARGIN + 80, key) for number, key in enumerate(legend)]],
-              top + side + _GAP)  # fmt: skip
-    for number, note in enumerate(notes, 1):
-        place = (_MARGIN, top + side + _GAP + number * _line(_TEXT))
-        _write(draw, place, fitted(note, width - 2 * _MARGIN, _TEXT), _TEXT, _FAINT)
+            box = (left + column * cell, top + row * cell, left + (column + 1) * cell, top + (row + 1) * cell)
+            _put_count(draw, box, size, int(counts[row, column]), total, row == column)
+        right = f"{counts[row, row] / total:.0%} of {short_count(total)}" if total else "none"
+        _write(draw, (left + side + _GAP, top + middle), right, _SMALL, _FAINT, "lm")
+    keys = [(_MARGIN, Key(RIGHT, "right")), (_MARGIN + 80, Key(ERROR, "wrong; full colour: all of the row"))]
+    _put_below(draw, top + side + _GAP, width - 2 * _MARGIN, [keys], notes)
     return image
 
 
@@ -188,14 +183,17 @@ def fitted(text: str, width: float, size: int) -> str:
     return shortened
 
 
-# ------------------------------------------------------------------------------------------------------ small change
+# --------------------------------------------------------------------------------------------------- pieces of sheets
 
 
-def _paper(width: float, height: float) -> "tuple[Image.Image, ImageDraw.ImageDraw]":
+def _paper(width: float, height: float, title: str = "") -> "tuple[Image.Image, ImageDraw.ImageDraw]":
     from PIL import Image, ImageDraw
 
     image = Image.new("RGB", (round(width), round(height)), _PAPER)
-    return image, ImageDraw.Draw(image)
+    draw = ImageDraw.Draw(image)
+    if title:
+        _write(draw, (_MARGIN, _MARGIN), fitted(title, width - 2 * _MARGIN, _TITLE), _TITLE)
+    return image, draw
 
 
 @cache
@@ -207,10 +205,6 @@ def _font(size: int) -> "ImageFont.ImageFont | ImageFont.FreeTypeFont":
 
 def _width(text: str, size: int) -> float:
     return max((_font(size).getlength(line) for line in text.split("\n")), default=0.0)
-
-
-def _line(size: int) -> int:
-    return round(size * _LEADING)
 
 
 def _write(
@@ -226,7 +220,7 @@ def _write(
 
 def _write_upright(image: "Image.Image", text: str, middle: tuple[int, int]) -> None:
     """A text turned by 90 degrees, which Pillow draws only by way of an image of its own."""
-    own, draw = _paper(_width(text, _TEXT) + 2, _line(_TEXT))
+    own, draw = _paper(_width(text, _TEXT) + 2, _TEXT_HEIGHT)
     _write(draw, (1, 0), text, _TEXT, _FAINT)
     turned = own.rotate(90, expand=True)
     image.paste(turned, (middle[0] - turned.width // 2, middle[1] - turned.height // 2))
@@ -235,10 +229,10 @@ def _write_upright(image: "Image.Image", text: str, middle: tuple[int, int]) -> 
 def _tile_size(tile: Tile) -> tuple[int, int]:
     height, width = (0, 0) if tile.pixels is None else (tile.pixels.shape[0] + 2, tile.pixels.shape[1] + 2)
     lines = tile.title.split("\n")
-    return max(width, round(_width(tile.title, _TEXT) + 0.5)), _line(_TEXT) * len(lines) + 4 + height
+    return max(width, round(_width(tile.title, _TEXT) + 0.5)), _TEXT_HEIGHT * len(lines) + 4 + height
 
 
-def _columns(rows: Sequence[Sequence[Tile]]) -> list[int]:
+def _column_widths(rows: Sequence[Sequence[Tile]]) -> list[int]:
     count = max((len(row) for row in rows), default=0)
     return [max(_tile_size(row[column])[0] for row in rows if column < len(row)) for column in range(count)]
 
@@ -249,7 +243,7 @@ def _put_tile(image: "Image.Image", draw: "ImageDraw.ImageDraw", tile: Tile, x: 
 
     for line in tile.title.split("\n"):
         _write(draw, (x, y), line, _TEXT)
-        y += _line(_TEXT)
+        y += _TEXT_HEIGHT
     if tile.pixels is not None:
         y += 4
         height, width = tile.pixels.shape[:2]
@@ -271,24 +265,34 @@ def _flowed(legend: Sequence[Key], width: float) -> list[list[tuple[float, Key]]
     return lines
 
 
-def _put_keys(draw: "ImageDraw.ImageDraw", lines: Sequence[Sequence[tuple[float, Key]]], y: float) -> None:
-    for number, line in enumerate(lines):
-        top = y + number * _line(_TEXT) + 1
+def _put_below(
+    draw: "ImageDraw.ImageDraw",
+    y: float,
+    width: float,
+    keys: Sequence[Sequence[tuple[float, Key]]],
+    notes: Sequence[str],
+) -> None:
+    """The legend's lines, and the notes under them."""
+    for line in keys:
         for x, key in line:
-            draw.rectangle((x, top, x + _SWATCH, top + _SWATCH), fill=key.colour, outline=_LINE)
-            _write(draw, (x + _SWATCH + 6, top - 1), key.text, _TEXT)
+            draw.rectangle((x, y + 1, x + _SWATCH, y + 1 + _SWATCH), fill=key.colour, outline=_LINE)
+            _write(draw, (x + _SWATCH + 6, y), key.text, _TEXT)
+        y += _TEXT_HEIGHT
+    for note in notes:
+        _write(draw, (_MARGIN, y), fitted(note, width, _TEXT), _TEXT, _FAINT)
+        y += _TEXT_HEIGHT
 
 
 def _put_count(
-    draw: "ImageDraw.ImageDraw", place: tuple[int, int], cell: int, size: int, count: int, total: int, right: bool
+    draw: "ImageDraw.ImageDraw", box: tuple[int, int, int, int], size: int, count: int, total: int, right: bool
 ) -> None:
     share = count / total if total else 0.0
     full = RIGHT if right else ERROR
     # Even one in a thousand shows: a wrong cell's colour begins at a sixth.
     strength = 0.0 if not count else share if right else 1 / 6 + share * 5 / 6
     red, green, blue = (round(255 + strength * (part - 255)) for part in full)
-    x, y = place
-    draw.rectangle((x, y, x + cell, y + cell), fill=(red, green, blue), outline=(215, 215, 215))
+    draw.rectangle(box, fill=(red, green, blue), outline=(215, 215, 215))
     if count:
-        ink = _PAPER if strength > 0.5 else _INK
-        _write(draw, (x + cell / 2, y + cell / 2), short(count), size, ink, "mm")
+        left, top, right_edge, bottom = box
+        middle = ((left + right_edge) / 2, (top + bottom) / 2)
+        _write(draw, middle, short_count(count), size, _PAPER if strength > 0.5 else _INK, "mm")
