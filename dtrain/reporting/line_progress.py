@@ -77,7 +77,7 @@ class LineProgress:
             figures: Such as train/loss, lr, samples_per_second.
         """
         clock = self._clock
-        self._write(f"epoch {clock.epoch_text()}", f"step {step:,}", *figure_texts(figures), clock.left_text())
+        self._write(f"epoch {clock.epoch_text()}", f"step {step:,}", *figure_texts(figures).values(), clock.left_text())
 
     def evaluation(self, phase: str, step: int, figures: Mapping[str, float], best: bool = False) -> None:
         """The figures of an evaluation.
@@ -88,7 +88,7 @@ class LineProgress:
             figures: Loss and metrics; the phase may stand before their names.
             best: Whether this is the best evaluation so far.
         """
-        texts = figure_texts(without_phase(phase, figures))
+        texts = figure_texts(without_phase(phase, figures)).values()
         self._write(phase, f"step {step:,}", *texts, "best so far" if best else "")
 
     def note(self, text: str) -> None:

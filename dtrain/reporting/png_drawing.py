@@ -3,14 +3,11 @@
 import io
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dtrain.reporting.number_text import short_count
-
-if TYPE_CHECKING:
-    from PIL import Image, ImageDraw, ImageFont
 
 Colour = tuple[int, int, int]
 
@@ -115,16 +112,16 @@ def sheet(title: str, rows: Sequence[Sequence[Tile]], legend: Sequence[Key] = ()
     keys = _flowed(legend, inner_width)
     lines = _TEXT_HEIGHT * (len(keys) + len(notes)) + (_GAP if keys or notes else 0)
     height = _TOP + sum(heights) + _GAP * max(0, len(heights) - 1) + lines + _MARGIN
-    image, draw = _paper(inner_width + 2 * _MARGIN, height, title)
+    paper = _Paper(inner_width + 2 * _MARGIN, height, title)
     y = _TOP
     for row, row_height in zip(rows, heights, strict=True):
         x = _MARGIN
         for tile, column_width in zip(row, widths, strict=False):
-            _put_tile(image, draw, tile, x, y)
+            paper.put_tile(tile, x, y)
             x += column_width + _GAP
         y += row_height + _GAP
-    _put_below(draw, y, inner_width, keys, notes)
-    return image
+    paper.put_below(y, keys, notes)
+    return paper.image
 
 
 def matrix(title: str, counts: np.ndarray, names: Sequence[str], notes: Sequence[str] = ()) -> Any:
@@ -145,21 +142,21 @@ def matrix(title: str, counts: np.ndarray, names: Sequence[str], notes: Sequence
     side = cell * len(names)
     below = _TEXT_HEIGHT * (1 + len(notes))
     width = max(left + side + 2 * _GAP + 100 + _MARGIN, _LEAST_WIDTH)
-    image, draw = _paper(width, top + side + _GAP + below + _MARGIN, title)
-    _write(draw, (left + side / 2, top - 1.5 * _TEXT_HEIGHT), "predicted", _TEXT, _FAINT, "mm")
-    _write_upright(image, "true", (_MARGIN + _TEXT_HEIGHT // 2, top + side // 2))
+    paper = _Paper(width, top + side + _GAP + below + _MARGIN, title)
+    paper.write((left + side / 2, top - 1.5 * _TEXT_HEIGHT), "predicted", ink=_FAINT, anchor="mm")
+    paper.write_upright("true", (_MARGIN + _TEXT_HEIGHT // 2, top + side // 2))
     for row, name in enumerate(names):
         total, middle = int(counts[row].sum()), (row + 0.5) * cell
-        _write(draw, (left - 8, top + middle), name, _SMALL, anchor="rm")
-        _write(draw, (left + middle, top - _TEXT_HEIGHT / 2), name, _SMALL, anchor="mm")
+        paper.write((left - 8, top + middle), name, _SMALL, anchor="rm")
+        paper.write((left + middle, top - _TEXT_HEIGHT / 2), name, _SMALL, anchor="mm")
         for column in range(len(names)):
             box = (left + column * cell, top + row * cell, left + (column + 1) * cell, top + (row + 1) * cell)
-            _put_count(draw, box, size, int(counts[row, column]), total, row == column)
+            paper.put_count(box, size, int(counts[row, column]), total, row == column)
         right = f"{counts[row, row] / total:.0%} of {short_count(total)}" if total else "none"
-        _write(draw, (left + side + _GAP, top + middle), right, _SMALL, _FAINT, "lm")
+        paper.write((left + side + _GAP, top + middle), right, _SMALL, _FAINT, "lm")
     keys = [(_MARGIN, Key(RIGHT, "right")), (_MARGIN + 80, Key(ERROR, "wrong; full colour: all of the row"))]
-    _put_below(draw, top + side + _GAP, width - 2 * _MARGIN, [keys], notes)
-    return image
+    paper.put_below(top + side + _GAP, [keys], notes)
+    return paper.image
 
 
 def png(image: Any, facts: Mapping[str, str]) -> bytes:
@@ -183,21 +180,68 @@ def fitted(text: str, width: float, size: int) -> str:
     return shortened
 
 
-# --------------------------------------------------------------------------------------------------- pieces of sheets
+class _Paper:
+    """A white image under a title, and what is put on it."""
 
+    def __init__(self, width: float, height: float, title: str = "") -> None:
+        from PIL import Image, ImageDraw
 
-def _paper(width: float, height: float, title: str = "") -> "tuple[Image.Image, ImageDraw.ImageDraw]":
-    from PIL import Image, ImageDraw
+        self.image = Image.new("RGB", (round(width), round(height)), _PAPER)
+        self._draw = ImageDraw.Draw(self.image)
+        self._inner_width = width - 2 * _MARGIN
+        if title:
+            self.write((_MARGIN, _MARGIN), fitted(title, self._inner_width, _TITLE), _TITLE)
 
-    image = Image.new("RGB", (round(width), round(height)), _PAPER)
-    draw = ImageDraw.Draw(image)
-    if title:
-        _write(draw, (_MARGIN, _MARGIN), fitted(title, width - 2 * _MARGIN, _TITLE), _TITLE)
-    return image, draw
+    def write(
+        self, place: tuple[float, float], text: str, size: int = _TEXT, ink: Colour = _INK, anchor: str = "la"
+    ) -> None:
+        self._draw.text(place, text, fill=ink, font=_font(size), anchor=anchor)
+
+    def write_upright(self, text: str, middle: tuple[int, int]) -> None:
+        """A text turned by 90 degrees, which Pillow draws only by way of an image of its own."""
+        own = _Paper(_width(text, _TEXT) + 2, _TEXT_HEIGHT)
+        own.write((1, 0), text, ink=_FAINT)
+        turned = own.image.rotate(90, expand=True)
+        self.image.paste(turned, (middle[0] - turned.width // 2, middle[1] - turned.height // 2))
+
+    def put_tile(self, tile: Tile, x: int, y: int) -> None:
+        """A tile in a thin frame, which lies outside of its pixels, under its title."""
+        from PIL import Image
+
+        for line in tile.title.split("\n"):
+            self.write((x, y), line)
+            y += _TEXT_HEIGHT
+        if tile.pixels is not None:
+            y += 4
+            height, width = tile.pixels.shape[:2]
+            self._draw.rectangle((x, y, x + width + 1, y + height + 1), outline=_LINE)
+            self.image.paste(Image.fromarray(np.ascontiguousarray(tile.pixels)), (x + 1, y + 1))
+
+    def put_count(self, box: tuple[int, int, int, int], size: int, count: int, total: int, right: bool) -> None:
+        """A cell of a matrix, coloured by the count's share of the row's total."""
+        share = count / total if total else 0.0
+        # Even one in a thousand shows: a wrong cell's colour begins at a sixth.
+        strength = 0.0 if not count else share if right else 1 / 6 + share * 5 / 6
+        red, green, blue = (round(255 + strength * (part - 255)) for part in (RIGHT if right else ERROR))
+        self._draw.rectangle(box, fill=(red, green, blue), outline=(215, 215, 215))
+        if count:
+            middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
+            self.write(middle, short_count(count), size, _PAPER if strength > 0.5 else _INK, "mm")
+
+    def put_below(self, y: float, keys: Sequence[Sequence[tuple[float, Key]]], notes: Sequence[str]) -> None:
+        """The legend's lines, and the notes under them."""
+        for line in keys:
+            for x, key in line:
+                self._draw.rectangle((x, y + 1, x + _SWATCH, y + 1 + _SWATCH), fill=key.colour, outline=_LINE)
+                self.write((x + _SWATCH + 6, y), key.text)
+            y += _TEXT_HEIGHT
+        for note in notes:
+            self.write((_MARGIN, y), fitted(note, self._inner_width, _TEXT), ink=_FAINT)
+            y += _TEXT_HEIGHT
 
 
 @cache
-def _font(size: int) -> "ImageFont.ImageFont | ImageFont.FreeTypeFont":
+def _font(size: int) -> Any:
     from PIL import ImageFont
 
     return ImageFont.load_default(size)
@@ -205,25 +249,6 @@ def _font(size: int) -> "ImageFont.ImageFont | ImageFont.FreeTypeFont":
 
 def _width(text: str, size: int) -> float:
     return max((_font(size).getlength(line) for line in text.split("\n")), default=0.0)
-
-
-def _write(
-    draw: "ImageDraw.ImageDraw",
-    place: tuple[float, float],
-    text: str,
-    size: int,
-    ink: Colour = _INK,
-    anchor: str = "la",
-) -> None:
-    draw.text(place, text, fill=ink, font=_font(size), anchor=anchor)
-
-
-def _write_upright(image: "Image.Image", text: str, middle: tuple[int, int]) -> None:
-    """A text turned by 90 degrees, which Pillow draws only by way of an image of its own."""
-    own, draw = _paper(_width(text, _TEXT) + 2, _TEXT_HEIGHT)
-    _write(draw, (1, 0), text, _TEXT, _FAINT)
-    turned = own.rotate(90, expand=True)
-    image.paste(turned, (middle[0] - turned.width // 2, middle[1] - turned.height // 2))
 
 
 def _tile_size(tile: Tile) -> tuple[int, int]:
@@ -235,20 +260,6 @@ def _tile_size(tile: Tile) -> tuple[int, int]:
 def _column_widths(rows: Sequence[Sequence[Tile]]) -> list[int]:
     count = max((len(row) for row in rows), default=0)
     return [max(_tile_size(row[column])[0] for row in rows if column < len(row)) for column in range(count)]
-
-
-def _put_tile(image: "Image.Image", draw: "ImageDraw.ImageDraw", tile: Tile, x: int, y: int) -> None:
-    """A tile in a thin frame, which lies outside of its pixels, under its title."""
-    from PIL import Image
-
-    for line in tile.title.split("\n"):
-        _write(draw, (x, y), line, _TEXT)
-        y += _TEXT_HEIGHT
-    if tile.pixels is not None:
-        y += 4
-        height, width = tile.pixels.shape[:2]
-        draw.rectangle((x, y, x + width + 1, y + height + 1), outline=_LINE)
-        image.paste(Image.fromarray(np.ascontiguousarray(tile.pixels)), (x + 1, y + 1))
 
 
 def _flowed(legend: Sequence[Key], width: float) -> list[list[tuple[float, Key]]]:
@@ -263,36 +274,3 @@ def _flowed(legend: Sequence[Key], width: float) -> list[list[tuple[float, Key]]
         lines[-1].append((_MARGIN + x, key))
         x += needs + 18
     return lines
-
-
-def _put_below(
-    draw: "ImageDraw.ImageDraw",
-    y: float,
-    width: float,
-    keys: Sequence[Sequence[tuple[float, Key]]],
-    notes: Sequence[str],
-) -> None:
-    """The legend's lines, and the notes under them."""
-    for line in keys:
-        for x, key in line:
-            draw.rectangle((x, y + 1, x + _SWATCH, y + 1 + _SWATCH), fill=key.colour, outline=_LINE)
-            _write(draw, (x + _SWATCH + 6, y), key.text, _TEXT)
-        y += _TEXT_HEIGHT
-    for note in notes:
-        _write(draw, (_MARGIN, y), fitted(note, width, _TEXT), _TEXT, _FAINT)
-        y += _TEXT_HEIGHT
-
-
-def _put_count(
-    draw: "ImageDraw.ImageDraw", box: tuple[int, int, int, int], size: int, count: int, total: int, right: bool
-) -> None:
-    share = count / total if total else 0.0
-    full = RIGHT if right else ERROR
-    # Even one in a thousand shows: a wrong cell's colour begins at a sixth.
-    strength = 0.0 if not count else share if right else 1 / 6 + share * 5 / 6
-    red, green, blue = (round(255 + strength * (part - 255)) for part in full)
-    draw.rectangle(box, fill=(red, green, blue), outline=(215, 215, 215))
-    if count:
-        left, top, right_edge, bottom = box
-        middle = ((left + right_edge) / 2, (top + bottom) / 2)
-        _write(draw, middle, short_count(count), size, _PAPER if strength > 0.5 else _INK, "mm")

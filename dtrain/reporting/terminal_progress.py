@@ -1,7 +1,7 @@
 """A run's progress on a terminal, drawn by rich: a bar, and a table with one row per epoch."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from time import perf_counter
 from typing import TYPE_CHECKING, TextIO
 
@@ -9,7 +9,6 @@ from dtrain.reporting.line_progress import REFRESH_SECONDS, LineProgress
 from dtrain.reporting.number_text import (
     count_text,
     duration_text,
-    figure_pairs,
     figure_text,
     figure_texts,
     without_phase,
@@ -35,7 +34,7 @@ class TerminalProgress(LineProgress):
 
         super().__init__()
         self._console = Console(file=SafeStream(terminal), force_terminal=True, highlight=False)  # type: ignore[arg-type]
-        self._table = EpochTable()
+        self._columns: list[str] = []  # of the table of epochs, as its last header has them
         self._step = 0
         self._trained: dict[str, float] = {}  # the training's latest figures
         self._evaluated: dict[str, float] = {}  # the validation's
@@ -90,7 +89,7 @@ class TerminalProgress(LineProgress):
             self._print_row({name: figure_text(value) for name, value in self._evaluated.items()}, best)
         else:
             self._print_due_row()
-            self._print("  ".join([phase, *figure_texts(bare), *(["best so far"] if best else [])]), "bold")
+            self._print("  ".join([phase, *figure_texts(bare).values(), *(["best so far"] if best else [])]), "bold")
 
     def note(self, text: str) -> None:
         """The text above the bar; long lines are folded."""
@@ -158,10 +157,24 @@ class TerminalProgress(LineProgress):
         if "samples_per_second" in trained:
             cells["samples/s"] = count_text(trained["samples_per_second"])
         cells |= {"time": duration_text(self._row_seconds()), "": "best" if best else ""}
-        for line in self._table.lines(cells, self._console.width):
-            self._console.print(line)
+        self._print_cells(cells)
         self._row_is_due = False
         self._row_start = (perf_counter(), self._clock.counted)
+
+    def _print_cells(self, cells: Mapping[str, str]) -> None:
+        """A row of the table, and above it the columns' names when they are not those of the row before."""
+        from rich.text import Text
+
+        columns = _fitting_columns(cells, self._console.width)
+        if columns != self._columns:
+            self._columns = columns
+            header = "  ".join(_aligned(name, name, cells[name]) for name in columns)
+            self._console.print(Text(header, "dim", no_wrap=True))
+        row = Text(no_wrap=True, overflow="crop")
+        for name in columns:
+            row.append("  " if row else "")
+            row.append(_aligned(name, cells[name], cells[name]), _style(name, cells[name]))
+        self._console.print(row)
 
     def _row_seconds(self) -> float:
         return perf_counter() - self._row_start[0]
@@ -182,8 +195,10 @@ class TerminalProgress(LineProgress):
     def _bar_figures(self, width: int) -> str:
         """The text after the bar: as many figures as there is width for, the most important ones first."""
         clock = self._clock
-        texts = {name: text.rjust(15) if "samples/s" in text else text for name, text in figure_pairs(self._trained)}
-        texts |= {name: text for name, text in figure_pairs(self._evaluated) if name != "val/loss"}
+        texts = figure_texts(self._trained)
+        if "samples_per_second" in texts:
+            texts["samples_per_second"] = texts["samples_per_second"].rjust(15)
+        texts |= figure_texts({name: value for name, value in self._evaluated.items() if name != "val/loss"})
         left = clock.left_text() if clock.done < clock.steps else "writing" if clock.of_patches else "evaluating"
         count = f" {clock.done:>{len(f'{clock.steps:,}')},}/{clock.steps:,}"
         shown = [count, left.ljust(16)]  # of equal length, so that nothing jumps
@@ -193,33 +208,8 @@ class TerminalProgress(LineProgress):
         return "  ".join(shown)
 
 
-class EpochTable:
-    """Rows that line up under their columns' names."""
-
-    def __init__(self) -> None:
-        self._columns: list[str] = []
-
-    def lines(self, cells: Mapping[str, str], width: int) -> "Iterator[Text]":
-        """The row, and above it the columns' names when they are not those of the row before.
-
-        Args:
-            cells: Column's name -> text.
-            width: Columns of the terminal; what does not fit is left out, the figures from the right.
-        """
-        from rich.text import Text
-
-        columns = _fitting_columns(cells, width)
-        if columns != self._columns:
-            self._columns = columns
-            yield Text("  ".join(_aligned(name, name, cells[name]) for name in columns), "dim", no_wrap=True)
-        line = Text(no_wrap=True, overflow="crop")
-        for name in columns:
-            line.append("  " if line else "")
-            line.append(_aligned(name, cells[name], cells[name]), _style(name, cells[name]))
-        yield line
-
-
 def _fitting_columns(cells: Mapping[str, str], width: int) -> list[str]:
+    """The columns for which a terminal so wide has space: the figures are left out from the right, others before."""
     names = list(cells)
     figures = [name for name in names if name not in ("epoch", "step", "samples/s", "time", "")]
     for dropped in ("step", "samples/s", "time", *reversed(figures)):

@@ -510,7 +510,7 @@ def test_both_kinds_have_the_same_methods() -> None:
 @pytest.mark.parametrize(
     ("count", "text"),
     [
-        (68_946, "68,946"),
+        (68_946, "68.9k"),
         (0.25, "0.25"),
         (0.00412, "0.00412"),
         (999.4, "999"),
