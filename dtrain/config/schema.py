@@ -66,7 +66,7 @@ HOUSE = {
     "loader": ("loader_settings", Slot(("dtrain.dataloader",))),
     "ddp": ("ddp_options", Slot(("dtrain.distributed.ddp",))),
     "fsdp": ("fsdp_options", Slot(("dtrain.distributed.fsdp",))),
-    "pictures": ("picture_settings", Slot(("dtrain.reporting.pictures",))),
+    "pictures": ("picture_settings", Slot(("dtrain.reporting.validation_pictures",))),
     "pre_trained": ("weight_settings", Slot(("dtrain.checkpoint.weights",))),
     "predictor": ("Predictor", Slot(("dtrain.predict.predictor",))),
     "cluster": ("cluster_settings", Slot(("dtrain.launch.submit",))),

@@ -36,7 +36,7 @@ from dtrain.distributed.ddp import ddp_options
 from dtrain.distributed.fsdp import fsdp_options
 from dtrain.launch.submit import cluster_settings
 from dtrain.predict.predictor import Predictor
-from dtrain.reporting.pictures import picture_settings
+from dtrain.reporting.validation_pictures import picture_settings
 from dtrain.tracking.journal import Journal
 from dtrain.trainer import Trainer
 from dtrain.training.schedule import schedule_settings
