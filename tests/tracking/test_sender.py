@@ -28,7 +28,7 @@ from dtrain.tracking.journal import Journal
 from dtrain.tracking.mlflow_store import MlflowStore, connect, mlflow_key
 from dtrain.tracking.run_folder import close_run_of, lives, read_run, update_run
 from dtrain.tracking.start_sender import find_run
-from dtrain.tracking.uri import resolve_tracking_uri, sqlite_file
+from dtrain.tracking.uri import sqlite_file
 
 pytestmark = pytest.mark.usefixtures("client_settings")
 
