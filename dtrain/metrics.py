@@ -265,11 +265,8 @@ def get_evaluation_metric(config: ConfigDict, ranks: Group, device: torch.device
     Raises:
         ConfigError: Two metrics have one label.
     """
-    found = (
-        {key.removeprefix("metrics."): call for key, call in calls(config, "metrics").items()}
-        if config.get("metrics")
-        else {}
-    )
+    described = calls(config).items() if config.get("metrics") else ()
+    found = {key.removeprefix("metrics."): call for key, call in described if key.startswith("metrics.")}
     if "loss" in found:
         raise refused(config, ("metrics",), "'loss' is the loss's own name; give the metric another label")
-    return Metrics({label: functools.partial(make, config, call) for label, call in found.items()}, ranks, device)
+    return Metrics({label: functools.partial(make, call) for label, call in found.items()}, ranks, device)
