@@ -17,9 +17,10 @@ from dtrain.checkpoint.snapshot import CheckpointError
 from dtrain.checkpoint.store import Checkpoints
 from dtrain.checkpoint.weights import misfits_of, take_over
 from dtrain.config.build import build, defaults
-from dtrain.config.check import notes, strategy_mistakes
+from dtrain.config.check import notes
 from dtrain.config.errors import ConfigError, first_few, to_plain
 from dtrain.config.load import place_of, run_folder, sources, to_yaml
+from dtrain.config.rules import strategy_mistakes
 from dtrain.config.schema import PHASES, calls, refused
 from dtrain.data import rng
 from dtrain.dataloader import Loaders, get_train_loaders

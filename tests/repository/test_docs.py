@@ -29,7 +29,8 @@ from whole_runs import NO_MLFLOW
 from dtrain.config.check import check
 from dtrain.config.errors import ConfigError, to_plain
 from dtrain.config.load import load_config, place_of, to_yaml
-from dtrain.config.schema import PHASES, TOP_LEVEL
+from dtrain.config.rules import TOP_LEVEL
+from dtrain.config.schema import PHASES
 from dtrain.config.yaml12 import scalar
 from dtrain.dataloader import loader_settings
 from dtrain.distributed.ddp import ddp_options
