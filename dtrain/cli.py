@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,12 +25,7 @@ def program() -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Returns:
-        The exit status: 0 done, 1 failed while running, 2 config or command line wrong, 75 stopped early, 130
-        interrupted.
-    """
+    """Run one command; returns its exit status, one of those in `dtrain.distributed.exit_status`."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0].endswith((".yaml", ".yml")):
         words.insert(0, "train")
@@ -63,14 +58,8 @@ def _refuse(error: ConfigError) -> int:
     return WRONG_CONFIG
 
 
-# --------------------------------------------------------------------------------------------------- the command line
-
-
 class _Parser(argparse.ArgumentParser):
-    """A mistake on the command line is one line on stderr and exit status 2; the example in a help is one line, too."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+    """A mistake on the command line is one line on stderr and exit status 2."""
 
     def error(self, message: str) -> NoReturn:
         print(one_line(f"{self.prog}: {message} (see {self.prog} --help)"), file=sys.stderr)
@@ -94,15 +83,17 @@ def _parser() -> argparse.ArgumentParser:
         prog="dtrain",
         description="Train PyTorch models from one YAML file. A first argument ending in .yaml or .yml means 'train'.",
         epilog="example: torchrun --nproc_per_node=4 -m dtrain configfiles/digits.yaml",
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # an example is one line
     )
     parser.add_argument("--version", action="version", version=f"dtrain {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
     for name, (run, add_arguments, example) in COMMANDS.items():
-        help_text = run.__doc__ or ""
-        texts = {"description": help_text, "epilog": f"example: dtrain {name} {example}"}
-        if name not in FOR_SCRIPTS:
-            texts["help"] = help_text[:1].lower() + help_text[1:].rstrip(".")
-        command = commands.add_parser(name, **texts)  # type: ignore[arg-type]
+        text = run.__doc__ or ""
+        listed: dict[str, Any] = {} if name in FOR_SCRIPTS else {"help": text[:1].lower() + text[1:].rstrip(".")}
+        example = f"example: dtrain {name} {example}"
+        command = commands.add_parser(
+            name, description=text, epilog=example, formatter_class=parser.formatter_class, **listed
+        )
         command.set_defaults(run=run)
         add_arguments(command)
     return parser
@@ -137,23 +128,18 @@ def _add_launch(parser: argparse.ArgumentParser) -> None:
     _add_config(parser)
     add = parser.add_argument
     add("--nproc-per-node", metavar="N|auto", default="auto", help="ranks on this machine; auto: all GPUs, else 1")
-    add("--nnodes", metavar="N", type=_count(1), default=1, help="number of machines (default 1)")
+    add("--nnodes", metavar="N", type=_natural, default=1, help="number of machines (default 1)")
     add("--rdzv-endpoint", metavar="HOST:PORT", help="where the nodes meet: one of them, and a port")
     add("--rdzv-id", metavar="ID", default="dtrain", help="distinguishes jobs that meet at one endpoint")
-    add("--max-restarts", metavar="N", type=_count(0), default=0, help="restart failed ranks from the last checkpoint")
+    add("--max-restarts", metavar="N", type=_natural, default=0, help="restart failed ranks from the last checkpoint")
     add("--launcher", choices=("torchrun", "accelerate"), default="torchrun", help="whose settings to use")
     add("--log-dir", metavar="DIR", type=Path, help="default: logs in the run folder")
 
 
-def _count(least: int) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        if not text.isdigit():
-            raise argparse.ArgumentTypeError(f"expected a whole number, not {text!r}")
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected {least} or more")
-        return int(text)
-
-    return convert
+def _natural(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected a whole number, not {text!r}")
+    return int(text)
 
 
 CLUSTER = {  # options of submit, which stand for keys of the config's `cluster`: their type and help
@@ -184,9 +170,6 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
     add("step", metavar="COMMAND", nargs="+", help="starts the training; takes KEY=VALUE arguments at its end")
 
 
-# -------------------------------------------------------------------------------------------------------- the commands
-
-
 def _train(options: argparse.Namespace) -> int:
     """Train, validate, test; resume where an earlier start ended."""
     from dtrain.tracking.start_sender import prepare_sender
@@ -202,11 +185,14 @@ def _train(options: argparse.Namespace) -> int:
 
 def _launch(options: argparse.Namespace) -> int:
     """Train on several ranks of this machine, or as one node of many."""
+    from dtrain.launch.rendezvous import endpoint_of
+
     config = _checked(options, "train")
+    host, port = endpoint_of(options.rdzv_endpoint, options.nnodes)
     end_at_once(_say)
     from dtrain.launch.launcher import launch
 
-    return launch(config, options)
+    return launch(config, options, host, port)
 
 
 def _test(options: argparse.Namespace) -> int:
@@ -255,7 +241,6 @@ def _config(options: argparse.Namespace) -> int:
     """Print the resolved config, with the class of each section."""
     from dtrain.config.check import check
     from dtrain.config.load import load_config, notes_on, to_yaml
-    from dtrain.config.resolve import locate
     from dtrain.config.schema import calls
     from dtrain.config.signatures import Callee
 
@@ -266,7 +251,7 @@ def _config(options: argparse.Namespace) -> int:
     for name, call in calls(config).items():
         if name.endswith((".loader", ".schedule", ".ddp", ".fsdp", ".pictures")) or name == "cluster":
             continue  # dtrain's own keys beside a component's, and what is not part of a training
-        target = locate(config, call).target
+        target = call.target
         where = f"  {target.file}:{target.line}" if isinstance(target, Callee) else ""
         print(f"# {name + ':':<22} {target.module}.{target.name}{where}")
     print(to_yaml(config), end="")

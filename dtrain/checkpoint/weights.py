@@ -18,16 +18,16 @@ WRAPPERS = ("model_state_dict", "state_dict", "model")  # the keys under which p
 
 
 def load_for_use(
-    checkpoints: Checkpoints, module: torch.nn.Module, ranks: Ranks, path: Path | None = None, required: bool = False
+    module: torch.nn.Module, ranks: Ranks, checkpoints: Checkpoints, path: Path | None, is_required: bool = False
 ) -> None:
     """Give every rank the weights to be used: the averaged ones where a checkpoint has them.
 
     Args:
-        checkpoints: The run's.
-        module: Its weights are overwritten, unless there are none to be used.
-        ranks: All call this; the main rank reads.
+        module: The bare model, which gets them.
+        ranks: All of them call this; the main rank reads.
+        checkpoints: Those of the run.
         path: A checkpoint folder or a weight file. Default: the best of the checkpoints, else the last.
-        required: Refuse to use the model as it is.
+        is_required: Refuse to use the model as it is.
 
     Raises:
         ConfigError: There are no weights, or they do not fit the model.
@@ -37,7 +37,7 @@ def load_for_use(
     def read() -> None:
         nonlocal weights
         chosen = path or checkpoints.best() or checkpoints.last()
-        if chosen is None and required:
+        if chosen is None and is_required:
             raise ConfigError(f"{checkpoints.folder} holds no checkpoint; train first, or name one: --checkpoint")
         if chosen is None:
             return

@@ -86,7 +86,7 @@ def shown(value: Any) -> str:
 
 
 def found(value: Any) -> str:
-    """`found text 'abc'`, `found null`: what a user is told about a value of a wrong type."""
+    """`found string 'abc'`, `found null`: what a user is told about a value of a wrong type."""
     return "found null" if value is None else f"found {type_name(value)} {shown(value)}"
 
 
@@ -96,7 +96,7 @@ def type_name(value: Any) -> str:
         return "null"
     if is_mapping(value):
         return "mapping"
-    return {str: "text"}.get(type(value), type(value).__name__)
+    return {str: "string"}.get(type(value), type(value).__name__)
 
 
 def is_mapping(value: Any) -> bool:
@@ -109,3 +109,9 @@ def to_plain(value: Any) -> Any:
     if is_mapping(value):
         return {key: to_plain(value[key]) for key in value}
     return [to_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def mark_section(error: BaseException, section: str) -> None:
+    """Note, on its way, from which section of the config an error came: `error.section`. The innermost mark counts."""
+    if not hasattr(error, "section"):
+        error.section = section  # type: ignore[attr-defined]

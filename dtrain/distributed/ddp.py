@@ -11,7 +11,7 @@ from dtrain.distributed.collectives import Collectives
 Forward = Callable[[torch.nn.Module, Any], Any]
 
 
-def ddp_options(
+def ddp_options(  # noqa: PLR0913
     *,
     backend: Literal["gloo", "nccl"] | None = None,
     timeout_seconds: float | None = None,

@@ -58,12 +58,11 @@ class Site(NamedTuple):
         )
 
     def _rendezvous(self, is_host: bool) -> RendezvousHandler:
-        options = {
-            "is_host": str(is_host).lower(), "read_timeout": STORE_SECONDS, "join_timeout": NODES_SECONDS,
-        }  # fmt: skip
-        return get_rendezvous_handler(
-            RendezvousParameters("c10d", self.endpoint, self.job, self.nodes, self.nodes, self.address, **options)
-        )
+        parameters = RendezvousParameters(
+            "c10d", self.endpoint, self.job, self.nodes, self.nodes, self.address,
+            is_host=str(is_host).lower(), read_timeout=STORE_SECONDS, join_timeout=NODES_SECONDS,
+        )  # fmt: skip
+        return get_rendezvous_handler(parameters)
 
 
 class End(NamedTuple):
@@ -159,19 +158,12 @@ class Agent(LocalElasticAgent):
 
 
 class AgentThread(threading.Thread):
-    """Makes and runs an agent beside the main thread, which stays free for signals: torch waits for other nodes in C++.
-
-    Args:
-        arguments: The agent's.
-
-    Attributes:
-        raised: What ended the agent, if it did not end by itself.
-    """
+    """Runs an agent beside the main thread, which stays free for signals: torch waits for other nodes in C++."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(name="agent", daemon=True)
-        self.raised: BaseException | None = None
-        self._arguments = arguments
+        self.raised: BaseException | None = None  # what ended the agent, if it did not end by itself
+        self._arguments = arguments  # the agent's
         self._agent: Agent | None = None
 
     @property

@@ -16,6 +16,8 @@ MAX_PENDING_CHARACTERS = 1 << 26  # of what waits for a rank's file to be opened
 KEPT_LINES = 400  # of each rank, to find its last traceback in
 POLL_SECONDS = 1.0  # between two looks whether a rank's file may be opened
 DRAIN_SECONDS = 2.0  # what a dead rank wrote is read in milliseconds; a child of its that lives on is not waited for
+# To the first line that is not indented: the error itself.
+_TRACEBACK = re.compile(r"^Traceback \(most recent call last\).*\n(?:(?:[ \t].*)?\n)*.*", re.M)
 _TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 
 
@@ -67,14 +69,8 @@ class Console:
 
     def traceback_of(self, rank: int) -> str:
         """The last traceback among a rank's last lines; '' if there is none."""
-        lines = list(self._lines.get(rank, ()))
-        starts = [number for number, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
-        if not starts:
-            return ""
-        tail = lines[starts[-1] :]
-        # It ends with the first line that is not indented: the error itself.
-        end = next((number for number, line in enumerate(tail) if number and line[:1].strip()), len(tail) - 1)
-        return "\n".join(tail[: end + 1])
+        text = "".join(f"{line}\n" for line in self._lines.get(rank, ()))
+        return (_TRACEBACK.findall(text) or [""])[-1]
 
     def _read(self, end: int, rank: int, log: "_Log") -> None:
         rest = b""

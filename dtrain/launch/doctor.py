@@ -16,9 +16,9 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
@@ -120,19 +120,23 @@ def _as_text(findings: Sequence[Finding], as_json: bool) -> list[str]:
 
 def in_time(probes: Mapping[str, Probe], seconds: float) -> list[Finding]:
     """What the probes find, all at once; one that fails or does not come back in time is a finding, too."""
-    pool = ThreadPoolExecutor(len(probes))
-    running = {name: pool.submit(probe) for name, probe in probes.items()}
-    wait(running.values(), seconds)
-    pool.shutdown(wait=False)  # what hangs in the kernel can only be abandoned
-    return [_outcome(name, future, seconds) for name, future in running.items()]
+    found: dict[str, Finding] = {}
 
+    def run(name: str, probe: Probe) -> None:
+        try:
+            found[name] = probe()
+        except Exception as error:
+            found[name] = Finding(name, "fail", f"{type(error).__name__}: {error}")
 
-def _outcome(name: str, future: "Future[Finding]", seconds: float) -> Finding:
-    if not future.done():
-        return Finding(name, "fail", f"no answer within {seconds:.0f} s", "look at its file system or network")
-    if error := future.exception():
-        return Finding(name, "fail", f"{type(error).__name__}: {error}")
-    return future.result()
+    # Daemons: what hangs in the kernel can only be abandoned.
+    threads = [threading.Thread(target=run, args=item, daemon=True) for item in probes.items()]
+    for thread in threads:
+        thread.start()
+    end = time.monotonic() + seconds
+    for thread in threads:
+        thread.join(max(0.0, end - time.monotonic()))
+    late = f"no answer within {seconds:.0f} s"
+    return [found.get(name) or Finding(name, "fail", late, "look at its file system or network") for name in probes]
 
 
 # --------------------------------------------------------------------------------------------------- one machine alone
@@ -154,10 +158,10 @@ def gpus() -> Finding:
     import torch
 
     if not torch.cuda.is_available():
-        if Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi"):
-            cure = "install a torch built for CUDA, or a driver that fits it; in a container: --gpus all"
-            return Finding("gpus", "fail", f"there is an NVIDIA device, but torch {torch.__version__} sees none", cure)
-        return Finding("gpus", "ok", "none; the CPU is used")
+        if not Path("/dev/nvidia0").exists() and not shutil.which("nvidia-smi"):
+            return Finding("gpus", "ok", "none; the CPU is used")
+        cure = "install a torch built for CUDA, or a driver that fits it; in a container: --gpus all"
+        return Finding("gpus", "fail", f"there is an NVIDIA device, but torch {torch.__version__} sees none", cure)
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     kinds = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
     memory = [torch.cuda.mem_get_info(index) for index in range(len(names))]
@@ -173,9 +177,8 @@ def nccl() -> Finding:
     if not torch.cuda.is_available():
         return Finding("nccl", "ok", "not needed: CPUs communicate through gloo")
     if not torch.distributed.is_nccl_available():
-        status = "fail" if torch.cuda.device_count() > 1 else "warn"
         cure = "install a torch with NCCL; without it GPUs communicate through gloo, slowly"
-        return Finding("nccl", status, "this torch has none", cure)
+        return Finding("nccl", "fail" if torch.cuda.device_count() > 1 else "warn", "this torch has none", cure)
     return Finding("nccl", "ok", ".".join(map(str, torch.cuda.nccl.version())))
 
 
@@ -320,36 +323,22 @@ def _merged(nodes: Sequence[tuple[str, Sequence[Finding]]]) -> list[Finding]:
     return merged
 
 
-def clocks(ranks: "Ranks", here: Environment) -> list[Finding]:
-    """How far the nodes' clocks are from rank 0's; nothing for one node."""
-    nodes = ranks.gather(ranks.rank if here.local_rank == 0 else None)
-    others = [rank for rank in ranks.broadcast(nodes) if rank]
-    if not others:
+def clocks(ranks: Ranks, here: Environment) -> list[Finding]:
+    """How far the nodes' clocks are from rank 0's, by the fastest of a few questions to all; nothing for one node."""
+    rounds = []
+    for _ in range(ROUNDS):
+        asked = time.time()
+        ranks.broadcast()
+        answers = ranks.gather((time.time(), ranks.rank) if here.local_rank == 0 else None) or []
+        error = (time.time() - asked) / 2
+        rounds.append((error, [(answer[0] - asked - error, answer[1]) for answer in answers[1:] if answer]))
+    error, offsets = min(rounds)
+    if not offsets:
         return []
-    offsets = [(rank, *_clock_offset(ranks, rank)) for rank in others]
-    rank, offset, error = max(offsets, key=lambda each: abs(each[1]))
-    text = f"of {len(others) + 1} nodes rank {rank}'s is farthest, {offset:+.3f} s (to {error:.3f} s) from rank 0's"
+    offset, rank = max(offsets, key=lambda each: abs(each[0]))
+    text = f"of {len(offsets) + 1} nodes rank {rank}'s is farthest, {offset:+.3f} s (to {error:.3f} s) from rank 0's"
     cure = "set the clocks by NTP (chronyc makestep), else times in MLflow are wrong"
     return [judged("clocks", text, (abs(offset) > 60, "fail", cure), (abs(offset) > 1, "warn", cure))]
-
-
-def _clock_offset(ranks: "Ranks", rank: int) -> tuple[float, float]:
-    """A rank's clock against rank 0's, and its error, in seconds: by the fastest of a few questions and answers."""
-    import torch
-    import torch.distributed as dist
-
-    answer, best = torch.zeros((), dtype=torch.float64), (float("inf"), 0.0)
-    for _ in range(ROUNDS):
-        if ranks.is_main:
-            asked = time.time()
-            dist.send(answer, rank)
-            dist.recv(answer, rank)
-            took = time.time() - asked
-            best = min(best, (took, float(answer) - asked - took / 2))
-        elif ranks.rank == rank:
-            dist.recv(answer, 0)
-            dist.send(answer.fill_(time.time()), 0)
-    return best[1], best[0] / 2
 
 
 def _all_reduced(rank: int, world_size: int, device: Any) -> Finding:

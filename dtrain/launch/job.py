@@ -26,11 +26,7 @@ from dtrain.tracking.whole_file import read_json, write_json
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 IDLE_STARTS = 3  # so many starts in a row without a new checkpoint, and the next one will not make one either
 NEAR_END_SECONDS = 600.0  # a stop so near to the end of the job's time is its time limit
-RUNNING = {
-    "JobState=RUNNING",
-    "JobState=SIGNALING",
-    "JobState=RESIZING",
-}  # scontrol's words for a job that has not ended
+RUNNING = {"JobState=RUNNING", "JobState=SIGNALING", "JobState=RESIZING"}  # what scontrol shows before a job's end
 TRIES, PAUSE_SECONDS = 5, 3.0  # a controller that restarts answers again after a while
 
 

@@ -13,27 +13,26 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
+import torch
 
 from dtrain.config.errors import ConfigError, one_line
 from dtrain.config.load import run_folder
 from dtrain.distributed.device import choose_device
 from dtrain.distributed.environment import Environment, cores
 from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EARLY, WRONG_CONFIG
+from dtrain.distributed.launched_rank import Launch
 from dtrain.distributed.stop import REPEAT_SECONDS, stop_signals
+from dtrain.launch.agent import AgentThread, End, Site
 from dtrain.launch.console import Console
-from dtrain.launch.rendezvous import address_towards, endpoint_of, is_held_here, set_gloo_interface
+from dtrain.launch.rendezvous import address_towards, is_held_here, set_gloo_interface
 from dtrain.tracking.run_folder import close_run_of, lives, read_run
 from dtrain.tracking.whole_file import read_json
 
-if TYPE_CHECKING:
-    from dtrain.distributed.launched_rank import Launch
-    from dtrain.launch.agent import AgentThread, End, Site
-
 UNTIMED_SAVE_SECONDS = 600.0  # ranks have so long to save and end before a save was timed
-SHUTDOWN_SECONDS, SHUTDOWN_SAVES = 60.0, 3.0  # afterwards so long, and so many times the last save's time
+SHUTDOWN_SECONDS, SHUTDOWN_SAVES = 60.0, 3.0  # afterwards so long, and so many times what the last save took
 KILL_SECONDS = 3.0  # after a second Ctrl-C
 NO_RENDEZVOUS = {  # torch's exceptions in words; of the site's attributes
     "RendezvousConnectionError": "no rendezvous at {endpoint}: its node is not there, or no longer",
@@ -42,13 +41,12 @@ NO_RENDEZVOUS = {  # torch's exceptions in words; of the site's attributes
 }
 
 
-def launch(config: Mapping[str, Any], options: argparse.Namespace) -> int:
+def launch(config: Mapping[str, Any], options: argparse.Namespace, host: str, port: int) -> int:
     """Start the ranks of a checked config, and wait for their end; the exit statuses are those of docs/launch.md.
 
     Raises:
-        ConfigError: The options contradict one another or this machine; nothing was started then.
+        ConfigError: The options do not fit this machine; nothing was started then.
     """
-    host, port = endpoint_of(options.rdzv_endpoint, options.nnodes)
     ranks = _ranks_here(options, config)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // ranks)))
     if options.launcher == "accelerate":
@@ -58,9 +56,6 @@ def launch(config: Mapping[str, Any], options: argparse.Namespace) -> int:
     if options.nnodes > 1:
         address, job = address_towards(host, port), options.rdzv_id
         set_gloo_interface(address)
-
-    from dtrain.launch.agent import Site
-
     site = Site(
         ranks_here=ranks,
         nodes=options.nnodes,
@@ -77,8 +72,6 @@ def launch(config: Mapping[str, Any], options: argparse.Namespace) -> int:
 
 def _ranks_here(options: argparse.Namespace, config: Mapping[str, Any]) -> int:
     """How many ranks this node gets, known to have their devices."""
-    import torch
-
     gpus, device = torch.cuda.device_count(), str(config.get("device") or "auto")
     given = options.nproc_per_node
     if given == "auto":
@@ -105,9 +98,7 @@ def _accelerate_settings(ranks: int) -> dict[str, str]:
     except (ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"--launcher accelerate: {error}") from None
     if arguments.use_deepspeed or arguments.tpu:
-        raise ConfigError(
-            "--launcher accelerate: its config asks for DeepSpeed or TPUs, which dtrain does not train with"
-        )
+        raise ConfigError("--launcher accelerate: its config asks for DeepSpeed or TPUs, which dtrain does not use")
     return settings
 
 
@@ -121,14 +112,11 @@ class Request(NamedTuple):
 class NodeRun:
     """The ranks of this node, from their start to the exit status.
 
-    Args:
-        site: This node's part of the job.
-        folder: The run folder.
-        log_folder: Where to write what the ranks print. Default: logs in the run folder.
-        is_new: Whether an old run folder will be moved aside first.
+    What they print goes into `log_folder`, by default logs in the run folder; `is_new` says that an old run folder will
+    be moved aside first.
     """
 
-    def __init__(self, site: "Site", folder: Path, log_folder: Path | None, is_new: bool) -> None:
+    def __init__(self, site: Site, folder: Path, log_folder: Path | None, is_new: bool) -> None:
         self.site, self.folder = site, folder.absolute()
         self.waits_for_first_step = is_new and log_folder is None
         self.is_terminal = sys.stdout.isatty()
@@ -139,8 +127,6 @@ class NodeRun:
 
     def run(self) -> int:
         """Start the ranks, pass signals on, and say how it ended."""
-        from dtrain.launch.agent import AgentThread
-
         for name in ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # what they report is reported here
         private = Path(tempfile.mkdtemp(prefix="dtrain-launch-"))
@@ -166,7 +152,7 @@ class NodeRun:
         last = read_run(self.folder).get("save_seconds")
         return UNTIMED_SAVE_SECONDS if last is None else SHUTDOWN_SECONDS + SHUTDOWN_SAVES * float(last)
 
-    def _listen(self, launch: "Launch", local_rank: int, rank: int) -> None:
+    def _listen(self, launch: Launch, local_rank: int, rank: int) -> None:
         """Rank 0 keeps a terminal, with its live bar, for itself; all else goes through pipes."""
         self.start_began, self.has_begun, self.ends = time.time(), False, []
         if not (rank == 0 and self.is_terminal):
@@ -182,7 +168,7 @@ class NodeRun:
         times = [request.at for request in self.requests if request.number == signal.SIGINT]
         return next((at for at in times[1:] if at > times[0] + REPEAT_SECONDS), None)
 
-    def _supervise(self, agent: "AgentThread") -> None:
+    def _supervise(self, agent: AgentThread) -> None:
         """Wait for the agent; each request to stop is passed on to every rank, also to those that start later."""
         delivered: dict[int, int] = {}  # process -> how many of the requests it was sent
         while agent.is_alive():
@@ -212,7 +198,7 @@ class NodeRun:
         self.console.say(f"dtrain launch: ranks had not ended {limit:.0f} s after they were asked to: killed")
         return True
 
-    def _ended(self, ends: "list[End]", has_begun: bool, can_restart: bool) -> bool:
+    def _ended(self, ends: list[End], has_begun: bool, can_restart: bool) -> bool:
         """All ranks here are over: whether the agent may start them again, if it would."""
         self.ends, self.has_begun = ends, has_begun
         is_final = any(end.is_reported and end.status in (WRONG_CONFIG, STOPPED_EARLY, INTERRUPTED) for end in ends)
@@ -258,7 +244,7 @@ class NodeRun:
 
     def _first_failure(self) -> list[str]:
         """Which rank failed first, how, where its output is, and its traceback."""
-        from dtrain.training.failure import FAILURE
+        from dtrain.training.failure_card import FAILURE
 
         card = read_json(self.folder / FAILURE)
         if card.get("time", 0.0) < self.start_began:  # of another start, or of another machine's disk
@@ -278,7 +264,7 @@ class NodeRun:
         return [f"dtrain launch: rank {rank} failed first{error}{details}", *trace.rstrip().splitlines()]
 
 
-def _likelihood(end: "End") -> tuple[int, float]:
+def _likelihood(end: End) -> tuple[int, float]:
     """The likelier cause first: a rank that sees another one go raises, and has status 1."""
     if end.status == -signal.SIGTERM:
         order = 4
@@ -291,7 +277,7 @@ def _likelihood(end: "End") -> tuple[int, float]:
     return order, end.reported_at
 
 
-def _how(end: "End") -> str:
+def _how(end: End) -> str:
     if end.status < 0:
         return f"killed by {signal.Signals(-end.status).name}"
     return f"exit status {end.status}" + ("" if end.is_reported else ", without reporting an error")

@@ -15,6 +15,8 @@ _UNUSED_ADDRESS = "192.0.2.1"  # RFC 5737
 
 def endpoint_of(option: str | None, nodes: int) -> tuple[str, int]:
     """Host and port of `--rdzv-endpoint`. A node on its own meets nobody: any free port will do."""
+    if nodes < 1:
+        raise ConfigError(f"--nnodes {nodes}: expected 1 or more")
     if option is None:
         if nodes > 1:
             raise ConfigError(f"--nnodes {nodes} needs --rdzv-endpoint HOST:PORT, the same on each node")

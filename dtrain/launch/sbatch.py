@@ -4,7 +4,7 @@ Directives hold nothing but plain words, everything else is quoted for bash.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +41,7 @@ class Job(NamedTuple):
     ranks: int  # per node
     python: str  # the interpreter
     folder: Path  # the job's own, with the copy of the code
-    configs: Sequence[Path]  # one, or one for each job of an array
+    configs: Mapping[Path, str]  # file and text of one, or of one for each job of an array
     run_folders: Sequence[Path]  # theirs
 
 

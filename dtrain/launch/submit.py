@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -29,7 +29,7 @@ from dtrain.tracking.secrets import keep_secret
 WORDS = ("partition", "account", "qos", "constraint")
 
 
-def cluster_settings(
+def cluster_settings(  # noqa: PLR0913
     nodes: int | str = 1,
     gpus_per_node: int | None = None,
     nproc_per_node: int | None = None,
@@ -47,74 +47,66 @@ def cluster_settings(
     return dict(locals())
 
 
-class Plan(NamedTuple):
-    """A job before anything is written."""
-
-    job: Job
-    configs: Sequence[str]  # their texts
-    modules: set[str]  # top-level modules that the configs name
-    size: str  # '2 node(s) x 4 rank(s)'
-
-
 def submit(path: str, overrides: Sequence[str], options: Mapping[str, Any], dry_run: bool = False) -> int:
     """Check the config, copy it and the code, write the batch script, submit it; prints how to follow the job.
 
-    Args:
-        path: The config file.
-        overrides: `KEY=VALUE` texts.
-        options: Keys of `cluster` and their values, which win over the config's.
-        dry_run: Print the script; write and submit nothing.
+    `options` are keys of the config's `cluster` with values that win over its own. `dry_run` prints the script instead.
 
     Raises:
         ConfigError: With every mistake that can be found without a GPU.
     """
     given = [f"cluster.{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
-    plan = _plan(path, [*overrides, *given])
+    job, modules = _plan(path, [*overrides, *given])
     if dry_run:
-        print(script(plan.job), end="")
+        print(script(job), end="")
         return DONE
-    folder = plan.job.folder
     try:
-        number = _submitted(plan)
+        number = _submitted(job, modules)
     except (OSError, _SubmissionError) as error:
         print(f"dtrain submit: {error}", file=sys.stderr)
         return FAILED
-    log = f"{number}_*.log" if len(plan.configs) > 1 else f"{number}.log"
-    print(f"job {number}: {plan.job.name}, {plan.size}")
-    print(f"  code and config  {folder}")
-    print(f"  follow it        tail -F {shlex.quote(str(folder))}/{log}")
+    jobs, logs = (f", {len(job.configs)} jobs", f"{number}_*.log") if len(job.configs) > 1 else ("", f"{number}.log")
+    print(f"job {number}: {job.name}, {dict(job.directives)['nodes']} node(s) x {job.ranks} rank(s){jobs}")
+    print(f"  code and config  {job.folder}")
+    print(f"  follow it        tail -F {shlex.quote(str(job.folder))}/{logs}")
     print(f"  its state        squeue -j {number}")
     print(f"  stop it          scancel {number}    (it saves; submit again to resume)")
     return DONE
 
 
-def _plan(path: str, overrides: Sequence[str]) -> Plan:
+def _plan(path: str, overrides: Sequence[str]) -> tuple[Job, set[str]]:
+    """The job, of which nothing is written yet, and the top-level modules that its configs name."""
     config = _checked(path, overrides)
     settings = cluster_settings(**to_plain(config.get("cluster") or {}))
     directives = _directives(config, settings)
     array = _array(config, settings)
     base = Path.cwd() / run_folder(config)
-    configs, run_folders, modules = [], [], set[str]()
+    texts, run_folders, modules = [], [], set[str]()
     for index, words in enumerate(array):
         own = _checked(path, [*overrides, *words]) if words else config
         place = Path.cwd() / run_folder(own)
         if len(array) > 1 and place == base:
             place = place.with_name(f"{place.name}-{index}")
-        configs.append(_config_text(path, [*overrides, *words], place))
+        texts.append(_config_text(path, [*overrides, *words], place))
         run_folders.append(place)
         modules |= named_modules(to_plain(own))
     _expect_unique(config, run_folders)
-    ranks = settings["nproc_per_node"] or settings["gpus_per_node"] or 1
     folder = base.with_name(f"{base.name}.jobs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     names = [f"config-{index}.yaml" for index in range(len(array))] if len(array) > 1 else ["config.yaml"]
-    job_name = config.get("run_name") or config.get("experiment") or "dtrain"
-    job = Job(job_name, directives, ranks, sys.executable, folder, [folder / name for name in names], run_folders)
+    job = Job(
+        name=config.get("run_name") or config.get("experiment") or "dtrain",
+        directives=directives,
+        ranks=settings["nproc_per_node"] or settings["gpus_per_node"] or 1,
+        python=sys.executable,
+        folder=folder,
+        configs={folder / name: text for name, text in zip(names, texts, strict=True)},
+        run_folders=run_folders,
+    )
     try:
         script(job)
     except ValueError as error:
         raise ConfigError(mistake(config, ("trainer", "checkpoint_dir"), str(error))) from None
-    size = f"{settings['nodes']} node(s) x {ranks} rank(s)" + (f", {len(array)} jobs" if len(array) > 1 else "")
-    return Plan(job, configs, modules, size)
+    return job, modules
 
 
 def _checked(path: str, overrides: Sequence[str]) -> ConfigDict:
@@ -200,18 +192,18 @@ class _UncertainError(_SubmissionError):
     """It may be in the queue all the same."""
 
 
-def _submitted(plan: Plan) -> str:
+def _submitted(job: Job, modules: set[str]) -> str:
     """The job's number; its folder is for its owner alone: what is copied may hold what others are not to see."""
-    folder = plan.job.folder
+    folder = job.folder
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.mkdir(mode=0o700)
     try:
-        for path, text in zip(plan.job.configs, plan.configs, strict=True):
+        for path, text in job.configs.items():
             path.write_text(text, encoding="utf-8")
-        copy_code({"dtrain", *plan.modules}, folder / "code")
+        copy_code({"dtrain", *modules}, folder / "code")
         capture_code_for_later(folder / "code-state")
-        (folder / "job.sbatch").write_text(script(plan.job), encoding="utf-8")
-        return _sbatch(folder, "%A_%a.log" if len(plan.configs) > 1 else "%j.log")
+        (folder / "job.sbatch").write_text(script(job), encoding="utf-8")
+        return _sbatch(folder, "%A_%a.log" if len(job.configs) > 1 else "%j.log")
     except _UncertainError:
         raise
     except BaseException:

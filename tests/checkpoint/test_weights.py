@@ -39,34 +39,34 @@ def hashed(monkeypatch):
 
 def test_the_averaged_weights_of_the_best_checkpoint_are_used_and_each_file_is_hashed_once(checkpoints, hashed):
     model = nn.Linear(2, 1)
-    load_for_use(checkpoints, model, ALONE)
+    load_for_use(model, ALONE, checkpoints, None)
     assert model.bias.item() == 10
     assert sorted(hashed) == ["ema.safetensors", "model.safetensors", "state.pt"]
 
 
 def test_a_checkpoint_or_a_file_can_be_named(checkpoints, tmp_path):
     model = nn.Linear(2, 1)
-    load_for_use(checkpoints, model, ALONE, checkpoints.folder / "step-00000002")
+    load_for_use(model, ALONE, checkpoints, checkpoints.folder / "step-00000002")
     assert model.bias.item() == 2
     torch.save({"model_state_dict": filled(3)}, tmp_path / "other.pt")
-    load_for_use(checkpoints, model, ALONE, tmp_path / "other.pt")
+    load_for_use(model, ALONE, checkpoints, tmp_path / "other.pt")
     assert model.bias.item() == 3
 
 
 def test_without_weights_the_model_is_left_as_it_is_or_refused(tmp_path):
     model, none = nn.Linear(2, 1), Checkpoints(tmp_path / "none")
     before = model.bias.item()
-    load_for_use(none, model, ALONE)
+    load_for_use(model, ALONE, none, None)
     assert model.bias.item() == before
     with pytest.raises(ConfigError, match="holds no checkpoint; train first, or name one: --checkpoint"):
-        load_for_use(none, model, ALONE, required=True)
+        load_for_use(model, ALONE, none, None, is_required=True)
 
 
 def test_damage_is_found_before_a_named_checkpoint_is_used(checkpoints):
     file = checkpoints.folder / "step-00000002" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\xff")
     with pytest.raises(ConfigError, match=r"not a whole checkpoint: model.safetensors: damaged"):
-        load_for_use(checkpoints, nn.Linear(2, 1), ALONE, file.parent)
+        load_for_use(nn.Linear(2, 1), ALONE, checkpoints, file.parent)
 
 
 def test_what_was_verified_is_not_hashed_again(checkpoints, hashed):
@@ -85,7 +85,7 @@ def test_weights_that_do_not_fit_are_refused_with_what_does_not(checkpoints):
         r"step-00000001 does not fit the model: other shape: weight is \(1, 2\) in the file, \(1, 3\) in the model"
     )
     with pytest.raises(ConfigError, match=expected):
-        load_for_use(checkpoints, nn.Linear(3, 1), ALONE)
+        load_for_use(nn.Linear(3, 1), ALONE, checkpoints, None)
 
 
 class Counts(nn.Module):
