@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from dtrain.checkpoint.checkpoint_files import Loaded, load
 from dtrain.checkpoint.contents import CheckpointError
-from dtrain.checkpoint.resume import CHECKPOINTS, ResumeError, Start, find_start
+from dtrain.checkpoint.resume import ResumeError, Start, find_start
 from dtrain.checkpoint.saver import Saver
 from dtrain.checkpoint.store import Checkpoints
 from dtrain.checkpoint.weights import load_weights, misfits_of, take_over
@@ -39,6 +39,7 @@ from dtrain.reporting.line_progress import LineProgress
 from dtrain.reporting.progress import get_progress
 from dtrain.reporting.validation_pictures import Pictures
 from dtrain.tracking.journal import Journal, NoJournal, flatten
+from dtrain.tracking.run_folder import RunFolder
 from dtrain.tracking.secrets import redact, redacted_tree
 from dtrain.training.ema import EMA
 from dtrain.training.optimizer import get_optimizer
@@ -103,7 +104,7 @@ def make_parts(
     monitor = _monitor(config, options, metrics)
     mode: Literal["min", "max"] = options["mode"] or ("min" if monitor.endswith(("loss", "Error")) else "max")
     checkpoints = Checkpoints(
-        start.folder / CHECKPOINTS, keep_last=options["keep_last"], keep_best=options["keep_best"], mode=mode
+        RunFolder(start.folder).checkpoints, keep_last=options["keep_last"], keep_best=options["keep_best"], mode=mode
     )
     saver = Saver(checkpoints, options["checkpoint_every_minutes"], progress.note, not ranks.strategy.is_sharded)
     stop = StopRequest(options["time_limit"], job_ends_at(), alone=ranks.world_size == 1)

@@ -560,7 +560,7 @@ def test_a_finished_training_is_left_alone_and_goes_on_when_max_epochs_is_raised
     before = contents(run)
     here("more", **cosine)
     out = capsys.readouterr().out
-    assert "holds a finished training; to go on, raise trainer.max_epochs" in out
+    assert "holds a finished training; to continue it, raise trainer.max_epochs" in out
     assert "trainer.resume=none" in out
     assert contents(run) == before
     here("more", **cosine, **{"trainer.max_epochs": 4})
