@@ -12,13 +12,14 @@ from ml_collections import ConfigDict
 from torch.utils.data import DataLoader, IterableDataset
 
 from dtrain.config.build import build
+from dtrain.config.errors import mark_section
 from dtrain.config.schema import PHASES, refused
 from dtrain.data.loader_workers import fork_when_native_threads_are_idle
 from dtrain.data.samplers import EvaluationShard, ShuffledShard
 from dtrain.data.seeded_batches import batch_loader
 
 
-def loader_settings(
+def loader_settings(  # noqa: PLR0913
     *,
     batch_size: int | None = None,
     global_batch_size: int | None = None,
@@ -87,16 +88,20 @@ class TrainLoader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[MicroBatch]:
         """The batches of an epoch from position `start` on; nothing before it is loaded."""
         self.shard.set_epoch(epoch, start)
-        world = self.shard.world_size
-        end = self.shard.end(start)
-        for number, batch in enumerate(self.loader):
-            low = start + number * self.shard.global_batch
-            high = min(low + self.shard.global_batch, end)
-            group_low = start + number // self.accumulate * self.global_batch
-            group_high = min(group_low + self.global_batch, end)
-            samples = max(0, -(-(high - low - self.shard.rank) // world))
-            weight = samples * world / (group_high - group_low)
-            yield MicroBatch(batch, weight, samples, high == group_high, group_high, low)
+        rank, world, end = self.shard.rank, self.shard.world_size, self.shard.end(start)
+        all_ranks, whole_step = self.shard.global_batch, self.global_batch
+        try:
+            for number, batch in enumerate(self.loader):
+                low = start + number * all_ranks
+                high = min(low + all_ranks, end)
+                step_low = start + number // self.accumulate * whole_step
+                step_high = min(step_low + whole_step, end)
+                samples = max(0, -(-(high - low - rank) // world))
+                weight = samples * world / (step_high - step_low)
+                yield MicroBatch(batch, weight, samples, high == step_high, step_high, low)
+        except Exception as error:
+            mark_section(error, "loaders")
+            raise
 
 
 class Loaders(NamedTuple):

@@ -121,7 +121,7 @@ def mixup(samples: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack(samples) * share + torch.stack(samples[::-1]) * (1 - share)
 
 
-def loader(
+def loader(  # noqa: PLR0913
     size: int = 10,
     rank: int = 0,
     world_size: int = 1,

@@ -204,7 +204,9 @@ def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[st
     """Each rank's figures, by the number of ranks. The imports are paid for once, by the server that forks them."""
     folder = tmp_path_factory.mktemp("ranks")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torchmetrics", "dtrain.metrics", "dtrain.distributed.setup", "dtrain.dataloader"])
+    context.set_forkserver_preload(
+        ["torchmetrics", "dtrain.metrics", "dtrain.distributed.process_group", "dtrain.dataloader"]
+    )
     processes = [context.Process(target=rank_main, args=(rank, n, folder)) for n in WORLDS for rank in range(n)]
     for process in processes:
         process.start()

@@ -64,6 +64,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(repr(item) for item in found)}?" if found else ""
 
 
+def first_few(items: Sequence[str], limit: int, separator: str = ", ") -> str:
+    """The first items of a list in one text: `a, b and 3 more`, or with semicolons `a; b; and 3 more`."""
+    text = separator.join(items[:limit])
+    if len(items) <= limit:
+        return text
+    return f"{text}{'' if separator == ', ' else separator.rstrip()} and {len(items) - limit} more"
+
+
 def dotted(path: Sequence[str | int]) -> str:
     """('loaders', 'train', 0) -> 'loaders.train.0'."""
     return ".".join(map(str, path))
@@ -101,3 +109,9 @@ def to_plain(value: Any) -> Any:
     if is_mapping(value):
         return {key: to_plain(value[key]) for key in value}
     return [to_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def mark_section(error: BaseException, section: str) -> None:
+    """Note, on its way, from which section of the config an error came: `error.section`. The innermost mark counts."""
+    if not hasattr(error, "section"):
+        error.section = section  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
 """What is input, target and main output: the forms that batches and outputs may have."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 
@@ -70,13 +70,23 @@ def _described(batch: Any) -> str:
     return f"a {type(batch).__name__}{size}"
 
 
-def caller(model: torch.nn.Module, example: Any) -> Callable[[torch.nn.Module, Any], Any]:
+Form = Literal["one", "several", "named"]
+
+
+def call_form(model: torch.nn.Module, example: Any) -> Form:
     """How a model takes an input of this form: as one argument, as several, or by name; decided by its signature."""
-    if isinstance(example, Mapping) and _accepts(model, (), example):
-        return lambda model, value: model(**value)
-    if isinstance(example, list | tuple) and _accepts(model, example, {}):
-        return lambda model, value: model(*value)
-    return lambda model, value: model(value)
+    if isinstance(example, Mapping):
+        return "named" if _accepts(model, (), example) else "one"
+    if isinstance(example, list | tuple):
+        return "several" if _accepts(model, example, {}) else "one"
+    return "one"
+
+
+def call(model: torch.nn.Module, inputs: Any, form: Form) -> Any:
+    """What a model makes of an input that it takes in this form."""
+    if form == "named":
+        return model(**inputs)
+    return model(*inputs) if form == "several" else model(inputs)
 
 
 def _accepts(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

@@ -20,7 +20,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from dtrain.distributed.process import VARIABLE, Launch
+from dtrain.distributed.launched_rank import LAUNCH_VARIABLE, Launch
 
 STORE_SECONDS = 300  # so long a node waits for the one that holds the rendezvous
 NODES_SECONDS = 900  # and for all others
@@ -142,7 +142,7 @@ class Agent(LocalElasticAgent):
         folder = self._folder / f"start-{starts}"
         folder.mkdir()
         self._launch = Launch(os.getpid(), str(folder), starts, self._log_folder)
-        os.environ[VARIABLE] = json.dumps(self._launch._asdict())
+        os.environ[LAUNCH_VARIABLE] = json.dumps(self._launch._asdict())
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         for worker in worker_group.workers:
@@ -169,7 +169,7 @@ class Agent(LocalElasticAgent):
 
     def _end_of(self, worker: Worker, result: RunResult) -> End:
         failure = result.failures.get(worker.global_rank)
-        status, spoke, word = 0, math.inf, self._launch.word(worker.local_rank)
+        status, spoke, word = 0, math.inf, self._launch.status_file(worker.local_rank)
         with suppress(OSError, ValueError):
             status, spoke = int(word.read_text()), word.stat().st_mtime
         return End(worker.global_rank, failure.exitcode if failure else status, spoke)

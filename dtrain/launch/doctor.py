@@ -28,8 +28,8 @@ from dtrain.config.build import version_of
 from dtrain.config.errors import ConfigError, one_line
 from dtrain.config.load import run_folder
 from dtrain.distributed.environment import Environment, environment
+from dtrain.distributed.process_group import set_up
 from dtrain.distributed.ranks import Ranks
-from dtrain.distributed.setup import set_up
 from dtrain.tracking.secrets import redact
 from dtrain.tracking.start_sender import probe_store
 from dtrain.tracking.uri import resolve_tracking_uri, sqlite_file

@@ -21,15 +21,16 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from dtrain.config.errors import ConfigError, Mistake, one_line
+from dtrain.distributed.device import choose_device
 from dtrain.distributed.environment import Environment, cores
 from dtrain.distributed.exit_status import INTERRUPTED, STOPPED_EARLY
-from dtrain.distributed.setup import choose_device
-from dtrain.distributed.stop import REPEAT_SECONDS, end_at_once, heeded
+from dtrain.distributed.stop import REPEAT_SECONDS, end_at_once, stop_signals
 from dtrain.launch.console import Console
-from dtrain.tracking.run_folder import close_run_of, lives, read_json, read_run
+from dtrain.tracking.run_folder import close_run_of, lives, read_run
+from dtrain.tracking.whole_file import read_json
 
 if TYPE_CHECKING:
-    from dtrain.distributed.process import Launch
+    from dtrain.distributed.launched_rank import Launch
     from dtrain.launch.agent import AgentThread, End
 
 DONE, FAILED, USAGE = 0, 1, 2
@@ -258,7 +259,7 @@ class _Job:
         for name in ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # what they have to say is said here
         private = Path(tempfile.mkdtemp(prefix="dtrain-launch-"))
-        for number in (*heeded(), signal.SIGQUIT):
+        for number in (*stop_signals(), signal.SIGQUIT):
             signal.signal(number, self._take)
         agent = AgentThread(self.site, private, str(self.console.log_folder), self._listen, self._ended)
         agent.start()
@@ -375,7 +376,7 @@ class _Job:
 
     def _first_failure(self) -> list[str]:
         """Which rank failed first, how, where its output is, and its traceback."""
-        from dtrain.training.failure import FAILURE
+        from dtrain.training.failure_card import FAILURE
 
         note = read_json(self.folder / FAILURE)
         if note.get("time", 0.0) < self.start_began:  # of another start, or of another machine's disk

@@ -18,7 +18,7 @@ from dtrain.data.batch import main_output, split
 from dtrain.reporting.classification_errors import Error, Errors, confusion_matrix, errors_of, read, together
 from dtrain.reporting.png_drawing import Tile, enlarged, extent, gray, matrix, png, sheet
 from dtrain.reporting.sample_panel import panel
-from dtrain.tracking.run_folder import write_bytes
+from dtrain.tracking.whole_file import write_bytes
 
 PICTURES = "pictures"  # in the run folder
 _TILE_SIDE, _TILE_COLUMNS = 120, 4  # of the worst errors

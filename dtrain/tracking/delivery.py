@@ -10,17 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from dtrain.tracking.run_folder import (
-    DELIVERY,
-    JOURNAL,
-    close_run_of,
-    read_json,
-    read_line,
-    read_run,
-    update_run,
-    write_json,
-)
+from dtrain.tracking.run_folder import DELIVERY, JOURNAL, close_run_of, read_line, read_run, update_run
 from dtrain.tracking.secrets import redact
+from dtrain.tracking.whole_file import read_json, write_json
 
 PATIENCE_SECONDS = 30.0  # without any success, once no rank 0 is there any more
 _LOOK_EVERY_SECONDS = 0.1  # a read at the journal's end

@@ -14,19 +14,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from dtrain.tracking.run_folder import (
-    DELIVERY,
-    JOURNAL,
-    RUN_FACTS,
-    SENDER_LOG,
-    read_json,
-    read_run,
-    take_up_journal,
-    update_run,
-)
+from dtrain.tracking.run_folder import DELIVERY, JOURNAL, RUN_FACTS, SENDER_LOG, read_run, take_up_journal, update_run
 from dtrain.tracking.secrets import is_secret, redact
 from dtrain.tracking.start_sender import ask_sender, start_process, tell_sender
 from dtrain.tracking.uri import resolve_tracking_uri
+from dtrain.tracking.whole_file import read_json
 
 STATUSES = ("FINISHED", "FAILED", "KILLED")
 Status = Literal["FINISHED", "FAILED", "KILLED"]

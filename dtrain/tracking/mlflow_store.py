@@ -265,8 +265,8 @@ def probe(experiment: str, uri: str) -> dict[str, Any]:
         client = connect(uri)
         there = client.get_experiment_by_name(experiment) or next(iter(client.search_experiments(max_results=1)), None)
         if there is not None:
-            client.set_experiment_tag(there.experiment_id, "dtrain.launch.doctor", "probe")
-            client.delete_experiment_tag(there.experiment_id, "dtrain.launch.doctor")
+            client.set_experiment_tag(there.experiment_id, "dtrain.doctor", "probe")
+            client.delete_experiment_tag(there.experiment_id, "dtrain.doctor")
         return {"experiment": there.name if there else None}
     except Exception as error:
         return {"error": redact(brief(error))}

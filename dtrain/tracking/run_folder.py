@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dtrain.tracking.whole_file import read_json, write_json
+
 JOURNAL = "metrics.jsonl"
 RUN_FACTS = "run.json"
 DELIVERY = "mlflow.json"  # the sender's memory: what MLflow has acknowledged
@@ -52,43 +54,6 @@ def update_run(folder: Path, *, when: Mapping[str, Any] | None = None, **changes
         return True
     finally:
         lock.release()
-
-
-def write_json(path: Path, value: Mapping[str, Any], durable: bool = False) -> None:
-    """Writes a JSON file whole or not at all; durable: it also outlives a power failure."""
-    write_text(path, json.dumps(value, indent=1, default=str) + "\n", durable)
-
-
-def write_text(path: Path, text: str, durable: bool = False) -> None:
-    """Writes a text file whole or not at all; durable: it also outlives a power failure."""
-    write_bytes(path, text.encode(), durable)
-
-
-def write_bytes(path: Path, data: bytes, durable: bool = False) -> None:
-    """Writes a file whole or not at all; durable: it also outlives a power failure."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What a JSON file holds; {} when it is not there, and, with a warning, when it is damaged."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        _log.warning("%s is damaged and taken as empty: %s", path, error)
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def read_line(line: bytes) -> dict[str, Any]:

@@ -15,7 +15,6 @@ import pytest
 import torch
 import yaml
 from conftest import RunCli
-from test_vit import published_vit  # noqa: F401  (a fixture)
 
 from dtrain.checkpoint.files import load_weights
 from dtrain.checkpoint.snapshot import CheckpointError
@@ -105,7 +104,7 @@ def test_weights_of_another_model_are_told_by_the_names_of_the_file() -> None:
     assert any("model.a" in line for line in misfits_of(own, fitted(own, other)))
 
 
-def test_a_state_dict_of_vit_pytorch_loads(published_vit: type, tmp_path: Path) -> None:  # noqa: F811
+def test_a_state_dict_of_vit_pytorch_loads(published_vit: type, tmp_path: Path) -> None:
     settings = dict(image_size=8, patch_size=4, num_classes=3, channels=1, dim=16, depth=1, heads=2, mlp_dim=16)
     old, new = published_vit(**settings).eval(), ViT(**settings).eval()
     torch.save(old.state_dict(), tmp_path / "vit.pt")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from hostile import HOSTILE, bomb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -233,40 +234,13 @@ def test_all_mistakes_of_a_document_are_told() -> None:
     ]
 
 
-def bomb(levels: int, merge: bool = False) -> str:
-    """Nine aliases in each level: 9 ** levels leaves out of a few hundred characters."""
-    lines = ["a0: &a0 {x: 1}"]
-    for level in range(1, levels):
-        inside = ", ".join([f"*a{level - 1}"] * 9)
-        lines.append(f"a{level}: &a{level} " + (f"{{<<: [{inside}], y{level}: 1}}" if merge else f"[{inside}]"))
-    return "\n".join(lines)
-
-
-HOSTILE = {
-    "alias bomb": bomb(9),
-    "merge bomb": bomb(9, merge=True),
-    "flow lists": "a: " + "[" * 2000,
-    "flow mappings": "{a: " * 2000,
-    "closed lists": "a: " + "[" * 2000 + "]" * 2000,
-    "block mappings": "\n".join(" " * depth + "a:" for depth in range(2000)),
-    "block lists": "\n".join(" " * depth + "-" for depth in range(2000)),
-    "many values": "a: [" + "1," * 400_000 + "]",
-    "many keys": "\n".join(f"k{index}: 1" for index in range(80_000)),
-    "circle": "a: &a {b: *a}",
-    "comments": "# " + "x" * 900_000 + "\na: [",
-    "quotes": "a: '" + "x''" * 300_000,
-    "keys of keys": "? " * 2000,
-    "tags": "!!python/object/new:os.system [echo hi]",
-}
-
-
 def test_a_hostile_text_is_refused_in_little_time_and_memory() -> None:
     code = f"""
 import json, resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (2 * 2**30,) * 2)
 resource.setrlimit(resource.RLIMIT_CPU, (40, 40))  # seconds; a tenth of it is enough
 sys.path.insert(0, {json.dumps(str(Path(__file__).parents[1]))})
-from test_yaml12 import HOSTILE
+from hostile import HOSTILE, bomb
 from dtrain.config.errors import ConfigError
 from dtrain.config.yaml12 import parse
 for name, text in HOSTILE.items():

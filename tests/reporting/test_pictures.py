@@ -21,6 +21,7 @@ from dtrain.config.errors import ConfigError
 from dtrain.data.samplers import EvaluationShard
 from dtrain.data.seeded_batches import batch_loader
 from dtrain.dataloader import loader_settings
+from dtrain.modelloader import Outcome
 from dtrain.reporting import png_drawing, sample_panel, validation_pictures
 from dtrain.reporting.classification_errors import confusion_matrix
 from dtrain.reporting.number_text import short_count
@@ -40,7 +41,6 @@ from dtrain.reporting.png_drawing import (
 from dtrain.reporting.sample_panel import compared
 from dtrain.reporting.validation_pictures import Album, Pictures, chosen, kind_of, source_of
 from dtrain.tracking.journal import Journal
-from dtrain.training.evaluate import Outcome
 
 RNG = np.random.default_rng(0)
 
