@@ -44,7 +44,7 @@ from dtrain.predict.segmentation import Agreement, Choice, instances
 from dtrain.predict.stitching import Run, stitched
 from dtrain.predict.work_folder import PredictionError, opened, read_parts, write_part
 from dtrain.predict.writer import cut
-from dtrain.reporting.line_progress import LineProgress
+from dtrain.reporting.progress import Progress
 from dtrain.trainer import create_trainer
 
 torch.set_num_threads(1)
@@ -119,7 +119,7 @@ def inference(predictor: Predictor, model: Any = identity, ranks: Ranks | None =
     asked_to_stop = getattr(model, "is_to_stop", lambda: False)
     forward = Forward(nn.Identity(), ranks.device)
     identity = {"weights": weights}
-    return Inference(predictor, forward, model, ranks, LineProgress(), Path(), identity, asked_to_stop=asked_to_stop)
+    return Inference(predictor, forward, model, ranks, Progress(), Path(), identity, asked_to_stop=asked_to_stop)
 
 
 def predicted(
