@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -28,8 +27,8 @@ from dtrain.predict.inference import Result
 from dtrain.predict.run import load_for_use, logits, predict
 from dtrain.tracking.secrets import keep_secret
 from dtrain.training.evaluate import evaluate, evaluate_volumes
-from dtrain.training.failed_step import FailedStep
-from dtrain.training.failure_card import Evidence, reported
+from dtrain.training.evidence import Evidence
+from dtrain.training.failure_card import reported
 from dtrain.training.finite_step import FiniteStep, NonFiniteError
 from dtrain.training.rescue import LastStep, is_request_to_stop, rescue
 from dtrain.training.run_status import Recorder
@@ -211,7 +210,10 @@ class Trainer:
             say(start.finished)
             self.journal.deliver_later(start.folder)
             return "FINISHED"
-        evidence = self._evidence()
+        evidence = Evidence(
+            self.activity, self.state, self.last_step, self.module, self.loaders, self.ranks, start.folder,
+            self.parts.run.places,
+        )  # fmt: skip
         recorder = Recorder(self.parts.run, self.journal, self.progress, self.saver, self.stop_request, self.ranks)
         with (
             recorder.session(self.state) as ending,
@@ -539,33 +541,6 @@ class Trainer:
                 raise
             self.stop()
             self.ranks.are_lost = self.ranks.world_size > 1
-
-    def _evidence(self) -> Evidence:
-        """What is looked at where a training fails or hangs."""
-        run = self.parts.run
-        failed_step = FailedStep(run.folder, self.module, self.state, self.last_step, self.train_loader, self.ranks)
-        return Evidence(
-            self.activity,
-            self.state,
-            self.ranks,
-            self.module,
-            run.folder,
-            run.places,
-            self._samples_at_work,
-            failed_step,
-        )
-
-    def _samples_at_work(self, error: BaseException | None = None) -> list[int]:
-        """The samples of this rank's batch, or of the one that it waits for; in an evaluation, of an error's batch."""
-        phase = self.activity.phase
-        if error is None or phase not in ("validation", "test"):
-            return next(iter(self.train_loader.shard.batches_from(self.epoch, self.activity.batch_start, 1)), [])
-        loader: Any = self.loaders.test if phase == "test" else self.loaders.val
-        number = getattr(error, "batch_number", None)  # none where it was not the model, the loss or a metric
-        if loader is None or number is None:
-            return []
-        _epoch, *samples = next(itertools.islice(iter(loader.batch_sampler or ()), number, None), [0])
-        return samples
 
     # ------------------------------------------------------------------------------------------------ small change
 

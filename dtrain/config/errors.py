@@ -86,7 +86,7 @@ def shown(value: Any) -> str:
 
 
 def found(value: Any) -> str:
-    """`found text 'abc'`, `found null`: what a user is told about a value of a wrong type."""
+    """`found string 'abc'`, `found null`: what a user is told about a value of a wrong type."""
     return "found null" if value is None else f"found {type_name(value)} {shown(value)}"
 
 
@@ -96,7 +96,7 @@ def type_name(value: Any) -> str:
         return "null"
     if is_mapping(value):
         return "mapping"
-    return {str: "text"}.get(type(value), type(value).__name__)
+    return {str: "string"}.get(type(value), type(value).__name__)
 
 
 def is_mapping(value: Any) -> bool:

@@ -16,15 +16,7 @@ from dtrain.data.loader_workers import begin_worker, signals_blocked
 
 
 def batch_loader(dataset: Any, seed: int, batch_sampler: Any, options: dict[str, Any]) -> DataLoader:
-    """A loader of seeded batches.
-
-    Args:
-        dataset: Has a length and items by index.
-        seed: Of the training.
-        batch_sampler: Yields [epoch, index, index, ...] for each batch.
-        options: DataLoader's arguments num_workers, prefetch_factor, timeout, persistent_workers, pin_memory,
-            multiprocessing_context and collate_fn.
-    """
+    """A loader of the batches whose [epoch, index, ...] the sampler yields, with DataLoader's options."""
     workers = options["num_workers"]
     if not workers:
         options = options | {"prefetch_factor": None, "timeout": 0}

@@ -6,20 +6,13 @@ from dtrain.reporting.number_text import duration_text
 
 
 class EpochClock:
-    """Counts the optimizer steps of this process, or the patches of a prediction.
-
-    Attributes:
-        epoch: Which one, from 1 on.
-        epochs: How many there will be; None if something else ends the training.
-        steps: Steps or patches in this epoch.
-        done: How many of them are done; whoever does one counts it here.
-        of_patches: Whether patches are counted, else optimizer steps.
-    """
+    """Counts the optimizer steps of this process, or the patches of a prediction."""
 
     def __init__(self) -> None:
-        self.epoch, self.steps, self.done = 0, 0, 0
-        self.epochs: int | None = None
-        self.of_patches = False
+        self.epoch, self.steps = 0, 0  # from 1 on; steps in this epoch
+        self.epochs: int | None = None  # None if something else ends the training
+        self.done = 0  # of this epoch's steps; whoever does one counts it here
+        self.of_patches = False  # else of optimizer steps
         self._before = 0  # steps of the epochs before; only differences of `counted` have a meaning
         self._measured_from: tuple[float, int] | None = None  # time, steps
 

@@ -24,14 +24,6 @@ class SafeStream:
         with self._errors_dropped():
             self._stream.flush()
 
-    def isatty(self) -> bool:
-        """Whether it is a terminal."""
-        return self._stream.isatty()
-
-    def fileno(self) -> int:
-        """The stream's descriptor."""
-        return self._stream.fileno()
-
     @contextlib.contextmanager
     def _errors_dropped(self) -> Iterator[None]:
         try:

@@ -35,15 +35,7 @@ def summary_table(
 def prediction_lines(
     files: Sequence[Path], made: int, stopped: bool, scores: Mapping[str, Sequence[float]], metric: str
 ) -> list[str]:
-    """Lines after a prediction: the scores, where the files are, and how to continue.
-
-    Args:
-        files: All files, those included that were there before.
-        made: How many of them this start has made.
-        stopped: Whether it was asked to stop.
-        scores: Of each file with a label, by the file's name, one figure per class.
-        metric: What the scores are called.
-    """
+    """Lines after a prediction: the scores by file and class, where the files are, and how to continue."""
     lines = []
     for name, values in scores.items():
         known = [value for value in values if not math.isnan(value)]

@@ -12,7 +12,7 @@ from dtrain.data.batch import size
 from dtrain.distributed.ranks import Ranks
 from dtrain.metrics import Metrics
 from dtrain.modelloader import Forward
-from dtrain.reporting.pictures import Album
+from dtrain.reporting.validation_pictures import Album
 
 
 @torch.no_grad()

@@ -9,18 +9,16 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from dtrain.distributed.ranks import Ranks, is_lost_rank
+from dtrain.distributed.ranks import is_lost_rank
 from dtrain.tracking.secrets import redact
 from dtrain.tracking.whole_file import write_json
-from dtrain.training.failed_step import FailedStep
-from dtrain.training.state import Activity, TrainState
+from dtrain.training.evidence import Evidence
 
 PACKAGE = Path(__file__).resolve().parents[1]
 FAILURE = "failure.json"
@@ -62,31 +60,6 @@ _CURES = (
 )
 
 
-@dataclass
-class Evidence:
-    """What is looked at where a training fails or hangs.
-
-    Attributes:
-        activity: What this rank is doing.
-        state: How far the training is.
-        ranks: This rank among the others.
-        module: The bare model.
-        folder: The run folder.
-        places: Where each section of the config stands, as file:line.
-        samples: Gives the samples of the batch at work, or of the one at which an error came.
-        failed_step: Keeps what repeating the step at work takes.
-    """
-
-    activity: Activity
-    state: TrainState
-    ranks: Ranks
-    module: torch.nn.Module
-    folder: Path
-    places: Mapping[str, str]
-    samples: Callable[[BaseException | None], list[int]]
-    failed_step: FailedStep
-
-
 @contextmanager
 def reported(evidence: Evidence, say: Callable[[str], None]) -> Iterator[None]:
     """Tell an error that comes from inside as a card; a second Ctrl-C is none."""
@@ -116,7 +89,7 @@ def report(evidence: Evidence, error: BaseException) -> list[str]:
             mailbox.notes("failure", OTHERS_SECONDS)
         if note["phase"] in STEP_PHASES:  # those who are not gone have had the time to leave their numbers
             timeout_seconds = 0.5 if lost else NUMBERS_SECONDS
-            problem = evidence.failed_step.keep(note["phase"] != "logging", timeout_seconds)
+            problem = evidence.keep_step(note["phase"] != "logging", timeout_seconds)
         if not ranks.is_main:
             return []
         notes = mailbox.notes("failure")

@@ -14,7 +14,7 @@ from dtrain.config.errors import ConfigError
 from dtrain.data import rng
 from dtrain.dataloader import TrainLoader
 from dtrain.modelloader import Forward
-from dtrain.training.failed_step import FAILED_STEP
+from dtrain.training.evidence import FAILED_STEP
 
 
 def replay(forward: Forward, module: torch.nn.Module, loader: TrainLoader, folder: Path) -> Iterator[str]:

@@ -17,9 +17,10 @@ from dtrain.checkpoint.snapshot import CheckpointError
 from dtrain.checkpoint.store import Checkpoints
 from dtrain.checkpoint.weights import misfits_of, take_over
 from dtrain.config.build import build, defaults
-from dtrain.config.check import notes, strategy_mistakes
+from dtrain.config.check import notes
 from dtrain.config.errors import ConfigError, first_few, to_plain
 from dtrain.config.load import place_of, run_folder, sources, to_yaml
+from dtrain.config.rules import strategy_mistakes
 from dtrain.config.schema import PHASES, calls, refused
 from dtrain.data import rng
 from dtrain.dataloader import Loaders, get_train_loaders
@@ -34,8 +35,9 @@ from dtrain.modelloader import Forward, get_model, parameter_count
 from dtrain.predict.inference import IDLE_SECONDS, Inference
 from dtrain.predict.work_folder import digest
 from dtrain.reporting import summary as report
-from dtrain.reporting.pictures import Pictures
-from dtrain.reporting.progress import Progress, get_progress
+from dtrain.reporting.line_progress import LineProgress
+from dtrain.reporting.progress import get_progress
+from dtrain.reporting.validation_pictures import Pictures
 from dtrain.tracking.journal import Journal, NoJournal, flatten
 from dtrain.tracking.secrets import redact, redacted_tree
 from dtrain.training.ema import EMA
@@ -61,7 +63,7 @@ class Parts:
     saver: Saver
     stop: StopRequest
     journal: Journal | NoJournal
-    progress: Progress
+    progress: LineProgress
     pictures: Pictures
     inference: Inference
     mode: Literal["min", "max"]
@@ -135,7 +137,7 @@ def make_parts(
     )  # fmt: skip
 
 
-def _ranks(config: ConfigDict, options: Mapping[str, Any], purpose: str) -> tuple[Ranks, Progress]:
+def _ranks(config: ConfigDict, options: Mapping[str, Any], purpose: str) -> tuple[Ranks, LineProgress]:
     """This rank among the others, and what shows its progress, which begins with what is worth knowing of both."""
     ddp = ({"timeout_seconds": IDLE_SECONDS} if purpose == "predict" else {}) | (options["ddp"] or {})
     fsdp = _fsdp(config, options) if purpose == "train" else None  # else each rank has a whole model

@@ -18,7 +18,8 @@ from dtrain.data.loader_workers import stacks_of_workers
 from dtrain.distributed.exit_status import FAILED
 from dtrain.tracking.run_folder import update_run
 from dtrain.tracking.whole_file import write_json, write_text
-from dtrain.training.failure_card import FAILURE, Evidence, memory_text
+from dtrain.training.evidence import Evidence
+from dtrain.training.failure_card import FAILURE, memory_text
 
 HANG = "hang.txt"
 ANSWER_SECONDS = 3.0  # so long the others have to tell where they are
@@ -111,7 +112,7 @@ class _Watch:
         state, phase = self.evidence.state, self.evidence.activity.phase
         return {
             "collectives": _collectives_begun(), "step": state.step, "epoch": state.epoch, "phase": phase,
-            "stacks": stacks, "samples": self.evidence.samples(None), "host": self.ranks.host, "pid": os.getpid(),
+            "stacks": stacks, "samples": self.evidence.samples(), "host": self.ranks.host, "pid": os.getpid(),
             "memory": memory_text(),
         }  # fmt: skip
 

@@ -175,8 +175,8 @@ def mistakes_of(text: str, folder: Path, purpose: str) -> list[str]:
             "predict",
             [
                 "predictor.batch_size: must be at least 1, found 0",
-                "predictor.blend: expected one of 'gaussian', 'constant', found text 'mean'",
-                "predictor.patch_shap: predictor takes no 'patch_shap'; did you mean 'patch_shape'",
+                "predictor.blend: expected one of 'gaussian', 'constant', found string 'mean'",
+                "predictor.patch_shap: predictor got an unexpected argument 'patch_shap'; did you mean 'patch_shape'",
             ],
         ),
     ],

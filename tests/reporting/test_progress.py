@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 import pytest
 
-from dtrain.reporting import progress as progress_module
-from dtrain.reporting.log_lines import LogLines
+from dtrain.reporting import line_progress
+from dtrain.reporting.line_progress import LineProgress
 from dtrain.reporting.number_text import count_text, duration_text, figure_text
-from dtrain.reporting.progress import Progress, get_progress
-from dtrain.reporting.terminal import TerminalDisplay
+from dtrain.reporting.progress import get_progress
+from dtrain.reporting.terminal_progress import TerminalProgress
 
 URI = "sqlite:////home/someone/projects/with/a/long/path/that/goes/on/and/on/digits/mlflow.db"
 COMMAND = f"mlflow ui --backend-store-uri {URI}"
@@ -153,9 +153,9 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     return Terminal()
 
 
-def opened(terminal: Terminal) -> Progress:
+def opened(terminal: Terminal) -> TerminalProgress:
     bar = get_progress(True, terminal)
-    assert [type(sink) for sink in bar._sinks] == [TerminalDisplay]
+    assert isinstance(bar, TerminalProgress)
     return bar
 
 
@@ -268,11 +268,11 @@ def test_it_redraws_at_most_twice_a_second(terminal: Terminal) -> None:
     seconds = time.perf_counter() - began
     drawn = terminal.getvalue().count("epoch 1/1")
     bar.close()
-    assert 1 <= drawn <= 1 + seconds / progress_module.REDRAW_SECONDS
+    assert 1 <= drawn <= 1 + seconds / line_progress.REFRESH_SECONDS
 
 
 def test_the_bar_shows_loss_speed_metric_and_time_left(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress_module, "REDRAW_SECONDS", 0.0)
+    monkeypatch.setattr(line_progress, "REFRESH_SECONDS", 0.0)
     monkeypatch.setenv("COLUMNS", "120")
     bar = opened(terminal)
     bar.start_epoch(2, 3, 1200, done=599)
@@ -290,7 +290,7 @@ def test_the_bar_shows_loss_speed_metric_and_time_left(terminal: Terminal, monke
 
 
 def test_a_full_bar_says_that_it_evaluates(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress_module, "REDRAW_SECONDS", 0.0)
+    monkeypatch.setattr(line_progress, "REFRESH_SECONDS", 0.0)
     bar = opened(terminal)
     bar.start_epoch(1, 1, 1)
     bar.step()
@@ -496,12 +496,12 @@ def test_a_copy_ends_with_an_error_too() -> None:
     assert re.fullmatch(f"{STAMP}heard\n", copy.getvalue())
 
 
-def test_both_sinks_have_the_same_methods() -> None:
+def test_both_kinds_have_the_same_methods() -> None:
     def methods(kind: type) -> dict[str, inspect.Signature]:
         members = inspect.getmembers(kind, inspect.isfunction)
         return {name: inspect.signature(method) for name, method in members if not name.startswith("_")}
 
-    assert methods(LogLines) == methods(TerminalDisplay)
+    assert methods(LineProgress) == methods(TerminalProgress)
 
 
 # Numbers
@@ -510,7 +510,7 @@ def test_both_sinks_have_the_same_methods() -> None:
 @pytest.mark.parametrize(
     ("count", "text"),
     [
-        (68_946, "68,946"),
+        (68_946, "68.9k"),
         (0.25, "0.25"),
         (0.00412, "0.00412"),
         (999.4, "999"),

@@ -172,7 +172,7 @@ def test_the_replay_names_the_module_whose_output_is_bad_first(place: Place) -> 
 
 
 def test_a_folder_without_a_failed_step_is_told(place: Place, tmp_path: Path) -> None:
-    assert "is no run folder" in place.run("replay", str(tmp_path), expect=2).text
+    assert "is not a run folder" in place.run("replay", str(tmp_path), expect=2).text
 
 
 def test_a_model_that_leaves_the_program_has_failed(place: Place) -> None:

@@ -34,7 +34,7 @@ class DiceLoss(nn.Module):
         squeeze_channel: (N, 1, *) becomes (N, *).
 
     Raises:
-        ValueError: The normalization is unknown, or the weights are no list of numbers, none negative, not all 0.
+        ValueError: The normalization is unknown, or the weights are not a list of numbers, none negative, not all 0.
     """
 
     weight: Tensor | None

@@ -103,7 +103,7 @@ class ClassReader:
                 independent of one another.
 
         Raises:
-            ValueError: The shapes do not fit, or a label is no class.
+            ValueError: The shapes do not fit, or a label is not a class.
         """
         output, target = main_logits(output), main_of(target)
         self._check_channels(output)

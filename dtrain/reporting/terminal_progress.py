@@ -1,15 +1,14 @@
-"""A run's progress on a terminal: a bar, and a table with one row per epoch. Drawn by rich, which is imported late."""
+"""A run's progress on a terminal, drawn by rich: a bar, and a table with one row per epoch."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from time import perf_counter
 from typing import TYPE_CHECKING, TextIO
 
-from dtrain.reporting.epoch_clock import EpochClock
+from dtrain.reporting.line_progress import REFRESH_SECONDS, LineProgress
 from dtrain.reporting.number_text import (
     count_text,
     duration_text,
-    figure_pairs,
     figure_text,
     figure_texts,
     without_phase,
@@ -19,30 +18,29 @@ from dtrain.reporting.safe_stream import SafeStream
 if TYPE_CHECKING:
     from rich.text import Text
 
-REDRAW_SECONDS = 0.5  # a bar is for eyes; a redraw costs the step under it about a millisecond
 BAR_COLUMNS = (6, 40)  # at least, at most
 
 
-class TerminalDisplay:
+class TerminalProgress(LineProgress):
     """A table of facts, a row per epoch, under them a line with the bar, and at the end a summary.
 
     The bar is one line and the cursor stays visible: what another process writes in between spoils that line at most,
     and after a kill -9 the terminal is as it was.
     """
 
-    def __init__(self, stream: TextIO, clock: EpochClock) -> None:
+    def __init__(self, terminal: TextIO) -> None:
         from rich.console import Console
         from rich.live import Live
 
-        self._console = Console(file=SafeStream(stream), force_terminal=True, highlight=False)  # type: ignore[arg-type]
-        self._clock = clock
-        self._table = EpochTable()
+        super().__init__()
+        self._console = Console(file=SafeStream(terminal), force_terminal=True, highlight=False)  # type: ignore[arg-type]
+        self._columns: list[str] = []  # of the table of epochs, as its last header has them
         self._step = 0
         self._trained: dict[str, float] = {}  # the training's latest figures
         self._evaluated: dict[str, float] = {}  # the validation's
         self._row_is_due = False
         self._row_start = (perf_counter(), 0)  # time, steps
-        is_stdout = stream is sys.stdout
+        is_stdout = terminal is sys.stdout
         self._live = Live(
             console=self._console,
             auto_refresh=False,
@@ -53,41 +51,37 @@ class TerminalDisplay:
         )
 
     def begin(self, facts: Mapping[str, str]) -> None:
-        """The facts in a frame; nothing in them is taken for rich's markup."""
-        from rich.box import ROUNDED
-        from rich.panel import Panel
-        from rich.table import Table
-        from rich.text import Text
+        """The table before the first step."""
+        super().begin(facts)
+        self._print_table(facts)
 
-        table = Table.grid(padding=(0, 2))
-        table.add_column(style="cyan", no_wrap=True)
-        table.add_column(overflow="fold")
-        for name, value in facts.items():
-            table.add_row(Text(name), Text(value))
-        self._console.print(Panel(table, box=ROUNDED, border_style="dim", expand=False))
-
-    def start(self) -> None:
-        """A new bar; the row of the epoch before, where no validation has printed it."""
+    def start_epoch(self, epoch: int, epochs: int | None, steps: int, done: int = 0) -> None:
+        """A new bar."""
         self._print_due_row()
-        if not self._live.is_started:
-            self._row_start = (perf_counter(), self._clock.counted)
-            self._live.start()
-            self._console.show_cursor(True)  # Live hides it, and a killed process could not bring it back
+        super().start_epoch(epoch, epochs, steps, done)
+        self._start_bar()
 
-    def refresh(self) -> None:
-        """Redraws the bar."""
+    def start_patches(self, patches: int) -> None:
+        """A new bar."""
+        super().start_patches(patches)
+        self._start_bar()
+
+    def _refresh(self) -> None:
+        super()._refresh()
         self._live.refresh()
 
     def figures(self, step: int, figures: Mapping[str, float]) -> None:
         """Shown from the next redraw on."""
+        super().figures(step, figures)
         self._step = step
         self._trained.update(figures)
-        # So that a long evaluation stands under a full bar; an epoch shorter than a redraw's pause needs no such care.
-        if self._clock.done >= self._clock.steps and self._row_seconds() > REDRAW_SECONDS:
-            self.refresh()
+        # So that a long evaluation stands under a full bar; an epoch shorter than a refresh needs no such care.
+        if self._clock.done >= self._clock.steps and self._row_seconds() > REFRESH_SECONDS:
+            self._live.refresh()
 
-    def evaluation(self, phase: str, step: int, figures: Mapping[str, float], best: bool) -> None:
+    def evaluation(self, phase: str, step: int, figures: Mapping[str, float], best: bool = False) -> None:
         """A row in the table of epochs; of another phase than val, a line."""
+        super().evaluation(phase, step, figures, best)
         bare = without_phase(phase, figures)
         if phase == "val":
             self._step = step
@@ -95,10 +89,11 @@ class TerminalDisplay:
             self._print_row({name: figure_text(value) for name, value in self._evaluated.items()}, best)
         else:
             self._print_due_row()
-            self._print("  ".join([phase, *figure_texts(bare), *(["best so far"] if best else [])]), "bold")
+            self._print("  ".join([phase, *figure_texts(bare).values(), *(["best so far"] if best else [])]), "bold")
 
     def note(self, text: str) -> None:
         """The text above the bar; long lines are folded."""
+        super().note(text)
         self._print(text)
 
     def end_epoch(self) -> None:
@@ -111,10 +106,11 @@ class TerminalDisplay:
         What is too long for the frame, say a command with a path, follows on a line of its own that can be copied in
         one piece.
         """
+        super().summary(facts)
         self.close()
         width = self._console.width - max(map(len, facts), default=0) - 6  # frame, padding, gap
         long = {name: value for name, value in facts.items() if len(value) > width}
-        self.begin({name: value for name, value in facts.items() if name not in long})
+        self._print_table({name: value for name, value in facts.items() if name not in long})
         for name, value in long.items():
             self._print(name, "cyan")
             self._console.print(value, markup=False, emoji=False, soft_wrap=True)
@@ -123,6 +119,26 @@ class TerminalDisplay:
         """Takes the bar away and gives sys.stdout back; may be called again."""
         self._print_due_row()
         self._live.stop()
+
+    def _start_bar(self) -> None:
+        if not self._live.is_started:
+            self._row_start = (perf_counter(), self._clock.counted)
+            self._live.start()
+            self._console.show_cursor(True)  # Live hides it, and a killed process could not bring it back
+
+    def _print_table(self, facts: Mapping[str, str]) -> None:
+        """Facts in a frame; nothing in them is taken for rich's markup."""
+        from rich.box import ROUNDED
+        from rich.panel import Panel
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="cyan", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in facts.items():
+            table.add_row(Text(name), Text(value))
+        self._console.print(Panel(table, box=ROUNDED, border_style="dim", expand=False))
 
     def _print(self, text: str, style: str = "") -> None:
         self._console.print(text, style=style, markup=False, emoji=False, overflow="fold")
@@ -141,10 +157,24 @@ class TerminalDisplay:
         if "samples_per_second" in trained:
             cells["samples/s"] = count_text(trained["samples_per_second"])
         cells |= {"time": duration_text(self._row_seconds()), "": "best" if best else ""}
-        for line in self._table.lines(cells, self._console.width):
-            self._console.print(line)
+        self._print_cells(cells)
         self._row_is_due = False
         self._row_start = (perf_counter(), self._clock.counted)
+
+    def _print_cells(self, cells: Mapping[str, str]) -> None:
+        """A row of the table, and above it the columns' names when they are not those of the row before."""
+        from rich.text import Text
+
+        columns = _fitting_columns(cells, self._console.width)
+        if columns != self._columns:
+            self._columns = columns
+            header = "  ".join(_aligned(name, name, cells[name]) for name in columns)
+            self._console.print(Text(header, "dim", no_wrap=True))
+        row = Text(no_wrap=True, overflow="crop")
+        for name in columns:
+            row.append("  " if row else "")
+            row.append(_aligned(name, cells[name], cells[name]), _style(name, cells[name]))
+        self._console.print(row)
 
     def _row_seconds(self) -> float:
         return perf_counter() - self._row_start[0]
@@ -165,8 +195,10 @@ class TerminalDisplay:
     def _bar_figures(self, width: int) -> str:
         """The text after the bar: as many figures as there is width for, the most important ones first."""
         clock = self._clock
-        texts = {name: text.rjust(15) if "samples/s" in text else text for name, text in figure_pairs(self._trained)}
-        texts |= {name: text for name, text in figure_pairs(self._evaluated) if name != "val/loss"}
+        texts = figure_texts(self._trained)
+        if "samples_per_second" in texts:
+            texts["samples_per_second"] = texts["samples_per_second"].rjust(15)
+        texts |= figure_texts({name: value for name, value in self._evaluated.items() if name != "val/loss"})
         left = clock.left_text() if clock.done < clock.steps else "writing" if clock.of_patches else "evaluating"
         count = f" {clock.done:>{len(f'{clock.steps:,}')},}/{clock.steps:,}"
         shown = [count, left.ljust(16)]  # of equal length, so that nothing jumps
@@ -176,33 +208,8 @@ class TerminalDisplay:
         return "  ".join(shown)
 
 
-class EpochTable:
-    """Rows that line up under their columns' names."""
-
-    def __init__(self) -> None:
-        self._columns: list[str] = []
-
-    def lines(self, cells: Mapping[str, str], width: int) -> "Iterator[Text]":
-        """The row, and above it the columns' names when they are not those of the row before.
-
-        Args:
-            cells: Column's name -> text.
-            width: Columns of the terminal; what does not fit is left out, the figures from the right.
-        """
-        from rich.text import Text
-
-        columns = _fitting_columns(cells, width)
-        if columns != self._columns:
-            self._columns = columns
-            yield Text("  ".join(_aligned(name, name, cells[name]) for name in columns), "dim", no_wrap=True)
-        line = Text(no_wrap=True, overflow="crop")
-        for name in columns:
-            line.append("  " if line else "")
-            line.append(_aligned(name, cells[name], cells[name]), _style(name, cells[name]))
-        yield line
-
-
 def _fitting_columns(cells: Mapping[str, str], width: int) -> list[str]:
+    """The columns for which a terminal so wide has space: the figures are left out from the right, others before."""
     names = list(cells)
     figures = [name for name in names if name not in ("epoch", "step", "samples/s", "time", "")]
     for dropped in ("step", "samples/s", "time", *reversed(figures)):
