@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from ml_collections import ConfigDict
 
-from dtrain.checkpoint.files import Loaded, load, load_weights
+from dtrain.checkpoint.checkpoint_files import Loaded, load
+from dtrain.checkpoint.contents import CheckpointError
 from dtrain.checkpoint.resume import CHECKPOINTS, ResumeError, Start, find_start
 from dtrain.checkpoint.saver import Saver
-from dtrain.checkpoint.snapshot import CheckpointError
 from dtrain.checkpoint.store import Checkpoints
-from dtrain.checkpoint.weights import misfits_of, take_over
+from dtrain.checkpoint.weights import load_weights, misfits_of, take_over
 from dtrain.config.build import build, defaults
 from dtrain.config.check import notes
 from dtrain.config.errors import ConfigError, first_few, to_plain
@@ -364,7 +364,7 @@ def _loaded(config: ConfigDict, trainables: Trainables, ranks: Ranks, start: Sta
         return None
     loaded, misfit = None, ""
     if ranks.is_main:
-        loaded = load(start.checkpoint)
+        loaded = load(start.checkpoint, start.is_verified)
         misfit = _misfit(trainables, loaded)
     if misfit := ranks.broadcast(misfit):
         cure = "trainer.resume=none begins again, trainer.pre_trained takes over weights alone"

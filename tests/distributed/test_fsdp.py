@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from whole_runs import ACCELERATE, EXACT, Place, close, figures, last, write_config
 
-from dtrain.checkpoint.files import load
+from dtrain.checkpoint.checkpoint_files import load
 from dtrain.config.check import check
 from dtrain.config.errors import ConfigError
 from dtrain.config.load import load_config
