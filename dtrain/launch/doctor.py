@@ -4,6 +4,7 @@ Every probe has a limit in time: a disk or a server that does not answer is a fi
 ranks come together: each node is looked at, their clocks are compared, and the all-reduce is theirs.
 """
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -24,7 +25,6 @@ from typing import Any, Literal, NamedTuple
 
 import psutil
 
-from dtrain.config.build import version_of
 from dtrain.config.errors import ConfigError, one_line
 from dtrain.config.load import run_folder
 from dtrain.distributed.environment import Environment, environment
@@ -134,6 +134,14 @@ def versions() -> Finding:
         wrong += [f"{name}>={'.'.join(map(str, least))}"] if numbers < least else []
     cure = f"pip install {shlex.join(wrong)}" if wrong else ""
     return Finding("versions", "fail" if wrong else "ok", ", ".join(found), cure)
+
+
+def version_of(package: str) -> str:
+    """The version of an installed package, which is not imported; '' if there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def gpus() -> Finding:
