@@ -63,7 +63,7 @@ class Forward:
         self._is_on_cpu = device.type == "cpu"
         dtype = DTYPES.get(precision)
         self._autocast: Any = nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-        self._call: Callable[[nn.Module, Any], Any] | None = None
+        self._form: batches.Form | None = None  # of the inputs, once a batch was seen
 
     def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, Mapping[str, Tensor], Outcome]:
         """The loss (mean over the batch), its terms, and what metrics look at.
@@ -77,11 +77,11 @@ class Forward:
         if not self._is_on_cpu:
             batch = batches.to_device(batch, self.device)
         inputs, target = batches.split(batch, self.input_key, self.target_key)
-        if self._call is None:
-            self._call = batches.caller(self.module, inputs)
+        if self._form is None:
+            self._form = batches.call_form(self.module, inputs)
         with self._autocast:
             try:
-                output = self._call(model, inputs)
+                output = model(inputs) if self._form == "one" else batches.call(model, inputs, self._form)
             except Exception as error:
                 mark_section(error, "model")
                 raise
@@ -97,7 +97,7 @@ class Forward:
         if not self._is_on_cpu:
             inputs = batches.to_device(inputs, self.device)
         with self._autocast:
-            return batches.main_output(batches.caller(self.module, inputs)(model, inputs))
+            return batches.main_output(batches.call(model, inputs, batches.call_form(self.module, inputs)))
 
     def inputs(self, batch: Any) -> Any:
         """The input of a batch, with or without a target."""

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from dtrain.checkpoint.files import MANIFEST
 from dtrain.checkpoint.store import Checkpoints
-from dtrain.tracking.journal import find_run
 from dtrain.tracking.run_folder import lives, read_run
+from dtrain.tracking.start_sender import find_run
 
 CHECKPOINTS = "checkpoints"
 

@@ -1,7 +1,4 @@
-"""What a `def` or a class says about its arguments, as source text: names, defaults, types. Knows no config.
-
-And whether a YAML value fits a type annotation.
-"""
+"""What a `def` or a class says about its arguments (names, defaults, types), and whether a YAML value fits a type."""
 
 import ast
 from collections.abc import Iterator
@@ -18,14 +15,8 @@ _SCALARS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "
 _TUPLES = {"tuple", "Tuple"}
 _LISTS = {"list", "List", "Sequence", "Iterable", "Collection", "set", "Set", *_TUPLES}
 _MAPPINGS = {"dict", "Dict", "Mapping", "MutableMapping", "ConfigDict"}
-_MEANT = {
-    "none": None,
-    "nil": None,
-    "yes": True,
-    "on": True,
-    "no": False,
-    "off": False,
-}  # YAML 1.1's and Python's words
+# Words of YAML 1.1 and Python that YAML 1.2 reads as texts, and what is meant by them.
+_OTHER_SPELLINGS = {"none": None, "nil": None, "yes": True, "on": True, "no": False, "off": False}
 
 
 @dataclass(frozen=True)
@@ -97,16 +88,15 @@ def expectation(value: object, annotation: ast.expr | None) -> str | None:
     return _described(annotation)
 
 
-def cure(value: object, annotation: ast.expr | None) -> str:
+def correction(value: object, annotation: ast.expr | None) -> str:
     """`; write 1000` where a value of another type was meant (1e3, "yes", "None", a number in quotes), or nothing."""
     meant: Any = int(value) if isinstance(value, float) and value.is_integer() else value
     if isinstance(value, str):
-        meant = _MEANT.get(value.lower(), scalar(value))
+        meant = _OTHER_SPELLINGS.get(value.lower(), scalar(value))
     if type(meant) is type(value) or annotation is None or not _admits(meant, annotation):
         return ""
-    return f"; write {shown(meant)}" + (
-        " without quotes" if isinstance(value, str) and scalar(value) is not value else ""
-    )
+    is_quoted = isinstance(value, str) and scalar(value) is not value
+    return f"; write {shown(meant)}{' without quotes' if is_quoted else ''}"
 
 
 def wanted_as(value: object, annotation: ast.expr | None) -> str:
@@ -213,4 +203,4 @@ def _described_member(annotation: ast.expr) -> str:
     text = ast.unparse(annotation)
     if _name(annotation) in _OBJECTS:
         return "a list of numbers" if _name(annotation) == "Tensor" else "a component ({name: ...})"
-    return {"None": "null", "str": "text", "dict": "a mapping", "list[str]": "a list of texts"}.get(text, text)
+    return {"None": "null", "str": "string", "dict": "a mapping", "list[str]": "a list of strings"}.get(text, text)

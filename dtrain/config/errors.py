@@ -64,6 +64,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(repr(item) for item in found)}?" if found else ""
 
 
+def first_few(items: Sequence[str], limit: int, separator: str = ", ") -> str:
+    """The first items of a list in one text: `a, b and 3 more`, or with semicolons `a; b; and 3 more`."""
+    text = separator.join(items[:limit])
+    if len(items) <= limit:
+        return text
+    return f"{text}{'' if separator == ', ' else separator.rstrip()} and {len(items) - limit} more"
+
+
 def dotted(path: Sequence[str | int]) -> str:
     """('loaders', 'train', 0) -> 'loaders.train.0'."""
     return ".".join(map(str, path))
@@ -78,7 +86,7 @@ def shown(value: Any) -> str:
 
 
 def found(value: Any) -> str:
-    """`found text 'abc'`, `found null`: what a user is told about a value of a wrong type."""
+    """`found string 'abc'`, `found null`: what a user is told about a value of a wrong type."""
     return "found null" if value is None else f"found {type_name(value)} {shown(value)}"
 
 
@@ -88,7 +96,7 @@ def type_name(value: Any) -> str:
         return "null"
     if is_mapping(value):
         return "mapping"
-    return {str: "text"}.get(type(value), type(value).__name__)
+    return {str: "string"}.get(type(value), type(value).__name__)
 
 
 def is_mapping(value: Any) -> bool:

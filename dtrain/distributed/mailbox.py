@@ -1,4 +1,4 @@
-"""What a rank leaves for the others without waiting for them: notes on the launcher's store; knows no collective."""
+"""What a rank leaves for the others without waiting for them: notes in the launcher's store."""
 
 import base64
 import pickle
@@ -19,7 +19,7 @@ class Store(Protocol):
     def compare_set(self, key: str, expected_value: str, desired_value: str) -> bytes: ...  # noqa: D102
 
 
-class Board:
+class Mailbox:
     """Notes by name and rank. It outlives every rank but the store's own, and works where a collective would hang.
 
     Nothing here raises: whoever leaves or looks for a note is in trouble already, and the store may be gone.

@@ -26,7 +26,7 @@ from whole_runs import TOY, write_config
 from dtrain.config.errors import ConfigError
 from dtrain.config.load import load_config
 from dtrain.launch import submit as submitting
-from dtrain.launch.sbatch import BODY
+from dtrain.launch.sbatch import BODY, Job
 from dtrain.launch.submit import submit
 from dtrain.tracking.git_state import capture_code
 
@@ -107,7 +107,7 @@ def test_the_kubernetes_job_runs_what_the_scripts_run() -> None:
         given = {item["name"] for item in container["env"]}
         assert {"MLFLOW_DISABLE_TELEMETRY", "OMP_NUM_THREADS", "CONFIG", "RUN_FOLDER"} <= given
         words = container["command"]
-        assert words[:3] == ["python", "-m", "dtrain.launch.job"] and role["restartPolicy"] == "ExitCode"
+        assert words[:4] == ["python", "-m", "dtrain", "job"] and role["restartPolicy"] == "ExitCode"
         line = words[words.index("-c") + 1]
         assert subprocess.run(["bash", "-n", "-c", line], capture_output=True, text=True).stderr == ""
         assert set(re.findall(r"\$\{?(\w+)", line)) - given == {"MASTER_ADDR", "MASTER_PORT"}
@@ -126,7 +126,7 @@ def test_settings_stand_in_the_config_and_options_win(desk: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("nodes", "0", "expected a number of nodes, or a range such as 1-2, found text '0'"),
+        ("nodes", "0", "expected a number of nodes, or a range such as 1-2, found string '0'"),
         ("nodes", "3-2", "expected a number of nodes"),
         ("time", "12", "expected a unit, such as 90m or 01:30:00"),
         ("time", "12:00", "expected 12:00:00, 90m"),
@@ -169,31 +169,31 @@ def test_no_name_or_path_breaks_out_of_500_scripts(desk: Path, monkeypatch: pyte
     write_program(desk / "bin" / "scontrol", "#!/bin/sh\necho node1\n")
     monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.setattr(submitting, "check", lambda config, purpose: None)  # it has tests of its own, and takes a while
-    scripts: dict[Path, submitting.Plan] = {}
+    scripts: dict[Path, Job] = {}
     refused = 0
     while len(scripts) + refused < 500:
         text = "".join(chance.choices(NASTY, k=chance.randint(1, 5)))
         key = chance.choice(["experiment", "run_name", "trainer.checkpoint_dir", "cluster.partition", "cluster.array"])
         value: Any = f"runs/{text}" if key == "trainer.checkpoint_dir" else [text] if key == "cluster.array" else text
         try:
-            plan = submitting._plan("toy.yaml", [f"{key}={json.dumps(value)}"])
+            job, _ = submitting._plan("toy.yaml", [f"{key}={json.dumps(value)}"])
         except ConfigError:
             refused += 1
             continue
         script = desk / f"{len(scripts)}.sbatch"
-        script.write_text(submitting.script(plan.job))
-        scripts[script] = plan
+        script.write_text(submitting.script(job))
+        scripts[script] = job
     assert len(scripts) > 200 and refused > 50
     assert complaints(list(scripts)) == ""
     env = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_JOB_NUM_NODES": "1", "ARGS": str(desk / "args")}
-    for script, plan in scripts.items():
+    for script, job in scripts.items():
         known = {"--job-name", "--nodes", "--partition", "--signal", "--requeue", "--open-mode"}
         assert {line.partition("=")[0] for line in directives(script.read_text())} <= known
         subprocess.run(["bash", script], check=True, cwd=desk, env={**os.environ, **env}, timeout=30)
         words = (desk / "args").read_bytes().decode().split("\0")[:-1]
-        assert words[:4] == ["-m", "dtrain.launch.job", "--run-folder", str(plan.job.run_folders[0])]
+        assert words[:5] == ["-m", "dtrain", "job", "--run-folder", str(job.run_folders[0])]
         launch = words.index("launch")
-        assert words[launch - 3 : launch + 2] == [str(python), "-m", "dtrain", "launch", str(plan.job.configs[0])]
+        assert words[launch - 3 : launch + 2] == [str(python), "-m", "dtrain", "launch", str(next(iter(job.configs)))]
         assert words[-1] == "7.0"
     assert list(desk.rglob("MARKER*")) == []
 
@@ -356,18 +356,9 @@ class Batch:
         return {**os.environ, "SLURM_JOB_ID": "7", "PYTHONPATH": str(REPOSITORY)}
 
     def start(self, step: str, *options: str) -> subprocess.Popen[str]:
-        command = [
-            "-m",
-            "dtrain.launch.job",
-            "--run-folder",
-            str(self.run),
-            "--requeue",
-            "scontrol requeue 7",
-            *options,
-            "--",
-        ]
+        job = ["-m", "dtrain", "job", "--run-folder", str(self.run), "--requeue", "scontrol requeue 7", *options]
         return subprocess.Popen(
-            [sys.executable, *command, "bash", "-c", step, "step"], cwd=self.desk, env=self.env(), text=True,
+            [sys.executable, *job, "--", "bash", "-c", step, "step"], cwd=self.desk, env=self.env(), text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
@@ -442,7 +433,7 @@ def test_of_an_array_one_task_is_asked_for_and_put_back(batch: Batch, monkeypatc
     assert batch.status(SAVES) == 75
     asked = (batch.desk / "asked").read_text()
     assert "squeue -h -j 7_3 -o %e\n" in asked and "scontrol -o show job 7_3\n" in asked
-    for file in [*REPOSITORY.glob("scripts/cluster/*.sbatch"), REPOSITORY / "dtrain" / "jobscript.py"]:
+    for file in [*REPOSITORY.glob("scripts/cluster/*.sbatch"), REPOSITORY / "dtrain" / "launch" / "sbatch.py"]:
         text = file.read_text()
         (line,) = re.findall("^job=.*$", text, re.M)
         assert '--requeue "scontrol requeue $job"' in text
@@ -520,8 +511,8 @@ def test_what_a_script_is_given_stays_what_it_is(desk: Path, script: Path) -> No
         done = subprocess.run(["bash", script, *words], cwd=desk, env=env, capture_output=True, text=True, timeout=30)
         assert done.returncode == 75, done.stderr
         found = (desk / "args").read_bytes().decode().split("\0")[:-1]
-        assert found[:4] == ["-m", "dtrain.launch.job", "--run-folder", folder]
-        place = found.index("dtrain") + 1
+        assert found[:5] == ["-m", "dtrain", "job", "--run-folder", folder]
+        place = found.index("dtrain", found.index("--")) + 1
         assert config in found[place : place + 2] and f"trainer.checkpoint_dir={folder}" in found
         if len(words) == 3 and script.suffix == ".sbatch":
             assert found[-1] == words[-1]

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -29,20 +30,22 @@ from dtrain.components.datasets.volumes import ArrayVolume
 from dtrain.config.check import check
 from dtrain.config.errors import ConfigError
 from dtrain.config.load import load_config
-from dtrain.data.batch import inputs
 from dtrain.data.samplers import EvaluationShard
-from dtrain.dataloader import _data_loader, loader_settings
+from dtrain.data.seeded_batches import batch_loader
+from dtrain.dataloader import loader_settings
 from dtrain.distributed.ranks import Ranks
-from dtrain.predict import run as inference
+from dtrain.modelloader import Forward
+from dtrain.predict.inference import Inference, Result
 from dtrain.predict.items import predict_items
 from dtrain.predict.patches import Grid
-from dtrain.predict.predictor import Predictor, Steps
+from dtrain.predict.predictor import Predictor
+from dtrain.predict.run import logits, volumes
 from dtrain.predict.segmentation import Agreement, Choice, instances
-from dtrain.predict.stitching import Network, Run, stitched
-from dtrain.predict.work_folder import cut, read_parts, write_part
-from dtrain.predict.writer import PredictionError, Result, Work
-from dtrain.reporting.lines import SilentProgress
-from dtrain.training.setup import create_trainer
+from dtrain.predict.stitching import Run, stitched
+from dtrain.predict.work_folder import PredictionError, opened, read_parts, write_part
+from dtrain.predict.writer import cut
+from dtrain.reporting.line_progress import LineProgress
+from dtrain.trainer import create_trainer
 
 torch.set_num_threads(1)
 
@@ -111,18 +114,20 @@ class Group(Ranks):
         return value
 
 
-def work(model: Any = identity, ranks: Ranks | None = None, identity_of: str = "a") -> Work:
+def inference(predictor: Predictor, model: Any = identity, ranks: Ranks | None = None, weights: str = "a") -> Inference:
     ranks = ranks or Ranks(0, 0, 1, torch.device("cpu"))
-    stop = getattr(model, "is_to_stop", lambda: False)
-    network = Network(model, lambda logits: logits, torch.device("cpu"))
-    return Work(network, ranks, SilentProgress(), stop, {"weights": identity_of})
+    asked_to_stop = getattr(model, "is_to_stop", lambda: False)
+    forward = Forward(nn.Identity(), ranks.device)
+    identity = {"weights": weights}
+    return Inference(predictor, forward, model, ranks, LineProgress(), Path(), identity, asked_to_stop=asked_to_stop)
 
 
 def predicted(
     folder: Path, dataset: PatchDataset, model: Any = identity, overwrite: bool = False, weights: str = "a", **keys: Any
 ) -> Result:
-    keys = {"activation": "none"} | keys
-    return Predictor(**keys).volumes(dataset, work(model, identity_of=weights), folder, overwrite, 2)
+    predictor = Predictor(**{"activation": "none"} | keys)
+    surroundings = inference(predictor, model, weights=weights)
+    return volumes(surroundings, dataset, predictor.batch_size or 2, folder, overwrite)
 
 
 def predicted_by(world_size: int, folder: Path, dataset: PatchDataset, models: Sequence[Any], **keys: Any) -> Result:
@@ -135,7 +140,7 @@ def predicted_by(world_size: int, folder: Path, dataset: PatchDataset, models: S
         try:
             group = Group(rank, world_size, table, barrier)
             predictor = Predictor(**{"activation": "none"} | keys)
-            results[rank] = predictor.volumes(dataset, work(models[rank], group), folder, False, 2)
+            results[rank] = volumes(inference(predictor, models[rank], group), dataset, 2, folder, False)
         except BaseException as error:
             results[rank] = error
             barrier.abort()
@@ -224,10 +229,9 @@ def test_what_the_model_passes_on_comes_out_exactly(sizes: Any, blend: Any, batc
         patch_shape=list(patch), stride_shape=list(stride), halo_shape=list(halo), blend=blend, batch_size=batch_size
     )
     source = predictor.source(dataset_of(image))
-    network = work().network
     parts = [
         (low, chunk.copy())
-        for _, planes in stitched(source, [Run(0, 0, shape[0])], network, batch_size, lambda _: None)
+        for _, planes in stitched(source, [Run(0, 0, shape[0])], inference(predictor), batch_size)
         for low, chunk in planes
     ]
     assert [low for low, _ in parts] == [sum(chunk.shape[1] for _, chunk in parts[:k]) for k in range(len(parts))]
@@ -243,10 +247,10 @@ def test_a_run_is_the_same_as_those_planes_of_the_whole(sizes: Any, data: st.Dat
     end = data.draw(st.integers(begin + 1, shape[0]))
     predictor = Predictor(patch_shape=list(patch), stride_shape=list(stride), halo_shape=list(halo))
     source = predictor.source(dataset_of(random_volume(*shape)))
-    network = Network(lambda x: x + x.mean() * x.std(0, correction=0).sum(), lambda x: x, torch.device("cpu"))
+    model = inference(predictor, lambda x: x + x.mean() * x.std(0, correction=0).sum())
 
     def planes(run: Run) -> np.ndarray:
-        chunks = [part.copy() for _, all_ in stitched(source, [run], network, 3, lambda _: None) for _, part in all_]
+        chunks = [part.copy() for _, all_ in stitched(source, [run], model, 3) for _, part in all_]
         return np.concatenate(chunks, axis=1)
 
     assert np.array_equal(planes(Run(0, begin, end)), planes(Run(0, 0, shape[0]))[:, begin:end])
@@ -336,14 +340,14 @@ def test_activations(tmp_path: Path, model: Any, activation: Any, expected: Any)
             r"predictor.patch_shape: \[4, 4\] does not fit volume-0.h5 of \(6, 6, 6\); expected 3",
         ),
         ({"patch_shape": [4, 4, 4], "stride_shape": [5, 4, 4]}, "larger than the patch"),
-        ({"halo_shape": [-1, 0, 0]}, "from 0 on"),
+        ({"halo_shape": [-1, 0, 0]}, "expected 3 integers of at least 0"),
         ({"format": "png"}, r"png holds one plane, volume-0.h5 is \(6, 6, 6\)"),
-        ({"format": "csv"}, "csv is for single predictions"),
+        ({"format": "csv"}, "csv is for datasets without volumes"),
         ({"prediction_channel": 3}, "prediction_channel is 3, but the model has 1 channel"),
-        ({"save_segmentation": True, "dtype": "float32"}, "labels need whole numbers"),
-        ({"dtype": "uint8"}, "whole numbers hold probabilities"),
+        ({"save_segmentation": True, "dtype": "float32"}, "labels need an integer type"),
+        ({"dtype": "uint8"}, "an integer type can hold probabilities"),
         ({"instances": "foreground", "performance_metric": "dice"}, "not numbered instances"),
-        ({"compression": "lzf", "format": "tiff"}, "HDF5's own"),
+        ({"compression": "lzf", "format": "tiff"}, "lzf is for HDF5 only"),
         ({"performance_metric": "dice"}, "volume-0.h5 is read without labels"),
     ],
 )
@@ -436,7 +440,7 @@ def test_what_was_made_otherwise_is_overwritten_on_demand_only(
 
 def test_a_file_that_somebody_else_put_there_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "volume-0_predictions.h5").write_bytes(b"precious")
-    with pytest.raises(ConfigError, match="who made it is not known"):
+    with pytest.raises(ConfigError, match="of unknown origin"):
         predicted(tmp_path, dataset_of(random_volume(6, 6, 6)))
     assert (tmp_path / "volume-0_predictions.h5").read_bytes() == b"precious"
 
@@ -450,9 +454,8 @@ def test_parts_made_with_other_weights_are_not_used(tmp_path: Path) -> None:
 
 
 def test_a_folder_belongs_to_one_prediction(tmp_path: Path) -> None:
-    from dtrain.predict.work_folder import Folder
-
-    with Folder(tmp_path).opened(), pytest.raises(ConfigError, match="being written by another prediction"):
+    ranks = Ranks(0, 0, 1, torch.device("cpu"))
+    with opened(tmp_path, ranks, bool), pytest.raises(ConfigError, match="being written by another prediction"):
         predicted(tmp_path, dataset_of(random_volume(6, 6, 6)))
 
 
@@ -681,14 +684,19 @@ def test_nifti_keeps_the_place_in_space(tmp_path: Path) -> None:
 # Whole volumes for metrics
 
 
+def loader_of(dataset: Any) -> Any:
+    """What is read of a loader where its dataset has volumes."""
+    return SimpleNamespace(dataset=SimpleNamespace(dataset=dataset), batch_sampler=SimpleNamespace(batch_size=2))
+
+
 def test_logits_of_whole_volumes_are_dealt_out(tmp_path: Path) -> None:
     images = [random_volume(7 + k, 6, 5, seed=k) for k in range(5)]
     data = dataset_of(*images, patch=[5, 4, 5], stride=[3, 4, 2], label=lambda image: (image[0] > 0).astype(np.uint8))
     seen = []
     for rank in range(3):
         ranks = Ranks(rank, rank, 3, torch.device("cpu"))
-        for number, logits, label in Predictor().logits(data, work(ranks=ranks), 2):
-            assert np.array_equal(logits[0].numpy(), images[number])
+        for number, output, label in logits(inference(Predictor(), ranks=ranks), loader_of(data)):
+            assert np.array_equal(output[0].numpy(), images[number])
             assert label.dtype == torch.int64
             assert np.array_equal(label[0].numpy(), images[number][0] > 0)
             seen.append((rank, number))
@@ -697,7 +705,7 @@ def test_logits_of_whole_volumes_are_dealt_out(tmp_path: Path) -> None:
 
 def test_a_volume_without_label_cannot_be_measured() -> None:
     with pytest.raises(ValueError, match=r"volume-0.h5 has no label"):
-        list(Predictor().logits(dataset_of(random_volume(6, 6, 6)), work(), 2))
+        list(logits(inference(Predictor()), loader_of(dataset_of(random_volume(6, 6, 6)))))
 
 
 # Datasets without volumes
@@ -727,11 +735,10 @@ def items(folder: Path, data: Any, world_size: int = 1, model: Any = identity, *
         options = {
             k: v for k, v in options.items() if k not in ("batch_size", "global_batch_size", "shuffle", "drop_last")
         }
-        loader = _data_loader(data, 0, EvaluationShard(len(data), rank, world_size, 4), options | {"pin_memory": False})
+        loader = batch_loader(data, 0, EvaluationShard(len(data), rank, world_size, 4), options | {"pin_memory": False})
         predictor = Predictor(**keys)
-        own = work(model, Group(rank, world_size, table, barrier))
-        own = own._replace(network=own.network._replace(activation=predictor.activated))
-        results[rank] = predict_items(predictor, loader, inputs, own, folder, False, Steps(own, len(data)))
+        own = inference(predictor, model, Group(rank, world_size, table, barrier))
+        results[rank] = predict_items(own, loader, folder, False)
 
     threads = [threading.Thread(target=one, args=(rank,)) for rank in range(world_size)]
     for thread in threads:
@@ -933,8 +940,8 @@ def told(text: str, folder: Path, purpose: str) -> list[str]:
             "predict",
             [
                 "predictor.batch_size: must be at least 1, found 0",
-                "predictor.blend: expected one of 'gaussian', 'constant', found text 'mean'",
-                "predictor.patch_shap: predictor takes no 'patch_shap'; did you mean 'patch_shape'",
+                "predictor.blend: expected one of 'gaussian', 'constant', found string 'mean'",
+                "predictor.patch_shap: predictor got an unexpected argument 'patch_shap'; did you mean 'patch_shape'",
             ],
         ),
     ],
@@ -987,19 +994,17 @@ class Viewer(nn.Conv2d):
         return super().forward(x).view(len(x), -1).view(x.shape)
 
 
-def test_a_model_that_needs_its_own_layout_has_it(tmp_path: Path, monkeypatch: Any) -> None:
-    from types import SimpleNamespace
-
+def test_a_model_that_needs_its_own_layout_has_it() -> None:
     model = Viewer()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    trainer: Any = SimpleNamespace(module=model, compiled=model, device=torch.device("cpu"), precision="fp32")
-    trainer.ranks = trainer.progress = trainer.asked_to_stop = None
+    forward = Forward(model, torch.device("cpu"))
+    viewer = Inference(Predictor(), forward, model, Ranks(0, 0, 1, torch.device("cpu")), LineProgress(), Path(), {})
     image = torch.randn(2, 2, 8, 8)
     with torch.inference_mode():
         expected = model(image)
-        with inference._channels_last(trainer):
+        with viewer.channels_last():
             assert not model.weight.is_contiguous()
-            assert torch.equal(inference._work(trainer, {}).network.forward(image), expected)
+            assert torch.equal(viewer.output(image), expected)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.weight.is_contiguous()
 
@@ -1010,7 +1015,7 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 import h5py, torch
-sys.path[:0] = {folders!r}
+sys.path.insert(0, {tests!r})
 from test_predict import predicted
 from dtrain.components.datasets.hdf5 import LazyHDF5Dataset
 from dtrain.components.datasets.slices import SliceBuilder
@@ -1032,8 +1037,9 @@ print(small, peak("large", 512))
 @pytest.mark.parametrize("keys", [{"save_segmentation": True}, {"instances": "inverted"}])
 def test_memory_does_not_grow_with_the_volume(tmp_path: Path, keys: dict[str, Any]) -> None:
     """A volume of 128 MB: what is held is of the size of some patches and planes."""
-    script = MEASURE.format(folders=[str(REPOSITORY / "tests"), str(Path(__file__).parent)], keys=keys)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    script = MEASURE.format(tests=str(REPOSITORY / "tests" / "predict"), keys=keys)
+    python_path = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests")))
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path}
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     small, large = map(float, done.stdout.split())

@@ -29,14 +29,15 @@ from whole_runs import NO_MLFLOW
 from dtrain.config.check import check
 from dtrain.config.errors import ConfigError, to_plain
 from dtrain.config.load import load_config, place_of, to_yaml
-from dtrain.config.schema import PHASES, TOP_LEVEL
+from dtrain.config.rules import TOP_LEVEL
+from dtrain.config.schema import PHASES
 from dtrain.config.yaml12 import scalar
 from dtrain.dataloader import loader_settings
 from dtrain.distributed.ddp import ddp_options
 from dtrain.distributed.fsdp import fsdp_options
 from dtrain.launch.submit import cluster_settings
 from dtrain.predict.predictor import Predictor
-from dtrain.reporting.pictures import picture_settings
+from dtrain.reporting.validation_pictures import picture_settings
 from dtrain.tracking.journal import Journal
 from dtrain.trainer import Trainer
 from dtrain.training.schedule import schedule_settings

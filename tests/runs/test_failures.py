@@ -12,7 +12,7 @@ import pytest
 import torch
 from whole_runs import TORCHRUN, Place, figures, last, same_training
 
-from dtrain.distributed.mailbox import Board
+from dtrain.distributed.mailbox import Mailbox
 from dtrain.launch import rank as worker
 from dtrain.tracking.run_folder import read_run
 from dtrain.training.failure import card, first_of, phase_of, unused_parameters
@@ -172,7 +172,7 @@ def test_the_replay_names_the_module_whose_output_is_bad_first(place: Place) -> 
 
 
 def test_a_folder_without_a_failed_step_is_told(place: Place, tmp_path: Path) -> None:
-    assert "is no run folder" in place.run("replay", str(tmp_path), expect=2).text
+    assert "is not a run folder" in place.run("replay", str(tmp_path), expect=2).text
 
 
 def test_a_model_that_leaves_the_program_has_failed(place: Place) -> None:
@@ -264,26 +264,26 @@ def test_the_stuck_rank_is_the_one_furthest_behind(notes: dict[int, tuple[int, s
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- the board
+# -------------------------------------------------------------------------------------------------------- the mailbox
 
 
-def test_the_board_is_shared_by_ranks_and_survives_a_store_that_is_gone() -> None:
+def test_the_mailbox_is_shared_by_ranks_and_survives_a_store_that_is_gone() -> None:
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    boards = [Board(rank, 2, store) for rank in (0, 1)]
-    boards[1].post("x", {"a": torch.ones(2)})
-    assert list(boards[0].notes("x")) == [1] and torch.equal(boards[0].notes("x")[1]["a"], torch.ones(2))
-    boards[0].post("x", 3)
-    assert list(boards[0].notes("x", 1.0)) == [0, 1]
-    assert [board.first("race") for board in boards] == [0, 0]
-    assert not boards[0].is_raised("flag")
-    boards[1].raise_flag("other")
-    assert boards[0].is_raised("other") and not boards[0].is_raised("other"), "it is looked up once a second"
+    mailboxes = [Mailbox(rank, 2, store) for rank in (0, 1)]
+    mailboxes[1].post("x", {"a": torch.ones(2)})
+    assert list(mailboxes[0].notes("x")) == [1] and torch.equal(mailboxes[0].notes("x")[1]["a"], torch.ones(2))
+    mailboxes[0].post("x", 3)
+    assert list(mailboxes[0].notes("x", 1.0)) == [0, 1]
+    assert [mailbox.first("race") for mailbox in mailboxes] == [0, 0]
+    assert not mailboxes[0].is_raised("flag")
+    mailboxes[1].raise_flag("other")
+    assert mailboxes[0].is_raised("other") and not mailboxes[0].is_raised("other"), "it is looked up once a second"
 
     class Gone:
         def __getattr__(self, name: str) -> Any:
             raise ConnectionError("the store is gone")
 
-    lonely = Board(0, 2, Gone())
+    lonely = Mailbox(0, 2, Gone())
     lonely.post("x", 1)
     lonely.raise_flag("x")
     assert lonely.notes("x", 0.1) == {0: 1} and lonely.first("x") == 0 and not lonely.is_raised("x")

@@ -29,7 +29,8 @@ from dtrain.tracking import sender
 from dtrain.tracking.delivery import Delivery, follow
 from dtrain.tracking.journal import Journal, flatten
 from dtrain.tracking.mlflow_store import MlflowStore, connect
-from dtrain.tracking.run_folder import read_json, read_run, update_run
+from dtrain.tracking.run_folder import read_run, update_run
+from dtrain.tracking.whole_file import read_json
 
 pytestmark = pytest.mark.usefixtures("client_settings")
 
@@ -523,13 +524,13 @@ def test_a_run_left_open_is_closed_when_its_folder_is_moved_aside(place: Place) 
 def test_a_later_delivery_is_started_where_something_is_missing_only(
     tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    started: list[list[str]] = []
+    started: list[Path] = []
     old = write_run(tmp_path / "old", range(3))
-    monkeypatch.setattr("dtrain.tracking.journal.start_process", lambda words, *others: started.append(words))
+    monkeypatch.setattr("dtrain.tracking.journal.start_sender", lambda folder, uri: started.append(folder))
     journal = Journal(tmp_path / "new", experiment="e", run_name="r", tracking_uri=uri)
     journal.deliver_later(tmp_path / "nothing there")
     journal.deliver_later(old)
-    assert started == [[str(old)]]
+    assert started == [old]
     assert deliver(old, uri) == 0
     journal.deliver_later(old)  # all is there
     update_run(old, state="KILLED", tracking_uri="postgresql://***@host/db")
