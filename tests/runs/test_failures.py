@@ -61,7 +61,7 @@ def test_a_rank_that_is_killed_is_named_by_its_silence(place: Place) -> None:
     text = place.run(place.config("silent"), expect=None, do="train 3 rank 1 KILL", **TWO).text
     failure = failure_of(place.path("silent"))
     assert failure["silent_ranks"] == [1] and "memory was full" in failure["cure"]
-    assert "without a word: rank 1" in text
+    assert "exited without reporting an error: rank 1" in text
 
 
 def test_a_sample_that_cannot_be_loaded_is_named_with_its_section(place: Place) -> None:
@@ -127,7 +127,7 @@ def test_unused_parameters_are_named_not_numbered() -> None:
 
 def test_the_phase_is_what_the_loop_wrote_whatever_the_functions_are_called(place: Place) -> None:
     """An error of forward, within functions that are called as the trainer's own and as torch's."""
-    place.path("misleading.py").write_text(
+    (place.folder / "misleading.py").write_text(
         "import toy, torch\n\n\nclass Misleading(toy.MLP):\n"
         "    def forward(self, images):\n        return self.backward(images)\n\n"
         "    def backward(self, images):\n        return self.validate(images) if self.training else super().forward(images)\n\n"
