@@ -73,7 +73,7 @@ class Checkpoints:
         trial = take_snapshot({"weight": torch.zeros(1)}, {})
         with self._writing(self.folder, snapshot.need_bytes, LOCK_TIMEOUT_SECONDS):
             _require_space(self.folder, snapshot.need_bytes)
-            try:  # it is also the first use of much C++, which in a thread must not meet with a fork: see calm.py
+            try:  # it is also the first use of much native code, which in a thread must not meet with a fork
                 write_files(self.folder / ".tmp-step-trial", trial, {"finite": trial.is_finite()})
             finally:
                 self._clear_leftovers()
