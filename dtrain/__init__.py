@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dtrain.config.errors import ConfigError
     from dtrain.config.load import load_config
-    from dtrain.trainer import Trainer
-    from dtrain.training.setup import create_trainer
+    from dtrain.trainer import Trainer, create_trainer
 
 __version__ = "0.1.0"
 __all__ = ["ConfigError", "Trainer", "__version__", "create_trainer", "load_config"]
@@ -14,20 +13,10 @@ __all__ = ["ConfigError", "Trainer", "__version__", "create_trainer", "load_conf
 
 def __getattr__(name: str) -> Any:
     """Import torch only for those who train, and ml_collections only for those who read a config."""
-    if name == "load_config":
-        from dtrain.config.load import load_config
-
-        return load_config
-    if name == "ConfigError":
-        from dtrain.config.errors import ConfigError
-
-        return ConfigError
-    if name == "create_trainer":
-        from dtrain.training.setup import create_trainer
-
-        return create_trainer
-    if name == "Trainer":
-        from dtrain.trainer import Trainer
-
-        return Trainer
-    raise AttributeError(f"module 'dtrain' has no attribute {name!r}")
+    if name in ("load_config", "ConfigError"):
+        from dtrain import config as place
+    elif name in ("create_trainer", "Trainer"):
+        from dtrain import trainer as place  # type: ignore[no-redef]
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(place, name)

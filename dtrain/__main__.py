@@ -5,7 +5,8 @@ import sys
 from functools import partial
 
 from dtrain.cli import main
-from dtrain.distributed.process import VARIABLE, as_rank, run_to_end
+from dtrain.distributed.launched_rank import LAUNCH_VARIABLE, as_rank
+from dtrain.distributed.process import run_to_end
 
 if __name__ == "__main__":
-    sys.exit(run_to_end(partial(as_rank, main) if VARIABLE in os.environ else main))
+    sys.exit(run_to_end(partial(as_rank, main) if LAUNCH_VARIABLE in os.environ else main))

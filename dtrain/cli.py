@@ -241,7 +241,6 @@ def _config(options: argparse.Namespace) -> int:
     """Print the resolved config, with the class of each section."""
     from dtrain.config.check import check
     from dtrain.config.load import load_config, notes_on, to_yaml
-    from dtrain.config.resolve import locate
     from dtrain.config.schema import calls
     from dtrain.config.signatures import Callee
 
@@ -252,7 +251,7 @@ def _config(options: argparse.Namespace) -> int:
     for name, call in calls(config).items():
         if name.endswith((".loader", ".schedule", ".ddp", ".fsdp", ".pictures")) or name == "cluster":
             continue  # dtrain's own keys beside a component's, and what is not part of a training
-        target = locate(config, call).target
+        target = call.target
         where = f"  {target.file}:{target.line}" if isinstance(target, Callee) else ""
         print(f"# {name + ':':<22} {target.module}.{target.name}{where}")
     print(to_yaml(config), end="")

@@ -1,4 +1,4 @@
-"""get_loss_criterion: the loss that the config names, as a total and its terms; knows no model and no loop."""
+"""get_loss_criterion: the loss that the config names, as one number to minimise and its terms."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,8 +13,8 @@ from dtrain.data.batch import main_output
 class Criterion:
     """A loss of any form, called as `total, terms = criterion(output, target)`.
 
-    A loss may return a tensor or a dict of terms; a dict is summed, and each of its terms is logged. torch's own losses
-    know tensors only, so of a sequence or a dict they are given the main (first) output; other losses get all of it.
+    A loss may return a tensor or a dict of terms; a dict is summed, and each of its terms is logged. PyTorch's own
+    losses take tensors only, so of several outputs they are given the main one; other losses get all of them.
 
     Raises:
         TypeError: The loss returned something else, or more than one number.
@@ -22,9 +22,8 @@ class Criterion:
 
     def __init__(self, loss: Any) -> None:
         self.loss = loss
-        self.main_only = (getattr(type(loss), "__module__", "") or "").startswith("torch.") or (
-            getattr(loss, "__module__", None) or getattr(getattr(loss, "func", None), "__module__", None) or ""
-        ).startswith("torch.")
+        function = getattr(loss, "func", loss)  # with arguments, a function is a partial
+        self.main_only = (getattr(function, "__module__", None) or "").startswith("torch.")
 
     def __call__(self, output: Any, target: Any) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
         """The value to minimise (a scalar) and its named terms (none for a plain loss)."""
@@ -56,12 +55,13 @@ class Criterion:
 
     def to(self, device: torch.device) -> "Criterion":
         """Move the loss's own tensors, such as class weights."""
-        for item in (self.loss, *getattr(self.loss, "keywords", {}).values()):
-            if isinstance(item, torch.nn.Module):
-                item.to(device)
-        if getattr(self.loss, "keywords", None):
-            moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.loss.keywords.items()}
-            self.loss.keywords.update(moved)
+        arguments = getattr(self.loss, "keywords", {})  # of a function
+        for value in (self.loss, *arguments.values()):
+            if isinstance(value, torch.nn.Module):
+                value.to(device)
+        arguments.update(
+            {name: value.to(device) for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+        )
         return self
 
 

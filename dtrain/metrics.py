@@ -1,4 +1,4 @@
-"""get_evaluation_metric: the metrics that the config names, exact over ranks; knows no model, no loop, no journal.
+"""get_evaluation_metric: the metrics that the config names, exact over all ranks.
 
 Three forms: a torchmetrics.Metric (its states are gathered once and reduced as it says), any object with update,
 compute and reset (the main rank replays all batches in order), a plain function f(output, target) (mean over samples).
@@ -7,7 +7,7 @@ compute and reset (the main rank replays all batches in order), a plain function
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from ml_collections import ConfigDict
@@ -16,17 +16,7 @@ from dtrain.config.build import make
 from dtrain.config.schema import calls, refused
 from dtrain.data import rng
 from dtrain.data.batch import main_output
-
-
-class Group(Protocol):
-    """What metrics need of the ranks."""
-
-    @property
-    def world_size(self) -> int: ...  # noqa: D102
-    @property
-    def is_main(self) -> bool: ...  # noqa: D102
-    def gather(self, value: Any) -> list[Any] | None: ...  # noqa: D102
-    def broadcast(self, value: Any = None) -> Any: ...  # noqa: D102
+from dtrain.distributed.ranks import Ranks
 
 
 class Metrics:
@@ -35,7 +25,7 @@ class Metrics:
     They are made when first needed: importing torchmetrics takes seconds, which the first step need not wait for.
     """
 
-    def __init__(self, makers: Mapping[str, Callable[[], Any]], ranks: Group, device: torch.device) -> None:
+    def __init__(self, makers: Mapping[str, Callable[[], Any]], ranks: Ranks, device: torch.device) -> None:
         self._makers, self._ranks, self._device = makers, ranks, device
         self._metrics: dict[str, Any] | None = None
 
@@ -57,8 +47,8 @@ class Metrics:
         """
         if self._metrics is None:
             with rng.untouched():  # a metric with a network of its own draws weights; when it is made must not matter
-                made = {name: make_one() for name, make_one in self._makers.items()}
-            self._metrics = {name: self._adapted(name, metric) for name, metric in made.items()}
+                metrics = {name: make_one() for name, make_one in self._makers.items()}
+            self._metrics = {name: self._adapted(name, metric) for name, metric in metrics.items()}
         return self._metrics
 
     def higher_is_better(self, name: str) -> bool | None:
@@ -92,16 +82,16 @@ class Metrics:
         return figures
 
     def _adapted(self, name: str, metric: Any) -> Any:
-        has = {method: callable(getattr(metric, method, None)) for method in ("update", "compute", "reset")}
-        for part in _parts(metric):
-            part.distributed_available_fn = _never  # gathering is done here, once; its own would wait for all ranks
+        lacking = [method for method in ("update", "compute", "reset") if not callable(getattr(metric, method, None))]
+        for torchmetric in _torchmetrics_in(metric):
+            torchmetric.distributed_available_fn = _never  # gathered here, once; its own would wait for all ranks
         if hasattr(metric, "_reductions"):
             return _Reduced(metric.to(self._device))
-        if all(has.values()):
+        if not lacking:
             return _Replayed(metric, at_once=self._ranks.world_size == 1)
-        if not callable(metric) or (has["update"] and has["compute"]):
-            lacks = ", ".join(method for method, there in has.items() if not there)
-            raise TypeError(f"metric {name}: a {type(metric).__name__} is no function and has no {lacks}")
+        if not callable(metric) or lacking == ["reset"]:
+            kind = type(metric).__name__
+            raise TypeError(f"metric {name}: {kind} is not a function and lacks {', '.join(lacking)}")
         return _Averaged(metric.to(self._device) if isinstance(metric, torch.nn.Module) else metric)
 
 
@@ -117,25 +107,26 @@ class _Reduced:
     def update(self, output: Any, target: Any, number: int) -> None:
         self.metric.update(output, target)
 
-    def compute(self, ranks: Group) -> Any:
+    def compute(self, ranks: Ranks) -> Any:
         if ranks.world_size > 1:
             self._reduce(ranks)
         return ranks.broadcast(_plain(self.metric.compute()) if ranks.is_main else None)
 
-    def _reduce(self, ranks: Group) -> None:
+    def _reduce(self, ranks: Ranks) -> None:
         """Put the states of all ranks together on the main rank, by the reductions that the metric declares."""
-        states = ranks.gather([(part._update_count, _moved(part.metric_state, "cpu")) for part in _parts(self.metric)])
-        for index, part in enumerate(_parts(self.metric)) if states is not None else ():
-            of_ranks = [rank[index][1] for rank in states or () if rank[index][0]]
-            for name, reduction in part._reductions.items():
-                values = [_moved(state[name], part.device) for state in of_ranks]
-                if not values:
-                    continue
+        metrics = _torchmetrics_in(self.metric)
+        of_ranks = ranks.gather([(metric._update_count, _moved(metric.metric_state, "cpu")) for metric in metrics])
+        if of_ranks is None:
+            return
+        for metric, counted_states in zip(metrics, zip(*of_ranks, strict=True), strict=True):
+            states = [state for updates, state in counted_states if updates]
+            for name, reduction in metric._reductions.items() if states else ():
+                values = [_moved(state[name], metric.device) for state in states]
                 if isinstance(values[0], list):
-                    setattr(part, name, [item for value in values for item in value])
+                    setattr(metric, name, [item for value in values for item in value])
                 else:
                     stacked = torch.stack(values)
-                    setattr(part, name, stacked if reduction is None else reduction(stacked))
+                    setattr(metric, name, stacked if reduction is None else reduction(stacked))
 
 
 class _Replayed:
@@ -159,11 +150,9 @@ class _Replayed:
         else:
             self.batches.append((number, output, target))
 
-    def compute(self, ranks: Group) -> Any:
-        everybody = ranks.gather(self.batches)
-        if everybody is not None:
-            for _, output, target in sorted((item for rank in everybody for item in rank), key=lambda item: item[0]):
-                self.metric.update(output, target)
+    def compute(self, ranks: Ranks) -> Any:
+        for _, output, target in _gathered_in_order(ranks, self.batches):
+            self.metric.update(output, target)
         return ranks.broadcast(_plain(self.metric.compute()) if ranks.is_main else None)
 
 
@@ -181,17 +170,20 @@ class _Averaged:
         value = self.metric(output, target)
         self.values.append((number, len(output), value.detach() if isinstance(value, torch.Tensor) else value))
 
-    def compute(self, ranks: Group) -> Any:
-        everybody = ranks.gather([(number, count, _plain(value)) for number, count, value in self.values])
-        if everybody is None:
-            return ranks.broadcast()
-        values = sorted((item for rank in everybody for item in rank), key=lambda item: item[0])
-        return ranks.broadcast(_mean([(count, value) for _, count, value in values]))
+    def compute(self, ranks: Ranks) -> Any:
+        values = _gathered_in_order(ranks, [(number, count, _plain(value)) for number, count, value in self.values])
+        return ranks.broadcast(_mean([(count, value) for _, count, value in values]) if ranks.is_main else None)
+
+
+def _gathered_in_order(ranks: Ranks, numbered: list[tuple]) -> list[tuple]:
+    """What all ranks have of the evaluation's batches, by their number; nothing on the other ranks than the main."""
+    of_ranks = ranks.gather(numbered) or []
+    return sorted((item for of_rank in of_ranks for item in of_rank), key=lambda item: item[0])
 
 
 @contextlib.contextmanager
 def _named(name: str) -> Iterator[None]:
-    """An error of a metric says which one it was."""
+    """An error inside says which metric it was."""
     try:
         yield
     except Exception as error:
@@ -205,14 +197,14 @@ def _full_precision(value: Any) -> Any:
     return value.float() if half else value
 
 
-def _parts(metric: Any) -> list[Any]:
+def _torchmetrics_in(metric: Any) -> list[Any]:
     """The torchmetrics in a metric: itself, the members of a collection or wrapper, what an object holds."""
     if isinstance(metric, torch.nn.Module):
-        return [part for part in metric.modules() if hasattr(part, "_reductions")]
+        return [module for module in metric.modules() if hasattr(module, "_reductions")]
     held = list(getattr(metric, "__dict__", {}).values())
     held += [item for value in held if isinstance(value, list | tuple) for item in value]
     held += [item for value in held if isinstance(value, dict) for item in value.values()]
-    return [part for item in held if isinstance(item, torch.nn.Module) for part in _parts(item)]
+    return [found for item in held if isinstance(item, torch.nn.Module) for found in _torchmetrics_in(item)]
 
 
 def _never() -> bool:
@@ -249,27 +241,26 @@ def _plain(value: Any) -> Any:
 
 
 def _figures(name: str, value: Any) -> dict[str, float]:
-    if isinstance(value, dict):
-        return {key: figure for part, item in value.items() for key, figure in _figures(f"{name}_{part}", item).items()}
+    """A number under the metric's name; of a dict each entry; of a list the mean and each element."""
+    if not isinstance(value, dict | list):
+        return {name: float(value)}
+    figures: dict[str, float] = {}
     if isinstance(value, list):
-        parts = [_figures(f"{name}_{index}", item) for index, item in enumerate(value)]
         numbers = [item for item in value if isinstance(item, float | int) and item == item]
-        mean = {name: sum(numbers) / len(numbers)} if numbers else {}
-        return mean | {key: figure for part in parts for key, figure in part.items()}
-    return {name: float(value)}
+        figures |= {name: sum(numbers) / len(numbers)} if numbers else {}
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        figures |= _figures(f"{name}_{key}", item)
+    return figures
 
 
-def get_evaluation_metric(config: ConfigDict, ranks: Group, device: torch.device) -> Metrics:
+def get_evaluation_metric(config: ConfigDict, ranks: Ranks, device: torch.device) -> Metrics:
     """The metrics under `metrics`, by label; their constructors run when they are first needed.
 
     Raises:
         ConfigError: Two metrics have one label.
     """
-    found = (
-        {key.removeprefix("metrics."): call for key, call in calls(config, "metrics").items()}
-        if config.get("metrics")
-        else {}
-    )
+    described = calls(config).items() if config.get("metrics") else ()
+    found = {key.removeprefix("metrics."): call for key, call in described if key.startswith("metrics.")}
     if "loss" in found:
         raise refused(config, ("metrics",), "'loss' is the loss's own name; give the metric another label")
-    return Metrics({label: functools.partial(make, config, call) for label, call in found.items()}, ranks, device)
+    return Metrics({label: functools.partial(make, call) for label, call in found.items()}, ranks, device)

@@ -1,10 +1,19 @@
-"""get_model: the network that the config names; knows no loss, no optimizer, no rank."""
+"""get_model: the network that the config names; Forward: how it is called with a batch of any form."""
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from ml_collections import ConfigDict
+from torch import Tensor, nn
 
 from dtrain.config.build import build
+from dtrain.config.errors import mark_section
 from dtrain.config.schema import refused
+from dtrain.data import batch as batches
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def get_model(config: ConfigDict) -> torch.nn.Module:
@@ -18,6 +27,81 @@ def get_model(config: ConfigDict) -> torch.nn.Module:
         text = f"{config.model.name} made a {type(model).__name__}; expected a torch.nn.Module"
         raise refused(config, ("model", "name"), text)
     return model
+
+
+class Outcome(NamedTuple):
+    """One batch and what the model made of it."""
+
+    inputs: Any
+    output: Any
+    target: Any
+
+
+class Forward:
+    """How a model is called with a batch of any form, in the precision asked for.
+
+    Args:
+        module: The bare model, whose signature tells how inputs are passed.
+        device: Where the batch is moved.
+        precision: fp32 | bf16 | fp16: of the forward pass and the loss, by torch.autocast; weights stay float32.
+        input_key: Which entry of a dict batch is the input; see `data.batch.split`.
+        target_key: Which entry of a dict batch is the target.
+        criterion: `criterion(output, target)` gives the loss and its terms; not needed to predict.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        device: torch.device,
+        precision: str = "fp32",
+        input_key: str | None = None,
+        target_key: str | None = None,
+        criterion: Callable[[Any, Any], tuple[Tensor, Mapping[str, Tensor]]] | None = None,
+    ) -> None:
+        self.module, self.device, self.criterion = module, device, criterion
+        self.input_key, self.target_key = input_key, target_key
+        self._is_on_cpu = device.type == "cpu"
+        dtype = DTYPES.get(precision)
+        self._autocast: Any = nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+        self._form: batches.Form | None = None  # of the inputs, once a batch was seen
+
+    def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, Mapping[str, Tensor], Outcome]:
+        """The loss (mean over the batch), its terms, and what metrics look at.
+
+        Args:
+            model: The model, or the same compiled or wrapped for the ranks.
+            batch: Of any form that `data.batch.split` takes.
+
+        An error passes on with the config's section that it came from: model or loss.
+        """
+        if not self._is_on_cpu:
+            batch = batches.to_device(batch, self.device)
+        inputs, target = batches.split(batch, self.input_key, self.target_key)
+        if self._form is None:
+            self._form = batches.call_form(self.module, inputs)
+        with self._autocast:
+            try:
+                output = model(inputs) if self._form == "one" else batches.call(model, inputs, self._form)
+            except Exception as error:
+                mark_section(error, "model")
+                raise
+            try:
+                loss, terms = self.criterion(output, target)  # type: ignore[misc]
+            except Exception as error:
+                mark_section(error, "loss")
+                raise
+        return loss, terms, Outcome(inputs, output, target)
+
+    def predict(self, model: nn.Module, inputs: Any) -> Tensor:
+        """The main output for inputs of any form, which are moved to the device."""
+        if not self._is_on_cpu:
+            inputs = batches.to_device(inputs, self.device)
+        with self._autocast:
+            return batches.main_output(batches.call(model, inputs, batches.call_form(self.module, inputs)))
+
+    def inputs(self, batch: Any) -> Any:
+        """The input of a batch, with or without a target."""
+        return batches.inputs(batch, self.input_key, self.target_key)
 
 
 def parameter_count(model: torch.nn.Module) -> tuple[int, int]:

@@ -1,81 +1,85 @@
-"""Trainer.fit is the loop, top to bottom; knows no config.
-
-What is not here: how the parts are made (create.py), which samples a rank gets (dataloader.py), how ranks find one
-another (distributed.py), how anything is written (checkpoint.py, tracking.py) or shown (progress.py).
-"""
+"""create_trainer builds the parts in the order of need; Trainer.fit is the loop, top to bottom."""
 
 import contextlib
 import gc
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from ml_collections import ConfigDict
+from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
-from torch.optim import Optimizer
 
-from dtrain.checkpoint.resume import Start
-from dtrain.checkpoint.saver import Saver
-from dtrain.checkpoint.store import Checkpoints
-from dtrain.config.errors import ConfigError
-from dtrain.data import batch as batches
-from dtrain.dataloader import Loaders, Micro
-from dtrain.distributed.environment import job_ends_at
-from dtrain.distributed.process import note_step
-from dtrain.distributed.ranks import Ranks
-from dtrain.distributed.stop import StopRequest
+from dtrain.checkpoint.checkpoint_files import Loaded
+from dtrain.checkpoint.weights import load_for_use
+from dtrain.config.build import build
+from dtrain.config.check import check
+from dtrain.config.errors import ConfigError, to_plain
+from dtrain.config.load import from_mapping
+from dtrain.data import rng
+from dtrain.dataloader import MicroBatch
+from dtrain.distributed.launched_rank import mark_first_step
+from dtrain.distributed.stop import StopWaiting
 from dtrain.distributed.vote import Vote
-from dtrain.loss import Criterion
-from dtrain.metrics import Metrics
-from dtrain.predict.run import Use, autocast, load_for_use, outcomes_of_volumes, predict
-from dtrain.predict.writer import Result
-from dtrain.tracking.journal import Journal, NoJournal
-from dtrain.training.evaluate import Outcome, evaluate, evaluate_volumes
-from dtrain.training.optimizer import KeptBuffers, WeightAverage, total_norm
-from dtrain.training.run_status import recorded
-from dtrain.training.schedule import Schedule
-from dtrain.training.throughput import Pace
-from dtrain.training.watchdog import watched
+from dtrain.predict.inference import Result
+from dtrain.predict.run import logits, predict
+from dtrain.tracking.secrets import keep_secret
+from dtrain.training.evaluate import evaluate, evaluate_volumes
+from dtrain.training.evidence import Evidence
+from dtrain.training.failure_card import reported
+from dtrain.training.finite_step import FiniteStep, NonFiniteError
+from dtrain.training.rescue import LastStep, is_request_to_stop, rescue
+from dtrain.training.run_status import Recorder
+from dtrain.training.setup import Parts, make_parts
+from dtrain.training.state import Activity, TrainState, capture, restore
+from dtrain.training.throughput import Throughput
+from dtrain.training.watchdog import watchdog
+
+if TYPE_CHECKING:
+    from subprocess import Popen
 
 
-class NonFiniteError(ArithmeticError):
-    """The loss or a gradient became NaN or infinite; the weights are those of before that step."""
+def create_trainer(
+    config: ConfigDict | Mapping[str, Any],
+    package: str | Path | None = None,
+    sender: "Popen[bytes] | None" = None,
+    purpose: Literal["train", "test", "predict"] = "train",
+) -> "Trainer":
+    """Build model, loaders, loss, metrics, optimizer and scheduler as the config names them, and a trainer of them.
 
+    Every rank calls it. What an earlier start of the same training left is read, so that `fit` resumes from there.
 
-@dataclass
-class Parts:
-    """What a trainer works with; `create_trainer` makes them."""
+    Args:
+        config: From `load_config`, or a mapping of the same form.
+        package: A file or folder against which a relative `checkpoint_dir` resolves. Default: the current folder.
+        sender: A process that waits for the run, from `prepare_sender`. Default: one is started with the run.
+        purpose: For test and predict the config need not have what only a training needs, and only their data are
+            read; a trainer made for training can test and predict as well.
 
-    ranks: Ranks
-    module: torch.nn.Module  # the bare model: what is saved
-    compiled: torch.nn.Module  # the same, compiled if so configured: what is evaluated
-    model: torch.nn.Module  # the same, wrapped for the ranks: what is trained
-    average: torch.nn.Module | None  # a copy, if an average of the weights is kept
-    loaders: Loaders
-    loss: Criterion | None  # as are optimizer and schedule: only what the purpose needs is there
-    metrics: Metrics
-    optimizer: Optimizer | None
-    schedule: Schedule | None
-    checkpoints: Checkpoints
-    journal: Journal | NoJournal
-    progress: Any
-    pictures: Any
-    use: Use
-    start: Start
-    seed: int
-    table: Mapping[str, str]  # what is shown before the first step
-    places: Mapping[str, str]  # where each section stands, as file:line
-    record: Mapping[str, Any]  # what the journal is told at the start
-    texts: Mapping[str, str]  # what goes into the run folder as it is: the config, resolved and as written
+    Raises:
+        ConfigError: With every mistake that can be found.
+    """
+    config = from_mapping(config)
+    keep_secret(to_plain(config))
+    check(config, purpose)
+    parts = make_parts(config, package, sender, purpose)
+    settings = {"monitor": parts.run.monitor, "mode": parts.mode}
+    trainer: Trainer = build(config, "trainer", parts, **settings)
+    # Dropout differs between ranks; the weights, drawn before, do not.
+    rng.seed_all(parts.run.seed, 1 + parts.ranks.rank)
+    if parts.run.start.checkpoint is not None and purpose == "train":
+        trainer.resume(parts.loaded)
+    return trainer
 
 
 class Trainer:
     """Trains, validates and tests one model. Its settings are the keys under `trainer` in the config.
 
     Args:
-        parts: The objects that it works with.
+        parts: The objects that it works with; `make_parts` builds them.
         max_epochs: Passes over the training data.
         max_steps: Optimizer steps; with max_epochs, whichever comes first.
         checkpoint_dir: The run folder. Default: runs/<experiment>.
@@ -102,13 +106,16 @@ class Trainer:
         time_limit: After so long (seconds, 90m, 01:30:00) this start saves and ends, as before a batch system's limit.
         strategy: ddp | fsdp: each rank has the model, or a part. Default: accelerate's own setting, else ddp.
         ddp: Options of DistributedDataParallel, and backend and timeout_seconds of its process group.
-        fsdp: Which parts of a shared-out model are gathered at a time.
+        fsdp: Which parts of a sharded model are gathered at a time.
         hang_timeout_seconds: A rank that makes no progress for so long is named, and the job ends; 0: never.
         input_key: Which entry of a dict batch is the input.
         target_key: Which entry of a dict batch is the target.
+
+    A subclass, named by `trainer.name`, may override the methods without a leading underscore. It may read `step`,
+    `epoch`, `position`, `state`, `trainables`, `module`, `loaders`, `ranks`, `journal` and `progress`.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         parts: Parts,
         *,
@@ -143,54 +150,50 @@ class Trainer:
         input_key: str | None = None,
         target_key: str | None = None,
     ) -> None:
-        self.parts, self.ranks, self.loaders = parts, parts.ranks, parts.loaders
-        given: Any = parts  # the purpose at hand has what it takes
-        self.train_loader, self.loss = given.loaders.train, given.loss
-        self.optimizer, self.schedule = given.optimizer, given.schedule
-        self.module, self.model, self.compiled = parts.module, parts.model, parts.compiled
-        self.checkpoints, self.journal, self.progress = parts.checkpoints, parts.journal, parts.progress
-        self.metrics, self.device = parts.metrics, parts.ranks.device
+        given: Any = parts.trainables  # the purpose at hand has what it takes
+        self.parts, self.ranks, self.loaders, self.metrics = parts, parts.ranks, parts.loaders, parts.metrics
+        self.trainables, self.module, self.model = parts.trainables, given.module, given.model
+        self.optimizer, self.schedule, self.ema, self.scaler = given.optimizer, given.schedule, given.ema, given.scaler
+        self.forward, self.saver, self.stop_request = parts.forward, parts.saver, parts.stop
+        self.journal, self.progress = parts.journal, parts.progress
+        self.train_loader: Any = parts.loaders.train
         self.max_epochs = math.inf if max_epochs is None else max_epochs
         self.max_steps = math.inf if max_steps is None else max_steps
-        self.monitor, self.mode, self.precision = monitor or "val/loss", mode or "min", precision or "fp32"
+        self.monitor, self.mode = monitor or "val/loss", mode or "min"
         self.clip_grad_norm, self.on_nonfinite = clip_grad_norm, on_nonfinite
-        self.log_every_steps, self.validate_every_steps = log_every_steps, validate_every_steps
-        self.checkpoint_every_steps, self.early_stop_patience = checkpoint_every_steps, early_stop_patience
-        self.input_key, self.target_key, self.hang_timeout_seconds = input_key, target_key, hang_timeout_seconds
-        self.scaler = torch.amp.GradScaler(self.device.type) if precision == "fp16" else None
-        self.ema = None if parts.average is None or ema_decay is None else WeightAverage(parts.average, ema_decay)
-        self.total_norm = parts.ranks.shards.total_norm if parts.ranks.shards else total_norm
-        self.parameters = [item for item in self.module.parameters() if item.requires_grad]
-        self.saver = Saver(parts.checkpoints, checkpoint_every_minutes, lambda line: self.progress.note(line))
-        self.vote, self.pace = Vote(parts.ranks), Pace(parts.ranks.rank, parts.ranks.world_size)
-        self.stop_request = StopRequest(time_limit, job_ends_at(), alone=parts.ranks.world_size == 1)
-        self._begin_at_zero()
+        self.log_every_steps, self.early_stop_patience = log_every_steps, early_stop_patience
+        self.validate_every_steps = validate_every_steps or math.inf
+        self.checkpoint_every_steps = checkpoint_every_steps or math.inf
+        self.hang_timeout_seconds = hang_timeout_seconds
+        self.device = self.ranks.device
+        self.state, self.activity = TrainState(self.device), Activity()
+        self.inference = replace(parts.inference, asked_to_stop=self.asked_to_stop)
+        self.last_step = LastStep(self.state, keeps_sums=accumulate > 1)
+        self.vote, self.throughput = Vote(self.ranks), Throughput(self.ranks.rank, self.ranks.world_size)
+        self._parameters = [item for item in self.module.parameters() if item.requires_grad]
+        self._is_first_step = True  # of this start
+        self._weights: dict[tuple[float, torch.dtype], Tensor] = {}
+        self.finite_step = FiniteStep(given.optimizer, given.scaler, self.state, on_nonfinite, self.progress.note)
 
-    def _begin_at_zero(self) -> None:
-        """All that changes while a training goes on; `state.restore` sets most of it otherwise."""
-        self.epoch = self.step = self.position = 0  # position: samples of this epoch done, by all ranks together
-        self.best: float | None = None
-        self.bad_validations = 0  # since the last best
-        self.stopped = False  # all ranks agreed to stop on a signal
-        self.ended = ""  # why the training ended before its limits
-        self.beats = 0  # grows as long as there is progress
-        self.batch_start = 0  # the position of the batch at work or waited for
-        self.test_figures: dict[str, float] = {}
-        self.validated_step = -1
-        self.score: float | None = None  # of the last validation
-        self.rate = 0.0  # of the last step, as is the norm
-        self.grad_norm = torch.zeros((), device=self.device)
-        self.skipped = 0  # steps whose gradient was not finite
-        self._call: Callable[[torch.nn.Module, Any], Any] | None = None
-        self._weights: dict[tuple[float, torch.dtype], torch.Tensor] = {}
-        self._bad_steps = torch.zeros((), device=self.device)
-        self._sum_dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        self._clear_sums()
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.state.step
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done."""
+        return self.state.epoch
+
+    @property
+    def position(self) -> int:
+        """Samples of this epoch done, by all ranks together."""
+        return self.state.position
 
     # ---------------------------------------------------------------------------------------------------- the loop
 
     def fit(self) -> str:
-        """Train to the end of max_epochs or max_steps, then test; go on where the last start ended.
+        """Train to the end of max_epochs or max_steps, then test; resume where the last start ended.
 
         Returns:
             FINISHED, or KILLED when a signal ended it early (its checkpoint is written).
@@ -199,176 +202,225 @@ class Trainer:
             NonFiniteError: A loss or gradient was not finite, and on_nonfinite is stop.
             ConfigError: Another training writes the same run folder.
         """
+        start, say = self.parts.run.start, self.progress.note
         if self.train_loader is None:
             raise ConfigError("loaders: has no 'train', so there is nothing to train on")
-        if self.parts.start.busy:
-            raise ConfigError(self.parts.start.busy)
-        if self.parts.start.finished:
-            self.progress.note(self.parts.start.finished)
-            self.journal.deliver_later(self.parts.start.folder)
+        if start.busy:
+            raise ConfigError(start.busy)
+        if start.finished:
+            say(start.finished)
+            self.journal.deliver_later(start.folder)
             return "FINISHED"
-        with recorded(self), watched(self, self.hang_timeout_seconds), self.saver.abandoning(self):
-            self.saver.check(self)
+        evidence = Evidence(
+            self.activity, self.state, self.last_step, self.module, self.loaders, self.ranks, start.folder,
+            self.parts.run.places,
+        )  # fmt: skip
+        recorder = Recorder(self.parts.run, self.journal, self.progress, self.saver, self.stop_request, self.ranks)
+        with (
+            recorder.session(self.state) as ending,
+            reported(evidence, say),
+            watchdog(evidence, self.hang_timeout_seconds, say),
+            self._rescuing(),
+        ):
+            self._check_that_it_can_be_saved()
             self._finish_last_start()
-            self.kept_buffers = KeptBuffers(self.module.buffers() if self.on_nonfinite == "skip" else ())
-            while self.epoch < self.max_epochs and self.step < self.max_steps and not self.ended:
-                self._train_epoch()
-            self._after_last_step()
-            if self.loaders.test is not None and not self.stopped:
-                self.test_figures = self.test()
-        return "KILLED" if self.stopped else "FINISHED"
+            self.finite_step.begin(self.module)
+            while self.epoch < self.max_epochs and self.step < self.max_steps and not self.state.ended:
+                self.train_epoch()
+            self.after_last_step()
+            if self.loaders.test is not None and not self.state.stopped:
+                ending.test_figures = self.test()
+        return "KILLED" if self.state.stopped else "FINISHED"
 
-    def _train_epoch(self) -> None:
-        """One pass over the training data, or what is left of it."""
-        loader = self.train_loader
-        end = loader.end(self.position)
-        self.progress.start_epoch(self.epoch + 1, *self._extent())
+    def train_epoch(self) -> None:
+        """One pass over the training data, or what is left of it. All ranks call it, equally often."""
+        loader, state, activity = self.train_loader, self.state, self.activity
+        end, global_batch = loader.end(state.position), loader.shard.global_batch
+        self.progress.start_epoch(state.epoch + 1, *self._extent())
         self.model.train()
-        self.pace.restart()
-        self.saver.mark(self)
-        self.batch_start = self.position
-        for micro in self.stop_request.waiting(loader.epoch(self.epoch, self.position)):
-            self.beats += 1
-            self.pace.data_came()
-            with contextlib.nullcontext() if micro.closes else self.ranks.no_sync(self.model):
-                self._forward_backward(micro)
+        self.throughput.restart()
+        self.last_step.mark()
+        activity.phase, activity.batch_start = "waiting for data", state.position
+        for micro in self.stop_request.waiting(loader.epoch(state.epoch, state.position)):
+            activity.beats += 1
+            self.throughput.data_came()
+            with contextlib.nullcontext() if micro.closes else self.ranks.strategy.no_sync(self.model):
+                activity.phase = "forward"
+                loss, terms = self.training_step(micro.batch)
+                activity.phase = "backward"
+                self.backward(loss, terms, micro)
             if micro.closes:
-                self._optimizer_step()
-                self._after_step(micro.position)
-                self.saver.mark(self)
-                if self.ended or self.step >= self.max_steps:
+                activity.phase = "optimizer step"
+                self.optimizer_step()
+                self.after_step(micro.position)
+                self.last_step.mark()
+                self.saver.poll()
+                if state.ended or state.step >= self.max_steps:
                     break
-            self.batch_start += loader.shard.global_batch
-        if self.position >= end and not self.stopped:  # a stopped epoch ends when the training goes on
+            activity.batch_start += global_batch
+            activity.phase = "waiting for data"
+        if state.position >= end and not state.stopped:  # a stopped epoch ends when the training resumes
             self._after_epoch()
         self.progress.end_epoch()
 
-    def _forward_backward(self, micro: Micro) -> None:
-        """Forward, loss, backward; the gradients become those of the mean over all ranks' samples of this step."""
-        loss, terms, _ = self.outcome(self.model, micro.batch)
-        self.pace.forward_done()
-        value = loss.detach()
-        # 0 * loss is NaN for a loss that is not finite; so then are its gradients, which every rank gets to see.
-        seed = torch.add(self._weight(micro.weight, value.dtype), value, alpha=0)
-        (self.scaler.scale(loss) if self.scaler else loss).backward(seed)
-        self.sums["loss"].add_(value, alpha=micro.samples)
-        for name, term in terms.items():
-            self.sum_of(f"loss_{name}").add_(term.detach(), alpha=micro.samples)
-        self.pace.exchanged()
+    def training_step(self, batch: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The loss of one batch. Called on every rank for each of its batches, with the model in train mode.
 
-    def _optimizer_step(self) -> None:
-        """Clip, and step unless a gradient is not finite."""
+        Args:
+            batch: As the loader gives it, on the CPU.
+
+        Returns:
+            The loss, a scalar that is the mean over the batch's samples, and its named terms, which are logged.
+        """
+        loss, terms, _ = self.forward(self.model, batch)
+        return loss, terms
+
+    def backward(self, loss: Tensor, terms: Mapping[str, Tensor], micro: MicroBatch) -> None:
+        """Gradients of the mean over all ranks' samples of this step. Called on every rank after `training_step`."""
+        self.throughput.forward_done()
+        value = loss.detach()
+        weight = self._weights.get((micro.weight, value.dtype))
+        if weight is None:  # there are few different ones
+            weight = torch.tensor(micro.weight, dtype=value.dtype, device=self.device)
+            self._weights[micro.weight, value.dtype] = weight
+        # 0 * loss is NaN for a loss that is not finite; so then are its gradients, which every rank gets to see.
+        seed = torch.add(weight, value, alpha=0)
+        (self.scaler.scale(loss) if self.scaler else loss).backward(seed)
+        self.state.add("loss", value, micro.samples)
+        for name, term in terms.items():
+            self.state.add(f"loss_{name}", term.detach(), micro.samples)
+        self.throughput.exchanged()
+
+    def optimizer_step(self) -> None:
+        """Clip, and step unless a gradient is not finite. Called on every rank after a step's last `backward`."""
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
-        self.grad_norm = self.total_norm([item.grad for item in self.parameters if item.grad is not None])
+        gradients = [item.grad for item in self._parameters if item.grad is not None]
+        self.state.grad_norm = norm = self.ranks.strategy.total_norm(gradients)
         if self.clip_grad_norm is not None:
-            clip_grads_with_norm_(self.parameters, self.clip_grad_norm, self.grad_norm)
-        self.rate = self.schedule.rate(self.step)
-        self.schedule.apply(self.step, self._take_step)
-        self.kept_buffers.after_step(self.grad_norm)
+            clip_grads_with_norm_(self._parameters, self.clip_grad_norm, norm)
+        with self.schedule.rate_of(self.state.step) as self.state.rate:
+            self.finite_step.take(norm)
         self.optimizer.zero_grad()
 
-    def _take_step(self) -> None:
-        """optimizer.step(), but not where the norm of the reduced gradients, equal on all ranks, is not finite."""
-        if self.scaler:  # skips a step that overflowed, and lowers its scale
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        elif getattr(self.optimizer, "_step_supports_amp_scaling", False):  # fused: the device skips, nobody waits
-            bad = torch.isfinite(self.grad_norm).logical_not().float()
-            self.optimizer.found_inf = bad
-            self.optimizer.step()
-            self._bad_steps += bad
-        elif math.isfinite(self.grad_norm.item()):
-            self.optimizer.step()
-        else:
-            self._bad_steps += 1
-            self._judge_bad_steps()
+    def after_step(self, position: int) -> None:
+        """What follows each optimizer step, in this order. Called on every rank.
 
-    def _after_step(self, position: int) -> None:
-        """What follows each optimizer step, in this order."""
-        self.samples += position - self.position
-        self.pace.exchanged(position - self.position)
-        self.step, self.position = self.step + 1, position
+        Args:
+            position: Samples of the epoch that are done with this step, by all ranks together.
+        """
+        state, samples = self.state, position - self.state.position
+        state.samples += samples
+        self.throughput.step_done(samples)
+        state.step, state.position = state.step + 1, position
         if self.ema:
             self.ema.update(self.module)
         self.progress.step()
-        note_step()
-        if self._is_due(self.log_every_steps):
-            self._log()
+        if self._is_first_step:
+            self._after_first_step()
+        validates = state.step % self.validate_every_steps == 0
+        if state.step % self.log_every_steps == 0:
+            self.log()
         self.schedule.tick("step")
-        if self._is_due(self.validate_every_steps):
-            self._validate()
+        if validates:
+            self.validate()
         stop, save = self.vote.cast(bool(self.stop_request), self.saver.is_due)
-        if save or self._is_due(self.validate_every_steps) or self._is_due(self.checkpoint_every_steps):
-            self.saver.save(self)
+        if save or validates or state.step % self.checkpoint_every_steps == 0:
+            self.save()
         if stop:
             self.stop()
-        if not self.metrics.ready:
-            self._prepare_metrics()
+
+    def after_epoch(self) -> None:
+        """What follows each epoch, in this order. Called on every rank, while `epoch` does not count it yet.
+
+        Where a validation is stopped, the epoch ends when the training resumes.
+        """
+        self.log()
+        if self.validate_every_steps == math.inf and not self.validate():
+            return
+        self.state.epoch, self.state.position = self.epoch + 1, 0
+        self.schedule.tick("epoch")
+        self.save()
 
     def _after_epoch(self) -> None:
-        """What follows each epoch, in this order."""
-        self._log()
-        if self.validate_every_steps is None and not self._validate():
-            return  # stopped meanwhile: this epoch ends when the training goes on
-        self.epoch, self.position = self.epoch + 1, 0
-        self.schedule.tick("epoch")
-        self.saver.save(self)
+        """The name of before: a subclass that overrides it works as ever."""
+        self.after_epoch()
 
-    def _after_last_step(self) -> None:
-        """Leave nothing that is not logged, validated and saved, wherever in an epoch the end came."""
+    def after_last_step(self) -> None:
+        """Leave nothing that is not logged, validated and saved, wherever in an epoch the end came. On every rank."""
         self.vote.settle()
-        if not self.stopped:  # else the sums go into the checkpoint, and the next start logs what this one would have
-            self._log()
-            self._validate()
-        self.saver.save(self)
-        self.saver.finish(self)
+        if not self.state.stopped:  # else the sums go into the checkpoint, and the next start logs what this one would
+            self.log()
+            self.validate()
+        self.save()
+        with self.activity.during("saving"):
+            self.ranks.decide(self.saver.finish)
+
+    def stop(self) -> None:
+        """End early, with everything saved; the next start resumes. All ranks call it after the same step."""
+        self.state.stopped = True
+        self.state.ended = self.stop_request.reason or "another rank was asked to stop"
 
     # -------------------------------------------------------------------------------------------------- evaluation
 
-    def _validate(self) -> bool:
-        """Validate, keep the best, count towards early stopping; once per step at most. False where it was stopped."""
-        if self.loaders.val is None or self.validated_step == self.step:
+    def validate(self) -> bool:
+        """Validate, keep the best, count towards early stopping; once per step at most. All ranks call it.
+
+        Returns:
+            False where it was stopped meanwhile.
+        """
+        state = self.state
+        if self.loaders.val is None or state.validated_step == state.step:
             return True
-        self.saver.mark(self)  # this step is whole, even where the validation waits for data and is asked to stop
-        with self.pace.paused():
+        self.last_step.mark()  # this step is whole, even where the validation waits for data and is asked to stop
+        with self.throughput.paused(), self.activity.during("validation"):
             figures = self.evaluate("val")
-        if self.stopped:
-            return False
-        self.validated_step = self.step
-        score = figures.get(self.monitor)
-        if score is None:
-            raise KeyError(f"trainer.monitor is {self.monitor!r}, but the validation gives {', '.join(figures)}")
-        better = self.best is None or (score > self.best if self.mode == "max" else score < self.best)
-        is_best = better and math.isfinite(score)
-        self.bad_validations = 0 if is_best else self.bad_validations + 1
-        self.best = score if is_best else self.best
-        self.progress.evaluation("val", self.step, figures, is_best)
-        self.score = score
-        self.schedule.tick("validation", score)
-        self.judge_patience()
+            if state.stopped:
+                return False
+            state.validated_step, state.score = state.step, figures.get(self.monitor)
+            if state.score is None:
+                known = ", ".join(figures)
+                raise KeyError(f"trainer.monitor is {self.monitor!r}, but the validation gives {known}")
+            is_best = self._count_score(state.score)
+            self.progress.evaluation("val", state.step, figures, is_best)
+            self.schedule.tick("validation", state.score)
+            self._judge_patience()
         return True
 
-    def judge_patience(self) -> None:
+    def _count_score(self, score: float) -> bool:
+        """Whether it is the best so far; how many validations were not."""
+        state = self.state
+        better = state.best is None or (score > state.best if self.mode == "max" else score < state.best)
+        is_best = better and math.isfinite(score)
+        state.bad_validations = 0 if is_best else state.bad_validations + 1
+        state.best = score if is_best else state.best
+        return is_best
+
+    def _judge_patience(self) -> None:
         """End the training where too many validations have brought no new best."""
-        if self.early_stop_patience is not None and self.bad_validations >= self.early_stop_patience:
-            self.ended = f"no better {self.monitor} in {self.bad_validations} validations"
+        bad = self.state.bad_validations
+        if self.early_stop_patience is not None and bad >= self.early_stop_patience:
+            self.state.ended = f"no better {self.monitor} in {bad} validations"
 
     def evaluate(self, phase: str, module: torch.nn.Module | None = None) -> dict[str, float]:
-        """Loss and metrics over a whole phase, journalled; none where a request to stop came meanwhile.
+        """Loss and metrics over a whole phase, written to the journal. All ranks call it and get the same.
 
         Args:
             phase: val or test.
             module: What to evaluate. Default: the averaged weights where there are some, else the model.
+
+        Returns:
+            The figures as <phase>/<name>; none where a request to stop came meanwhile.
         """
-        module = module or (self.ema.module if self.ema else self.compiled)
-        album = self.parts.pictures.album(self.step, self.journal, self.progress.note) if phase == "val" else None
+        module = module or self.trainables.evaluated
+        pictures, is_sharded = self.parts.pictures, self.ranks.strategy.is_sharded
+        album = pictures.album(self.step, self.journal, self.progress.note) if phase == "val" else None
         loader, stop = getattr(self.loaders, phase), self.asked_to_stop
-        if phase == "test" and self.parts.use.whole_volumes(loader):
-            means = evaluate_volumes(module, outcomes_of_volumes(self, loader), self.metrics, self.ranks, stop)
+        if phase == "test" and self.inference.tests_volumes:
+            means = evaluate_volumes(module, logits(self.inference, loader), self.metrics, self.ranks, stop)
         else:
-            waited_for = loader if self.ranks.shards else self.stop_request.waiting(loader)  # with shards all wait
-            means = evaluate(module, waited_for, self.outcome, self.metrics, self.ranks, stop, album)
+            batches = loader if is_sharded else self.stop_request.waiting(loader)  # with shards all ranks wait
+            means = evaluate(self.forward, module, batches, self.metrics, self.ranks, stop, album)
         self.model.train()
         if means is None:
             self.stop()
@@ -378,125 +430,133 @@ class Trainer:
         return figures
 
     def test(self, checkpoint: Path | None = None) -> dict[str, float]:
-        """Loss and metrics on the test data, with the weights of a checkpoint (default: the best, else the last).
+        """Loss and metrics on the test data, with the weights of a checkpoint. All ranks call it and get the same.
 
         The model keeps these weights.
+
+        Args:
+            checkpoint: A checkpoint folder or a weight file. Default: the best, else the last.
         """
-        self.saver.wait()
-        load_for_use(self, checkpoint)
-        figures = self.evaluate("test", self.compiled)
-        if figures:
-            self.progress.evaluation("test", self.step, figures)
+        with self.activity.during("test"):
+            self.saver.wait()
+            load_for_use(self.module, self.ranks, self.saver.checkpoints, checkpoint)
+            figures = self.evaluate("test", self.trainables.compiled)
+            if figures:
+                self.progress.evaluation("test", self.step, figures)
         return figures
 
     def predict(
         self, checkpoint: str | Path | None = None, output_dir: str | Path | None = None, overwrite: bool = False
     ) -> Result:
-        """Predict what `loaders.predict` holds, else `loaders.test`, into files; see `inference.predict`."""
-        return predict(self, checkpoint, output_dir, overwrite)
-
-    # ------------------------------------------------------------------------------------- figures and checkpoints
-
-    def _log(self) -> None:
-        """Reduce the sums since the last point once, and give the same floats to journal and progress."""
-        if not self.samples:
-            return
-        self._judge_bad_steps()
-        figures = {name: value for name, value in self._train_figures().items() if math.isfinite(value)}
-        if "train/loss" not in figures and self.on_nonfinite == "stop":
-            raise NonFiniteError(f"train/loss is not finite at step {self.step}")
-        figures |= {"lr": self.rate, "samples_per_second": self.pace.samples_per_second}
-        if self.clip_grad_norm is not None:
-            figures["grad_norm"] = float(self.grad_norm)
-        if self.skipped:
-            figures["skipped_steps"] = self.skipped
-        self._clear_sums()
-        self.journal.log(self.step, figures)
-        self.progress.figures(self.step, figures)
-        self.pace.restart(warm_up=False)
-
-    def _train_figures(self) -> dict[str, float]:
-        own = torch.tensor(self.pace.own(), dtype=self._sum_dtype, device=self.device)
-        sums = self.ranks.sum_(torch.cat([torch.stack(list(self.sums.values())), own])).tolist()
-        count = len(self.sums)
-        if slow := self.pace.judge(sums[count:]):
-            self.progress.note(f"warning: {slow}")
-        return {f"train/{name}": value / self.samples for name, value in zip(self.sums, sums[:count], strict=True)}
-
-    def _judge_bad_steps(self) -> None:
-        """Stop for the steps that were skipped since the last look, or count them; the same on every rank."""
-        bad = int(self._bad_steps.item())
-        if not bad:
-            return
-        self._bad_steps.zero_()
-        self.skipped += bad
-        text = f"step {self.step + 1}: loss or gradient not finite (gradient norm {float(self.grad_norm)})"
-        if self.on_nonfinite == "stop":
-            raise NonFiniteError(f"{text}; the weights are those of before it. trainer.on_nonfinite=skip would go on")
-        self.progress.note(f"{text}; skipped, {self.skipped} so far")
-
-    def stop(self) -> None:
-        """End early, with everything saved; the next start goes on."""
-        self.stopped, self.ended = True, self.stop_request.reason or "another rank was asked to stop"
+        """Predict what `loaders.predict` holds, else `loaders.test`, into files; see `dtrain.predict.run.predict`."""
+        with self.stop_request.listening():
+            return predict(self.inference, self.loaders, self.saver.checkpoints, checkpoint, output_dir, overwrite)
 
     def asked_to_stop(self) -> bool:
         """Whether this rank, or during an evaluation any other, was asked to stop; costs no collective."""
-        self.beats += 1
-        return self.ranks.board.is_raised("stop", wish=bool(self.stop_request))
+        self.activity.beats += 1
+        return self.ranks.mailbox.is_raised("stop", wish=bool(self.stop_request))
+
+    # ------------------------------------------------------------------------------------- figures and checkpoints
+
+    def log(self) -> None:
+        """Reduce the sums since the last point, and give the figures to journal and progress. All ranks call it."""
+        state = self.state
+        if not state.samples:
+            return
+        with self.activity.during("logging"):
+            self.finite_step.judge()
+            figures = {name: value for name, value in self._train_figures().items() if math.isfinite(value)}
+            if "train/loss" not in figures and self.on_nonfinite == "stop":
+                raise NonFiniteError(f"train/loss is not finite at step {state.step}")
+            figures |= {"lr": state.rate, "samples_per_second": self.throughput.samples_per_second}
+            if self.clip_grad_norm is not None:
+                figures["grad_norm"] = float(state.grad_norm)
+            if state.skipped:
+                figures["skipped_steps"] = state.skipped
+            state.clear()
+            self.journal.log(state.step, figures)
+            self.progress.figures(state.step, figures)
+            self.throughput.restart(warm_up=False)
+
+    def _train_figures(self) -> dict[str, float]:
+        sums = self.state.sums
+        own = torch.tensor(self.throughput.own(), dtype=sums["loss"].dtype, device=self.device)
+        values = self.ranks.sum_(torch.cat([torch.stack(list(sums.values())), own])).tolist()
+        if slow := self.throughput.judge(values[len(sums) :]):
+            self.progress.note(f"warning: {slow}")
+        return {f"train/{name}": value / self.state.samples for name, value in zip(sums, values, strict=False)}
+
+    def save(self) -> None:
+        """Save all that the training is, unless nothing happened since the last time. All ranks call it.
+
+        Raises:
+            RuntimeError: The ranks' weights are no longer the same.
+        """
+        state, saver = self.state, self.saver
+        if saver.is_saved(state.place):
+            return
+        with self.activity.during("saving"):
+            self.ranks.agree_on_buffers(self.module)
+            captured = capture(state, self.trainables, self.ranks, self.parts.run.seed)
+            if self.ranks.is_main:
+                saver.save(state.place, *captured, state.newest_score)
+            else:
+                saver.mark_saved(state.place)
+
+    def _check_that_it_can_be_saved(self) -> None:
+        """A full disk, or a state that could not be loaded again, should show now rather than after the first epoch.
+
+        Raises:
+            CheckpointError: It would not work.
+            RuntimeError: The ranks' weights are not the same.
+        """
+        with self.activity.during("saving"):
+            captured = capture(self.state, self.trainables, self.ranks, self.parts.run.seed)
+            if self.ranks.is_main:
+                self.saver.checkpoints.check(captured.weights, captured.state, ema=captured.ema)
+
+    def resume(self, loaded: Loaded | None) -> None:
+        """Resume from a checkpoint, which only the main rank has read (None elsewhere). All ranks call it."""
+        restore(loaded, self.state, self.trainables, self.ranks, self.parts.run.seed)
+        self._judge_patience()
+        self.saver.mark_saved(self.state.place)
 
     def _finish_last_start(self) -> None:
         """A validation during which an earlier start was stopped comes first."""
-        if self.step and self._is_due(self.validate_every_steps) and self._validate():
-            self.saver.save(self)
+        if self.step and self.step % self.validate_every_steps == 0 and self.validate():
+            self.save()
+
+    # -------------------------------------------------------------------------------------------------- when it fails
+
+    @contextlib.contextmanager
+    def _rescuing(self) -> Iterator[None]:
+        """Where a rank is asked to stop while it waits for data that do not come: save the last whole step, and end."""
+        try:
+            yield
+        except (StopWaiting, Exception) as error:
+            if not is_request_to_stop(error, self.stop_request):
+                raise
+            seed, say = self.parts.run.seed, self.progress.note
+            if not rescue(self.last_step, self.state, self.trainables, self.ranks, self.saver, seed, say):
+                raise
+            self.stop()
+            self.ranks.are_lost = self.ranks.world_size > 1
 
     # ------------------------------------------------------------------------------------------------ small change
 
-    def _prepare_metrics(self) -> None:
-        """Make the metrics after the first step: their imports take seconds, but a mistake in them should show now."""
-        with self.pace.paused():
+    def _after_first_step(self) -> None:
+        """Tell the launcher, and make the metrics: importing them takes seconds, but a mistake in them shows now."""
+        self._is_first_step = False
+        mark_first_step()
+        with self.throughput.paused(), self.activity.during("making the metrics"):
             self.metrics.prepare()
             gc.collect()
             gc.freeze()  # what is there by now stays; looking through it for garbage would cost some steps 5 %
 
-    def outcome(self, model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, Mapping[str, torch.Tensor], Outcome]:
-        """What a model makes of one batch: the loss, its terms, and what metrics look at."""
-        if self.device.type != "cpu":
-            batch = batches.to_device(batch, self.device)
-        inputs, target = batches.split(batch, self.input_key, self.target_key)
-        if self._call is None:
-            self._call = batches.caller(self.module, inputs)
-        with autocast(self):
-            output = self._call(model, inputs)
-            loss, terms = self.loss(output, target)
-        return loss, terms, Outcome(inputs, output, target)
-
-    def _weight(self, weight: float, dtype: torch.dtype) -> torch.Tensor:
-        """A batch's weight as a tensor on the device; there are few different ones."""
-        if (weight, dtype) not in self._weights:
-            self._weights[weight, dtype] = torch.tensor(weight, dtype=dtype, device=self.device)
-        return self._weights[weight, dtype]
-
-    def sum_of(self, name: str) -> torch.Tensor:
-        """The running sum of a loss or one of its terms since the last point, on the device."""
-        if name not in self.sums:
-            self.sums[name] = torch.zeros((), dtype=self._sum_dtype, device=self.device)
-        return self.sums[name]
-
-    def _clear_sums(self) -> None:
-        self.sums: dict[str, torch.Tensor] = {}
-        self.sum_of("loss")
-        self.samples = 0  # of all ranks, since the last point
-
     def _extent(self) -> tuple[int | None, int, int]:
         """Epochs, steps of an epoch, and how many of them are done, for the progress bar."""
-        loader = self.train_loader
-        steps = int(min(loader.steps(self.position), self.max_steps - self.step))
-        done = -(-self.position // loader.global_batch)
+        loader, position = self.train_loader, self.position
+        steps = int(min(loader.steps(position), self.max_steps - self.step))
+        done = -(-position // loader.global_batch)
         return None if math.isinf(self.max_epochs) else int(self.max_epochs), steps + done, done
-
-    def samples_at_work(self) -> list[int]:
-        """The training samples of this rank's batch, the one that it waits for where it does."""
-        return next(iter(self.train_loader.shard.batches_from(self.epoch, self.batch_start, 1)), [])
-
-    def _is_due(self, every_steps: int | None) -> bool:
-        return every_steps is not None and self.step % every_steps == 0

@@ -50,7 +50,7 @@ class Training:
     @property
     def last(self) -> Any:
         """The newest checkpoint, loaded."""
-        from dtrain.checkpoint.files import load
+        from dtrain.checkpoint.checkpoint_files import load
 
         return load(self.folder / "run" / "checkpoints" / "last")
 
@@ -174,14 +174,14 @@ def nccl(bench: Bench) -> str:
     piece = """
         import torch, torch.distributed as dist
         from dtrain.distributed.ranks import Ranks
-        from dtrain.distributed.setup import _join
+        from dtrain.distributed.process_group import _join
         from dtrain.distributed.environment import environment
         from dtrain.distributed.vote import Vote
 
         found, device = environment(), torch.device("cuda", 0)
         torch.cuda.set_device(device)
-        accelerator = _join(found, device, None, 60.0, {})
-        ranks = Ranks(0, 0, 2, device, "torchrun", accelerator)  # told two, so that it talks to the group of one
+        _join(found, device, None, 60.0, {})
+        ranks = Ranks(0, 0, 2, device, "torchrun")  # told two, so that it talks to the group of one
         assert ranks.sum_(torch.ones(3, device=device)).tolist() == [1, 1, 1]
         assert ranks.broadcast({"a": 1}) == {"a": 1} and ranks.gather(5) == [5, None]
         vote = Vote(ranks)

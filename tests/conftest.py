@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from forks import Forked, Forks
 
-pytest_plugins = ["whole_runs"]  # the fixture `place`
+pytest_plugins = ["published", "stores", "whole_runs"]  # fixtures that several folders use
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TAG = "DTRAIN_TEST_TAG"

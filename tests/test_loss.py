@@ -101,6 +101,8 @@ def test_torchs_losses_get_the_main_output(wrap: Any, logits: Tensor, labels: Te
     output = wrap(logits, torch.zeros(6, 3))
     for name in ("CrossEntropyLoss", "torch.nn.functional:cross_entropy"):
         assert torch.equal(criterion(name=name)(output, labels)[0], F.cross_entropy(logits, labels))
+        smoothed = F.cross_entropy(logits, labels, label_smoothing=0.1)
+        assert torch.equal(criterion(name=name, label_smoothing=0.1)(output, labels)[0], smoothed)
 
 
 def test_other_losses_get_all_outputs(logits: Tensor, labels: Tensor) -> None:
@@ -145,5 +147,5 @@ def test_a_losss_own_tensors_move_with_it(loss: dict[str, Any], labels: Tensor) 
 
 
 def test_a_wrong_argument_is_a_mistake_in_the_config() -> None:
-    with pytest.raises(ConfigError, match="CrossEntropyLoss takes no 'weigth'"):
+    with pytest.raises(ConfigError, match="CrossEntropyLoss got an unexpected argument 'weigth'"):
         criterion(name="CrossEntropyLoss", weigth=[1.0])

@@ -164,7 +164,7 @@ CASES = {"classes": (CLASSES, classes_of), "numbers": (NUMBERS, numbers_of)}
 
 
 def figures_of(ranks: Ranks) -> dict[str, dict[str, float]]:
-    """What this rank is told about every case and size, each computed twice, as in two validations."""
+    """What this rank computes of every case and size, each computed twice, as in two validations."""
     result = {}
     for case, (makers, data) in CASES.items():
         metrics = Metrics(makers, ranks, CPU)
@@ -204,17 +204,19 @@ def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[st
     """Each rank's figures, by the number of ranks. The imports are paid for once, by the server that forks them."""
     folder = tmp_path_factory.mktemp("ranks")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torchmetrics", "dtrain.metrics", "dtrain.distributed.setup", "dtrain.dataloader"])
+    context.set_forkserver_preload(
+        ["torchmetrics", "dtrain.metrics", "dtrain.distributed.process_group", "dtrain.dataloader"]
+    )
     processes = [context.Process(target=rank_main, args=(rank, n, folder)) for n in WORLDS for rank in range(n)]
     for process in processes:
         process.start()
     end = time.monotonic() + 120
     for process in processes:
         process.join(max(0.0, end - time.monotonic()))
-    still = [process for process in processes if process.is_alive()]
-    for process in still:
+    running = [process for process in processes if process.is_alive()]
+    for process in running:
         process.kill()
-    assert not still
+    assert not running
     assert [process.exitcode for process in processes] == [0] * len(processes)
     return {n: [json.loads((folder / f"{n}-{rank}.json").read_text()) for rank in range(n)] for n in WORLDS}
 
@@ -241,7 +243,7 @@ def test_the_figures_of_several_ranks_are_those_of_one_process(
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
-def test_every_rank_is_told_the_same(world_size: int, of_ranks: dict[int, list[dict[str, dict[str, float]]]]) -> None:
+def test_every_rank_has_the_figures(world_size: int, of_ranks: dict[int, list[dict[str, dict[str, float]]]]) -> None:
     first, *others = (json.dumps(figures, sort_keys=True) for figures in of_ranks[world_size])
     assert all(figures == first for figures in others)
 
@@ -362,10 +364,10 @@ class NoReset:
         return 0.0
 
 
-def test_what_is_no_metric_says_what_it_lacks() -> None:
-    with pytest.raises(TypeError, match="metric metric: a NoReset is no function and has no reset"):
+def test_what_is_not_a_metric_says_what_it_lacks() -> None:
+    with pytest.raises(TypeError, match="metric metric: NoReset is not a function and lacks reset"):
         metrics_of(NoReset).prepare()
-    with pytest.raises(TypeError, match="a int is no function and has no update, compute, reset"):
+    with pytest.raises(TypeError, match="int is not a function and lacks update, compute, reset"):
         metrics_of(lambda: 3).prepare()
 
 

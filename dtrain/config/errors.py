@@ -34,9 +34,9 @@ class Mistake:
 class ConfigError(Exception):
     """The config or the command line is wrong; holds every mistake that was found. Exit status 2."""
 
-    def __init__(self, mistakes: Iterable[Mistake] | Mistake | str) -> None:
+    def __init__(self, mistakes: Iterable[Mistake] | Mistake | str, place: Place | None = None) -> None:
         if isinstance(mistakes, str):
-            mistakes = Mistake(mistakes)
+            mistakes = Mistake(mistakes, place)
         self.mistakes = [mistakes] if isinstance(mistakes, Mistake) else list(dict.fromkeys(mistakes))
         super().__init__("\n".join(map(str, self.mistakes)))
 
@@ -64,6 +64,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(repr(item) for item in found)}?" if found else ""
 
 
+def first_few(items: Sequence[str], limit: int, separator: str = ", ") -> str:
+    """The first items of a list in one text: `a, b and 3 more`, or with semicolons `a; b; and 3 more`."""
+    text = separator.join(items[:limit])
+    if len(items) <= limit:
+        return text
+    return f"{text}{'' if separator == ', ' else separator.rstrip()} and {len(items) - limit} more"
+
+
 def dotted(path: Sequence[str | int]) -> str:
     """('loaders', 'train', 0) -> 'loaders.train.0'."""
     return ".".join(map(str, path))
@@ -78,7 +86,7 @@ def shown(value: Any) -> str:
 
 
 def found(value: Any) -> str:
-    """`found text 'abc'`, `found null`: what a user is told about a value of a wrong type."""
+    """`found string 'abc'`, `found null`: what a user is told about a value of a wrong type."""
     return "found null" if value is None else f"found {type_name(value)} {shown(value)}"
 
 
@@ -88,7 +96,7 @@ def type_name(value: Any) -> str:
         return "null"
     if is_mapping(value):
         return "mapping"
-    return {str: "text"}.get(type(value), type(value).__name__)
+    return {str: "string"}.get(type(value), type(value).__name__)
 
 
 def is_mapping(value: Any) -> bool:
@@ -101,3 +109,9 @@ def to_plain(value: Any) -> Any:
     if is_mapping(value):
         return {key: to_plain(value[key]) for key in value}
     return [to_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def mark_section(error: BaseException, section: str) -> None:
+    """Note, on its way, from which section of the config an error came: `error.section`. The innermost mark counts."""
+    if not hasattr(error, "section"):
+        error.section = section  # type: ignore[attr-defined]

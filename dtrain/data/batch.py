@@ -1,8 +1,8 @@
-"""What is input, target and main output: the forms that batches and outputs may have; knows no config and no loop."""
+"""What is input, target and main output: the forms that batches and outputs may have."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 
@@ -37,9 +37,9 @@ def inputs(batch: Any, input_key: str | None = None, target_key: str | None = No
         target_key: See `split`.
     """
     if isinstance(batch, Mapping):
-        if (target_key and target_key in batch) or any(key in batch for key in TARGET_KEYS):
+        if (target_key and target_key in batch) or _key(batch, TARGET_KEYS):
             return _split_dict(batch, input_key, target_key)[0]
-        key = input_key or next((key for key in INPUT_KEYS if key in batch), None)
+        key = input_key or _key(batch, INPUT_KEYS)
         return batch if key is None else batch[key]
     if isinstance(batch, list | tuple):
         return batch[0] if len(batch) == 1 else split(batch)[0]
@@ -47,16 +47,20 @@ def inputs(batch: Any, input_key: str | None = None, target_key: str | None = No
 
 
 def _split_dict(batch: Mapping[str, Any], input_key: str | None, target_key: str | None) -> tuple[Any, Any]:
-    target_key = target_key or next((key for key in TARGET_KEYS if key in batch), None)
+    target_key = target_key or _key(batch, TARGET_KEYS)
     if target_key is None or target_key not in batch:
         raise ValueError(
             f"no target in a batch with the keys {', '.join(map(repr, batch))}: "
             f"expected {target_key or ' or '.join(TARGET_KEYS)}; name it with trainer.target_key"
         )
-    input_key = input_key or next((key for key in INPUT_KEYS if key in batch), None)
+    input_key = input_key or _key(batch, INPUT_KEYS)
     if input_key is not None:
         return batch[input_key], batch[target_key]
     return {key: value for key, value in batch.items() if key != target_key}, batch[target_key]
+
+
+def _key(batch: Mapping[str, Any], usual: Sequence[str]) -> str | None:
+    return next((key for key in usual if key in batch), None)
 
 
 def _described(batch: Any) -> str:
@@ -66,16 +70,26 @@ def _described(batch: Any) -> str:
     return f"a {type(batch).__name__}{size}"
 
 
-def caller(model: torch.nn.Module, example: Any) -> Callable[[torch.nn.Module, Any], Any]:
+Form = Literal["one", "several", "named"]
+
+
+def call_form(model: torch.nn.Module, example: Any) -> Form:
     """How a model takes an input of this form: as one argument, as several, or by name; decided by its signature."""
-    if isinstance(example, Mapping):
-        return _by_name if _binds(model, (), example) else _as_one
-    if isinstance(example, list | tuple):
-        return _as_several if _binds(model, example, {}) else _as_one
-    return _as_one
+    if isinstance(example, Mapping) and _accepts(model, (), example):
+        return "named"
+    if isinstance(example, list | tuple) and _accepts(model, example, {}):
+        return "several"
+    return "one"
 
 
-def _binds(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+def call(model: torch.nn.Module, inputs: Any, form: Form) -> Any:
+    """What a model makes of an input that it takes in this form."""
+    if form == "named":
+        return model(**inputs)
+    return model(*inputs) if form == "several" else model(inputs)
+
+
+def _accepts(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     try:
         inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError:
@@ -83,22 +97,10 @@ def _binds(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
     return True
 
 
-def _as_one(model: torch.nn.Module, value: Any) -> Any:
-    return model(value)
-
-
-def _as_several(model: torch.nn.Module, value: Any) -> Any:
-    return model(*value)
-
-
-def _by_name(model: torch.nn.Module, value: Any) -> Any:
-    return model(**value)
-
-
 def main_output(output: Any) -> Any:
     """The main one of a model's outputs: a tensor itself, a sequence's first, a dict's 'out', 'logits' or first."""
     if isinstance(output, Mapping):
-        key = next((key for key in ("out", "logits") if key in output), None)
+        key = _key(output, ("out", "logits"))
         return main_output(output[key] if key else next(iter(output.values())))
     return main_output(output[0]) if isinstance(output, list | tuple) else output
 

@@ -1,4 +1,4 @@
-"""Loader worker processes: how they are forked, which signals they heed, where they are when a training hangs."""
+"""Loader worker processes: how they are forked, which signals they obey, how they end, where they hang."""
 
 import contextlib
 import faulthandler
@@ -9,16 +9,72 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from dtrain.distributed.process import end_with
 from dtrain.distributed.stop import SIGNALS
 
+# ------------------------------------------------------------------------------------------- forks and native threads
 
-@contextmanager
-def held_back() -> Iterator[None]:
-    """What is started meanwhile begins with the signals blocked, until it says itself what they are to do there."""
+IDLE_WAIT_SECONDS = 0.5  # one that spins for ever, as OpenMP's may, must not keep workers from being started
+_LOOK_SECONDS = 0.0005
+_no_wait_until = 0.0  # the next workers of a loader are not waited for again where it was in vain for the first one
+
+
+@functools.cache
+def fork_when_native_threads_are_idle() -> None:
+    """From now on a fork of this process, such as that of a loader worker, waits until its native threads become idle.
+
+    Those of gloo release a collective's tensors after the ranks have continued. They need a thread state of Python for
+    it, and before Python 3.11.10 the lock on the list of these stays locked in a child that is forked meanwhile, which
+    then waits for ever (github.com/python/cpython/issues/112275): 3 of about 3,600 forks after a broadcast on two busy
+    cores. Locks of C libraries are inherited like that in every version, such as the one that C++ takes when it does
+    something for the first time (github.com/pytorch/pytorch/issues/130610). Python threads are not waited for, since
+    they may work for minutes: the native code that ours use has run before, see `Checkpoints.check`.
+    """
+    os.register_at_fork(before=wait_for_native_threads)
+
+
+def wait_for_native_threads() -> None:
+    """Return when no native thread runs, or after IDLE_WAIT_SECONDS; soon where the system does not list them."""
+    global _no_wait_until
+    if time.monotonic() < _no_wait_until:
+        return
+    end = time.monotonic() + IDLE_WAIT_SECONDS
+    idle_looks = 0
+    while idle_looks < 2 and time.monotonic() < end:
+        time.sleep(_LOOK_SECONDS)  # which releases the interpreter: a thread that waits for it only seems to be idle
+        idle_looks = 0 if _native_thread_runs() else idle_looks + 1
+    if idle_looks < 2:
+        _no_wait_until = time.monotonic() + 1.0
+
+
+def _native_thread_runs() -> bool:
+    """Whether a thread that Python has not started runs, or waits for a disk."""
+    python_threads = {str(thread.native_id) for thread in threading.enumerate()}
+    python_threads.add(str(threading.get_native_id()))  # else unknown in a process that was itself forked
+    try:
+        with os.scandir("/proc/self/task") as tasks:
+            return any(_task_state(task.path) in b"RD" for task in tasks if task.name not in python_threads)
+    except OSError:
+        return False
+
+
+def _task_state(task: str) -> bytes:
+    """The letter by which Linux says what a thread does; there may be hundreds, at each fork."""
+    try:
+        with open(f"{task}/stat", "rb", buffering=0) as stat:
+            return stat.read(512).rpartition(b") ")[2][:1] or b"X"  # after the name, which may hold anything
+    except OSError:  # it has ended
+        return b"X"
+
+
+# ------------------------------------------------------------------------------------------ a worker's start and end
+
+
+@contextlib.contextmanager
+def signals_blocked() -> Iterator[None]:
+    """What is started meanwhile begins with the signals blocked, until it decides itself what they do there."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -26,24 +82,32 @@ def held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def leave_to_parent(parent: int) -> None:
-    """For loader workers: schedulers and terminals signal every process of a job; when to stop is the rank's word.
-
-    The rank's own word is SIGTERM, too: torch and Python end workers with it, and wait until they are gone. And a
-    worker ends with its rank: it has the rank's connections open, by which the other ranks tell whether that one lives.
+def begin_worker(parent: int, _worker: int) -> None:
+    """The first thing that a worker does.
 
     Args:
         parent: The process that forks or spawns this one; 0 where a fork server does.
+    """
+    obey_parent_alone(parent)
+    _dump_stacks_when_asked()
+
+
+def obey_parent_alone(parent: int) -> None:
+    """Ignore signals, but SIGTERM from the parent; end when the parent ends.
+
+    Schedulers and terminals signal every process of a job, but it is the rank that decides when to stop. It uses
+    SIGTERM, too: torch and Python end workers with it, and wait until they are gone. A worker must not outlive its
+    rank: it has the rank's connections open, by which the other ranks see whether that one lives.
     """
     end_with(parent)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {*SIGNALS} - {signal.SIGTERM})
-    threading.Thread(target=_await_parents_word, daemon=True).start()
+    threading.Thread(target=_await_sigterm_of_parent, daemon=True).start()
 
 
-def _await_parents_word() -> None:
+def _await_sigterm_of_parent() -> None:
     rank = multiprocessing.parent_process()
     assert rank is not None
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank.pid:
@@ -59,98 +123,47 @@ def end_workers() -> None:
         child.kill()
 
 
+# ------------------------------------------------------------------------------------------------- where workers hang
+
 # No scheduler, shell or library sends it. faulthandler answers it in C: also where Python hangs.
-ASK = signal.SIGRTMAX - 1 if hasattr(signal, "SIGRTMAX") else 0
+STACKS_SIGNAL = signal.SIGRTMAX - 1 if hasattr(signal, "SIGRTMAX") else 0
 ANSWER_SECONDS = 0.5
-_NAME = "dtrain-stacks"
+_FILE_NAME = "dtrain-stacks"
 
 
-def begin_to_answer() -> None:
+def _dump_stacks_when_asked() -> None:
     """In a worker: from now on write the Python stacks of all threads into a file in memory when asked."""
-    if ASK and hasattr(os, "memfd_create"):
-        signal.signal(ASK, signal.SIG_IGN)  # who sees the file may ask
-        faulthandler.register(ASK, os.memfd_create(_NAME))
+    if STACKS_SIGNAL and hasattr(os, "memfd_create"):
+        signal.signal(STACKS_SIGNAL, signal.SIG_IGN)  # who sees the file may ask
+        faulthandler.register(STACKS_SIGNAL, os.memfd_create(_FILE_NAME))
 
 
 def stacks_of_workers() -> dict[str, str]:
     """The Python stacks of this process's workers, and of other daemon processes that it has started, by name."""
     pids = [child.pid for child in multiprocessing.active_children() if child.daemon and child.pid]
-    answers = {pid: _answer_of(pid) for pid in pids}
-    for pid, answer in answers.items():
-        if answer is not None:  # else the signal would end it
+    files = {pid: _stacks_file(pid) for pid in pids}
+    for pid, file in files.items():
+        if file is not None:  # else the signal would end it
             with contextlib.suppress(OSError):
-                os.kill(pid, ASK)
-    if answers:
+                os.kill(pid, STACKS_SIGNAL)
+    if files:
         time.sleep(ANSWER_SECONDS)
-    return {f"worker {pid}": _read(answer) for pid, answer in answers.items()}
+    return {f"worker {pid}": _stacks_text(file) for pid, file in files.items()}
 
 
-def _answer_of(pid: int) -> Path | None:
-    """The file in which a worker answers."""
+def _stacks_file(pid: int) -> Path | None:
+    """The file into which a worker writes its stacks."""
     with contextlib.suppress(OSError):
         for link in Path(f"/proc/{pid}/fd").iterdir():
-            if _NAME in str(link.readlink()):
+            if _FILE_NAME in str(link.readlink()):
                 return link
     return None
 
 
-def _read(answer: Path | None) -> str:
-    if answer is None:
-        return "has not begun its work, or is no loader's\n"
+def _stacks_text(file: Path | None) -> str:
+    if file is None:
+        return "has not begun its work, or is not a loader worker\n"
     with contextlib.suppress(OSError):
-        if text := answer.read_text(errors="replace"):
+        if text := file.read_text(errors="replace"):
             return text
     return "does not answer: it is stopped, waits for a disk, or is gone\n"
-
-
-PATIENCE_SECONDS = 0.5  # one that spins for ever, as OpenMP's may, must not keep workers from being started
-_LOOK_SECONDS = 0.0005
-_impatient_until = 0.0  # the next workers of a loader are not waited for again where the first one was in vain
-
-
-@functools.cache
-def calm_forks() -> None:
-    """From now on a fork of this process, such as that of a loader's worker, waits for its threads of C++ to rest.
-
-    Those of gloo let go of a collective's tensors after the ranks went on. They need a thread state of Python for it,
-    and before Python 3.11.10 the lock on the list of these stays locked in a child that is forked meanwhile, which then
-    waits for ever (github.com/python/cpython/issues/112275): 3 of about 3,600 forks after a broadcast on two busy
-    cores. Locks of C libraries are inherited like that by all, such as the one that C++ takes when it does something
-    for the first time (github.com/pytorch/pytorch/issues/130610). Threads of Python are not waited for, since they may
-    work for minutes: what ours use of C++ is used before, see `Checkpoints.check`.
-    """
-    os.register_at_fork(before=wait_for_calm)
-
-
-def wait_for_calm() -> None:
-    """Return when no thread of C++ runs, or after PATIENCE_SECONDS; soon where the system tells nothing of them."""
-    global _impatient_until
-    if time.monotonic() < _impatient_until:
-        return
-    end = time.monotonic() + PATIENCE_SECONDS
-    calm = 0
-    while calm < 2 and time.monotonic() < end:
-        time.sleep(_LOOK_SECONDS)  # which lets go of the interpreter: a thread that waits for it only seems to rest
-        calm = 0 if _is_one_at_work() else calm + 1
-    if calm < 2:
-        _impatient_until = time.monotonic() + 1.0
-
-
-def _is_one_at_work() -> bool:
-    """Whether a thread that is none of Python's runs, or waits for a disk."""
-    pythons = {str(thread.native_id) for thread in threading.enumerate()}
-    pythons.add(str(threading.get_native_id()))  # else unknown in a process that was itself forked
-    try:
-        with os.scandir("/proc/self/task") as tasks:
-            return any(_state(task.path) in b"RD" for task in tasks if task.name not in pythons)
-    except OSError:
-        return False
-
-
-def _state(task: str) -> bytes:
-    """The letter by which Linux tells what a thread does; there may be hundreds, at each fork."""
-    try:
-        with open(f"{task}/stat", "rb", buffering=0) as stat:
-            return stat.read(512).rpartition(b") ")[2][:1] or b"X"  # after the name, which may hold anything
-    except OSError:  # it has ended
-        return b"X"

@@ -1,4 +1,4 @@
-"""This process's random number generators: seed, save, restore, one sample's own; knows no loader, no checkpoint."""
+"""This process's random number generators: seed, save, restore, and one sample's own seed."""
 
 import contextlib
 import random
@@ -11,10 +11,7 @@ import torch
 
 def seed_all(*entropy: int) -> None:
     """Seed Python's, NumPy's and torch's generators (all devices) from one sequence of non-negative integers."""
-    words = np.random.SeedSequence(entropy).generate_state(4)
-    random.seed(int(words[0]))
-    np.random.seed(int(words[1]))
-    torch.manual_seed(int(words[2]) << 32 | int(words[3]))
+    torch.manual_seed(_seed_python_and_numpy(entropy))
 
 
 def get_state() -> dict[str, Any]:
@@ -80,8 +77,13 @@ def without_drawing(make: Callable[[], Any]) -> tuple[bool, Any]:
 
 def seed_sample(seed: int, epoch: int, index: int) -> None:
     """Seed the CPU generators for one sample, so that its augmentation depends on these three numbers alone."""
-    words = np.random.SeedSequence((seed, epoch, index)).generate_state(4)
+    # Not torch.manual_seed: it would reseed the accelerator's generator, too, which dropout draws from.
+    torch.default_generator.manual_seed(_seed_python_and_numpy((seed, epoch, index)))
+
+
+def _seed_python_and_numpy(entropy: tuple[int, ...]) -> int:
+    """Returns the seed for torch."""
+    words = np.random.SeedSequence(entropy).generate_state(4)
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))
-    # Not torch.manual_seed: it would reseed the accelerator's generator, too, which dropout draws from.
-    torch.default_generator.manual_seed(int(words[2]) << 32 | int(words[3]))
+    return int(words[2]) << 32 | int(words[3])

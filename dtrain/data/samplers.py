@@ -100,11 +100,12 @@ class EvaluationShard:
     """A batch sampler that deals whole batches to the ranks: each sample once, in the batches that one process has."""
 
     def __init__(self, size: int, rank: int, world_size: int, batch_size: int) -> None:
-        self.size, self.rank, self.world_size, self.batch_size = size, rank, world_size, batch_size
+        self.size, self.batch_size = size, batch_size
+        self._starts = range(rank * batch_size, size, world_size * batch_size)
 
     def __len__(self) -> int:
-        return len(range(self.rank * self.batch_size, self.size, self.world_size * self.batch_size))
+        return len(self._starts)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for low in range(self.rank * self.batch_size, self.size, self.world_size * self.batch_size):
-            yield [0, *range(low, min(low + self.batch_size, self.size))]
+        for start in self._starts:
+            yield [0, *range(start, min(start + self.batch_size, self.size))]

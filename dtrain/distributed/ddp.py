@@ -1,12 +1,17 @@
-"""DistributedDataParallel: every rank has the whole model."""
+"""The strategy ddp: every rank has the whole model (DistributedDataParallel)."""
 
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    pass
+import torch
+
+from dtrain.distributed.collectives import Collectives
+
+Forward = Callable[[torch.nn.Module, Any], Any]
 
 
-def ddp_options(
+def ddp_options(  # noqa: PLR0913
     *,
     backend: Literal["gloo", "nccl"] | None = None,
     timeout_seconds: float | None = None,
@@ -30,3 +35,63 @@ def ddp_options(
         comm_hook: How gradients are compressed on the way.
     """
     return dict(locals())
+
+
+class DDP:
+    """Every rank has the whole model and the ranks average its gradients; also one process on its own.
+
+    Its methods are those of `FSDP`. All ranks call them in the same order.
+
+    Args:
+        ranks: What the ranks do together.
+        accelerator: accelerate's, which wraps the model; None: it is trained as it is.
+    """
+
+    is_sharded = False
+
+    def __init__(self, ranks: Collectives, accelerator: Any = None) -> None:
+        self._ranks, self._accelerator = ranks, accelerator
+
+    def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The model as the ranks train it: in DistributedDataParallel, where there are several."""
+        if self._accelerator is None or not any(item.requires_grad for item in model.parameters()):
+            return model
+        return self._accelerator.prepare_model(model)
+
+    def divide(self, module: torch.nn.Module) -> torch.nn.Module:
+        """The module as it is: every rank has all of it."""
+        return module
+
+    def no_sync(self, model: Any) -> AbstractContextManager[None]:
+        """A context in which gradients add up on each rank alone, until the last batch of a step."""
+        return model.no_sync() if hasattr(model, "no_sync") else nullcontext()
+
+    def total_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        """The 2-norm of all gradients as one vector; torch's own function sorts them first, and takes twice as long."""
+        if len({item.dtype for item in gradients}) > 1:
+            return torch.nn.utils.get_total_norm(gradients)
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+
+    def whole(self, tree: Any) -> Any:
+        """A state_dict or the like as one process has it: as it is."""
+        return tree
+
+    def load_weights(self, module: torch.nn.Module, weights: Mapping[str, Any] | None) -> None:
+        """Give every rank these weights, which only the main rank has, or the main rank's own where they are None."""
+        if weights is not None:
+            module.load_state_dict(weights)
+        self._ranks.share_weights(module)
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any] | None) -> None:
+        """Give every rank's optimizer this state, which only the main rank has."""
+        optimizer.load_state_dict(self._ranks.broadcast(state))
+
+    def rounds(self, loader: Iterable[Any], stop: Callable[[], bool]) -> Iterator[tuple[Any, bool, bool]]:
+        """This rank's batches, each with whether it counts (always), and whether to stop before it."""
+        for batch in loader:
+            yield batch, True, stop()
+
+    def lead(self, module: torch.nn.Module, forward: Forward, work: Callable[[Forward], None]) -> None:
+        """Let the main rank do `work(forward)` alone, which calls `forward(module, batch)`."""
+        if self._ranks.is_main:
+            work(forward)

@@ -1,13 +1,10 @@
-"""What the launcher says about this process; the only reader of RANK & co.; no torch."""
+"""What launchers and batch systems say about this process: the only reader of RANK and the like."""
 
 import os
 import re
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from dtrain.config.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
 
 
 class Environment(NamedTuple):

@@ -1,21 +1,23 @@
-"""A model shared out over the ranks (FSDP2): each holds a part of every weight. Knows no training, files or config.
+"""The strategy fsdp: a model sharded over the ranks (torch's FSDP2), each of which holds a part of every weight.
 
 What is written and read are whole weights, in the form that one process has: gathered on the main rank, tensor by
-tensor, and dealt out from there. accelerate's FSDP settings are honoured; the sharding itself is torch's own
+tensor, and divided from there. accelerate's FSDP settings are honoured; the sharding itself is torch's own
 `fully_shard`, since accelerate 1.15 does none without a GPU, and its rule by size fails at a ModuleList.
 """
 
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from dtrain.config.errors import ConfigError
+from dtrain.distributed.collectives import Collectives
 
 MIN_PARAMETERS = 1_000_000  # smaller parts are not worth a message of their own
+Forward = Callable[[torch.nn.Module, Any], Any]
 
 
 def fsdp_options(
@@ -26,8 +28,8 @@ def fsdp_options(
     Args:
         layers: Class names of the parts that are gathered one by one. Default: by size.
         min_parameters: Without `layers`, the elements of a ModuleList or Sequential with at least so many.
-        reshard_after_forward: Let go of a part's weights until the backward pass (default true); false takes memory
-            and saves messages.
+        reshard_after_forward: Free a part's weights until the backward pass (default true); false takes memory and
+            saves messages.
     """
     return dict(locals())
 
@@ -71,63 +73,86 @@ def is_shard(value: Any) -> bool:
 
 
 def local_part(value: Any) -> Any:
-    """The part of a tensor that this rank has; all of one that is not shared out."""
+    """The part of a tensor that this rank has; all of one that is not sharded."""
     return value.to_local() if is_shard(value) else value
 
 
-class Shards:
-    """How models are shared out over all ranks. All ranks call the same methods in the same order.
+class FSDP:
+    """Every rank has a part of each weight; all ranks call the model equally often, since each call gathers weights.
+
+    Its methods are those of `DDP`. All ranks call them in the same order.
 
     Args:
-        device: Of this rank.
-        world_size: How many ranks there are.
+        ranks: What the ranks do together.
         options: See `fsdp_options`.
-        syncs_buffers: Whether every step begins with rank 0's buffers.
+        syncs_buffers: Whether every step begins with the main rank's buffers.
     """
 
-    def __init__(
-        self, device: torch.device, world_size: int, options: Mapping[str, Any], syncs_buffers: bool = True
-    ) -> None:
+    is_sharded = True
+
+    def __init__(self, ranks: Collectives, options: Mapping[str, Any], syncs_buffers: bool = True) -> None:
         from torch.distributed.device_mesh import init_device_mesh
 
-        self._options, self._device, self.syncs_buffers = options, device, syncs_buffers
-        self.is_amid_step = False  # the next forward is not the first of its step
-        self._mesh = init_device_mesh(device.type, (world_size,))
+        self._ranks, self._options, self._syncs_buffers = ranks, options, syncs_buffers
+        self._is_amid_step = False  # the next forward is not the first of its step
+        self._mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
 
-    def share_out(self, module: torch.nn.Module) -> torch.nn.Module:
-        """Leave this rank its part of every parameter, in place; the module has the same weights on all ranks.
+    def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The model as the ranks train it: itself, divided."""
+        if not any(item.requires_grad for item in model.parameters()):
+            return model
+        if self._syncs_buffers and any(True for _ in model.buffers()):
+            model.register_forward_pre_hook(self._begin_with_same_buffers)
+        return self.divide(model)
+
+    def _begin_with_same_buffers(self, model: torch.nn.Module, _inputs: Any) -> None:
+        """What DistributedDataParallel does before the first forward of each step."""
+        if model.training and not self._is_amid_step:
+            self._ranks.agree_on_buffers(model)
+        self._is_amid_step = False
+
+    def divide(self, module: torch.nn.Module) -> torch.nn.Module:
+        """Leave this rank its part of the main rank's weights, in place.
 
         Raises:
             ConfigError: A parameter has no dimension to be divided along, or there is no such layer.
         """
         from torch.distributed.fsdp import fully_shard
 
+        self._ranks.share_weights(module)
         if scalars := [name for name, item in module.named_parameters() if not item.dim()]:
             raise ConfigError(f"trainer.strategy: fsdp cannot divide {', '.join(scalars)}: give it the shape (1,)")
-        reshard = self._options.get("reshard_after_forward")
-        for part in [*units(module, **_chosen(self._options)), module]:
-            # The outermost, too: else its weights would be whole after an evaluation, and shards after a step.
-            fully_shard(part, mesh=self._mesh, reshard_after_forward=True if part is module else reshard is not False)
+        least, reshard = self._options.get("min_parameters"), self._options.get("reshard_after_forward")
+        parts = units(module, self._options.get("layers"), MIN_PARAMETERS if least is None else least)
+        for part in parts:
+            fully_shard(part, mesh=self._mesh, reshard_after_forward=reshard is not False)
+        # The outermost always: else its weights would be whole after an evaluation, and sharded after a step.
+        fully_shard(module, mesh=self._mesh, reshard_after_forward=True)
         return module
 
     @contextlib.contextmanager
-    def amid_step(self) -> Iterator[None]:
+    def no_sync(self, model: Any) -> Iterator[None]:
         """Around a batch that is not the last of its step; its gradients are reduced all the same, and take no room."""
         yield
-        self.is_amid_step = True
+        self._is_amid_step = True
 
-    @staticmethod
-    def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    def total_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         """The 2-norm of all whole gradients as one vector, the same on every rank."""
         norm: Any = torch.nn.utils.get_total_norm(gradients)
         return norm.full_tensor() if is_shard(norm) else norm
 
-    def whole(self, tree: Any, keeps: bool) -> Any:
-        """The same nested containers with whole tensors in host memory, which nobody else changes.
+    # torch.distributed.checkpoint.state_dict has functions for what follows. In torch 2.13 they do not do the same:
+    # - get_model_state_dict gathers tied weights twice, drops _metadata, refuses sets, dtypes and complex numbers in an
+    #   extra state, and on CPUs returns the live buffers, not copies;
+    # - set_model_state_dict drops _metadata on all ranks but the main one, and fails for a module with two names;
+    # - get_optimizer_state_dict names parameters, where checkpoints number them, and steps an optimizer without state;
+    # - set_optimizer_state_dict takes names only (KeyError on the main rank, while the others hang).
+
+    def whole(self, tree: Any) -> Any:
+        """The same nested containers with whole tensors in host memory, which nobody else changes, on the main rank.
 
         Args:
-            tree: Such as a state_dict; of the same form on all ranks.
-            keeps: Whether this rank wants them; else its tensors are empty.
+            tree: Such as a state_dict; of the same form on all ranks. The other ranks get empty tensors.
         """
         from torch.utils._pytree import tree_map_only
 
@@ -135,7 +160,7 @@ class Shards:
 
         def whole(part: Any) -> torch.Tensor:
             value = part.full_tensor() if is_shard(part) else part  # for each, tied or not: all ranks must agree
-            if not keeps:
+            if not self._ranks.is_main:
                 return torch.empty(0)
             local = local_part(part)
             tied = local.data_ptr() or id(part), local.dtype, tuple(part.shape), local.stride()
@@ -148,20 +173,25 @@ class Shards:
             result._metadata = tree._metadata
         return result
 
-    def load_weights(self, module: torch.nn.Module, weights: Mapping[str, Any] | None, broadcast: Any) -> None:
-        """Deal out whole weights, which the main rank alone has (None elsewhere)."""
+    def load_weights(self, module: torch.nn.Module, weights: Mapping[str, Any] | None) -> None:
+        """Give every rank its part of these weights, which only the main rank has; nothing where they are None."""
+        names = self._ranks.broadcast(None if weights is None else list(weights))
+        if names is None:
+            return
         found = module.state_dict()
-        names = broadcast(None if weights is None else list(weights))
-        for name in names or ():
-            given = None if weights is None else weights[name]
-            found[name] = self._dealt(given, found[name], broadcast)
-        if names is not None:
-            module.load_state_dict(found)
+        for name in names:
+            value, own = None if weights is None else weights[name], found[name]
+            if is_shard(own):
+                found[name] = self._divided(value, own, own.placements)
+            else:
+                found[name] = self._ranks.broadcast(value)
+        module.load_state_dict(found)
 
-    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any] | None, broadcast: Any) -> None:
-        """Deal out an optimizer's whole state, which the main rank alone has; each tensor goes as its parameter does.
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any] | None) -> None:
+        """Give every rank's optimizer its part of this state, which only the main rank has.
 
-        What has another shape than its parameter (Adafactor's rows and columns) is left whole on every rank.
+        Each tensor is divided as its parameter is. What has another shape than its parameter (Adafactor's rows and
+        columns) is left whole on every rank.
         """
         from torch.distributed.tensor import Replicate
         from torch.utils._pytree import tree_map_only
@@ -169,32 +199,49 @@ class Shards:
         def outline(value: torch.Tensor) -> torch.Tensor:
             return value.to("meta") if value.dim() else value
 
-        told = broadcast(None if state is None else tree_map_only(torch.Tensor, outline, dict(state)))
+        found = self._ranks.broadcast(None if state is None else tree_map_only(torch.Tensor, outline, dict(state)))
         parameters: list[Any] = [item for group in optimizer.param_groups for item in group["params"]]
-        for number, values in told["state"].items():
+        for number, values in found["state"].items():
             for name, value in values.items():
                 if isinstance(value, torch.Tensor) and value.dim():
-                    like = parameters[number]
-                    placements = like.placements if value.shape == like.shape else [Replicate()]
-                    values[name] = self._distributed(state["state"][number][name] if state else value, placements)
-        optimizer.load_state_dict(told)
+                    parameter = parameters[number]
+                    placements = parameter.placements if value.shape == parameter.shape else [Replicate()]
+                    whole = None if state is None else state["state"][number][name]
+                    values[name] = self._divided(whole, value, placements)
+        optimizer.load_state_dict(found)
 
-    def _dealt(self, value: Any, like: Any, broadcast: Any) -> Any:
-        """This rank's part of an entry of a state_dict: `like` is the entry that it takes the place of."""
-        if is_shard(like):
-            return self._distributed(like.to("meta") if value is None else value, like.placements, like.dtype)
-        return broadcast(value)
-
-    def _distributed(self, value: Any, placements: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def _divided(self, value: torch.Tensor | None, like: torch.Tensor, placements: Any) -> torch.Tensor:
+        """This rank's part of a tensor of the main rank (None elsewhere), of the shape and dtype of `like`."""
         from torch.distributed.tensor import distribute_tensor
 
-        empty = torch.empty(value.shape, dtype=dtype or value.dtype, device=self._device)
-        return distribute_tensor(empty if value.is_meta else empty.copy_(value), self._mesh, placements)
+        whole = torch.empty(like.shape, dtype=like.dtype, device=self._ranks.device)
+        return distribute_tensor(whole if value is None else whole.copy_(value), self._mesh, placements)
 
+    def rounds(self, loader: Iterable[Any], stop: Callable[[], bool]) -> Iterator[tuple[Any, bool, bool]]:
+        """This rank's batches, each with whether it counts, and whether to stop before it, which all ranks then do.
 
-def _chosen(options: Mapping[str, Any]) -> dict[str, Any]:
-    least = options.get("min_parameters")
-    return {"layers": options.get("layers"), "min_parameters": MIN_PARAMETERS if least is None else least}
+        A rank without a batch of its own joins the collectives of the others' forward with a dummy batch: the main
+        rank's, which does not count.
+        """
+        batches = iter(loader)
+        while True:
+            batch = next(batches, None)
+            has_batch = batch is not None
+            with_batch, stops = self._ranks.sum_(torch.tensor([float(has_batch), float(stop())])).tolist()
+            if not with_batch:
+                return
+            # The main rank has a batch where any rank has.
+            dummy = self._ranks.broadcast(batch) if with_batch < self._ranks.world_size else None
+            yield batch if has_batch else dummy, has_batch, stops > 0
+
+    def lead(self, module: torch.nn.Module, forward: Forward, work: Callable[[Forward], None]) -> None:
+        """Let the main rank do `work(forward)`, which calls `forward(module, batch)`; the others join each call."""
+        if self._ranks.is_main:
+            work(lambda module, batch: forward(module, self._ranks.broadcast(batch)))
+            self._ranks.broadcast(None)
+        else:
+            while (batch := self._ranks.broadcast()) is not None:
+                forward(module, batch)
 
 
 def units(module: torch.nn.Module, layers: list[str] | None, min_parameters: int) -> list[torch.nn.Module]:

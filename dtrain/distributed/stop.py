@@ -1,4 +1,4 @@
-"""A request to stop, by a signal or a time limit: only a flag, read between two steps; knows no training, no ranks."""
+"""A request to stop, by a signal or a time limit: only a flag, read between two steps."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from dtrain.distributed.exit_status import INTERRUPTED, STOPPED_EARLY
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 REPEAT_SECONDS = 0.5  # launchers deliver one signal several times within milliseconds
-OTHERS_WAIT_SECONDS = 3.0  # a rank that waits for data when it is asked to stop, waits on: others wait for it
+OTHERS_WAIT_SECONDS = 3.0  # a rank that is asked to stop while it waits for data waits on, since others wait for it
 # A batch system's own limit is kept clear of by so much, or a tenth of what there is: a step and a save must fit in.
 MARGIN_SECONDS = 120.0
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -32,10 +32,10 @@ class StopRequest:
     Args:
         time_limit: How long this process may train, from now: see `seconds_of`.
         job_ends_at: When a batch system ends it, in unix seconds.
-        alone: Nobody else needs what this process waits for; else it goes on waiting for a while.
+        alone: Nobody else needs what this process waits for; else it continues to wait for a while.
 
     Raises:
-        ValueError: The time limit is none.
+        ValueError: The time limit is not a duration.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class StopRequest:
         self.reason = ""
         self._patience_seconds = 0.0 if alone else OTHERS_WAIT_SECONDS
         self._first_seconds = 0.0
-        self._waits = self._asked_in = self._wait_number = 0  # the wait that goes on, by number; 0 for none
+        self._wait = self._asked_in = self._wait_number = 0  # the wait at the moment, by number; 0 for none
         limits = []
         if time_limit is not None:
             limits.append((seconds_of(time_limit), f"the time limit ({time_limit})"))
@@ -63,8 +63,8 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        taken = (*heeded(), signal.SIGALRM)
-        before = {number: signal.signal(number, self._take) for number in taken}
+        taken = (*stop_signals(), signal.SIGALRM)
+        before = {number: signal.signal(number, self._handle) for number in taken}
         if self._limit:  # a signal, too: it reaches a loop that waits for data
             signal.setitimer(signal.ITIMER_REAL, max(1e-3, self._end_seconds - time.monotonic()))
         try:
@@ -86,39 +86,39 @@ class StopRequest:
         iterator = iter(items)
         while True:
             self._wait_number += 1
-            self._waits = self._wait_number
+            self._wait = self._wait_number
             try:
                 item = next(iterator)
             except StopIteration:
                 return
             finally:
-                self._waits = 0
+                self._wait = 0
             yield item
 
-    def _take(self, number: int, _frame: FrameType | None) -> None:
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
         now = time.monotonic()
         if not self.reason:
             alarm = number == signal.SIGALRM
             self.reason = self._limit if alarm else f"signal {signal.Signals(number).name}"
-            self._first_seconds, self._asked_in = now, self._waits
-            if self._waits and self._patience_seconds:
+            self._first_seconds, self._asked_in = now, self._wait
+            if self._wait and self._patience_seconds:
                 # Again and again: what a handler raises is lost where a worker is just forked, as in destructors.
                 signal.setitimer(signal.ITIMER_REAL, self._patience_seconds, REPEAT_SECONDS)
-            elif self._waits:
+            elif self._wait:
                 raise StopWaiting
-        elif number == signal.SIGALRM and self._waits and self._waits == self._asked_in:
+        elif number == signal.SIGALRM and self._wait and self._wait == self._asked_in:
             raise StopWaiting
         elif number == signal.SIGINT and now - self._first_seconds > REPEAT_SECONDS:
             raise KeyboardInterrupt
 
 
-def heeded() -> tuple[signal.Signals, ...]:
+def stop_signals() -> tuple[signal.Signals, ...]:
     """The signals that ask to stop; under nohup, a terminal that hangs up does not."""
     return tuple(each for each in SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN)
 
 
 def end_at_once(say: Callable[[str], object]) -> None:
-    """While nothing is there that could be lost, a request to stop ends this process: start it again for the same."""
+    """Until there is something to lose, have a request to stop end this process; the next start does the same work."""
 
     def end(number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT:  # as KeyboardInterrupt it would be lost in some library's import now and then
@@ -136,7 +136,7 @@ def seconds_of(time_limit: float | str) -> float:
     """A duration in seconds: 5400, '90m', '1.5h', '01:30:00' or '1-12:00:00' (days-hours:minutes:seconds).
 
     Raises:
-        ValueError: It is none of these, or not above 0.
+        ValueError: It is none of these, or not positive.
     """
     text = str(time_limit).strip()
     seconds = 0.0

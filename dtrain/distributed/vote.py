@@ -1,10 +1,9 @@
-"""What any rank wishes and all ranks see after the same step; knows what ranks are, and no wish."""
+"""Votes: what any rank wishes and all ranks see after the same step."""
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from dtrain.distributed.ranks import Ranks
+from dtrain.distributed.collectives import Collectives
 
 VOTE_SECONDS = 0.2  # about so long apart are two votes; a stop takes effect after two of them
 
@@ -17,19 +16,19 @@ class Vote:
     spared the vote: it carries the time since the last one, from which all ranks find the same next step to vote at.
     """
 
-    def __init__(self, ranks: "Ranks") -> None:
-        self.ranks = ranks
+    def __init__(self, ranks: Collectives) -> None:
+        self._ranks = ranks
         self._pending: Any = None
         self._ballot: Any = None
-        self._period = self._left = 1  # steps from vote to vote, and to the next
+        self._period = self._steps_left = 1  # steps from vote to vote, and to the next
         self._last_seconds = time.monotonic()
 
     def cast(self, *wishes: bool) -> tuple[bool, ...]:
         """Vote, if it is time to, and learn which wishes any rank had last time (with one rank: now)."""
-        if self.ranks.world_size == 1:
+        if self._ranks.world_size == 1:
             return wishes
-        self._left -= 1
-        if self._left:
+        self._steps_left -= 1
+        if self._steps_left:
             return (False,) * len(wishes)
         import torch
         import torch.distributed as dist
@@ -37,7 +36,7 @@ class Vote:
         decided = self._read(len(wishes))
         now = time.monotonic()
         self._ballot = torch.tensor([now - self._last_seconds, *map(float, wishes)], dtype=torch.float64)
-        self._last_seconds, self._left = now, self._period
+        self._last_seconds, self._steps_left = now, self._period
         self._pending = dist.all_reduce(self._ballot, async_op=True)
         return decided
 
@@ -46,7 +45,7 @@ class Vote:
             return (False,) * count
         self._pending.wait()
         seconds, *votes = self._ballot.tolist()
-        between = seconds / self.ranks.world_size
+        between = seconds / self._ranks.world_size
         if between < VOTE_SECONDS / 2:
             self._period = min(2 * self._period, 1024)
         elif between > VOTE_SECONDS:

@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousHandler, RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from dtrain.distributed.process import VARIABLE, Launch
+from dtrain.distributed.launched_rank import LAUNCH_VARIABLE, Launch
 
 STORE_SECONDS = 300  # a node waits so long for the one that holds the rendezvous,
 NODES_SECONDS = 900  # and so long for all others
@@ -123,7 +123,7 @@ class Agent(LocalElasticAgent):
         folder = self._folder / f"start-{starts}"
         folder.mkdir()
         self._launch = Launch(os.getpid(), str(folder), starts, self._log_folder)
-        os.environ[VARIABLE] = json.dumps(self._launch._asdict())
+        os.environ[LAUNCH_VARIABLE] = json.dumps(self._launch._asdict())
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         for worker in worker_group.workers:
@@ -151,7 +151,7 @@ class Agent(LocalElasticAgent):
 
     def _end_of(self, worker: Worker, result: RunResult) -> End:
         failure = result.failures.get(worker.global_rank)
-        status, reported_at, report = 0, math.inf, self._launch.word(worker.local_rank)
+        status, reported_at, report = 0, math.inf, self._launch.status_file(worker.local_rank)
         with suppress(OSError, ValueError):
             status, reported_at = int(report.read_text()), report.stat().st_mtime
         return End(worker.global_rank, failure.exitcode if failure else status, reported_at)

@@ -4,6 +4,7 @@ Every probe has a time limit: a disk or a server that does not answer is a findi
 ranks meet: each node is probed, their clocks are compared, and the all-reduce is theirs.
 """
 
+import importlib.metadata
 import json
 import math
 import os
@@ -22,20 +23,20 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 
-from dtrain.config.build import version_of
 from dtrain.config.errors import ConfigError, one_line
 from dtrain.config.load import run_folder
 from dtrain.distributed.environment import Environment, environment
 from dtrain.distributed.exit_status import DONE, FAILED
-from dtrain.distributed.ranks import Ranks
-from dtrain.distributed.setup import set_up
 from dtrain.tracking.secrets import redact
 from dtrain.tracking.start_sender import probe_store
 from dtrain.tracking.uri import resolve_tracking_uri, sqlite_file
+
+if TYPE_CHECKING:
+    from dtrain.distributed.ranks import Ranks
 
 LOCAL_SECONDS = 20.0  # for what looks at this machine alone
 STORE_SECONDS = 40.0  # of which importing mlflow takes some
@@ -150,6 +151,14 @@ def versions() -> Finding:
         if tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit()) < least:
             missing.append(f"{name}>={'.'.join(map(str, least))}")
     return judged("versions", ", ".join(found), (bool(missing), "fail", f"pip install {shlex.join(missing)}"))
+
+
+def version_of(package: str) -> str:
+    """The version of an installed package, which is not imported; '' if there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def gpus() -> Finding:
@@ -293,6 +302,8 @@ def _sqlite_error(file: Path) -> str:
 def _together(here: Environment, node: list[Finding], mlflow: list[Finding]) -> list[Finding]:
     """What all ranks of this job find, rank 0's of MLflow at the end; on every rank all of it."""
     try:
+        from dtrain.distributed.process_group import set_up
+
         ranks = set_up(ddp={"timeout_seconds": TOGETHER_SECONDS})
         nodes = ranks.gather((ranks.host, node) if here.local_rank == 0 else None)
         merged = _merged([each for each in nodes or () if each])

@@ -20,7 +20,8 @@ from types import FrameType
 
 from dtrain.distributed.environment import job_ends_at
 from dtrain.distributed.exit_status import FAILED, STOPPED_EARLY
-from dtrain.tracking.run_folder import read_json, read_run, write_json
+from dtrain.tracking.run_folder import read_run
+from dtrain.tracking.whole_file import read_json, write_json
 
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 IDLE_STARTS = 3  # so many starts in a row without a new checkpoint, and the next one will not make one either

@@ -20,15 +20,16 @@ import torch
 
 from dtrain.config.errors import ConfigError, one_line
 from dtrain.config.load import run_folder
+from dtrain.distributed.device import choose_device
 from dtrain.distributed.environment import Environment, cores
 from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EARLY, WRONG_CONFIG
-from dtrain.distributed.process import Launch
-from dtrain.distributed.setup import choose_device
-from dtrain.distributed.stop import REPEAT_SECONDS, heeded
+from dtrain.distributed.launched_rank import Launch
+from dtrain.distributed.stop import REPEAT_SECONDS, stop_signals
 from dtrain.launch.agent import AgentThread, End, Site
 from dtrain.launch.console import Console
 from dtrain.launch.rendezvous import address_towards, is_held_here, set_gloo_interface
-from dtrain.tracking.run_folder import close_run_of, lives, read_json, read_run
+from dtrain.tracking.run_folder import close_run_of, lives, read_run
+from dtrain.tracking.whole_file import read_json
 
 UNTIMED_SAVE_SECONDS = 600.0  # ranks have so long to save and end before a save was timed
 SHUTDOWN_SECONDS, SHUTDOWN_SAVES = 60.0, 3.0  # afterwards so long, and so many times what the last save took
@@ -129,7 +130,7 @@ class NodeRun:
         for name in ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # what they report is reported here
         private = Path(tempfile.mkdtemp(prefix="dtrain-launch-"))
-        for number in (*heeded(), signal.SIGQUIT):
+        for number in (*stop_signals(), signal.SIGQUIT):
             signal.signal(number, self._take)
         agent = AgentThread(self.site, private, str(self.console.log_folder), self._listen, self._ended)
         agent.start()
@@ -243,7 +244,7 @@ class NodeRun:
 
     def _first_failure(self) -> list[str]:
         """Which rank failed first, how, where its output is, and its traceback."""
-        from dtrain.training.failure import FAILURE
+        from dtrain.training.failure_card import FAILURE
 
         card = read_json(self.folder / FAILURE)
         if card.get("time", 0.0) < self.start_began:  # of another start, or of another machine's disk

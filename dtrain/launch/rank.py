@@ -1,31 +1,29 @@
-"""What every rank runs: create the trainer, fit, close; says how it ended as an exit status; knows no command line."""
+"""What every rank runs: make a trainer, do one thing with it, and say how it ended as an exit status."""
 
 import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
 from dtrain.checkpoint.saver import WRITER
 from dtrain.config.errors import ConfigError
-from dtrain.distributed.exit_status import INTERRUPTED, STOPPED_EARLY
+from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EARLY
 from dtrain.distributed.stop import StopWaiting
-from dtrain.launch.rehearsal import rehearse as tried
-from dtrain.predict.writer import PredictionError
-from dtrain.reporting import summary as report
+from dtrain.predict.work_folder import PredictionError
+from dtrain.reporting.summary import prediction_lines
 from dtrain.tracking.journal import NoJournal
-from dtrain.trainer import Trainer
-from dtrain.training.replay import replay as repeat
-from dtrain.training.setup import create_trainer
+from dtrain.trainer import Trainer, create_trainer
+from dtrain.training.evaluate import evaluate
+from dtrain.training.replay import replay as repeated
 
 if TYPE_CHECKING:
     from subprocess import Popen
-
-FAILED = 1
 
 
 def train(config: ConfigDict, sender: "Popen[bytes] | None" = None) -> int:
@@ -36,81 +34,56 @@ def train(config: ConfigDict, sender: "Popen[bytes] | None" = None) -> int:
         sender: From `prepare_sender`, on rank 0.
     """
 
-    def action() -> int:
-        trainer = create_trainer(config, sender=sender)
+    def fit(trainer: Trainer) -> bool:
         with trainer.stop_request.listening():
-            status = trainer.fit()
-            trainer.ranks.close()
-        return STOPPED_EARLY if status == "KILLED" else 0
+            return trainer.fit() == "KILLED"
 
-    return _status(action)
+    return _run(lambda: create_trainer(config, sender=sender), fit)
 
 
 def test(config: ConfigDict, checkpoint: str | None = None) -> int:
     """Evaluate a checkpoint (default: the best) on the test data and print the figures; writes nothing."""
 
-    def action() -> int:
-        trainer = create_trainer(config, purpose="test")
+    def measure(trainer: Trainer) -> bool:
         path = Path(checkpoint) if checkpoint else None
-        if path is None and trainer.ranks.is_main and trainer.checkpoints.last() is None:
-            raise ConfigError(
-                f"{trainer.checkpoints.folder} holds no checkpoint; train first, or name one: --checkpoint"
-            )
+        checkpoints = trainer.saver.checkpoints
+        if path is None and trainer.ranks.is_main and checkpoints.last() is None:
+            raise ConfigError(f"{checkpoints.folder} holds no checkpoint; train first, or name one: --checkpoint")
         with trainer.stop_request.listening():
-            try:
-                trainer.test(path)
-            except StopWaiting:  # while it waited for data; the other ranks may wait for this one
-                return STOPPED_EARLY
-            trainer.progress.close()
-            trainer.ranks.close()
-        return STOPPED_EARLY if trainer.stopped else 0
+            trainer.test(path)
+        return trainer.state.stopped
 
-    return _status(action)
+    return _run(lambda: create_trainer(config, purpose="test"), measure)
 
 
 def predict(
     config: ConfigDict, checkpoint: str | None = None, output_dir: str | None = None, overwrite: bool = False
 ) -> int:
-    """Predict into files; 0 done, 1 failed, 75 stopped early: the next start goes on."""
+    """Predict into files; 0 done, 1 failed, 75 stopped early: the next start resumes."""
 
-    def action() -> int:
-        trainer = create_trainer(config, purpose="predict")
+    def write(trainer: Trainer) -> bool:
         with trainer.stop_request.listening():
             result = trainer.predict(checkpoint, output_dir, overwrite)
             trainer.progress.close()
-            for line in report.prediction(result):
+            for line in prediction_lines(**result._asdict()):
                 trainer.progress.note(line)
-            trainer.ranks.close()
-        return STOPPED_EARLY if result.stopped else 0
+        return result.stopped
 
-    return _status(action)
+    return _run(lambda: create_trainer(config, purpose="predict"), write)
 
 
 def rehearse(config: ConfigDict) -> int:
     """Build everything and try one batch of each phase; trains nothing, writes nothing."""
-
-    def action() -> int:
-        trainer = _silent(config)
-        for line in tried(trainer):
-            trainer.progress.note(line)
-        trainer.progress.close()
-        trainer.ranks.close()
-        return 0
-
-    return _status(action)
+    return _run(lambda: _silent(config), lambda trainer: _noted(trainer, _one_batch_of_each_phase(trainer)))
 
 
 def replay(config: ConfigDict, folder: Path) -> int:
     """Repeat the failed step of a run folder on this one process, and say what is found; writes nothing."""
 
-    def action() -> int:
-        trainer = _silent(config)
-        for line in repeat(trainer, folder):
-            trainer.progress.note(line)
-        trainer.progress.close()
-        return 0
+    def repeat(trainer: Trainer) -> bool:
+        return _noted(trainer, repeated(trainer.forward, trainer.module, trainer.train_loader, folder))
 
-    return _status(action)
+    return _run(lambda: _silent(config), repeat)
 
 
 def _silent(config: ConfigDict) -> Trainer:
@@ -119,10 +92,42 @@ def _silent(config: ConfigDict) -> Trainer:
     return trainer
 
 
-def _status(action: Callable[[], int]) -> int:
-    """The exit status of an action. Nothing here waits for other ranks: they may be gone."""
+def _noted(trainer: Trainer, lines: Iterator[str]) -> bool:
+    """Show the lines; nothing stops early."""
+    for line in lines:
+        trainer.progress.note(line)
+    return False
+
+
+def _one_batch_of_each_phase(trainer: Trainer) -> Iterator[str]:
+    """Try one batch of each phase, and the metrics; yields a line for each."""
+    parts: Any = trainer.trainables
+    loss, _ = trainer.training_step(next(iter(trainer.train_loader.epoch(0))).batch)
+    loss.backward()
+    parts.optimizer.zero_grad()
+    yield f"train: one batch forward and backward, loss {float(loss.detach()):.4g}"
+    for phase in ("val", "test"):
+        if (loader := getattr(trainer.loaders, phase)) is not None:
+            figures = evaluate(trainer.forward, parts.compiled, islice(loader, 1), trainer.metrics, trainer.ranks)
+            texts = (f"{name} {value:.4g}" for name, value in (figures or {}).items())
+            yield f"{phase}: one batch, {', '.join(texts)}"
+
+
+def _run(create: Callable[[], Trainer], action: Callable[[Trainer], bool]) -> int:
+    """Make a trainer and do something with it, which returns whether it was stopped early.
+
+    Returns:
+        The exit status. After an error nothing here waits for other ranks: they may be gone.
+    """
     try:
-        return action()
+        trainer = create()
+        try:
+            stopped = action(trainer)
+        except StopWaiting:  # while it waited for data; the other ranks may wait for this one
+            return STOPPED_EARLY
+        trainer.progress.close()
+        trainer.ranks.close()
+        return STOPPED_EARLY if stopped else DONE
     except ConfigError:
         raise
     except KeyboardInterrupt:

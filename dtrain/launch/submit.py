@@ -29,7 +29,7 @@ from dtrain.tracking.secrets import keep_secret
 WORDS = ("partition", "account", "qos", "constraint")
 
 
-def cluster_settings(
+def cluster_settings(  # noqa: PLR0913
     nodes: int | str = 1,
     gpus_per_node: int | None = None,
     nproc_per_node: int | None = None,

@@ -1,20 +1,16 @@
-"""Predictor: a dataset's volumes, predicted patch by patch into files or for metrics. Knows no config, no training."""
+"""Predictor: the settings of predictions; which patches of a dataset go in, and what comes out."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from dtrain.config.errors import ConfigError
-from dtrain.predict.patches import Grid, Region
+from dtrain.predict.formats import FileSpec
+from dtrain.predict.patches import Grid
 from dtrain.predict.segmentation import Choice
-from dtrain.predict.stitching import READING, Run, Source, StoppedError, Volume, stitched
-from dtrain.predict.work_folder import Folder
-from dtrain.predict.writer import Desk, Result, Task, Work, agreed, dealt
+from dtrain.predict.source import Source, Volume
 
 
 class Predictor:
@@ -49,7 +45,7 @@ class Predictor:
         ConfigError: Settings that exclude one another.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         *,
         name: Literal["StandardPredictor", "LazyPredictor"] | None = None,
@@ -86,23 +82,22 @@ class Predictor:
 
     def _refuse_contradictions(self) -> None:
         labels, dtype = self.choice.labels, self.dtype or ""
-        wrong = {
-            "predictor.dtype: labels need whole numbers; possible: uint8, uint16, uint32": labels and "float" in dtype,
-            "predictor.dtype: whole numbers hold probabilities, not what activation: none gives": (
+        contradictions = {
+            "predictor.dtype: labels need an integer type; possible: uint8, uint16, uint32": labels
+            and "float" in dtype,
+            "predictor.dtype: an integer type can hold probabilities, but not what activation: none gives": (
                 not labels and "uint" in dtype and self.activation == "none"
             ),
             "predictor.performance_metric: compares classes, not numbered instances; remove one of them": (
                 self.choice.instances and self.performance_metric
             ),
-            "predictor.compression: lzf is HDF5's own; other formats know gzip alone": (
+            "predictor.compression: lzf is for HDF5 only; possible for other formats: gzip": (
                 self.compression == "lzf" and self.format not in (None, "hdf5")
             ),
         }
-        for text, true in wrong.items():
-            if true:
-                raise ConfigError(text)
-
-    # ------------------------------------------------------------------------------------------------------ patches
+        for message, applies in contradictions.items():
+            if applies:
+                raise ConfigError(message)
 
     def source(self, dataset: Any) -> Source:
         """The patches of a dataset with `volumes`.
@@ -113,120 +108,38 @@ class Predictor:
         volumes: Sequence[Volume] = dataset.volumes
         grids, halos = [], []
         for volume in volumes:
-            patch = self._extent("patch_shape", dataset, volume, volume.shape)
-            stride = self._extent("stride_shape", dataset, volume, patch)
+            patch = self._voxels("patch_shape", dataset, volume, volume.shape)
+            stride = self._voxels("stride_shape", dataset, volume, patch)
             if any(step > length for step, length in zip(stride, patch, strict=True)):
                 text = f"predictor.stride_shape: {list(stride)} is larger than the patch, {list(patch)}"
-                raise ConfigError(f"{text}; what lies between would have no prediction")
+                raise ConfigError(f"{text}; the voxels between patches would have no prediction")
             grids.append(Grid(volume.shape, patch, stride, self.blend))
-            halos.append(self._extent("halo_shape", dataset, volume, (0,) * len(volume.shape), least=0))
+            halos.append(self._voxels("halo_shape", dataset, volume, (0,) * len(volume.shape), least=0))
+        return Source(dataset, grids, halos)
 
-        def sample(number: int, region: Region) -> dict[str, Any]:
-            if hasattr(dataset, "sample"):  # which adds, say, the volume's statistics for its transforms
-                return dataset.sample(number, region, only_image=True)
-            return {"image": volumes[number].read(region)}
-
-        return Source(volumes, grids, halos, sample, getattr(dataset, "prepared", lambda sample: sample))
-
-    def _extent(
-        self, name: str, dataset: Any, volume: Volume, default: Sequence[int], least: int = 1
+    def _voxels(
+        self, key: str, dataset: Any, volume: Volume, default: Sequence[int], least: int = 1
     ) -> tuple[int, ...]:
-        own = getattr(self, name)
-        given = own if own is not None else getattr(dataset, name, None)
-        if own is None and name == "stride_shape" and self.patch_shape is not None:
-            given = None  # the dataset's stride goes with the dataset's patch
-        values = tuple(default if given is None else given)
-        if len(values) != len(volume.shape) or min(values) < least:
-            text = f"predictor.{name}: {list(values)} does not fit {volume.path} of {volume.shape}"
-            raise ConfigError(f"{text}; expected {len(volume.shape)} whole numbers from {least} on")
-        return values
+        """A setting of voxels along each axis: the predictor's own, else the dataset's, else the default."""
+        values = getattr(self, key)
+        goes_with_patch = key == "stride_shape" and self.patch_shape is not None
+        if values is None and not goes_with_patch:  # the dataset's stride goes with the dataset's patch
+            values = getattr(dataset, key, None)
+        voxels = tuple(default if values is None else values)
+        if len(voxels) != len(volume.shape) or min(voxels) < least:
+            text = f"predictor.{key}: {list(voxels)} does not fit {volume.path} of {volume.shape}"
+            raise ConfigError(f"{text}; expected {len(volume.shape)} integers of at least {least}")
+        return voxels
+
+    def file_spec(
+        self, path: Path, shape: tuple[int, ...], has_channels: bool = False, source: Path | None = None
+    ) -> FileSpec:
+        """What a file of predictions is to hold."""
+        return FileSpec(path, shape, has_channels, self.dtype, self.output_dataset, self.compression, source)
 
     def activated(self, logits: Tensor) -> Tensor:
         """Predictions from logits (N, K, ...)."""
-        kind = self.activation or ("sigmoid" if logits.shape[1] == 1 else "softmax")
-        if kind == "softmax":
+        activation = self.activation or ("sigmoid" if logits.shape[1] == 1 else "softmax")
+        if activation == "softmax":
             return logits.softmax(1)
-        return logits.sigmoid() if kind == "sigmoid" else logits
-
-    def logits(self, dataset: Any, work: Work, batch_size: int) -> Iterator[tuple[int, Tensor, Any]]:
-        """This rank's volumes, whole: the number, logits (1, K, *spatial) and label (1, *spatial), (1, K, *spatial).
-
-        Volume v is rank v modulo the number of ranks' own. One volume and its logits are in memory at a time.
-
-        Raises:
-            ValueError: A volume has no label.
-        """
-        source = self.source(dataset)
-        own = range(work.ranks.rank, len(source.volumes), work.ranks.world_size)
-        runs = [Run(number, 0, source.volumes[number].shape[0]) for number in own]
-        step = Steps(work, sum(len(source.grids[number]) for number in own))
-        for run, planes in stitched(source, runs, work.network, self.batch_size or batch_size, step):
-            volume, whole = source.volumes[run.volume], None
-            for low, chunk in planes:
-                if whole is None:
-                    whole = torch.empty((1, len(chunk), *volume.shape))
-                whole[0, :, low : low + chunk.shape[1]] = torch.from_numpy(chunk)
-            assert whole is not None
-            yield run.volume, whole, _label(dataset, source, run.volume)
-
-    # ------------------------------------------------------------------------------------------------------- volumes
-
-    def volumes(self, dataset: Any, work: Work, folder: Path, overwrite: bool, batch_size: int) -> Result:
-        """Predict every volume of a dataset into a file of its own. All ranks call it.
-
-        Args:
-            dataset: With `volumes`.
-            work: This rank's surroundings.
-            folder: Where the files go.
-            overwrite: Make files anew that were made with another model or other settings.
-            batch_size: Where the predictor's own is not given.
-
-        Raises:
-            ConfigError: The folder or a file in it is not to be written, or settings do not fit.
-            PredictionError: A file cannot be written.
-        """
-        source = self.source(dataset)
-        with contextlib.ExitStack() as held:
-            desk = Desk(self, source, Folder(folder), work, overwrite)
-            tasks: list[Task] = agreed(work.ranks, lambda: desk.open(held))
-            own = dealt(tasks, source, work.ranks)
-            network = work.network._replace(activation=self.activated)
-            step = Steps(work, sum(len(source.grids[run.volume].touching(*run[1:])) for run in own))
-            stopped = False
-            try:
-                for run, planes in stitched(source, own, network, self.batch_size or batch_size, step):
-                    desk.take(tasks, run, own[run], planes)
-            except StoppedError:
-                stopped = True
-            stopped = desk.join_rest(tasks, stopped)
-            return desk.result(tasks, stopped)
-
-
-class Steps:
-    """Counts patches, and stops the work when it is asked to."""
-
-    def __init__(self, work: Work, patches: int) -> None:
-        self.work = work
-        work.progress.start_patches(patches)
-
-    def __call__(self, patches: int) -> None:
-        """So many more are done."""
-        for _ in range(patches):
-            self.work.progress.step()
-        if self.work.stop():
-            raise StoppedError
-
-
-def _label(dataset: Any, source: Source, number: int) -> Tensor:
-    """A volume's whole label, as the dataset's transforms make it."""
-    volume = source.volumes[number]
-    if not volume.has_label:
-        raise ValueError(f"{volume.path} has no label, so nothing can be measured on it")
-    region = tuple(slice(0, extent) for extent in volume.shape)
-    with READING:
-        if hasattr(dataset, "sample"):
-            sample = dataset.sample(number, region)
-        else:
-            sample = {"image": volume.read(region), "label": volume.read_label(region)}
-        label = np.asarray(source.prepared(sample)["label"])
-    return torch.from_numpy(label.astype(np.float32 if label.dtype.kind == "f" else np.int64, copy=False))[None]
+        return logits.sigmoid() if activation == "sigmoid" else logits

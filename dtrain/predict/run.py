@@ -1,102 +1,67 @@
-"""What a trained model is asked for: predictions, and figures of whole volumes. Knows a trainer, but no config."""
+"""Predicts volumes or items into files, or whole volumes for metrics."""
 
 import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dtrain.checkpoint.files import load, load_weights
-from dtrain.checkpoint.snapshot import CheckpointError
-from dtrain.checkpoint.weights import fitted, misfits_of
+from dtrain.checkpoint.store import Checkpoints
+from dtrain.checkpoint.weights import load_for_use
 from dtrain.config.errors import ConfigError
-from dtrain.data import batch as batches
 from dtrain.data import rng
+from dtrain.dataloader import Loaders
+from dtrain.predict.inference import Inference, Result, StoppedError
 from dtrain.predict.items import predict_items
-from dtrain.predict.predictor import Predictor, Steps
-from dtrain.predict.stitching import Network, StoppedError
-from dtrain.predict.work_folder import digest
-from dtrain.predict.writer import Result, Work, agreed
-
-if TYPE_CHECKING:
-    from dtrain.trainer import Trainer
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-FOLDER = "predictions"
-LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the dimensions of a convolution's weights
-IDLE_SECONDS = 7 * 86400.0  # ranks share a prediction once, before it begins, so one may wait long for another's end
+from dtrain.predict.plan import plan, share_of
+from dtrain.predict.stitching import Run, stitched
+from dtrain.predict.work_folder import opened
+from dtrain.predict.writer import VolumeWriter
 
 
-class Use(NamedTuple):
-    """How a trained model is used.
-
-    Attributes:
-        predictor: The settings of predictions.
-        identity: What tells this model and its data from others, besides the weights and the files.
-        configured: Whether the config has a section `predictor`: then tests are of whole volumes.
-        has_weights: Whether the model has weights without a checkpoint of the run.
-    """
-
-    predictor: Predictor
-    identity: Mapping[str, Any]
-    configured: bool
-    has_weights: bool
-
-    def whole_volumes(self, loader: Any) -> bool:
-        """Whether a test on this data measures whole volumes."""
-        return self.configured and hasattr(loader.dataset.dataset, "volumes")
-
-
-def autocast(trainer: "Trainer") -> Any:
-    """The context of a forward in the trainer's precision."""
-    if trainer.precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(trainer.device.type, DTYPES[trainer.precision])
-
-
-def load_for_use(trainer: "Trainer", checkpoint: Path | None, required: bool = False) -> None:
-    """Give every rank the weights to be used: the averaged ones where a checkpoint has them.
+def predict(
+    inference: Inference,
+    loaders: Loaders,
+    checkpoints: Checkpoints,
+    checkpoint: str | Path | None,
+    output_dir: str | Path | None,
+    overwrite: bool,
+) -> Result:
+    """Predict what `loaders.predict` holds, else `loaders.test`, into files. All ranks call it.
 
     Args:
-        trainer: Whose model gets them.
-        checkpoint: A checkpoint folder or a weight file. Default: the best, else the last.
-        required: Refuse to use the model as it is where there is none and it has no weights otherwise.
+        inference: With the model, which gets the checkpoint's weights.
+        loaders: Of a dataset with `volumes`, the dataset itself is read instead.
+        checkpoints: Those of the run.
+        checkpoint: A folder or a weight file. Default: the predictor's own.
+        output_dir: Where the files go. Default: the predictor's own, else `predictions` in the run folder.
+        overwrite: Make files anew that were made with another model or other settings.
 
     Raises:
-        ConfigError: There is none, or it does not fit the model.
+        ConfigError: There is nothing to predict, no checkpoint, or a file that is not to be written.
+        PredictionError: A file cannot be written.
     """
-    weights: Mapping[str, Any] | None = None
-
-    def decide() -> None:
-        nonlocal weights
-        path = checkpoint or trainer.checkpoints.best() or trainer.checkpoints.last()
-        if path is not None:
-            weights = _weights_for(trainer.module, path)
-        elif required and not trainer.parts.use.has_weights:
-            raise ConfigError(
-                f"{trainer.checkpoints.folder} holds no checkpoint; train first, or name one: --checkpoint"
-            )
-
-    agreed(trainer.ranks, decide)
-    trainer.ranks.load_weights(trainer.module, weights)
-
-
-def _weights_for(module: torch.nn.Module, path: Path) -> Mapping[str, Any]:
-    try:
-        if path.is_dir():
-            loaded = load(path)
-            weights = loaded.ema or loaded.weights
-        else:
-            weights = fitted(module, load_weights(path))
-    except (CheckpointError, OSError) as error:
-        raise ConfigError(str(error)) from error
-    if misfits := misfits_of(module, weights):
-        more = f"; and {len(misfits) - 5} more" if len(misfits) > 5 else ""
-        raise ConfigError(f"{path} does not fit the model: {'; '.join(misfits[:5])}{more}")
-    return weights
+    predictor, ranks, module = inference.predictor, inference.ranks, inference.forward.module
+    loader: Any = loaders.test if loaders.predict is None else loaders.predict  # it may be empty on this rank
+    if ranks.strategy.is_sharded:
+        raise ConfigError("a sharded model cannot predict: use create_trainer(..., purpose='predict')")
+    if loader is None:
+        raise ConfigError("loaders: has neither 'predict' nor 'test', so there is nothing to predict")
+    path = checkpoint or predictor.checkpoint
+    load_for_use(module, ranks, checkpoints, Path(path) if path else None, not inference.has_weights)
+    weights = ranks.broadcast(_digest(module.state_dict()) if ranks.is_main else None)
+    inference = replace(inference, identity={"weights": weights, **inference.identity})
+    folder = Path(output_dir or predictor.output_dir or inference.run_folder / "predictions")
+    dataset = loader.dataset.dataset  # the loader's own wraps it
+    with rng.untouched(), inference.channels_last():
+        inference.model.eval()
+        if not hasattr(dataset, "volumes"):
+            return predict_items(inference, loader, folder, overwrite)
+        return volumes(inference, dataset, predictor.batch_size or loader.batch_sampler.batch_size, folder, overwrite)
 
 
 def _digest(weights: Mapping[str, Any]) -> str:
@@ -110,90 +75,42 @@ def _digest(weights: Mapping[str, Any]) -> str:
     return result.hexdigest()
 
 
-def predict(
-    trainer: "Trainer", checkpoint: str | Path | None, output_dir: str | Path | None, overwrite: bool
-) -> Result:
-    """Predict what `loaders.predict` holds, else `loaders.test`, into files. All ranks call it.
+def volumes(inference: Inference, dataset: Any, batch_size: int, folder: Path, overwrite: bool) -> Result:
+    """Predict every volume of a dataset into a file of its own, `batch_size` patches at once; see `predict`."""
+    source = inference.predictor.source(dataset)
+    with opened(folder, inference.ranks, lambda: plan(inference, source, folder, overwrite)) as tasks:
+        writer = VolumeWriter(inference, source, tasks)
+        own = share_of(tasks, source, inference.ranks)
+        patches = [len(source.grids[run.volume].touching(run.begin, run.end)) for run in own]
+        inference.progress.start_patches(sum(patches))
+        with contextlib.suppress(StoppedError):
+            for run, planes in stitched(source, own, inference, batch_size, inference.predictor.activated):
+                writer.write_run(run, own[run], planes)
+        stopped = writer.join_rest()
+        return writer.result(stopped)
 
-    Args:
-        trainer: With the model.
-        checkpoint: See `load_for_use`. Default: the predictor's own.
-        output_dir: Where the files go. Default: the predictor's own, else `predictions` in the run folder.
-        overwrite: Make files anew that were made with another model or other settings.
+
+def logits(inference: Inference, loader: Any) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """This rank's volumes, whole: the number, logits (1, K, *spatial) and label (1, *spatial) or (1, K, *spatial).
+
+    Volume v is rank v modulo the number of ranks' own. One volume and its logits are in memory at a time. A request to
+    stop ends them.
 
     Raises:
-        ConfigError: There is nothing to predict, no checkpoint, or a file that is not to be written.
-        PredictionError: A file cannot be written.
+        ValueError: A volume has no label.
     """
-    loader: Any = trainer.loaders.predict or trainer.loaders.test
-    if trainer.ranks.shards:
-        raise ConfigError("a model that is shared out predicts nothing: use create_trainer(..., purpose='predict')")
-    if loader is None:
-        raise ConfigError("loaders: has neither 'predict' nor 'test', so there is nothing to predict")
-    use = trainer.parts.use
-    predictor, wanted = use.predictor, checkpoint or use.predictor.checkpoint
-    load_for_use(trainer, Path(wanted) if wanted else None, required=True)
-    weights = agreed(trainer.ranks, lambda: [_digest(trainer.module.state_dict())])[0]
-    folder = Path(output_dir or predictor.output_dir or trainer.parts.start.folder / FOLDER)
-    identity = {"weights": weights, "model and data": digest(use.identity), "precision": trainer.precision}
-    with trainer.stop_request.listening(), rng.untouched(), _channels_last(trainer):
-        trainer.compiled.eval()
-        work = _work(trainer, identity)
-        dataset = loader.dataset.dataset  # the loader's own wraps it
-        if hasattr(dataset, "volumes"):
-            size = loader.batch_sampler.batch_size
-            return predictor.volumes(dataset, work, folder, overwrite, size)
-        work = work._replace(network=work.network._replace(activation=predictor.activated))
-        own = sum(len(request) - 1 for request in loader.batch_sampler)
-        step = Steps(work, own)
-        return predict_items(predictor, loader, _inputs(trainer), work, folder, overwrite, step)
-
-
-def outcomes_of_volumes(trainer: "Trainer", loader: Any) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """This rank's whole volumes with their logits and labels, for metrics; see `Predictor.logits`."""
-    work = _work(trainer, {})
-    with contextlib.suppress(StoppedError), _channels_last(trainer):
-        yield from trainer.parts.use.predictor.logits(loader.dataset.dataset, work, loader.batch_sampler.batch_size)
-
-
-@contextlib.contextmanager
-def _channels_last(trainer: "Trainer") -> Iterator[None]:
-    """Lay a convolution's weights out for the CPU while nothing is trained: that is 10 to 45 % faster.
-
-    Not beside GroupNorm, whose sums in that layout are off by 1e-4 in a volume of 64 x 96 x 96 (torch 2.13).
-    """
-    exact = not any(isinstance(part, torch.nn.GroupNorm) for part in trainer.module.modules())
-    suits = trainer.compiled is trainer.module and trainer.device.type == "cpu" and exact
-    parameters = list(trainer.module.parameters()) if suits else []
-    _lay_out(parameters, LAYOUTS)
-    try:
-        yield
-    finally:
-        _lay_out(parameters, dict.fromkeys(LAYOUTS, torch.contiguous_format))
-
-
-def _lay_out(parameters: Iterable[torch.nn.Parameter], layouts: Mapping[int, torch.memory_format]) -> None:
-    for item in parameters:
-        if item.dim() in layouts:
-            item.data = item.data.contiguous(memory_format=layouts[item.dim()])
-
-
-def _work(trainer: "Trainer", identity: Mapping[str, Any]) -> Work:
-    def once(inputs: Any) -> Tensor:
-        inputs = batches.to_device(inputs, trainer.device) if trainer.device.type != "cpu" else inputs
-        with autocast(trainer):
-            return batches.main_output(batches.caller(trainer.module, inputs)(trainer.compiled, inputs))
-
-    def forward(inputs: Any) -> Tensor:
-        try:
-            return once(inputs)
-        except RuntimeError:  # a model may look at its tensors' layout, as `view` does
-            _lay_out(trainer.module.parameters(), dict.fromkeys(LAYOUTS, torch.contiguous_format))
-            return once(inputs)
-
-    network = Network(forward, lambda logits: logits, trainer.device)
-    return Work(network, trainer.ranks, trainer.progress, trainer.asked_to_stop, identity)
-
-
-def _inputs(trainer: "Trainer") -> Any:
-    return lambda batch: batches.inputs(batch, trainer.input_key, trainer.target_key)
+    ranks, dataset = inference.ranks, loader.dataset.dataset
+    source = inference.predictor.source(dataset)
+    batch_size = inference.predictor.batch_size or loader.batch_sampler.batch_size
+    own = range(ranks.rank, len(source.volumes), ranks.world_size)
+    runs = [Run(number, 0, source.volumes[number].shape[0]) for number in own]
+    inference.progress.start_patches(sum(len(source.grids[number]) for number in own))
+    with contextlib.suppress(StoppedError), inference.channels_last():
+        for run, planes in stitched(source, runs, inference, batch_size):
+            whole = None
+            for low, chunk in planes:
+                if whole is None:
+                    whole = torch.empty((1, len(chunk), *source.volumes[run.volume].shape))
+                whole[0, :, low : low + chunk.shape[1]] = torch.from_numpy(chunk)
+            assert whole is not None
+            yield run.volume, whole, source.label(run.volume)

@@ -1,4 +1,4 @@
-"""From probabilities to classes, masks and numbered instances, plane by plane; knows no model, no file format, no rank.
+"""From probabilities to classes, masks and numbered instances, plane by plane, and how well they agree with labels.
 
 A chunk of planes has its planes first: (planes, K, ...) for probabilities, (planes, ...) for anything else.
 """
@@ -100,37 +100,37 @@ def instances(
 
     scratch.parent.mkdir(parents=True, exist_ok=True)
     sizes, pairs = [np.zeros(1, np.int64)], [np.zeros((2, 0), np.int64)]
-    count, before = 0, np.zeros(0, np.uint32)
-    with contextlib.ExitStack() as at_end, scratch.open("w+b") as labels:  # a mapped file would count as memory
-        at_end.callback(scratch.unlink, missing_ok=True)
+    count, previous = 0, np.zeros(0, np.uint32)
+    with contextlib.ExitStack() as cleanup, scratch.open("w+b") as labels:  # a mapped file would count as memory
+        cleanup.callback(scratch.unlink, missing_ok=True)
         for plane in (plane for chunk in chunks for plane in chunk):
             structure = ndimage.generate_binary_structure(plane.ndim, min(connectivity, plane.ndim))
-            own, found = ndimage.label(plane, structure, output=np.uint32)
-            sizes.append(np.bincount(own.ravel(), minlength=found + 1)[1:])
-            own[own > 0] += np.uint32(count)
-            if before.size:
-                pairs.append(_touching(before, own, connectivity))
-            labels.write(own.data)
-            count, before = count + found, own
+            labelled, components = ndimage.label(plane, structure, output=np.uint32)
+            sizes.append(np.bincount(labelled.ravel(), minlength=components + 1)[1:])
+            labelled[labelled > 0] += np.uint32(count)
+            if previous.size:
+                pairs.append(_touching(previous, labelled, connectivity))
+            labels.write(labelled.data)
+            count, previous = count + components, labelled
         number = _numbers(np.concatenate(sizes), np.concatenate(pairs, axis=1), min_size)
         labels.seek(0)
-        step = max(1, CHUNK_BYTES // (4 * before.size))
+        step = max(1, CHUNK_BYTES // (4 * previous.size))
         for low in range(0, depth, step):
             planes = min(step, depth - low)
-            part = np.frombuffer(labels.read(4 * before.size * planes), np.uint32)
-            yield number[part.reshape(planes, *before.shape)]
+            chunk = np.frombuffer(labels.read(4 * previous.size * planes), np.uint32)
+            yield number[chunk.reshape(planes, *previous.shape)]
 
 
-def _touching(before: np.ndarray, plane: np.ndarray, connectivity: int) -> np.ndarray:
+def _touching(previous: np.ndarray, plane: np.ndarray, connectivity: int) -> np.ndarray:
     """The pairs of labels that touch between two planes, (2, pairs)."""
     found = []
     for offset in product((-1, 0, 1), repeat=plane.ndim):
         if 1 + sum(map(abs, offset)) > connectivity:
             continue
-        ours = tuple(slice(max(0, -step), min(0, -step) or None) for step in offset)
-        theirs = tuple(slice(max(0, step), min(0, step) or None) for step in offset)
-        both = (before[theirs] > 0) & (plane[ours] > 0)
-        found.append(before[theirs][both].astype(np.uint64) << np.uint64(32) | plane[ours][both])
+        above = previous[tuple(slice(max(0, step), min(0, step) or None) for step in offset)]
+        below = plane[tuple(slice(max(0, -step), min(0, -step) or None) for step in offset)]
+        touch = (above > 0) & (below > 0)
+        found.append(above[touch].astype(np.uint64) << np.uint64(32) | below[touch])
     pairs = np.concatenate(found)
     pairs = np.unique(pairs[np.flatnonzero(np.diff(pairs, prepend=~pairs[:1]))])  # few are left to be sorted
     return np.stack([pairs >> np.uint64(32), pairs & np.uint64(0xFFFFFFFF)]).astype(np.int64)
@@ -162,7 +162,7 @@ class Agreement:
 
     def __init__(self, metric: Literal["dice", "mean_iou"], choice: Choice) -> None:
         self.metric, self.choice = metric, choice
-        self._both, self._predicted, self._labelled = (np.zeros(0, np.int64) for _ in range(3))
+        self._counts = np.zeros((3, 0), np.int64)  # by class: voxels of the intersection, the prediction, the label
 
     def add(self, kept: np.ndarray, label: np.ndarray) -> None:
         """Count a chunk.
@@ -175,40 +175,35 @@ class Agreement:
             ValueError: The label has channels and the prediction has none, or others.
         """
         if label.ndim < kept.ndim or (self.choice.labels and label.ndim == kept.ndim):
-            self._add_classes(kept if self.choice.labels else self._classes(kept), label)
-            return
-        if self.choice.labels or kept.shape[1] != len(label):
+            classes = kept if self.choice.labels else classes_of(np.swapaxes(kept, 0, 1), self.choice.threshold)
+            counts = _counts_of_classes(classes, label)
+        elif self.choice.labels or kept.shape[1] != len(label):
             raise ValueError(f"a label of shape {label.shape} for a prediction of {kept.shape} (planes first)")
-        for channel, truth in enumerate(label):
-            mask = kept[:, channel] > self.choice.threshold
-            masks = mask & (truth > 0), mask, truth > 0
-            self._count(channel, *(int(item.sum()) for item in masks))
-
-    def _classes(self, kept: np.ndarray) -> np.ndarray:
-        return classes_of(np.swapaxes(kept, 0, 1), self.choice.threshold)
-
-    def _add_classes(self, classes: np.ndarray, label: np.ndarray) -> None:
-        counts = label >= 0
-        predicted, truth = classes[counts].astype(np.int64), label[counts].astype(np.int64)
-        same = np.bincount(truth[predicted == truth])
-        ours, theirs = np.bincount(predicted), np.bincount(truth)
-        for index in range(1, max(len(ours), len(theirs))):
-            numbers = (int(item[index]) if index < len(item) else 0 for item in (same, ours, theirs))
-            self._count(index - 1, *numbers)
-
-    def _count(self, index: int, both: int, predicted: int, labelled: int) -> None:
-        if index >= len(self._both):
-            more = np.zeros(index + 1 - len(self._both), np.int64)
-            self._both, self._predicted, self._labelled = (
-                np.concatenate([item, more]) for item in (self._both, self._predicted, self._labelled)
-            )
-        self._both[index] += both
-        self._predicted[index] += predicted
-        self._labelled[index] += labelled
+        else:
+            counts = _counts_of_masks(np.swapaxes(kept, 0, 1) > self.choice.threshold, label > 0)
+        missing = counts.shape[1] - self._counts.shape[1]
+        self._counts = np.pad(self._counts, ((0, 0), (0, max(0, missing))))
+        self._counts[:, : counts.shape[1]] += counts
 
     def values(self) -> list[float]:
         """One figure per class, nan for a class that is in neither."""
-        sums = self._predicted + self._labelled
+        intersection, predicted, labelled = self._counts
         with np.errstate(invalid="ignore"):
-            values = 2 * self._both / sums if self.metric == "dice" else self._both / (sums - self._both)
-        return [float(value) for value in values]
+            if self.metric == "dice":
+                return (2 * intersection / (predicted + labelled)).tolist()
+            return (intersection / (predicted + labelled - intersection)).tolist()
+
+
+def _counts_of_classes(classes: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Voxels of the intersection, the prediction and the label, by class but for class 0, (3, classes)."""
+    counts = label >= 0
+    predicted, labelled = classes[counts].astype(np.int64), label[counts].astype(np.int64)
+    length = 1 + max(predicted.max(initial=0), labelled.max(initial=0))
+    sets = predicted[predicted == labelled], predicted, labelled
+    return np.stack([np.bincount(voxels, minlength=length)[1:] for voxels in sets])
+
+
+def _counts_of_masks(predicted: np.ndarray, labelled: np.ndarray) -> np.ndarray:
+    """The same where each channel is a class of its own: masks of (K, planes, ...)."""
+    axes = tuple(range(1, labelled.ndim))
+    return np.stack([mask.sum(axes) for mask in (predicted & labelled, predicted, labelled)])

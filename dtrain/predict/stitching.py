@@ -1,39 +1,21 @@
-"""Patches read ahead, predicted in batches and put together plane by plane; knows no file format, config or rank."""
+"""Patches read ahead, predicted in batches and put together plane by plane."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
-from pathlib import Path
-from threading import Lock
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dtrain.predict.patches import Grid, Region
+from dtrain.predict.inference import Inference
+from dtrain.predict.patches import Grid
+from dtrain.predict.source import Source
 
 AHEAD = 2  # batches that are read while one is predicted
 CHUNK_BYTES = 1 << 25  # of finished planes that are handed on at once
-
-READING = Lock()  # files are read by one thread at a time: not every volume bears more
-
-
-class Volume(Protocol):
-    """What is predicted; dtrain's own datasets have a list of them, `volumes`."""
-
-    path: Path
-    name: str
-    shape: tuple[int, ...]
-    channels: int
-    has_label: bool
-
-    def read(self, region: Region) -> np.ndarray:
-        """The image, float32 (C, *region); what lies outside is reflected."""
-
-    def read_label(self, region: Region) -> np.ndarray:
-        """The label, (*region) or (K, *region)."""
 
 
 class Run(NamedTuple):
@@ -44,64 +26,16 @@ class Run(NamedTuple):
     end: int
 
 
-class Source(NamedTuple):
-    """Where patches come from.
-
-    Attributes:
-        volumes: What is predicted.
-        grids: The patches of each.
-        halos: What is read around each patch, by volume.
-        sample: A volume's number and a region -> what stands there.
-        prepared: A sample -> as the model is to get it.
-    """
-
-    volumes: Sequence[Volume]
-    grids: Sequence[Grid]
-    halos: Sequence[Sequence[int]]
-    sample: Callable[[int, Region], dict[str, Any]]
-    prepared: Callable[[dict[str, Any]], dict[str, Any]]
-
-    def patch(self, volume: int, index: int) -> np.ndarray:
-        """One patch with its halo, (C, *spatial).
-
-        Raises:
-            ValueError: The transforms gave it another extent.
-        """
-        region = self.grids[volume].region(index, self.halos[volume])
-        with READING:
-            image = np.asarray(self.prepared(self.sample(volume, region))["image"], np.float32)
-        extent = tuple(part.stop - part.start for part in region)
-        if image.shape[1:] != extent:
-            raise ValueError(
-                f"{self.volumes[volume].path}: the transforms made a patch of {image.shape[1:]} of one of {extent}; "
-                "prediction needs transforms that keep the extent"
-            )
-        return image
-
-
-class Network(NamedTuple):
-    """What turns patches into predictions.
-
-    Attributes:
-        forward: Images (N, C, *spatial) on the device -> logits (N, K, *spatial).
-        activation: Logits -> predictions.
-        device: Where the model is.
-    """
-
-    forward: Callable[[Tensor], Tensor]
-    activation: Callable[[Tensor], Tensor]
-    device: torch.device
-
-
-class StoppedError(Exception):
-    """Somebody asked to stop."""
-
-
+Patch = tuple[Run, int]  # for which run, and the patch's index in the volume's grid
 Predicted = Iterator[tuple[Run, Iterator[tuple[int, np.ndarray]]]]
 
 
 def stitched(
-    source: Source, runs: Iterable[Run], network: Network, batch_size: int, step: Callable[[int], None]
+    source: Source,
+    runs: Iterable[Run],
+    inference: Inference,
+    batch_size: int,
+    activation: Callable[[Tensor], Tensor] | None = None,
 ) -> Predicted:
     """Predict runs, one after another.
 
@@ -111,35 +45,39 @@ def stitched(
     Args:
         source: Where patches come from.
         runs: What to predict; each volume's in ascending order.
-        network: What predicts.
+        inference: How the model is called; after each batch it may raise `StoppedError`.
         batch_size: Patches that the model gets at once.
-        step: Called after each batch with the number of its patches; may raise `StoppedError`.
+        activation: Logits (N, K, ...) -> predictions. Default: the logits themselves.
 
     Yields:
         Each run and its finished planes: the first one's position, and the planes, float32 (K, planes, ...). They are
         to be used before the next are asked for.
     """
-    requests = _requests(source.grids, runs, batch_size)
+    on_gpu = inference.forward.device.type == "cuda"
 
-    def images(request: list[tuple[Run, int]]) -> tuple[list[tuple[Run, int]], Tensor]:
+    def images(request: list[Patch]) -> tuple[list[Patch], Tensor]:
         patches = [source.patch(run.volume, index) for run, index in request]
         batch = torch.from_numpy(np.stack(patches) if len(patches) > 1 else patches[0][np.newaxis])
-        return request, batch.pin_memory() if network.device.type == "cuda" else batch
+        return request, batch.pin_memory() if on_gpu else batch
 
     def outputs() -> Iterator[tuple[Run, int, Tensor]]:
-        for request, batch in _predicted(_ahead(images, requests), source, network):
-            for (run, index), output in zip(request, batch, strict=True):
-                yield run, index, output
-            step(len(request))
+        batches = _read_ahead(images, _requests(source.grids, runs, batch_size))
+        started = ((request, *_predicted(batch, request, source, inference, activation)) for request, batch in batches)
+        for request, output, copied in _delayed(started, int(on_gpu)):  # a GPU computes while the last batch is used
+            if copied is not None:
+                copied.synchronize()
+            for (run, index), prediction in zip(request, output, strict=True):
+                yield run, index, prediction
+            inference.advance(len(request))
 
     for run, items in groupby(outputs(), key=lambda item: item[0]):
         grid = source.grids[run.volume]
-        yield run, _blended(grid, run, ((index, output) for _, index, output in items))
+        yield run, _blended(grid, run, ((index, prediction) for _, index, prediction in items))
 
 
-def _requests(grids: Sequence[Grid], runs: Iterable[Run], batch_size: int) -> Iterator[list[tuple[Run, int]]]:
+def _requests(grids: Sequence[Grid], runs: Iterable[Run], batch_size: int) -> Iterator[list[Patch]]:
     """Batches of patches. Those of one volume begin at multiples of the batch size, wherever the run begins."""
-    single: list[tuple[Run, int]] = []
+    single: list[Patch] = []  # volumes of one patch each, of the same shape
     for run in runs:
         grid = grids[run.volume]
         if single and (len(grid) > 1 or len(single) == batch_size or grid.patch != grids[single[0][0].volume].patch):
@@ -155,61 +93,53 @@ def _requests(grids: Sequence[Grid], runs: Iterable[Run], batch_size: int) -> It
         yield single
 
 
-def _ahead(read: Callable[[Any], Any], requests: Iterator[Any]) -> Iterator[Any]:
-    """Read in a thread, some requests ahead."""
-    with ThreadPoolExecutor(1, thread_name_prefix="patches") as pool:
-        waiting: deque[Any] = deque()
-        try:
-            for request in requests:
-                waiting.append(pool.submit(read, request))
-                if len(waiting) > AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+def _read_ahead(read: Callable[[Any], Any], requests: Iterator[Any]) -> Iterator[Any]:
+    """What `read` makes of each request, in a thread that is some requests ahead."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="patches")
+    try:
+        for future in _delayed((pool.submit(read, request) for request in requests), AHEAD):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _predicted(batches: Iterator[Any], source: Source, network: Network) -> Iterator[tuple[Any, Tensor]]:
-    """Predictions on the CPU without their halos. On a GPU one batch is computed while the last is copied and used."""
-    waiting: tuple[Any, Tensor, Any] | None = None
-    for request, images in batches:
-        volume = request[0][0].volume
-        output = _one_batch(images, source.halos[volume], network, source.volumes[volume].path)
-        arrived = None
-        if network.device.type == "cuda":
-            output = output.to("cpu", non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-        if waiting is not None:
-            yield _arrived(waiting)
-        waiting = request, output, arrived
-        if arrived is None:
-            yield _arrived(waiting)
-            waiting = None
-    if waiting is not None:
-        yield _arrived(waiting)
-
-
-def _arrived(waiting: tuple[Any, Tensor, Any]) -> tuple[Any, Tensor]:
-    request, output, arrived = waiting
-    if arrived is not None:
-        arrived.synchronize()
-    return request, output.cpu()
+def _delayed(items: Iterable[Any], count: int) -> Iterator[Any]:
+    """The same items, each only after `count` more have been taken."""
+    waiting: deque[Any] = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > count:
+            yield waiting.popleft()
+    yield from waiting
 
 
 @torch.inference_mode()
-def _one_batch(images: Tensor, halo: Sequence[int], network: Network, path: Path) -> Tensor:
-    output = network.forward(images.to(network.device, non_blocking=True))
+def _predicted(
+    images: Tensor,
+    request: list[Patch],
+    source: Source,
+    inference: Inference,
+    activation: Callable[[Tensor], Tensor] | None,
+) -> tuple[Tensor, Any]:
+    """A batch's predictions on the CPU without their halos; from a GPU they have arrived at the event beside them."""
+    volume = request[0][0].volume
+    output = inference.output(images)
     extent = tuple(images.shape[2:])
     if tuple(output.shape[2:]) != extent or len(output) != len(images):
         raise ValueError(
-            f"{path}: the model made {tuple(output.shape)} of patches {tuple(images.shape)}; "
+            f"{source.volumes[volume].path}: the model made {tuple(output.shape)} of patches {tuple(images.shape)}; "
             f"prediction needs one of (N, K, {str(extent)[1:]}"
         )
-    inner = tuple(slice(around, length - around) for around, length in zip(halo, extent, strict=True))
-    return network.activation(output[(slice(None), slice(None), *inner)].float())
+    inner = tuple(slice(halo, length - halo) for halo, length in zip(source.halos[volume], extent, strict=True))
+    output = output[(slice(None), slice(None), *inner)].float()
+    if activation is not None:
+        output = activation(output)
+    if output.device.type != "cuda":
+        return output.cpu(), None
+    output = output.to("cpu", non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    return output, copied
 
 
 def _blended(grid: Grid, run: Run, outputs: Iterator[tuple[int, Tensor]]) -> Iterator[tuple[int, np.ndarray]]:
@@ -222,15 +152,15 @@ def _blended(grid: Grid, run: Run, outputs: Iterator[tuple[int, Tensor]]) -> Ite
     for index, output in outputs:
         if index not in needed:
             continue  # it only fills its batch
-        corner = grid.corner(index)
+        first_plane = grid.corner(index)[0]
         if buffer is None:
             planes = min(grid.patch[0], run.end - run.begin)
             dtype = torch.float64 if grid.overlaps else torch.float32
             buffer = torch.zeros((len(output), planes, *grid.shape[1:]), dtype=dtype)
-        if corner[0] > base:
-            yield from _finished(buffer, base, corner[0])
-            _move_up(buffer, corner[0] - base)
-            base = corner[0]
+        if first_plane > base:
+            yield from _finished(buffer, base, first_plane)
+            _move_up(buffer, first_plane - base)
+            base = first_plane
         _add(buffer, base, run.end, grid, index, output)
     if buffer is not None:
         yield from _finished(buffer, base, run.end)
@@ -243,14 +173,14 @@ def _add(buffer: Tensor, base: int, end: int, grid: Grid, index: int, output: Te
     first, last = max(corner[0], base), min(stops[0], end)
     if first >= last:
         return
-    inside = tuple(slice(start, stop) for start, stop in zip(corner[1:], stops[1:], strict=True))
-    target = buffer[(slice(None), slice(first - base, last - base), *inside)]
-    planes = slice(first - corner[0], last - corner[0])
-    own = (planes, *(slice(0, stop - start) for start, stop in zip(corner[1:], stops[1:], strict=True)))
+    across = list(zip(corner[1:], stops[1:], strict=True))  # the axes after the first, on which nothing is cut off
+    in_buffer = (slice(first - base, last - base), *(slice(start, stop) for start, stop in across))
+    in_patch = (slice(first - corner[0], last - corner[0]), *(slice(0, stop - start) for start, stop in across))
+    target, added = buffer[(slice(None), *in_buffer)], output[(slice(None), *in_patch)]
     if grid.overlaps:
-        target.addcmul_(output[(slice(None), *own)], torch.from_numpy(grid.weight(index)[own]))
+        target.addcmul_(added, torch.from_numpy(grid.weight(index)[in_patch]))
     else:
-        target.copy_(output[(slice(None), *own)])
+        target.copy_(added)
 
 
 def _move_up(buffer: Tensor, planes: int) -> None:

@@ -1,106 +1,163 @@
-"""What predictions leave in their folder: finished files, parts of unfinished ones, and what they were made with.
+"""The folder that predictions are written to: finished files, parts of unfinished ones, and what they were made with.
 
-All but the finished files lies in a hidden folder. Knows no model, no patches and no rank.
+All but the finished files lies in a hidden folder.
 """
 
 import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from filelock import FileLock, Timeout
 
-from dtrain.config.errors import ConfigError
-from dtrain.predict.formats import whole_file
-from dtrain.tracking.run_folder import read_json, write_json
+from dtrain.config.errors import ConfigError, first_few
+from dtrain.distributed.ranks import Ranks
+from dtrain.predict.formats import FileSpec, write
+from dtrain.tracking.whole_file import read_json, whole_file, write_json
 
 HIDDEN = ".dtrain"
 
-Stamp = Mapping[str, Any]
+T = TypeVar("T")
 
 
-class Folder:
-    """The folder that predictions are written to.
+class PredictionError(RuntimeError):
+    """A file of predictions cannot be written; the message is for a person."""
+
+
+class PredictionFile:
+    """One file of predictions, and in the hidden folder its record and, until it is finished, its parts.
 
     Args:
-        path: The folder, made when it is opened.
+        path: The file.
+        stamp: What it is made with; two alike give the same file.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.hidden = path, path / HIDDEN
+    def __init__(self, path: Path, stamp: Mapping[str, Any]) -> None:
+        self.path, self.stamp = path, stamp
+        self.scratch = path.parent / HIDDEN / f"{path.name}.scratch"  # for a temporary file
+        self._record = path.parent / HIDDEN / f"{path.name}.json"
+        self._all_parts = path.parent / HIDDEN / f"{path.name}.parts"
+        self._parts = self._all_parts / digest(stamp)[:16]  # parts made with anything else lie elsewhere
+
+    def part(self, begin: int, end: int) -> Path:
+        """Where planes [begin, end) are until the file is finished."""
+        return self._parts / f"{begin:09d}-{end:09d}.npy"
+
+    def difference(self) -> str | None:
+        """In what the file differs from one that would be made now: '' in nothing; None: there is no such file."""
+        if not self.path.exists():
+            return None
+        record = self.record()
+        if record.get("bytes") != self.path.stat().st_size:
+            return "of unknown origin"
+        before = record["stamp"]
+        return ", ".join(key for key in {**before, **self.stamp} if before.get(key) != self.stamp.get(key))
+
+    def record(self) -> dict[str, Any]:
+        """What was noted of the finished file."""
+        return read_json(self._record)
 
     @contextlib.contextmanager
-    def opened(self) -> Iterator[None]:
-        """Make the folder, and be the only prediction that writes it.
+    def replaced(self) -> Iterator[Path]:
+        """Yield a temporary path to write the file to; at the end it is there under its own name, its parts are not.
 
         Raises:
-            ConfigError: It cannot be made or written, or another prediction is at work in it.
+            PredictionError: It cannot be written.
         """
-        try:
-            self.hidden.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.hidden / "lock")
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise ConfigError(f"{self.path} is being written by another prediction; wait for its end") from error
-        except OSError as error:
-            raise ConfigError(f"{self.path} cannot be written: {error.strerror or error}") from error
-        try:
-            yield
-        finally:
-            lock.release()
+        with explained(self.path), whole_file(self.path, durable=True) as temporary:
+            yield temporary
+        shutil.rmtree(self._all_parts, ignore_errors=True)
 
-    def file(self, name: str, ending: str) -> Path:
-        """Where the prediction of an input of this name goes."""
-        return self.path / f"{name}_predictions{ending}"
+    def note(self, temporary: Path, facts: Mapping[str, Any]) -> None:
+        """Note what the file was made with, and facts about it, just before it gets its own name."""
+        record = {"stamp": self.stamp, "bytes": temporary.stat().st_size, **facts}
+        write_json(self._record, record, durable=True)
 
-    def difference(self, file: Path, stamp: Stamp) -> str | None:
-        """In what a file differs from one that would be made now: '' in nothing; None: there is no such file."""
-        if not file.exists():
-            return None
-        record = read_json(self._record(file))
-        if record.get("bytes") != file.stat().st_size:
-            return "who made it is not known"
-        before = record["stamp"]
-        return ", ".join(key for key in {**before, **stamp} if before.get(key) != stamp.get(key))
-
-    def note(self, file: Path, written: Path, stamp: Stamp, facts: Mapping[str, Any]) -> None:
-        """Note what a file is made with that is written and about to get its name."""
-        write_json(self._record(file), {"stamp": stamp, "bytes": written.stat().st_size, **facts}, durable=True)
-
-    def clear_parts(self, file: Path) -> None:
-        """Remove the parts of a finished file."""
-        shutil.rmtree(self._parts(file), ignore_errors=True)
-
-    def facts(self, file: Path) -> dict[str, Any]:
-        """What was noted of a finished file."""
-        return read_json(self._record(file))
-
-    def part(self, file: Path, stamp: Stamp, begin: int, end: int) -> Path:
-        """Where planes [begin, end) of an unfinished file are; parts made with anything else lie elsewhere."""
-        return self._parts(file) / digest(stamp)[:16] / f"{begin:09d}-{end:09d}.npy"
-
-    def clear_foreign_parts(self, file: Path, stamp: Stamp) -> None:
-        """Remove parts that were made with something else, and what a dead writer left."""
-        own = digest(stamp)[:16]
-        for entry in self._parts(file).iterdir() if self._parts(file).is_dir() else ():
-            if entry.name != own:
+    def clean_up(self, is_finished: bool) -> None:
+        """Remove parts that are no longer needed or made with something else, and what a killed start left."""
+        if is_finished:
+            shutil.rmtree(self._all_parts, ignore_errors=True)
+        for entry in self._all_parts.iterdir() if self._all_parts.is_dir() else ():
+            if entry != self._parts:
                 shutil.rmtree(entry, ignore_errors=True)
-        for left in (*self._parts(file).glob("*/.*"), *self.path.glob(f".*-{file.name}")):
+        for left in (*self._all_parts.glob("*/.*"), *self.path.parent.glob(f".*-{self.path.name}")):
             left.unlink(missing_ok=True)
 
-    def scratch(self, file: Path) -> Path:
-        """A place for a temporary file."""
-        return self.hidden / f"{file.name}.scratch"
 
-    def _record(self, file: Path) -> Path:
-        return self.hidden / f"{file.name}.json"
+@contextlib.contextmanager
+def opened(folder: Path, ranks: Ranks, plan: Callable[[], T]) -> Iterator[T]:
+    """Make the folder, and be the only prediction that writes to it. All ranks call it.
 
-    def _parts(self, file: Path) -> Path:
-        return self.hidden / f"{file.name}.parts"
+    Args:
+        folder: Where the files go.
+        ranks: Who shares the work.
+        plan: Called by the main rank, to see what there is to do.
+
+    Yields:
+        What `plan` returned, on every rank.
+
+    Raises:
+        ConfigError: The folder cannot be made or written, another prediction is writing it, or `plan` refuses.
+    """
+    lock = FileLock(folder / HIDDEN / "lock")
+
+    def lock_and_plan() -> T:
+        try:
+            (folder / HIDDEN).mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ConfigError(f"{folder} is being written by another prediction; wait for its end") from error
+        except OSError as error:
+            raise ConfigError(f"{folder} cannot be written: {error.strerror or error}") from error
+        return plan()
+
+    try:
+        yield ranks.decide(lock_and_plan)
+    finally:
+        lock.release()
+
+
+def are_finished(files: Sequence[PredictionFile], overwrite: bool) -> list[bool]:
+    """Which files are there as they would be made now; of the others, what is left of earlier starts is cleaned up.
+
+    Args:
+        files: All in one folder.
+        overwrite: Make those anew that were made with something else.
+
+    Raises:
+        ConfigError: Some were made with something else, and are not to be overwritten; nothing was removed.
+    """
+    differences = [file.difference() for file in files]
+    foreign = [f"{file.path.name} ({text})" for file, text in zip(files, differences, strict=True) if text]
+    if foreign and not overwrite:
+        raise ConfigError(
+            f"{files[0].path.parent} holds predictions made otherwise: {first_few(foreign, 3)}; "
+            "--overwrite makes them anew, --output-dir writes elsewhere"
+        )
+    for file, difference in zip(files, differences, strict=True):
+        file.clean_up(is_finished=difference == "")
+    return [difference == "" for difference in differences]
+
+
+@contextlib.contextmanager
+def explained(file: Path) -> Iterator[None]:
+    """A failed write as one sentence.
+
+    Raises:
+        PredictionError: It failed.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise PredictionError(
+            f"{file} was not written: {error.strerror or error}; nothing of it is left. "
+            "What is finished stays, and the next start continues from there."
+        ) from error
 
 
 def digest(value: Any) -> str:
@@ -115,51 +172,16 @@ def write_part(path: Path, chunks: Iterator[np.ndarray], planes: int) -> None:
         OSError: It cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-
-    def fill(target: Path) -> None:
-        with target.open("wb") as file:
-            for number, chunk in enumerate(chunks):
-                if not number:
-                    header = {"descr": chunk.dtype.str, "fortran_order": False, "shape": (planes, *chunk.shape[1:])}
-                    np.lib.format.write_array_header_2_0(file, header)
-                file.write(np.ascontiguousarray(chunk).data)
-
-    whole_file(path, fill)
+    first = next(chunks)
+    spec = FileSpec(path, (planes, *first.shape[1:]), has_channels=False, dtype=first.dtype.str)
+    with whole_file(path, durable=True) as temporary:
+        write(temporary, "npy", chain([first], chunks), spec)
 
 
-def read_parts(paths: list[Path], chunk_bytes: int = 1 << 25) -> Iterator[np.ndarray]:
+def read_parts(paths: Sequence[Path], chunk_bytes: int = 1 << 25) -> Iterator[np.ndarray]:
     """The planes of all parts, some at a time."""
     for path in paths:
         part = np.load(path, mmap_mode="r")
         step = max(1, chunk_bytes // max(part[0].nbytes, 1))
         for low in range(0, len(part), step):
             yield np.array(part[low : low + step])
-
-
-def cut(chunks: Iterator[tuple[int, np.ndarray]], slabs: list[tuple[int, int]]) -> Iterator[Iterator[np.ndarray]]:
-    """Divide a stream of planes, planes first, at the borders of slabs; each slab is to be used up before the next."""
-    rest: tuple[int, np.ndarray] | None = None
-
-    def of_slab(end: int) -> Iterator[np.ndarray]:
-        nonlocal rest
-        while True:
-            low, chunk = rest if rest is not None else next(chunks)
-            rest = None
-            if low + len(chunk) > end:
-                rest = end, chunk[end - low :]
-                chunk = chunk[: end - low]
-            yield chunk
-            if low + len(chunk) == end:
-                return
-
-    for _, end in slabs:
-        yield of_slab(end)
-
-
-def facts_of(path: Path) -> dict[str, Any]:
-    """What tells one version of an input file from another without reading it."""
-    try:
-        found = path.stat()
-    except OSError:
-        return {}
-    return {"bytes": found.st_size, "modified": found.st_mtime_ns}

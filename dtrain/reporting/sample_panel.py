@@ -1,19 +1,31 @@
-"""What one sample of a dense task shows: input, target, prediction, error; knows numpy arrays, no model, no torch."""
+"""The panel of one sample of a dense task: input, target, prediction and error as tiles, from numpy arrays."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from dtrain.reporting.drawing import ERROR, IGNORED, Key, Tile, colour_of, coloured, extent, gray, reddened
+from dtrain.reporting.png_drawing import (
+    ERROR,
+    IGNORED,
+    Key,
+    Tile,
+    colour_of,
+    coloured,
+    enlarged,
+    extent,
+    gray,
+    reddened,
+)
 
 _SIDES = {2: 320, 3: 208}  # the longest side of a tile, in pixels, that small images are enlarged to
 _LONGEST = 512  # larger images are made smaller
 _MOST_CHANNELS = 4  # of a target, that are drawn
 _MOST_CLASSES = 24  # in a legend
-_AXES = {3: ("z", "y", "x")}
+_AXES = ("z", "y", "x")
 _WHITE = (255, 255, 255)
-_LIGHT = 0.35  # how much of the input's contrast is left under the errors
+_CONTRAST = 0.35  # how much of the input's is left under the errors
+_ERROR_PIXEL, _LIGHT_GRAY = np.array(ERROR, dtype=np.uint8), np.uint8(245)
 
 
 class View(NamedTuple):
@@ -30,11 +42,11 @@ class View(NamedTuple):
         ignored = None if self.ignored is None else self.ignored[index]
         return View(self.name, self.target[index], self.prediction[index], self.error[index], ignored)
 
-    def told(self) -> str:
+    def error_text(self) -> str:
         """How wrong it is, in a few characters."""
         if self.ignored is None:
             known = self.error[np.isfinite(self.error)]
-            return f"mean {known.mean():.3g}" if len(known) else "no number"
+            return f"mean {known.mean():.3g}" if len(known) else "not finite"
         return f"{self.error.sum() / max(1, (~self.ignored).sum()):.2%}"
 
 
@@ -60,19 +72,14 @@ def panel(image: np.ndarray | None, target: np.ndarray, output: np.ndarray) -> P
         ValueError: Target and output do not fit together.
     """
     views = compared(target, output)
-    planes = _planes(views)
-    rows = []
-    for view in views[:_MOST_CHANNELS]:
-        for name, index in planes:
-            rows.append(_row(name, image, view, index))
-    notes = []
-    if len(views) > _MOST_CHANNELS:
-        notes.append(f"channels 0 to {_MOST_CHANNELS - 1} of {len(views)}")
-    return Panel(rows, _legend(views[:_MOST_CHANNELS]), notes)
+    drawn, planes = views[:_MOST_CHANNELS], _planes(views)
+    rows = [_row(name, image, view, index) for view in drawn for name, index in planes]
+    notes = [f"channels 0 to {len(drawn) - 1} of {len(views)}"] if len(drawn) < len(views) else []
+    return Panel(rows, _legend(drawn), notes)
 
 
 def compared(target: np.ndarray, output: np.ndarray) -> list[View]:
-    """Target and prediction as they are compared, channel by channel; arguments and errors as in `panel`."""
+    """Target and prediction as they are compared, channel by channel; arguments and errors as of `panel`."""
     shapes = f"a target of shape {target.shape} and an output of shape {output.shape}"
     if output.ndim - 1 not in _SIDES:
         raise ValueError(f"{shapes}: an image has two dimensions, a volume three")
@@ -83,21 +90,21 @@ def compared(target: np.ndarray, output: np.ndarray) -> list[View]:
     if len(target) == len(output) + 1:  # a label that rides along behind the targets, for metrics
         target = target[:-1]
     several = len(output) > 1
-    if several and len(target) == len(output) and _one_hot(target):
+    if several and len(target) == len(output) and _is_one_hot(target):
         target = target.argmax(axis=0)[None]
-    if several and len(target) == 1 and _whole(target):
+    if several and len(target) == 1 and _are_integers(target):
         return [_of_classes("", target[0], output.argmax(axis=0), len(output))]
     if len(target) != len(output):
         raise ValueError(f"{shapes} do not fit together")
     names = [f"channel {number}" if several else "" for number in range(len(output))]
-    return [_of_channel(*parts) for parts in zip(names, target, output, strict=True)]
+    return [_of_channel(name, target[number], output[number]) for number, name in enumerate(names)]
 
 
-def _whole(values: np.ndarray) -> bool:
+def _are_integers(values: np.ndarray) -> bool:
     return not np.issubdtype(values.dtype, np.floating) or np.array_equal(values, np.round(values))
 
 
-def _one_hot(target: np.ndarray) -> bool:
+def _is_one_hot(target: np.ndarray) -> bool:
     return bool(np.isin(target, (0, 1)).all() and (target.sum(axis=0) == 1).all())
 
 
@@ -131,41 +138,50 @@ def _planes(views: Sequence[View]) -> list[tuple[str, tuple[int | slice, ...]]]:
         if view.ignored is not None:
             foreground |= view.target > 0
     planes = []
-    for axis, name in enumerate(_AXES[len(shape)]):
-        found = foreground.sum(axis=tuple(other for other in range(len(shape)) if other != axis))
-        best = np.flatnonzero(found == found.max())
-        chosen = int(best[np.abs(best - shape[axis] // 2).argmin()])
-        index = tuple(chosen if other == axis else slice(None) for other in range(len(shape)))
-        planes.append((f"{name} {chosen} of {shape[axis]}", index))
+    for axis, name in enumerate(_AXES):
+        voxels = np.moveaxis(foreground, axis, 0).sum(axis=(1, 2))
+        fullest = np.flatnonzero(voxels == voxels.max())
+        chosen = int(fullest[np.abs(fullest - shape[axis] // 2).argmin()])
+        index: list[int | slice] = [slice(None)] * len(shape)
+        index[axis] = chosen
+        planes.append((f"{name} {chosen} of {shape[axis]}", tuple(index)))
     return planes
 
 
 def _row(name: str, image: np.ndarray | None, view: View, index: tuple[int | slice, ...]) -> list[Tile]:
     """The tiles of one plane of one channel."""
-    fit = _fit(view.target.shape)
+    shape = view.target.shape
+    input_tiles, ground = _input(name, image, shape, index)
+    title = ", ".join(filter(None, ("target", view.name, "" if input_tiles else name)))
     plane = view.at(index)
-    tiles, ground = _input(name, image, view.target.shape, index)
-    target = ", ".join(filter(None, ("target", view.name, "" if tiles else name)))
     if plane.ignored is None:
-        low, high = extent(view.target)
-        most = float(np.max(plane.error, initial=0.0, where=np.isfinite(plane.error)))
-        parts = [
-            (target, gray(fit(plane.target), low, high), f" [{low:.3g}, {high:.3g}]"),
-            ("prediction", gray(fit(plane.prediction), low, high), ""),
-            ("error", reddened(fit(plane.error), most), f" [0, {most:.3g}], {plane.told()}"),
-        ]
-    else:
-        wrong = fit(plane.error, np.max)
-        error = np.full((*wrong.shape, 3), 245, dtype=np.uint8) if ground is None else ground
-        error = np.where(wrong[..., None], np.array(ERROR, dtype=np.uint8), error)
-        ignored = fit(plane.ignored, None)
-        nothing = np.zeros_like(ignored)
-        parts = [
-            (target, coloured(fit(plane.target, None), ignored), ""),
-            ("prediction", coloured(fit(plane.prediction, None), nothing), ""),
-            ("error", error, f" {plane.told()}"),
-        ]
-    return [*tiles, *(Tile(f"{title}{more}", pixels) for title, pixels, more in parts)]
+        return [*input_tiles, *_value_tiles(title, plane, extent(view.target), shape)]
+    return [*input_tiles, *_class_tiles(title, plane, ground, shape)]
+
+
+def _value_tiles(title: str, plane: View, limits: tuple[float, float], shape: tuple[int, ...]) -> list[Tile]:
+    low, high = limits
+    highest_error = float(np.max(plane.error, initial=0.0, where=np.isfinite(plane.error)))
+    return [
+        Tile(f"{title} [{low:.3g}, {high:.3g}]", gray(_fitted(plane.target, shape), low, high)),
+        Tile("prediction", gray(_fitted(plane.prediction, shape), low, high)),
+        Tile(
+            f"error [0, {highest_error:.3g}], {plane.error_text()}",
+            reddened(_fitted(plane.error, shape), highest_error),
+        ),
+    ]
+
+
+def _class_tiles(title: str, plane: View, ground: np.ndarray | None, shape: tuple[int, ...]) -> list[Tile]:
+    """As `_value_tiles`, of classes; the errors stand on the ground, or else on light gray."""
+    assert plane.ignored is not None
+    wrong = _fitted(plane.error, shape, np.max)[..., None]
+    ignored = _fitted(plane.ignored, shape, None)
+    return [
+        Tile(title, coloured(_fitted(plane.target, shape, None), ignored)),
+        Tile("prediction", coloured(_fitted(plane.prediction, shape, None), np.zeros_like(ignored))),
+        Tile(f"error {plane.error_text()}", np.where(wrong, _ERROR_PIXEL, _LIGHT_GRAY if ground is None else ground)),
+    ]
 
 
 def _input(
@@ -174,57 +190,54 @@ def _input(
     """The input's tile, and the input as the light ground of the errors, where it has the target's size."""
     if image is None or image.ndim != len(shape) + 1:
         return [], None
-    colours = len(image) == 3
-    low, high = extent(image if colours else image[0])
-    fit = _fit(image.shape[1:])
-    same = image.shape[1:] == shape
-    if not same:  # the plane at the same relative height
+    own_shape = image.shape[1:]
+    if own_shape != shape:  # the plane at the same relative height
         index = tuple(
             part if isinstance(part, slice) else part * own // other
-            for part, own, other in zip(index, image.shape[1:], shape, strict=True)
+            for part, own, other in zip(index, own_shape, shape, strict=True)
         )
-    channels = [fit(image[(number, *index)]) for number in (range(3) if colours else (0,))]
-    pixels = gray(np.stack(channels, axis=-1) if colours else channels[0], low, high)
+    drawn = image if len(image) == 3 else image[:1]
+    low, high = extent(drawn)
+    channels = [_fitted(channel[index], own_shape) for channel in drawn]
+    pixels = gray(np.stack(channels, axis=-1) if len(channels) == 3 else channels[0], low, high)
     text = "input" if len(image) in (1, 3) else f"input, channel 0 of {len(image)}"
     tile = Tile(", ".join(filter(None, (text, name))) + f" [{low:.3g}, {high:.3g}]", pixels)
-    ground = 255 - (255 - pixels.mean(axis=-1, keepdims=True)) * _LIGHT
-    return [tile], np.repeat(ground, 3, axis=-1).astype(np.uint8) if same else None
+    if own_shape != shape:
+        return [tile], None
+    ground = 255 - (255 - pixels.mean(axis=-1, keepdims=True)) * _CONTRAST
+    return [tile], np.repeat(ground, 3, axis=-1).astype(np.uint8)
 
 
-def _fit(spatial: tuple[int, ...]) -> Callable[..., np.ndarray]:
-    """How a plane comes to its size on the sheet, by a whole number of pixels; alike for all planes of a volume."""
-    longest = max(spatial)
-    times = max(1, _SIDES[len(spatial)] // longest)
-    step = -(-longest // _LONGEST)
+def _fitted(plane: np.ndarray, shape: tuple[int, ...], reduce: Callable | None = np.mean) -> np.ndarray:
+    """A plane in its size on the sheet, larger or smaller by a whole factor.
 
-    def fit(plane: np.ndarray, reduce: Callable | None = np.mean) -> np.ndarray:
-        """`reduce` makes one pixel of several: np.mean, np.max; None: takes the first of them."""
-        if reduce is None:
-            plane = plane[::step, ::step]
-        elif step > 1:
-            padded = np.pad(plane, [(0, -size % step) for size in plane.shape], mode="edge")
-            blocks = padded.reshape(padded.shape[0] // step, step, padded.shape[1] // step, step)
-            plane = reduce(blocks, axis=(1, 3))
-        return plane.repeat(times, axis=0).repeat(times, axis=1)
-
-    return fit
+    Args:
+        plane: (H, W).
+        shape: Of the whole image or volume: the factor is the same for all its planes.
+        reduce: Makes one pixel of several: np.mean, np.max; None: takes the first of them.
+    """
+    step = -(-max(shape) // _LONGEST)
+    if reduce is None:
+        plane = plane[::step, ::step]
+    elif step > 1:
+        padded = np.pad(plane, [(0, -size % step) for size in plane.shape], mode="edge")
+        blocks = padded.reshape(padded.shape[0] // step, step, padded.shape[1] // step, step)
+        plane = reduce(blocks, axis=(1, 3))
+    return enlarged(plane, max(1, _SIDES[len(shape)] // max(shape)))
 
 
 def _legend(views: Sequence[View]) -> list[Key]:
     """The classes that occur in target or prediction, and what else has a colour."""
-    classes: set[int] = set()
-    for view in views:
-        if view.ignored is not None:
-            for labels in (view.target, view.prediction):
-                classes |= {*np.flatnonzero(np.bincount(labels.reshape(-1))).tolist()}
-    shown = sorted(classes)
-    keys = [Key(colour_of(number), f"class {number}") for number in shown[:_MOST_CLASSES]]
-    if len(shown) > _MOST_CLASSES:
-        keys.append(Key(_WHITE, f"and {len(shown) - _MOST_CLASSES} more"))
-    if any(view.ignored is not None and view.ignored.any() for view in views):
+    of_classes = [view for view in views if view.ignored is not None]
+    labels = [values for view in of_classes for values in (view.target, view.prediction)]
+    classes = sorted({number for values in labels for number in np.unique(values).tolist()})
+    keys = [Key(colour_of(number), f"class {number}") for number in classes[:_MOST_CLASSES]]
+    if len(classes) > _MOST_CLASSES:
+        keys.append(Key(_WHITE, f"and {len(classes) - _MOST_CLASSES} more"))
+    if any(view.ignored.any() for view in of_classes if view.ignored is not None):
         keys.append(Key(IGNORED, "ignored"))
-    if classes:
+    if of_classes:
         keys.append(Key(ERROR, "wrong"))
-    if any(view.ignored is None for view in views):
+    if len(of_classes) < len(views):
         keys += [Key(_WHITE, "no error"), Key(ERROR, "largest error")]
     return keys

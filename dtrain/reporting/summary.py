@@ -1,23 +1,15 @@
-"""What is said about a run before its first and after its last step; knows how to word it, not how to show it."""
+"""What is said about a run before its first and after its last step, in words; `progress` shows it."""
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import torch
-
-from dtrain.modelloader import parameter_count
-from dtrain.reporting.text import duration_text
-
-if TYPE_CHECKING:
-    from dtrain.predict.writer import Result
+from dtrain.reporting.number_text import duration_text
 
 
-def model_line(name: str, module: torch.nn.Module) -> str:
-    """'ViT, 68,946 parameters'."""
-    total, trained = parameter_count(module)
+def model_line(name: str, total: int, trained: int) -> str:
+    """'ViT, 68,946 parameters'; with how many of them are trained, unless all are."""
     return f"{name}, {total:,} parameters" + (f" ({trained:,} trained)" if trained != total else "")
 
 
@@ -26,13 +18,13 @@ def data_line(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"{phase} {size:,}" for phase, size in sizes.items()) + " samples"
 
 
-def summary(
+def summary_table(
     status: str, reason: str, best: str, figures: Mapping[str, float], seconds: float, steps: int, folder: Path
 ) -> dict[str, str]:
     """The table after the last step."""
     table = {"status": status + (f" ({reason})" if reason else ""), "steps": f"{steps:,} in {duration_text(seconds)}"}
     if status == "KILLED":
-        table["to go on"] = "start the same command again"
+        table["to continue"] = "start the same command again"
     if best:
         table["best"] = best
     if figures:
@@ -40,19 +32,20 @@ def summary(
     return table | {"run folder": str(folder)}
 
 
-def prediction(result: "Result") -> list[str]:
-    """Lines after a prediction: the figures, where the files are, and how to go on."""
+def prediction_lines(
+    files: Sequence[Path], made: int, stopped: bool, scores: Mapping[str, Sequence[float]], metric: str
+) -> list[str]:
+    """Lines after a prediction: the scores by file and class, where the files are, and how to continue."""
     lines = []
-    for name, values in result.scores.items():
-        known = [value for value in values if value == value]
+    for name, values in scores.items():
+        known = [value for value in values if not math.isnan(value)]
         mean = sum(known) / len(known) if known else math.nan
-        lines.append(f"{name}: {result.metric} {mean:.4f}; by class: " + ", ".join(f"{value:.4f}" for value in values))
-    if result.stopped:
-        return [*lines, "stopped; the same command goes on from here"]
-    count = len(result.files)
-    where = str(result.files[0]) if count == 1 else f"{count:,} files in {result.files[0].parent}"
-    old = count - result.made
-    return [*lines, f"predictions: {where}" + (f" ({old:,} of them from an earlier start)" if old else "")]
+        lines.append(f"{name}: {metric} {mean:.4f}; by class: " + ", ".join(f"{value:.4f}" for value in values))
+    if stopped:
+        return [*lines, "stopped; the same command continues from here"]
+    where = str(files[0]) if len(files) == 1 else f"{len(files):,} files in {files[0].parent}"
+    earlier = len(files) - made
+    return [*lines, f"predictions: {where}" + (f" ({earlier:,} of them from an earlier start)" if earlier else "")]
 
 
 def default_run_name(experiment: str) -> str:

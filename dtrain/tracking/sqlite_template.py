@@ -1,4 +1,4 @@
-"""New sqlite stores of MLflow as copies of an empty one: its own migrations take seconds; knows no run."""
+"""New sqlite stores of MLflow, as copies of an empty one: MLflow's own migrations take seconds."""
 
 import contextlib
 import os
@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from dtrain.tracking.run_folder import write_bytes
+from dtrain.tracking.whole_file import write_bytes
 
 
 def begin_store(database: Path, mlflow_version: str, make: Callable[[Path], object]) -> None:

@@ -1,35 +1,26 @@
-"""One pass over a phase's data: loss and metrics, exact over ranks; knows no training and no optimizer."""
+"""One pass over a phase's data: loss and metrics, exact over ranks."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from dtrain.config.errors import mark_section
 from dtrain.data import rng
 from dtrain.data.batch import size
 from dtrain.distributed.ranks import Ranks
 from dtrain.metrics import Metrics
-from dtrain.reporting.pictures import Album
-
-
-class Outcome(NamedTuple):
-    """One batch and what the model made of it."""
-
-    inputs: Any
-    output: Any
-    target: Any
-
-
-Forward = Callable[[torch.nn.Module, Any], tuple[torch.Tensor, Mapping[str, torch.Tensor], Outcome]]
+from dtrain.modelloader import Forward
+from dtrain.reporting.validation_pictures import Album
 
 
 @torch.no_grad()
 @rng.untouched()
 def evaluate(
+    forward: Forward,
     module: torch.nn.Module,
     loader: Iterable[Any],
-    forward: Forward,
     metrics: Metrics,
     ranks: Ranks,
     stop: Callable[[], bool] = bool,
@@ -40,21 +31,23 @@ def evaluate(
     How often and when a training is validated changes no random number that it draws on the CPU.
 
     Args:
-        module: The model without the ranks' wrapper, whose collectives would wait for a rank without batches; one that
-            is shared out has no wrapper, and is called equally often on all ranks.
-        loader: This rank's batches; every sample of the phase is in one rank's batches, once.
         forward: `forward(module, batch)` gives the loss (mean over the batch), its terms, and the outcome.
+        module: The model without the ranks' wrapper, whose collectives would wait for a rank without batches; a sharded
+            one has no wrapper, and is called equally often on all ranks.
+        loader: This rank's batches; every sample of the phase is in one rank's batches, once.
         metrics: What is updated and computed; forgotten afterwards.
         ranks: The ranks that share the phase.
         stop: Asked before each batch.
         album: Takes in the batches and draws.
+
+    An error passes on with the number of this rank's batch, `batch_number`, by which its samples are found.
     """
     ranks.agree_on_buffers(module)
     module.eval()
     metrics.reset()
     sums: dict[str, tuple[Any, int]] = {}
     stopped = False
-    for number, (batch, counts, stopped) in enumerate(_rounds(loader, stop, ranks)):
+    for number, (batch, counts, stopped) in enumerate(ranks.strategy.rounds(_batches(loader), stop)):
         if stopped:
             break
         with _of_batch(number):
@@ -65,7 +58,7 @@ def evaluate(
             for name, value in {"loss": loss, **{f"loss_{key}": term for key, term in terms.items()}}.items():
                 total, samples = sums.get(name, (0.0, 0))
                 sums[name] = (total + value.detach().to(_sum_dtype(value)) * count, samples + count)
-            metrics.update(outcome.output, outcome.target, ranks.rank + number * ranks.world_size)
+            _update(metrics, outcome.output, outcome.target, ranks.rank + number * ranks.world_size)
             if album:
                 album.see(outcome, ranks.rank + number * ranks.world_size)
     own = None if stopped else {name: (float(total), count) for name, (total, count) in sums.items()}
@@ -75,7 +68,7 @@ def evaluate(
     metrics.reset()
     if album and result is not None:
         seen = [seen for _, seen in everybody or ()]
-        _lead(ranks, module, forward, lambda forward: album.draw(seen, module, forward))
+        ranks.strategy.lead(module, forward, lambda forward: album.draw(seen, module, forward))
     return result
 
 
@@ -101,55 +94,36 @@ def evaluate_volumes(
     module.eval()
     metrics.reset()
     for number, output, target in outcomes:
-        metrics.update(output.to(ranks.device), target.to(ranks.device), number)
+        _update(metrics, output.to(ranks.device), target.to(ranks.device), number)
     everybody = ranks.gather(stop())
     result = None if ranks.broadcast(any(everybody or ())) else metrics.compute()
     metrics.reset()
     return result
 
 
+def _batches(loader: Iterable[Any]) -> Iterator[Any]:
+    try:
+        yield from loader
+    except Exception as error:
+        mark_section(error, "loaders")
+        raise
+
+
+def _update(metrics: Metrics, output: Any, target: Any, number: int) -> None:
+    try:
+        metrics.update(output, target, number)
+    except Exception as error:
+        mark_section(error, "metrics")
+        raise
+
+
 @contextmanager
 def _of_batch(number: int) -> Iterator[None]:
-    """An error passes on with the number of this rank's batch, `batch_number`, by which its samples are found."""
     try:
         yield
     except Exception as error:
         error.batch_number = number  # type: ignore[attr-defined]
         raise
-
-
-def _rounds(loader: Iterable[Any], stop: Callable[[], bool], ranks: Ranks) -> Iterator[tuple[Any, bool, bool]]:
-    """This rank's batches, each with whether it counts, and whether to stop before it.
-
-    Calling a model that is shared out takes all ranks: there, one that has no batch left lends a hand with rank 0's,
-    and all stop together.
-    """
-    if not ranks.shards:
-        for batch in loader:
-            yield batch, True, stop()
-        return
-    batches = iter(loader)
-    while True:
-        batch = next(batches, None)
-        here = batch is not None
-        with_batch, stops = ranks.sum_(torch.tensor([float(here), float(stop())])).tolist()
-        if not with_batch:
-            return
-        spare = ranks.broadcast(batch) if with_batch < ranks.world_size else None  # rank 0 has one where any has
-        yield batch if here else spare, here, stops > 0
-
-
-def _lead(ranks: Ranks, module: torch.nn.Module, forward: Forward, work: Callable[[Forward], None]) -> None:
-    """Let the main rank do `work(forward)` alone; where the model is shared out, the others follow each forward."""
-    if not ranks.shards:
-        if ranks.is_main:
-            work(forward)
-    elif ranks.is_main:
-        work(lambda module, batch: forward(module, ranks.broadcast(batch)))
-        ranks.broadcast(None)
-    else:
-        while (batch := ranks.broadcast()) is not None:
-            forward(module, batch)
 
 
 def _sum_dtype(value: torch.Tensor) -> torch.dtype:

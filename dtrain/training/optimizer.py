@@ -1,16 +1,13 @@
-"""get_optimizer and get_lr_scheduler: what moves the weights and how fast; knows no loop, no rank, no checkpoint."""
+"""get_optimizer: the optimizer over the parameters that are trained."""
 
 import inspect
-from collections.abc import Iterable
 
 import torch
 from ml_collections import ConfigDict
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from dtrain.config.build import build
 from dtrain.config.schema import refused
-from dtrain.distributed.fsdp import is_shard, local_part
 
 
 def get_optimizer(config: ConfigDict, model: torch.nn.Module) -> Optimizer:
@@ -30,7 +27,7 @@ def get_optimizer(config: ConfigDict, model: torch.nn.Module) -> Optimizer:
         text = f"{config.optimizer.name} made a {type(optimizer).__name__}; expected a torch.optim.Optimizer"
         raise refused(config, ("optimizer", "name"), text)
     if any(item.default is item.empty for item in inspect.signature(optimizer.step).parameters.values()):
-        text = f"{config.optimizer.name} evaluates the loss itself, several times per step; that loop is not this one"
+        text = f"{config.optimizer.name} evaluates the loss itself, several times per step, which is not supported"
         raise refused(config, ("optimizer", "name"), text)
     on_gpu = parameters[0].device.type == "cuda"
     chosen = {"fused", "foreach", "capturable", "differentiable"} & set(config.optimizer)
@@ -54,67 +51,3 @@ def _start_momentum(optimizer: Optimizer) -> None:
             continue
         for parameter in group["params"]:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-
-
-def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """The 2-norm of all gradients as one vector; torch's own function sorts them first, which takes as long again."""
-    if len({item.dtype for item in gradients}) > 1:
-        return get_total_norm(gradients)
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-
-
-class KeptBuffers:
-    """Buffers of floating point as they were after the last good step; a step that is skipped has them put back.
-
-    A forward with NaN would leave it in running statistics for good. Sparse and expanded ones are constants.
-
-    Args:
-        buffers: A module's; none, where a bad step ends the training.
-    """
-
-    def __init__(self, buffers: Iterable[torch.Tensor]) -> None:
-        plain = [buffer for buffer in buffers if buffer.is_floating_point() and buffer.layout == torch.strided]
-        self._pairs = [(buffer, buffer.detach().clone()) for buffer in plain if 0 not in buffer.stride()]
-
-    @torch.no_grad()
-    def after_step(self, norm: torch.Tensor) -> None:
-        """Keep them, or put them back where the norm of the gradients is not finite; the host does not wait for it."""
-        if not self._pairs:
-            return
-        is_good = torch.isfinite(norm)
-        for buffer, kept in self._pairs:
-            kept.copy_(torch.where(is_good, buffer, kept))
-            buffer.copy_(kept)
-
-
-class WeightAverage:
-    """An exponential moving average of a module's parameters and buffers; whole numbers are taken as they are.
-
-    torch's AveragedModel keeps its count in a tensor, for which the host waits for the device in every step.
-
-    Args:
-        module: A copy of what is averaged; it becomes the average.
-        decay: The old average's share, from 0 to 1. The first update is a copy.
-    """
-
-    def __init__(self, module: torch.nn.Module, decay: float) -> None:
-        self.module, self.decay, self.updates = module.requires_grad_(False), decay, 0
-        self._of_shards = any(is_shard(item) for item in module.parameters())
-
-    @torch.no_grad()
-    def update(self, module: torch.nn.Module) -> None:
-        """Take the weights of one more step in."""
-        mine, theirs = ([*one.parameters(), *one.buffers()] for one in (self.module, module))
-        if self._of_shards:
-            mine, theirs = (list(map(local_part, one)) for one in (mine, theirs))
-        averages: list[torch.Tensor] = []
-        weights: list[torch.Tensor] = []
-        for average, weight in zip(mine, theirs, strict=True):
-            if self.updates and (average.is_floating_point() or average.is_complex()):
-                averages.append(average)
-                weights.append(weight)
-            else:
-                average.copy_(weight)
-        if averages:
-            torch._foreach_lerp_(averages, weights, 1 - self.decay)
-        self.updates += 1

@@ -1,28 +1,29 @@
-"""dtrain replay: the step that failed once more, on one process, with a look at every number; trains nothing."""
+"""dtrain replay: the failed step once more, on one process, with a look at every number."""
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from dtrain.checkpoint.files import load
-from dtrain.checkpoint.saver import FAILED_STEP
+from dtrain.checkpoint.checkpoint_files import load
 from dtrain.checkpoint.store import Checkpoints
 from dtrain.config.errors import ConfigError
 from dtrain.data import rng
+from dtrain.dataloader import TrainLoader
+from dtrain.modelloader import Forward
+from dtrain.training.evidence import FAILED_STEP
 
-if TYPE_CHECKING:
-    from dtrain.trainer import Trainer
 
-
-def replay(trainer: "Trainer", folder: Path) -> Iterator[str]:
+def replay(forward: Forward, module: torch.nn.Module, loader: TrainLoader, folder: Path) -> Iterator[str]:
     """Repeat the failed step of a run folder, rank by rank; yields what is found, a line at a time.
 
     Args:
-        trainer: Made of the run's own config; its weights are overwritten.
+        forward: Gives the loss of a batch.
+        module: Made of the run's own config; its weights are overwritten.
+        loader: Of the training data.
         folder: The run folder.
 
     Raises:
@@ -33,18 +34,19 @@ def replay(trainer: "Trainer", folder: Path) -> Iterator[str]:
         raise ConfigError(f"{folder} holds no failed step; one is kept when a training fails in a step")
     loaded = load(kept)
     state = loaded.state
-    trainer.module.load_state_dict(loaded.weights)
-    trainer.module.train()
+    module.load_state_dict(loaded.weights)
+    module.train()
     places = state["step"] + 1, state["epoch"] + 1, state["world_size"]
     yield "step {} in epoch {}, as on {} rank(s)".format(*places)
     if not state["exact"]:
         yield "the weights are those at the last log point, some steps later: the device had skipped the bad step"
     for rank in range(state["world_size"]):
-        yield from _of_rank(trainer, state, rank)
+        yield from _of_rank(forward, module, loader, state, rank)
 
 
-def _of_rank(trainer: "Trainer", state: dict[str, Any], rank: int) -> Iterator[str]:
-    loader = trainer.train_loader
+def _of_rank(
+    forward: Forward, module: torch.nn.Module, loader: TrainLoader, state: dict[str, Any], rank: int
+) -> Iterator[str]:
     shard = loader.shard.for_rank(rank, state["world_size"], state["batch_size"])
     if rank in state["rng"]:
         rng.set_state(state["rng"][rank])
@@ -53,23 +55,23 @@ def _of_rank(trainer: "Trainer", state: dict[str, Any], rank: int) -> Iterator[s
     batches: Any = loader.loader.dataset
     for number, ids in enumerate(shard.batches_from(state["epoch"], state["position"], state["accumulate"])):
         batch = batches.__getitems__([state["epoch"], *ids])
-        found, loss = _examined(trainer, batch, ids)
+        found, loss = _examined(forward, module, batch, ids)
         micro = f", batch {number + 1}" if state["accumulate"] > 1 else ""
         yield f"rank {rank}{micro}: loss {loss:.6g}, samples {', '.join(map(str, ids))}"
         yield from (f"  {line}" for line in found)
 
 
-def _examined(trainer: "Trainer", batch: Any, ids: list[int]) -> tuple[list[str], float]:
+def _examined(forward: Forward, module: torch.nn.Module, batch: Any, ids: list[int]) -> tuple[list[str], float]:
     """What is not finite in one forward and backward: in the samples, after which module, in which gradients."""
     found = [f"sample {ids[index]}: {count} values are not finite" for index, count in _bad_samples(batch, len(ids))]
-    trainer.module.zero_grad()
-    with _first_bad_module(trainer.module) as bad_modules:
-        loss, terms, _ = trainer.outcome(trainer.module, batch)
+    module.zero_grad()
+    with _first_bad_module(module) as bad_modules:
+        loss, terms, _ = forward(module, batch)
     found += [f"first bad output: {text}" for text in bad_modules[:1]]
     found += [f"loss term {name}: {float(term):.6g}" for name, term in terms.items()]
     if math.isfinite(float(loss.detach())):
         loss.backward()
-        bad = [name for name, item in trainer.module.named_parameters() if not _is_finite(item.grad)]
+        bad = [name for name, item in module.named_parameters() if not _is_finite(item.grad)]
         more = ", ..." if len(bad) > 10 else ""
         found += [f"gradients that are not finite: {', '.join(bad[:10])}{more}"] if bad else []
     return found, float(loss.detach())

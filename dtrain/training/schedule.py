@@ -3,6 +3,8 @@
 import copy
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -15,7 +17,7 @@ from dtrain.config.errors import to_plain
 from dtrain.config.schema import calls, refused
 
 # What ReduceLROnPlateau learns on its way; the rest of its state is its arguments.
-_LEARNT = {"best", "num_bad_epochs", "cooldown_counter", "last_epoch"}
+_LEARNED = {"best", "num_bad_epochs", "cooldown_counter", "last_epoch"}
 
 
 def schedule_settings(
@@ -58,23 +60,28 @@ class Schedule:
         """The first group's learning rate in optimizer step `step` (from 0)."""
         return float(self.optimizer.param_groups[0]["lr"]) * self._factor(step)
 
+    def rate_of(self, step: int) -> AbstractContextManager[float]:
+        """A context with the rates of a step, in which the optimizer steps; it gives the first group's."""
+        if step >= self.warmup_steps:
+            return nullcontext(float(self.optimizer.param_groups[0]["lr"]))
+        return self._warming_up(self._factor(step))
+
     def _factor(self, step: int) -> float:
         if step >= self.warmup_steps:
             return 1.0
         return self.warmup_start + (1 - self.warmup_start) * (step + 1) / self.warmup_steps
 
-    def apply(self, step: int, take: Any) -> None:
-        """Call `take()` (the optimizer's step) with the rate of this step."""
-        if step >= self.warmup_steps:
-            take()
-            return
+    @contextmanager
+    def _warming_up(self, factor: float) -> Iterator[float]:
         groups = self.optimizer.param_groups
         rates = [group["lr"] for group in groups]
         for group in groups:
-            group["lr"] = group["lr"] * self._factor(step)
-        take()
-        for group, rate in zip(groups, rates, strict=True):
-            group["lr"] = rate
+            group["lr"] = group["lr"] * factor
+        try:
+            yield float(groups[0]["lr"])
+        finally:
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
 
     def tick(self, clock: str, score: float | None = None) -> None:
         """Something ended: a 'step', an 'epoch' or a 'validation'. The scheduler steps if that is its clock."""
@@ -95,7 +102,7 @@ class Schedule:
         return {"scheduler": scheduler, "ticks": dict(self.ticks), "plan": self.plan}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state, after the optimizer has loaded its own.
+        """Resume from a saved state, after the optimizer has loaded its own.
 
         Where the plan has changed (another length, another rate in the config), the new one holds: the schedule is run
         through to the point that was reached, as if it had been so from the start.
@@ -106,7 +113,7 @@ class Schedule:
                 self.scheduler.load_state_dict(state["scheduler"])
         elif isinstance(self.scheduler, ReduceLROnPlateau):  # what it did follows from scores that are gone
             self.scheduler.load_state_dict(
-                {key: state["scheduler"][key] for key in _LEARNT & state["scheduler"].keys()}
+                {key: state["scheduler"][key] for key in _LEARNED & state["scheduler"].keys()}
             )
         else:
             for group, settings in zip(self.optimizer.param_groups, self._settings_at_start, strict=True):
@@ -167,7 +174,7 @@ def _plan(config: ConfigDict, lengths: dict[str, int]) -> str:
 
 def _lengths(config: ConfigDict, length: int) -> dict[str, int]:
     """The schedule's length where its scheduler needs one and the config does not say it."""
-    call = calls(config, "lr_scheduler")["lr_scheduler"]
+    call = calls(config)["lr_scheduler"]
     return {key: length for key in call.filled if key not in call.arguments and "epochs" not in call.arguments}
 
 

@@ -1,126 +1,184 @@
-"""create_trainer: every part of a training, built in the order of need; knows the config, but not how one trains."""
+"""The parts of a training, made from the config in the order of need; behind them, nothing knows the config."""
 
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from ml_collections import ConfigDict
-from torch.optim import Optimizer
 
-from dtrain.checkpoint.files import Loaded, load, load_weights
+from dtrain.checkpoint.checkpoint_files import Loaded, load
+from dtrain.checkpoint.contents import CheckpointError
 from dtrain.checkpoint.resume import CHECKPOINTS, ResumeError, Start, find_start
-from dtrain.checkpoint.snapshot import CheckpointError
+from dtrain.checkpoint.saver import Saver
 from dtrain.checkpoint.store import Checkpoints
-from dtrain.checkpoint.weights import misfits_of, take_over
+from dtrain.checkpoint.weights import load_weights, misfits_of, take_over
 from dtrain.config.build import build, defaults
-from dtrain.config.check import check, notes, strategy_mistakes
-from dtrain.config.errors import ConfigError, to_plain
-from dtrain.config.load import from_mapping, place_of, run_folder, sources, to_yaml
+from dtrain.config.check import notes
+from dtrain.config.errors import ConfigError, first_few, to_plain
+from dtrain.config.load import place_of, run_folder, sources, to_yaml
+from dtrain.config.rules import strategy_mistakes
 from dtrain.config.schema import PHASES, calls, refused
 from dtrain.data import rng
 from dtrain.dataloader import Loaders, get_train_loaders
-from dtrain.distributed.environment import batch_job, environment, launcher_precision
+from dtrain.distributed.environment import batch_job, environment, job_ends_at, launcher_precision
 from dtrain.distributed.fsdp import launcher_strategy, settings_of_accelerate
+from dtrain.distributed.process_group import set_up
 from dtrain.distributed.ranks import Ranks
-from dtrain.distributed.setup import set_up
+from dtrain.distributed.stop import StopRequest
 from dtrain.loss import get_loss_criterion
 from dtrain.metrics import Metrics, get_evaluation_metric
-from dtrain.modelloader import get_model
-from dtrain.predict.run import IDLE_SECONDS, Use
+from dtrain.modelloader import Forward, get_model, parameter_count
+from dtrain.predict.inference import IDLE_SECONDS, Inference
+from dtrain.predict.work_folder import digest
 from dtrain.reporting import summary as report
-from dtrain.reporting.pictures import Pictures
-from dtrain.reporting.terminal import get_progress
+from dtrain.reporting.progress import Progress
+from dtrain.reporting.terminal_progress import get_progress
+from dtrain.reporting.validation_pictures import Pictures
 from dtrain.tracking.journal import Journal, NoJournal, flatten
-from dtrain.tracking.secrets import keep_secret, redact, redacted_tree
-from dtrain.trainer import Parts, Trainer
+from dtrain.tracking.secrets import redact, redacted_tree
+from dtrain.training.ema import EMA
 from dtrain.training.optimizer import get_optimizer
-from dtrain.training.schedule import Schedule, end_points, get_lr_scheduler
-from dtrain.training.state import FORMAT, restore
+from dtrain.training.run_status import Run
+from dtrain.training.schedule import end_points, get_lr_scheduler
+from dtrain.training.state import FORMAT, Trainables
 
 if TYPE_CHECKING:
     from subprocess import Popen
 
 
-def create_trainer(
-    config: ConfigDict | Mapping[str, Any],
+@dataclass
+class Parts:
+    """What a trainer works with; what the purpose at hand does not need is None."""
+
+    run: Run
+    ranks: Ranks
+    trainables: Trainables
+    forward: Forward
+    loaders: Loaders
+    metrics: Metrics
+    saver: Saver
+    stop: StopRequest
+    journal: Journal | NoJournal
+    progress: Progress
+    pictures: Pictures
+    inference: Inference
+    mode: Literal["min", "max"]
+    loaded: Loaded | None  # the checkpoint to resume from, on the main rank
+
+
+def make_parts(
+    config: ConfigDict,
     package: str | Path | None = None,
     sender: "Popen[bytes] | None" = None,
     purpose: Literal["train", "test", "predict"] = "train",
-) -> Trainer:
-    """Build model, loaders, loss, metrics, optimizer and scheduler as the config names them, and a trainer of them.
-
-    Every rank calls it. What an earlier start of the same training left is read, so that `fit` goes on from there.
+) -> Parts:
+    """Build model, loaders, loss, metrics, optimizer and scheduler as the config names them. Every rank calls it.
 
     Args:
-        config: From `load_config`, or a mapping of the same form.
+        config: Checked for this purpose.
         package: A file or folder against which a relative `checkpoint_dir` resolves. Default: the current folder.
         sender: A process that waits for the run, from `prepare_sender`. Default: one is started with the run.
-        purpose: For test and predict the config need not have what only a training needs, and only their data are
-            read; a trainer made for training can test and predict as well.
+        purpose: What the parts are for.
 
     Raises:
-        ConfigError: With every mistake that can be found.
+        ConfigError: With what can only be found by building.
     """
-    config = from_mapping(config)
-    keep_secret(to_plain(config))
-    check(config, purpose)
     options = defaults(config, "trainer")
     options["precision"] = options["precision"] or launcher_precision() or "fp32"
     seed = config.get("seed") or 0
+    ranks, progress = _ranks(config, options, purpose)
+    start = _start(config, options, ranks, package)
+
+    rng.seed_all(seed)
+    module = _prepared_model(config, options, ranks, start, progress.note)
+    compiled = _compiled(module, options["compile"])
+    loaders = _loaders(config, options, ranks, seed, _phases(config, purpose))
+    loss = get_loss_criterion(config).to(ranks.device) if config.get("loss") else None
+    forward = Forward(module, ranks.device, options["precision"], options["input_key"], options["target_key"], loss)
+    metrics = get_evaluation_metric(config, ranks, ranks.device)
+    monitor = _monitor(config, options, metrics)
+    mode: Literal["min", "max"] = options["mode"] or ("min" if monitor.endswith(("loss", "Error")) else "max")
+    checkpoints = Checkpoints(
+        start.folder / CHECKPOINTS, keep_last=options["keep_last"], keep_best=options["keep_best"], mode=mode
+    )
+    saver = Saver(checkpoints, options["checkpoint_every_minutes"], progress.note, not ranks.strategy.is_sharded)
+    stop = StopRequest(options["time_limit"], job_ends_at(), alone=ranks.world_size == 1)
+    identity = _identity(config, options, _phases(config, purpose))
+    has_weights = bool(options["pre_trained"]) and start.checkpoint is None
+    inference = Inference(
+        build(config, "predictor"), forward, compiled, ranks, progress, start.folder, identity,
+        has_weights=has_weights, tests_volumes=_tests_volumes(config, loaders),
+    )  # fmt: skip
+    trainables, table = Trainables(module, compiled, compiled), dict[str, str]()
+    journal: Journal | NoJournal = NoJournal()
+    loaded = None
+    if purpose == "train":
+        if ranks.strategy.is_sharded and inference.tests_volumes:
+            text = "tests whole volumes, which a sharded model cannot; train without, then `dtrain test`"
+            raise refused(config, ("loaders", "test"), text)
+        trainables, plan = _trainables(config, options, ranks, trainables, loaders, mode)
+        journal = _journal(config, ranks, start, sender)
+        table = _table(config, module, loaders, ranks, journal, start, plan)
+        loaded = _loaded(config, trainables, ranks, start)
+    run = Run(
+        start, seed, monitor, table,
+        places={key: str(place) for key in config if (place := place_of(config, (key,)))},
+        record=_record(config, options, ranks),
+        texts={"config.yaml": to_yaml(redacted_tree(to_plain(config)))}
+        | {f"config/{name}": redact(text) for name, text in sources(config).items()},
+    )  # fmt: skip
+    return Parts(
+        run, ranks, trainables, forward, loaders, metrics, saver, stop, journal, progress,
+        _pictures(config, options, loaders, start), inference, mode, loaded,
+    )  # fmt: skip
+
+
+def _ranks(config: ConfigDict, options: Mapping[str, Any], purpose: str) -> tuple[Ranks, Progress]:
+    """This rank among the others, and what shows its progress, which begins with what is worth knowing of both."""
     ddp = ({"timeout_seconds": IDLE_SECONDS} if purpose == "predict" else {}) | (options["ddp"] or {})
     fsdp = _fsdp(config, options) if purpose == "train" else None  # else each rank has a whole model
     ranks = set_up(config.get("device", "auto"), ddp, options["deterministic"], fsdp)
     progress = get_progress(ranks.is_main)
     for line in (ranks.notes + notes(config)) if ranks.is_main else ():
         progress.note(line)
-    start = _start(config, options, ranks, package)
+    return ranks, progress
 
-    rng.seed_all(seed)
-    module = _prepared_model(config, options, ranks, start, progress.note)
-    compiled = _compiled(module, options["compile"])
+
+def _loaders(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks, seed: int, phases: Sequence[str]) -> Loaders:
     pin_memory = ranks.device.type == "cuda"
-    accumulate, phases = options["accumulate"], _phases(config, purpose)
-    loaders = get_train_loaders(config, ranks.rank, ranks.world_size, seed, pin_memory, accumulate, phases)
-    loss = get_loss_criterion(config).to(ranks.device) if config.get("loss") else None
-    metrics = get_evaluation_metric(config, ranks, ranks.device)
-    monitor = _monitor(config, options, metrics)
-    mode = options["mode"] or ("min" if monitor.endswith(("loss", "Error")) else "max")
-    checkpoints = Checkpoints(
-        start.folder / CHECKPOINTS, keep_last=options["keep_last"], keep_best=options["keep_best"], mode=mode
-    )
-    model, average, optimizer, schedule, table = compiled, None, None, None, dict[str, str]()
-    use = _use(config, options, start, phases)
-    journal: Journal | NoJournal = NoJournal()
-    if purpose == "train":
-        if ranks.shards and loaders.test is not None and use.whole_volumes(loaders.test):
-            text = "tests whole volumes, which a model that is shared out cannot; train without, then `dtrain test`"
-            raise refused(config, ("loaders", "test"), text)
-        average = None if options["ema_decay"] is None else ranks.share_out(copy.deepcopy(module))
-        model, journal = ranks.wrap(compiled), _journal(config, ranks, start, sender)
-        optimizer, schedule, plan = _plan(config, options, module, loaders, mode)
-        table = _table(config, module, loaders, ranks, journal, start, plan)
-    parts = Parts(
-        ranks, module, compiled, model, average, loaders, loss, metrics, optimizer, schedule, checkpoints,
-        journal, progress, _pictures(config, options, loaders, start), use,
-        start, seed,
-        places={key: str(place) for key in config if (place := place_of(config, (key,)))},
-        table=table,
-        record=_record(config, options, ranks),
-        texts={"config.yaml": to_yaml(redacted_tree(to_plain(config)))}
-        | {f"config/{name}": redact(text) for name, text in sources(config).items()},
-    )  # fmt: skip
-    trainer: Trainer = build(config, "trainer", parts, monitor=monitor, mode=mode, precision=options["precision"])
-    rng.seed_all(seed, 1 + ranks.rank)  # dropout differs between ranks; the weights, drawn before, do not
-    if purpose == "train":
-        _restore(config, trainer, ranks, start)
-    return trainer
+    return get_train_loaders(config, ranks.rank, ranks.world_size, seed, pin_memory, options["accumulate"], phases)
+
+
+def _tests_volumes(config: ConfigDict, loaders: Loaders) -> bool:
+    """Whether a test measures whole volumes."""
+    if config.get("predictor") is None or loaders.test is None:
+        return False
+    dataset: Any = loaders.test.dataset  # wraps the user's own
+    return hasattr(dataset.dataset, "volumes")
+
+
+def _trainables(
+    config: ConfigDict, options: Mapping[str, Any], ranks: Ranks, bare: Trainables, loaders: Loaders, mode: str
+) -> tuple[Trainables, dict[str, Any]]:
+    """What is trained, and what the table says of it."""
+    strategy, decay = ranks.strategy, options["ema_decay"]
+    ema = None if decay is None else EMA(strategy.divide(copy.deepcopy(bare.module)), decay)
+    model = strategy.wrap(bare.compiled)
+    optimizer = get_optimizer(config, bare.module)
+    steps, epochs = _length(options, loaders)
+    schedule = get_lr_scheduler(config, optimizer, steps, epochs, mode)
+    rates = end_points(config, optimizer, schedule, steps, epochs)
+    scaler = torch.amp.GradScaler(ranks.device.type) if options["precision"] == "fp16" else None
+    trainables = Trainables(bare.module, bare.compiled, model, ema, optimizer, schedule, scaler)
+    return trainables, {"steps": steps, "rates": rates, "precision": options["precision"]}
 
 
 def _fsdp(config: ConfigDict, options: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The options of sharing the model out; None where it is not.
+    """The options of sharding the model; None where it is not.
 
     Raises:
         ConfigError: They, or other settings, do not go with it.
@@ -142,36 +200,24 @@ def _phases(config: ConfigDict, purpose: str) -> tuple[str, ...]:
     return ("predict",) if purpose == "predict" and config.loaders.get("predict") is not None else ("test",)
 
 
-def _use(config: ConfigDict, options: Mapping[str, Any], start: Start, phases: Sequence[str]) -> Use:
-    """How the model predicts, and what its predictions depend on besides weights and files."""
+def _identity(config: ConfigDict, options: Mapping[str, Any], phases: Sequence[str]) -> dict[str, str]:
+    """What predictions depend on besides weights, the predictor's settings and input files."""
     described = calls(config)
     read = next((phase for phase in ("predict", "test") if phase in phases and f"loaders.{phase}" in described), "")
     data = described[f"loaders.{read}"] if read else None
     arguments = {key: to_plain(value) for key, value in data.arguments.items()} if data else {}
-    identity = {
+    model_and_data = {
         "model": to_plain(config.model),
         "dataset": str(data.name) if data else "",
         "arguments": {key: value for key, value in arguments.items() if not _are_paths(value)},
     }
-    has_weights = bool(options["pre_trained"]) and start.checkpoint is None
-    return Use(build(config, "predictor"), identity, config.get("predictor") is not None, has_weights)
+    return {"model and data": digest(model_and_data), "precision": options["precision"]}
 
 
 def _are_paths(value: Any) -> bool:
     """Whether a value names files or folders that are there: each prediction knows its own file."""
     values = value if isinstance(value, list) and value else [value]
     return all(isinstance(item, str) and Path(item).exists() for item in values)
-
-
-def _plan(
-    config: ConfigDict, options: Mapping[str, Any], module: torch.nn.Module, loaders: Loaders, mode: str
-) -> tuple[Optimizer, Schedule, dict[str, Any]]:
-    """Optimizer and schedule, and what the table says of them."""
-    optimizer = get_optimizer(config, module)
-    steps, epochs = _length(options, loaders)
-    schedule = get_lr_scheduler(config, optimizer, steps, epochs, mode)
-    rates = end_points(config, optimizer, schedule, steps, epochs)
-    return optimizer, schedule, {"steps": steps, "rates": rates, "precision": options["precision"]}
 
 
 def _start(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks, package: str | Path | None) -> Start:
@@ -202,13 +248,15 @@ def _prepared_model(
     if options["pre_trained"] and start.checkpoint is None:
         if ranks.is_main:
             _load_pre_trained(config, module, options["pre_trained"], say)
-        module = module if ranks.shards else module.to(ranks.device)
+        module = module if ranks.strategy.is_sharded else module.to(ranks.device)
         ranks.share_weights(module)
     if options["sync_batchnorm"] and ranks.world_size > 1:
         if ranks.device.type != "cuda":
-            raise refused(config, ("trainer", "sync_batchnorm"), "needs GPUs; torch has none of it for the CPU")
+            raise refused(config, ("trainer", "sync_batchnorm"), "requires CUDA; PyTorch has no CPU implementation")
         module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    return module if ranks.shards else module.to(ranks.device)  # part by part, where it is too large for a device
+    return (
+        module if ranks.strategy.is_sharded else module.to(ranks.device)
+    )  # part by part, where it is too large for a device
 
 
 def _load_pre_trained(
@@ -224,11 +272,6 @@ def _load_pre_trained(
         raise refused(config, ("trainer", "pre_trained"), f"{path} {error}") from error
     for line in [f"{path}: {len(lines)} entries were not taken over", *lines] if lines else []:
         say(line)
-
-
-def _told(misfits: list[str]) -> str:
-    """The first few of a list, and how many more there are."""
-    return "; ".join(misfits[:10]) + (f"; and {len(misfits) - 10} more" if len(misfits) > 10 else "")
 
 
 def _compiled(module: torch.nn.Module, wish: bool | str | dict[str, Any]) -> torch.nn.Module:
@@ -298,42 +341,43 @@ def _table(
     sizes = {phase: len(loader.loader.dataset if phase == "train" else loader.dataset)
              for phase, loader in loaders._asdict().items() if loader is not None}  # fmt: skip
     table = {
-        "model": report.model_line(str(config.model.name), module),
+        "model": report.model_line(str(config.model.name), *parameter_count(module)),
         "data": report.data_line(sizes),
         "global batch": f"{train.global_batch} = {train.shard.batch_size} x {ranks.world_size} rank(s)"
         + (f" x {train.accumulate} accumulated" if train.accumulate > 1 else ""),
         "steps": f"{train.steps():,} per epoch, {plan['steps']:,} in all",
         "learning rate": plan["rates"],
-        "device": f"{ranks.device}, {plan['precision']}" + (", the model shared out (fsdp)" if ranks.shards else ""),
+        "device": f"{ranks.device}, {plan['precision']}"
+        + (", the model sharded (fsdp)" if ranks.strategy.is_sharded else ""),
         "run folder": str(start.folder),
     }
     if isinstance(journal, Journal):
         table["tracking"] = redact(journal.tracking_uri)
     if start.checkpoint:
-        table["goes on from"] = str(start.checkpoint.resolve())
+        table["resumes from"] = str(start.checkpoint.resolve())
     return table
 
 
-def _restore(config: ConfigDict, trainer: Trainer, ranks: Ranks, start: Start) -> None:
-    """Go on from the checkpoint, if there is one and it is one of this model and optimizer."""
+def _loaded(config: ConfigDict, trainables: Trainables, ranks: Ranks, start: Start) -> Loaded | None:
+    """The checkpoint to resume from, on the main rank, if there is one; all ranks refuse one that does not fit."""
     if start.checkpoint is None:
-        return
-    loaded, wrong = None, ""
+        return None
+    loaded, misfit = None, ""
     if ranks.is_main:
-        loaded = load(start.checkpoint)
-        wrong = _unfit(trainer, loaded)
-    if wrong := ranks.broadcast(wrong):
+        loaded = load(start.checkpoint, start.is_verified)
+        misfit = _misfit(trainables, loaded)
+    if misfit := ranks.broadcast(misfit):
         cure = "trainer.resume=none begins again, trainer.pre_trained takes over weights alone"
-        raise refused(config, ("trainer", "resume"), f"{start.checkpoint} is {wrong}; {cure}")
-    restore(trainer, loaded)
+        raise refused(config, ("trainer", "resume"), f"{start.checkpoint} is {misfit}; {cure}")
+    return loaded
 
 
-def _unfit(trainer: Trainer, loaded: Loaded) -> str:
-    """Of what a checkpoint is that cannot be gone on from; '' where it can."""
+def _misfit(trainables: Trainables, loaded: Loaded) -> str:
+    """What keeps a training from resuming from a checkpoint; '' where nothing does."""
     if (written := loaded.state.get("format")) != FORMAT:
         return f"of another version of dtrain (its state has the format {written}, here it is {FORMAT})"
-    misfits = misfits_of(trainer.module, loaded.weights)
-    before, now = loaded.state["optimizer_name"], type(trainer.optimizer).__name__
+    misfits = misfits_of(trainables.module, loaded.weights)
+    before, now = loaded.state["optimizer_name"], type(trainables.optimizer).__name__
     if before != now:
         misfits.insert(0, f"its optimizer is {before}, the config's {now}")
-    return f"of another training: {_told(misfits)}" if misfits else ""
+    return f"of another training: {first_few(misfits, 10, '; ')}" if misfits else ""

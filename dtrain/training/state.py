@@ -1,79 +1,232 @@
-"""All that a training is at one step, besides its weights: out of a trainer into plain values, and back; no files."""
+"""What a training is at one step: TrainState, Trainables, Activity; into a checkpoint's plain values and back."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
 
-from dtrain.checkpoint.files import Loaded
+from dtrain.checkpoint.checkpoint_files import Loaded
 from dtrain.data import rng
 from dtrain.distributed.fsdp import is_shard
-
-if TYPE_CHECKING:
-    from dtrain.trainer import Trainer
+from dtrain.distributed.ranks import Ranks
+from dtrain.training.ema import EMA
+from dtrain.training.schedule import Schedule
 
 FORMAT = 1  # raised when a state of before can no longer be restored
+PLAIN_FIELDS = (
+    *("step", "epoch", "position", "best", "bad_validations", "validated_step", "score"),
+    *("rate", "skipped", "samples"),
+)
 
 
-def state_of(trainer: "Trainer", generators: dict[int, Any] | None = None) -> dict[str, Any]:
-    """Everything but the weights that going on needs. All ranks call it, the main rank's is complete.
+@dataclass(eq=False)
+class TrainState:
+    """The numbers that change while a training runs; all but `stopped` and `ended` are saved.
+
+    Attributes:
+        device: Where running sums are kept.
+        step: Optimizer steps done.
+        epoch: Epochs done.
+        position: Samples of this epoch done, by all ranks together.
+        best: The best validation's score.
+        bad_validations: How many validations followed it.
+        validated_step: The step of the last validation; -1 before the first.
+        score: Of the last validation.
+        rate: The learning rate of the last step.
+        grad_norm: Of the last step's gradients, on the device.
+        skipped: Steps whose loss or gradient was not finite.
+        samples: Samples of all ranks since figures were last logged.
+        sums: This rank's sums over its samples since then, on the device: the loss, and loss_<term>.
+        stopped: All ranks agreed to stop early.
+        ended: Why the training ended before its limits.
+    """
+
+    device: torch.device
+    step: int = 0
+    epoch: int = 0
+    position: int = 0
+    best: float | None = None
+    bad_validations: int = 0
+    validated_step: int = -1
+    score: float | None = None
+    rate: float = 0.0
+    grad_norm: Tensor = field(init=False)
+    skipped: int = 0
+    samples: int = 0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    stopped: bool = False
+    ended: str = ""
+
+    def __post_init__(self) -> None:
+        self.grad_norm = torch.zeros((), device=self.device)
+        self.clear()
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """What tells two checkpoints of one training apart: step, epoch, step of the last validation."""
+        return self.step, self.epoch, self.validated_step
+
+    @property
+    def newest_score(self) -> float | None:
+        """The last validation's score, where it was of this very step."""
+        return self.score if self.validated_step == self.step else None
+
+    def add(self, name: str, value: Tensor, samples: int) -> None:
+        """Add a mean over so many samples to the sum of that name."""
+        total = self.sums.get(name)
+        if total is None:
+            total = self.sums[name] = self._zero()
+        total.add_(value, alpha=samples)
+
+    def clear(self) -> None:
+        """Begin new sums: the old ones were logged."""
+        self.sums = {"loss": self._zero()}
+        self.samples = 0
+
+    def _zero(self) -> Tensor:
+        # Apple's GPUs have no float64.
+        return torch.zeros((), dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values; the sums are this rank's."""
+        sums = torch.stack(list(self.sums.values())).tolist()
+        tensors = {"grad_norm": float(self.grad_norm), "sums": dict(zip(self.sums, sums, strict=True))}
+        return {name: getattr(self, name) for name in PLAIN_FIELDS} | tensors
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
+        self.clear()
+        for name in PLAIN_FIELDS:
+            setattr(self, name, state[name])
+        self.grad_norm.fill_(state["grad_norm"])
+        self.sums = {name: self._zero().fill_(value) for name, value in state["sums"].items()}
+
+
+@dataclass
+class Trainables:
+    """Everything with weights or a state of its own.
+
+    Attributes:
+        module: The bare model: what is saved.
+        compiled: The same, compiled if so configured: what is evaluated.
+        model: The same, wrapped for the ranks: what is trained.
+        ema: The averaged weights, if an average is kept.
+        optimizer: As are schedule and scaler: None where nothing is trained.
+        schedule: The learning rate's.
+        scaler: Of the loss, with fp16.
+    """
+
+    module: Module
+    compiled: Module
+    model: Module
+    ema: EMA | None = None
+    optimizer: Optimizer | None = None
+    schedule: Schedule | None = None
+    scaler: torch.amp.GradScaler | None = None
+
+    @property
+    def evaluated(self) -> Module:
+        """The averaged weights where there are some, else the model."""
+        return self.ema.module if self.ema else self.compiled
+
+
+@dataclass
+class Activity:
+    """What this rank does now, written by the loop, read by the watchdog and the failure card.
+
+    Attributes:
+        phase: Such as "waiting for data", "forward", "validation".
+        beats: Grows as long as there is progress.
+        batch_start: The position of the batch at work or waited for.
+    """
+
+    phase: str = "start-up"
+    beats: int = 0
+    batch_start: int = 0
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Name a phase; an error leaves its name, by which the error is told."""
+        before, self.phase = self.phase, phase
+        yield
+        self.phase = before
+
+
+class Captured(NamedTuple):
+    """All that a training is at one step, in the form that one process has; complete on the main rank alone."""
+
+    state: dict[str, Any]
+    weights: dict[str, Any]
+    ema: dict[str, Any] | None
+
+
+def capture(
+    state: TrainState, trainables: Trainables, ranks: Ranks, seed: int, generators: dict[int, Any] | None = None
+) -> Captured:
+    """What a checkpoint holds. All ranks call it.
 
     Args:
-        trainer: Whose state it is.
+        state: The numbers.
+        trainables: The rest.
+        ranks: Whose sums are added up.
+        seed: Of the training.
         generators: The state of the ranks' generators, where they cannot be asked; then this rank's sums are taken for
             the sums of all, and no other rank is needed.
+
+    Raises:
+        RuntimeError: The ranks' weights are no longer the same.
     """
-    sums = torch.stack(list(trainer.sums.values()))
+    assert trainables.optimizer is not None and trainables.schedule is not None
+    values = state.state_dict()
     if generators is None:
-        sums, states = trainer.ranks.sum_(sums), _generators_of_all(trainer)
+        sums = ranks.sum_(torch.stack(list(state.sums.values())))
+        values["sums"] = dict(zip(state.sums, sums.tolist(), strict=True))
+        generator_states = _generators_of_all(trainables.module, ranks)
     else:
-        states = list(generators.values())
-    return {
+        generator_states = list(generators.values())
+    ema = trainables.ema
+    values |= {
         "format": FORMAT,
-        "step": trainer.step,
-        "epoch": trainer.epoch,
-        "position": trainer.position,
-        "best": trainer.best,
-        "bad_validations": trainer.bad_validations,
-        "validated_step": trainer.validated_step,
-        "score": trainer.score,
-        "rate": trainer.rate,
-        "grad_norm": float(trainer.grad_norm),
-        "skipped": trainer.skipped,
-        "sums": dict(zip(trainer.sums, sums.tolist(), strict=True)),
-        "samples": trainer.samples,
-        "optimizer": trainer.ranks.whole(trainer.optimizer.state_dict()),
-        "optimizer_name": type(trainer.optimizer).__name__,
-        "schedule": trainer.schedule.state_dict(),
-        "scaler": trainer.scaler.state_dict() if trainer.scaler else {},
-        "averaged": trainer.ema.updates if trainer.ema else 0,
-        "seed": trainer.parts.seed,
-        "rng": states,
+        "optimizer": ranks.strategy.whole(trainables.optimizer.state_dict()),
+        "optimizer_name": type(trainables.optimizer).__name__,
+        "schedule": trainables.schedule.state_dict(),
+        "scaler": trainables.scaler.state_dict() if trainables.scaler else {},
+        "averaged": ema.updates if ema else 0,
+        "seed": seed,
+        "rng": generator_states,
     }
+    averaged = ranks.strategy.whole(ema.module.state_dict()) if ema else None
+    return Captured(values, ranks.strategy.whole(trainables.module.state_dict()), averaged)
 
 
-def _generators_of_all(trainer: "Trainer") -> list[Any] | None:
+def _generators_of_all(module: Module, ranks: Ranks) -> list[Any] | None:
     """The ranks' generators, on the main rank; on the way the ranks' weights are compared.
 
     Raises:
         RuntimeError: They differ, as after a wrong collective, a bad GPU, or a model that is not the same everywhere.
     """
-    if trainer.ranks.world_size == 1:
+    if ranks.world_size == 1:
         return [rng.get_state()]
-    gathered = trainer.ranks.gather((rng.get_state(), fingerprint(trainer.module)))
+    gathered = ranks.gather((rng.get_state(), fingerprint(module)))
     if gathered is None:
         return None
-    states, prints = zip(*gathered, strict=True)
-    for name, value in prints[0].items():
-        if apart := [str(rank) for rank, its in enumerate(prints) if its.get(name) != value]:
-            told = ", ".join(apart)
-            raise RuntimeError(f"the ranks' weights are not the same: {name} of rank {told} is not that of rank 0")
+    states, fingerprints = zip(*gathered, strict=True)
+    for name, value in fingerprints[0].items():
+        if differing := [str(rank) for rank, its in enumerate(fingerprints) if its.get(name) != value]:
+            named = ", ".join(differing)
+            raise RuntimeError(f"the ranks' weights are not the same: {name} of rank {named} is not that of rank 0")
     return list(states)
 
 
-def fingerprint(module: torch.nn.Module) -> dict[str, int]:
+def fingerprint(module: Module) -> dict[str, int]:
     """A checksum of each tensor's bits, by name, but for shards; it costs one reading of them, and one wait."""
     bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    entries = {name: item for name, item in module.state_dict().items() if isinstance(item, torch.Tensor)}
+    entries = {name: item for name, item in module.state_dict().items() if isinstance(item, Tensor)}
     tensors = {name: item.detach() for name, item in entries.items() if not is_shard(item)}
     sums = []
     for value in tensors.values():
@@ -83,29 +236,24 @@ def fingerprint(module: torch.nn.Module) -> dict[str, int]:
     return dict(zip(tensors, values, strict=True))
 
 
-def restore(trainer: "Trainer", loaded: Loaded | None) -> None:
-    """Go on from a checkpoint, which only the main rank has read (None elsewhere)."""
-    trainer.ranks.load_weights(trainer.module, loaded.weights if loaded else None)
-    if trainer.ema:
-        trainer.ranks.load_weights(trainer.ema.module, loaded.ema if loaded else None)
-    state = dict(loaded.state) if loaded else {}
-    trainer.ranks.load_optimizer(trainer.optimizer, state.pop("optimizer", None))
-    state = trainer.ranks.broadcast(state)
-    trainer.step, trainer.epoch, trainer.position = state["step"], state["epoch"], state["position"]
-    trainer.best, trainer.bad_validations, trainer.skipped = state["best"], state["bad_validations"], state["skipped"]
-    trainer.samples = state["samples"]
-    trainer.validated_step, trainer.score, trainer.rate = state["validated_step"], state["score"], state["rate"]
-    trainer.grad_norm.fill_(state["grad_norm"])
-    for name, value in state["sums"].items():  # all ranks add up the same sums; what was summed so far is rank 0's
-        trainer.sum_of(name).fill_(value if trainer.ranks.is_main else 0.0)
-    trainer.schedule.load_state_dict(state["schedule"])
-    if trainer.scaler and state["scaler"]:
-        trainer.scaler.load_state_dict(state["scaler"])
-    if trainer.ema:
-        trainer.ema.updates = state["averaged"]
-    trainer.judge_patience()
-    trainer.saver.is_saved(trainer)
-    if len(state["rng"]) == trainer.ranks.world_size:
-        rng.set_state(state["rng"][trainer.ranks.rank])
+def restore(loaded: Loaded | None, state: TrainState, trainables: Trainables, ranks: Ranks, seed: int) -> None:
+    """Resume from a checkpoint, which only the main rank has read (None elsewhere). All ranks call it."""
+    assert trainables.optimizer is not None and trainables.schedule is not None
+    ranks.strategy.load_weights(trainables.module, loaded.weights if loaded else None)
+    if trainables.ema:
+        ranks.strategy.load_weights(trainables.ema.module, loaded.ema if loaded else None)
+    values = dict(loaded.state) if loaded else {}
+    ranks.strategy.load_optimizer(trainables.optimizer, values.pop("optimizer", None))
+    values = ranks.broadcast(values)
+    if not ranks.is_main:  # all ranks add up the same sums; what was summed so far is rank 0's
+        values["sums"] = dict.fromkeys(values["sums"], 0.0)
+    state.load_state_dict(values)
+    trainables.schedule.load_state_dict(values["schedule"])
+    if trainables.scaler and values["scaler"]:
+        trainables.scaler.load_state_dict(values["scaler"])
+    if trainables.ema:
+        trainables.ema.updates = values["averaged"]
+    if len(values["rng"]) == ranks.world_size:
+        rng.set_state(values["rng"][ranks.rank])
     else:  # another number of ranks: new streams, that no earlier start has used
-        rng.seed_all(trainer.parts.seed, 2 + trainer.ranks.rank, trainer.step)
+        rng.seed_all(seed, 2 + ranks.rank, state.step)

@@ -1,4 +1,4 @@
-"""How fast a training goes, and which rank the others wait for; knows no loop, no collective."""
+"""Throughput: samples per second, and which rank the others wait for."""
 
 import contextlib
 import statistics
@@ -12,7 +12,7 @@ LEAST_SECONDS = 0.02
 _KINDS = ("waiting for data", "forward")
 
 
-class Pace:
+class Throughput:
     """The clock of training between two points at which figures are logged.
 
     A rank's own time, before it exchanges gradients, tells who is slow: from there on all wait for the slowest. It is
@@ -25,7 +25,7 @@ class Pace:
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
-        self._told: set[tuple[int, int]] = set()
+        self._reported: set[tuple[int, int]] = set()
         self.restart()
 
     def restart(self, warm_up: bool = True) -> None:
@@ -45,21 +45,28 @@ class Pace:
 
     def data_came(self) -> None:
         """A batch is there."""
-        self._count(0)
+        now = time.perf_counter()
+        self._own[0] += now - self._mark
+        self._mark = now
 
     def forward_done(self) -> None:
         """Its loss is."""
-        self._count(1)
+        now = time.perf_counter()
+        self._own[1] += now - self._mark
+        self._mark = now
 
-    def exchanged(self, samples: int = 0) -> None:
-        """The gradients are, or with samples, of all ranks, the step."""
+    def exchanged(self) -> None:
+        """The gradients are."""
+        self._mark = time.perf_counter()
+
+    def step_done(self, samples: int) -> None:
+        """The step is, over so many samples of all ranks."""
         self._mark = time.perf_counter()
         self._samples += samples
-        if samples:
-            self._steps += 1
-            if self._warm_up:
-                self._warm_up -= 1
-                self._steps, self._own = 0, [0.0, 0.0]
+        self._steps += 1
+        if self._warm_up:
+            self._warm_up -= 1
+            self._steps, self._own = 0, [0.0, 0.0]
 
     @property
     def samples_per_second(self) -> float:
@@ -83,16 +90,11 @@ class Pace:
         others = [rank for rank in ranks if rank != slow]
         usual = [statistics.median(row[2 * rank + kind] for rank in others) for kind in (0, 1)]
         kind = max((0, 1), key=lambda kind: row[2 * slow + kind] - usual[kind])
-        if totals[slow] - sum(usual) < max(LEAST_SECONDS, LEAST_SHARE * totals[slow]) or (slow, kind) in self._told:
+        if totals[slow] - sum(usual) < max(LEAST_SECONDS, LEAST_SHARE * totals[slow]) or (slow, kind) in self._reported:
             return ""
-        self._told.add((slow, kind))
+        self._reported.add((slow, kind))
         return (
             f"rank {slow} is slow: {totals[slow]:.3g} s per step until it has its loss, {row[2 * slow + kind]:.3g} s "
             f"of them {_KINDS[kind]}; the others take {sum(usual):.3g} s, {totals[slow] / sum(usual):.1f} times less, "
             "and wait for it"
         )
-
-    def _count(self, kind: int) -> None:
-        now = time.perf_counter()
-        self._own[kind] += now - self._mark
-        self._mark = now

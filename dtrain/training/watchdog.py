@@ -1,4 +1,4 @@
-"""A watch on a rank that makes no progress: names it, leaves every rank's stacks, ends the job; knows no step."""
+"""The watchdog: names a rank that makes no progress, leaves every rank's stacks, ends the job."""
 
 import contextlib
 import faulthandler
@@ -8,112 +8,137 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch.distributed as dist
 
 from dtrain.data.loader_workers import stacks_of_workers
-from dtrain.tracking.run_folder import update_run, write_json, write_text
-from dtrain.training.failure import FAILURE, memory_text, phase_of
-
-if TYPE_CHECKING:
-    from dtrain.trainer import Trainer
+from dtrain.distributed.exit_status import FAILED
+from dtrain.tracking.run_folder import update_run
+from dtrain.tracking.whole_file import write_json, write_text
+from dtrain.training.evidence import Evidence
+from dtrain.training.failure_card import FAILURE, memory_text
 
 HANG = "hang.txt"
 ANSWER_SECONDS = 3.0  # so long the others have to tell where they are
-# Functions of torch in whose stack a rank waits for the others.
-_COLLECTIVES = {"_sync_buffers", "all_reduce", "broadcast", "broadcast_object_list", "gather_object", "settle", "_read"}
 _END_SECONDS = 60.0  # so long the end itself may take
 _FROZEN_SECONDS = 10.0  # beyond the limit: then even this watch's own thread does not run
 
 
 @contextlib.contextmanager
-def watched(trainer: "Trainer", limit_seconds: float | None) -> Iterator[None]:
-    """End this process, and what hangs with it, when `trainer.beats` does not change for so long."""
+def watchdog(evidence: Evidence, limit_seconds: float | None, say: Callable[[str], None]) -> Iterator[None]:
+    """End this process, and what hangs with it, when `activity.beats` does not change for so long.
+
+    Args:
+        evidence: What is looked at.
+        limit_seconds: None or 0: never.
+        say: Is given the lines on rank 0.
+    """
     if not limit_seconds:
         yield
         return
-    trainer.ranks.board.post("process", (trainer.ranks.host, os.getpid()))
+    evidence.ranks.mailbox.post("process", (evidence.ranks.host, os.getpid()))
     over = threading.Event()
-    main = threading.get_ident()
-    watch = threading.Thread(target=_watch, args=(trainer, limit_seconds, main, over), name="watch", daemon=True)
-    watch.start()
+    watch = _Watch(evidence, limit_seconds, say, threading.get_ident())
+    thread = threading.Thread(target=watch.run, args=(over,), name="watchdog", daemon=True)
+    thread.start()
     try:
         yield
     finally:
         over.set()
-        watch.join()
+        thread.join()
         faulthandler.cancel_dump_traceback_later()
 
 
-def _watch(trainer: "Trainer", limit_seconds: float, main: int, over: threading.Event) -> None:
-    beats, since = trainer.beats, time.monotonic()
-    while not over.wait(min(1.0, limit_seconds / 10)):
-        # Should code that never lets go of the interpreter stop this thread as well, C code ends the process.
-        faulthandler.dump_traceback_later(limit_seconds + _FROZEN_SECONDS, exit=True, file=2)
-        if trainer.beats != beats:
-            beats, since = trainer.beats, time.monotonic()
-        elif time.monotonic() - since >= limit_seconds or trainer.ranks.board.is_raised("hang"):
-            _end(trainer, limit_seconds, main)
+class _Watch:
+    """What the watchdog's thread does."""
+
+    def __init__(self, evidence: Evidence, limit_seconds: float, say: Callable[[str], None], main: int) -> None:
+        self.evidence, self.ranks = evidence, evidence.ranks
+        self.limit_seconds, self.say, self.main = limit_seconds, say, main  # main: the main thread's number
+
+    def run(self, over: threading.Event) -> None:
+        activity = self.evidence.activity
+        beats, since = activity.beats, time.monotonic()
+        while not over.wait(min(1.0, self.limit_seconds / 10)):
+            # Should code that never lets go of the interpreter stop this thread as well, C code ends the process.
+            faulthandler.dump_traceback_later(self.limit_seconds + _FROZEN_SECONDS, exit=True, file=2)
+            if activity.beats != beats:
+                beats, since = activity.beats, time.monotonic()
+            elif time.monotonic() - since >= self.limit_seconds or self.ranks.mailbox.is_raised("hang"):
+                self.end()
+
+    def end(self) -> None:
+        """Say where this rank is; rank 0 says it for all, and ends those that are frozen on its machine."""
+        ranks, mailbox = self.ranks, self.ranks.mailbox
+        faulthandler.dump_traceback_later(_END_SECONDS, exit=True, file=2)
+        mailbox.raise_flag("hang")
+        mailbox.post("hang", self.where())
+        notes = mailbox.notes("hang", ANSWER_SECONDS)
+        silent = [rank for rank in range(ranks.world_size) if rank not in notes]
+        stuck = silent or stuck_of(notes)
+        if not silent:
+            with contextlib.suppress(Exception):  # helpful, not needed
+                mailbox.post("workers", stacks_of_workers() if ranks.rank in stuck else {})
+                for rank, stacks in mailbox.notes("workers", ANSWER_SECONDS).items():
+                    notes[rank]["stacks"] |= stacks
+        if ranks.is_main or (0 in silent and ranks.rank == min(notes)):
+            self.report(notes, stuck)
+            _kill(mailbox.notes("process"), silent, ranks.host)
+        else:
+            time.sleep(2 * ANSWER_SECONDS)  # rank 0 is to speak before a launcher ends it for this one's sake
+        os._exit(FAILED)
+
+    def report(self, notes: dict[int, dict[str, Any]], stuck: list[int]) -> None:
+        """Say which rank is stuck and where all of them are, and leave it in the run folder."""
+        say = self.say if self.ranks.is_main else lambda line: sys.stderr.write(f"{line}\n")
+        reason = f"no progress for {self.limit_seconds:g} s; rank {', '.join(map(str, stuck))} is stuck"
+        lines = [_line(rank, notes.get(rank)) for rank in range(self.ranks.world_size)]
+        for line in (reason, *(f"  {line}" for line in lines)):
+            say(line)
+        if cure := _write(self.evidence.folder, reason, lines, notes, stuck[0]):
+            say(cure)
+
+    def where(self) -> dict[str, Any]:
+        """This rank's step, phase and stacks."""
+        threads = {thread.ident: thread.name for thread in threading.enumerate()}
+        stacks = {
+            f"thread {threads.get(number, number)}": "".join(traceback.format_stack(frame))
+            for number, frame in sys._current_frames().items()
+            if number != threading.get_ident()
+        }
+        state, phase = self.evidence.state, self.evidence.activity.phase
+        return {
+            "collectives": _collectives_begun(), "step": state.step, "epoch": state.epoch, "phase": phase,
+            "stacks": stacks, "samples": self.evidence.samples(), "host": self.ranks.host, "pid": os.getpid(),
+            "memory": memory_text(),
+        }  # fmt: skip
 
 
-def _end(trainer: "Trainer", limit_seconds: float, main: int) -> None:
-    """Say where this rank is; rank 0 says it for all, and ends those that are frozen on its machine."""
-    ranks = trainer.ranks
-    faulthandler.dump_traceback_later(_END_SECONDS, exit=True, file=2)
-    ranks.board.raise_flag("hang")
-    ranks.board.post("hang", _where(trainer, main))
-    notes = ranks.board.notes("hang", ANSWER_SECONDS)
-    silent = [rank for rank in range(ranks.world_size) if rank not in notes]
-    stuck = silent or stuck_of(notes)
-    if not silent:
-        with contextlib.suppress(Exception):  # helpful, not needed
-            ranks.board.post("workers", stacks_of_workers() if ranks.rank in stuck else {})
-            for rank, stacks in ranks.board.notes("workers", ANSWER_SECONDS).items():
-                notes[rank]["stacks"] |= stacks
-    text = "\n".join(_line(rank, notes.get(rank)) for rank in range(ranks.world_size))
-    if ranks.is_main or (0 in silent and ranks.rank == min(notes)):
-        say = sys.stderr.write if not ranks.is_main else lambda line: trainer.progress.note(line.strip())
-        reason = f"no progress for {limit_seconds:g} s; rank {', '.join(map(str, stuck))} is stuck"
-        say(f"{reason}\n")
-        for line in text.splitlines():
-            say(f"  {line}\n")
-        say(_write(trainer, reason, text, notes, stuck[0]))
-        _kill(ranks.board.notes("process"), silent, ranks.host)
-    else:
-        time.sleep(2 * ANSWER_SECONDS)  # rank 0 is to speak before a launcher ends it for this one's sake
-    os._exit(1)
+def _collectives_begun() -> int:
+    """How many collectives this rank has begun, those of DistributedDataParallel and FSDP included."""
+    with contextlib.suppress(Exception):
+        if dist.is_initialized():
+            return dist.distributed_c10d._get_default_group()._get_sequence_number_for_group()  # type: ignore[attr-defined]
+    return 0
 
 
 def stuck_of(notes: dict[int, dict[str, Any]]) -> list[int]:
-    """The ranks that the others wait for: those that are furthest behind, in steps and then within one."""
+    """The ranks that the others wait for: those that are furthest behind, in steps and then within one.
+
+    In the same phase, those that the others wait for have begun fewer collectives.
+    """
     # The number of a step counts those that are done: what follows it comes before the next one's forward.
     order = ["waiting for data", "forward", "backward", "optimizer step"]
 
-    def progress(note: dict[str, Any]) -> tuple[int, int, bool]:
+    def progress(note: dict[str, Any]) -> tuple[int, int, int]:
         phase = order.index(note["phase"]) if note["phase"] in order else -1
-        return note["step"], phase, note["waits"]
+        return note["step"], phase, note["collectives"]
 
     least = min(map(progress, notes.values()))
     return [rank for rank, note in notes.items() if progress(note) == least]
-
-
-def _where(trainer: "Trainer", main: int) -> dict[str, Any]:
-    """This rank's step, phase and stacks."""
-    frames = sys._current_frames()
-    stack = traceback.extract_stack(frames[main])
-    names = [frame.name for frame in stack]
-    threads = {thread.ident: thread.name for thread in threading.enumerate()}
-    stacks = {
-        f"thread {threads.get(number, number)}": "".join(traceback.format_stack(frame))
-        for number, frame in frames.items()
-        if number != threading.get_ident()
-    }
-    return {
-        "waits": not _COLLECTIVES.isdisjoint(names) or "/torch/distributed/" in stack[-1].filename,
-        "step": trainer.step, "epoch": trainer.epoch, "phase": phase_of(names), "stacks": stacks,
-        "samples": trainer.samples_at_work(), "host": trainer.ranks.host, "pid": os.getpid(), "memory": memory_text(),
-    }  # fmt: skip
 
 
 def _line(rank: int, note: dict[str, Any] | None) -> str:
@@ -122,18 +147,17 @@ def _line(rank: int, note: dict[str, Any] | None) -> str:
     return f"rank {rank}: step {note['step'] + 1}, {note['phase']} (process {note['pid']} on {note['host']})"
 
 
-def _write(trainer: "Trainer", reason: str, text: str, notes: dict[int, dict[str, Any]], stuck: int) -> str:
+def _write(folder: Path, reason: str, lines: list[str], notes: dict[int, dict[str, Any]], stuck: int) -> str:
     """Leave it in the run folder; returns the line that says so, '' where there is no such folder on this machine."""
-    folder: Path = trainer.parts.start.folder
     stacks = [f"rank {rank}, {name}\n{stack}" for rank, note in notes.items() for name, stack in note["stacks"].items()]
     with contextlib.suppress(OSError):
-        write_text(folder / HANG, "\n\n".join([reason, text, *stacks]) + "\n")
-        note = {key: value for key, value in notes.get(stuck, {}).items() if key != "stacks"}
+        write_text(folder / HANG, "\n\n".join([reason, "\n".join(lines), *stacks]) + "\n")
+        note = {key: value for key, value in notes.get(stuck, {}).items() if key not in ("stacks", "collectives")}
         cure = f"the stacks of all ranks are in {folder / HANG}; trainer.hang_timeout_seconds is the limit"
         failed = {"rank": stuck, "error": "Hang", "message": reason, "cure": cure, "time": time.time()}
         write_json(folder / FAILURE, {**note, **failed}, durable=True)
-        update_run(folder, state="FAILED", reason=reason, exit_status=1, ended=round(time.time(), 3))
-        return f"{cure}\n"
+        update_run(folder, state="FAILED", reason=reason, exit_status=FAILED, ended=round(time.time(), 3))
+        return cure
     return ""
 
 

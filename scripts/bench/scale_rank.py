@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from dtrain.data import rng
-from dtrain.distributed.setup import set_up
+from dtrain.distributed.process_group import set_up
 from dtrain.distributed.vote import Vote
 from dtrain.training.state import fingerprint
 

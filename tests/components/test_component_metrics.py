@@ -562,7 +562,7 @@ def rank_main(rank: int, folder: Path) -> None:
 
 def test_the_figures_of_two_ranks_are_those_of_one_process_and_of_one_batch(tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dtrain.components.metrics", "dtrain.metrics", "dtrain.distributed.setup"])
+    context.set_forkserver_preload(["dtrain.components.metrics", "dtrain.metrics", "dtrain.distributed.process_group"])
     processes = [context.Process(target=rank_main, args=(rank, tmp_path)) for rank in range(WORLD)]
     for process in processes:
         process.start()

@@ -1,10 +1,6 @@
 """The ViT component: vit-pytorch's arguments and weights, and messages that help."""
 
-import importlib
-import importlib.util
 import inspect
-import sys
-import types
 
 import pytest
 import torch
@@ -13,29 +9,6 @@ from dtrain.components.models.vit import ViT
 
 SMALL = dict(image_size=8, patch_size=2, num_classes=10, channels=1, dim=64, depth=2, heads=4, dim_head=16, mlp_dim=128)
 OBLONG = dict(image_size=(12, 20), patch_size=(3, 5), num_classes=4, dim=24, depth=1, heads=2, mlp_dim=32)
-
-
-@pytest.fixture(scope="module")
-def published_vit() -> type[torch.nn.Module]:
-    """vit_pytorch's own class.
-
-    Its __init__ imports torchvision by way of other models; vit.py itself does not. So an empty package with the same
-    folder stands in for it while vit.py is imported, and is removed afterwards.
-    """
-    spec = importlib.util.find_spec("vit_pytorch")
-    assert spec is not None and spec.submodule_search_locations is not None
-    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "vit_pytorch"}
-    for name in before:
-        del sys.modules[name]
-    shell = types.ModuleType("vit_pytorch")
-    shell.__path__ = list(spec.submodule_search_locations)
-    sys.modules["vit_pytorch"] = shell
-    try:
-        return importlib.import_module("vit_pytorch.vit").ViT
-    finally:
-        for name in [name for name in sys.modules if name.split(".")[0] == "vit_pytorch"]:
-            del sys.modules[name]
-        sys.modules.update(before)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from dtrain.data.batch import caller, main_output, size, split, to_device
+from dtrain.data.batch import call, call_form, main_output, size, split, to_device
 
 Pair = namedtuple("Pair", "image label")
 X, Y, Z = torch.zeros(4, 2), torch.ones(4), torch.full((4,), 2.0)
@@ -90,7 +90,7 @@ class Takes(nn.Module):
 )
 def test_a_model_is_called_as_its_signature_asks(forward: Any, inputs: Any, expected: Any) -> None:
     model = Takes(forward)
-    found = caller(model, inputs)(model, inputs)
+    found = call(model, inputs, call_form(model, inputs))
     assert found is expected if expected is None else True
     assert repr(found) == repr(expected)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from whole_runs import Place, figures
 
-from dtrain.data import loader_workers as calm
+from dtrain.data import loader_workers
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks and /proc of Linux")
 
@@ -77,10 +77,10 @@ def test_workers_are_forked_while_gloo_lets_go_of_a_collective(place: Place, lib
     }  # fmt: skip
     slowed = place.folder / "slowed"
     env = {"LD_PRELOAD": str(library), "SLOWED": str(slowed)}
-    result = place.run(place.config("calm", **settings), ranks=2, cold=True, env=env)
+    result = place.run(place.config("forked", **settings), ranks=2, cold=True, env=env)
     assert "cannot be preloaded" not in result.text
     assert slowed.exists() or sys.version_info >= (3, 13), "the lock was no semaphore, or the threads have other names"
-    assert len(figures(place.path("calm"))["val/loss"]) == 3
+    assert len(figures(place.path("forked"))["val/loss"]) == 3
 
 
 switches = []  # a thread may look at its own once more after its test
@@ -88,17 +88,17 @@ switches = []  # a thread may look at its own once more after its test
 
 @pytest.fixture
 def spinning(library: Path) -> Iterator[ctypes.c_int]:
-    """A thread of C that runs until this is 0."""
+    """A native thread that runs until this is 0."""
     switches.append(on := ctypes.c_int(1))
     assert ctypes.CDLL(str(library)).begin_to_spin(ctypes.byref(on)) == 0
     yield on
     on.value = 0
 
 
-def test_a_fork_waits_until_a_thread_of_c_rests(spinning: ctypes.c_int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calm, "PATIENCE_SECONDS", 100)
-    monkeypatch.setattr(calm, "_impatient_until", 0.0)
-    look, seen = calm._is_one_at_work, []
+def test_a_fork_waits_until_a_native_thread_is_idle(spinning: ctypes.c_int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader_workers, "IDLE_WAIT_SECONDS", 100)
+    monkeypatch.setattr(loader_workers, "_no_wait_until", 0.0)
+    look, seen = loader_workers._native_thread_runs, []
 
     def looked() -> bool:
         seen.append(look())
@@ -106,38 +106,38 @@ def test_a_fork_waits_until_a_thread_of_c_rests(spinning: ctypes.c_int, monkeypa
             spinning.value = 0
         return seen[-1]
 
-    monkeypatch.setattr(calm, "_is_one_at_work", looked)
-    calm.wait_for_calm()
+    monkeypatch.setattr(loader_workers, "_native_thread_runs", looked)
+    loader_workers.wait_for_native_threads()
     assert seen[:5] == [True] * 5
     assert seen[-2:] == [False, False]
 
 
-def test_a_thread_that_never_rests_keeps_no_fork_from_being_made(
+def test_a_thread_that_is_never_idle_keeps_no_fork_from_being_made(
     spinning: ctypes.c_int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calm, "_impatient_until", 0.0)
-    calm.wait_for_calm()
-    assert calm._is_one_at_work()
-    monkeypatch.setattr(calm, "PATIENCE_SECONDS", 1000)
-    calm.wait_for_calm()  # nor does the next one wait
-    assert calm._is_one_at_work()
+    monkeypatch.setattr(loader_workers, "_no_wait_until", 0.0)
+    loader_workers.wait_for_native_threads()
+    assert loader_workers._native_thread_runs()
+    monkeypatch.setattr(loader_workers, "IDLE_WAIT_SECONDS", 1000)
+    loader_workers.wait_for_native_threads()  # nor does the next one wait
+    assert loader_workers._native_thread_runs()
 
 
-def test_a_process_that_was_forked_itself_becomes_calm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calm, "_impatient_until", 0.0)
+def test_a_process_that_was_forked_itself_has_no_native_thread_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader_workers, "_no_wait_until", 0.0)
     child = os.fork()  # Python's threads do not know their new numbers then
     if not child:
-        os._exit(calm._is_one_at_work())
+        os._exit(loader_workers._native_thread_runs())
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_what_is_unknown_of_threads_keeps_no_fork(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert calm._state("/proc/self/task/gone") == b"X"
-    assert calm._state(f"/proc/self/task/{threading.get_native_id()}") == b"R"
+    assert loader_workers._task_state("/proc/self/task/gone") == b"X"
+    assert loader_workers._task_state(f"/proc/self/task/{threading.get_native_id()}") == b"R"
     own, prctl = ctypes.create_string_buffer(16), ctypes.CDLL(None).prctl
     assert prctl(16, own) == 0  # PR_GET_NAME
     assert prctl(15, "a name cut in ü".encode()[:15]) == 0  # PR_SET_NAME
     try:
-        assert calm._state(f"/proc/self/task/{threading.get_native_id()}") == b"R"
+        assert loader_workers._task_state(f"/proc/self/task/{threading.get_native_id()}") == b"R"
     finally:
         prctl(15, own)

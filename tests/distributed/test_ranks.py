@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from dtrain.config.errors import ConfigError
+from dtrain.distributed.device import choose_device
 from dtrain.distributed.environment import Environment, environment
+from dtrain.distributed.process_group import set_up
 from dtrain.distributed.ranks import Ranks
-from dtrain.distributed.setup import choose_device, set_up
 from dtrain.distributed.vote import Vote
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -113,8 +114,15 @@ def test_one_process_needs_no_process_group():
     assert ranks.gather(5) == [5]
     assert ranks.broadcast(6) == 6
     model = torch.nn.Linear(2, 2)
-    assert ranks.wrap(model) is model
+    assert ranks.strategy.wrap(model) is model
     assert not torch.distributed.is_initialized()
+    assert ranks.decide(lambda: 7) == 7
+    with pytest.raises(ConfigError, match="not here"):
+        ranks.decide(lambda: _refuse("not here"))
+
+
+def _refuse(text):
+    raise ConfigError(text)
 
 
 def test_the_vote_of_one_process_counts_at_once():
@@ -124,7 +132,8 @@ def test_the_vote_of_one_process_counts_at_once():
 
 SCRIPT = """
 import json, os, sys, time, torch
-from dtrain.distributed.setup import set_up
+from dtrain.config.errors import ConfigError
+from dtrain.distributed.process_group import set_up
 from dtrain.distributed.vote import Vote
 ranks = set_up("cpu")
 vote = Vote(ranks)
@@ -135,13 +144,34 @@ for step in range(3000):
     if votes[-1]:
         break
 vote.settle()
+
+
+class Unreadable(Exception):
+    def __init__(self, one, two):
+        super().__init__(f"{one} and {two}")
+
+
+def refuse(error):
+    raise error
+
+
+def heard(function):
+    try:
+        return ranks.decide(function)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+decisions = [heard(lambda: f"by {ranks.rank}"), heard(lambda: refuse(ConfigError("no such folder"))),
+             heard(lambda: refuse(FileNotFoundError(2, "gone"))), heard(lambda: refuse(Unreadable("this", "that"))),
+             heard(lambda: None)]
 model = torch.nn.BatchNorm1d(2)
 model.running_mean += ranks.rank
 ranks.agree_on_buffers(model)
 found = {"rank": ranks.rank, "world": ranks.world_size, "threads": torch.get_num_threads(), "votes": votes,
          "sum": ranks.sum_(torch.tensor([1.0 + ranks.rank])).item(), "gathered": ranks.gather(ranks.rank),
-         "told": ranks.broadcast(f"from {ranks.rank}"), "mean": model.running_mean.tolist(),
-         "wrapped": type(ranks.wrap(torch.nn.Linear(1, 1))).__name__}
+         "told": ranks.broadcast(f"from {ranks.rank}"), "decisions": decisions, "mean": model.running_mean.tolist(),
+         "wrapped": type(ranks.strategy.wrap(torch.nn.Linear(1, 1))).__name__}
 open(f"{sys.argv[1]}/{ranks.rank}.json", "w").write(json.dumps(found))
 ranks.close()
 """
@@ -167,6 +197,13 @@ def test_ranks_find_one_another(two_ranks):
     assert [found["gathered"] for found in two_ranks] == [[0, 1], None]
     assert [found["told"] for found in two_ranks] == ["from 0", "from 0"]
     assert [found["wrapped"] for found in two_ranks] == ["DistributedDataParallel"] * 2
+
+
+def test_rank_0_decides_or_refuses_and_all_ranks_hear_it_alike(two_ranks):
+    decisions = ["by 0", "ConfigError: no such folder", "FileNotFoundError: [Errno 2] gone"]
+    first, second = (found["decisions"] for found in two_ranks)
+    assert first == [*decisions, "Unreadable: this and that", None]
+    assert second == [*decisions, "RuntimeError: Unreadable: this and that", None]
 
 
 def test_ranks_agree_on_buffers(two_ranks):

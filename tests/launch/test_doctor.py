@@ -18,12 +18,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import Tagged
-from test_sender import client_settings, uri  # noqa: F401  fixtures
 from whole_runs import worlds_of
 
 from dtrain.launch import doctor as doctor_module
 from dtrain.launch.doctor import Finding, _as_text, _merged, disk, fabric, files, gpus, in_time, nccl, store, versions
 from dtrain.tracking import mlflow_store as sender
+
+pytestmark = pytest.mark.usefixtures("client_settings")  # as MLflow's own process has them
 
 # A clock that is off on rank 1, from the start of its Python on.
 WRONG_CLOCK = """
@@ -246,7 +247,7 @@ def test_a_database_is_asked_without_being_changed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_mlflow_is_written_to_and_left_as_it_was(uri: str) -> None:  # noqa: F811
+def test_mlflow_is_written_to_and_left_as_it_was(uri: str) -> None:
     client = sender.connect(uri)
     client.create_experiment("mine")
     before = {one.name: one.tags for one in client.search_experiments()}

@@ -126,7 +126,7 @@ def test_settings_stand_in_the_config_and_options_win(workspace: Path, capsys: p
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("nodes", "0", "expected a number of nodes, or a range such as 1-2, found text '0'"),
+        ("nodes", "0", "expected a number of nodes, or a range such as 1-2, found string '0'"),
         ("nodes", "3-2", "expected a number of nodes"),
         ("time", "12", "expected a unit, such as 90m or 01:30:00"),
         ("time", "12:00", "expected 12:00:00, 90m"),

@@ -19,10 +19,13 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from dtrain import create_trainer, load_config
 from dtrain.config.errors import ConfigError
 from dtrain.data.samplers import EvaluationShard
-from dtrain.dataloader import _data_loader, loader_settings
-from dtrain.reporting import drawing, pictures
-from dtrain.reporting import sample_panel as panel
-from dtrain.reporting.drawing import (
+from dtrain.data.seeded_batches import batch_loader
+from dtrain.dataloader import loader_settings
+from dtrain.modelloader import Outcome
+from dtrain.reporting import png_drawing, sample_panel, validation_pictures
+from dtrain.reporting.classification_errors import confusion_matrix
+from dtrain.reporting.number_text import short_count
+from dtrain.reporting.png_drawing import (
     ERROR,
     IGNORED,
     PALETTE,
@@ -34,12 +37,10 @@ from dtrain.reporting.drawing import (
     matrix,
     png,
     sheet,
-    short,
 )
-from dtrain.reporting.pictures import Album, Pictures, chosen, counted, kind_of, source_of
 from dtrain.reporting.sample_panel import compared
+from dtrain.reporting.validation_pictures import Album, Pictures, chosen, kind_of, source_of
 from dtrain.tracking.journal import Journal
-from dtrain.training.evaluate import Outcome
 
 RNG = np.random.default_rng(0)
 
@@ -101,12 +102,12 @@ def test_a_text_that_does_not_fit_loses_its_middle() -> None:
     ("number", "text"), [(0, "0"), (999, "999"), (1234, "1.2k"), (9960, "10k"), (123456, "123k"), (3_400_000, "3.4M")]
 )
 def test_counts_are_short(number: int, text: str) -> None:
-    assert short(number) == text
+    assert short_count(number) == text
 
 
 def test_a_matrix_is_coloured_by_the_share_of_the_row() -> None:
     image = matrix("", np.array([[10, 0], [0, 10]]), ["0", "1"])
-    assert has(image, drawing.RIGHT, 1000) and not has(image, ERROR, 300)
+    assert has(image, png_drawing.RIGHT, 1000) and not has(image, ERROR, 300)
     assert has(matrix("", np.array([[0, 10], [10, 0]]), ["0", "1"]), ERROR, 1000)
 
 
@@ -123,7 +124,7 @@ def logits(labels: np.ndarray, classes: int) -> np.ndarray:
 
 
 def tiles_of(image: np.ndarray | None, target: np.ndarray, output: np.ndarray) -> list[list[Tile]]:
-    return panel.panel(image, target, output).rows
+    return sample_panel.panel(image, target, output).rows
 
 
 def reduced(tile: Tile, shape: tuple[int, ...]) -> np.ndarray:
@@ -153,7 +154,7 @@ def test_the_error_tile_marks_exactly_the_wrong_pixels() -> None:
 
 def test_the_legend_names_the_classes_that_occur() -> None:
     target = np.array([[0, 2], [2, -1]])
-    found = panel.panel(None, target, logits(np.array([[0, 5], [2, 0]]), 6))
+    found = sample_panel.panel(None, target, logits(np.array([[0, 5], [2, 0]]), 6))
     assert [key.text for key in found.legend] == ["class 0", "class 2", "class 5", "ignored", "wrong"]
     image = sheet("t", found.rows, found.legend)
     assert all(has(image, key.colour) for key in found.legend)
@@ -168,7 +169,7 @@ def test_one_channel_is_its_sign() -> None:
 def test_several_channels_have_a_row_each() -> None:
     target = RNG.integers(0, 2, (6, 8, 8))
     target[:, 0] = 1  # of all channels: they are no classes that exclude one another
-    found = panel.panel(np.zeros((2, 8, 8), np.float32), target, RNG.normal(size=(6, 8, 8)))
+    found = sample_panel.panel(np.zeros((2, 8, 8), np.float32), target, RNG.normal(size=(6, 8, 8)))
     assert [row[1].title for row in found.rows] == [f"target, channel {number}" for number in range(4)]
     assert found.notes == ["channels 0 to 3 of 6"] and found.rows[0][0].title.startswith("input, channel 0 of 2")
 
@@ -183,7 +184,7 @@ def test_values_are_gray_in_the_targets_range_and_their_errors_red() -> None:
     target = np.linspace(0, 10, 64, dtype=np.float32).reshape(8, 8)
     output = target[None].copy()
     output[0, 3, 4] += 5
-    found = panel.panel(None, target, output)
+    found = sample_panel.panel(None, target, output)
     ((truth, guess, error),) = found.rows
     assert truth.title == "target [0.02, 9.98]"  # nearly the smallest and the largest
     red = reduced(error, (8, 8))
@@ -192,7 +193,7 @@ def test_values_are_gray_in_the_targets_range_and_their_errors_red() -> None:
     assert [key.text for key in found.legend] == ["no error", "largest error"]
 
 
-def test_no_number_is_an_error_and_stops_nothing() -> None:
+def test_what_is_not_a_number_is_an_error_and_stops_nothing() -> None:
     target = np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4)
     output = target[None] * np.float32("nan")
     (row,) = tiles_of(output, target, output)
@@ -231,7 +232,7 @@ def test_a_smaller_output_is_brought_to_the_targets_size() -> None:
 
 
 @pytest.mark.parametrize(("target", "output"), [((4, 8, 8), (2, 8, 8)), ((8,), (2, 8, 8)), ((8, 8), (2, 8))])
-def test_shapes_that_do_not_fit_are_told(target: tuple[int, ...], output: tuple[int, ...]) -> None:
+def test_shapes_that_do_not_fit_are_named(target: tuple[int, ...], output: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"a target of shape \(.*\) and an output of shape \(.*\)"):
         compared(np.zeros(target), np.zeros(output))
 
@@ -266,17 +267,17 @@ def test_samples_are_spread_evenly() -> None:
     assert chosen(4, 100) == [12, 37, 62, 87]
     assert chosen(4, 3) == [0, 1, 2] and chosen(1, 9) == [4] and chosen(0, 9) == []
     assert chosen([7, 2], 9) == [7, 2]
-    with pytest.raises(ValueError, match="there is no 9 in the validation data; possible: 0 to 8"):
+    with pytest.raises(ValueError, match="the validation data have no sample 9; possible: 0 to 8"):
         chosen([1, 9], 9)
 
 
 def test_many_classes_are_those_with_the_most_errors_and_one_for_the_others() -> None:
     pairs = {(number, number): 10 for number in range(100)} | {(number, number + 1): number for number in range(90)}
-    counts, names, note = counted(pairs, 100)
+    counts, names, note = confusion_matrix(pairs, 100)
     assert counts.sum() == sum(pairs.values()) and counts.shape == (30, 30)
     assert names == [*map(str, range(61, 90)), "other"]
     assert note == "the 29 classes with the most errors; the other 71 as one class"
-    counts, names, note = counted({(29, 0): 3}, 30)
+    counts, names, note = confusion_matrix({(29, 0): 3}, 30)
     assert counts.shape == (30, 30) and counts[29, 0] == 3 and not note
 
 
@@ -306,7 +307,7 @@ def loader_of(dataset: Dataset, batch_size: int, rank: int = 0, ranks: int = 1) 
     for key in ("batch_size", "global_batch_size", "shuffle", "drop_last"):
         del options[key]
     options["pin_memory"] = False
-    return _data_loader(dataset, 3, EvaluationShard(len(dataset), rank, ranks, batch_size), options)  # type: ignore[arg-type]
+    return batch_loader(dataset, 3, EvaluationShard(len(dataset), rank, ranks, batch_size), options)  # type: ignore[arg-type]
 
 
 def validate(dataset: Dataset, model: Callable[[Any], Any], folder: Path, ranks: int = 1, **more: Any) -> Notes:
@@ -455,7 +456,7 @@ def test_what_goes_wrong_costs_one_line(
         dataset, model = Noisy(), lambda x: x.repeat(1, 3, 1, 1)[:, None]
         text = "a target of shape (8, 8) and an output of shape (1, 3, 8, 8) do not fit together"
     elif fault == "see":
-        monkeypatch.setattr(pictures, "_reading", lambda output, target: output.no_such_thing)
+        monkeypatch.setattr(validation_pictures, "read", lambda output, target: output.no_such_thing)
         text = "no_such_thing"
     else:
         (tmp_path / "pictures").write_text("a file where the folder should be")
@@ -611,7 +612,7 @@ def test_an_output_that_cannot_be_drawn_costs_one_line_and_no_training(run_small
     ("value", "message"),
     [
         ("{sample: 3}", "did you mean 'samples'?"),
-        ("{samples: [0, 270]}", "there is no 270 in the validation data; possible: 0 to 269"),
+        ("{samples: [0, 270]}", "the validation data have no sample 270; possible: 0 to 269"),
         ("{keep_last: 0}", "keep_last must be at least 1, found 0"),
         ("3", "expected"),
     ],

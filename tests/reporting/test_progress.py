@@ -19,16 +19,16 @@ from typing import NamedTuple
 
 import pytest
 
-from dtrain.reporting import terminal as on_screen
-from dtrain.reporting.lines import LineProgress, SilentProgress
-from dtrain.reporting.terminal import TerminalProgress, get_progress
-from dtrain.reporting.text import count_text, duration_text, figure_text
+from dtrain.reporting import progress as progress_module
+from dtrain.reporting.number_text import count_text, duration_text, figure_text
+from dtrain.reporting.progress import Progress
+from dtrain.reporting.terminal_progress import TerminalProgress, get_progress
 
 URI = "sqlite:////home/someone/projects/with/a/long/path/that/goes/on/and/on/digits/mlflow.db"
 COMMAND = f"mlflow ui --backend-store-uri {URI}"
 RUN = f"""
 import sys
-from dtrain.reporting.terminal import get_progress
+from dtrain.reporting.terminal_progress import get_progress
 progress = get_progress(True)
 progress.begin({{"model": "ViT, 68,970 parameters", "rate": "0.003 [not markup] :smile:", "MLflow": {URI!r}}})
 step = 0
@@ -267,11 +267,11 @@ def test_it_redraws_at_most_twice_a_second(terminal: Terminal) -> None:
     seconds = time.perf_counter() - began
     drawn = terminal.getvalue().count("epoch 1/1")
     bar.close()
-    assert 1 <= drawn <= 1 + seconds / on_screen.REDRAW_SECONDS
+    assert 1 <= drawn <= 1 + seconds / progress_module.REFRESH_SECONDS
 
 
 def test_the_bar_shows_loss_speed_metric_and_time_left(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(on_screen, "REDRAW_SECONDS", 0.0)
+    monkeypatch.setattr(progress_module, "REFRESH_SECONDS", 0.0)
     monkeypatch.setenv("COLUMNS", "120")
     bar = opened(terminal)
     bar.start_epoch(2, 3, 1200, done=599)
@@ -289,7 +289,7 @@ def test_the_bar_shows_loss_speed_metric_and_time_left(terminal: Terminal, monke
 
 
 def test_a_full_bar_says_that_it_evaluates(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(on_screen, "REDRAW_SECONDS", 0.0)
+    monkeypatch.setattr(progress_module, "REFRESH_SECONDS", 0.0)
     bar = opened(terminal)
     bar.start_epoch(1, 1, 1)
     bar.step()
@@ -354,7 +354,6 @@ def test_a_figure_that_is_not_finite_is_shown(terminal: Terminal) -> None:
 def test_close_gives_standard_output_back(monkeypatch: pytest.MonkeyPatch, terminal: Terminal) -> None:
     monkeypatch.setattr(sys, "stdout", terminal)
     bar = get_progress(True)
-    assert isinstance(bar, TerminalProgress)
     bar.start_epoch(1, 1, 1)
     assert sys.stdout is not terminal
     bar.close()
@@ -444,9 +443,8 @@ def test_a_closed_stream_does_not_end_the_run(tmp_path: Path) -> None:
 
 
 def test_letters_that_the_encoding_lacks_are_escaped() -> None:
-    done = piped(
-        "from dtrain.reporting.terminal import get_progress; get_progress(True).note('größe')", PYTHONIOENCODING="ascii"
-    )
+    code = "from dtrain.reporting.terminal_progress import get_progress; get_progress(True).note('größe')"
+    done = piped(code, PYTHONIOENCODING="ascii")
     assert re.fullmatch(STAMP + r"gr\\xf6\\xdfe\n", done.stdout)
 
 
@@ -456,15 +454,52 @@ def test_letters_that_the_encoding_lacks_are_escaped() -> None:
 def test_other_ranks_show_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     done = piped(RUN.replace("get_progress(True)", "get_progress(False)"))
     assert done.stdout == "the model's own print\n"
-    assert isinstance(get_progress(False, Terminal()), SilentProgress)
+    stream = Terminal()
+    progress = get_progress(False, stream)
+    progress.note("unheard")
+    assert stream.getvalue() == ""
 
 
-def test_all_three_have_the_same_methods() -> None:
+# Both at once
+
+
+def test_a_copy_has_the_lines_while_it_lasts(terminal: Terminal) -> None:
+    bar, copy = opened(terminal), io.StringIO()
+    bar.note("before")
+    with bar.copied_to(copy):
+        bar.begin({"model": "ViT"})
+        bar.start_epoch(1, 2, 2)
+        for step in (1, 2):
+            bar.step()
+            bar.figures(step, {"train/loss": 0.5})
+        bar.evaluation("val", 2, {"val/loss": 0.25}, best=True)
+        bar.end_epoch()
+        bar.summary({"best": "val/loss 0.25"})
+    bar.note("after")
+    bar.close()
+    texts = [re.sub(STAMP, "", line) for line in copy.getvalue().splitlines()]
+    assert texts[:2] == ["model: ViT", "epoch 1/2  step 1  loss 0.5000"]
+    assert re.fullmatch(r"epoch 1/2  step 2  loss 0\.5000  [\d.]+ s left", texts[2])
+    assert texts[3:] == ["val  step 2  loss 0.2500  best so far", "best: val/loss 0.25"]
+    shown = terminal.getvalue()
+    assert all(text in shown for text in ("before", "after", "1/2", "best"))
+
+
+def test_a_copy_ends_with_an_error_too() -> None:
+    progress, copy = get_progress(False), io.StringIO()
+    with pytest.raises(KeyboardInterrupt), progress.copied_to(copy):
+        progress.note("heard")
+        raise KeyboardInterrupt
+    progress.note("unheard")
+    assert re.fullmatch(f"{STAMP}heard\n", copy.getvalue())
+
+
+def test_both_kinds_have_the_same_methods() -> None:
     def methods(kind: type) -> dict[str, inspect.Signature]:
         members = inspect.getmembers(kind, inspect.isfunction)
         return {name: inspect.signature(method) for name, method in members if not name.startswith("_")}
 
-    assert methods(SilentProgress) == methods(LineProgress) == methods(TerminalProgress)
+    assert methods(Progress) == methods(TerminalProgress)
 
 
 # Numbers
@@ -473,7 +508,7 @@ def test_all_three_have_the_same_methods() -> None:
 @pytest.mark.parametrize(
     ("count", "text"),
     [
-        (68_946, "68,946"),
+        (68_946, "68.9k"),
         (0.25, "0.25"),
         (0.00412, "0.00412"),
         (999.4, "999"),

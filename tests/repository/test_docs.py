@@ -29,14 +29,15 @@ from whole_runs import NO_MLFLOW
 from dtrain.config.check import check
 from dtrain.config.errors import ConfigError, to_plain
 from dtrain.config.load import load_config, place_of, to_yaml
-from dtrain.config.schema import PHASES, TOP_LEVEL
+from dtrain.config.rules import TOP_LEVEL
+from dtrain.config.schema import PHASES
 from dtrain.config.yaml12 import scalar
 from dtrain.dataloader import loader_settings
 from dtrain.distributed.ddp import ddp_options
 from dtrain.distributed.fsdp import fsdp_options
 from dtrain.launch.submit import cluster_settings
 from dtrain.predict.predictor import Predictor
-from dtrain.reporting.pictures import picture_settings
+from dtrain.reporting.validation_pictures import picture_settings
 from dtrain.tracking.journal import Journal
 from dtrain.trainer import Trainer
 from dtrain.training.schedule import schedule_settings
@@ -50,7 +51,7 @@ NOT_RUN = (
     *("needs SLURM", "stays until Ctrl-C", "takes 10 minutes", "takes some minutes"),
 )
 TIMEOUT_SECONDS = 240
-# Pages that take minutes. test_configfiles.py and test_predict.py train and predict the same in every run, from Python
+# Pages that take minutes. test_configfiles.py and tests/predict/ train and predict the same in every run, from Python
 # or with words of their own; that the very commands of these pages work, only --soak shows.
 SLOW = ("systems", "predict")
 # The pages whose trainings are told to MLflow: its import takes as long as all else of a short training.
@@ -88,13 +89,13 @@ def commands(block: Block) -> Iterator[tuple[str, str]]:
             yield command.strip(), next((reason for reason in NOT_RUN if reason in comment), "")
 
 
-class Desk:
+class PageFolder:
     """A folder in which one page is worked through, with commands as a user has them."""
 
     def __init__(
         self, folder: Path, files: Path, store: Path, env: dict[str, str], tagged: Tagged, with_mlflow: bool
     ) -> None:
-        self.folder, self.files, self.tagged = folder, files, tagged
+        self.path, self.files, self.tagged = folder, files, tagged
         shutil.copytree(REPOSITORY / "configfiles", folder / "configfiles")
         self._shorten(folder / "configfiles" / "digits.yaml")
         programs = files / "bin"
@@ -118,21 +119,21 @@ class Desk:
     def run(self, *command: str) -> tuple[int, str]:
         files = self.files / str(len(self.tagged.started))
         files.mkdir()
-        done = Running(command, self.folder, self.env, files, self.tagged).result(TIMEOUT_SECONDS)
+        done = Running(command, self.path, self.env, files, self.tagged).result(TIMEOUT_SECONDS)
         return done.rc, done.stderr + done.stdout
 
 
 @pytest.fixture
-def desk(
+def page_folder(
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
     clean_env: dict[str, str],
     tagged: Tagged,
     request: pytest.FixtureRequest,
-) -> Desk:
+) -> PageFolder:
     store = tmp_path_factory.getbasetemp() / "mlflow.db"
     with_mlflow = request.node.callspec.params["page"].stem in WITH_MLFLOW
-    return Desk(tmp_path, tmp_path_factory.mktemp("files"), store, clean_env, tagged, with_mlflow)
+    return PageFolder(tmp_path, tmp_path_factory.mktemp("files"), store, clean_env, tagged, with_mlflow)
 
 
 @pytest.mark.slow
@@ -140,40 +141,40 @@ def desk(
 @pytest.mark.parametrize(
     "page", [pytest.param(page, marks=pytest.mark.soak if page.stem in SLOW else ()) for page in PAGES], ids=name_of
 )
-def test_what_a_page_says_works(page: Path, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(desk.folder)
+def test_what_a_page_says_works(page: Path, page_folder: PageFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(page_folder.path)
     for block in blocks(page):
         if block.file:
-            (desk.folder / block.file).write_text(block.text)
+            (page_folder.path / block.file).write_text(block.text)
         if block.language in READERS:
             try:
-                READERS[block.language](block, desk)
+                READERS[block.language](block, page_folder)
             except Exception as error:
                 error.add_note(f"in {name_of(page)}:{block.line}")
                 raise
 
 
-def run_bash(block: Block, desk: Desk) -> None:
+def run_bash(block: Block, folder: PageFolder) -> None:
     for command, excuse in commands(block):
         if excuse:
-            assert_program_is_there(command, excuse, desk)
+            assert_program_is_there(command, excuse, folder)
             continue
-        rc, output = desk.run("bash", "-o", "pipefail", "-c", command)
+        rc, output = folder.run("bash", "-o", "pipefail", "-c", command)
         assert rc == 0, f"{command}\n{output}"
 
 
-def assert_program_is_there(command: str, excuse: str, desk: Desk) -> None:
+def assert_program_is_there(command: str, excuse: str, folder: PageFolder) -> None:
     program, *arguments = shlex.split(command)
-    assert program in ("srun", "source") or shutil.which(program, path=desk.env["PATH"]), f"{command} ({excuse})"
+    assert program in ("srun", "source") or shutil.which(program, path=folder.env["PATH"]), f"{command} ({excuse})"
     scripts = [word for word in arguments if word.endswith((".sh", ".yaml"))]
     assert all((REPOSITORY / script).is_file() for script in scripts), command
 
 
-def run_console(block: Block, desk: Desk) -> None:
+def run_console(block: Block, folder: PageFolder) -> None:
     parts = re.split(r"^\$ (.*)\n", block.text, flags=re.M)
     assert not parts[0] and len(parts) > 2, "a console block begins with '$ COMMAND'"
     for command, expected in zip(parts[1::2], parts[2::2], strict=True):
-        _, output = desk.run("bash", "-c", command)
+        _, output = folder.run("bash", "-c", command)
         assert fits(output, expected), f"$ {command}\n{output}"
 
 
@@ -182,30 +183,31 @@ def fits(text: str, expected: str) -> bool:
     return bool(re.fullmatch(".*".join(map(re.escape, expected.strip().split("..."))), text.strip(), re.S))
 
 
-def run_python(block: Block, desk: Desk) -> None:
+def run_python(block: Block, folder: PageFolder) -> None:
     if not block.file:
-        rc, output = desk.run(sys.executable, "-c", block.text)
+        rc, output = folder.run(sys.executable, "-c", block.text)
         assert rc == 0, f"{block.text}\n{output}"
 
 
-def check_yaml(block: Block, desk: Desk) -> None:
-    file = desk.folder / (block.file or "fragment.yaml")
+def check_yaml(block: Block, folder: PageFolder) -> None:
+    file = folder.path / (block.file or "fragment.yaml")
     if not block.file:
         file.write_text(block.text)
         config = to_plain(load_config(file))
         if "model" not in config:
-            base = to_plain(load_config(desk.folder / "configfiles" / "digits.yaml"))
+            base = to_plain(load_config(folder.path / "configfiles" / "digits.yaml"))
             if "metrics" in config:
                 del base["trainer"]["monitor"], base["trainer"]["mode"]
             trainer = base["trainer"] | config.get("trainer", {})
             file.write_text(to_yaml(base | config | {"trainer": trainer}))
-    rc, output = desk.run("dtrain", "config", str(file))  # it checks everything that needs no import
+    rc, output = folder.run("dtrain", "config", str(file))  # it checks everything that needs no import
     assert rc == 0, f"{block.text}\n{output}"
 
 
-READERS: dict[str, Callable[[Block, Desk], None]] = {
+READERS: dict[str, Callable[[Block, PageFolder], None]] = {
     "bash": run_bash,
     "console": run_console,
+    "mermaid": lambda block, folder: None,  # test_layers.py compares it
     "python": run_python,
     "yaml": check_yaml,
 }
@@ -289,16 +291,84 @@ def test_the_readme_names_every_page() -> None:
     assert linked == {name_of(page) for page in PAGES if page != README}
 
 
-def test_every_module_has_a_caption_and_no_caption_is_left_over() -> None:
-    rooms = README.read_text().partition("## The rooms of the house")[2].partition("\n## ")[0]
-    captions = re.findall(r"^\| `([\w/]+\.py)` \| (\S.*\S) \|$", rooms, re.M)
+def captions(page: Path, pattern: str) -> list[tuple[str, str]]:
+    """(name, caption) of what one sees on opening dtrain/."""
+    section = page.read_text().partition("## On opening `dtrain/`")[2].partition("\n## ")[0]
+    return re.findall(pattern, section, re.M)
+
+
+def test_all_that_one_sees_on_opening_the_package_has_one_caption() -> None:
+    found = captions(README, r"^- `(\w+(?:/|\.py))`: (\S.*)$")
+    entries = [path for path in (REPOSITORY / "dtrain").iterdir() if not path.name.startswith("__")]
+    wanted = [f"{path.name}/" if path.is_dir() else path.name for path in entries if path.name != "py.typed"]
+    assert sorted(name for name, _ in found) == sorted(wanted)
+    assert captions(REPOSITORY / "docs" / "design.md", r"^\| `(\w+(?:/|\.py))` \| (\S.*\S) \|$") == found
+
+
+@pytest.mark.parametrize("page", ["design", "contributing"])
+def test_modules_that_a_page_names_are_there(page: str) -> None:
+    """`config.load`, `distributed/stop.py`, and what is in a module: `training.optimizer.get_optimizer`."""
     package = REPOSITORY / "dtrain"
-    modules = {str(path.relative_to(package)) for path in package.rglob("*.py")}
-    families = {module for module in modules if module.startswith("components/") and module.endswith("__init__.py")}
-    names = [name for name, _ in captions]
-    assert {"no caption": modules - families - set(names)} == {"no caption": set()}
-    assert {"no such room": set(names) - modules} == {"no such room": set()}
-    assert len(set(names)) == len(names)
+    packages = "|".join(path.name for path in package.iterdir() if path.is_dir())
+    text = (REPOSITORY / "docs" / f"{page}.md").read_text()
+    named = re.findall(rf"`(?:dtrain[./])?({packages})[./](\w+)(?:\.\w+)*`", text)
+    assert len(named) > 5
+    assert [f"{folder}/{name}" for folder, name in named if not list((package / folder).glob(f"{name}*"))] == []
+
+
+# ------------------------------------------------------------------------------------------------------- the glossary
+
+# Where a word that is not used means something else.
+OTHER_MEANINGS = {
+    "is no": r"there\s+is\s+no\b|is\s+no\s+(longer|more|less)\b",
+    "are no": r"there\s+are\s+no\b|are\s+no\s+(longer|more|less)\b",
+    "was no": r"there\s+was\s+no\b",
+}
+
+
+def words_not_used() -> list[str]:
+    table = (REPOSITORY / "docs" / "contributing.md").read_text().partition("## Glossary")[2]
+    cells = re.findall(r"^\| .+ \| .+ \| (.+) \|$", table, re.M)
+    return [word for cell in cells for word in re.findall(r"`(.+?)`", cell)]
+
+
+def places_of_words(words: list[str], text: str) -> list[tuple[int, str]]:
+    """(line, word) of each word in a text that is not used in any other meaning there."""
+    found = []
+    for word in words:
+        start, end = (r"\b" if one.isalnum() else "" for one in (word[0], word[-1]))
+        other = OTHER_MEANINGS.get(word, r"(?!)")
+        meant = re.sub(other, lambda match: "\n" * match[0].count("\n"), text, flags=re.I)
+        matches = re.finditer(start + re.escape(word).replace(r"\ ", r"\s+(?:#\s+)?") + end, meant, re.I)
+        found += [(meant.count("\n", 0, match.start()) + 1, word) for match in matches]
+    return found
+
+
+def test_the_words_that_the_glossary_replaces_are_not_used() -> None:
+    words = words_not_used()
+    assert len(words) > 20
+    sources = [*(REPOSITORY / "dtrain").rglob("*.py"), *(REPOSITORY / "configfiles").iterdir()]
+    files = {*PAGES, REPOSITORY / "CHANGELOG.md", *sources} - {REPOSITORY / "docs" / "contributing.md"}
+    used = [
+        f"{name_of(file)}:{line} {word}"
+        for file in sorted(files)
+        for line, word in places_of_words(words, file.read_text())
+    ]
+    assert used == [], "see the glossary in docs/contributing.md"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("the training goes on", [(1, "goes on")]),
+        ("it goes\n    # on", [(1, "goes on")]),
+        ("There is no file; it is no\nlonger there.", []),
+        ("a\nthis is no number", [(2, "is no")]),
+        ("tensorboard", []),
+    ],
+)
+def test_words_are_found_where_they_are_meant(text: str, found: list[tuple[int, str]]) -> None:
+    assert places_of_words(["goes on", "is no", "board"], text) == found
 
 
 def test_nothing_names_a_path_of_one_machine() -> None:
@@ -314,7 +384,7 @@ def test_nothing_names_a_path_of_one_machine() -> None:
 
 # ------------------------------------------------------------------------------------------------------ reference.yaml
 
-HOUSE: dict[tuple[str, ...], tuple[Callable, set[str]]] = {
+OWN_SETTINGS: dict[tuple[str, ...], tuple[Callable, set[str]]] = {
     ("trainer",): (Trainer.__init__, {"self", "parts"}),
     ("trainer", "ddp"): (ddp_options, set()),
     ("trainer", "fsdp"): (fsdp_options, set()),
@@ -328,8 +398,8 @@ HOUSE: dict[tuple[str, ...], tuple[Callable, set[str]]] = {
 
 
 def settings(path: tuple[str, ...]) -> dict[str, object]:
-    """The keys that one of dtrain's own rooms takes, with their defaults."""
-    function, given = HOUSE[path]
+    """The keys that one of dtrain's own functions takes, with their defaults."""
+    function, given = OWN_SETTINGS[path]
     return {key: item.default for key, item in inspect.signature(function).parameters.items() if key not in given}
 
 
@@ -337,7 +407,7 @@ def test_the_reference_has_every_section() -> None:
     assert set(yaml.safe_load(REFERENCE.read_text())) == set(TOP_LEVEL)
 
 
-@pytest.mark.parametrize("path", HOUSE, ids=".".join)
+@pytest.mark.parametrize("path", OWN_SETTINGS, ids=".".join)
 def test_the_reference_has_every_key_and_no_other(path: tuple[str, ...]) -> None:
     section = yaml.safe_load(REFERENCE.read_text())
     for key in path:
@@ -346,17 +416,17 @@ def test_the_reference_has_every_key_and_no_other(path: tuple[str, ...]) -> None
     assert set(section) - components_own == set(settings(path))
 
 
-@pytest.mark.parametrize("path", HOUSE, ids=".".join)
-def test_the_reference_tells_every_default(path: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("path", OWN_SETTINGS, ids=".".join)
+def test_the_reference_states_every_default(path: tuple[str, ...]) -> None:
     config, lines = load_config(REFERENCE), REFERENCE.read_text().splitlines()
     for key, default in settings(path).items():
         place = place_of(config, (*path, key))
         assert place is not None
         if key in ("ddp", "fsdp"):
             continue
-        told = re.search(r"Default: (\S+?)[,.]?(?:\s|$)", lines[place.line - 1])
-        assert told, f"line {place.line} tells no default"
-        assert scalar(told[1]) == default, f"line {place.line}: the default is {default!r}"
+        stated = re.search(r"Default: (\S+?)[,.]?(?:\s|$)", lines[place.line - 1])
+        assert stated, f"line {place.line} states no default"
+        assert scalar(stated[1]) == default, f"line {place.line}: the default is {default!r}"
 
 
 def test_the_reference_trains_as_it_is(run_cli: RunCli) -> None:

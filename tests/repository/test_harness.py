@@ -13,7 +13,7 @@ from conftest import TAG, RunCli, StartCli, Tagged
 from whole_runs import Place
 
 # Stands before `-m dtrain ...`, which python -c then takes for the script's arguments.
-PLUGINS = 'pytest_plugins = ["whole_runs"]'  # a folder of its own does not have them
+PLUGINS = 'pytest_plugins = ["published", "stores", "whole_runs"]'  # a folder of its own does not have them
 SLEEPER = [sys.executable, "-c", "import time; print('awake', flush=True); time.sleep(100)"]
 ARGUMENTS = [sys.executable, "-c", "import os, sys; print(sys.argv[1:], os.getcwd()); sys.exit(7)"]
 

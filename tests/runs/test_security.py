@@ -11,8 +11,7 @@ import pytest
 from conftest import RunCli
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_build import EVIL, NAMES
-from test_yaml12 import HOSTILE
+from hostile import EVIL, HOSTILE, NAMES
 from whole_runs import TOY, write_config
 
 from dtrain.config.check import check

@@ -12,86 +12,25 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from conftest import REPOSITORY
+from stores import GONE_PID, deliver, rows_of, run_of, runs_in, wait_until, write_run
 
-from dtrain.tracking import delivery, mlflow_store, sender, start_sender
+from dtrain.tracking import delivery, file_queue, mlflow_store, retry, sender, start_sender
 from dtrain.tracking.delivery import Delivery, follow
-from dtrain.tracking.journal import Journal, find_run
+from dtrain.tracking.journal import Journal
 from dtrain.tracking.mlflow_store import MlflowStore, connect, mlflow_key
 from dtrain.tracking.run_folder import close_run_of, lives, read_run, update_run
-from dtrain.tracking.uri import resolve_tracking_uri, sqlite_file
+from dtrain.tracking.start_sender import find_run
+from dtrain.tracking.uri import sqlite_file
 
-REPOSITORY = Path(__file__).parents[2]
-GONE_PID = 2**22 + 1  # larger than any process id
-
-
-@pytest.fixture(scope="module", autouse=True)
-def client_settings() -> Iterator[None]:
-    """What `main` sets in a sender's own process."""
-    before = dict(os.environ)
-    os.environ.update(mlflow_store.CLIENT_SETTINGS)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
-@pytest.fixture(scope="module")
-def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A sqlite store for the whole file: making one takes seconds."""
-    return resolve_tracking_uri(str(tmp_path_factory.mktemp("a store")))
-
-
-@pytest.fixture
-def quiet_journal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Journals that start no sender: the test is the sender."""
-    monkeypatch.setattr(start_sender, "_sender_command", lambda *arguments: [sys.executable, "-c", ""])
-
-
-def write_run(
-    folder: Path,
-    steps: Iterable[int] = (),
-    params: Mapping[str, Any] | None = None,
-    experiment: str = "digits",
-    status: str | None = "FINISHED",
-    figures: Callable[[int], dict[str, Any]] = lambda step: {"train/loss": 1 / (1 + step), "lr": 1e-3},
-    **more: Any,
-) -> Path:
-    """A training's journal, by the journal itself; status None: it was killed."""
-    journal = Journal(folder, experiment=experiment, run_name="vit", tracking_uri=str(folder))
-    journal.start(params or {}, more.pop("tags", {}), more.pop("artifacts", ()), **more)
-    for step in steps:
-        journal.log(step, figures(step))
-    if status is None:
-        journal.close()
-        update_run(folder, pid=GONE_PID)
-    else:
-        journal.finish(status, "" if status == "FINISHED" else "a reason", 0)  # type: ignore[arg-type]
-    return folder
-
-
-def deliver(folder: Path, uri: str, patience_seconds: float = 0.0) -> int:
-    return follow(Delivery(folder, MlflowStore(uri)), patience_seconds=patience_seconds)
-
-
-def run_of(folder: Path, uri: str) -> Any:
-    return connect(uri).get_run(read_run(folder)["run_id"])
-
-
-def rows_of(folder: Path, uri: str, key: str) -> list[tuple[int, float, int]]:
-    history = connect(uri).get_metric_history(read_run(folder)["run_id"], key)
-    return sorted((row.step, row.value, row.timestamp) for row in history)
-
-
-def runs_in(uri: str, experiment: str) -> list[Any]:
-    client = connect(uri)
-    known = client.get_experiment_by_name(experiment)
-    return list(client.search_runs([known.experiment_id])) if known else []
+pytestmark = pytest.mark.usefixtures("client_settings")
 
 
 # A store that answers
@@ -367,7 +306,7 @@ def test_files_cannot_hold_up_a_status_nor_leave_the_run_folder(
     (folder / "good").write_text("x")
     write_run(folder, range(3), artifacts=[("missing", ""), ("link", ""), ("good", "")])
     work = Delivery(folder, MlflowStore(uri))
-    work.draining = True
+    work.is_draining = True
     work._open()
     place = Path(run_of(folder, uri).info.artifact_uri)
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -396,6 +335,7 @@ class Shelf:
         self.status = ""
         clock = SimpleNamespace(monotonic=lambda: self.now, sleep=self.sleep, time=time.time)
         monkeypatch.setattr(delivery, "time", clock)
+        monkeypatch.setattr(retry, "time", clock)
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
@@ -483,7 +423,7 @@ def test_after_the_run_a_file_is_tried_at_once_and_a_few_times_more(
     tried, ended = len(store.tries), store.now
     store.refuses -= {"bad"} if is_mended else set()
     assert follow(work) == (0 if is_mended else 1)
-    assert len(store.tries) - tried == (1 if is_mended else delivery._TRIES_AT_END)
+    assert len(store.tries) - tried == (1 if is_mended else file_queue._TRIES_AT_END)
     assert store.now - ended < 8 and store.status == "FINISHED"
 
 
@@ -549,7 +489,7 @@ def test_a_run_without_an_end_is_closed_as_failed(tmp_path: Path, uri: str) -> N
     assert sender.main([str(folder), "--tracking-uri", uri]) == 0
     run, facts = run_of(folder, uri), read_run(folder)
     assert run.info.status == facts["state"] == "FAILED"
-    assert run.data.tags["dtrain.reason"] == facts["reason"] == "rank 0 died without a word"
+    assert run.data.tags["dtrain.reason"] == facts["reason"] == "rank 0 exited without reporting an error"
     assert len(rows_of(folder, uri, "lr")) == 3
 
 
@@ -644,8 +584,8 @@ def server(server_process: Server) -> Iterator[Server]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pauses of a twentieth of a second between attempts, of which there are more for it."""
-    monkeypatch.setattr(delivery, "_FILE_PAUSE_SECONDS", 0.02)
-    monkeypatch.setattr(delivery, "_TRIES_AT_END", 40)
+    monkeypatch.setattr(file_queue, "_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(file_queue, "_TRIES_AT_END", 40)
     monkeypatch.setattr(delivery, "_FIRST_PAUSE_SECONDS", 0.02)
     monkeypatch.setattr(delivery, "_LONGEST_PAUSE_SECONDS", 0.05)
     monkeypatch.setattr(delivery, "_LOOK_EVERY_SECONDS", 0.01)
@@ -746,13 +686,6 @@ print([os.waitpid(pid, 0)[1] for pid in children])
     )
     assert done.stdout.strip() == str([0] * 4), done.stderr
     assert len(runs_in(uri, "e")) == 4
-
-
-def wait_until(what: Callable[[], Any], timeout_seconds: float = 60.0) -> None:
-    end = time.monotonic() + timeout_seconds
-    while not what():
-        assert time.monotonic() < end, "it took too long"
-        time.sleep(0.05)
 
 
 def status_of(pid: int) -> dict[str, str]:
@@ -856,7 +789,7 @@ def test_after_a_kill_of_rank_0_the_rest_is_delivered_and_the_run_is_failed(tmp_
     last = int(rank0.stdout.read().split()[-1])
     rank0.stdout.close()
     assert read_run(folder)["state"] == run_of(folder, uri).info.status == "FAILED"
-    assert read_run(folder)["reason"] == "rank 0 died without a word"
+    assert read_run(folder)["reason"] == "rank 0 exited without reporting an error"
     assert [step for step, _, _ in rows_of(folder, uri, "a")][: last + 1] == list(range(last + 1))
 
 
@@ -890,7 +823,7 @@ def test_a_problem_that_cannot_be_written_down_ends_no_sender(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("dtrain.tracking.delivery.Memory.save", full)
+        patch.setattr("dtrain.tracking.memory.Memory.save", full)
         assert deliver(folder, uri) == 1
     assert deliver(folder, uri) == 0
     assert len(rows_of(folder, uri, "train/loss")) == 10
@@ -903,7 +836,7 @@ def test_a_run_is_found_by_its_id(tmp_path: Path, uri: str, monkeypatch: pytest.
     monkeypatch.undo()  # the real sender
     run_id = read_run(folder)["run_id"]
     answer = find_run(run_id, uri, timeout_seconds=60)
-    assert answer["checkpoint_dir"] == str(folder)
+    assert answer["tags"]["dtrain.checkpoint_dir"] == str(folder)
     assert (answer["run_id"], answer["status"], answer["lifecycle"]) == (run_id, "FINISHED", "active")
 
 
@@ -984,7 +917,7 @@ def test_only_while_a_training_runs_the_sender_stands_back(
 @pytest.mark.usefixtures("quiet_journal")
 def test_a_new_store_is_made_under_its_lock_whoever_needs_it_first(tmp_path: Path) -> None:
     database = tmp_path / "new" / "mlflow.db"
-    assert sender._system_figures(f"sqlite:///{database}", time.time()) is not None
+    assert sender._system_metrics(f"sqlite:///{database}", time.time()) is not None
     assert database.exists() and database.with_name(".mlflow.db.lock").exists()
 
 

@@ -1,5 +1,4 @@
 """MLflow's own server and stores, stopped, frozen, lossy, full, locked, damaged; rank 0 killed: no figure is lost."""
-# ruff: noqa: F811  fixtures come from test_sender by their names
 
 import itertools
 import json
@@ -20,30 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Tagged
+from conftest import REPOSITORY, Tagged
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from test_sender import (  # noqa: F401  fixtures among them
-    GONE_PID,
-    REPOSITORY,
-    client_settings,
-    deliver,
-    impatient,
-    quiet_journal,
-    rows_of,
-    run_of,
-    runs_in,
-    uri,
-    wait_until,
-    write_run,
-)
+from stores import GONE_PID, deliver, rows_of, run_of, runs_in, wait_until, write_run
 from whole_runs import Place
 
 from dtrain.tracking import sender
 from dtrain.tracking.delivery import Delivery, follow
 from dtrain.tracking.journal import Journal, flatten
 from dtrain.tracking.mlflow_store import MlflowStore, connect
-from dtrain.tracking.run_folder import read_json, read_run, update_run
+from dtrain.tracking.run_folder import read_run, update_run
+from dtrain.tracking.whole_file import read_json
+
+pytestmark = pytest.mark.usefixtures("client_settings")
 
 SEED = int(os.environ.get("DTRAIN_TEST_SEED") or random.randrange(1 << 30))  # printed where a test fails
 
@@ -535,15 +524,13 @@ def test_a_run_left_open_is_closed_when_its_folder_is_moved_aside(place: Place) 
 def test_a_later_delivery_is_started_where_something_is_missing_only(
     tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dtrain.tracking import journal, start_sender
-
-    started: list[list[str]] = []
+    started: list[Path] = []
     old = write_run(tmp_path / "old", range(3))
-    monkeypatch.setattr(start_sender, "start_process", lambda words, *others: started.append(words))
+    monkeypatch.setattr("dtrain.tracking.journal.start_sender", lambda folder, uri: started.append(folder))
     journal = Journal(tmp_path / "new", experiment="e", run_name="r", tracking_uri=uri)
     journal.deliver_later(tmp_path / "nothing there")
     journal.deliver_later(old)
-    assert started == [[str(old)]]
+    assert started == [old]
     assert deliver(old, uri) == 0
     journal.deliver_later(old)  # all is there
     update_run(old, state="KILLED", tracking_uri="postgresql://***@host/db")

@@ -15,7 +15,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dtrain.config.errors import ConfigError
 from dtrain.config.load import from_mapping
-from dtrain.training.optimizer import WeightAverage, get_optimizer
+from dtrain.training.ema import EMA
+from dtrain.training.optimizer import get_optimizer
 from dtrain.training.schedule import Schedule, end_points, get_lr_scheduler
 
 RATE = 0.1
@@ -66,14 +67,11 @@ def run(
     """The rate that acts in each step, the clocks ticking as in the loop."""
     rates: list[float] = []
 
-    def take() -> None:
-        rates.append(schedule.optimizer.param_groups[0]["lr"])
-        schedule.optimizer.step()
-
     for step in range(first, first + steps):
-        said = schedule.rate(step)
-        schedule.apply(step, take)
-        assert rates[-1] == said, "the rate that is logged is the one that acts"
+        with schedule.rate_of(step) as logged:
+            rates.append(schedule.optimizer.param_groups[0]["lr"])
+            schedule.optimizer.step()
+        assert rates[-1] == logged == schedule.rate(step), "the rate that is logged is the one that acts"
         schedule.tick("step")
         if (step + 1) % per_epoch == 0:
             schedule.tick("epoch")
@@ -200,9 +198,9 @@ def test_warm_up_changes_every_group_and_nothing_for_good() -> None:
     parameters = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
     optimizer = SGD([{"params": parameters[0], "lr": 1.0}, {"params": parameters[1], "lr": 0.01}])
     schedule = Schedule(optimizer, warmup_steps=4)
-    seen: list[list[float]] = []
-    schedule.apply(0, lambda: seen.append([group["lr"] for group in optimizer.param_groups]))
-    assert seen == [[0.25, 0.0025]]
+    with schedule.rate_of(0) as logged:
+        assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.0025]
+    assert logged == 0.25
     assert [group["lr"] for group in optimizer.param_groups] == [1.0, 0.01]
 
 
@@ -414,7 +412,7 @@ def test_the_average_is_that_of_torch(decay: float) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64), nn.BatchNorm1d(4), nn.Linear(4, 2))
     theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-    ours = WeightAverage(copy.deepcopy(model), decay)
+    ours = EMA(copy.deepcopy(model), decay)
     for step in range(1, 4):
         for value in [*model.parameters(), *model.buffers()]:
             value.data.copy_(torch.full_like(value, step) if value.dtype == torch.long else torch.randn_like(value))

@@ -5,7 +5,7 @@ import re
 import pytest
 from whole_runs import Place
 
-from dtrain.training.throughput import Pace
+from dtrain.training.throughput import Throughput
 
 
 @pytest.mark.slow
@@ -27,38 +27,38 @@ def test_a_slow_rank_is_named_once_with_what_is_slow(place: Place, what: dict, k
 
 
 def test_ranks_that_take_as_long_as_one_another_are_not_called_slow() -> None:
-    assert Pace(0, 3).judge([0.1, 0.2, 0.12, 0.19, 0.1, 0.25]) == ""
+    assert Throughput(0, 3).judge([0.1, 0.2, 0.12, 0.19, 0.1, 0.25]) == ""
 
 
 def test_what_is_too_short_to_matter_or_unknown_is_not_judged() -> None:
-    assert Pace(0, 2).judge([0.0001, 0.001, 0.0001, 0.014]) == ""
-    assert Pace(0, 2).judge([0.0, 0.0, 0.1, 0.4]) == "", "rank 0 has not done enough steps"
-    assert Pace(0, 1).judge([0.1, 0.4]) == ""
+    assert Throughput(0, 2).judge([0.0001, 0.001, 0.0001, 0.014]) == ""
+    assert Throughput(0, 2).judge([0.0, 0.0, 0.1, 0.4]) == "", "rank 0 has not done enough steps"
+    assert Throughput(0, 1).judge([0.1, 0.4]) == ""
 
 
 def test_each_rank_and_kind_is_told_once() -> None:
-    pace = Pace(0, 3)
+    throughput = Throughput(0, 3)
     row = [0.1, 0.1, 0.1, 0.4, 0.1, 0.1]
-    assert pace.judge(row) == (
+    assert throughput.judge(row) == (
         "rank 1 is slow: 0.5 s per step until it has its loss, 0.4 s of them forward; the others take 0.2 s, "
         "2.5 times less, and wait for it"
     )
-    assert pace.judge(row) == ""
-    assert pace.judge([0.1, 0.1, 0.9, 0.1, 0.1, 0.1]).startswith("rank 1 is slow: 1 s per step")
-    assert pace.judge([0.1, 0.1, 0.1, 0.1, 0.1, 0.5]).startswith("rank 2 is slow")
+    assert throughput.judge(row) == ""
+    assert throughput.judge([0.1, 0.1, 0.9, 0.1, 0.1, 0.1]).startswith("rank 1 is slow: 1 s per step")
+    assert throughput.judge([0.1, 0.1, 0.1, 0.1, 0.1, 0.5]).startswith("rank 2 is slow")
 
 
 def test_own_time_is_that_of_a_step_after_the_warm_up() -> None:
-    pace = Pace(1, 2)
+    throughput = Throughput(1, 2)
     for _ in range(7):
-        pace.data_came()
-        pace.forward_done()
-        pace.exchanged()
-        pace.exchanged(samples=8)
-    assert pace.own() == [0.0] * 4, "four steps after a warm-up of three are too few to judge by"
+        throughput.data_came()
+        throughput.forward_done()
+        throughput.exchanged()
+        throughput.step_done(8)
+    assert throughput.own() == [0.0] * 4, "four steps after a warm-up of three are too few to judge by"
     for _ in range(2):
-        pace.data_came()
-        pace.exchanged(samples=8)
-    before, own = pace.own()[:2], pace.own()[2:]
+        throughput.data_came()
+        throughput.step_done(8)
+    before, own = throughput.own()[:2], throughput.own()[2:]
     assert before == [0.0, 0.0] and min(own) > 0
-    assert pace.samples_per_second > 0
+    assert throughput.samples_per_second > 0

@@ -1,4 +1,4 @@
-"""The pictures of a validation: which samples and batches are looked at and where files go; knows no model, no MLflow.
+"""The pictures of a validation: of which validations, samples and batches they are, and where the files go.
 
 A dense task (outputs (N, C, H, W) or (N, C, D, H, W)) gets a panel for each of a few samples, always the same ones.
 A classification (outputs (N, C) or (N, C, K), integer targets) gets its worst errors and a confusion matrix, of all
@@ -15,13 +15,13 @@ import torch
 from torch.utils.data import Subset
 
 from dtrain.data.batch import main_output, split
-from dtrain.reporting.drawing import Tile, extent, gray, matrix, png, sheet
+from dtrain.reporting.classification_errors import Error, Errors, confusion_matrix, errors_of, read, together
+from dtrain.reporting.png_drawing import Tile, enlarged, extent, gray, matrix, png, sheet
 from dtrain.reporting.sample_panel import panel
-from dtrain.tracking.run_folder import write_bytes
+from dtrain.tracking.whole_file import write_bytes
 
 PICTURES = "pictures"  # in the run folder
-_MOST_CLASSES = 30  # of a confusion matrix that can be read
-_WORST_SIDE, _WORST_COLUMNS = 120, 4
+_TILE_SIDE, _TILE_COLUMNS = 120, 4  # of the worst errors
 
 
 def picture_settings(
@@ -38,26 +38,13 @@ def picture_settings(
     return dict(locals())
 
 
-class Error(NamedTuple):
-    """A sample that was taken for one of another class. They sort by their loss, the largest first."""
-
-    order: float  # minus the loss
-    sample: int
-    place: int  # which of several objects in the sample; -1: the sample is one
-    truth: int
-    guess: int
-    sure: float  # the probability given to the guess
-
-
 class Seen(NamedTuple):
     """What one rank saw of the validation, in plain types."""
 
     kind: str  # dense, classes or '' (nothing that can be drawn)
     problem: str
     classes: int  # C
-    pairs: Mapping[tuple[int, int], int]  # (truth, guess) -> how often
-    errors: Sequence[Error]
-    ignored: int
+    errors: Errors
 
 
 class Pictures:
@@ -81,29 +68,29 @@ class Pictures:
         keys: tuple[str | None, str | None] = (None, None),
     ) -> None:
         self.loader, self.folder, self.keys = loader, folder / PICTURES, keys
-        self.settings = None if loader is None or settings is None else checked(picture_settings(**settings))
+        self.settings = {} if loader is None or settings is None else checked(picture_settings(**settings))
         self.samples = chosen(self.settings["samples"], len(loader.dataset)) if self.settings else []
         self._validations = 0
-        self._told: set[type] = set()
+        self._warned_of: set[type] = set()
 
     def album(self, step: int, journal: Any, note: Callable[[str], None]) -> "Album | None":
         """What takes in one validation, after so many optimizer steps; None where it is not to be drawn."""
-        if self.settings is None:
+        if not self.settings:
             return None
         self._validations += 1
         if (self._validations - 1) % self.settings["every_validations"]:
             return None
         return Album(self, step, journal, note)
 
-    def warn(self, kind: type, text: str, note: Callable[[str], None]) -> None:
+    def warn(self, error: Exception, note: Callable[[str], None]) -> None:
         """Say what went wrong; of one kind of error once, not at each validation."""
-        if kind not in self._told:
-            self._told.add(kind)
-            note(f"warning: no pictures of the validation: {text} (trainer.pictures=false draws none)")
+        if type(error) not in self._warned_of:
+            self._warned_of.add(type(error))
+            text = " ".join(str(error).split()) or type(error).__name__
+            note(f"warning: no pictures of the validation: {text[:300]} (trainer.pictures=false draws none)")
 
     def prune(self) -> None:
         """Leave the newest validations' pictures."""
-        assert self.settings is not None
         for old in sorted(self.folder.glob("step-*"))[: -self.settings["keep_last"]]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -113,9 +100,10 @@ class Album:
 
     def __init__(self, pictures: Pictures, step: int, journal: Any, note: Callable[[str], None]) -> None:
         self._pictures, self._step, self._journal, self._note = pictures, step, journal, note
+        self._most_errors = pictures.settings["worst"]
         self._kind, self._problem = "", ""
         self._classes = 0
-        self._readings: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        self._batches: list[tuple[int, tuple[torch.Tensor, torch.Tensor]]] = []  # first sample, from `read`
 
     def see(self, outcome: Any, number: int) -> None:
         """Take in one batch; nothing waits for the device.
@@ -130,41 +118,20 @@ class Album:
             output, target = main_output(outcome.output), main_output(outcome.target)
             self._kind = kind_of(output, target)
             if self._kind == "classes":
-                first = number * self._pictures.loader.batch_sampler.batch_size
                 self._classes = output.shape[1]
-                self._readings.append((first, *_reading(output, target)))
+                first = number * self._pictures.loader.batch_sampler.batch_size
+                self._batches.append((first, read(output, target)))
         except Exception as error:
             self._problem = f"{type(error).__name__}: {error}"
 
     def seen(self) -> Seen:
         """What this rank saw, for the main rank; without waiting for any other."""
+        errors: list[Errors] = []
         try:
-            return self._seen()
+            errors = [errors_of(batch, first, self._classes, self._most_errors) for first, batch in self._batches]
         except Exception as error:
-            return Seen(self._kind, f"{type(error).__name__}: {error}", self._classes, {}, (), 0)
-
-    def _seen(self) -> Seen:
-        pairs: dict[tuple[int, int], int] = {}
-        errors: list[Error] = []
-        ignored = 0
-        worst = self._pictures.settings["worst"] if self._pictures.settings else 0
-        for first, labels, figures in self._readings:
-            truth, guess = labels.cpu().numpy()
-            order, sure = figures.cpu().double().numpy()
-            known = (truth >= 0) & (truth < self._classes)
-            ignored += int((~known).sum())
-            found, counts = np.unique(np.stack((truth[known], guess[known])), axis=1, return_counts=True)
-            for pair, count in zip(found.T.tolist(), counts.tolist(), strict=True):
-                pairs[pair[0], pair[1]] = pairs.get((pair[0], pair[1]), 0) + count
-            wrong = np.argwhere(known & (truth != guess))
-            worst_first = np.argsort(order[tuple(wrong.T)], kind="stable")
-            for sample, place in wrong[worst_first[:worst]].tolist():
-                at = (sample, place)
-                labels_at = int(truth[at]), int(guess[at])
-                which = place if truth.shape[1] > 1 else -1
-                errors.append(Error(float(order[at]), first + sample, which, *labels_at, float(sure[at])))
-            errors = sorted(errors)[:worst]
-        return Seen(self._kind, self._problem, self._classes, pairs, errors, ignored)
+            self._problem = f"{type(error).__name__}: {error}"
+        return Seen(self._kind, self._problem, self._classes, together(errors, self._most_errors))
 
     def draw(self, seen: Sequence[Seen], module: torch.nn.Module, forward: Callable[..., Any]) -> None:
         """Draw, write and journal the pictures; on the main rank alone, without any other.
@@ -180,73 +147,56 @@ class Album:
             if seen[0].kind == "dense":  # the main rank has the first batch
                 self._draw_panels(getattr(module, "_orig_mod", module), forward)  # compiling for one sample takes long
             elif seen[0].kind == "classes":
-                self._draw_classes(seen)
+                errors = together([rank.errors for rank in seen], self._most_errors)
+                self._draw_confusion(errors, max(rank.classes for rank in seen))
+                if self._most_errors:
+                    self._draw_worst(errors)
             self._pictures.prune()
         except Exception as error:
-            text = " ".join(str(error).split()) or type(error).__name__
-            self._pictures.warn(type(error), text[:300], self._note)
+            self._pictures.warn(error, self._note)
 
     def _draw_panels(self, module: torch.nn.Module, forward: Callable[..., Any]) -> None:
+        dataset = self._pictures.loader.dataset.dataset
         for index in self._pictures.samples:
             outcome = forward(module, self._batch_of(index))[2]
-            image, output, target = (_array(part) for part in (outcome.inputs, outcome.output, outcome.target))
+            output, target = _first_of(outcome.output), _first_of(outcome.target)
             assert output is not None and target is not None
-            found = panel(image, target, output)
-            title = "   ".join((f"sample {index}", f"step {self._step}", source_of(self._dataset, index)))
-            drawn = sheet(title.rstrip(), found.rows, found.legend, found.notes)
-            self._keep(f"sample-{index}", drawn, {"sample": str(index)})
+            shown = panel(_first_of(outcome.inputs), target, output)
+            title = "   ".join((f"sample {index}", f"step {self._step}", source_of(dataset, index))).rstrip()
+            self._keep(f"sample-{index}", sheet(title, shown.rows, shown.legend, shown.notes), {"sample": str(index)})
 
-    def _draw_classes(self, seen: Sequence[Seen]) -> None:
-        settings = self._pictures.settings
-        assert settings is not None
-        pairs: dict[tuple[int, int], int] = {}
-        for rank in seen:
-            for pair, count in rank.pairs.items():
-                pairs[pair] = pairs.get(pair, 0) + count
-        classes = max(rank.classes for rank in seen)
-        counts, names, note = counted(pairs, classes)
-        total = sum(pairs.values())
-        right = sum(count for (truth, guess), count in pairs.items() if truth == guess)
-        ignored = sum(rank.ignored for rank in seen)
-        notes = [note, f"{ignored} ignored" if ignored else ""]
-        title = f"step {self._step}   {right} of {total} right" + (f" ({right / total:.1%})" if total else "")
+    def _draw_confusion(self, errors: Errors, classes: int) -> None:
+        counts, names, note = confusion_matrix(errors.pairs, classes)
+        total, wrong = sum(errors.pairs.values()), _wrong(errors)
+        title = f"step {self._step}   {total - wrong} of {total} right"
+        title += f" ({(total - wrong) / total:.1%})" if total else ""
+        notes = [note, f"{errors.ignored} ignored" if errors.ignored else ""]
         facts = {"counts": str(counts.tolist()), "classes": " ".join(names)}
         self._keep("confusion", matrix(title, counts, names, [*filter(None, notes)]), facts)
-        if settings["worst"]:
-            errors = sorted(error for rank in seen for error in rank.errors)[: settings["worst"]]
-            self._keep(
-                "worst", self._worst(errors, total - right), {"samples": str([error.sample for error in errors])}
-            )
 
-    def _worst(self, errors: Sequence[Error], wrong: int) -> Any:
-        tiles = [Tile(_caption(error), self._small_image(error)) for error in errors]
-        rows = [tiles[first : first + _WORST_COLUMNS] for first in range(0, len(tiles), _WORST_COLUMNS)]
-        title = f"step {self._step}   the worst {len(errors)} of {wrong} errors" if errors else f"step {self._step}"
-        return sheet(title, rows, notes=[] if errors else ["no errors"])
+    def _draw_worst(self, errors: Errors) -> None:
+        tiles = [Tile(_caption(error), self._small_image(error)) for error in errors.worst]
+        rows = [tiles[first : first + _TILE_COLUMNS] for first in range(0, len(tiles), _TILE_COLUMNS)]
+        title = f"step {self._step}"
+        title += f"   the worst {len(tiles)} of {_wrong(errors)} errors" if tiles else ""
+        image = sheet(title, rows, notes=[] if tiles else ["no errors"])
+        self._keep("worst", image, {"samples": str([error.sample for error in errors.worst])})
 
     def _small_image(self, error: Error) -> np.ndarray | None:
         """The sample's image in a tile's size; None where it is none, or one of several objects."""
-        image = _array(self._input_of(error.sample))
+        image = _first_of(split(self._batch_of(error.sample), *self._pictures.keys)[0])
         if image is None or image.ndim not in (3, 4) or len(image) > 4 or error.place >= 0:
             return None
         if image.ndim == 4:
             image = image[:, image.shape[1] // 2]
         image = np.moveaxis(image, 0, -1) if len(image) == 3 else image[0]
-        step = -(-max(image.shape[:2]) // _WORST_SIDE)
+        step = -(-max(image.shape[:2]) // _TILE_SIDE)
         image = image[::step, ::step]
-        times = max(1, _WORST_SIDE // max(image.shape[:2]))
-        return gray(image, *extent(image)).repeat(times, axis=0).repeat(times, axis=1)
-
-    @property
-    def _dataset(self) -> Any:
-        return self._pictures.loader.dataset.dataset
+        return enlarged(gray(image, *extent(image)), max(1, _TILE_SIDE // max(image.shape[:2])))
 
     def _batch_of(self, index: int) -> Any:
         """One sample, collated and seeded as in the validation: (epoch, index) is what the loader asks for."""
         return self._pictures.loader.dataset.__getitems__([0, index])
-
-    def _input_of(self, index: int) -> Any:
-        return split(self._batch_of(index), *self._pictures.keys)[0]
 
     def _keep(self, name: str, image: Any, facts: Mapping[str, str]) -> None:
         path = self._pictures.folder / f"step-{self._step:08d}" / f"{name}.png"
@@ -279,7 +229,7 @@ def chosen(samples: int | list[int], size: int) -> list[int]:
         count = min(samples, size)
         return [(2 * number + 1) * size // (2 * count) for number in range(count)]
     if wrong := [index for index in samples if not 0 <= index < size]:
-        raise ValueError(f"samples: there is no {wrong[0]} in the validation data; possible: 0 to {size - 1}")
+        raise ValueError(f"samples: the validation data have no sample {wrong[0]}; possible: 0 to {size - 1}")
     return list(samples)
 
 
@@ -289,43 +239,10 @@ def kind_of(output: Any, target: Any) -> str:
         return ""
     if output.ndim in (4, 5) and target.ndim >= 3:
         return "dense"
-    whole = not (target.is_floating_point() or target.is_complex())
-    places = output.shape[2:]
-    fits = target.shape in ((len(output), *places), (len(output), 1, *places))
-    return "classes" if whole and output.ndim in (2, 3) and output.shape[1] > 1 and fits else ""
-
-
-def _reading(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of one batch (truth, guess) and (minus the loss, the guess's probability): each (2, N, K) on the device."""
-    scores = output.detach().float().reshape(len(output), output.shape[1], -1).log_softmax(1)
-    truth = target.reshape(len(target), -1).long()
-    highest, guess = scores.max(1)
-    of_truth = scores.gather(1, truth.clamp(0, output.shape[1] - 1)[:, None])[:, 0]
-    order = of_truth.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
-    return torch.stack((truth, guess)), torch.stack((order, highest.exp()))
-
-
-def counted(pairs: Mapping[tuple[int, int], int], classes: int) -> tuple[np.ndarray, list[str], str]:
-    """A matrix (K, K) of counts, names of its rows, and a note.
-
-    Of more classes than can be read, those with the most errors have a row of their own, the others one together.
-    """
-    if classes <= _MOST_CLASSES:
-        shown, note = list(range(classes)), ""
-    else:
-        errors = [0] * classes
-        for (truth, guess), count in pairs.items():
-            if truth != guess:
-                errors[truth] += count
-                errors[guess] += count
-        worst = sorted(range(classes), key=lambda number: (-errors[number], number))
-        shown = sorted(worst[: _MOST_CLASSES - 1])
-        note = f"the {len(shown)} classes with the most errors; the other {classes - len(shown)} as one class"
-    row = {number: place for place, number in enumerate(shown)}
-    counts = np.zeros((len(shown) + bool(note),) * 2, dtype=np.int64)
-    for (truth, guess), count in pairs.items():
-        counts[row.get(truth, len(shown)), row.get(guess, len(shown))] += count
-    return counts, [*map(str, shown), *(["other"] if note else [])], note
+    if output.ndim not in (2, 3) or output.shape[1] < 2 or target.is_floating_point() or target.is_complex():
+        return ""
+    objects = output.shape[2:]
+    return "classes" if target.shape in ((len(output), *objects), (len(output), 1, *objects)) else ""
 
 
 def source_of(dataset: Any, index: int) -> str:
@@ -342,12 +259,17 @@ def source_of(dataset: Any, index: int) -> str:
     return f"{dataset.volumes[number].path.name} [{ranges}]"
 
 
+def _wrong(errors: Errors) -> int:
+    return sum(count for (truth, guess), count in errors.pairs.items() if truth != guess)
+
+
 def _caption(error: Error) -> str:
     place = f", object {error.place}" if error.place >= 0 else ""
-    return f"sample {error.sample}{place}\ntrue {error.truth}, predicted {error.guess}\np {error.sure:.2f}"
+    labels = f"true {error.truth}, predicted {error.guess}"
+    return f"sample {error.sample}{place}\n{labels}\np {error.probability:.2f}"
 
 
-def _array(value: Any) -> np.ndarray | None:
+def _first_of(value: Any) -> np.ndarray | None:
     """The main tensor of an input, output or target, of its first sample; None where there is none."""
     value = main_output(value)
     if not isinstance(value, torch.Tensor):

@@ -1,14 +1,19 @@
-"""Joins the process group, chooses the device, sets the threads."""
+"""This process takes its place among the ranks: process group, device, threads."""
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import psutil
+import torch
+import torch.distributed as dist
 
-from dtrain.config.errors import ConfigError, Mistake
-from dtrain.distributed.ddp import ddp_options
+from dtrain.config.errors import ConfigError
+from dtrain.distributed.ddp import DDP, ddp_options
+from dtrain.distributed.device import choose_device
 from dtrain.distributed.environment import Environment, cores, environment, export_srun_variables
-from dtrain.distributed.mailbox import Board
+from dtrain.distributed.fsdp import FSDP
+from dtrain.distributed.mailbox import Mailbox
 from dtrain.distributed.ranks import Ranks
 
 
@@ -24,20 +29,19 @@ def set_up(
         device: The config's `device`.
         ddp: DistributedDataParallel's options, and `backend` (gloo lets ranks share a GPU) and `timeout_seconds`.
         deterministic: Ask torch for deterministic algorithms.
-        fsdp: The options of sharing the model out; None: it is not.
+        fsdp: The options of the strategy fsdp; None: the strategy is ddp.
 
     Raises:
         ConfigError: The device does not exist, or there are fewer GPUs than ranks.
     """
-    import torch
-
     found = environment()
     if found.launcher == "srun":
         export_srun_variables(found)
     options = {key: value for key, value in ddp_options(**(ddp or {})).items() if value is not None}
     backend = options.pop("backend", None)
     timeout_seconds = options.pop("timeout_seconds", None)
-    notes = _thread_notes(found) + _lost_process_notes(found)
+    notes = _alone_by_mistake(found)
+    _share_cores(found)
     chosen, device_notes = choose_device(device, found, torch.cuda.device_count(), backend)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -47,14 +51,14 @@ def set_up(
         torch.cuda.set_device(chosen)
     ranks = Ranks(found.rank, found.local_rank, found.world_size, chosen, found.launcher, notes=notes + device_notes)
     if found.world_size > 1:
-        ranks.accelerator = _join(found, chosen, backend, timeout_seconds, options)
-        ranks.board = Board(found.rank, found.world_size, torch.distributed.distributed_c10d._get_default_store())
-        if fsdp is not None:
-            from dtrain.distributed.fsdp import Shards
-
-            ranks.shards = Shards(chosen, found.world_size, fsdp, options.get("broadcast_buffers") is not False)
+        accelerator = _join(found, chosen, backend, timeout_seconds, options)
+        ranks.mailbox = Mailbox(found.rank, found.world_size, torch.distributed.distributed_c10d._get_default_store())
+        if fsdp is None:
+            ranks.strategy = DDP(ranks, accelerator)
+        else:
+            ranks.strategy = FSDP(ranks, fsdp, options.get("broadcast_buffers") is not False)
     elif fsdp is not None:
-        ranks.notes.append("trainer.strategy: fsdp shares the model out over several ranks; one process has all of it")
+        ranks.notes.append("trainer.strategy: fsdp shards the model over several ranks; one process holds all of it")
     return ranks
 
 
@@ -63,9 +67,6 @@ def _join(found: Environment, device: Any, backend: str | None, timeout_seconds:
 
     The group is ours to make because CPU tensors need gloo beside NCCL: votes and objects must not wait for the GPU.
     """
-    from datetime import timedelta
-
-    import torch.distributed as dist
     from accelerate import Accelerator
     from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
 
@@ -88,54 +89,7 @@ def _join(found: Environment, device: Any, backend: str | None, timeout_seconds:
     return accelerator
 
 
-def choose_device(wish: str, found: Environment, gpus: int, backend: str | None = None) -> tuple[Any, list[str]]:
-    """The device of this rank, and what is worth saying about it.
-
-    Raises:
-        ConfigError: There is no such device, or fewer GPUs than ranks.
-    """
-    import torch
-
-    def wrong(text: str) -> ConfigError:
-        return ConfigError(Mistake(f"device: {text}"))
-
-    kind, _, index = wish.partition(":")
-    if kind == "auto":
-        kind = "cuda" if gpus else "cpu"
-    if kind == "mps":
-        if not torch.backends.mps.is_available():
-            raise wrong("'mps' was asked for, but this torch sees none; possible here: cpu")
-        return torch.device("mps"), []
-    if kind == "cpu":
-        return torch.device("cpu"), _one_process_note(
-            found, "the CPU" + ("" if wish == "cpu" else " (torch sees no GPU)")
-        )
-    if not gpus:
-        raise wrong(f"'{wish}' was asked for, but torch {torch.__version__} sees no GPU; possible here: auto, cpu")
-    if found.world_size == 1:
-        if index and int(index) >= gpus:
-            raise wrong(f"'{wish}' was asked for, but there are {gpus} GPU(s): cuda:0 to cuda:{gpus - 1}")
-        idle = f"; {gpus - 1} more idle, torchrun --nproc_per_node={gpus} uses all" if gpus > 1 else ""
-        return torch.device("cuda", int(index or 0)), _one_process_note(found, f"cuda:{index or 0}{idle}")
-    if found.launcher == "srun" and gpus == 1:
-        return torch.device("cuda", 0), []  # each task was given a GPU of its own, and sees no other
-    if found.local_world_size > gpus:
-        if backend != "gloo":
-            raise wrong(
-                f"{found.local_world_size} ranks on this node, but {gpus} GPU(s); start {gpus}, or let ranks share "
-                "with trainer.ddp.backend=gloo, or use device=cpu"
-            )
-        text = f"{found.local_world_size} ranks share {gpus} GPU(s) over gloo: slower than one rank per GPU"
-        return torch.device("cuda", found.local_rank % gpus), [text]
-    text = f"device {wish}: with several ranks each takes the GPU of its LOCAL_RANK"
-    return torch.device("cuda", found.local_rank), [text] if index else []
-
-
-def _one_process_note(found: Environment, where: str) -> list[str]:
-    return [f"one process on {where}"] if found.world_size == 1 else []
-
-
-def _lost_process_notes(found: Environment) -> list[str]:
+def _alone_by_mistake(found: Environment) -> list[str]:
     """A line where more processes were asked for than there are.
 
     Raises:
@@ -143,7 +97,7 @@ def _lost_process_notes(found: Environment) -> list[str]:
     """
     if found.world_size > 1:
         return []
-    words = _parent_words()
+    words = _parent_command()
     if any("accelerate" in word for word in words[:3]) and "--num_processes" in words:
         asked = words[words.index("--num_processes") + 1 :][:1]
         if asked and asked[0].isdigit() and int(asked[0]) > 1:
@@ -157,23 +111,21 @@ def _lost_process_notes(found: Environment) -> list[str]:
     return []
 
 
-def _parent_words() -> list[str]:
+def _parent_command() -> list[str]:
     try:
         return psutil.Process(os.getppid()).cmdline()
     except psutil.Error:
         return []
 
 
-def _thread_notes(found: Environment) -> list[str]:
+def _share_cores(found: Environment) -> None:
     """Give each of several ranks its share of the cores, unless the user chose.
 
     torchrun writes OMP_NUM_THREADS=1 into its ranks' environment when the user said nothing; only its own
-    environment, which is its parent's, tells the two apart.
+    environment, which is its parent's, shows which it was.
     """
     if found.world_size == 1:
-        return []
-    import torch
-
+        return
     if "OMP_NUM_THREADS" in os.environ:
         try:
             chosen_by_user = found.launcher == "srun" or "OMP_NUM_THREADS" in psutil.Process(os.getppid()).environ()
@@ -181,8 +133,7 @@ def _thread_notes(found: Environment) -> list[str]:
             chosen_by_user = True
         if chosen_by_user:
             torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-            return []
+            return
     threads = max(1, cores() // found.local_world_size)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
-    return []

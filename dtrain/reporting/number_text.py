@@ -1,18 +1,25 @@
-"""Numbers, durations and figures in words."""
+"""Numbers, durations and figures as text."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 
 def count_text(count: float) -> str:
-    """A number of things: 68,946 as a whole number; other figures with three digits, as 0.25, 12.3k or 1.23M."""
-    if isinstance(count, int):
-        return f"{count:,}"
+    """A figure with three digits, as 0.25, 12.3k or 1.23M."""
     if not math.isfinite(count):
         return str(count)
     units = (("", 1.0), ("k", 1e3), ("M", 1e6), ("G", 1e9))
     unit, size = next((pair for pair in units if abs(count) < 999.5 * pair[1]), units[-1])
     return f"{count / size:.3g}{unit}"
+
+
+def short_count(number: int) -> str:
+    """A count in at most four characters or so: 999, 1.2k, 12k, 3.4M."""
+    for unit, size in (("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            value = number / size
+            return f"{value:.1f}{unit}" if value < 9.95 else f"{value:.0f}{unit}"
+    return str(number)
 
 
 def duration_text(seconds: float) -> str:
@@ -29,7 +36,7 @@ def duration_text(seconds: float) -> str:
 
 
 def figure_text(value: float) -> str:
-    """A loss or a metric with five digits, 0.3124 or 2.303e-05; whatever is no number as it prints itself."""
+    """A loss or a metric with five digits, 0.3124 or 2.303e-05; what is not a number as it prints itself."""
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -40,20 +47,14 @@ def figure_text(value: float) -> str:
     return f"{number:.{min(4, 4 - size)}f}" if -2 <= size <= 4 else f"{number:.3e}"
 
 
-def figure_pairs(figures: Mapping[str, float]) -> Iterator[tuple[str, str]]:
-    """(name, what to show for it) of each figure."""
-    for name, value in figures.items():
-        if name == "samples_per_second":
-            yield name, f"{count_text(float(value))} samples/s"
-        elif name == "lr":
-            yield name, f"lr {value:.3g}"
-        else:
-            yield name, f"{name.removeprefix('train/')} {figure_text(value)}"
-
-
-def figure_texts(figures: Mapping[str, float]) -> list[str]:
-    """What to show for each figure."""
-    return [text for _, text in figure_pairs(figures)]
+def figure_texts(figures: Mapping[str, float]) -> dict[str, str]:
+    """What to show for each figure, by its name."""
+    texts = {name: f"{name.removeprefix('train/')} {figure_text(value)}" for name, value in figures.items()}
+    if "samples_per_second" in figures:
+        texts["samples_per_second"] = f"{count_text(figures['samples_per_second'])} samples/s"
+    if "lr" in figures:
+        texts["lr"] = f"lr {figures['lr']:.3g}"
+    return texts
 
 
 def without_phase(phase: str, figures: Mapping[str, float]) -> dict[str, float]:

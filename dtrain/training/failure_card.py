@@ -1,46 +1,31 @@
-"""What is left of a training that failed: one card that says where, on which samples, and what helps; no collective."""
+"""The failure card: where a training failed, on which samples, and what helps.
 
-import itertools
+Nothing here is a collective: the other ranks may be gone.
+"""
+
 import os
 import re
 import time
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
 
 from dtrain.distributed.ranks import is_lost_rank
-from dtrain.tracking.run_folder import write_json
 from dtrain.tracking.secrets import redact
+from dtrain.tracking.whole_file import write_json
+from dtrain.training.evidence import Evidence
 
-if TYPE_CHECKING:
-    from dtrain.trainer import Trainer
-
+PACKAGE = Path(__file__).resolve().parents[1]
 FAILURE = "failure.json"
 OTHERS_SECONDS = 3.0  # so long rank 0 waits for the word of the rank that failed first
 NUMBERS_SECONDS = 2.0  # and for the others' random numbers, where it failed itself
 _MOST_SAMPLES = 64
 STEP_PHASES = ("forward", "backward", "optimizer step", "logging")  # these can be repeated
-# The functions whose presence in a stack says what a rank is doing; the first of these that is there counts.
-_PHASES = {
-    "test": "test",
-    "_validate": "validation",
-    "save": "saving",
-    "check": "saving",
-    "finish": "saving",
-    "_log": "logging",
-    "backward": "backward",
-    "_forward_backward": "forward",
-    "_optimizer_step": "optimizer step",
-    "waiting": "waiting for data",
-    "_prepare_metrics": "making the metrics",
-}
-# The room in which an error passes on its way from a part of the config.
-_PARTS = {"dataloader": "loaders", "loss": "loss", "metrics": "metrics", "optimizer": "optimizer", "batch": "model"}
 _CURES = (
     (r"out of memory|OutOfMemory", "lower loaders.batch_size and raise trainer.accumulate; trainer.precision=bf16"),
     (
@@ -75,29 +60,45 @@ _CURES = (
 )
 
 
-def report(trainer: "Trainer", error: BaseException) -> list[str]:
+@contextmanager
+def reported(evidence: Evidence, say: Callable[[str], None]) -> Iterator[None]:
+    """Tell an error that comes from inside as a card; a second Ctrl-C is none."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        for line in report(evidence, error):
+            say(line)
+        raise
+
+
+def report(evidence: Evidence, error: BaseException) -> list[str]:
     """Tell the other ranks how this one failed; on rank 0 write failure.json for the first that did.
 
     Returns:
         The lines of the card, on rank 0; else none. Nothing is raised: the error itself must be seen.
     """
+    ranks, mailbox = evidence.ranks, evidence.ranks.mailbox
+    problem = ""
     try:
-        lost = trainer.ranks.world_size > 1 and is_lost_rank(error)
-        note = _note(trainer, error, consequence=lost)
-        trainer.ranks.board.post("failure", note)
-        if lost and trainer.ranks.is_main:
-            trainer.ranks.board.notes("failure", OTHERS_SECONDS)
+        lost = ranks.world_size > 1 and is_lost_rank(error)
+        note = _note(evidence, error, consequence=lost)
+        mailbox.post("failure", note)
+        if lost and ranks.is_main:
+            mailbox.notes("failure", OTHERS_SECONDS)
         if note["phase"] in STEP_PHASES:  # those who are not gone have had the time to leave their numbers
-            trainer.saver.keep_failed_step(trainer, note["phase"] != "logging", 0.5 if lost else NUMBERS_SECONDS)
-        if not trainer.ranks.is_main:
+            timeout_seconds = 0.5 if lost else NUMBERS_SECONDS
+            problem = evidence.keep_step(note["phase"] != "logging", timeout_seconds)
+        if not ranks.is_main:
             return []
-        notes = trainer.ranks.board.notes("failure")
+        notes = mailbox.notes("failure")
         first = first_of(notes.values())
         if first["consequence"]:
-            silent = [rank for rank in range(trainer.ranks.world_size) if rank not in notes]
+            silent = [rank for rank in range(ranks.world_size) if rank not in notes]
             first |= {"silent_ranks": silent, "cure": _cure_of_silence(silent)}
-        write_json(trainer.parts.start.folder / FAILURE, first, durable=True)
-        return card(first, trainer.parts.start.folder)
+        write_json(evidence.folder / FAILURE, first, durable=True)
+        return [*filter(None, [problem]), *card(first, evidence.folder)]
     except Exception as other:
         return [f"the failure could not be recorded: {other!r}"]
 
@@ -112,7 +113,7 @@ def card(note: Mapping[str, Any], folder: Path) -> list[str]:
     what = f"{note['error']}: {note['message'].splitlines()[0][:200]}" if note["message"] else note["error"]
     lines = [f"rank {note['rank']} failed at step {note['step'] + 1} ({note['phase']}): {what}"]
     if note.get("silent_ranks"):
-        lines.append(f"  without a word: rank {', '.join(map(str, note['silent_ranks']))}")
+        lines.append(f"  exited without reporting an error: rank {', '.join(map(str, note['silent_ranks']))}")
     if note["where"]:
         lines.append(f"  at {note['where']}")
     if note["config"]:
@@ -124,12 +125,6 @@ def card(note: Mapping[str, Any], folder: Path) -> list[str]:
     if note["cure"]:
         lines.append(f"  what helps: {note['cure'].replace('RUN_FOLDER', str(folder))}")
     return [*lines, f"  all of it: {folder / FAILURE}"]
-
-
-def phase_of(names: Sequence[str]) -> str:
-    """What a rank is doing, from the names of the functions that it is in, the outermost first."""
-    found = [phase for name, phase in _PHASES.items() if name in names]
-    return found[0] if found else "start-up"
 
 
 def memory_text() -> str:
@@ -148,52 +143,46 @@ def unused_parameters(module: torch.nn.Module, message: str) -> list[str]:
     return [names[int(index)] for index in re.findall(r"\d+", found[1])] if found else []
 
 
-def _note(trainer: "Trainer", error: BaseException, consequence: bool) -> dict[str, Any]:
-    frames = traceback.extract_tb(error.__traceback__)
+def _note(evidence: Evidence, error: BaseException, consequence: bool) -> dict[str, Any]:
     message = redact("\n".join([str(error), *getattr(error, "__notes__", [])]).strip())
-    if names := unused_parameters(trainer.module, message):
+    if names := unused_parameters(evidence.module, message):
         message = f"these parameters had no part in the loss: {', '.join(names)}\n{message}"
     text = redact("".join(traceback.format_exception(error)))
-    phase = phase_of([frame.name for frame in frames])
-    rooms = [Path(frame.filename).stem for frame in frames if Path(frame.filename).parent == Path(__file__).parent]
     # A number that is not finite shows in the optimizer's step, which is seldom its cause.
-    rooms = [] if isinstance(error, ArithmeticError) else rooms
-    part = next((_PARTS[room] for room in reversed(rooms) if room in _PARTS), "")
-    own = [frame for frame in frames if Path(frame.filename).parent != Path(__file__).parent]
-    own = [frame for frame in own if "site-packages" not in frame.filename] or own
+    section = "" if isinstance(error, ArithmeticError) else getattr(error, "section", "")
+    place = evidence.places.get(section)
+    state = evidence.state
     return {
-        "rank": trainer.ranks.rank,
-        "host": trainer.ranks.host,
+        "rank": evidence.ranks.rank,
+        "host": evidence.ranks.host,
         "pid": os.getpid(),
         "time": time.time(),
-        "step": trainer.step,
-        "epoch": trainer.epoch,
-        "phase": phase,
+        "step": state.step,
+        "epoch": state.epoch,
+        "phase": evidence.activity.phase,
         "error": type(error).__name__,
         "message": message,
-        "where": f"{own[-1].filename}:{own[-1].lineno} in {own[-1].name}" if own else "",
-        "config": ", ".join(f"{key} ({place})" for key, place in trainer.parts.places.items() if key == part),
-        "samples": _samples(trainer, phase, error)[:_MOST_SAMPLES],
+        "where": _where(error),
+        "config": f"{section} ({place})" if place else "",
+        "samples": evidence.samples(error)[:_MOST_SAMPLES],
         "memory": memory_text(),
         "cure": next((cure for pattern, cure in _CURES if re.search(pattern, text)), ""),
         "traceback": text,
         "consequence": consequence,
-        "bad_loss": not bool(torch.isfinite(trainer.sums["loss"])),
+        "bad_loss": not bool(torch.isfinite(state.sums["loss"])),
     }
 
 
-def _samples(trainer: "Trainer", phase: str, error: BaseException) -> list[int]:
-    """Those of the batch at work; of an evaluation's, where it was the model, the loss or a metric that failed."""
-    if phase not in ("validation", "test"):
-        return trainer.samples_at_work()
-    loader, number = (
-        trainer.loaders.test if phase == "test" else trainer.loaders.val,
-        getattr(error, "batch_number", None),
-    )
-    if loader is None or number is None:
-        return []
-    _epoch, *samples = next(itertools.islice(iter(loader.batch_sampler or ()), number, None), [0])
-    return samples
+def _where(error: BaseException) -> str:
+    """The innermost line that is neither of dtrain's engine nor, if there is another, of an installed package."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_of_engine(Path(frame.filename))]
+    frames = [frame for frame in frames if "site-packages" not in frame.filename] or frames
+    return f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
+
+
+def _is_of_engine(file: Path) -> bool:
+    """Whether a file is one of dtrain's own, components apart, which a config names as it names a user's."""
+    return file.is_relative_to(PACKAGE) and not file.is_relative_to(PACKAGE / "components")
 
 
 def _cure_of_silence(ranks: list[int]) -> str:

@@ -1,0 +1,90 @@
+"""What all ranks do together."""
+
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+@dataclass
+class Collectives:
+    """A rank's number, its device and its collectives. All ranks call the same methods in the same order."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank is the one that writes."""
+        return self.rank == 0
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Add a tensor up over the ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Every rank's value, in the order of ranks, on the main rank; None on the others."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size if self.is_main else None
+        dist.gather_object(value, values)
+        return values
+
+    def broadcast(self, value: Any = None) -> Any:
+        """The main rank's value, on every rank."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values)
+        return values[0]
+
+    def decide(self, function: Callable[[], T]) -> T:
+        """What `function` returns on the main rank, on every rank; the others do not call it.
+
+        Raises:
+            Exception: What it raised there, on every rank alike; as RuntimeError where that cannot be pickled.
+        """
+        if self.world_size == 1:
+            return function()
+        result: Any = None
+        error: Exception | None = None
+        if self.is_main:
+            try:
+                result = function()
+            except Exception as raised:
+                error = raised
+        result, heard = self.broadcast((result, error and _picklable(error)))
+        if heard:
+            raise error or heard
+        return result
+
+    def share_weights(self, model: torch.nn.Module) -> None:
+        """Give every rank the main rank's parameters and buffers."""
+        if self.world_size > 1:
+            for value in model.state_dict().values():
+                if isinstance(value, torch.Tensor):
+                    dist.broadcast(value, src=0)
+
+    def agree_on_buffers(self, model: torch.nn.Module) -> None:
+        """Give every rank the main rank's buffers: BatchNorm's running statistics differ between ranks."""
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer.data, src=0)
+
+
+def _picklable(error: Exception) -> Exception:
+    """The error itself, or its text where another process could not read it."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

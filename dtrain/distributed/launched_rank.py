@@ -1,0 +1,110 @@
+"""A rank that `dtrain launch` has started: what the launcher tells it, and what it leaves for the launcher."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from dtrain.distributed.environment import environment
+from dtrain.distributed.exit_status import DONE, FAILED, STOPPED_EARLY, status_of
+from dtrain.distributed.process import end_with
+
+LAUNCH_VARIABLE = "DTRAIN_LAUNCH"  # in a rank's environment: what follows, as JSON
+
+
+class Launch(NamedTuple):
+    """What a launcher tells its ranks.
+
+    Attributes:
+        pid: The launcher's process.
+        folder: Where launcher and ranks leave files for one another; on this machine, for one start of the ranks.
+        starts: How often the ranks of this job were started, this time included.
+        log_folder: Where the launcher writes what the ranks print; '' where it does not.
+    """
+
+    pid: int
+    folder: str
+    starts: int
+    log_folder: str
+
+    def pipe(self, local_rank: int) -> Path:
+        """Where a rank's output goes, if it is there."""
+        return Path(self.folder) / f"{local_rank}.pipe"
+
+    def mark(self, local_rank: int) -> Path:
+        """There once the rank has done a step."""
+        return Path(self.folder) / f"{local_rank}.begun"
+
+    @property
+    def closing(self) -> Path:
+        """There once a rank has failed, and the others are ended for it."""
+        return Path(self.folder) / "closing"
+
+    def status_file(self, local_rank: int) -> Path:
+        """Holds the rank's exit status once it has ended by itself."""
+        return Path(self.folder) / f"{local_rank}.status"
+
+
+_launch: Launch | None = None
+_first_step: Path | None = None  # the file that is to be made after it
+_is_read = False  # whether the launcher reads what this rank prints; of rank 0 on a terminal it does not
+
+
+def as_rank(main: Callable[[], int]) -> int:
+    """Run `main` as one rank of a launcher.
+
+    Returns:
+        The exit status for torchrun's agent, which takes all but 0 for a failure, and ends the other ranks, perhaps in
+        the middle of their saving: so a rank that stopped early says 0. The true status is left for the launcher.
+    """
+    global _launch, _first_step, _is_read
+    launch = Launch(**json.loads(os.environ.pop(LAUNCH_VARIABLE)))
+    end_with(launch.pid)
+    # The launcher makes a store for each start: torch takes the first one for all, with what dead ranks left on it.
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(launch.starts - 1)
+    local_rank = environment().local_rank
+    _is_read = _print_into(launch.pipe(local_rank))
+    _launch, _first_step = launch, launch.mark(local_rank)
+    status = FAILED
+    try:
+        status = main()
+    except SystemExit as error:
+        status = status_of(error)
+        raise
+    finally:
+        launch.status_file(local_rank).write_text(str(status))
+    return DONE if status == STOPPED_EARLY else status
+
+
+def mark_first_step() -> None:
+    """Called after each step; the launcher learns of the first one, and restarts nothing that never got there."""
+    global _first_step
+    if _first_step is not None:
+        _first_step.touch()
+        _first_step = None
+
+
+def is_closed_for_another() -> bool:
+    """Whether the SIGTERM that came is no request to stop: another rank has failed, and the launcher ends the rest."""
+    return _launch is not None and _launch.closing.exists()
+
+
+def is_written_by_launcher(log: Path) -> bool:
+    """Whether this file gets all that this rank prints, from its launcher."""
+    return _is_read and _launch is not None and log.absolute() == Path(_launch.log_folder) / log.name
+
+
+def _print_into(pipe: Path) -> bool:
+    """Both streams in one pipe, where there is one, line by line, so that a kill loses none and their order is kept."""
+    if not pipe.exists():
+        return False
+    end = os.open(pipe, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(end, stream)
+    os.close(end)
+    for text in (sys.stdout, sys.stderr):
+        text.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    return True

@@ -1,0 +1,112 @@
+"""Inference: what a prediction or a test of whole volumes works with, and how the model is called in it."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dtrain.distributed.ranks import Ranks
+from dtrain.modelloader import Forward
+from dtrain.predict.predictor import Predictor
+from dtrain.reporting.progress import Progress
+
+IDLE_SECONDS = 7 * 86400.0  # ranks share a prediction once, before it begins, so one may wait long for another's end
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the dimensions of a convolution's weights
+CONTIGUOUS = dict.fromkeys(CHANNELS_LAST, torch.contiguous_format)
+
+
+class StoppedError(Exception):
+    """A request to stop came between two batches."""
+
+
+class Result(NamedTuple):
+    """How a prediction ended.
+
+    Attributes:
+        files: All files, including those of earlier starts.
+        made: How many of them this start has made.
+        stopped: Whether it was asked to stop; the next start continues.
+        scores: Of each file with a label, by the file's name, one figure per class.
+        metric: Which figures.
+    """
+
+    files: list[Path]
+    made: int
+    stopped: bool
+    scores: dict[str, list[float]]
+    metric: str = ""
+
+
+@dataclass(frozen=True)
+class Inference:
+    """What a prediction or a test of whole volumes works with.
+
+    Attributes:
+        predictor: The settings of predictions.
+        forward: How the model is called.
+        model: What is called: the bare model, or the same compiled.
+        ranks: Who shares the work.
+        progress: What a person sees.
+        run_folder: In which a folder of predictions is made, unless another one is named.
+        identity: What a prediction depends on besides the predictor's settings and the file that is read.
+        has_weights: Whether the model has weights to use without a checkpoint.
+        tests_volumes: Whether a test measures whole volumes.
+        asked_to_stop: Whether to stop; asked after each batch.
+    """
+
+    predictor: Predictor
+    forward: Forward
+    model: nn.Module
+    ranks: Ranks
+    progress: Progress
+    run_folder: Path
+    identity: Mapping[str, Any]
+    has_weights: bool = False
+    tests_volumes: bool = False
+    asked_to_stop: Callable[[], bool] = bool
+
+    def output(self, inputs: Any) -> Tensor:
+        """The model's main output for inputs of any form, on the model's device."""
+        try:
+            return self.forward.predict(self.model, inputs)
+        except RuntimeError:  # a model may depend on its tensors' layout, as `view` does
+            _lay_out(self.forward.module, CONTIGUOUS)
+            return self.forward.predict(self.model, inputs)
+
+    def advance(self, count: int) -> None:
+        """Report so many patches or items as done.
+
+        Raises:
+            StoppedError: A request to stop came.
+        """
+        for _ in range(count):
+            self.progress.step()
+        if self.asked_to_stop():
+            raise StoppedError
+
+    @contextlib.contextmanager
+    def channels_last(self) -> Iterator[None]:
+        """Lay a convolution's weights out for the CPU while nothing is trained: that is 10 to 45 % faster.
+
+        Not beside GroupNorm, whose sums in that layout are off by 1e-4 in a volume of 64 x 96 x 96 (torch 2.13).
+        """
+        module = self.forward.module
+        is_exact = not any(isinstance(layer, nn.GroupNorm) for layer in module.modules())
+        if self.model is not module or self.forward.device.type != "cpu" or not is_exact:
+            yield
+            return
+        _lay_out(module, CHANNELS_LAST)
+        try:
+            yield
+        finally:
+            _lay_out(module, CONTIGUOUS)
+
+
+def _lay_out(module: nn.Module, layouts: Mapping[int, torch.memory_format]) -> None:
+    for parameter in module.parameters():
+        if parameter.dim() in layouts:
+            parameter.data = parameter.data.contiguous(memory_format=layouts[parameter.dim()])

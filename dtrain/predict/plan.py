@@ -1,0 +1,146 @@
+"""What there is to predict: a task for each volume, and each rank's share of all that is missing.
+
+The unit of work is a slab, a range of planes of a volume. What is in it comes from all patches that touch it, so it
+does not depend on who predicts it, or after how many interruptions.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from dtrain.config.errors import ConfigError
+from dtrain.distributed.ranks import Ranks
+from dtrain.predict.formats import ENDINGS, Format
+from dtrain.predict.inference import Inference
+from dtrain.predict.predictor import Predictor
+from dtrain.predict.source import Source, Volume
+from dtrain.predict.stitching import Run
+from dtrain.predict.work_folder import PredictionFile, are_finished, digest
+
+SLAB_VOXELS = 1 << 22  # of a part: what an interruption can cost
+IMAGES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
+
+Slab = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One volume's file and what is still to be predicted of it.
+
+    Attributes:
+        volume: Its number.
+        file: Where its prediction goes.
+        format: In which format.
+        is_finished: Whether the file is there, as it would be made now.
+        slabs: All of them.
+        missing: Those that are to be predicted.
+    """
+
+    volume: int
+    file: PredictionFile
+    format: Format
+    is_finished: bool
+    slabs: list[Slab]
+    missing: list[Slab]
+
+    @property
+    def parts(self) -> list[Path]:
+        """Where the slabs are until the file is finished."""
+        return [self.file.part(*slab) for slab in self.slabs]
+
+
+def plan(inference: Inference, source: Source, folder: Path, overwrite: bool) -> list[Task]:
+    """A task for each volume; the main rank alone calls it.
+
+    Raises:
+        ConfigError: A setting does not fit a volume, or a file was made with something else.
+    """
+    predictor = inference.predictor
+    formats = [_format(predictor, volume) for volume in source.volumes]
+    files = []
+    for number, volume in enumerate(source.volumes):
+        _check_label(predictor, volume)
+        name = volume.name.replace(os.sep, "-") + "_predictions" + ENDINGS[formats[number]]
+        files.append(PredictionFile(folder / name, _stamp(inference, source, number)))
+    tasks = []
+    for number, is_finished in enumerate(are_finished(files, overwrite)):
+        plane_voxels = max(1, prod(source.volumes[number].shape[1:]))
+        slabs = source.grids[number].slabs(predictor.slab_planes or max(1, SLAB_VOXELS // plane_voxels))
+        missing = [slab for slab in slabs if not is_finished and not files[number].part(*slab).exists()]
+        tasks.append(Task(number, files[number], formats[number], is_finished, slabs, missing))
+    return tasks
+
+
+def _format(predictor: Predictor, volume: Volume) -> Format:
+    name, file_format = volume.path.name.lower(), predictor.format
+    if file_format is None and name.endswith((".nii", ".nii.gz")):
+        file_format = "nifti"
+    if file_format is None and predictor.choice.labels and len(volume.shape) == 2 and name.endswith(IMAGES):
+        file_format = "png"
+    if file_format == "csv":
+        raise ConfigError(f"predictor.format: csv is for datasets without volumes, and {volume.path} is a volume")
+    if file_format == "png" and prod(volume.shape) != prod(volume.shape[-2:]):
+        raise ConfigError(
+            f"predictor.format: png holds one plane, {volume.path} is {volume.shape}; possible: hdf5, tiff, npy"
+        )
+    return file_format or "hdf5"
+
+
+def _check_label(predictor: Predictor, volume: Volume) -> None:
+    if predictor.performance_metric and not predictor.gt_internal_path and not volume.has_label:
+        raise ConfigError(
+            f"predictor.performance_metric: {volume.path} is read without labels; "
+            "name their dataset: predictor.gt_internal_path"
+        )
+
+
+def _stamp(inference: Inference, source: Source, number: int) -> dict[str, Any]:
+    """What a volume's prediction depends on."""
+    predictor, volume, grid = inference.predictor, source.volumes[number], source.grids[number]
+    settings = {
+        "input": [volume.name, _version_of(volume.path)],
+        "patches": [grid.shape, grid.patch, grid.starts, source.halos[number], predictor.blend],
+        "activation": predictor.activation,
+        "what is kept": list(predictor.choice),
+        "instances": [predictor.connectivity, predictor.min_size] if predictor.choice.instances else None,
+        "file": [predictor.output_dataset, predictor.compression, predictor.dtype],
+        "performance_metric": [predictor.performance_metric, predictor.gt_internal_path],
+    }
+    return {**inference.identity, **{key: digest(value) for key, value in settings.items()}}
+
+
+def _version_of(path: Path) -> dict[str, Any]:
+    """What tells one version of an input file from another without reading it."""
+    try:
+        status = path.stat()
+    except OSError:
+        return {}
+    return {"bytes": status.st_size, "modified": status.st_mtime_ns}
+
+
+def share_of(tasks: Sequence[Task], source: Source, ranks: Ranks) -> dict[Run, list[Slab]]:
+    """This rank's runs with their slabs: a contiguous share of all that is missing, about as costly as the others'."""
+    slabs = [(task.volume, slab) for task in tasks for slab in task.missing]
+    costs = [_cost(source, volume, slab) for volume, slab in slabs]
+    total, before = sum(costs), 0
+    runs: list[tuple[int, list[Slab]]] = []  # each of one volume's consecutive slabs
+    for (volume, slab), cost in zip(slabs, costs, strict=True):
+        rank = (2 * before + cost) * ranks.world_size // (2 * total)  # by where the middle of its cost lies
+        before += cost
+        if rank != ranks.rank:
+            continue
+        if runs and runs[-1][0] == volume and runs[-1][1][-1][1] == slab[0]:
+            runs[-1][1].append(slab)
+        else:
+            runs.append((volume, [slab]))
+    return {Run(volume, own[0][0], own[-1][1]): own for volume, own in runs}
+
+
+def _cost(source: Source, volume: int, slab: Slab) -> int:
+    """The voxels that the model sees of a slab."""
+    grid = source.grids[volume]
+    sides = zip(grid.patch, source.halos[volume], strict=True)
+    return len(grid.touching(*slab)) * prod(length + 2 * halo for length, halo in sides)

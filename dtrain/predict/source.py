@@ -1,0 +1,90 @@
+"""Where patches come from: a dataset's volumes, read region by region and transformed for the model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Lock
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dtrain.predict.patches import Grid, Region
+
+READING = Lock()  # files are read by one thread at a time: not every kind of volume allows more
+
+
+class Volume(Protocol):
+    """What is predicted; dtrain's own datasets have a list of them, `volumes`."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    channels: int
+    has_label: bool
+
+    def read(self, region: Region) -> np.ndarray:
+        """The image, float32 (C, *region); what lies outside is reflected."""
+
+    def read_label(self, region: Region) -> np.ndarray:
+        """The label, (*region) or (K, *region)."""
+
+
+class Source(NamedTuple):
+    """A dataset's volumes and their patches.
+
+    Attributes:
+        dataset: With `volumes`. It may have `sample`, which adds, say, a volume's statistics for its transforms, and
+            `prepared`, which applies these to a sample.
+        grids: The patches of each volume.
+        halos: How many voxels are read around each patch, along each axis, by volume.
+    """
+
+    dataset: Any
+    grids: Sequence[Grid]
+    halos: Sequence[Sequence[int]]
+
+    @property
+    def volumes(self) -> Sequence[Volume]:
+        """The volumes, in the dataset's order."""
+        return self.dataset.volumes
+
+    def patch(self, number: int, index: int) -> np.ndarray:
+        """One patch of a volume with its halo, (C, *spatial).
+
+        Raises:
+            ValueError: The transforms changed its extent.
+        """
+        region = self.grids[number].region(index, self.halos[number])
+        image = np.asarray(self._sample(number, region, only_image=True)["image"], np.float32)
+        extent = tuple(side.stop - side.start for side in region)
+        if image.shape[1:] != extent:
+            raise ValueError(
+                f"{self.volumes[number].path}: the transforms changed a patch of {extent} to {image.shape[1:]}; "
+                "prediction needs transforms that keep the extent"
+            )
+        return image
+
+    def label(self, number: int) -> Tensor:
+        """A volume's whole label, as the dataset's transforms make it, (1, *spatial) or (1, K, *spatial).
+
+        Raises:
+            ValueError: It has none.
+        """
+        volume = self.volumes[number]
+        if not volume.has_label:
+            raise ValueError(f"{volume.path} has no label, so nothing can be measured on it")
+        region = tuple(slice(0, extent) for extent in volume.shape)
+        label = np.asarray(self._sample(number, region, only_image=False)["label"])
+        return torch.from_numpy(label.astype(np.float32 if label.dtype.kind == "f" else np.int64, copy=False))[None]
+
+    def _sample(self, number: int, region: Region, only_image: bool) -> dict[str, Any]:
+        """What stands in a region of a volume, as the dataset's transforms make it."""
+        with READING:
+            if hasattr(self.dataset, "sample"):
+                sample = self.dataset.sample(number, region, only_image=only_image)
+            else:
+                sample = {"image": self.volumes[number].read(region)}
+                if not only_image:
+                    sample["label"] = self.volumes[number].read_label(region)
+            return self.dataset.prepared(sample) if hasattr(self.dataset, "prepared") else sample

@@ -1,0 +1,250 @@
+"""get_progress, and the progress on a terminal, drawn by rich: a bar, and a table with one row per epoch."""
+
+import os
+import sys
+from collections.abc import Mapping
+from time import perf_counter
+from typing import TYPE_CHECKING, TextIO
+
+from dtrain.reporting.number_text import (
+    count_text,
+    duration_text,
+    figure_text,
+    figure_texts,
+    without_phase,
+)
+from dtrain.reporting.progress import REFRESH_SECONDS, Progress
+from dtrain.reporting.safe_stream import SafeStream
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+BAR_COLUMNS = (6, 40)  # at least, at most
+
+
+def get_progress(is_main: bool, stream: TextIO | None = None) -> Progress:
+    """The right one for this rank and this stream.
+
+    Args:
+        is_main: Whether this is the rank that speaks.
+        stream: Where to write; sys.stdout if None.
+
+    Returns:
+        Bars and tables on a terminal that can redraw a line, plain lines elsewhere, silence on the other ranks.
+    """
+    if not is_main:
+        return Progress()
+    stream = sys.stdout if stream is None else stream
+    can_redraw = stream.isatty() and os.environ.get("TERM", "dumb").lower() not in ("", "dumb", "unknown")
+    return TerminalProgress(stream) if can_redraw else Progress(stream)
+
+
+class TerminalProgress(Progress):
+    """A table of facts, a row per epoch, under them a line with the bar, and at the end a summary.
+
+    The bar is one line and the cursor stays visible: what another process writes in between spoils that line at most,
+    and after a kill -9 the terminal is as it was.
+    """
+
+    def __init__(self, terminal: TextIO) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        super().__init__()
+        self._console = Console(file=SafeStream(terminal), force_terminal=True, highlight=False)  # type: ignore[arg-type]
+        self._columns: list[str] = []  # of the table of epochs, as its last header has them
+        self._step = 0
+        self._trained: dict[str, float] = {}  # the training's latest figures
+        self._evaluated: dict[str, float] = {}  # the validation's
+        self._row_is_due = False
+        self._row_start = (perf_counter(), 0)  # time, steps
+        is_stdout = terminal is sys.stdout
+        self._live = Live(
+            console=self._console,
+            auto_refresh=False,
+            transient=True,
+            get_renderable=self._bar,
+            redirect_stdout=is_stdout,  # what the user's model prints goes above the bar
+            redirect_stderr=is_stdout and sys.stderr.isatty(),  # but `2> errors.log` is meant
+        )
+
+    def begin(self, facts: Mapping[str, str]) -> None:
+        """The table before the first step."""
+        super().begin(facts)
+        self._print_table(facts)
+
+    def start_epoch(self, epoch: int, epochs: int | None, steps: int, done: int = 0) -> None:
+        """A new bar."""
+        self._print_due_row()
+        super().start_epoch(epoch, epochs, steps, done)
+        self._start_bar()
+
+    def start_patches(self, patches: int) -> None:
+        """A new bar."""
+        super().start_patches(patches)
+        self._start_bar()
+
+    def _refresh(self) -> None:
+        super()._refresh()
+        self._live.refresh()
+
+    def figures(self, step: int, figures: Mapping[str, float]) -> None:
+        """Shown from the next redraw on."""
+        super().figures(step, figures)
+        self._step = step
+        self._trained.update(figures)
+        # So that a long evaluation stands under a full bar; an epoch shorter than a refresh needs no such care.
+        if self._clock.done >= self._clock.steps and self._row_seconds() > REFRESH_SECONDS:
+            self._live.refresh()
+
+    def evaluation(self, phase: str, step: int, figures: Mapping[str, float], best: bool = False) -> None:
+        """A row in the table of epochs; of another phase than val, a line."""
+        super().evaluation(phase, step, figures, best)
+        bare = without_phase(phase, figures)
+        if phase == "val":
+            self._step = step
+            self._evaluated = {f"{phase}/{name}": value for name, value in bare.items()}
+            self._print_row({name: figure_text(value) for name, value in self._evaluated.items()}, best)
+        else:
+            self._print_due_row()
+            self._print("  ".join([phase, *figure_texts(bare).values(), *(["best so far"] if best else [])]), "bold")
+
+    def note(self, text: str) -> None:
+        """The text above the bar; long lines are folded."""
+        super().note(text)
+        self._print(text)
+
+    def end_epoch(self) -> None:
+        """The row of this epoch is printed with its evaluation, before or after this, or else without one."""
+        self._row_is_due = self._clock.counted > self._row_start[1]
+
+    def summary(self, facts: Mapping[str, str]) -> None:
+        """The bar is taken away, the facts stand in a frame.
+
+        What is too long for the frame, say a command with a path, follows on a line of its own that can be copied in
+        one piece.
+        """
+        super().summary(facts)
+        self.close()
+        width = self._console.width - max(map(len, facts), default=0) - 6  # frame, padding, gap
+        long = {name: value for name, value in facts.items() if len(value) > width}
+        self._print_table({name: value for name, value in facts.items() if name not in long})
+        for name, value in long.items():
+            self._print(name, "cyan")
+            self._console.print(value, markup=False, emoji=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Takes the bar away and gives sys.stdout back; may be called again."""
+        self._print_due_row()
+        self._live.stop()
+
+    def _start_bar(self) -> None:
+        if not self._live.is_started:
+            self._row_start = (perf_counter(), self._clock.counted)
+            self._live.start()
+            self._console.show_cursor(True)  # Live hides it, and a killed process could not bring it back
+
+    def _print_table(self, facts: Mapping[str, str]) -> None:
+        """Facts in a frame; nothing in them is taken for rich's markup."""
+        from rich.box import ROUNDED
+        from rich.panel import Panel
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="cyan", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in facts.items():
+            table.add_row(Text(name), Text(value))
+        self._console.print(Panel(table, box=ROUNDED, border_style="dim", expand=False))
+
+    def _print(self, text: str, style: str = "") -> None:
+        self._console.print(text, style=style, markup=False, emoji=False, overflow="fold")
+
+    def _print_due_row(self) -> None:
+        if self._row_is_due:
+            self._print_row(dict.fromkeys(self._evaluated, ""))
+
+    def _print_row(self, evaluated: Mapping[str, str], best: bool = False) -> None:
+        """What has happened since the last row."""
+        trained = self._trained
+        cells = {"epoch": self._clock.epochs_done_text(), "step": f"{self._step:,}"}
+        if "train/loss" in trained:
+            cells["loss"] = figure_text(trained["train/loss"])
+        cells |= evaluated
+        if "samples_per_second" in trained:
+            cells["samples/s"] = count_text(trained["samples_per_second"])
+        cells |= {"time": duration_text(self._row_seconds()), "": "best" if best else ""}
+        self._print_cells(cells)
+        self._row_is_due = False
+        self._row_start = (perf_counter(), self._clock.counted)
+
+    def _print_cells(self, cells: Mapping[str, str]) -> None:
+        """A row of the table, and above it the columns' names when they are not those of the row before."""
+        from rich.text import Text
+
+        columns = _fitting_columns(cells, self._console.width)
+        if columns != self._columns:
+            self._columns = columns
+            header = "  ".join(_aligned(name, name, cells[name]) for name in columns)
+            self._console.print(Text(header, "dim", no_wrap=True))
+        row = Text(no_wrap=True, overflow="crop")
+        for name in columns:
+            row.append("  " if row else "")
+            row.append(_aligned(name, cells[name], cells[name]), _style(name, cells[name]))
+        self._console.print(row)
+
+    def _row_seconds(self) -> float:
+        return perf_counter() - self._row_start[0]
+
+    def _bar(self) -> "Text":
+        from rich.text import Text
+
+        clock, console = self._clock, self._console
+        head = "patches " if clock.of_patches else f"epoch {clock.epoch_text()} "
+        width = console.width - 1 - len(head)
+        figures = self._bar_figures(width - BAR_COLUMNS[0])
+        columns = max(0, min(width - len(figures), BAR_COLUMNS[1]))
+        filled = columns * min(clock.done, clock.steps) // max(clock.steps, 1)
+        heavy, light = "=-" if console.options.ascii_only else "━─"  # different without colours, too
+        line = Text(head, "bold", no_wrap=True, overflow="crop")
+        return line.append(heavy * filled, "cyan").append(light * (columns - filled), "dim").append(figures)
+
+    def _bar_figures(self, width: int) -> str:
+        """The text after the bar: as many figures as there is width for, the most important ones first."""
+        clock = self._clock
+        texts = figure_texts(self._trained)
+        if "samples_per_second" in texts:
+            texts["samples_per_second"] = texts["samples_per_second"].rjust(15)
+        texts |= figure_texts({name: value for name, value in self._evaluated.items() if name != "val/loss"})
+        left = clock.left_text() if clock.done < clock.steps else "writing" if clock.of_patches else "evaluating"
+        count = f" {clock.done:>{len(f'{clock.steps:,}')},}/{clock.steps:,}"
+        shown = [count, left.ljust(16)]  # of equal length, so that nothing jumps
+        for name in dict.fromkeys(["train/loss", "samples_per_second", *self._evaluated, *texts]):
+            if name in texts and len("  ".join([*shown, texts[name]])) <= width:
+                shown.insert(-1, texts[name])
+        return "  ".join(shown)
+
+
+def _fitting_columns(cells: Mapping[str, str], width: int) -> list[str]:
+    """The columns for which a terminal so wide has space: the figures are left out from the right, others before."""
+    names = list(cells)
+    figures = [name for name in names if name not in ("epoch", "step", "samples/s", "time", "")]
+    for dropped in ("step", "samples/s", "time", *reversed(figures)):
+        if sum(len(_aligned(name, "", cells[name])) + 2 for name in names) - 2 < width:
+            break
+        if dropped in names:
+            names.remove(dropped)
+    return names
+
+
+def _aligned(name: str, text: str, cell: str) -> str:
+    """A cell's text as wide as its column: the widest that it usually gets."""
+    usual = {"time": 10, "step": 7, "": 4, "epoch": len(cell)}.get(name, 6)
+    return text.ljust(usual) if name == "" else text.rjust(max(len(name), usual))
+
+
+def _style(name: str, cell: str) -> str:
+    if cell in ("nan", "inf", "-inf"):
+        return "bold red"
+    return {"epoch": "bold", "time": "dim", "samples/s": "dim", "step": "dim", "": "bold green"}.get(name, "")

@@ -1,0 +1,75 @@
+"""Writes files whole or not at all, and reads JSON back; depends on the standard library alone."""
+
+import contextlib
+import errno
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+_log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, durable: bool = False) -> Iterator[Path]:
+    """Gives a temporary path to write to; at the end of the block, what is there gets the file's own name.
+
+    Until then an older file of that name is untouched; after an error it still is, and nothing is left of the new one.
+    The temporary name has the file's own ending, which some libraries choose a format by.
+
+    Args:
+        path: the file; its folder exists.
+        durable: whether the content must also survive a power failure.
+    """
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        if durable:
+            fsync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def fsync(path: Path) -> None:
+    """Has a file or folder written to the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems cannot sync a folder, and say so.
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, content: bytes, durable: bool = False) -> None:
+    """Writes a file whole or not at all; arguments and errors: see `whole_file`."""
+    with whole_file(path, durable) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: Path, text: str, durable: bool = False) -> None:
+    """Writes a text file, in UTF-8, whole or not at all; arguments and errors: see `whole_file`."""
+    write_bytes(path, text.encode(), durable)
+
+
+def write_json(path: Path, value: Mapping[str, Any], durable: bool = False) -> None:
+    """Writes a JSON file whole or not at all; arguments and errors: see `whole_file`."""
+    write_text(path, json.dumps(value, indent=1, default=str) + "\n", durable)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; {} when it is not there, and, with a warning, when it is damaged."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        _log.warning("%s is damaged and is taken as empty: %s", path, error)
+        return {}
+    return value if isinstance(value, dict) else {}
