@@ -1,5 +1,6 @@
 """Predictions of a dataset without volumes: item by item, in order, into one file."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -43,13 +44,11 @@ def predict_items(inference: Inference, loader: Any, folder: Path, overwrite: bo
             return Result([file.path], 0, False, {})
         own = sum(len(request) - 1 for request in loader.batch_sampler)  # a request begins with its epoch
         inference.progress.start_patches(own)
-        stopped = False
-        try:
+        stopped = True
+        with contextlib.suppress(StoppedError), explained(file.path):
             if own:
-                with explained(file.path):
-                    write_part(file.part(ranks.rank, ranks.world_size), _rows(inference, loader), own)
-        except StoppedError:
-            stopped = True
+                write_part(file.part(ranks.rank, ranks.world_size), _rows(inference, loader), own)
+            stopped = False
         stopped = any(ranks.gather(stopped) or ())
         if ranks.is_main and not stopped:
             parts = [file.part(rank, ranks.world_size) for rank in range(ranks.world_size)]

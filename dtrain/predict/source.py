@@ -20,7 +20,6 @@ class Volume(Protocol):
     path: Path
     name: str
     shape: tuple[int, ...]
-    channels: int
     has_label: bool
 
     def read(self, region: Region) -> np.ndarray:

@@ -27,7 +27,6 @@ class Run(NamedTuple):
 
 
 Patch = tuple[Run, int]  # for which run, and the patch's index in the volume's grid
-Predicted = Iterator[tuple[Run, Iterator[tuple[int, np.ndarray]]]]
 
 
 def stitched(
@@ -36,7 +35,7 @@ def stitched(
     inference: Inference,
     batch_size: int,
     activation: Callable[[Tensor], Tensor] | None = None,
-) -> Predicted:
+) -> Iterator[tuple[Run, Iterator[tuple[int, np.ndarray]]]]:
     """Predict runs, one after another.
 
     Patches are read ahead across the borders of runs. Small images are predicted several at once; the batches of a

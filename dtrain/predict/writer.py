@@ -120,19 +120,15 @@ class VolumeWriter:
 
 def cut(chunks: Iterator[tuple[int, np.ndarray]], slabs: list[Slab]) -> Iterator[Iterator[np.ndarray]]:
     """Divide a stream of planes, planes first, at the borders of slabs; each slab is to be used up before the next."""
-    rest: tuple[int, np.ndarray] | None = None
+    pending: list[tuple[int, np.ndarray]] = []  # the rest of a chunk that reaches over a border
 
     def of_slab(end: int) -> Iterator[np.ndarray]:
-        nonlocal rest
-        while True:
-            low, chunk = rest if rest is not None else next(chunks)
-            rest = None
-            if low + len(chunk) > end:
-                rest = end, chunk[end - low :]
-                chunk = chunk[: end - low]
-            yield chunk
-            if low + len(chunk) == end:
-                return
+        high = -1
+        while high < end:
+            low, chunk = pending.pop() if pending else next(chunks)
+            high = min(low + len(chunk), end)
+            if high < low + len(chunk):
+                pending.append((high, chunk[high - low :]))
+            yield chunk[: high - low]
 
-    for _, end in slabs:
-        yield of_slab(end)
+    return (of_slab(end) for _, end in slabs)
