@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ def predict_items(inference: Inference, loader: Any, folder: Path, overwrite: bo
         stopped = any(ranks.gather(stopped) or ())
         if ranks.is_main and not stopped:
             parts = [file.part(rank, ranks.world_size) for rank in range(ranks.world_size)]
-            _join(predictor, file, _in_order(parts, size, loader.batch_sampler.batch_size), size)
+            _join(predictor, file, parts, size, loader.batch_sampler.batch_size)
         stopped = ranks.broadcast(stopped)
     return Result([] if stopped else [file.path], int(not stopped), stopped, {})
 
@@ -90,17 +89,17 @@ def _in_order(parts: Sequence[Path], size: int, batch_size: int) -> Iterator[np.
         used[rank] += count
 
 
-def _join(predictor: Predictor, file: PredictionFile, chunks: Iterator[np.ndarray], size: int) -> None:
-    first = next(chunks)
-    chunks = chain([first], chunks)
+def _join(predictor: Predictor, file: PredictionFile, parts: Sequence[Path], size: int, batch_size: int) -> None:
+    chunks = _in_order(parts, size, batch_size)
+    shape = np.load(parts[0], mmap_mode="r").shape[1:]  # of an item's prediction
     is_csv = file.path.suffix == ".csv"
-    if is_csv and first.ndim > 2:
-        raise ConfigError(f"predictor.format: csv holds rows, and an item's prediction is {first.shape[1:]}")
+    if is_csv and len(shape) > 1:
+        raise ConfigError(f"predictor.format: csv holds one row per item, and an item's prediction is {shape}")
     with file.replaced() as temporary:
         if is_csv:
             _write_csv(predictor, temporary, chunks)
         else:
-            spec = predictor.file_spec(file.path, (size, *first.shape[1:]))
+            spec = predictor.file_spec(file.path, (size, *shape))
             write(temporary, "npy" if predictor.format == "npy" else "hdf5", chunks, spec)
         file.note(temporary, {})
 

@@ -74,10 +74,7 @@ class Grid:
 
 
 def _starts(extent: int, patch: int, stride: int) -> list[int]:
-    if patch >= extent:
-        return [0]
-    regular = list(range(0, extent - patch + 1, stride))
-    return regular if regular[-1] == extent - patch else [*regular, extent - patch]
+    return [*range(0, extent - patch, stride), max(0, extent - patch)]
 
 
 def _shares(extent: int, patch: int, starts: list[int], blend: Blend) -> list[np.ndarray]:

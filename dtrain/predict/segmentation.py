@@ -172,7 +172,7 @@ class Agreement:
             classes = kept if self.choice.labels else classes_of(np.swapaxes(kept, 0, 1), self.choice.threshold)
             counts = _counts_of_classes(classes, label)
         elif self.choice.labels or kept.shape[1] != len(label):
-            raise ValueError(f"a label of shape {label.shape} for a prediction of {kept.shape} (planes first)")
+            raise ValueError(f"a label of shape {label.shape} does not fit a prediction of {kept.shape} (planes first)")
         else:
             counts = _counts_of_masks(np.swapaxes(kept, 0, 1) > self.choice.threshold, label > 0)
         missing = counts.shape[1] - self._counts.shape[1]

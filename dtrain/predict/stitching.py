@@ -126,8 +126,8 @@ def _predicted(
     extent = tuple(images.shape[2:])
     if tuple(output.shape[2:]) != extent or len(output) != len(images):
         raise ValueError(
-            f"{source.volumes[volume].path}: the model made {tuple(output.shape)} of patches {tuple(images.shape)}; "
-            f"prediction needs one of (N, K, {str(extent)[1:]}"
+            f"{source.volumes[volume].path}: the model returned {tuple(output.shape)} for patches "
+            f"{tuple(images.shape)}; prediction needs (N, K, {str(extent)[1:]}"
         )
     inner = tuple(slice(halo, length - halo) for halo, length in zip(source.halos[volume], extent, strict=True))
     output = output[(slice(None), slice(None), *inner)].float()

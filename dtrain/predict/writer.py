@@ -23,9 +23,8 @@ class VolumeWriter:
     """
 
     def __init__(self, inference: Inference, source: Source, tasks: Sequence[Task]) -> None:
+        self.inference, self.source, self.tasks = inference, source, tasks
         self.predictor, self.ranks = inference.predictor, inference.ranks
-        self.asked_to_stop = inference.asked_to_stop
-        self.source, self.tasks = source, tasks
         self.finished = {task.volume for task in tasks if task.is_finished}
 
     def write_run(self, run: Run, slabs: list[Slab], planes: Iterator[tuple[int, np.ndarray]]) -> None:
@@ -62,7 +61,7 @@ class VolumeWriter:
             unfinished = [task for task in self.tasks if task.volume not in self.finished and len(task.slabs) > 1]
             whole = [task.volume for task in unfinished if all(part.exists() for part in task.parts)]
         for number in self.ranks.broadcast(whole)[self.ranks.rank :: self.ranks.world_size]:
-            if self.asked_to_stop():
+            if self.inference.asked_to_stop():
                 break
             self._join(self.tasks[number])
         self._gather_finished()
@@ -105,8 +104,7 @@ class VolumeWriter:
                 import h5py
 
                 with h5py.File(volume.path, "r") as file:
-                    label = file[self.predictor.gt_internal_path]
-                    return np.asarray(label[(..., *region)])
+                    return np.asarray(file[self.predictor.gt_internal_path][(..., *region)])
             return volume.read_label(region)
 
     def result(self, stopped: bool) -> Result:
