@@ -11,6 +11,7 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
+from dtrain.reporting.line_progress import LineProgress
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -25,7 +26,6 @@ from dtrain.modelloader import Forward
 from dtrain.predict.inference import Inference, Result
 from dtrain.predict.predictor import Predictor
 from dtrain.predict.run import volumes
-from dtrain.reporting.line_progress import LineProgress
 
 torch.set_num_threads(1)
 

@@ -35,8 +35,8 @@ from dtrain.modelloader import Forward, get_model, parameter_count
 from dtrain.predict.inference import IDLE_SECONDS, Inference
 from dtrain.predict.work_folder import digest
 from dtrain.reporting import summary as report
-from dtrain.reporting.line_progress import LineProgress
-from dtrain.reporting.progress import get_progress
+from dtrain.reporting.progress import Progress
+from dtrain.reporting.terminal_progress import get_progress
 from dtrain.reporting.validation_pictures import Pictures
 from dtrain.tracking.journal import Journal, NoJournal, flatten
 from dtrain.tracking.secrets import redact, redacted_tree
@@ -63,7 +63,7 @@ class Parts:
     saver: Saver
     stop: StopRequest
     journal: Journal | NoJournal
-    progress: LineProgress
+    progress: Progress
     pictures: Pictures
     inference: Inference
     mode: Literal["min", "max"]
@@ -137,7 +137,7 @@ def make_parts(
     )  # fmt: skip
 
 
-def _ranks(config: ConfigDict, options: Mapping[str, Any], purpose: str) -> tuple[Ranks, LineProgress]:
+def _ranks(config: ConfigDict, options: Mapping[str, Any], purpose: str) -> tuple[Ranks, Progress]:
     """This rank among the others, and what shows its progress, which begins with what is worth knowing of both."""
     ddp = ({"timeout_seconds": IDLE_SECONDS} if purpose == "predict" else {}) | (options["ddp"] or {})
     fsdp = _fsdp(config, options) if purpose == "train" else None  # else each rank has a whole model

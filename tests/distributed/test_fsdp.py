@@ -139,7 +139,7 @@ def test_accelerates_own_fsdp_file_is_used(place: Place, tmp_path: Path) -> None
     file.write_text(json.dumps(ACCELERATES_FILE))
     config = place.config("by-accelerate", **SETTINGS)
     done = place.run(config, launcher=[*ACCELERATE, "--config_file", str(file)])
-    assert "shared out (fsdp)" in done.stdout, done.text
+    assert "sharded (fsdp)" in done.stdout, done.text
     close(figures(place.path("by-accelerate")), figures(by_ddp(place)))
 
 

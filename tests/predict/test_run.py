@@ -30,7 +30,7 @@ from dtrain.modelloader import Forward
 from dtrain.predict.inference import Inference
 from dtrain.predict.predictor import Predictor
 from dtrain.predict.run import logits, predict
-from dtrain.reporting.line_progress import LineProgress
+from dtrain.reporting.progress import Progress
 
 
 def test_logits_of_whole_volumes_are_dealt_out(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_a_model_that_needs_its_own_layout_has_it() -> None:
     model = Viewer()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     forward = Forward(model, torch.device("cpu"))
-    viewer = Inference(Predictor(), forward, model, Ranks(0, 0, 1, torch.device("cpu")), LineProgress(), Path(), {})
+    viewer = Inference(Predictor(), forward, model, Ranks(0, 0, 1, torch.device("cpu")), Progress(), Path(), {})
     image = torch.randn(2, 2, 8, 8)
     with torch.inference_mode():
         expected = model(image)

@@ -1,4 +1,4 @@
-"""Images strewn with real handwritten digits, each pixel labelled. Knows no model, no ranks and no engine."""
+"""Images strewn with real handwritten digits, each pixel labelled."""
 
 from collections.abc import Sequence
 

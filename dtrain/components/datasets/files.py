@@ -1,4 +1,4 @@
-"""Which files a config means, and what their outputs are called. Knows no file's inside and nothing of the engine."""
+"""Which files a config means, and what their outputs are called."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Folders of 2-D images with masks: PNG, TIFF, NPY, and images as JPEG. Know no model and nothing of the engine."""
+"""Folders of 2-D images with masks: PNG, TIFF, NPY, and images as JPEG."""
 
 import functools
 from collections.abc import Iterator

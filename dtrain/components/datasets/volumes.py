@@ -1,4 +1,4 @@
-"""Volumes and images that are read region by region, from arrays or HDF5. Know no patches, no model and no engine."""
+"""Volumes and images that are read region by region, from arrays or HDF5."""
 
 import os
 from collections import OrderedDict

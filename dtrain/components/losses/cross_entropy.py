@@ -1,4 +1,4 @@
-"""Cross entropies that take targets of any usual shape. Know no model and nothing of the engine.
+"""Cross entropies that take targets of any usual shape.
 
 Shapes: N samples, C classes, any spatial dimensions *.
 p = softmax(output) over the classes; v is a voxel, y its label.

@@ -1,4 +1,4 @@
-"""Overlap losses, Dice and its relatives. Know no model and nothing of the engine.
+"""Overlap losses, Dice and its relatives.
 
 Shapes: N samples, C channels, any spatial dimensions *. p = what `normalization` makes of the output, t = the target,
 both (N, C, *). Sums are over samples and voxels, so these are losses of a batch: the mean of two batches' losses is not

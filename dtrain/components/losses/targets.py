@@ -1,4 +1,4 @@
-"""How losses read outputs and targets: which of several, as labels or as channels, what is ignored. Knows no formula.
+"""How losses read outputs and targets: which of several, as labels or as channels, what is ignored.
 
 Shapes: N samples, C channels or classes, any spatial dimensions *, such as (H, W), (D, H, W) or none.
 """

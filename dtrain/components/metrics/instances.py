@@ -1,4 +1,4 @@
-"""Metrics of instances, such as cells: adapted Rand error and average precision. Know no model, nothing of the engine.
+"""Metrics of instances, such as cells: adapted Rand error and average precision.
 
 Outputs are logits (N, C, *); one channel of them is compared with a threshold, and the connected components are the
 instances found. Targets hold the number of each voxel's instance: (N, *), (N, 1, *), or (N, K, *) with the instances in

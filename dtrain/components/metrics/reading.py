@@ -1,4 +1,4 @@
-"""How metrics read outputs and targets: probabilities, classes, what is ignored, voxel counts. Knows no score.
+"""How metrics read outputs and targets: probabilities, classes, what is ignored, voxel counts.
 
 Shapes: N samples, C channels or classes, any spatial dimensions *, such as (H, W), (D, H, W) or none.
 """

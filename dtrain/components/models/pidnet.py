@@ -1,4 +1,4 @@
-"""PIDNet, real-time segmentation with a branch for edges. Knows no loss, no data and nothing of the engine.
+"""PIDNet, real-time segmentation with a branch for edges.
 
 Shapes: N images, H x W pixels, K classes, C = `planes`. The three branches: P keeps details at 1/8 of the resolution,
 I sees the context down to 1/64, D (1/8) finds boundaries and decides where P and where I is trusted.

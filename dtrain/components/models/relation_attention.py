@@ -1,4 +1,4 @@
-"""Objects that are told by their neighbours: attention with the geometry of boxes. Knows no data, no loss, no engine.
+"""Objects that are told by their neighbours: attention with the geometry of boxes.
 
 Shapes: N images, K objects in each (padded), D box axes (2 or 3), H heads.
 """

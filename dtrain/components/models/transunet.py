@@ -1,4 +1,4 @@
-"""A 3-D TransUNet that takes one ConfigDict. Knows no data, no loss and nothing of the engine.
+"""A 3-D TransUNet that takes one ConfigDict.
 
 Shapes: N volumes, C channels, D x H x W voxels, P tokens on a grid, E = `hidden_size` numbers per token.
 """

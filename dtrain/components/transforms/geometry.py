@@ -1,4 +1,4 @@
-"""Flips, quarter turns and crops of image, label and weight together. Know no dataset and nothing of the engine."""
+"""Flips, quarter turns and crops of image, label and weight together."""
 
 from collections.abc import Sequence
 from typing import Any

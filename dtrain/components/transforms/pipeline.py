@@ -1,4 +1,4 @@
-"""Runs transforms one after the other on a sample, with one generator. Knows no dataset and nothing of the engine."""
+"""Runs transforms one after the other on a sample, with one generator."""
 
 import inspect
 import sys
