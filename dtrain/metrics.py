@@ -245,10 +245,9 @@ def _figures(name: str, value: Any) -> dict[str, float]:
     if not isinstance(value, dict | list):
         return {name: float(value)}
     figures: dict[str, float] = {}
-    if isinstance(value, list) and (
-        known := [item for item in value if isinstance(item, float | int) and item == item]
-    ):
-        figures[name] = sum(known) / len(known)
+    if isinstance(value, list):
+        numbers = [item for item in value if isinstance(item, float | int) and item == item]
+        figures |= {name: sum(numbers) / len(numbers)} if numbers else {}
     for key, item in value.items() if isinstance(value, dict) else enumerate(value):
         figures |= _figures(f"{name}_{key}", item)
     return figures

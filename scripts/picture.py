@@ -1,4 +1,4 @@
-"""Draws docs/run.svg: trains the digits in a real terminal and takes down what it shows.
+"""Draws docs/run.svg: trains the digits in a real terminal and records what it shows.
 
 python scripts/picture.py [--folder EMPTY_FOLDER] [--output docs/run.svg]
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dtrain.checkpoint.files import MANIFEST
+from dtrain.checkpoint.checkpoint_files import MANIFEST
 from dtrain.checkpoint.store import Checkpoints
 from dtrain.tracking.run_folder import lives, read_run
 from dtrain.tracking.start_sender import find_run
@@ -29,6 +29,7 @@ class Start(NamedTuple):
     finished: str = ""  # why there is nothing to do, and how to go on; empty where there is something
     moves_aside: bool = False  # an old training in the folder is to be moved away before this one begins
     busy: str = ""  # who else writes the run folder; empty where nobody does
+    is_verified: bool = False  # the checkpoint's files were just compared with its manifest
 
 
 def find_start(
@@ -91,7 +92,7 @@ def _continued(folder: Path, run_name: str, limits: Mapping[str, Any]) -> Start:
             f"{folder} holds a finished training; to go on, raise trainer.max_epochs (or max_steps); "
             "to begin again, trainer.resume=none (moves it aside) or another trainer.checkpoint_dir"
         )
-    return Start(folder, checkpoint, facts.get("run_name") or run_name, finished)
+    return Start(folder, checkpoint, facts.get("run_name") or run_name, finished, is_verified=True)
 
 
 def _raised(facts: Mapping[str, Any], limits: Mapping[str, Any], key: str) -> bool:
@@ -109,7 +110,7 @@ def _from_path(folder: Path, path: Path, run_name: str, limits: Mapping[str, Any
     checkpoint = Checkpoints(path / CHECKPOINTS).last() if (path / CHECKPOINTS).is_dir() else None
     if checkpoint is None:
         raise ResumeError(f"{path} holds no checkpoint that can be read")
-    return Start(folder, checkpoint, run_name)
+    return Start(folder, checkpoint, run_name, is_verified=True)
 
 
 def _folder_of_run(folder: Path, run_id: str, tracking_uri: str | None) -> Path:

@@ -17,19 +17,19 @@ import torch
 from filelock import FileLock, Timeout
 
 import dtrain
-from dtrain.checkpoint.files import (
+from dtrain.checkpoint.checkpoint_files import (
     FORMAT,
     WRITE_ERRORS,
     Manifest,
     failure_of,
     first_good,
-    fsync,
     read_manifest,
     step_in,
     verify,
     write_files,
 )
-from dtrain.checkpoint.snapshot import CheckpointError, Snapshot, take_snapshot
+from dtrain.checkpoint.contents import CheckpointError, Snapshot, take_snapshot
+from dtrain.tracking.whole_file import fsync
 
 LOCK_TIMEOUT_SECONDS = 60.0
 

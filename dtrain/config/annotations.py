@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dtrain.config.errors import is_mapping, shown
+from dtrain.config.errors import found, is_mapping, shown
 from dtrain.config.yaml12 import scalar
 
 # What a YAML value can never be, so that such an annotation neither accepts nor excuses it. A component (a mapping with
@@ -52,16 +52,19 @@ def own_parameters(node: ast.FunctionDef | ast.AsyncFunctionDef, method: bool) -
     return tuple(result)
 
 
-def is_record(node: ast.ClassDef) -> bool:
+def is_record(node: ast.stmt) -> bool:
     """A dataclass or a NamedTuple: its annotated names are its arguments."""
-    decorators = [ast.unparse(item) for item in node.decorator_list]
-    named = any(ast.unparse(item).rpartition(".")[2] == "NamedTuple" for item in node.bases)
-    return named or any(
-        text.partition("(")[0].rpartition(".")[2] == "dataclass" and "init=False" not in text for text in decorators
+    if not isinstance(node, ast.ClassDef):
+        return False
+    if any(ast.unparse(item).rpartition(".")[2] == "NamedTuple" for item in node.bases):
+        return True
+    decorators = map(ast.unparse, node.decorator_list)
+    return any(
+        one.partition("(")[0].rpartition(".")[2] == "dataclass" and "init=False" not in one for one in decorators
     )
 
 
-def record_fields(node: ast.ClassDef) -> Iterator[Parameter]:
+def record_fields(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[Parameter]:
     """The arguments that a dataclass or NamedTuple adds to those of its bases."""
     for item in node.body:
         if not isinstance(item, ast.AnnAssign) or not isinstance(item.target, ast.Name):
@@ -79,6 +82,12 @@ def record_fields(node: ast.ClassDef) -> Iterator[Parameter]:
 
 
 # ------------------------------------------------------------------------------------------------- values and types
+
+
+def wrong_type(value: object, annotation: ast.expr | None) -> str:
+    """`expected int, found string '3'; write 3 without quotes`, or nothing where the value fits."""
+    expected = expectation(value, annotation)
+    return f"expected {expected}, {found(value)}{correction(value, annotation)}" if expected else ""
 
 
 def expectation(value: object, annotation: ast.expr | None) -> str | None:

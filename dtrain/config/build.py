@@ -7,7 +7,6 @@ schema (schema.py reads the calls, resolve.py follows the names, check.py compar
 import ast
 import functools
 import importlib
-import importlib.metadata
 import inspect
 import re
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dtrain.config.annotations import Parameter, takes_mappings, wanted_as
-from dtrain.config.check import Use, argument_mistakes, call_mistakes, is_own, names_of, supplied, use_of
+from dtrain.config.check import Use, argument_mistakes, call_mistakes, is_own, supplied, use_of
 from dtrain.config.errors import ConfigError, KeyPath, is_mapping, to_plain
 from dtrain.config.load import to_config_dict
 from dtrain.config.resolve import STANDARD
@@ -42,14 +41,6 @@ def build(config: ConfigDict, key: str, *given: Any, **given_names: Any) -> Any:
         ConfigError: The name or an argument is wrong, a module cannot be imported, or the constructor raised.
     """
     return make(calls(config)[key], *given, **given_names)
-
-
-def version_of(package: str) -> str:
-    """The version of an installed package, which is not imported; '' if there is none."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def defaults(config: ConfigDict, key: str) -> dict[str, Any]:
@@ -82,13 +73,13 @@ def _made(call: Call, given: tuple[Any, ...], given_names: dict[str, Any]) -> An
     if use is Use.CALL_WITH_CONFIG:
         positional = (*positional, to_config_dict({"name": call.name, **call.arguments}))
         return _called(call, imported, positional, by_name | given_names)
-    if isinstance(call.target, Dynamic) and (mistakes := argument_mistakes(call, callee)):
+    if isinstance(call.target, Dynamic) and (mistakes := list(argument_mistakes(call, callee))):
         raise ConfigError(mistakes)
     annotations = {item.name: item.annotation for item in callee.parameters}
     arguments = {
         key: _value(call, call.path_of(key), value, given, annotations.get(key))
         for key, value in call.arguments.items()
-        if key not in call.shared or callee.open or key in names_of(callee)
+        if key not in call.shared or callee.open or key in callee.keywords
     }
     if use is Use.PASS_ON:
         return functools.partial(imported, **arguments) if arguments else imported

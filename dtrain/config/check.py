@@ -1,7 +1,7 @@
 """Compares every call in a config with the signature of what it names, all at once; imports and calls nothing."""
 
 import ast
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from enum import Enum, auto
 from itertools import takewhile
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dtrain.config.annotations import Parameter, correction, expectation, takes_mappings
+from dtrain.config.annotations import Parameter, takes_mappings, wrong_type
 from dtrain.config.errors import ConfigError, KeyPath, Mistake, did_you_mean, dotted, found, is_mapping, shown
 from dtrain.config.load import notes_on
 from dtrain.config.resolve import STANDARD
@@ -22,7 +22,7 @@ from dtrain.config.rules import (
     value_mistakes,
 )
 from dtrain.config.schema import Call, calls, is_component, mistake, read
-from dtrain.config.signatures import SOURCE, Callee, Dynamic, is_standard
+from dtrain.config.signatures import SOURCE, Callee, is_standard
 
 
 def check(config: ConfigDict, purpose: str | None = "train") -> None:
@@ -43,11 +43,11 @@ def check(config: ConfigDict, purpose: str | None = "train") -> None:
         mistakes += monitor_mistakes(config, reading.calls)
     for call in reading.calls.values():
         mistakes += call_mistakes(call)
-    mistakes += _shared_mistakes(config, reading.calls) + top_level_mistakes(config) + _module_mistakes(config)
+    mistakes += [*_shared_mistakes(config, reading.calls), *top_level_mistakes(config), *_module_mistakes(config)]
     wrong_keys = {item.text.partition(":")[0] for item in mistakes}
     mistakes += [item for item in value_mistakes(config) if item.text.partition(":")[0] not in wrong_keys]
     mistakes += strategy_mistakes(config, config.get("trainer"))
-    mistakes += name_mistakes(config) + missing_mistakes(config, purpose)
+    mistakes += [*name_mistakes(config), *missing_mistakes(config, purpose)]
     if mistakes:
         # A key shared by several calls has one mistake, not one for each signature.
         first = {(item.place, item.text.partition("; ")[0]): item for item in reversed(mistakes)}
@@ -65,18 +65,12 @@ def notes(config: ConfigDict) -> list[str]:
     return result
 
 
-# --------------------------------------------------------------------------------------------------------- `modules`
-
-
-def _module_mistakes(config: ConfigDict) -> list[Mistake]:
+def _module_mistakes(config: ConfigDict) -> Iterator[Mistake]:
     """The entries of `modules` that cannot be read."""
     value = config.get("modules")
-    mistakes = []
     for index, module in enumerate(value if isinstance(value, list) else () if value is None else [value]):
-        path: KeyPath = ("modules", index) if isinstance(value, list) else ("modules",)
         if wrong := _module_mistake(module):
-            mistakes.append(mistake(config, path, wrong))
-    return mistakes
+            yield mistake(config, ("modules", index) if isinstance(value, list) else ("modules",), wrong)
 
 
 def _module_mistake(module: Any) -> str | None:
@@ -101,65 +95,52 @@ def _syntax_error(error: SyntaxError) -> str:
     return f"SyntaxError: {error.msg} ({error.filename}:{error.lineno})"
 
 
-# ------------------------------------------------------------------------------------------------ calls and signatures
-
-
 def call_mistakes(call: Call) -> list[Mistake]:
     """What is wrong with one call and with the components inside it."""
+    own: list[Mistake] = []
+    unbuilt: list[KeyPath] = []  # arguments that are passed on as they are
     try:
         target = call.target
-    except SyntaxError as error:
-        own = [mistake(call.config, call.path_of("name"), _syntax_error(error))]
-    except ConfigError as error:
-        own = error.mistakes
+    except (SyntaxError, ConfigError) as error:
+        if "." in str(call.name) or not any(_module_mistakes(call.config)):  # else it is missing for want of a module
+            own += error.mistakes if isinstance(error, ConfigError) else [_unreadable(call, error)]
     else:
-        if isinstance(target, Dynamic):
-            return _component_mistakes(call)
-        if use_of(call, target) is Use.CALL_WITH_CONFIG:  # what it reads from the config, only the class knows
-            return _shadowed(call.config, call.path, call.arguments)
-        plain = [item.name for item in target.parameters if takes_mappings(item.annotation)]
-        return argument_mistakes(call, target) + _component_mistakes(call, plain)
-    if "." not in str(call.name) and _module_mistakes(call.config):
-        own = []  # what is not found for want of a module is no mistake of its own
-    return own + _component_mistakes(call)
+        if isinstance(target, Callee):
+            if use_of(call, target) is Use.CALL_WITH_CONFIG:  # what it reads from the config, only the class knows
+                return list(_shadowed(call.config, call.path, call.arguments))
+            own += argument_mistakes(call, target)
+            unbuilt = [call.path_of(item.name) for item in target.parameters if takes_mappings(item.annotation)]
+    for path, component in call.components.items():
+        if not any(path[: len(argument)] == argument for argument in unbuilt):
+            own += call_mistakes(component)
+    return own
 
 
-def _component_mistakes(call: Call, plain: Iterable[str] = ()) -> list[Mistake]:
-    """What is wrong with the components inside a call, but for the arguments in `plain`, which are not built."""
-    skipped = [call.path_of(name) for name in plain]
-    inner = (item for path, item in call.components.items() if not any(path[: len(one)] == one for one in skipped))
-    return [wrong for item in inner for wrong in call_mistakes(item)]
-
-
-def argument_mistakes(call: Call, callee: Callee) -> list[Mistake]:
+def argument_mistakes(call: Call, callee: Callee) -> Iterator[Mistake]:
     """What is wrong with a call's own arguments: unexpected, missing, of the wrong type."""
     given = _given(call, callee)
     taken = {item.name: item for item in callee.parameters if item.keyword and item.name not in given}
-    mistakes = []
     for key, value in call.arguments.items():
         if key in given:
             text = f"'{key}' is supplied by dtrain; remove it"
-        elif key in taken and (wrong_type := _wrong_type(value, taken[key])):
-            text = wrong_type + ("" if is_own(callee) else f"; {callee.signature}")
+        elif key in taken and (wrong := _wrong_argument(value, taken[key])):
+            text = wrong if is_own(callee) else f"{wrong}; {callee.signature}"
         elif key not in taken and key not in call.shared and not callee.open:
             hint = did_you_mean(key, {*taken, *call.others})
             subject = dotted(call.path) if is_own(callee) else callee.name
             text = f"{subject} got an unexpected argument '{key}'{hint}; {_possible(callee, given)}"
         else:
             continue
-        mistakes.append(mistake(call.config, call.path_of(key), text))
+        yield mistake(call.config, call.path_of(key), text)
     present = {*call.arguments, *call.filled}
     missing = [f"'{key}'" for key, item in taken.items() if item.default is None and key not in present]
     if missing:
         required = f"required argument{'s' if len(missing) > 1 else ''} {' and '.join(missing)}"
-        text = f"{callee.name} is missing {required}; {_possible(callee, given)}"
-        mistakes.append(mistake(call.config, call.path, text))
-    return mistakes
+        yield mistake(call.config, call.path, f"{callee.name} is missing {required}; {_possible(callee, given)}")
 
 
-def is_own(callee: Callee) -> bool:
-    """Whether its arguments are dtrain's own settings, and it is not a component."""
-    return callee.module.startswith("dtrain.") and not callee.module.startswith("dtrain.components.")
+def _unreadable(call: Call, error: SyntaxError) -> Mistake:
+    return mistake(call.config, call.path_of("name"), _syntax_error(error))
 
 
 def _possible(callee: Callee, given: frozenset[str]) -> str:
@@ -168,48 +149,46 @@ def _possible(callee: Callee, given: frozenset[str]) -> str:
     return callee.signature
 
 
-def _wrong_type(value: Any, parameter: Parameter) -> str:
+def is_own(callee: Callee) -> bool:
+    """Whether its arguments are dtrain's own settings, and it is not a component."""
+    return callee.module.startswith("dtrain.") and not callee.module.startswith("dtrain.components.")
+
+
+def _wrong_argument(value: Any, parameter: Parameter) -> str:
     """What is wrong with a value's type; components, once built, may be anything."""
     if is_component(value) or (isinstance(value, list) and any(map(is_component, value))):
         return ""
-    if value is None and parameter.default == "None":
-        return ""
-    expected = expectation(value, parameter.annotation)
-    return f"expected {expected}, {found(value)}{correction(value, parameter.annotation)}" if expected else ""
+    return "" if value is None and parameter.default == "None" else wrong_type(value, parameter.annotation)
 
 
-def _shadowed(config: ConfigDict, path: KeyPath, values: Mapping[str, Any]) -> list[Mistake]:
+def _shadowed(config: ConfigDict, path: KeyPath, values: Mapping[str, Any]) -> Iterator[Mistake]:
     """Keys that a class would not find as attributes of its config, since ConfigDict has something of that name."""
     text = "is the name of a ConfigDict method, so a class that reads its config by attribute cannot see it; rename it"
-    mistakes, empty = [], ConfigDict()
+    empty = ConfigDict()
     for key in values:
         if hasattr(empty, key):
-            mistakes.append(mistake(config, (*path, key), text))
+            yield mistake(config, (*path, key), text)
         if is_mapping(values[key]):
-            mistakes += _shadowed(config, (*path, key), values[key])
-    return mistakes
+            yield from _shadowed(config, (*path, key), values[key])
 
 
-def _shared_mistakes(config: ConfigDict, described: Mapping[str, Call]) -> list[Mistake]:
+def _shared_mistakes(config: ConfigDict, described: Mapping[str, Call]) -> Iterator[Mistake]:
     """A key shared by several metrics that none of them takes."""
     metrics = [call for key, call in described.items() if key.startswith("metrics.") and call.shared]
     try:
-        callees = [call.target for call in metrics]
+        targets = [call.target for call in metrics]
     except (ConfigError, SyntaxError):
-        return []  # reported already
-    mistakes = []
+        return  # reported already
+    callees = [item for item in targets if isinstance(item, Callee)]
+    if len(callees) < len(targets) or any(item.open for item in callees):
+        return
+    taken = {name for item in callees for name in item.keywords}
+    signatures = "; ".join(item.signature for item in callees)
     for key in dict.fromkeys(key for call in metrics for key in call.arguments if key in call.shared):
-        read_callees = [item for item in callees if isinstance(item, Callee)]
-        if len(read_callees) < len(callees) or any(item.open or key in names_of(item) for item in read_callees):
-            continue
-        known = {name for item in read_callees for name in names_of(item)} | {str(call.name) for call in metrics}
-        signatures = "; ".join(item.signature for item in read_callees)
-        text = f"unexpected argument '{key}', which no metric takes{did_you_mean(key, known)}; {signatures}"
-        mistakes.append(mistake(config, ("metrics", key), text))
-    return mistakes
-
-
-# ------------------------------------------------------------------------------------------ what becomes of a callee
+        if key not in taken:
+            hint = did_you_mean(key, taken | {str(call.name) for call in metrics})
+            text = f"unexpected argument '{key}', which no metric takes{hint}; {signatures}"
+            yield mistake(config, ("metrics", key), text)
 
 
 class Use(Enum):
@@ -227,11 +206,6 @@ def use_of(call: Call, callee: Callee) -> Use:
     return Use.PASS_ON if _is_passed_on(call, callee) else Use.CALL
 
 
-def names_of(callee: Callee) -> set[str]:
-    """The names of its keyword arguments."""
-    return {item.name for item in callee.parameters if item.keyword}
-
-
 def supplied(call: Call, callee: Callee) -> Parameter | None:
     """The parameter by which dtrain supplies an object; by position, where it takes no keyword.
 
@@ -243,7 +217,7 @@ def supplied(call: Call, callee: Callee) -> Parameter | None:
     for item in callee.parameters:
         if item.name == name and item.keyword:
             return item
-    first = next((item.name for item in _positional(callee)), "")
+    first = next((item.name for item in callee.positional), "")
     return None if call.slot.nested or first in call.arguments else Parameter(first, keyword=False)
 
 
@@ -254,20 +228,13 @@ def _given(call: Call, callee: Callee) -> frozenset[str]:
     return frozenset({*([now.name] if now else []), *later}) | call.slot.given_names
 
 
-def _positional(callee: Callee) -> list[Parameter]:
-    return [item for item in callee.parameters if item.positional]
-
-
 def _left_open(call: Call, callee: Callee) -> list[str]:
     """The first arguments of a function, as far as the config leaves them out."""
-    positional = _positional(callee)
+    left_out = [item for item in callee.positional if item.name not in call.arguments]
     if call.slot.nested:
-        return [item.name for item in takewhile(lambda item: _is_lacking(call, item), positional)]
-    return [item.name for item in positional[:2] if item.name not in call.arguments]
-
-
-def _is_lacking(call: Call, parameter: Parameter) -> bool:
-    return parameter.default is None and parameter.name not in call.arguments
+        required = takewhile(lambda item: item.default is None and item in left_out, callee.positional)
+        return [item.name for item in required]
+    return [item.name for item in callee.positional[:2] if item in left_out]
 
 
 def _is_passed_on(call: Call, callee: Callee) -> bool:
@@ -279,7 +246,7 @@ def _is_passed_on(call: Call, callee: Callee) -> bool:
     """
     if callee.is_class or not (call.slot.pairs or call.slot.nested):
         return False
-    positional = _positional(callee)
+    positional = callee.positional
     if not positional:
         return callee.variadic
     open_count = len(_left_open(call, callee))
@@ -298,7 +265,7 @@ def _takes_config(call: Call, callee: Callee) -> bool:
     if not rest or not rest[0].positional or rest[0].name in call.arguments:
         return False
     needed = {item.name for item in rest if item.default is None} - call.filled
-    fits = needed <= set(call.arguments) and (callee.open or set(call.arguments) <= names_of(callee) | call.shared)
+    fits = needed <= set(call.arguments) and (callee.open or set(call.arguments) <= callee.keywords | call.shared)
     if fits or not needed <= {rest[0].name}:
         return False
     annotation = ast.unparse(rest[0].annotation) if rest[0].annotation else ""

@@ -34,9 +34,9 @@ class Mistake:
 class ConfigError(Exception):
     """The config or the command line is wrong; holds every mistake that was found. Exit status 2."""
 
-    def __init__(self, mistakes: Iterable[Mistake] | Mistake | str) -> None:
+    def __init__(self, mistakes: Iterable[Mistake] | Mistake | str, place: Place | None = None) -> None:
         if isinstance(mistakes, str):
-            mistakes = Mistake(mistakes)
+            mistakes = Mistake(mistakes, place)
         self.mistakes = [mistakes] if isinstance(mistakes, Mistake) else list(dict.fromkeys(mistakes))
         super().__init__("\n".join(map(str, self.mistakes)))
 

@@ -177,22 +177,22 @@ def _read_file(
     """A file laid over the files under its `_base_`. `left` counts down the files that may still be read."""
     left = iter(range(MAX_FILES)) if left is None else left
     if next(left, None) is None:
-        raise ConfigError(Mistake(f"more than {MAX_FILES} files under '_base_'", Place(ancestors[0].name, 1, 1)))
+        raise ConfigError(f"more than {MAX_FILES} files under '_base_'", Place(ancestors[0].name, 1, 1))
     text = _read_text(path, place)
     if path.resolve() in ancestors:
-        raise ConfigError(Mistake(f"circular reference in '_base_': {path} is already being read", place))
+        raise ConfigError(f"circular reference in '_base_': {path} is already being read", place)
     values, places = parse(text, str(path))
     if not isinstance(values, dict):
         what = "is empty" if values is None else f"holds a {type_name(values)}"
         text = f"the file {what}; a config is a mapping of sections (model, loaders, ...)"
-        raise ConfigError(Mistake(text, Place(str(path), 1, 1)))
+        raise ConfigError(text, Place(str(path), 1, 1))
     own = _Tree(values, places | {(): Place(str(path), 1, 1)}, {path.name: text})
     result = _Tree({}, {})
 
     def lay_base(item: tuple[KeyPath, Any]) -> None:
         where, name = own.places.get(item[0]), item[1]
         if not isinstance(name, str):
-            raise ConfigError(Mistake(f"_base_: expected a file name or a list of them, {found(name)}", where))
+            raise ConfigError(f"_base_: expected a file name or a list of them, {found(name)}", where)
         _merge(result, _read_file(path.parent / name, (*ancestors, path.resolve()), where, left))
 
     bases = expand(own.values, own.places, values.pop("_base_", None), ("_base_",))
@@ -207,24 +207,22 @@ def _read_text(path: Path, place: Place | None) -> str:
     """The file's text; every reason why there is none is one mistake."""
     try:
         if path.is_dir():
-            raise ConfigError(Mistake(f"{path} is a folder, expected a YAML file", place))
+            raise ConfigError(f"{path} is a folder, expected a YAML file", place)
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
-            raise ConfigError(
-                Mistake(f"{path} is larger than {MAX_BYTES // 1_000_000} MB; this is not a config", place)
-            )
+            raise ConfigError(f"{path} is larger than {MAX_BYTES // 1_000_000} MB; this is not a config", place)
         return data.decode("utf-8-sig")
     except FileNotFoundError:
-        raise ConfigError(Mistake(f"there is no file {path}{_similar_file(path)}", place)) from None
+        raise ConfigError(f"there is no file {path}{_similar_file(path)}", place) from None
     except UnicodeDecodeError as error:
         before = error.object[: error.start].split(b"\n")
         text = f"not UTF-8 text: byte {error.object[error.start]:#x}"
-        raise ConfigError(Mistake(text, Place(str(path), len(before), len(before[-1]) + 1))) from None
+        raise ConfigError(text, Place(str(path), len(before), len(before[-1]) + 1)) from None
     except OSError as error:
-        raise ConfigError(Mistake(f"cannot read {path}: {error.strerror}", place)) from None
+        raise ConfigError(f"cannot read {path}: {error.strerror}", place) from None
     except ValueError as error:  # a NUL byte in the name
-        raise ConfigError(Mistake(f"cannot read {str(path)!r}: {error}", place)) from None
+        raise ConfigError(f"cannot read {str(path)!r}: {error}", place) from None
 
 
 def _similar_file(path: Path) -> str:
@@ -246,7 +244,7 @@ def _merge(into: _Tree, other: _Tree) -> None:
                 delete = value.pop("_delete_", False)
                 if not isinstance(delete, bool):
                     text = f"{dotted((*here, '_delete_'))}: expected true or false, {found(delete)}"
-                    raise ConfigError(Mistake(text, other.places.get((*here, "_delete_"))))
+                    raise ConfigError(text, other.places.get((*here, "_delete_")))
                 if isinstance(below.get(key), dict) and not delete:
                     lay(below[key], value, here)
                     continue
@@ -276,7 +274,7 @@ def _override(tree: _Tree, text: str) -> None:
     place = Place(f"argument {shown(text)}")
     key, equals, value_text = text.partition("=")
     if not equals or not all(key.split(".")):
-        raise ConfigError(Mistake("expected KEY=VALUE with dots between keys, such as optimizer.lr=1e-3", place))
+        raise ConfigError("expected KEY=VALUE with dots between keys, such as optimizer.lr=1e-3", place)
     value, places = parse(value_text, text, place)
     path, value = canonical_key(tuple(key.split(".")), value)
     parent: Any = tree.values
@@ -298,15 +296,15 @@ def _step(parent: Any, part: str, done: KeyPath, place: Place) -> Any:
     """The key or the list index that `part` means inside `parent`."""
     if isinstance(parent, dict):
         if wrong := key_mistake(part):
-            raise ConfigError(Mistake(wrong, place))
+            raise ConfigError(wrong, place)
         return part
     if isinstance(parent, list):
         if not re.fullmatch(r"[0-9]{1,9}", part) or int(part) >= len(parent):
             possible = f"0 to {len(parent) - 1}" if parent else "none, it is empty"
             text = f"'{dotted(done)}' is a list: {shown(part)} is not one of its indices ({possible})"
-            raise ConfigError(Mistake(text, place))
+            raise ConfigError(text, place)
         return int(part)
-    raise ConfigError(Mistake(f"'{dotted(done)}' is {shown(parent)}, so it has no key {shown(part)}", place))
+    raise ConfigError(f"'{dotted(done)}' is {shown(parent)}, so it has no key {shown(part)}", place)
 
 
 # ------------------------------------------------------------------------------------------------------------- result

@@ -46,13 +46,10 @@ class Found(NamedTuple):
 
 
 def locate(name: Any, modules: Sequence[str], libraries: Sequence[str], nested: bool = False) -> Found:
-    """What a name leads to: the user's `modules` are searched first, then the section's libraries.
+    """What a bare name or a full path (`package.module:Name` or `package.module.Name`) leads to.
 
-    Args:
-        name: A bare name, or a full path: `package.module:Name` or `package.module.Name`.
-        modules: The user's own, as the config lists them.
-        libraries: Those of the section.
-        nested: Inside another call the other sections' libraries are searched, too.
+    A bare name is searched in the user's `modules` first, then in the section's `libraries`; inside another call
+    (`nested`) in those of the other sections, too.
 
     Raises:
         ResolveError: There is no such name, or it may not be used.

@@ -36,22 +36,21 @@ SLOTS = {
     "metrics": Slot(LIBRARIES["metrics"], pairs=True),
     "optimizer": Slot(LIBRARIES["optimizer"], given="params"),
     "lr_scheduler": Slot(LIBRARIES["lr_scheduler"], given="optimizer"),
+    "trainer": Slot(("dtrain.trainer",), given="parts"),
+    "mlflow": Slot(given_names=frozenset({"folder", "experiment", "run_name", "sender"})),
 }
 # dtrain's own settings are the arguments of these functions, so they are checked like everything else.
 OWN_SETTINGS = {
-    "trainer": ("dtrain.trainer:Trainer", Slot(("dtrain.trainer",), given="parts")),
-    "mlflow": (
-        "dtrain.tracking.journal:Journal",
-        Slot(given_names=frozenset({"folder", "experiment", "run_name", "sender"})),
-    ),
-    "loader": ("dtrain.dataloader:loader_settings", Slot()),
-    "ddp": ("dtrain.distributed.ddp:ddp_options", Slot()),
-    "fsdp": ("dtrain.distributed.fsdp:fsdp_options", Slot()),
-    "pictures": ("dtrain.reporting.validation_pictures:picture_settings", Slot()),
-    "pre_trained": ("dtrain.checkpoint.weights:weight_settings", Slot()),
-    "predictor": ("dtrain.predict.predictor:Predictor", Slot()),
-    "cluster": ("dtrain.launch.submit:cluster_settings", Slot()),
-    "schedule": ("dtrain.training.schedule:schedule_settings", Slot()),
+    "trainer": "dtrain.trainer:Trainer",
+    "mlflow": "dtrain.tracking.journal:Journal",
+    "predictor": "dtrain.predict.predictor:Predictor",
+    "cluster": "dtrain.launch.submit:cluster_settings",
+    "loader": "dtrain.dataloader:loader_settings",
+    "ddp": "dtrain.distributed.ddp:ddp_options",
+    "fsdp": "dtrain.distributed.fsdp:fsdp_options",
+    "pictures": "dtrain.reporting.validation_pictures:picture_settings",
+    "pre_trained": "dtrain.checkpoint.weights:weight_settings",
+    "schedule": "dtrain.training.schedule:schedule_settings",
 }
 # The schedules whose length dtrain fills in where the config leaves it out: it knows it, and PolynomialLR's default
 # of 5 is nobody's wish.
@@ -225,7 +224,7 @@ class _Reader:
 
     def own_call(self, path: KeyPath, settings: str, values: Mapping[str, Any]) -> Call:
         """A call of the function whose arguments are dtrain's own settings."""
-        name, slot = OWN_SETTINGS[settings]
+        name, slot = OWN_SETTINGS[settings], SLOTS.get(settings, Slot())
         return Call(self.config, path, slot, name, {key: values[key] for key in values})
 
     def plain(self, section: str) -> dict[str, Call]:
@@ -358,8 +357,8 @@ def _phase_values(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str
 @functools.cache
 def _names_of(settings: str) -> frozenset[str]:
     """The keys of one of the groups of dtrain's own settings."""
-    callee = SOURCE.lookup(*OWN_SETTINGS[settings][0].split(":"))
-    assert isinstance(callee, Callee), f"{OWN_SETTINGS[settings][0]} cannot be read"
+    callee = SOURCE.lookup(*OWN_SETTINGS[settings].split(":"))
+    assert isinstance(callee, Callee), f"{OWN_SETTINGS[settings]} cannot be read"
     return frozenset(item.name for item in callee.parameters)
 
 

@@ -48,6 +48,16 @@ class Callee:
     variadic: bool = False  # takes any number of positional arguments
 
     @property
+    def positional(self) -> list[Parameter]:
+        """What can be given by position."""
+        return [item for item in self.parameters if item.positional]
+
+    @property
+    def keywords(self) -> set[str]:
+        """The names of what can be given by name."""
+        return {item.name for item in self.parameters if item.keyword}
+
+    @property
     def signature(self) -> str:
         """`AdamW(params, lr: float = 1e-3, ...)` in one line; of what goes through `**kwargs`, a few names."""
         parts = [str(item) for item in self.parameters if not item.through] + (["*args"] if self.variadic else [])
@@ -58,7 +68,8 @@ class Callee:
         return f"{self.name}({', '.join(parts + (['**kwargs'] if self.open else []))})"
 
 
-Binding = ast.stmt | ast.expr | tuple[str, str | None]  # a definition, an assigned value, or an import
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+Binding = ast.ClassDef | Function | ast.expr | tuple[str, str | None]  # a definition, an assigned value, or an import
 _UNKNOWN = ast.Constant(None)  # the value of a name that is bound in a way not followed here
 
 
@@ -86,7 +97,7 @@ class Module:
         return self.name if self.file.is_package else self.name.rpartition(".")[0]
 
     def _bind(self, node: ast.stmt, conditional: bool) -> None:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        if isinstance(node, ast.ClassDef | Function):
             twice = conditional and isinstance(self.bindings.get(node.name), ast.stmt)
             self.bindings[node.name] = _UNKNOWN if twice else node  # which one holds, only a run can tell
         elif isinstance(node, ast.Import):
@@ -198,17 +209,10 @@ class Definition(NamedTuple):
     """A `class` or `def` as written, and the module it is written in."""
 
     module: Module
-    node: ast.stmt
+    node: ast.ClassDef | Function
 
 
-class _Class(NamedTuple):
-    """A class as written, and the module it is written in."""
-
-    module: Module
-    node: ast.ClassDef
-
-
-Function = ast.FunctionDef | ast.AsyncFunctionDef
+Lineage = tuple[Definition | None, ...]  # a class and its bases; None stands for one that cannot be read
 # What a name can mean. A text is the name of a module, or of anything in the standard library, which is not followed.
 Meaning = Definition | Dynamic | str | None
 Visited = frozenset[tuple[str, str]]  # the modules and names that led here: imports may form a circle
@@ -281,7 +285,7 @@ class Source:
         binding = module.bindings.get(name)
         if binding is None:
             return self._unbound(module, name, visited)
-        if isinstance(binding, ast.stmt):
+        if isinstance(binding, ast.ClassDef | Function):
             return Definition(module, binding)
         if isinstance(binding, tuple):
             return self._imported(module, name, binding, visited)
@@ -321,7 +325,7 @@ class Source:
             meaning = self._lookup(meaning, part, visited)
         return meaning
 
-    def _callee(self, module: Module, node: ast.stmt) -> Callee | Dynamic:
+    def _callee(self, module: Module, node: ast.ClassDef | Function) -> Callee | Dynamic:
         if node not in self._callees:
             callee = self._read_callee(module, node)
             if self._busy:
@@ -329,22 +333,19 @@ class Source:
             self._callees[node] = callee
         return self._callees[node]
 
-    def _read_callee(self, module: Module, node: ast.stmt) -> Callee | Dynamic:
-        takes: _Takes | None = None
-        if isinstance(node, Function):
-            takes = self._takes(module, node, (), method=False)
-        elif isinstance(node, ast.ClassDef):
+    def _read_callee(self, module: Module, node: ast.ClassDef | Function) -> Callee | Dynamic:
+        is_class = isinstance(node, ast.ClassDef)
+        if isinstance(node, ast.ClassDef):
             takes = self._constructor(self._lineage(module, node))
-        name = str(getattr(node, "name", "?"))
+        else:
+            takes = self._takes(module, node, (), method=False)
         if takes is None:
-            return Dynamic(module.name, name)
-        return Callee(module.name, name, str(module.file.path), node.lineno, isinstance(node, ast.ClassDef), *takes)
+            return Dynamic(module.name, node.name)
+        return Callee(module.name, node.name, str(module.file.path), node.lineno, is_class, *takes)
 
-    def _lineage(
-        self, module: Module, node: ast.ClassDef, seen: frozenset[ast.ClassDef] = frozenset()
-    ) -> tuple[_Class | None, ...]:
-        """The class and its bases in the order in which Python asks them; None stands for one that cannot be read."""
-        result: list[_Class | None] = []
+    def _lineage(self, module: Module, node: ast.ClassDef, seen: frozenset[ast.ClassDef] = frozenset()) -> Lineage:
+        """The class and its bases in the order in which Python asks them."""
+        result: list[Definition | None] = []
         for base in node.bases:
             text = ast.unparse(base).partition("[")[0]
             if text.rpartition(".")[2] in _NO_PARAMETERS:
@@ -357,23 +358,22 @@ class Source:
             else:
                 result.append(None)
         metaclass = any(item.arg == "metaclass" and "ABCMeta" not in ast.unparse(item.value) for item in node.keywords)
-        return (None if metaclass else _Class(module, node), *result)
+        return (None if metaclass else Definition(module, node), *result)
 
-    def _constructor(self, lineage: tuple[_Class | None, ...]) -> _Takes | None:
+    def _constructor(self, lineage: Lineage) -> _Takes | None:
         """What the first constructor in the lineage takes; None when it cannot be read."""
         for index, owner in enumerate(lineage):
             if owner is None:
                 return None
-            own = [item for item, _ in _statements(owner.node.body)]
-            methods = {item.name: item for item in own if isinstance(item, ast.FunctionDef)}
+            body = [item for item, _ in _statements(owner.node.body)]
+            methods = {item.name: item for item in body if isinstance(item, ast.FunctionDef)}
             new, init = methods.get("__new__"), methods.get("__init__")
             if new and init and new.args.vararg and new.args.kwarg:
                 new = None  # it lets everything through to __init__
             if method := new or init:
                 return self._takes(owner.module, method, lineage[index + 1 :], method=True)
-            if {"__init__", "__new__"} & {
-                ast.unparse(name) for item in own if isinstance(item, ast.Assign) for name in item.targets
-            }:
+            assigned = {ast.unparse(name) for item in body if isinstance(item, ast.Assign) for name in item.targets}
+            if assigned & {"__init__", "__new__"}:
                 return None
             if is_record(owner.node):
                 return self._record(lineage[index:])
@@ -381,7 +381,7 @@ class Source:
                 return None
         return _Takes()
 
-    def _record(self, lineage: tuple[_Class | None, ...]) -> _Takes | None:
+    def _record(self, lineage: Lineage) -> _Takes | None:
         fields: dict[str, Parameter] = {}
         for owner in reversed(lineage):
             if owner is None:
@@ -389,7 +389,7 @@ class Source:
             fields |= {item.name: item for item in record_fields(owner.node)} if is_record(owner.node) else {}
         return _Takes(tuple(fields.values()))
 
-    def _takes(self, module: Module, node: Function, behind: tuple[_Class | None, ...], method: bool) -> _Takes | None:
+    def _takes(self, module: Module, node: Function, behind: Lineage, method: bool) -> _Takes | None:
         """What a function takes, with what it hands on through `**kwargs` to the constructors `behind` it."""
         if _changes_arguments(node):
             return None
@@ -402,7 +402,7 @@ class Source:
         return _Takes(own + added, further is None, variadic)
 
     def _through_kwargs(
-        self, module: Module, node: Function, kwargs: str, behind: tuple[_Class | None, ...]
+        self, module: Module, node: Function, kwargs: str, behind: Lineage
     ) -> tuple[Parameter, ...] | None:
         """The keys that a function reads out of its `**kwargs` or hands on; None when that cannot be known."""
         if node in self._busy:
@@ -423,7 +423,7 @@ class Source:
         finally:
             self._busy.discard(node)
 
-    def _passed_on(self, module: Module, call: ast.Call, behind: tuple[_Class | None, ...]) -> list[Parameter] | None:
+    def _passed_on(self, module: Module, call: ast.Call, behind: Lineage) -> list[Parameter] | None:
         """What the callee of `f(..., **kwargs)` still takes beyond the arguments written in that call."""
         text = ast.unparse(call.func)
         bound = re.fullmatch(r"super\(.*\)\.(__init__|__new__)", text)
@@ -438,10 +438,9 @@ class Source:
             return None
         by_keyword = {item.arg for item in call.keywords if item.arg}
         stars = (index for index, item in enumerate(call.args) if isinstance(item, ast.Starred))
-        by_position = next(stars, len(call.args)) - (
-            text.endswith(".__new__") or (text.endswith("__init__") and not bound)
-        )
-        positional = [item for item in takes.parameters if item.positional][: max(by_position, 0)]
+        takes_self = text.endswith(".__new__") or (text.endswith("__init__") and not bound)
+        by_position = max(next(stars, len(call.args)) - takes_self, 0)
+        positional = [item for item in takes.parameters if item.positional][:by_position]
         return [item for item in takes.parameters if item.name not in by_keyword and item not in positional]
 
 

@@ -14,13 +14,9 @@ _TEXTS = {("experiment",), ("run_name",)}  # the environment's `12345` is a name
 
 
 def expand(values: Mapping[str, Any], places: Mapping[KeyPath, Place], value: Any, path: KeyPath = ()) -> Any:
-    """A copy of a value with its variables replaced.
+    """A copy of `value`, which stands at `path` of the whole config, with its variables replaced.
 
-    Args:
-        values: The whole config, which stays as it is, so that the order of keys does not matter.
-        places: Where its keys stand.
-        value: What is to be copied: the whole config, or a part of it.
-        path: Where that part stands.
+    The config's own `values` stay as they are, so the order of keys does not matter.
 
     Raises:
         ConfigError: With every reference that leads nowhere.
@@ -52,7 +48,7 @@ class _Expansion:
     def value(self, value: Any, path: KeyPath, chain: tuple[KeyPath, ...] = ()) -> Any:
         self.count, self.depth = self.count + 1, self.depth + 1
         if self.count > 2 * MAX_VALUES or self.depth > 2 * MAX_DEPTH:  # references to lists of references to lists ...
-            raise ConfigError(Mistake("references grow without end; this is not a config", self.places.get(path)))
+            raise ConfigError("references grow without end; this is not a config", self.places.get(path))
         if isinstance(value, dict):
             value = {key: self.value(item, (*path, key), chain) for key, item in value.items()}
         elif isinstance(value, list):

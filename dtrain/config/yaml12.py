@@ -95,7 +95,7 @@ class _Reader:
     def counted(self, node: Any, path: KeyPath) -> None:
         self.count += 1
         if too_much := _too_much(self.count, len(path)):
-            raise ConfigError(Mistake(too_much, self.place(node)))
+            raise ConfigError(too_much, self.place(node))
 
     def value(self, node: Any, path: KeyPath = (), place: Place | None = None) -> Any:
         self.counted(node, path)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dtrain.distributed.ranks import Ranks
 from dtrain.modelloader import Forward
 from dtrain.predict.predictor import Predictor
-from dtrain.reporting.line_progress import LineProgress
+from dtrain.reporting.progress import Progress
 
 IDLE_SECONDS = 7 * 86400.0  # ranks share a prediction once, before it begins, so one may wait long for another's end
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the dimensions of a convolution's weights
@@ -62,7 +62,7 @@ class Inference:
     forward: Forward
     model: nn.Module
     ranks: Ranks
-    progress: LineProgress
+    progress: Progress
     run_folder: Path
     identity: Mapping[str, Any]
     has_weights: bool = False

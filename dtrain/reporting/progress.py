@@ -1,25 +1,119 @@
-"""get_progress: what a person is told of a run while it lasts."""
+"""What a person is told of a run while it lasts: lines in pipes and log files; `terminal_progress` adds a bar."""
 
-import os
-import sys
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from time import perf_counter
 from typing import TextIO
 
-from dtrain.reporting.line_progress import LineProgress
-from dtrain.reporting.terminal_progress import TerminalProgress
+from dtrain.reporting.epoch_clock import EpochClock
+from dtrain.reporting.number_text import figure_texts, without_phase
+from dtrain.reporting.safe_stream import SafeStream
+
+REFRESH_SECONDS = 0.5  # between two looks at the clock by `step`
+LINE_SECONDS = 30.0  # between two lines of a prediction
 
 
-def get_progress(is_main: bool, stream: TextIO | None = None) -> LineProgress:
-    """The right one for this rank and this stream.
+class Progress:
+    """Lines with a time stamp, one per log step, evaluation and note; each is flushed, so a kill loses none.
 
     Args:
-        is_main: Whether this is the rank that speaks.
-        stream: Where to write; sys.stdout if None.
-
-    Returns:
-        Bars and tables on a terminal that can redraw a line, plain lines elsewhere, silence on the other ranks.
+        streams: Where the lines go; without one it is silent.
     """
-    if not is_main:
-        return LineProgress()
-    stream = sys.stdout if stream is None else stream
-    can_redraw = stream.isatty() and os.environ.get("TERM", "dumb").lower() not in ("", "dumb", "unknown")
-    return TerminalProgress(stream) if can_redraw else LineProgress(stream)
+
+    def __init__(self, *streams: TextIO) -> None:
+        self._streams = [SafeStream(stream) for stream in streams]
+        self._clock = EpochClock()
+        self._next_refresh = self._next_line = 0.0
+
+    @contextlib.contextmanager
+    def copied_to(self, stream: TextIO) -> Iterator[None]:
+        """While the context lasts, write the lines to this stream, too."""
+        copy = SafeStream(stream)
+        self._streams.append(copy)
+        try:
+            yield
+        finally:
+            self._streams.remove(copy)
+
+    def begin(self, facts: Mapping[str, str]) -> None:
+        """Before the first step: what is going to run, name -> value, shown in this order."""
+        self._write_facts(facts)
+
+    def start_epoch(self, epoch: int, epochs: int | None, steps: int, done: int = 0) -> None:
+        """Count from here on.
+
+        Args:
+            epoch: Which one, from 1 on.
+            epochs: How many there will be; None if something else ends the training.
+            steps: Optimizer steps in this epoch.
+            done: How many of them an earlier run has done already.
+        """
+        self._clock.start_epoch(epoch, epochs, steps, done)
+
+    def start_patches(self, patches: int) -> None:
+        """Count the patches of a prediction rather than steps; a line now and then says how many are done."""
+        self._clock.start_patches(patches)
+        self._next_line = perf_counter() + LINE_SECONDS
+
+    def step(self) -> None:
+        """One optimizer step or patch is done: counts (0.1 us), and refreshes at most twice a second."""
+        self._clock.done += 1
+        if perf_counter() >= self._next_refresh:
+            self._refresh()
+            self._next_refresh = perf_counter() + REFRESH_SECONDS
+
+    def _refresh(self) -> None:
+        clock = self._clock
+        if clock.of_patches and perf_counter() >= self._next_line:
+            self._next_line = perf_counter() + LINE_SECONDS
+            self._write(f"{clock.done:,} of {clock.steps:,} patches", clock.left_text())
+
+    def figures(self, step: int, figures: Mapping[str, float]) -> None:
+        """The training's figures at a log step: where it is, and how long it will take.
+
+        Args:
+            step: Optimizer steps done since the training began.
+            figures: Such as train/loss, lr, samples_per_second.
+        """
+        clock = self._clock
+        self._write(f"epoch {clock.epoch_text()}", f"step {step:,}", *figure_texts(figures).values(), clock.left_text())
+
+    def evaluation(self, phase: str, step: int, figures: Mapping[str, float], best: bool = False) -> None:
+        """The figures of an evaluation.
+
+        Args:
+            phase: val, test ...
+            step: Optimizer steps done since the training began.
+            figures: Loss and metrics; the phase may stand before their names.
+            best: Whether this is the best evaluation so far.
+        """
+        texts = figure_texts(without_phase(phase, figures)).values()
+        self._write(phase, f"step {step:,}", *texts, "best so far" if best else "")
+
+    def note(self, text: str) -> None:
+        """A text of one line or several, with a time stamp before each of them."""
+        self._write_lines(text)
+
+    def end_epoch(self) -> None:
+        """The epoch is over; its last figures have been written."""
+
+    def summary(self, facts: Mapping[str, str]) -> None:
+        """After the last step: how it went and where things are, name -> value."""
+        self._write_facts(facts)
+
+    def close(self) -> None:
+        """Give back what is held of the terminal; may be called again, and notes may follow."""
+
+    def _write_facts(self, facts: Mapping[str, str]) -> None:
+        self._write_lines("\n".join(f"{name}: {value}" for name, value in facts.items()))
+
+    def _write_lines(self, text: str) -> None:
+        for line in text.splitlines():
+            self._write(line)
+
+    def _write(self, *texts: str) -> None:
+        line = "  ".join([time.strftime("%Y-%m-%d %H:%M:%S"), *filter(None, texts)]) + "\n"
+        for stream in self._streams:
+            stream.write(line)
+            stream.flush()

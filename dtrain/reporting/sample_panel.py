@@ -72,8 +72,8 @@ def panel(image: np.ndarray | None, target: np.ndarray, output: np.ndarray) -> P
         ValueError: Target and output do not fit together.
     """
     views = compared(target, output)
-    drawn = views[:_MOST_CHANNELS]
-    rows = [_row(name, image, view, index) for view in drawn for name, index in _planes(views)]
+    drawn, planes = views[:_MOST_CHANNELS], _planes(views)
+    rows = [_row(name, image, view, index) for view in drawn for name, index in planes]
     notes = [f"channels 0 to {len(drawn) - 1} of {len(views)}"] if len(drawn) < len(views) else []
     return Panel(rows, _legend(drawn), notes)
 

@@ -1,11 +1,11 @@
-"""A run's progress on a terminal, drawn by rich: a bar, and a table with one row per epoch."""
+"""get_progress, and the progress on a terminal, drawn by rich: a bar, and a table with one row per epoch."""
 
+import os
 import sys
 from collections.abc import Mapping
 from time import perf_counter
 from typing import TYPE_CHECKING, TextIO
 
-from dtrain.reporting.line_progress import REFRESH_SECONDS, LineProgress
 from dtrain.reporting.number_text import (
     count_text,
     duration_text,
@@ -13,6 +13,7 @@ from dtrain.reporting.number_text import (
     figure_texts,
     without_phase,
 )
+from dtrain.reporting.progress import REFRESH_SECONDS, Progress
 from dtrain.reporting.safe_stream import SafeStream
 
 if TYPE_CHECKING:
@@ -21,7 +22,24 @@ if TYPE_CHECKING:
 BAR_COLUMNS = (6, 40)  # at least, at most
 
 
-class TerminalProgress(LineProgress):
+def get_progress(is_main: bool, stream: TextIO | None = None) -> Progress:
+    """The right one for this rank and this stream.
+
+    Args:
+        is_main: Whether this is the rank that speaks.
+        stream: Where to write; sys.stdout if None.
+
+    Returns:
+        Bars and tables on a terminal that can redraw a line, plain lines elsewhere, silence on the other ranks.
+    """
+    if not is_main:
+        return Progress()
+    stream = sys.stdout if stream is None else stream
+    can_redraw = stream.isatty() and os.environ.get("TERM", "dumb").lower() not in ("", "dumb", "unknown")
+    return TerminalProgress(stream) if can_redraw else Progress(stream)
+
+
+class TerminalProgress(Progress):
     """A table of facts, a row per epoch, under them a line with the bar, and at the end a summary.
 
     The bar is one line and the cursor stays visible: what another process writes in between spoils that line at most,

@@ -229,7 +229,7 @@ def chosen(samples: int | list[int], size: int) -> list[int]:
         count = min(samples, size)
         return [(2 * number + 1) * size // (2 * count) for number in range(count)]
     if wrong := [index for index in samples if not 0 <= index < size]:
-        raise ValueError(f"samples: there is no {wrong[0]} in the validation data; possible: 0 to {size - 1}")
+        raise ValueError(f"samples: the validation data have no sample {wrong[0]}; possible: 0 to {size - 1}")
     return list(samples)
 
 

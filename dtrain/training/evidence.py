@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.nn import Module
 
-from dtrain.checkpoint.snapshot import CheckpointError
+from dtrain.checkpoint.contents import CheckpointError
 from dtrain.checkpoint.store import Checkpoints
 from dtrain.dataloader import Loaders
 from dtrain.distributed.ranks import Ranks

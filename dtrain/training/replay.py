@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dtrain.checkpoint.files import load
+from dtrain.checkpoint.checkpoint_files import load
 from dtrain.checkpoint.store import Checkpoints
 from dtrain.config.errors import ConfigError
 from dtrain.data import rng

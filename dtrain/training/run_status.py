@@ -15,7 +15,7 @@ from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EA
 from dtrain.distributed.launched_rank import is_written_by_launcher
 from dtrain.distributed.ranks import Ranks
 from dtrain.distributed.stop import StopRequest
-from dtrain.reporting.line_progress import LineProgress
+from dtrain.reporting.progress import Progress
 from dtrain.reporting.summary import summary_table
 from dtrain.tracking.journal import Journal, NoJournal, Status
 from dtrain.tracking.secrets import Redacted
@@ -68,7 +68,7 @@ class Recorder:
 
     run: Run
     journal: Journal | NoJournal
-    progress: LineProgress
+    progress: Progress
     saver: Saver
     stop: StopRequest
     ranks: Ranks

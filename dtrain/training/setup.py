@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from ml_collections import ConfigDict
 
-from dtrain.checkpoint.files import Loaded, load, load_weights
+from dtrain.checkpoint.checkpoint_files import Loaded, load
+from dtrain.checkpoint.contents import CheckpointError
 from dtrain.checkpoint.resume import CHECKPOINTS, ResumeError, Start, find_start
 from dtrain.checkpoint.saver import Saver
-from dtrain.checkpoint.snapshot import CheckpointError
 from dtrain.checkpoint.store import Checkpoints
-from dtrain.checkpoint.weights import misfits_of, take_over
+from dtrain.checkpoint.weights import load_weights, misfits_of, take_over
 from dtrain.config.build import build, defaults
 from dtrain.config.check import notes
 from dtrain.config.errors import ConfigError, first_few, to_plain
@@ -35,8 +35,8 @@ from dtrain.modelloader import Forward, get_model, parameter_count
 from dtrain.predict.inference import IDLE_SECONDS, Inference
 from dtrain.predict.work_folder import digest
 from dtrain.reporting import summary as report
-from dtrain.reporting.line_progress import LineProgress
-from dtrain.reporting.progress import get_progress
+from dtrain.reporting.progress import Progress
+from dtrain.reporting.terminal_progress import get_progress
 from dtrain.reporting.validation_pictures import Pictures
 from dtrain.tracking.journal import Journal, NoJournal, flatten
 from dtrain.tracking.secrets import redact, redacted_tree
@@ -63,7 +63,7 @@ class Parts:
     saver: Saver
     stop: StopRequest
     journal: Journal | NoJournal
-    progress: LineProgress
+    progress: Progress
     pictures: Pictures
     inference: Inference
     mode: Literal["min", "max"]
@@ -137,7 +137,7 @@ def make_parts(
     )  # fmt: skip
 
 
-def _ranks(config: ConfigDict, options: Mapping[str, Any], purpose: str) -> tuple[Ranks, LineProgress]:
+def _ranks(config: ConfigDict, options: Mapping[str, Any], purpose: str) -> tuple[Ranks, Progress]:
     """This rank among the others, and what shows its progress, which begins with what is worth knowing of both."""
     ddp = ({"timeout_seconds": IDLE_SECONDS} if purpose == "predict" else {}) | (options["ddp"] or {})
     fsdp = _fsdp(config, options) if purpose == "train" else None  # else each rank has a whole model
@@ -364,7 +364,7 @@ def _loaded(config: ConfigDict, trainables: Trainables, ranks: Ranks, start: Sta
         return None
     loaded, misfit = None, ""
     if ranks.is_main:
-        loaded = load(start.checkpoint)
+        loaded = load(start.checkpoint, start.is_verified)
         misfit = _misfit(trainables, loaded)
     if misfit := ranks.broadcast(misfit):
         cure = "trainer.resume=none begins again, trainer.pre_trained takes over weights alone"

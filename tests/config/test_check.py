@@ -24,7 +24,7 @@ from dtrain.config.check import check, notes
 from dtrain.config.errors import ConfigError, to_plain
 from dtrain.config.load import from_mapping, load_config
 from dtrain.config.rules import TOP_LEVEL
-from dtrain.config.schema import OWN_SETTINGS, SLOTS, calls
+from dtrain.config.schema import OWN_SETTINGS, SLOTS, Slot, calls
 from dtrain.config.signatures import SOURCE, Callee, module_file
 from dtrain.config.yaml12 import dump, parse
 
@@ -734,10 +734,11 @@ def filled_in(line: str, folder: Path) -> str:
     for section, slot in SLOTS.items():
         there = ["parts", *(library for library in slot.libraries if module_file(library))]
         line = line.replace(f"<searched {section}>", f"searched {', '.join(there)}")
-    for group, (name, slot) in OWN_SETTINGS.items():
+    for group, name in OWN_SETTINGS.items():
         if f"<{group}>" in line:
             callee = SOURCE.lookup(*name.split(":"))
             assert isinstance(callee, Callee)
+            slot = SLOTS.get(group, Slot())
             possible = [item.name for item in callee.parameters if item.name not in {slot.given, *slot.given_names}]
             line = line.replace(f"<{group}>", f"possible: {', '.join(possible)}")
     return line.replace("<sections>", ", ".join(TOP_LEVEL)).replace("<folder>", str(folder))

@@ -16,9 +16,8 @@ import torch
 import yaml
 from conftest import RunCli
 
-from dtrain.checkpoint.files import load_weights
-from dtrain.checkpoint.snapshot import CheckpointError
-from dtrain.checkpoint.weights import fitted, misfits_of
+from dtrain.checkpoint.contents import CheckpointError
+from dtrain.checkpoint.weights import fitted, load_weights, misfits_of
 from dtrain.components.models.pidnet import PIDNet
 from dtrain.components.models.unet import ResidualUNet2D, ResidualUNet3D, ResidualUNetSE3D, UNet2D, UNet3D
 from dtrain.components.models.vit import ViT

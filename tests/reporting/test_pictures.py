@@ -21,6 +21,7 @@ from dtrain.config.errors import ConfigError
 from dtrain.data.samplers import EvaluationShard
 from dtrain.data.seeded_batches import batch_loader
 from dtrain.dataloader import loader_settings
+from dtrain.modelloader import Outcome
 from dtrain.reporting import png_drawing, sample_panel, validation_pictures
 from dtrain.reporting.classification_errors import confusion_matrix
 from dtrain.reporting.number_text import short_count
@@ -40,7 +41,6 @@ from dtrain.reporting.png_drawing import (
 from dtrain.reporting.sample_panel import compared
 from dtrain.reporting.validation_pictures import Album, Pictures, chosen, kind_of, source_of
 from dtrain.tracking.journal import Journal
-from dtrain.training.evaluate import Outcome
 
 RNG = np.random.default_rng(0)
 
@@ -267,7 +267,7 @@ def test_samples_are_spread_evenly() -> None:
     assert chosen(4, 100) == [12, 37, 62, 87]
     assert chosen(4, 3) == [0, 1, 2] and chosen(1, 9) == [4] and chosen(0, 9) == []
     assert chosen([7, 2], 9) == [7, 2]
-    with pytest.raises(ValueError, match="there is no 9 in the validation data; possible: 0 to 8"):
+    with pytest.raises(ValueError, match="the validation data have no sample 9; possible: 0 to 8"):
         chosen([1, 9], 9)
 
 
@@ -612,7 +612,7 @@ def test_an_output_that_cannot_be_drawn_costs_one_line_and_no_training(run_small
     ("value", "message"),
     [
         ("{sample: 3}", "did you mean 'samples'?"),
-        ("{samples: [0, 270]}", "there is no 270 in the validation data; possible: 0 to 269"),
+        ("{samples: [0, 270]}", "the validation data have no sample 270; possible: 0 to 269"),
         ("{keep_last: 0}", "keep_last must be at least 1, found 0"),
         ("3", "expected"),
     ],

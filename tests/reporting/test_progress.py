@@ -19,17 +19,16 @@ from typing import NamedTuple
 
 import pytest
 
-from dtrain.reporting import line_progress
-from dtrain.reporting.line_progress import LineProgress
+from dtrain.reporting import progress as progress_module
 from dtrain.reporting.number_text import count_text, duration_text, figure_text
-from dtrain.reporting.progress import get_progress
-from dtrain.reporting.terminal_progress import TerminalProgress
+from dtrain.reporting.progress import Progress
+from dtrain.reporting.terminal_progress import TerminalProgress, get_progress
 
 URI = "sqlite:////home/someone/projects/with/a/long/path/that/goes/on/and/on/digits/mlflow.db"
 COMMAND = f"mlflow ui --backend-store-uri {URI}"
 RUN = f"""
 import sys
-from dtrain.reporting.progress import get_progress
+from dtrain.reporting.terminal_progress import get_progress
 progress = get_progress(True)
 progress.begin({{"model": "ViT, 68,970 parameters", "rate": "0.003 [not markup] :smile:", "MLflow": {URI!r}}})
 step = 0
@@ -268,11 +267,11 @@ def test_it_redraws_at_most_twice_a_second(terminal: Terminal) -> None:
     seconds = time.perf_counter() - began
     drawn = terminal.getvalue().count("epoch 1/1")
     bar.close()
-    assert 1 <= drawn <= 1 + seconds / line_progress.REFRESH_SECONDS
+    assert 1 <= drawn <= 1 + seconds / progress_module.REFRESH_SECONDS
 
 
 def test_the_bar_shows_loss_speed_metric_and_time_left(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(line_progress, "REFRESH_SECONDS", 0.0)
+    monkeypatch.setattr(progress_module, "REFRESH_SECONDS", 0.0)
     monkeypatch.setenv("COLUMNS", "120")
     bar = opened(terminal)
     bar.start_epoch(2, 3, 1200, done=599)
@@ -290,7 +289,7 @@ def test_the_bar_shows_loss_speed_metric_and_time_left(terminal: Terminal, monke
 
 
 def test_a_full_bar_says_that_it_evaluates(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(line_progress, "REFRESH_SECONDS", 0.0)
+    monkeypatch.setattr(progress_module, "REFRESH_SECONDS", 0.0)
     bar = opened(terminal)
     bar.start_epoch(1, 1, 1)
     bar.step()
@@ -444,9 +443,8 @@ def test_a_closed_stream_does_not_end_the_run(tmp_path: Path) -> None:
 
 
 def test_letters_that_the_encoding_lacks_are_escaped() -> None:
-    done = piped(
-        "from dtrain.reporting.progress import get_progress; get_progress(True).note('größe')", PYTHONIOENCODING="ascii"
-    )
+    code = "from dtrain.reporting.terminal_progress import get_progress; get_progress(True).note('größe')"
+    done = piped(code, PYTHONIOENCODING="ascii")
     assert re.fullmatch(STAMP + r"gr\\xf6\\xdfe\n", done.stdout)
 
 
@@ -501,7 +499,7 @@ def test_both_kinds_have_the_same_methods() -> None:
         members = inspect.getmembers(kind, inspect.isfunction)
         return {name: inspect.signature(method) for name, method in members if not name.startswith("_")}
 
-    assert methods(LineProgress) == methods(TerminalProgress)
+    assert methods(Progress) == methods(TerminalProgress)
 
 
 # Numbers

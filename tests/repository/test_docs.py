@@ -51,7 +51,7 @@ NOT_RUN = (
     *("needs SLURM", "stays until Ctrl-C", "takes 10 minutes", "takes some minutes"),
 )
 TIMEOUT_SECONDS = 240
-# Pages that take minutes. test_configfiles.py and test_predict.py train and predict the same in every run, from Python
+# Pages that take minutes. test_configfiles.py and tests/predict/ train and predict the same in every run, from Python
 # or with words of their own; that the very commands of these pages work, only --soak shows.
 SLOW = ("systems", "predict")
 # The pages whose trainings are told to MLflow: its import takes as long as all else of a short training.

@@ -23,7 +23,7 @@ from whole_runs import (
     same_training,
 )
 
-from dtrain.checkpoint.files import load
+from dtrain.checkpoint.checkpoint_files import load
 from dtrain.data.samplers import ShuffledShard
 from dtrain.tracking.run_folder import read_run
 
