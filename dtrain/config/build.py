@@ -44,9 +44,14 @@ def build(config: ConfigDict, key: str, *given: Any, **given_names: Any) -> Any:
 
 
 def defaults(config: ConfigDict, key: str) -> dict[str, Any]:
-    """The arguments of one of dtrain's own calls as plain values, with the signature's defaults for those left out."""
+    """The arguments of one of dtrain's own calls as plain values, with the signature's defaults for those left out.
+
+    A subclass that passes settings on (`**settings`) has the defaults of its base.
+    """
     call = calls(config)[key]
-    parameters = inspect.signature(_imported(call)).parameters.values()
+    imported = _imported(call)
+    bases = reversed(imported.__mro__[:-1]) if inspect.isclass(imported) else [imported]
+    parameters = [item for base in bases for item in inspect.signature(base).parameters.values()]
     values = {item.name: item.default for item in parameters if item.default is not item.empty}
     return values | {name: to_plain(value) for name, value in call.arguments.items()}
 
