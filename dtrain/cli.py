@@ -232,12 +232,13 @@ def _submit(options: argparse.Namespace) -> int:
 
 def _replay(options: argparse.Namespace) -> int:
     from dtrain.config.load import load_config
+    from dtrain.tracking.run_folder import RunFolder
 
     folder = Path(options.folder)
-    if not (folder / "config.yaml").is_file():
+    if not RunFolder(folder).config.is_file():
         print(f"dtrain replay: {folder} is no run folder: it has no config.yaml", file=sys.stderr)
         return USAGE
-    config = load_config(folder / "config.yaml", ["trainer.resume=none", "trainer.pre_trained=null"])
+    config = load_config(RunFolder(folder).config, ["trainer.resume=none", "trainer.pre_trained=null"])
     from dtrain.launch import rank as worker
 
     return worker.replay(config, folder)
@@ -254,7 +255,9 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _sync(options: argparse.Namespace) -> int:
-    if not (Path(options.folder) / "run.json").is_file():
+    from dtrain.tracking.run_folder import RunFolder
+
+    if not RunFolder(options.folder).run.is_file():
         print(f"dtrain sync: {options.folder} is no run folder: it has no run.json", file=sys.stderr)
         return USAGE
     from dtrain.tracking.start_sender import deliver_rest

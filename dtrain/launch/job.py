@@ -22,7 +22,7 @@ from types import FrameType
 from dtrain.distributed.environment import job_ends_at
 from dtrain.distributed.exit_status import STOPPED_EARLY
 from dtrain.distributed.process import run_to_end
-from dtrain.tracking.run_folder import read_run
+from dtrain.tracking.run_folder import RunFolder, read_run
 from dtrain.tracking.whole_file import read_json, write_json
 
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -105,7 +105,7 @@ class Starts:
 
     def _last(self) -> str:
         try:
-            return (self._run_folder / "checkpoints" / "last").readlink().name
+            return (RunFolder(self._run_folder).checkpoints / "last").readlink().name
         except OSError:
             return ""
 

@@ -26,7 +26,7 @@ from dtrain.distributed.exit_status import INTERRUPTED, STOPPED_EARLY
 from dtrain.distributed.setup import choose_device
 from dtrain.distributed.stop import REPEAT_SECONDS, end_at_once, heeded
 from dtrain.launch.console import Console
-from dtrain.tracking.run_folder import close_run_of, lives, read_run
+from dtrain.tracking.run_folder import RunFolder, close_run_of, lives, read_run
 from dtrain.tracking.whole_file import read_json
 
 if TYPE_CHECKING:
@@ -243,7 +243,7 @@ class _Job:
 
     def __init__(self, site: Any, folder: Path, log_folder: Path | None, is_new: bool) -> None:
         self.site, self.folder = site, folder.absolute()
-        logs = (log_folder or self.folder / "logs").absolute()
+        logs = (log_folder or RunFolder(self.folder).logs).absolute()
         self.waits_for_first_step = is_new and log_folder is None
         self.is_terminal = sys.stdout.isatty()
         self.console = Console(logs, self.is_terminal)
@@ -376,9 +376,7 @@ class _Job:
 
     def _first_failure(self) -> list[str]:
         """Which rank failed first, how, where its output is, and its traceback."""
-        from dtrain.training.failure import FAILURE
-
-        note = read_json(self.folder / FAILURE)
+        note = read_json(RunFolder(self.folder).failure)
         if note.get("time", 0.0) < self.start_began:  # of another start, or of another machine's disk
             note = {}
         silent = note.get("silent_ranks")

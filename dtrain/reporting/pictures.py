@@ -17,9 +17,9 @@ from torch.utils.data import Subset
 from dtrain.data.batch import main_output, split
 from dtrain.reporting.drawing import Tile, extent, gray, matrix, png, sheet
 from dtrain.reporting.sample_panel import panel
+from dtrain.tracking.run_folder import RunFolder
 from dtrain.tracking.whole_file import write_bytes
 
-PICTURES = "pictures"  # in the run folder
 _MOST_CLASSES = 30  # of a confusion matrix that can be read
 _WORST_SIDE, _WORST_COLUMNS = 120, 4
 
@@ -80,7 +80,7 @@ class Pictures:
         settings: Mapping[str, Any] | None,
         keys: tuple[str | None, str | None] = (None, None),
     ) -> None:
-        self.loader, self.folder, self.keys = loader, folder / PICTURES, keys
+        self.loader, self.folder, self.keys = loader, RunFolder(folder).pictures, keys
         self.settings = None if loader is None or settings is None else checked(picture_settings(**settings))
         self.samples = chosen(self.settings["samples"], len(loader.dataset)) if self.settings else []
         self._validations = 0
