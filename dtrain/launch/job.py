@@ -20,7 +20,7 @@ from types import FrameType
 
 from dtrain.distributed.environment import job_ends_at
 from dtrain.distributed.exit_status import FAILED, STOPPED_EARLY
-from dtrain.tracking.run_folder import read_run
+from dtrain.tracking.run_folder import RunFolder, read_run
 from dtrain.tracking.whole_file import read_json, write_json
 
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -104,7 +104,7 @@ class Starts:
 
     def _last_checkpoint(self) -> str:
         try:
-            return (self._run_folder / "checkpoints" / "last").readlink().name
+            return (RunFolder(self._run_folder).checkpoints / "last").readlink().name
         except OSError:
             return ""
 

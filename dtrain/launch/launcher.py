@@ -28,7 +28,7 @@ from dtrain.distributed.stop import REPEAT_SECONDS, stop_signals
 from dtrain.launch.agent import AgentThread, End, Site
 from dtrain.launch.console import Console
 from dtrain.launch.rendezvous import address_towards, is_held_here, set_gloo_interface
-from dtrain.tracking.run_folder import close_run_of, lives, read_run
+from dtrain.tracking.run_folder import RunFolder, close_run_of, lives, read_run
 from dtrain.tracking.whole_file import read_json
 
 UNTIMED_SAVE_SECONDS = 600.0  # ranks have so long to save and end before a save was timed
@@ -120,7 +120,7 @@ class NodeRun:
         self.site, self.folder = site, folder.absolute()
         self.waits_for_first_step = is_new and log_folder is None
         self.is_terminal = sys.stdout.isatty()
-        self.console = Console((log_folder or self.folder / "logs").absolute(), self.is_terminal)
+        self.console = Console((log_folder or RunFolder(self.folder).logs).absolute(), self.is_terminal)
         self.ends: list[End] = []
         self.requests: list[Request] = []
         self.start_began, self.has_begun, self.restarts = time.time(), False, 0
@@ -244,9 +244,7 @@ class NodeRun:
 
     def _first_failure(self) -> list[str]:
         """Which rank failed first, how, where its output is, and its traceback."""
-        from dtrain.training.failure_card import FAILURE
-
-        card = read_json(self.folder / FAILURE)
+        card = read_json(RunFolder(self.folder).failure)
         if card.get("time", 0.0) < self.start_began:  # of another start, or of another machine's disk
             card = {}
         if silent := card.get("silent_ranks"):

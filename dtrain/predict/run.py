@@ -21,6 +21,7 @@ from dtrain.predict.plan import plan, share_of
 from dtrain.predict.stitching import Run, stitched
 from dtrain.predict.work_folder import opened
 from dtrain.predict.writer import VolumeWriter
+from dtrain.tracking.run_folder import RunFolder
 
 
 def predict(
@@ -55,7 +56,7 @@ def predict(
     load_for_use(module, ranks, checkpoints, Path(path) if path else None, not inference.has_weights)
     weights = ranks.broadcast(_digest(module.state_dict()) if ranks.is_main else None)
     inference = replace(inference, identity={"weights": weights, **inference.identity})
-    folder = Path(output_dir or predictor.output_dir or inference.run_folder / "predictions")
+    folder = Path(output_dir or predictor.output_dir or RunFolder(inference.run_folder).predictions)
     dataset = loader.dataset.dataset  # the loader's own wraps it
     with rng.untouched(), inference.channels_last():
         inference.model.eval()

@@ -1,6 +1,5 @@
 """The files and pictures of a run on their way to MLflow, which hold up neither figures nor one another."""
 
-import itertools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,13 +48,14 @@ class FileQueue:
             self._run_has_ended, self._retry = run_has_ended, Retry(_PAUSE_SECONDS, _PAUSE_SECONDS)
         if not self._is_due():
             return True
-        in_order = sorted(self._memory.artifacts, key=lambda item: self._failures.get(item[0], 0))
-        sent = list(itertools.takewhile(lambda item: self._try(run, item), in_order))
-        for item in sent:
+        waiting = sorted(self._memory.artifacts, key=lambda item: self._failures.get(item[0], 0))
+        for item in waiting:
+            if not self._try(run, item):
+                break
             self._memory.artifacts.remove(item)
-        if sent:
+        if len(self._memory.artifacts) < len(waiting):
             self._memory.save()
-        return len(sent) == len(in_order)
+        return self._retry.failures == 0
 
     def _try(self, run: MlflowRun, item: list[Any]) -> bool:
         try:

@@ -190,7 +190,7 @@ class Journal:
             '' when MLflow has everything, else one line that says why not and how to send the rest.
 
         Raises:
-            ValueError: the status is none of these.
+            ValueError: the status is not one of `Status`.
         """
         if status not in get_args(Status):
             raise ValueError(f"status {status!r}: a run ends as one of {', '.join(get_args(Status))}")

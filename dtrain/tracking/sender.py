@@ -24,7 +24,7 @@ from dtrain.tracking.uri import resolve_tracking_uri
 _log = logging.getLogger(__name__)
 # While it gets ready, so do the ranks: what it has not done when they begin, costs them steps.
 _NICENESS_AT_FIRST, _NICENESS = 3, 19
-_SILENCE_SECONDS = 3600.0  # twice as long as a training without progress is let live
+_SILENCE_SECONDS = 3600.0  # twice the time after which a training without progress is ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

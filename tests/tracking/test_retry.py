@@ -21,11 +21,11 @@ class Clock:
             raise OSError("refused")
 
     def pause_of(self, tries: Retry) -> float:
-        """How long it takes, in steps of a tenth of a second, until the next try is due."""
+        """How long it takes, in steps of a quarter of a second, until the next try is due."""
         began = self.now
         while not tries.is_due():
-            self.now += 0.1
-        return round(self.now - began, 1)
+            self.now += 0.25
+        return self.now - began
 
 
 @pytest.fixture

@@ -134,7 +134,7 @@ def test_the_status_is_how_the_run_ended(tmp_path: Path, uri: str, status: str, 
 
 
 @pytest.mark.usefixtures("quiet_journal")
-def test_a_resumed_training_goes_on_in_its_run(tmp_path: Path, uri: str) -> None:
+def test_a_resumed_training_continues_its_run(tmp_path: Path, uri: str) -> None:
     params = {"optimizer.lr": 1e-3, "seed": 0}
     write_run(tmp_path, range(0, 60, 10), params, status="KILLED", experiment="resumed")
     assert deliver(tmp_path, uri) == 0
@@ -439,7 +439,7 @@ def test_files_that_fail_slowly_at_the_end_are_given_up_in_time(shelf: tuple[She
 
 
 @pytest.mark.usefixtures("quiet_journal")
-def test_pictures_that_are_gone_before_they_could_be_sent_are_told(shelf: tuple[Shelf, Delivery]) -> None:
+def test_pictures_that_are_gone_before_they_could_be_sent_are_reported(shelf: tuple[Shelf, Delivery]) -> None:
     store, work = shelf
     work.memory.artifacts = [["pictures/step-8/val.png", "val/worst", 8, 0]]
     write_run(work.folder, status="FINISHED")
@@ -512,7 +512,7 @@ def test_a_run_folder_that_a_new_rank_0_took_over_is_left_to_its_sender(tmp_path
 
 
 @pytest.mark.usefixtures("quiet_journal")
-def test_a_run_that_goes_on_is_not_closed(tmp_path: Path, uri: str) -> None:
+def test_a_run_that_continues_is_not_closed(tmp_path: Path, uri: str) -> None:
     folder = write_run(tmp_path, range(3), status=None)
     update_run(folder, pid=os.getpid())
     assert sender.main([str(folder), "--tracking-uri", uri]) == 0
@@ -525,7 +525,7 @@ def test_a_run_that_goes_on_is_not_closed(tmp_path: Path, uri: str) -> None:
 
 
 class Server:
-    """MLflow's REST server on one port, which can be stopped and started, and told to misbehave."""
+    """MLflow's REST server on one port, which can be stopped and started, and made to misbehave."""
 
     def __init__(self, folder: Path) -> None:
         os.environ["_MLFLOW_SERVER_FILE_STORE"] = f"sqlite:///{folder}/mlflow.db"
@@ -637,8 +637,10 @@ def test_a_server_that_comes_back_gets_the_rest(
         server.start()
     thread.join(60)
     assert status == [0] and len(rows_of(folder, server.uri, "lr")) == 10
-    told = [record.getMessage() for record in caplog.records if record.name.startswith("dtrain")]  # not MLflow's own
-    assert told == ["Connection refused", "delivering again"]
+    messages = [
+        record.getMessage() for record in caplog.records if record.name.startswith("dtrain")
+    ]  # not MLflow's own
+    assert messages == ["Connection refused", "delivering again"]
 
 
 @pytest.mark.usefixtures("quiet_journal")
@@ -890,7 +892,7 @@ def test_a_sender_of_which_no_run_comes_ends_without_a_trace(tmp_path: Path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sender_that_died_while_it_waited_is_replaced(tmp_path: Path, uri: str) -> None:
+def test_a_sender_that_exited_while_it_waited_is_replaced(tmp_path: Path, uri: str) -> None:
     sender = start_sender.prepare_sender(uri)
     assert sender is not None
     sender.kill()

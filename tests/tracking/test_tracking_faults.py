@@ -549,8 +549,10 @@ def test_a_run_of_another_machine_is_closed_when_it_was_silent_for_long(
     os.utime(folder / "metrics.jsonl", (written, written))
     assert sender.main([str(folder), "--tracking-uri", uri]) == 0
     assert run_of(folder, uri).info.status == read_run(folder)["state"] == ("FAILED" if hours else "RUNNING")
-    told = f"its status is RUNNING: on node17, process {GONE_PID} may still be at work" in capsys.readouterr().out
-    assert told is not bool(hours)
+    is_reported = (
+        f"its status is RUNNING: on node17, process {GONE_PID} may still be at work" in capsys.readouterr().out
+    )
+    assert is_reported is not bool(hours)
 
 
 # -------------------------------------------------------------------------------------------------- params of any kind
