@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from dtrain.config.annotations import Parameter, takes_mappings, wanted_as
 from dtrain.config.check import Use, argument_mistakes, call_mistakes, is_own, supplied, use_of
-from dtrain.config.errors import ConfigError, KeyPath, is_mapping, to_plain
+from dtrain.config.errors import ConfigError, KeyPath, is_mapping, syntax_error, to_plain
 from dtrain.config.load import to_config_dict
 from dtrain.config.resolve import STANDARD
 from dtrain.config.schema import Call, calls, is_component, refused
@@ -44,9 +44,14 @@ def build(config: ConfigDict, key: str, *given: Any, **given_names: Any) -> Any:
 
 
 def defaults(config: ConfigDict, key: str) -> dict[str, Any]:
-    """The arguments of one of dtrain's own calls as plain values, with the signature's defaults for those left out."""
+    """The arguments of one of dtrain's own calls as plain values, with the signature's defaults for those left out.
+
+    A subclass that passes settings on (`**settings`) has the defaults of its base.
+    """
     call = calls(config)[key]
-    parameters = inspect.signature(_imported(call)).parameters.values()
+    imported = _imported(call)
+    bases = reversed(imported.__mro__[:-1]) if inspect.isclass(imported) else [imported]
+    parameters = [item for base in bases for item in inspect.signature(base).parameters.values()]
     values = {item.name: item.default for item in parameters if item.default is not item.empty}
     return values | {name: to_plain(value) for name, value in call.arguments.items()}
 
@@ -162,13 +167,13 @@ def _origin(imported: Any) -> str:
 
 def _inspected(imported: Callable[..., Any], target: Dynamic) -> Callee:
     """A callee whose source cannot be read, described by its signature at run time."""
-    callee = Callee(target.module, target.name, "", 0, inspect.isclass(imported), open=True, variadic=True)
+    is_class = inspect.isclass(imported)
     try:
-        items = list(inspect.signature(imported).parameters.values())
+        items = inspect.signature(imported).parameters.values()
     except (TypeError, ValueError):
-        return callee
+        return Callee(target.module, target.name, "", 0, is_class, open=True, variadic=True)
     kinds = {item.kind for item in items}
-    parameters = [
+    parameters = tuple(
         Parameter(
             item.name,
             _annotation(item),
@@ -178,9 +183,9 @@ def _inspected(imported: Callable[..., Any], target: Dynamic) -> Callee:
         )
         for item in items
         if item.kind not in (item.VAR_POSITIONAL, item.VAR_KEYWORD)
-    ]
+    )
     is_open, variadic = inspect.Parameter.VAR_KEYWORD in kinds, inspect.Parameter.VAR_POSITIONAL in kinds
-    return Callee(target.module, target.name, "", 0, callee.is_class, tuple(parameters), is_open, variadic)
+    return Callee(target.module, target.name, "", 0, is_class, parameters, is_open, variadic)
 
 
 def _annotation(item: inspect.Parameter) -> ast.expr | None:
@@ -194,7 +199,7 @@ def _annotation(item: inspect.Parameter) -> ast.expr | None:
 def _explained(error: BaseException) -> str:
     """`ValueError: text (file:line)`: the last line of the user's own code, and the one that raised."""
     if isinstance(error, SyntaxError):
-        return f"SyntaxError: {error.msg} ({error.filename}:{error.lineno})"
+        return syntax_error(error)
     frames = [item for item in traceback.extract_tb(error.__traceback__) if not item.filename.startswith("<frozen")]
     frames = [item for item in frames if item.filename not in (__file__, importlib.__file__)]
     own = [item for item in frames if not item.filename.startswith(_library_folders())]

@@ -4,15 +4,14 @@ import ast
 from collections.abc import Iterator, Mapping
 from enum import Enum, auto
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from dtrain.config.annotations import Parameter, takes_mappings, wrong_type
-from dtrain.config.errors import ConfigError, KeyPath, Mistake, did_you_mean, dotted, found, is_mapping, shown
+from dtrain.config.errors import ConfigError, KeyPath, Mistake, did_you_mean, dotted, is_mapping
 from dtrain.config.load import notes_on
-from dtrain.config.resolve import STANDARD
+from dtrain.config.resolve import module_mistake
 from dtrain.config.rules import (
     missing_mistakes,
     monitor_mistakes,
@@ -22,7 +21,7 @@ from dtrain.config.rules import (
     value_mistakes,
 )
 from dtrain.config.schema import Call, calls, is_component, mistake, read
-from dtrain.config.signatures import SOURCE, Callee, is_standard
+from dtrain.config.signatures import Callee
 
 
 def check(config: ConfigDict, purpose: str | None = "train") -> None:
@@ -69,30 +68,8 @@ def _module_mistakes(config: ConfigDict) -> Iterator[Mistake]:
     """The entries of `modules` that cannot be read."""
     value = config.get("modules")
     for index, module in enumerate(value if isinstance(value, list) else () if value is None else [value]):
-        if wrong := _module_mistake(module):
+        if wrong := module_mistake(module):
             yield mistake(config, ("modules", index) if isinstance(value, list) else ("modules",), wrong)
-
-
-def _module_mistake(module: Any) -> str | None:
-    if not isinstance(module, str):
-        return f"expected the name of a module, {found(module)}"
-    if is_standard(module):
-        return f"'{module}' is {STANDARD}"
-    try:
-        parents = [module.rpartition(".")[0]] if "." in module else []
-        if all(SOURCE.module(item) for item in (*parents, module)):
-            return None
-    except SyntaxError as error:
-        return _syntax_error(error)
-    if "/" in module or module.endswith(".py"):
-        name = ".".join(part for part in Path(module).with_suffix("").parts if part not in (".", "/"))
-        return f"{shown(module)} is a path; a module is named as in Python, such as {name}"
-    local = [item.stem for item in Path().iterdir() if item.suffix == ".py" or item.is_dir()]
-    return f"there is no module {shown(module)} here or installed{did_you_mean(module, local)}"
-
-
-def _syntax_error(error: SyntaxError) -> str:
-    return f"SyntaxError: {error.msg} ({error.filename}:{error.lineno})"
 
 
 def call_mistakes(call: Call) -> list[Mistake]:
@@ -101,9 +78,9 @@ def call_mistakes(call: Call) -> list[Mistake]:
     unbuilt: list[KeyPath] = []  # arguments that are passed on as they are
     try:
         target = call.target
-    except (SyntaxError, ConfigError) as error:
+    except ConfigError as error:
         if "." in str(call.name) or not any(_module_mistakes(call.config)):  # else it is missing for want of a module
-            own += error.mistakes if isinstance(error, ConfigError) else [_unreadable(call, error)]
+            own += error.mistakes
     else:
         if isinstance(target, Callee):
             if use_of(call, target) is Use.CALL_WITH_CONFIG:  # what it reads from the config, only the class knows
@@ -137,10 +114,6 @@ def argument_mistakes(call: Call, callee: Callee) -> Iterator[Mistake]:
     if missing:
         required = f"required argument{'s' if len(missing) > 1 else ''} {' and '.join(missing)}"
         yield mistake(call.config, call.path, f"{callee.name} is missing {required}; {_possible(callee, given)}")
-
-
-def _unreadable(call: Call, error: SyntaxError) -> Mistake:
-    return mistake(call.config, call.path_of("name"), _syntax_error(error))
 
 
 def _possible(callee: Callee, given: frozenset[str]) -> str:
@@ -177,7 +150,7 @@ def _shared_mistakes(config: ConfigDict, described: Mapping[str, Call]) -> Itera
     metrics = [call for key, call in described.items() if key.startswith("metrics.") and call.shared]
     try:
         targets = [call.target for call in metrics]
-    except (ConfigError, SyntaxError):
+    except ConfigError:
         return  # reported already
     callees = [item for item in targets if isinstance(item, Callee)]
     if len(callees) < len(targets) or any(item.open for item in callees):

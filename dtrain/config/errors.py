@@ -47,6 +47,11 @@ def one_line(text: str) -> str:
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
+def syntax_error(error: SyntaxError) -> str:
+    """What is wrong with a Python file, and where."""
+    return f"SyntaxError: {error.msg} ({error.filename}:{error.lineno})"
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The names in `known` that `name` was probably meant to be, best first; of clearly worse ones none."""
     spellings: dict[str, list[str]] = {}

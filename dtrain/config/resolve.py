@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlparse
 
-from dtrain.config.errors import did_you_mean, found, shown
+from dtrain.config.errors import did_you_mean, found, shown, syntax_error
 from dtrain.config.signatures import SOURCE, Callee, Dynamic, is_standard, module_file, spec_folders
 
 STANDARD = "from the standard library, which a config may not name"
@@ -52,9 +52,15 @@ def locate(name: Any, modules: Sequence[str], libraries: Sequence[str], nested: 
     (`nested`) in those of the other sections, too.
 
     Raises:
-        ResolveError: There is no such name, or it may not be used.
-        SyntaxError: One of the user's modules cannot be read as Python.
+        ResolveError: There is no such name, it may not be used, or one of the user's modules is not Python.
     """
+    try:
+        return _located(name, modules, libraries, nested)
+    except SyntaxError as error:
+        raise ResolveError(syntax_error(error)) from None
+
+
+def _located(name: Any, modules: Sequence[str], libraries: Sequence[str], nested: bool) -> Found:
     if not isinstance(name, str) or not name:
         raise ResolveError(f"expected the name of a class or a function, {found(name)}")
     parts = re.split(r"[.:]", name)
@@ -78,6 +84,25 @@ def locate(name: Any, modules: Sequence[str], libraries: Sequence[str], nested: 
     others_too = " and the other sections' libraries" if nested else ""
     hint = _similar(name, [*modules, *libraries])
     raise ResolveError(f"there is no '{name}'{hint}; searched {', '.join(places)}{others_too}")
+
+
+def module_mistake(name: Any) -> str:
+    """What is wrong with an entry of `modules`; empty where it can be read."""
+    if not isinstance(name, str):
+        return f"expected the name of a module, {found(name)}"
+    if is_standard(name):
+        return f"'{name}' is {STANDARD}"
+    try:
+        parents = [name.rpartition(".")[0]] if "." in name else []
+        if all(SOURCE.module(item) for item in (*parents, name)):
+            return ""
+    except SyntaxError as error:
+        return syntax_error(error)
+    if "/" in name or name.endswith(".py"):
+        module = ".".join(part for part in Path(name).with_suffix("").parts if part not in (".", "/"))
+        return f"{shown(name)} is a path; a module is named as in Python, such as {module}"
+    local = [item.stem for item in Path().iterdir() if item.suffix == ".py" or item.is_dir()]
+    return f"there is no module {shown(name)} here or installed{did_you_mean(name, local)}"
 
 
 def _in_library(module: str, name: str) -> Callee | Dynamic | str | None:

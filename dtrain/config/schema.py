@@ -80,8 +80,7 @@ class Call:
         """What the name leads to; looked up once.
 
         Raises:
-            ConfigError: There is no such name, or it may not be used.
-            SyntaxError: One of the user's modules cannot be read as Python.
+            ConfigError: There is no such name, it may not be used, or one of the user's modules is not Python.
         """
         try:
             return locate(self.name, user_modules(self.config), self.slot.libraries, self.slot.nested)
@@ -186,14 +185,26 @@ class _Reader:
 
     def all_calls(self) -> dict[str, Call]:
         """Those of every section, in the order in which a training needs them."""
+        readers = {
+            "model": self.component,
+            "loaders": self.loaders,
+            "loss": self.component,
+            "metrics": self.metrics,
+            "optimizer": self.component,
+            "lr_scheduler": self.scheduler,
+            "trainer": self.trainer,
+            "mlflow": self.settings,
+            "predictor": self.settings,
+            "cluster": self.settings,
+        }
         result: dict[str, Call] = {}
-        for section in ("model", "loaders", "loss", "metrics", "optimizer", "lr_scheduler"):
-            if self.config.get(section) is not None:
-                result |= _READERS.get(section, _Reader.plain)(self, section)
-        result |= self.trainer()
-        for section in ("mlflow", "predictor", "cluster"):
-            if (values := self.section(section)) is not None:
-                result[section] = self.own_call((section,), section, values)
+        for section, reader in readers.items():
+            value = self.config.get(section)
+            if section == "metrics" and isinstance(value, list):
+                result |= self.listed_metrics(value)
+            elif value is not None or section in OWN_SETTINGS:
+                values = self.mapping((section,), value)
+                result |= {} if values is None else reader(section, values)
         return result
 
     def wrong(self, path: KeyPath, text: str) -> None:
@@ -206,9 +217,6 @@ class _Reader:
         self.wrong(path, f"expected a mapping, {found(value)}")
         return None
 
-    def section(self, name: str) -> Mapping[str, Any] | None:
-        return self.mapping((name,), self.config.get(name))
-
     def has_name(self, path: KeyPath, values: Mapping[str, Any]) -> bool:
         """Whether it has a name; else a mistake."""
         if "name" in values:
@@ -219,40 +227,32 @@ class _Reader:
         self.wrong(path, f"has no 'name', so nothing says what to build (found: {known}){hint}")
         return False
 
-    def call_at(self, path: KeyPath, values: Mapping[str, Any], section: str) -> Call:
-        return _call_at(self.config, path, values, SLOTS[section])
+    def component(self, section: str, values: Mapping[str, Any]) -> dict[str, Call]:
+        if not self.has_name((section,), values):
+            return {}
+        return {section: _call_at(self.config, (section,), values, SLOTS[section])}
+
+    def settings(self, section: str, values: Mapping[str, Any]) -> dict[str, Call]:
+        return {section: self.own_call((section,), section, values)}
 
     def own_call(self, path: KeyPath, settings: str, values: Mapping[str, Any]) -> Call:
         """A call of the function whose arguments are dtrain's own settings."""
-        name, slot = OWN_SETTINGS[settings], SLOTS.get(settings, Slot())
-        return Call(self.config, path, slot, name, {key: values[key] for key in values})
+        return Call(self.config, path, SLOTS.get(settings, Slot()), OWN_SETTINGS[settings], dict(values))
 
-    def plain(self, section: str) -> dict[str, Call]:
-        values = self.section(section)
-        if values is None or not self.has_name((section,), values):
-            return {}
-        return {section: self.call_at((section,), values, section)}
-
-    def trainer(self) -> dict[str, Call]:
+    def trainer(self, section: str, values: Mapping[str, Any]) -> dict[str, Call]:
         """The trainer's settings; `name` may name another trainer than dtrain's."""
-        values = self.section("trainer")
-        if values is None:
-            return {}
-        own = self.own_call(("trainer",), "trainer", {key: values[key] for key in values if key != "name"})
-        result = {"trainer": own if values.get("name") is None else replace(own, name=values["name"])}
+        own = self.own_call((section,), section, {key: values[key] for key in values if key != "name"})
+        result = {section: own if values.get("name") is None else replace(own, name=values["name"])}
         inner = {key: values.get(key) or {} for key in ("ddp", "fsdp", "pictures")}
         if is_mapping(values.get("pre_trained")):  # a path alone, else
             inner["pre_trained"] = values["pre_trained"]
         for key, settings in inner.items():
             if is_mapping(settings):
-                result[f"trainer.{key}"] = self.own_call(("trainer", key), key, settings)
+                result[f"{section}.{key}"] = self.own_call((section, key), key, settings)
         return result
 
-    def loaders(self, section: str) -> dict[str, Call]:
+    def loaders(self, section: str, values: Mapping[str, Any]) -> dict[str, Call]:
         """For each phase its dataset and its loader; keys beside the phases go to all of them."""
-        values = self.section(section)
-        if values is None:
-            return {}
         phases = {phase: values[phase] for phase in PHASES if values.get(phase) is not None}
         shared = {key: values[key] for key in values if key not in PHASES}
         some_phase_has_a_name = any(map(is_component, phases.values()))
@@ -268,50 +268,45 @@ class _Reader:
             for_dataset = {key: merged[key] for key in merged if key not in for_loader}
             result[f"loaders.{phase}.loader"] = replace(self.own_call(path, "loader", for_loader), paths=paths)
             if self.has_name(path, for_dataset) if some_phase_has_a_name else self.has_name((section,), values):
-                dataset = self.call_at(path, for_dataset, section)
+                dataset = _call_at(self.config, path, for_dataset, SLOTS[section])
                 result[f"loaders.{phase}"] = replace(dataset, paths=paths, others=_names_of("loader"))
         return result
 
-    def scheduler(self, section: str) -> dict[str, Call]:
+    def scheduler(self, section: str, values: Mapping[str, Any]) -> dict[str, Call]:
         """The scheduler, and when and from where it moves the rate."""
-        values = self.section(section)
-        if values is None:
-            return {}
         settings = {key: values[key] for key in values if key in _names_of("schedule")}
         result = {f"{section}.schedule": self.own_call((section,), "schedule", settings)}
         if self.has_name((section,), values):
             rest = {key: values[key] for key in values if key not in settings}
-            call = self.call_at((section,), rest, section)
+            call = _call_at(self.config, (section,), rest, SLOTS[section])
             filled = FILLED.get(_short_name(call.name))
             others = _names_of("schedule")
             result[section] = replace(call, others=others, filled=frozenset({filled} if filled else ()))
         return result
 
-    def metrics(self, section: str) -> dict[str, Call]:
-        """`{name: A}`, `{name: [A, B], shared: 1, B: {own: 2}}`, `{label: {name: A}}` or `[{name: A}, {name: B}]`."""
-        value = self.config.get(section)
-        if isinstance(value, list):
-            listed = self.labelled_metrics(section, dict(enumerate(value)))
-            names = [_short_name(call.name) for call in listed.values()]
-            ends = {key: f"_{key}" if names.count(_short_name(listed[key].name)) > 1 else "" for key in listed}
-            return {f"metrics.{_short_name(call.name)}{ends[key]}": call for key, call in listed.items()}
-        values = self.mapping((section,), value)
-        if values is None:
-            return {}
+    def metrics(self, section: str, values: Mapping[str, Any]) -> dict[str, Call]:
+        """`{name: A}`, `{name: [A, B], shared: 1, B: {own: 2}}` or `{label: {name: A}}`."""
         if "name" in values:
             return self.metrics_by_name(section, values)
         if values and not any(map(is_component, values.values())):
             self.has_name((section,), values)
             return {}
-        return {f"metrics.{label}": call for label, call in self.labelled_metrics(section, values).items()}
+        return {f"metrics.{label}": call for label, call in self.labelled_metrics(values).items()}
 
-    def labelled_metrics(self, section: str, values: Mapping[Any, Any]) -> dict[Any, Call]:
+    def listed_metrics(self, values: list[Any]) -> dict[str, Call]:
+        """`[{name: A}, {name: B}]`; the index is in the label where two have the same name."""
+        listed = self.labelled_metrics(dict(enumerate(values)))
+        names = {index: _short_name(call.name) for index, call in listed.items()}
+        labels = {index: f"{name}_{index}" for index, name in names.items() if [*names.values()].count(name) > 1}
+        return {f"metrics.{labels.get(index, names[index])}": call for index, call in listed.items()}
+
+    def labelled_metrics(self, values: Mapping[Any, Any]) -> dict[Any, Call]:
         """One call for each label of a mapping, or index of a list."""
         result: dict[Any, Call] = {}
         for key, item in values.items():
-            own = self.mapping((section, key), item)
-            if own is not None and self.has_name((section, key), own):
-                result[key] = self.call_at((section, key), own, section)
+            own = self.mapping(("metrics", key), item)
+            if own is not None and self.has_name(("metrics", key), own):
+                result[key] = _call_at(self.config, ("metrics", key), own, SLOTS["metrics"])
         return result
 
     def metrics_by_name(self, section: str, values: Mapping[str, Any]) -> dict[str, Call]:
@@ -333,7 +328,7 @@ class _Reader:
             own = self.mapping((section, label), values.get(label))
             if own is None:
                 continue
-            arguments = shared | {key: own[key] for key in own}
+            arguments = {**shared, **own}
             paths = {key: (section, label, key) if key in own else (section, key) for key in arguments}
             dropped = frozenset(shared) - set(own) if several else NONE
             path = where if several else (section,)
@@ -342,12 +337,9 @@ class _Reader:
         return result
 
 
-_READERS = {"loaders": _Reader.loaders, "metrics": _Reader.metrics, "lr_scheduler": _Reader.scheduler}
-
-
 def _phase_values(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """A phase's keys with those of all phases; its own win, also where the batch size is written in the other way."""
-    merged = {**shared, **{key: own[key] for key in own}}
+    merged = {**shared, **own}
     for key, other in (("batch_size", "global_batch_size"), ("global_batch_size", "batch_size")):
         if own.get(key) is not None and other not in own:
             merged.pop(other, None)

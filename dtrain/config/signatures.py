@@ -326,22 +326,19 @@ class Source:
         return meaning
 
     def _callee(self, module: Module, node: ast.ClassDef | Function) -> Callee | Dynamic:
-        if node not in self._callees:
-            callee = self._read_callee(module, node)
-            if self._busy:
-                return callee  # it may lack what is being followed just now
-            self._callees[node] = callee
-        return self._callees[node]
-
-    def _read_callee(self, module: Module, node: ast.ClassDef | Function) -> Callee | Dynamic:
+        if node in self._callees:
+            return self._callees[node]
         is_class = isinstance(node, ast.ClassDef)
         if isinstance(node, ast.ClassDef):
             takes = self._constructor(self._lineage(module, node))
         else:
             takes = self._takes(module, node, (), method=False)
-        if takes is None:
-            return Dynamic(module.name, node.name)
-        return Callee(module.name, node.name, str(module.file.path), node.lineno, is_class, *takes)
+        callee: Callee | Dynamic = Dynamic(module.name, node.name)
+        if takes is not None:
+            callee = Callee(module.name, node.name, str(module.file.path), node.lineno, is_class, *takes)
+        if not self._busy:  # else it may lack what is being followed just now
+            self._callees[node] = callee
+        return callee
 
     def _lineage(self, module: Module, node: ast.ClassDef, seen: frozenset[ast.ClassDef] = frozenset()) -> Lineage:
         """The class and its bases in the order in which Python asks them."""

@@ -41,11 +41,6 @@ class Grid:
     def __len__(self) -> int:
         return math.prod(self._counts)
 
-    @property
-    def per_layer(self) -> int:
-        """Patches with the same start along the first axis."""
-        return math.prod(self._counts[1:])
-
     def corner(self, index: int) -> tuple[int, ...]:
         """Where a patch begins."""
         places = np.unravel_index(index, self._counts)
@@ -66,7 +61,8 @@ class Grid:
         """The patches that cover any of the planes [begin, end) of the first axis."""
         first = bisect_right(self.starts[0], begin - self.patch[0])
         last = bisect_left(self.starts[0], end)
-        return range(first * self.per_layer, last * self.per_layer)
+        per_layer = math.prod(self._counts[1:])  # patches with the same start along the first axis
+        return range(first * per_layer, last * per_layer)
 
     def slabs(self, least_planes: int) -> list[tuple[int, int]]:
         """The volume cut across its first axis, where patches begin, in slabs of so many planes at least."""
@@ -78,10 +74,7 @@ class Grid:
 
 
 def _starts(extent: int, patch: int, stride: int) -> list[int]:
-    if patch >= extent:
-        return [0]
-    regular = list(range(0, extent - patch + 1, stride))
-    return regular if regular[-1] == extent - patch else [*regular, extent - patch]
+    return [*range(0, extent - patch, stride), max(0, extent - patch)]
 
 
 def _shares(extent: int, patch: int, starts: list[int], blend: Blend) -> list[np.ndarray]:

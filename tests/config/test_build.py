@@ -257,12 +257,27 @@ def test_what_dtrain_supplies_cannot_be_given() -> None:
     )
 
 
-def test_the_settings_of_a_house_call_have_their_defaults() -> None:
+def test_the_settings_of_dtrains_own_calls_have_their_defaults() -> None:
     config = from_mapping({"trainer": {"max_epochs": 3}})
     settings = defaults(config, "trainer")
     assert settings["max_epochs"] == 3
     assert settings["accumulate"] == 1
     assert "parts" not in settings
+
+
+def test_the_settings_of_a_subclass_have_the_defaults_of_its_base(write: Write) -> None:
+    code = """
+from dtrain.trainer import Trainer
+
+class Mine(Trainer):
+    def __init__(self, parts, *, share: float = 0.5, keep_last: int = 7, **settings):
+        super().__init__(parts, keep_last=keep_last, **settings)
+"""
+    write(mine=code)
+    config = from_mapping({"modules": ["mine"], "trainer": {"name": "Mine", "max_steps": 7}})
+    settings = defaults(config, "trainer")
+    assert (settings["share"], settings["keep_last"], settings["keep_best"]) == (0.5, 7, 1)
+    assert (settings["max_steps"], settings["precision"]) == (7, None)
 
 
 # ----------------------------------------------------------------------------- classes that take one config object

@@ -202,8 +202,8 @@ def test_lines_stay_whole_and_a_failure_before_the_first_step_is_reported_and_no
         log = (place.path("chatter") / "logs" / f"rank-{rank}.log").read_text()
         for kind, text in (("long", "x" * 6000), ("short", "y" * 50)):
             wanted = [f"{kind} {number} {text}." for number in range(300)]
-            mine = [line.split("  ", 2)[2] for line in lines if line.startswith(f"rank {rank}  ")]
-            assert [line for line in mine if line.startswith(f"{kind} ")] == wanted
+            shown = [line.split("  ", 2)[2] for line in lines if line.startswith(f"rank {rank}  ")]
+            assert [line for line in shown if line.startswith(f"{kind} ")] == wanted
             assert [line for line in log.splitlines() if line.startswith(f"{kind} ")] == wanted
         assert "https://***@host/" in log
         assert f"threads {max(1, len(os.sched_getaffinity(0)) // 2)}\n" in log
@@ -213,7 +213,7 @@ def test_lines_stay_whole_and_a_failure_before_the_first_step_is_reported_and_no
     assert read_run(place.path("chatter"))["attempt"] == 1
 
 
-def test_a_killed_rank_is_named_and_the_ranks_go_on_from_the_last_checkpoint(place: Place) -> None:
+def test_a_killed_rank_is_named_and_the_ranks_resume_from_the_last_checkpoint(place: Place) -> None:
     whole = undisturbed(place)
     file = place.config("restart", **LIVELY, **{"trainer.resume": "none"})
     result = two(place, file, "--max-restarts", "1", do="train 50 rank 1 KILL").result(150)
@@ -509,7 +509,7 @@ def one_node_lost(place: Place, machines: list[list[str]], name: str, at_step: i
             assert found.execute("SELECT status FROM runs").fetchall() == [("FINISHED",)]
 
 
-def test_a_node_that_is_killed_and_comes_back_goes_on_in_the_same_run(place: Place, machines: list[list[str]]) -> None:
+def test_a_node_that_is_killed_and_comes_back_resumes_the_same_run(place: Place, machines: list[list[str]]) -> None:
     one_node_lost(place, machines, "nodes", at_step=4)
 
 
@@ -535,7 +535,7 @@ def free_endpoint() -> str:
 
 
 @pytest.mark.soak
-def test_a_node_that_never_comes_is_not_waited_for_for_ever(place: Place) -> None:
+def test_a_node_that_never_comes_is_not_waited_for_forever(place: Place) -> None:
     endpoint = free_endpoint()
     result = impatient(place, [sys.executable], endpoint, place.config("alone")).result(90)
     assert result.rc == 1
@@ -611,7 +611,7 @@ def test_the_status_of_a_job(tmp_path: Path, ends: list[Any], asked: list[str], 
     assert node._status() == status
 
 
-def test_who_stops_a_job_that_waits_to_go_on_has_stopped_it_early(tmp_path: Path) -> None:
+def test_who_stops_a_job_that_waits_to_resume_has_stopped_it_early(tmp_path: Path) -> None:
     """A node was lost and is waited for: all that there was is saved, and nothing runs."""
     node = launcher.NodeRun(SimpleNamespace(max_restarts=2), tmp_path, None, False)
     assert node._ended([End(0, -9, float("inf")), End(1, 1, 1.0)], has_begun=True, can_restart=True)
@@ -660,7 +660,7 @@ def test_ranks_get_time_to_save_by_how_long_the_last_save_took(
     assert launcher.NodeRun(None, tmp_path, None, False).shutdown_seconds() == seconds
 
 
-def test_a_restart_goes_on_whatever_the_training_began_from(tmp_path: Path) -> None:
+def test_a_restart_resumes_whatever_the_training_began_from(tmp_path: Path) -> None:
     def found(resume: str, is_restart: bool) -> Any:
         return find_start(tmp_path / "run", resume, "name", {}, None, is_restart)
 

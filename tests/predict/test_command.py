@@ -126,7 +126,7 @@ def test_killed_and_stopped_predictions_continue(project: Path, start_cli: Start
     ]
     again = run_cli([*COMMAND, "predictor.blend=constant"])
     assert again.rc == 2
-    assert "predictions made otherwise: cells0_predictions.h5 (patches)" in again.stderr
+    assert "predictions made differently: cells0_predictions.h5 (patches)" in again.stderr
     assert len(again.stderr.splitlines()) == 1
 
 

@@ -159,5 +159,7 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path, keys: dict[str
 
 
 def test_a_model_that_changes_the_extent_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"volume-0.h5: the model made \(1, 1, 3, 3, 3\) of patches \(1, 1, 6, 6, 6\)"):
+    with pytest.raises(
+        ValueError, match=r"volume-0.h5: the model returned \(1, 1, 3, 3, 3\) for patches \(1, 1, 6, 6, 6\)"
+    ):
         predicted(tmp_path, dataset_of(random_volume(6, 6, 6)), lambda x: x[..., ::2, ::2, ::2])

@@ -90,7 +90,7 @@ def test_what_was_made_otherwise_is_overwritten_on_demand_only(
     file = tmp_path / "volume-0_predictions.h5"
     before = file.read_bytes()
     with pytest.raises(
-        ConfigError, match=rf"holds predictions made otherwise: volume-0_predictions.h5 \({difference}\)"
+        ConfigError, match=rf"holds predictions made differently: volume-0_predictions.h5 \({difference}\)"
     ):
         predicted(tmp_path, data, lambda x: x + 1, **change)
     assert file.read_bytes() == before

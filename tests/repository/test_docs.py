@@ -316,6 +316,16 @@ def test_modules_that_a_page_names_are_there(page: str) -> None:
     assert [f"{folder}/{name}" for folder, name in named if not list((package / folder).glob(f"{name}*"))] == []
 
 
+def test_the_components_page_lists_every_method_to_override() -> None:
+    table = (REPOSITORY / "docs" / "components.md").read_text().partition("### Methods to override")[2]
+    listed = re.findall(r"^\| `(\w+)\((.*?)\)` \| .+ \| .+ \|$", table, re.M)
+    public = {name: value for name, value in vars(Trainer).items() if inspect.isfunction(value) and name[0] != "_"}
+    assert sorted(name for name, _ in listed) == sorted(public.keys() - {"fit"})
+    for name, parameters in listed:
+        names = [parameter.partition("=")[0] for parameter in parameters.split(", ") if parameter]
+        assert names == list(inspect.signature(public[name]).parameters)[1:], name
+
+
 # ------------------------------------------------------------------------------------------------------- the glossary
 
 # Where a word that is not used means something else.
