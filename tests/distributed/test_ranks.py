@@ -1,4 +1,4 @@
-"""The rank's room: what launchers say, which device, how many threads, and that nobody trains alone by accident."""
+"""Ranks: what launchers say, which device, how many threads, and that nobody trains alone by accident."""
 
 import json
 import os
