@@ -259,8 +259,8 @@ def get_evaluation_metric(config: ConfigDict, ranks: Ranks, device: torch.device
     Raises:
         ConfigError: Two metrics have one label.
     """
-    named = calls(config, "metrics") if config.get("metrics") else {}
-    makers = {key.removeprefix("metrics."): functools.partial(make, config, call) for key, call in named.items()}
-    if "loss" in makers:
+    described = calls(config).items() if config.get("metrics") else ()
+    found = {key.removeprefix("metrics."): call for key, call in described if key.startswith("metrics.")}
+    if "loss" in found:
         raise refused(config, ("metrics",), "'loss' is the loss's own name; give the metric another label")
-    return Metrics(makers, ranks, device)
+    return Metrics({label: functools.partial(make, call) for label, call in found.items()}, ranks, device)

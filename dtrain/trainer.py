@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
-from dtrain.checkpoint.files import Loaded
+from dtrain.checkpoint.checkpoint_files import Loaded
+from dtrain.checkpoint.weights import load_for_use
 from dtrain.config.build import build
 from dtrain.config.check import check
 from dtrain.config.errors import ConfigError, to_plain
@@ -24,7 +25,7 @@ from dtrain.distributed.launched_rank import mark_first_step
 from dtrain.distributed.stop import StopWaiting
 from dtrain.distributed.vote import Vote
 from dtrain.predict.inference import Result
-from dtrain.predict.run import load_for_use, logits, predict
+from dtrain.predict.run import logits, predict
 from dtrain.tracking.secrets import keep_secret
 from dtrain.training.evaluate import evaluate, evaluate_volumes
 from dtrain.training.evidence import Evidence

@@ -50,7 +50,7 @@ class Training:
     @property
     def last(self) -> Any:
         """The newest checkpoint, loaded."""
-        from dtrain.checkpoint.files import load
+        from dtrain.checkpoint.checkpoint_files import load
 
         return load(self.folder / "run" / "checkpoints" / "last")
 

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Runs every check: lint, format, types, then the tests.
 #
-#   bash scripts/test.sh [PYTEST ARGUMENTS ...]       tests/config/test_load.py -k override; --soak for the long repetitions
+#   bash scripts/test.sh                           all tests: what CI runs
+#   bash scripts/test.sh --fast                    only tests that take little time: an answer in under 3 minutes
+#   bash scripts/test.sh [PYTEST ARGUMENTS ...]    tests/config/test_load.py -k override; --soak for the long repetitions
 #
 # The first start makes .venv (see venv.sh). pytest's summary is the last line.
 set -euo pipefail

@@ -29,8 +29,13 @@ FOREIGN_PREFIXES = (
 )
 
 
+# Tests with these start processes or stores of their own, each for seconds: --fast leaves them out.
+STARTS_PROCESSES = {"tagged", "place", "pytester", "server_process", "uri"}
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak", action="store_true", help="also run the tests marked soak: minutes of repetitions each")
+    parser.addoption("--fast", action="store_true", help="only tests that take little time: not slow, in this process")
 
 
 def pytest_configure() -> None:
@@ -39,10 +44,19 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--fast"):
+        left_out = [item for item in items if not _is_fast(item)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if _is_fast(item)]
     if not config.getoption("--soak"):
         for item in items:
             if item.get_closest_marker("soak"):
                 item.add_marker(pytest.mark.skip(reason="a soak test: run with --soak"))
+
+
+def _is_fast(item: pytest.Item) -> bool:
+    is_marked = any(item.get_closest_marker(name) for name in ("slow", "soak"))
+    return not is_marked and STARTS_PROCESSES.isdisjoint(getattr(item, "fixturenames", ()))
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ PartitionName=urgent  Nodes=ALL Default=NO  PriorityTier=20 PreemptMode=OFF     
 """
 
 # What a slurmd's namespace is made of. While it starts, the daemon reads other CommunicationParameters than its jobs
-# will: it must listen on its own address only, to be told from the other node's, and a srun inside a node on all.
+# will: it must listen on its own address only, to be distinct from the other node's, and a srun inside a node on all.
 NODE = """set -e
 hostname "$0"
 mount --bind "$1/hosts" /etc/hosts
@@ -176,7 +176,7 @@ class Cluster:
         self._daemon(f"slurmd.{node}", [*inside, *slurmd])
 
     def lose(self, node: str) -> None:
-        """Cut a node's power: all that runs in its namespace is gone at once, and nobody is told."""
+        """Cut a node's power: all that runs in its namespace is gone at once, and nobody is notified."""
         slurmd = int((self.folder / f"slurmd.{node}.pid").read_text())
         own = _uts(slurmd)
         assert own and own != _uts(os.getpid())

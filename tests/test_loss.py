@@ -147,5 +147,5 @@ def test_a_losss_own_tensors_move_with_it(loss: dict[str, Any], labels: Tensor) 
 
 
 def test_a_wrong_argument_is_a_mistake_in_the_config() -> None:
-    with pytest.raises(ConfigError, match="CrossEntropyLoss takes no 'weigth'"):
+    with pytest.raises(ConfigError, match="CrossEntropyLoss got an unexpected argument 'weigth'"):
         criterion(name="CrossEntropyLoss", weigth=[1.0])

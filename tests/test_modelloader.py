@@ -58,7 +58,7 @@ def test_nothing_at_all_that_fits_is_an_error_also_for_a_part(weights):
     ("rules", "text"),
     [
         ({"rename": {"nobody": "x"}}, "matches none of the file's names, such as body.weight"),
-        ({"rename": {"(": "x"}}, "is no regular expression"),
+        ({"rename": {"(": "x"}}, "is not a regular expression"),
         ({"rename": {"^(body|head)": "one"}}, "would be the name of several weights"),
         ({"leave_out": ["nobody"]}, "matches none of the names"),
     ],

@@ -18,7 +18,7 @@ from conftest import FOREIGN, TAG, Result, Running, Tagged, neutral_env
 from filelock import FileLock
 from forks import Forks
 
-from dtrain.checkpoint.files import Loaded, load
+from dtrain.checkpoint.checkpoint_files import Loaded, load
 
 TOY = Path(__file__).with_name("toy.py")
 WAIT_SECONDS = 150

@@ -1,4 +1,4 @@
-"""Where a training starts: afresh, from a checkpoint, or not at all because it is finished. Decided by rank 0 alone."""
+"""Where a training starts: afresh, from a checkpoint, or not at all because it is finished. The main rank decides."""
 
 import os
 import re
@@ -8,12 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dtrain.checkpoint.files import MANIFEST
+from dtrain.checkpoint.checkpoint_files import MANIFEST
 from dtrain.checkpoint.store import Checkpoints
-from dtrain.tracking.journal import find_run
-from dtrain.tracking.run_folder import lives, read_run
-
-CHECKPOINTS = "checkpoints"
+from dtrain.tracking.run_folder import RunFolder, lives, read_run
+from dtrain.tracking.start_sender import find_run
 
 
 class ResumeError(Exception):
@@ -26,9 +24,10 @@ class Start(NamedTuple):
     folder: Path
     checkpoint: Path | None = None
     run_name: str = ""
-    finished: str = ""  # why there is nothing to do, and how to go on; empty where there is something
+    finished: str = ""  # why there is nothing to do, and how to continue; empty where there is something to do
     moves_aside: bool = False  # an old training in the folder is to be moved away before this one begins
     busy: str = ""  # who else writes the run folder; empty where nobody does
+    is_verified: bool = False  # the checkpoint's files were just compared with its manifest
 
 
 def find_start(
@@ -47,22 +46,31 @@ def find_start(
         run_name: The name for a new run.
         limits: max_epochs and max_steps, to see whether they were raised since a finished training.
         tracking_uri: Where to look an MLflow run id up.
-        is_restart: The launcher starts this training again, which goes on, whatever it once began from.
+        is_restart: The launcher starts this training again, and it continues, whatever it once began from.
 
     Raises:
         ResumeError: What `resume` names is not there.
     """
-    if is_restart and (resume == "none" or (folder / CHECKPOINTS / "last").exists()):
+    if is_restart and (resume == "none" or (RunFolder(folder).checkpoints / "last").exists()):
         resume = "auto"
-    found = _found(folder, resume, run_name, limits, tracking_uri)
-    return found._replace(busy=_other_writer(found.folder))
+    if resume == "none":
+        start = Start(folder, run_name=run_name, moves_aside=True)
+    elif resume == "auto":
+        start = _continued(folder, run_name, limits)
+    elif Path(resume).is_dir():
+        start = _from_path(folder, Path(resume), run_name, limits)
+    elif re.fullmatch(r"[0-9a-f]{32}", resume):
+        start = _continued(_folder_of_run(folder, resume, tracking_uri), run_name, limits)
+    else:
+        raise ResumeError(f"'{resume}' is neither auto, none, a checkpoint, a run folder nor an MLflow run id")
+    return start._replace(busy=_other_writer(start.folder))
 
 
 def _other_writer(folder: Path) -> str:
-    """Who writes a run folder, as far as can be seen from this machine."""
+    """Who writes a run folder, as far as can be seen from this machine; '' where nobody does."""
     facts = read_run(folder)
-    mine = facts.get("pid") == os.getpid()
-    if facts.get("state") != "RUNNING" or facts.get("host") != socket.gethostname() or mine or not lives(facts):
+    is_here = facts.get("host") == socket.gethostname() and facts.get("pid") != os.getpid()
+    if facts.get("state") != "RUNNING" or not is_here or not lives(facts):
         return ""
     return (
         f"{folder} is being written by another training (process {facts['pid']}); "
@@ -70,28 +78,16 @@ def _other_writer(folder: Path) -> str:
     )
 
 
-def _found(folder: Path, resume: str, run_name: str, limits: Mapping[str, Any], tracking_uri: str | None) -> Start:
-    if resume == "none":
-        return Start(folder, run_name=run_name, moves_aside=True)
-    if resume == "auto":
-        return _continued(folder, run_name, limits)
-    if Path(resume).is_dir():
-        return _from_path(folder, Path(resume), run_name, limits)
-    if re.fullmatch(r"[0-9a-f]{32}", resume):
-        return _continued(_folder_of_run(folder, resume, tracking_uri), run_name, limits)
-    raise ResumeError(f"'{resume}' is neither auto, none, a checkpoint, a run folder nor an MLflow run id")
-
-
 def _continued(folder: Path, run_name: str, limits: Mapping[str, Any]) -> Start:
     facts = read_run(folder)
-    checkpoint = Checkpoints(folder / CHECKPOINTS).last() if (folder / CHECKPOINTS).is_dir() else None
+    checkpoint = Checkpoints(RunFolder(folder).checkpoints).last()
     finished = ""
     if facts.get("state") == "FINISHED" and not any(_raised(facts, limits, key) for key in ("max_epochs", "max_steps")):
         finished = (
-            f"{folder} holds a finished training; to go on, raise trainer.max_epochs (or max_steps); "
+            f"{folder} holds a finished training; to continue it, raise trainer.max_epochs (or max_steps); "
             "to begin again, trainer.resume=none (moves it aside) or another trainer.checkpoint_dir"
         )
-    return Start(folder, checkpoint, facts.get("run_name") or run_name, finished)
+    return Start(folder, checkpoint, facts.get("run_name") or run_name, finished, is_verified=True)
 
 
 def _raised(facts: Mapping[str, Any], limits: Mapping[str, Any], key: str) -> bool:
@@ -106,22 +102,22 @@ def _from_path(folder: Path, path: Path, run_name: str, limits: Mapping[str, Any
         return Start(folder, path, read_run(folder).get("run_name") or run_name if same_run else run_name)
     if path.resolve() == folder.resolve():
         return _continued(folder, run_name, limits)
-    checkpoint = Checkpoints(path / CHECKPOINTS).last() if (path / CHECKPOINTS).is_dir() else None
+    checkpoint = Checkpoints(RunFolder(path).checkpoints).last()
     if checkpoint is None:
         raise ResumeError(f"{path} holds no checkpoint that can be read")
-    return Start(folder, checkpoint, run_name)
+    return Start(folder, checkpoint, run_name, is_verified=True)
 
 
 def _folder_of_run(folder: Path, run_id: str, tracking_uri: str | None) -> Path:
     if read_run(folder).get("run_id") == run_id:
         return folder
     try:
-        place = find_run(run_id, tracking_uri)["tags"].get("dtrain.checkpoint_dir", "")
+        found = find_run(run_id, tracking_uri)["tags"].get("dtrain.checkpoint_dir", "")
     except (LookupError, ValueError) as error:
         raise ResumeError(str(error)) from error
-    if not Path(place).is_dir() or not place:
-        raise ResumeError(f"MLflow run {run_id}: its folder {place or '(unknown)'} is not on this machine")
-    return Path(place)
+    if not found or not Path(found).is_dir():
+        raise ResumeError(f"MLflow run {run_id}: its folder {found or '(unknown)'} is not on this machine")
+    return Path(found)
 
 
 def move_aside(folder: Path) -> Path | None:
@@ -130,6 +126,6 @@ def move_aside(folder: Path) -> Path | None:
         return None
     stamp = time.strftime("%Y%m%d-%H%M%S")
     names = (f"{folder.name}-{stamp}{f'-{number}' if number else ''}" for number in range(1000))
-    aside = next(place for name in names if not (place := folder.with_name(name)).exists())
+    aside = next(path for name in names if not (path := folder.with_name(name)).exists())
     folder.rename(aside)
     return aside

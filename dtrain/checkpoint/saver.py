@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dtrain.checkpoint.snapshot import CheckpointError, Snapshot, take_snapshot
+from dtrain.checkpoint.contents import CheckpointError, Snapshot, take_snapshot
 from dtrain.checkpoint.store import Checkpoints
 from dtrain.tracking.run_folder import update_run
 

@@ -17,19 +17,19 @@ import torch
 from filelock import FileLock, Timeout
 
 import dtrain
-from dtrain.checkpoint.files import (
+from dtrain.checkpoint.checkpoint_files import (
     FORMAT,
     WRITE_ERRORS,
     Manifest,
     failure_of,
     first_good,
-    fsync,
     read_manifest,
     step_in,
     verify,
     write_files,
 )
-from dtrain.checkpoint.snapshot import CheckpointError, Snapshot, take_snapshot
+from dtrain.checkpoint.contents import CheckpointError, Snapshot, take_snapshot
+from dtrain.tracking.whole_file import fsync
 
 LOCK_TIMEOUT_SECONDS = 60.0
 
@@ -73,7 +73,7 @@ class Checkpoints:
         trial = take_snapshot({"weight": torch.zeros(1)}, {})
         with self._writing(self.folder, snapshot.need_bytes, LOCK_TIMEOUT_SECONDS):
             _require_space(self.folder, snapshot.need_bytes)
-            try:  # it is also the first use of much C++, which in a thread must not meet with a fork: see calm.py
+            try:  # it is also the first use of much native code, which in a thread must not meet with a fork
                 write_files(self.folder / ".tmp-step-trial", trial, {"finite": trial.is_finite()})
             finally:
                 self._clear_leftovers()

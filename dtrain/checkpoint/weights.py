@@ -1,10 +1,105 @@
-"""Fits the weights of other files to a model."""
+"""Weights for a model from checkpoints and other files: read, renamed, held against the model's own, loaded."""
 
+import copy
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from dtrain.checkpoint.checkpoint_files import EMA, MODEL, STATE, read_tensors, read_torch_file, require_whole
+from dtrain.checkpoint.contents import CheckpointError
+from dtrain.checkpoint.store import Checkpoints
+from dtrain.config.errors import ConfigError, first_few
+from dtrain.distributed.ranks import Ranks
+
+WRAPPERS = ("model_state_dict", "state_dict", "model")  # the keys under which people save a state_dict
+
+
+def load_for_use(
+    module: torch.nn.Module, ranks: Ranks, checkpoints: Checkpoints, path: Path | None, is_required: bool = False
+) -> None:
+    """Give every rank the weights to be used: the averaged ones where a checkpoint has them.
+
+    Args:
+        module: The bare model, which gets them.
+        ranks: All of them call this; the main rank reads.
+        checkpoints: Those of the run.
+        path: A checkpoint folder or a weight file. Default: the best of the checkpoints, else the last.
+        is_required: Refuse to use the model as it is.
+
+    Raises:
+        ConfigError: There are no weights, or they do not fit the model.
+    """
+    weights: dict[str, Any] | None = None
+
+    def read() -> None:
+        nonlocal weights
+        chosen = path or checkpoints.best() or checkpoints.last()
+        if chosen is None and is_required:
+            raise ConfigError(f"{checkpoints.folder} holds no checkpoint; train first, or name one: --checkpoint")
+        if chosen is None:
+            return
+        try:
+            weights = fitted(module, load_weights(chosen, averaged=True, is_verified=path is None))
+        except (CheckpointError, OSError) as error:
+            raise ConfigError(str(error)) from error
+        if misfits := misfits_of(module, weights):
+            raise ConfigError(f"{chosen} {does_not_fit(misfits)}")
+
+    ranks.decide(read)
+    ranks.strategy.load_weights(module, weights)
+
+
+def load_weights(path: Path, averaged: bool = False, is_verified: bool = False) -> dict[str, Any]:
+    """Weights from a checkpoint folder, a .safetensors file or a torch file, on the CPU; nothing in it is executed.
+
+    In a torch file the weights may lie under 'model_state_dict', 'state_dict' or 'model'. 'module.' (DDP) before all
+    names and '_orig_mod.' (torch.compile) anywhere are taken out of a file's names; a checkpoint folder's are kept.
+
+    Args:
+        path: The folder or file.
+        averaged: Of a checkpoint folder, the averaged weights where it has some.
+        is_verified: The folder has just been compared with its manifest.
+
+    Returns:
+        A state_dict, with what `get_extra_state` gave for modules that have it.
+
+    Raises:
+        CheckpointError: No such file, damaged, without weights, or one that could only be read by running code in it.
+    """
+    if path.is_dir():
+        manifest = require_whole(path, is_verified)
+        file, key = (EMA, "ema") if averaged and EMA in manifest["files"] else (MODEL, "weights")
+        state = read_torch_file(path / STATE, mmap=True)  # of which the optimizer's part is then never read
+        return read_tensors(path / file, copy.deepcopy(state[key]))
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder")
+    if path.suffix == ".safetensors":
+        return _unwrapped_names(read_tensors(path, {}))
+    return _unwrapped_names(_find_weights(path, read_torch_file(path)))
+
+
+def _find_weights(path: Path, content: Any) -> dict[str, Any]:
+    """The state_dict in what people save: the content itself, or what lies in it under one of the usual keys."""
+    weights = content
+    while isinstance(weights, dict) and (inner := [weights[k] for k in WRAPPERS if isinstance(weights.get(k), dict)]):
+        weights = inner[0]
+    if isinstance(weights, dict) and any(isinstance(value, torch.Tensor) for value in weights.values()):
+        return weights
+    found = f"the keys {list(weights)[:10]}" if isinstance(weights, dict) else f"a {type(weights).__name__}"
+    raise CheckpointError(
+        f"{path} holds no weights but {found}. Possible: a state_dict, or one under {', '.join(WRAPPERS)}."
+    )
+
+
+def _unwrapped_names(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """The same weights without what DDP and torch.compile put into names, in whatever order they were applied."""
+    weights = {str(name).replace("_orig_mod.", ""): value for name, value in weights.items()}
+    while weights and all(name.startswith("module.") for name in weights):
+        weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    return weights
 
 
 def fitted(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -36,42 +131,43 @@ def weight_settings(
     return dict(locals())
 
 
-def renamed(weights: Mapping[str, Any], rename: Mapping[str, str], leave_out: list[str]) -> dict[str, Any]:
+def renamed(weights: Mapping[str, Any], rename: Mapping[str, str], leave_out: Iterable[str]) -> dict[str, Any]:
     """The weights under their new names, without those that are left out.
 
     Raises:
-        ValueError: A rule is no regular expression or matches nothing, or two weights get one name.
+        ValueError: A rule is not a regular expression or matches nothing, or two weights get one name.
     """
     names = {name: name for name in weights}
     for pattern, replacement in rename.items():
-        new = {name: _sub(pattern, replacement, now, "rename") for name, now in names.items()}
+        new = {name: _sub("rename", pattern, replacement, now) for name, now in names.items()}
         if new == names:
             raise ValueError(f"rename: {pattern!r} matches none of the file's names, such as {_some(names.values())}")
         names = new
-    if len(set(names.values())) < len(names):
-        twice = next(now for now in names.values() if list(names.values()).count(now) > 1)
-        raise ValueError(f"rename: {twice!r} would be the name of several weights")
-    kept = {now: weights[name] for name, now in names.items()}
+    kept: dict[str, Any] = {}
+    for name, now in names.items():
+        if now in kept:
+            raise ValueError(f"rename: {now!r} would be the name of several weights")
+        kept[now] = weights[name]
     for pattern in leave_out:
-        left = [name for name in kept if not _matches(pattern, name)]
+        left = {name: value for name, value in kept.items() if not _matches(pattern, name)}
         if len(left) == len(kept):
             raise ValueError(f"leave_out: {pattern!r} matches none of the names, such as {_some(kept)}")
-        kept = {name: kept[name] for name in left}
+        kept = left
     return kept
 
 
-def _sub(pattern: str, replacement: str, name: str, rule: str) -> str:
+def _sub(rule: str, pattern: str, replacement: str, name: str) -> str:
     try:
         return re.sub(pattern, replacement, name)
     except re.error as error:
-        raise ValueError(f"{rule}: {pattern!r} -> {replacement!r} is no regular expression: {error}") from error
+        raise ValueError(f"{rule}: {pattern!r} -> {replacement!r} is not a regular expression: {error}") from error
 
 
 def _matches(pattern: str, name: str) -> bool:
-    return _sub(pattern, "", name, "leave_out") != name
+    return _sub("leave_out", pattern, "", name) != name
 
 
-def _some(names: Any) -> str:
+def _some(names: Iterable[str]) -> str:
     return ", ".join(list(names)[:5])
 
 
@@ -82,7 +178,7 @@ def take_over(
     leave_out: list[str] | None = None,
     partial: bool = False,
 ) -> list[str]:
-    """Load weights into a model, and say what was not.
+    """Load weights into a model, and say what was not loaded.
 
     Args:
         model: Its parameters and buffers are overwritten.
@@ -97,26 +193,20 @@ def take_over(
     Raises:
         ValueError: The weights do not fit; nothing was loaded then.
     """
-    rules = rename or {}
-    own = renamed(fitted(model, weights), rules, leave_out or []) if rules or leave_out else fitted(model, weights)
-    expected = [name for name in model.state_dict() if any(_matches(pattern, name) for pattern in leave_out or [])]
-    misfits = misfits_of(model, own, expected)
+    own = model.state_dict()
+    weights = renamed(fitted(model, weights), rename or {}, leave_out or [])
+    spared = [name for name in own if any(_matches(pattern, name) for pattern in leave_out or [])]
+    misfits = misfits_of(model, weights, spared)
     if misfits and not partial:
-        told = "; ".join(misfits[:10]) + (f"; and {len(misfits) - 10} more" if len(misfits) > 10 else "")
-        raise ValueError(f"does not fit the model: {told}; pre_trained has rename, leave_out and partial for that")
-    state = model.state_dict()
-    fits = {name: value for name, value in own.items() if name in state and _same_shape(value, state[name])}
+        raise ValueError(f"{does_not_fit(misfits)}; pre_trained has rename, leave_out and partial for that")
+    fits = {name: value for name, value in weights.items() if name in own and not _differ(value, own[name])}
     if not fits:
         raise ValueError("has nothing that fits the model")
     model.load_state_dict(fits, strict=False)
-    return [f"begins as built: {name} {tuple(state[name].shape)}" for name in expected] + misfits
+    return [f"begins as built: {name} {_shape(own[name])}" for name in spared] + misfits
 
 
-def _same_shape(one: Any, other: Any) -> bool:
-    return not isinstance(other, torch.Tensor) or one.shape == other.shape
-
-
-def misfits_of(model: torch.nn.Module, weights: dict[str, torch.Tensor], spared: Collection[str] = ()) -> list[str]:
+def misfits_of(model: torch.nn.Module, weights: Mapping[str, Any], spared: Collection[str] = ()) -> list[str]:
     """What keeps weights from being this model's, one line each; none when they fit exactly.
 
     Args:
@@ -125,12 +215,26 @@ def misfits_of(model: torch.nn.Module, weights: dict[str, torch.Tensor], spared:
         spared: Names that the weights need not have.
     """
     own = model.state_dict()
-    missing = [name for name in own if name not in weights and name not in spared]
-    lines = [f"missing in the file: {name} {tuple(own[name].shape)}" for name in missing]
-    lines += [f"not in the model: {name} {tuple(weights[name].shape)}" for name in weights if name not in own]
-    lines += [
-        f"other shape: {name} is {tuple(weights[name].shape)} in the file, {tuple(value.shape)} in the model"
-        for name, value in own.items()
-        if name in weights and isinstance(value, torch.Tensor) and weights[name].shape != value.shape
+    missing = own.keys() - weights.keys() - set(spared)
+    return [
+        *(f"missing in the file: {name} {_shape(own[name])}" for name in own if name in missing),
+        *(f"not in the model: {name} {_shape(value)}" for name, value in weights.items() if name not in own),
+        *(
+            f"other shape: {name} is {_shape(weights[name])} in the file, {_shape(value)} in the model"
+            for name, value in own.items()
+            if name in weights and _differ(weights[name], value)
+        ),
     ]
-    return lines
+
+
+def does_not_fit(misfits: list[str]) -> str:
+    """What is wrong with a file whose weights are not the model's, in one text; see `misfits_of`."""
+    return f"does not fit the model: {first_few(misfits, 10, '; ')}"
+
+
+def _differ(value: Any, own: Any) -> bool:
+    return isinstance(own, torch.Tensor) and _shape(value) != _shape(own)
+
+
+def _shape(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, torch.Tensor) else f"({type(value).__name__})"

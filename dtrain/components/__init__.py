@@ -1,1 +1,1 @@
-"""What a config file can name: plain torch parts, usable without dtrain. Knows nothing of the engine."""
+"""What a config file can name: plain torch parts, usable without dtrain."""

@@ -1,14 +1,11 @@
-"""What a `def` or a class says about its arguments, as source text: names, defaults, types. Knows no config.
-
-And whether a YAML value fits a type annotation.
-"""
+"""What a `def` or a class says about its arguments (names, defaults, types), and whether a YAML value fits a type."""
 
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dtrain.config.errors import is_mapping, shown
+from dtrain.config.errors import found, is_mapping, shown
 from dtrain.config.yaml12 import scalar
 
 # What a YAML value can never be, so that such an annotation neither accepts nor excuses it. A component (a mapping with
@@ -18,14 +15,8 @@ _SCALARS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "
 _TUPLES = {"tuple", "Tuple"}
 _LISTS = {"list", "List", "Sequence", "Iterable", "Collection", "set", "Set", *_TUPLES}
 _MAPPINGS = {"dict", "Dict", "Mapping", "MutableMapping", "ConfigDict"}
-_MEANT = {
-    "none": None,
-    "nil": None,
-    "yes": True,
-    "on": True,
-    "no": False,
-    "off": False,
-}  # YAML 1.1's and Python's words
+# Words of YAML 1.1 and Python that YAML 1.2 reads as texts, and what is meant by them.
+_OTHER_SPELLINGS = {"none": None, "nil": None, "yes": True, "on": True, "no": False, "off": False}
 
 
 @dataclass(frozen=True)
@@ -61,16 +52,19 @@ def own_parameters(node: ast.FunctionDef | ast.AsyncFunctionDef, method: bool) -
     return tuple(result)
 
 
-def is_record(node: ast.ClassDef) -> bool:
+def is_record(node: ast.stmt) -> bool:
     """A dataclass or a NamedTuple: its annotated names are its arguments."""
-    decorators = [ast.unparse(item) for item in node.decorator_list]
-    named = any(ast.unparse(item).rpartition(".")[2] == "NamedTuple" for item in node.bases)
-    return named or any(
-        text.partition("(")[0].rpartition(".")[2] == "dataclass" and "init=False" not in text for text in decorators
+    if not isinstance(node, ast.ClassDef):
+        return False
+    if any(ast.unparse(item).rpartition(".")[2] == "NamedTuple" for item in node.bases):
+        return True
+    decorators = map(ast.unparse, node.decorator_list)
+    return any(
+        one.partition("(")[0].rpartition(".")[2] == "dataclass" and "init=False" not in one for one in decorators
     )
 
 
-def record_fields(node: ast.ClassDef) -> Iterator[Parameter]:
+def record_fields(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[Parameter]:
     """The arguments that a dataclass or NamedTuple adds to those of its bases."""
     for item in node.body:
         if not isinstance(item, ast.AnnAssign) or not isinstance(item.target, ast.Name):
@@ -90,6 +84,12 @@ def record_fields(node: ast.ClassDef) -> Iterator[Parameter]:
 # ------------------------------------------------------------------------------------------------- values and types
 
 
+def wrong_type(value: object, annotation: ast.expr | None) -> str:
+    """`expected int, found string '3'; write 3 without quotes`, or nothing where the value fits."""
+    expected = expectation(value, annotation)
+    return f"expected {expected}, {found(value)}{correction(value, annotation)}" if expected else ""
+
+
 def expectation(value: object, annotation: ast.expr | None) -> str | None:
     """What was expected instead of a YAML value, or None when the annotation admits it or cannot be understood."""
     if annotation is None or _admits(value, annotation):
@@ -97,16 +97,15 @@ def expectation(value: object, annotation: ast.expr | None) -> str | None:
     return _described(annotation)
 
 
-def cure(value: object, annotation: ast.expr | None) -> str:
+def correction(value: object, annotation: ast.expr | None) -> str:
     """`; write 1000` where a value of another type was meant (1e3, "yes", "None", a number in quotes), or nothing."""
     meant: Any = int(value) if isinstance(value, float) and value.is_integer() else value
     if isinstance(value, str):
-        meant = _MEANT.get(value.lower(), scalar(value))
+        meant = _OTHER_SPELLINGS.get(value.lower(), scalar(value))
     if type(meant) is type(value) or annotation is None or not _admits(meant, annotation):
         return ""
-    return f"; write {shown(meant)}" + (
-        " without quotes" if isinstance(value, str) and scalar(value) is not value else ""
-    )
+    is_quoted = isinstance(value, str) and scalar(value) is not value
+    return f"; write {shown(meant)}{' without quotes' if is_quoted else ''}"
 
 
 def wanted_as(value: object, annotation: ast.expr | None) -> str:
@@ -213,4 +212,4 @@ def _described_member(annotation: ast.expr) -> str:
     text = ast.unparse(annotation)
     if _name(annotation) in _OBJECTS:
         return "a list of numbers" if _name(annotation) == "Tensor" else "a component ({name: ...})"
-    return {"None": "null", "str": "text", "dict": "a mapping", "list[str]": "a list of texts"}.get(text, text)
+    return {"None": "null", "str": "string", "dict": "a mapping", "list[str]": "a list of strings"}.get(text, text)

@@ -34,9 +34,9 @@ class Mistake:
 class ConfigError(Exception):
     """The config or the command line is wrong; holds every mistake that was found. Exit status 2."""
 
-    def __init__(self, mistakes: Iterable[Mistake] | Mistake | str) -> None:
+    def __init__(self, mistakes: Iterable[Mistake] | Mistake | str, place: Place | None = None) -> None:
         if isinstance(mistakes, str):
-            mistakes = Mistake(mistakes)
+            mistakes = Mistake(mistakes, place)
         self.mistakes = [mistakes] if isinstance(mistakes, Mistake) else list(dict.fromkeys(mistakes))
         super().__init__("\n".join(map(str, self.mistakes)))
 
@@ -45,6 +45,11 @@ def one_line(text: str) -> str:
     """The text without line breaks, and without characters that a terminal would obey."""
     text = " ".join(text.split())
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
+def syntax_error(error: SyntaxError) -> str:
+    """What is wrong with a Python file, and where."""
+    return f"SyntaxError: {error.msg} ({error.filename}:{error.lineno})"
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
@@ -86,7 +91,7 @@ def shown(value: Any) -> str:
 
 
 def found(value: Any) -> str:
-    """`found text 'abc'`, `found null`: what a user is told about a value of a wrong type."""
+    """`found string 'abc'`, `found null`: what a user is told about a value of a wrong type."""
     return "found null" if value is None else f"found {type_name(value)} {shown(value)}"
 
 
@@ -96,7 +101,7 @@ def type_name(value: Any) -> str:
         return "null"
     if is_mapping(value):
         return "mapping"
-    return {str: "text"}.get(type(value), type(value).__name__)
+    return {str: "string"}.get(type(value), type(value).__name__)
 
 
 def is_mapping(value: Any) -> bool:

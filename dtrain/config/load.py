@@ -1,6 +1,5 @@
-"""YAML and overrides in, one locked ConfigDict out, every key with its place; knows no component, no torch, no rank."""
+"""From a YAML file, the files under its `_base_` and overrides to one locked ConfigDict that knows its keys' places."""
 
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,20 +23,8 @@ from dtrain.config.errors import (
     type_name,
 )
 from dtrain.config.pytorch3dunet import canonical_key, canonical_names, translate
-from dtrain.config.yaml12 import MAX_DEPTH, MAX_VALUES, dump, key_mistake, parse, scalar
-
-__all__ = [
-    "from_mapping",
-    "load_config",
-    "merged",
-    "notes_on",
-    "place_of",
-    "run_folder",
-    "sources",
-    "to_config_dict",
-    "to_plain",
-    "to_yaml",
-]
+from dtrain.config.variables import escaped, expand
+from dtrain.config.yaml12 import MAX_DEPTH, dump, key_mistake, parse
 
 MAX_BYTES = 1_000_000  # no hand-written config is larger; a data file given by mistake is refused before it is parsed
 MAX_FILES = 100  # under `_base_`, counted as often as they are read
@@ -109,7 +96,7 @@ def _checked(value: Any, path: KeyPath, mistakes: list[Mistake]) -> Any:
         return None
     if is_mapping(value):
         for key in value:
-            if wrong := key_mistake(key) if isinstance(key, str) else f"a key is a text, {found(key)}":
+            if wrong := key_mistake(key) if isinstance(key, str) else f"a key must be a string, {found(key)}":
                 mistakes.append(Mistake(f"{dotted(path)}: {wrong}" if path else wrong))
         return {key: _checked(value[key], (*path, key), mistakes) for key in value}
     if isinstance(value, list | tuple):
@@ -157,15 +144,7 @@ def to_config_dict(value: Any) -> Any:
 
 def to_yaml(config: Mapping[str, Any] | ConfigDict) -> str:
     """The config as YAML that load_config reads back to the same values."""
-    return dump(_escaped(to_plain(config)))
-
-
-def _escaped(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _escaped(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_escaped(item) for item in value]
-    return value.replace("${", "$${") if isinstance(value, str) else value
+    return dump(escaped(to_plain(config)))
 
 
 # ------------------------------------------------------------------------------------------------- files and `_base_`
@@ -198,25 +177,25 @@ def _read_file(
     """A file laid over the files under its `_base_`. `left` counts down the files that may still be read."""
     left = iter(range(MAX_FILES)) if left is None else left
     if next(left, None) is None:
-        raise ConfigError(Mistake(f"more than {MAX_FILES} files under '_base_'", Place(ancestors[0].name, 1, 1)))
+        raise ConfigError(f"more than {MAX_FILES} files under '_base_'", Place(ancestors[0].name, 1, 1))
     text = _read_text(path, place)
     if path.resolve() in ancestors:
-        raise ConfigError(Mistake(f"'_base_' goes round in a circle: {path} is already being read", place))
+        raise ConfigError(f"circular reference in '_base_': {path} is already being read", place)
     values, places = parse(text, str(path))
     if not isinstance(values, dict):
         what = "is empty" if values is None else f"holds a {type_name(values)}"
         text = f"the file {what}; a config is a mapping of sections (model, loaders, ...)"
-        raise ConfigError(Mistake(text, Place(str(path), 1, 1)))
+        raise ConfigError(text, Place(str(path), 1, 1))
     own = _Tree(values, places | {(): Place(str(path), 1, 1)}, {path.name: text})
     result = _Tree({}, {})
 
     def lay_base(item: tuple[KeyPath, Any]) -> None:
         where, name = own.places.get(item[0]), item[1]
         if not isinstance(name, str):
-            raise ConfigError(Mistake(f"_base_: expected a file name or a list of them, {found(name)}", where))
+            raise ConfigError(f"_base_: expected a file name or a list of them, {found(name)}", where)
         _merge(result, _read_file(path.parent / name, (*ancestors, path.resolve()), where, left))
 
-    bases = _References(own).all_of(values.pop("_base_", None), ("_base_",))
+    bases = expand(own.values, own.places, values.pop("_base_", None), ("_base_",))
     listed = [(("_base_", index), name) for index, name in enumerate(bases)] if isinstance(bases, list) else []
     _apply_all(listed if isinstance(bases, list | None) else [(("_base_",), bases)], lay_base)
     canonical_names(own.values, own.places)
@@ -228,22 +207,22 @@ def _read_text(path: Path, place: Place | None) -> str:
     """The file's text; every reason why there is none is one mistake."""
     try:
         if path.is_dir():
-            raise ConfigError(Mistake(f"{path} is a folder, expected a YAML file", place))
+            raise ConfigError(f"{path} is a folder, expected a YAML file", place)
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
-            raise ConfigError(Mistake(f"{path} is larger than {MAX_BYTES // 1_000_000} MB; that is no config", place))
+            raise ConfigError(f"{path} is larger than {MAX_BYTES // 1_000_000} MB; this is not a config", place)
         return data.decode("utf-8-sig")
     except FileNotFoundError:
-        raise ConfigError(Mistake(f"there is no file {path}{_similar_file(path)}", place)) from None
+        raise ConfigError(f"there is no file {path}{_similar_file(path)}", place) from None
     except UnicodeDecodeError as error:
         before = error.object[: error.start].split(b"\n")
         text = f"not UTF-8 text: byte {error.object[error.start]:#x}"
-        raise ConfigError(Mistake(text, Place(str(path), len(before), len(before[-1]) + 1))) from None
+        raise ConfigError(text, Place(str(path), len(before), len(before[-1]) + 1)) from None
     except OSError as error:
-        raise ConfigError(Mistake(f"cannot read {path}: {error.strerror}", place)) from None
+        raise ConfigError(f"cannot read {path}: {error.strerror}", place) from None
     except ValueError as error:  # a NUL byte in the name
-        raise ConfigError(Mistake(f"cannot read {str(path)!r}: {error}", place)) from None
+        raise ConfigError(f"cannot read {str(path)!r}: {error}", place) from None
 
 
 def _similar_file(path: Path) -> str:
@@ -265,7 +244,7 @@ def _merge(into: _Tree, other: _Tree) -> None:
                 delete = value.pop("_delete_", False)
                 if not isinstance(delete, bool):
                     text = f"{dotted((*here, '_delete_'))}: expected true or false, {found(delete)}"
-                    raise ConfigError(Mistake(text, other.places.get((*here, "_delete_"))))
+                    raise ConfigError(text, other.places.get((*here, "_delete_")))
                 if isinstance(below.get(key), dict) and not delete:
                     lay(below[key], value, here)
                     continue
@@ -295,7 +274,7 @@ def _override(tree: _Tree, text: str) -> None:
     place = Place(f"argument {shown(text)}")
     key, equals, value_text = text.partition("=")
     if not equals or not all(key.split(".")):
-        raise ConfigError(Mistake("expected KEY=VALUE with dots between keys, such as optimizer.lr=1e-3", place))
+        raise ConfigError("expected KEY=VALUE with dots between keys, such as optimizer.lr=1e-3", place)
     value, places = parse(value_text, text, place)
     path, value = canonical_key(tuple(key.split(".")), value)
     parent: Any = tree.values
@@ -317,121 +296,22 @@ def _step(parent: Any, part: str, done: KeyPath, place: Place) -> Any:
     """The key or the list index that `part` means inside `parent`."""
     if isinstance(parent, dict):
         if wrong := key_mistake(part):
-            raise ConfigError(Mistake(wrong, place))
+            raise ConfigError(wrong, place)
         return part
     if isinstance(parent, list):
         if not re.fullmatch(r"[0-9]{1,9}", part) or int(part) >= len(parent):
             possible = f"0 to {len(parent) - 1}" if parent else "none, it is empty"
-            text = f"'{dotted(done)}' is a list: {shown(part)} is none of its indices ({possible})"
-            raise ConfigError(Mistake(text, place))
+            text = f"'{dotted(done)}' is a list: {shown(part)} is not one of its indices ({possible})"
+            raise ConfigError(text, place)
         return int(part)
-    raise ConfigError(Mistake(f"'{dotted(done)}' is {shown(parent)}, so it has no key {shown(part)}", place))
-
-
-# ------------------------------------------------------------------------------------------------------ `${...}`
-
-_REFERENCE = re.compile(r"(?P<literal>\$\$\{)|\$\{(?P<name>[^{}]*)\}|(?P<broken>\$\{)")
-_FORMS = "write ${NAME}, ${NAME:-default} or ${section.key}, and $${ for a plain ${"
-_TEXTS = {("experiment",), ("run_name",)}  # the environment's `12345` is a name here, and cannot be put in quotes
-
-
-class _References:
-    """Replaces the `${...}` in a tree's values; the tree stays as it is, so the order of keys does not matter."""
-
-    def __init__(self, tree: _Tree) -> None:
-        self.tree = tree
-        self.count = self.depth = 0
-        self.mistakes: list[Mistake] = []
-
-    def all_of(self, value: Any, path: KeyPath = ()) -> Any:
-        """A copy of `value`, which stands at `path`.
-
-        Raises:
-            ConfigError: With every reference that leads nowhere.
-        """
-        result = self.value(value, path)
-        if self.mistakes:
-            raise ConfigError(self.mistakes)
-        return result
-
-    def value(self, value: Any, path: KeyPath, chain: tuple[KeyPath, ...] = ()) -> Any:
-        """The same; `chain`: the references that led here."""
-        self.count, self.depth = self.count + 1, self.depth + 1
-        if self.count > 2 * MAX_VALUES or self.depth > 2 * MAX_DEPTH:  # references to lists of references to lists ...
-            raise ConfigError(Mistake("references grow without end; that is no config", self.tree.places.get(path)))
-        if isinstance(value, dict):
-            value = {key: self.value(item, (*path, key), chain) for key, item in value.items()}
-        elif isinstance(value, list):
-            value = [self.value(item, (*path, index), chain) for index, item in enumerate(value)]
-        elif isinstance(value, str) and "${" in value:
-            value = self.text(value, path, chain)
-        self.depth -= 1
-        return value
-
-    def text(self, text: str, path: KeyPath, chain: tuple[KeyPath, ...]) -> Any:
-        """A text with its references replaced; one that is nothing but a reference takes its target's type."""
-        if path in chain:
-            circle = " -> ".join(map(dotted, (*chain[chain.index(path) :], path)))
-            return self.wrong(path, f"'{dotted(path)}' refers to itself: {circle}")
-        whole = _REFERENCE.fullmatch(text)
-        if whole and whole["name"] is not None:
-            return self.target(whole["name"], path, chain, typed=path not in _TEXTS)
-
-        def part(match: re.Match[str]) -> str:
-            if match["literal"]:
-                return "${"
-            if match["broken"]:
-                self.wrong(path, f"{shown(text)}: a '${{' without its '}}'; {_FORMS}")
-                return ""
-            value = self.target(match["name"], path, chain, typed=False)
-            if isinstance(value, dict | list):
-                self.wrong(path, f"'{match[0]}' is a {type_name(value)}; it can only stand alone")
-            return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-        result = _REFERENCE.sub(part, text)
-        self.count += len(result) // 100
-        return result
-
-    def target(self, reference: str, path: KeyPath, chain: tuple[KeyPath, ...], typed: bool) -> Any:
-        """What `NAME`, `NAME:-default` (the environment) or `section.key` (the config) stands for."""
-        name, has_default, default = (part.strip() for part in reference.partition(":-"))
-        if not re.fullmatch(r"[\w-]+(\.[\w-]+)*", name):
-            return self.wrong(path, f"'${{{reference}}}' names nothing; {_FORMS}")
-        in_environment = None if "." in name else os.environ.get(name)
-        if in_environment or (in_environment is not None and not has_default):
-            return scalar(in_environment) if typed else in_environment
-        keys: KeyPath = tuple(int(part) if part.isdecimal() else part for part in name.split("."))
-        there, value = _look_up(self.tree.values, keys) if "." in name or not has_default else (False, None)
-        if there:
-            return self.value(value, keys, (*chain, path))
-        if has_default:
-            return scalar(default) if typed else default
-        if "." in name:
-            known = did_you_mean(name, map(dotted, self.tree.places))
-            return self.wrong(path, f"'${{{reference}}}': there is no such key{known}")
-        return self.wrong(
-            path, f"'${{{reference}}}': the environment has no {name!r}; set it, or write ${{{name}:-default}}"
-        )
-
-    def wrong(self, path: KeyPath, text: str) -> None:
-        self.mistakes.append(Mistake(f"{dotted(path)}: {text}", self.tree.places.get(path)))
-
-
-def _look_up(values: Any, path: KeyPath) -> tuple[bool, Any]:
-    """Whether there is such a key, and its value."""
-    try:
-        for key in path:
-            values = values[key]
-        return True, values
-    except (KeyError, IndexError, TypeError):
-        return False, None
+    raise ConfigError(f"'{dotted(done)}' is {shown(parent)}, so it has no key {shown(part)}", place)
 
 
 # ------------------------------------------------------------------------------------------------------------- result
 
 
 def _to_config(tree: _Tree) -> ConfigDict:
-    values = _References(tree).all_of(tree.values)
+    values = expand(tree.values, tree.places, tree.values)
     notes = translate(values, tree.places)
     config = to_config_dict(values)
     _lock(config)

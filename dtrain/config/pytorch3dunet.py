@@ -1,4 +1,4 @@
-"""Other programs' files as dtrain would say them, every key with its place; knows no file, object or signature.
+"""The files of pytorch-3dunet and its forks in dtrain's words, every key with its place.
 
 Two steps. Names that mean the same are replaced file by file, so that files of several dialects can be merged. What
 pytorch-3dunet means otherwise than dtrain is translated once, when everything is merged.
@@ -71,9 +71,9 @@ def _rename(values: Values, places: Places, old: KeyPath, new: KeyPath) -> list[
     place = places.get(old)
     target = _mapping_at(values, new[:-1], create=True)
     if target is None:
-        return [Mistake(f"{dotted(old)}: stands for '{dotted(new)}', but '{dotted(new[:-1])}' is no mapping", place)]
+        return [Mistake(f"{dotted(old)}: stands for '{dotted(new)}', but '{dotted(new[:-1])}' is not a mapping", place)]
     if new[-1] in target:
-        text = f"'{dotted(old)}' and '{dotted(new)}' are two names of one setting; keep one of them"
+        text = f"'{dotted(old)}' and '{dotted(new)}' are two names for one setting; keep one of them"
         return [Mistake(text, place)]
     target[new[-1]] = _canonical_value(old, parent.pop(old[-1]))
     _move_places(places, old, new)
@@ -207,8 +207,8 @@ class _Translation:
         _drop_nulls(trainer, ("resume", "validate_iters", *_NOTES))
         if str(trainer.get("resume", "")).endswith(_FOREIGN):
             text = (
-                "a checkpoint of pytorch-3dunet lacks what a training needs to go on (the schedule's state, the random "
-                f"numbers', the place in the epoch); to start from its weights: pre_trained: {trainer['resume']}"
+                "a checkpoint of pytorch-3dunet lacks what a training needs to resume (the schedule's state, the "
+                f"random numbers', the place in the epoch); to start from its weights: pre_trained: {trainer['resume']}"
             )
             self.wrong(("trainer", "resume"), text)
         if "validate_iters" in trainer:
@@ -302,7 +302,7 @@ class _Translation:
         """The average precision of insides: that of boundaries, with the probabilities the other way round."""
         kind = metrics.pop("metric", "ap")
         if kind not in ("ap", "acc"):
-            self.wrong(("metrics", "metric"), f"{shown(kind)} is no metric of instances; possible: ap, acc")
+            self.wrong(("metrics", "metric"), f"{shown(kind)} is not a metric of instances; possible: ap, acc")
         if kind == "acc":
             metrics["iou_thresholds"] = [0.5]
         label = metrics["name"]

@@ -1,22 +1,41 @@
-"""Where a name in the config leads: the user's modules, dtrain's components, the libraries; imports nothing of them."""
+"""Where a name leads: the user's modules, dtrain's components, the libraries; read from source text, not imported."""
 
 import contextlib
 import functools
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urlparse
 
-from ml_collections import ConfigDict
-
-from dtrain.config.errors import KeyPath, did_you_mean, found, shown
-from dtrain.config.schema import EVERYWHERE, Call, refused
+from dtrain.config.errors import did_you_mean, found, shown, syntax_error
 from dtrain.config.signatures import SOURCE, Callee, Dynamic, is_standard, module_file, spec_folders
 
-STANDARD = "of the standard library, which a config may not name"
+STANDARD = "from the standard library, which a config may not name"
+LIBRARIES = {  # where a section's bare names are searched, after the user's modules
+    "model": (
+        "dtrain.components.models", "torch.nn",
+        "monai.networks.nets", "vit_pytorch.vit", "pytorch3dunet.unet3d.model", "torchvision.models",
+    ),
+    "loaders": (
+        "dtrain.components.datasets", "dtrain.components.transforms", "torch.utils.data",
+        "monai.transforms", "monai.data", "torchvision.transforms", "torchvision.datasets",
+    ),
+    "loss": ("dtrain.components.losses", "torch.nn", "torch.nn.functional", "monai.losses"),
+    "metrics": (
+        "dtrain.components.metrics", "torchmetrics", "torchmetrics.classification", "torchmetrics.segmentation",
+        "torchmetrics.functional", "monai.metrics",
+    ),
+    "optimizer": ("torch.optim",),
+    "lr_scheduler": ("torch.optim.lr_scheduler",),
+}  # fmt: skip
+ALL_LIBRARIES = tuple(dict.fromkeys(library for libraries in LIBRARIES.values() for library in libraries))
+
+
+class ResolveError(Exception):
+    """There is no such name, or a config may not use it."""
 
 
 class Found(NamedTuple):
@@ -26,105 +45,124 @@ class Found(NamedTuple):
     also: tuple[str, ...] = ()
 
 
-def user_modules(config: ConfigDict) -> list[str]:
-    """The names under `modules`, which are searched first."""
-    value = config.get("modules")
-    return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
+def locate(name: Any, modules: Sequence[str], libraries: Sequence[str], nested: bool = False) -> Found:
+    """What a bare name or a full path (`package.module:Name` or `package.module.Name`) leads to.
 
-
-def locate(config: ConfigDict, call: Call) -> Found:
-    """What the call's name leads to: the user's `modules`, then dtrain's components, then the section's libraries.
+    A bare name is searched in the user's `modules` first, then in the section's `libraries`; inside another call
+    (`nested`) in those of the other sections, too.
 
     Raises:
-        ConfigError: There is no such name, or it may not be used.
-        SyntaxError: A module on the way is no Python.
+        ResolveError: There is no such name, it may not be used, or one of the user's modules is not Python.
     """
-    name, path = call.name, call.path_of("name")
+    try:
+        return _located(name, modules, libraries, nested)
+    except SyntaxError as error:
+        raise ResolveError(syntax_error(error)) from None
+
+
+def _located(name: Any, modules: Sequence[str], libraries: Sequence[str], nested: bool) -> Found:
     if not isinstance(name, str) or not name:
-        raise refused(config, path, f"expected the name of a class or a function, {found(name)}")
+        raise ResolveError(f"expected the name of a class or a function, {found(name)}")
     parts = re.split(r"[.:]", name)
     if not all(part.isidentifier() and not part.startswith("__") for part in parts) or name.count(":") > 1:
-        raise refused(config, path, f"{shown(name)} is no name of a class or a function")
+        raise ResolveError(f"{shown(name)} is not a valid name of a class or a function")
     if len(parts) > 1:
-        return Found(_located_path(config, path, name, parts))
-    hits = {module: SOURCE.lookup(module, name) for module in user_modules(config)}
-    libraries = dict.fromkeys((*call.slot.libraries, *(EVERYWHERE if call.slot.nested else ())))
-    hits |= {module: _in_library(module, name) for module in libraries}
+        _check_package(name, parts, modules)
+        return Found(_follow_path(name, parts))
+    hits = {module: SOURCE.lookup(module, name) for module in modules}
+    searched = dict.fromkeys((*libraries, *(ALL_LIBRARIES if nested else ())))
+    hits |= {module: _in_library(module, name) for module in searched}
     targets = list(dict.fromkeys(item for item in hits.values() if isinstance(item, Callee | Dynamic)))
-    certain = [item for item in targets if isinstance(item, Callee) or item.certain]
     if targets:
+        certain = [item for item in targets if isinstance(item, Callee) or item.certain]
         first, *others = certain or targets
         return Found(first, tuple(f"{item.module}.{item.name}" for item in others))
     for module, item in hits.items():
         if isinstance(item, str) and is_standard(item):
-            raise refused(config, path, f"'{name}' of {module} is '{item}' {STANDARD}")
-    raise refused(
-        config, path, f"there is no '{name}'{_similar(config, call, name)}; searched {_searched(config, call)}"
-    )
+            raise ResolveError(f"'{name}' of {module} is '{item}' {STANDARD}")
+    places = [*modules, *filter(module_file, libraries)]
+    others_too = " and the other sections' libraries" if nested else ""
+    hint = _similar(name, [*modules, *libraries])
+    raise ResolveError(f"there is no '{name}'{hint}; searched {', '.join(places)}{others_too}")
+
+
+def module_mistake(name: Any) -> str:
+    """What is wrong with an entry of `modules`; empty where it can be read."""
+    if not isinstance(name, str):
+        return f"expected the name of a module, {found(name)}"
+    if is_standard(name):
+        return f"'{name}' is {STANDARD}"
+    try:
+        parents = [name.rpartition(".")[0]] if "." in name else []
+        if all(SOURCE.module(item) for item in (*parents, name)):
+            return ""
+    except SyntaxError as error:
+        return syntax_error(error)
+    if "/" in name or name.endswith(".py"):
+        module = ".".join(part for part in Path(name).with_suffix("").parts if part not in (".", "/"))
+        return f"{shown(name)} is a path; a module is named as in Python, such as {module}"
+    local = [item.stem for item in Path().iterdir() if item.suffix == ".py" or item.is_dir()]
+    return f"there is no module {shown(name)} here or installed{did_you_mean(name, local)}"
 
 
 def _in_library(module: str, name: str) -> Callee | Dynamic | str | None:
     try:
         return SOURCE.lookup(module, name)
-    except SyntaxError:  # an optional library for another Python is no library; the user's own mistakes are told
+    except SyntaxError:  # an optional library for another Python is as good as none; the user's own mistakes are shown
         return None
 
 
-def _similar(config: ConfigDict, call: Call, name: str) -> str:
-    """The nearest names of where it was looked for; of all libraries if none of those is near."""
-    near = set().union(*(SOURCE.names(module) for module in (*user_modules(config), *call.slot.libraries)))
-    if hint := did_you_mean(name, near):
+def _similar(name: str, searched: Sequence[str]) -> str:
+    """The nearest names of where it was searched; of all libraries if none of those is near."""
+    if hint := did_you_mean(name, set().union(*map(SOURCE.names, searched))):
         return hint
-    for library in EVERYWHERE:
+    for library in ALL_LIBRARIES:
         if name in SOURCE.names(library):
-            return f"; {library} has one, if {library}.{name} is meant"
-    return did_you_mean(name, set().union(*map(SOURCE.names, EVERYWHERE)))
+            return f"; did you mean {library}.{name}?"
+    return did_you_mean(name, set().union(*map(SOURCE.names, ALL_LIBRARIES)))
 
 
-def _searched(config: ConfigDict, call: Call) -> str:
-    there = [module for module in call.slot.libraries if module_file(module)]
-    others = " and the other sections' libraries" if call.slot.nested else ""
-    return ", ".join([*user_modules(config), *there]) + others
+def _check_package(name: str, parts: Sequence[str], modules: Sequence[str]) -> None:
+    """Refuse a full path whose package is not there or may not be used."""
+    package = parts[0]
+    if is_standard(package):
+        raise ResolveError(f"'{name}' is {STANDARD}")
+    if module_file(package) is None:
+        known = [*modules, *(library.partition(".")[0] for library in ALL_LIBRARIES)]
+        raise ResolveError(f"there is no package '{package}'{did_you_mean(package, known)}")
+    path = f"{'.'.join(parts)}."
+    if not any(path.startswith(f"{module}.") for module in modules) and not is_installed(package):
+        module = name.partition(":")[0] if ":" in name else ".".join(parts[:-1])
+        text = f"'{package}' is neither installed nor under 'modules'; add it there: modules: [{module}]"
+        raise ResolveError(text)
 
 
-def _located_path(config: ConfigDict, path: KeyPath, name: str, parts: list[str]) -> Callee | Dynamic:
-    """A full path, `package.module:Name` or `package.module.Name`, followed through the source text."""
-    top = parts[0]
-    if is_standard(top):
-        raise refused(config, path, f"'{name}' is {STANDARD}")
-    if module_file(top) is None:
-        known = [*user_modules(config), *(library.partition(".")[0] for library in EVERYWHERE)]
-        raise refused(config, path, f"there is no package '{top}'{did_you_mean(top, known)}")
-    written = name.replace(":", ".")
-    if not any(f"{written}.".startswith(f"{module}.") for module in user_modules(config)) and not is_installed(top):
-        cure = name.partition(":")[0] if ":" in name else ".".join(parts[:-1])
-        text = f"'{top}' is neither installed nor under 'modules'; add it there: modules: [{cure}]"
-        raise refused(config, path, text)
-    module, there = "", None
-    for done, part in enumerate(parts):
-        there = SOURCE.lookup(module, part) if module else top
-        if isinstance(there, str) and is_standard(there):
-            raise refused(config, path, f"'{name}' leads to '{there}' {STANDARD}")
-        if there is None:
-            hint = did_you_mean(part, SOURCE.names(module))
-            raise refused(config, path, f"'{module}' has no '{part}'{hint}")
-        if not isinstance(there, str):
-            rest = parts[done + 1 :]
-            return Dynamic(there.module, ".".join([there.name, *rest])) if rest else there
-        module = there
-    raise refused(config, path, f"'{name}' is a module; expected a class or a function in it")
+def _follow_path(name: str, parts: Sequence[str]) -> Callee | Dynamic:
+    """A full path, followed through the source text from its package on."""
+    module = parts[0]
+    for index, part in enumerate(parts[1:], 1):
+        meaning = SOURCE.lookup(module, part)
+        if meaning is None:
+            raise ResolveError(f"'{module}' has no '{part}'{did_you_mean(part, SOURCE.names(module))}")
+        if isinstance(meaning, str) and is_standard(meaning):
+            raise ResolveError(f"'{name}' leads to '{meaning}' {STANDARD}")
+        if not isinstance(meaning, str):
+            rest = parts[index + 1 :]
+            return Dynamic(meaning.module, ".".join([meaning.name, *rest])) if rest else meaning
+        module = meaning
+    raise ResolveError(f"'{name}' is a module; expected a class or a function in it")
 
 
 @functools.cache
-def is_installed(top: str) -> bool:
+def is_installed(package: str) -> bool:
     """Whether a top-level module was installed, also as editable, rather than merely lying in the current folder.
 
     It is, where it is dtrain itself, or its folder holds other installations' records, is one of those, or is on a
     `.pth` file's list.
     """
-    if top == __name__.partition(".")[0]:  # a checkout on PYTHONPATH does
+    if package == __name__.partition(".")[0]:  # a checkout on PYTHONPATH is as good as installed
         return True
-    origin, folders = spec_folders(top)
+    origin, folders = spec_folders(package)
     homes = [folder.parent for folder in folders] or ([origin.parent] if origin else [])
     if any(home.name in ("site-packages", "dist-packages") or _has_records(home) for home in homes):
         return True

@@ -1,4 +1,4 @@
-"""Reads from source text what a name stands for and what it takes, importing nothing; knows no config, no section.
+"""What a name stands for and which arguments it takes, read from source text by `ast`, importing nothing.
 
 A misspelt key of a torch class is found without the two seconds that importing torch takes, and nothing that a config
 names is executed before it is known to be a class or a function of an allowed package.
@@ -48,6 +48,16 @@ class Callee:
     variadic: bool = False  # takes any number of positional arguments
 
     @property
+    def positional(self) -> list[Parameter]:
+        """What can be given by position."""
+        return [item for item in self.parameters if item.positional]
+
+    @property
+    def keywords(self) -> set[str]:
+        """The names of what can be given by name."""
+        return {item.name for item in self.parameters if item.keyword}
+
+    @property
     def signature(self) -> str:
         """`AdamW(params, lr: float = 1e-3, ...)` in one line; of what goes through `**kwargs`, a few names."""
         parts = [str(item) for item in self.parameters if not item.through] + (["*args"] if self.variadic else [])
@@ -58,7 +68,8 @@ class Callee:
         return f"{self.name}({', '.join(parts + (['**kwargs'] if self.open else []))})"
 
 
-Binding = ast.stmt | ast.expr | tuple[str, str | None]  # a definition, an assigned value, or an import
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+Binding = ast.ClassDef | Function | ast.expr | tuple[str, str | None]  # a definition, an assigned value, or an import
 _UNKNOWN = ast.Constant(None)  # the value of a name that is bound in a way not followed here
 
 
@@ -86,7 +97,7 @@ class Module:
         return self.name if self.file.is_package else self.name.rpartition(".")[0]
 
     def _bind(self, node: ast.stmt, conditional: bool) -> None:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        if isinstance(node, ast.ClassDef | Function):
             twice = conditional and isinstance(self.bindings.get(node.name), ast.stmt)
             self.bindings[node.name] = _UNKNOWN if twice else node  # which one holds, only a run can tell
         elif isinstance(node, ast.Import):
@@ -100,12 +111,17 @@ class Module:
                     self.stars.append(origin)
                 else:
                     self.bindings[item.asname or item.name] = (origin, item.name)
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
-            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                if isinstance(target, ast.Name):
-                    self.bindings[target.id] = node.value or _UNKNOWN
-                elif isinstance(target, ast.Tuple | ast.List):
-                    self.bindings |= {item.id: _UNKNOWN for item in ast.walk(target) if isinstance(item, ast.Name)}
+        elif isinstance(node, ast.Assign):
+            for target in node.targets:
+                self._assign(target, node.value)
+        elif isinstance(node, ast.AnnAssign):
+            self._assign(node.target, node.value)
+
+    def _assign(self, target: ast.expr, value: ast.expr | None) -> None:
+        if isinstance(target, ast.Name):
+            self.bindings[target.id] = value or _UNKNOWN
+        elif isinstance(target, ast.Tuple | ast.List):
+            self.bindings |= {item.id: _UNKNOWN for item in ast.walk(target) if isinstance(item, ast.Name)}
 
     def _origin(self, node: ast.ImportFrom) -> str:
         if not node.level:
@@ -189,11 +205,17 @@ def is_standard(name: str) -> bool:
     return name.partition(".")[0] in sys.stdlib_module_names
 
 
-class _Owner(NamedTuple):
-    """A class as written, and the module it is written in."""
+class Definition(NamedTuple):
+    """A `class` or `def` as written, and the module it is written in."""
 
     module: Module
-    node: ast.ClassDef
+    node: ast.ClassDef | Function
+
+
+Lineage = tuple[Definition | None, ...]  # a class and its bases; None stands for one that cannot be read
+# What a name can mean. A text is the name of a module, or of anything in the standard library, which is not followed.
+Meaning = Definition | Dynamic | str | None
+Visited = frozenset[tuple[str, str]]  # the modules and names that led here: imports may form a circle
 
 
 class _Takes(NamedTuple):
@@ -250,113 +272,105 @@ class Source:
 
         A text is the name of a module, or of anything in the standard library, which is not followed.
         """
-        there = self._lookup(module_name, name, frozenset())
-        return self._callee(*there) if isinstance(there, tuple) and not isinstance(there, Dynamic) else there
+        meaning = self._lookup(module_name, name, frozenset())
+        return self._callee(*meaning) if isinstance(meaning, Definition) else meaning
 
-    def _lookup(
-        self, module_name: str, name: str, seen: frozenset[tuple[str, str]]
-    ) -> tuple[Module, ast.stmt] | Dynamic | str | None:
+    def _lookup(self, module_name: str, name: str, visited: Visited) -> Meaning:
         if is_standard(module_name):
             return f"{module_name}.{name}"
         module = self.module(module_name)
-        if module is None or (module_name, name) in seen:
+        if module is None or (module_name, name) in visited:
             return None
-        seen |= {(module_name, name)}
-        value = module.bindings.get(name)
-        if isinstance(value, ast.stmt):
-            return module, value
-        if isinstance(value, tuple):
-            return self._imported(module_name, name, value, seen)
-        if isinstance(value, ast.Name | ast.Attribute):
-            return self._follow(module, ast.unparse(value), seen) or Dynamic(module_name, name)
-        if value is not None:
-            return Dynamic(module_name, name)
-        hidden = module.hides
-        for star in () if name.startswith("_") else module.stars:
-            there = None if is_standard(star) else self._lookup(star, name, seen)
-            if there and not _is_uncertain(there):
-                return there
-            hidden |= there is not None
-        if module.file.is_package and self.find(f"{module_name}.{name}"):
-            return f"{module_name}.{name}"
-        return Dynamic(module_name, name, certain=False) if hidden else None
+        visited |= {(module_name, name)}
+        binding = module.bindings.get(name)
+        if binding is None:
+            return self._unbound(module, name, visited)
+        if isinstance(binding, ast.ClassDef | Function):
+            return Definition(module, binding)
+        if isinstance(binding, tuple):
+            return self._imported(module, name, binding, visited)
+        is_alias = isinstance(binding, ast.Name | ast.Attribute)
+        alias = self._follow(module, ast.unparse(binding), visited) if is_alias else None
+        return alias or Dynamic(module_name, name)
 
-    def _imported(
-        self, module_name: str, name: str, value: tuple[str, str | None], seen: frozenset[tuple[str, str]]
-    ) -> tuple[Module, ast.stmt] | Dynamic | str | None:
-        origin, attribute = value
+    def _unbound(self, module: Module, name: str, visited: Visited) -> Meaning:
+        """What a name means that the module's own top level does not bind: an `import *` may, or it is a submodule."""
+        may_be_hidden = module.hides
+        for star in [] if name.startswith("_") else [item for item in module.stars if not is_standard(item)]:
+            meaning = self._lookup(star, name, visited)
+            if meaning and not _is_uncertain(meaning):
+                return meaning
+            may_be_hidden |= meaning is not None
+        if module.file.is_package and self.find(f"{module.name}.{name}"):
+            return f"{module.name}.{name}"
+        return Dynamic(module.name, name, certain=False) if may_be_hidden else None
+
+    def _imported(self, module: Module, name: str, imported: tuple[str, str | None], visited: Visited) -> Meaning:
+        origin, attribute = imported
         if attribute is None:
             return origin
         if not is_standard(origin) and not self.find(origin.partition(".")[0]):
-            return Dynamic(module_name, name)  # its import will say what is missing, and where it is asked for
-        there = self._lookup(origin, attribute, seen)
-        if _is_uncertain(there):
-            return Dynamic(module_name, name)
-        return f"{origin}.{attribute}" if there is None and self.find(f"{origin}.{attribute}") else there
-
-    def _follow(
-        self, module: Module, text: str, seen: frozenset[tuple[str, str]] = frozenset()
-    ) -> tuple[Module, ast.stmt] | Dynamic | str | None:
-        """What a dotted name means inside a module."""
-        there: tuple[Module, ast.stmt] | Dynamic | str | None = module.name
-        for part in text.split("."):
-            if not isinstance(there, str) or not part.isidentifier():
-                return None
-            there = self._lookup(there, part, seen)
-        return there
-
-    def _callee(self, module: Module, node: ast.stmt) -> Callee | Dynamic:
-        if node not in self._callees:
-            callee = self._read_callee(module, node)
-            if self._busy:
-                return callee  # it may lack what is being followed just now
-            self._callees[node] = callee
-        return self._callees[node]
-
-    def _read_callee(self, module: Module, node: ast.stmt) -> Callee | Dynamic:
-        takes: _Takes | None = None
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            takes = self._takes(module, node, (), method=False)
-        elif isinstance(node, ast.ClassDef):
-            takes = self._constructor(self._lineage(module, node))
-        name = str(getattr(node, "name", "?"))
-        if takes is None:
+            return Dynamic(module.name, name)  # its import will say what is missing, and where it is asked for
+        meaning = self._lookup(origin, attribute, visited)
+        if _is_uncertain(meaning):
             return Dynamic(module.name, name)
-        return Callee(module.name, name, str(module.file.path), node.lineno, isinstance(node, ast.ClassDef), *takes)
+        return f"{origin}.{attribute}" if meaning is None and self.find(f"{origin}.{attribute}") else meaning
 
-    def _lineage(
-        self, module: Module, node: ast.ClassDef, seen: frozenset[ast.ClassDef] = frozenset()
-    ) -> tuple[_Owner | None, ...]:
-        """The class and its bases in the order in which Python asks them; None stands for one that cannot be read."""
-        result: list[_Owner | None] = []
+    def _follow(self, module: Module, dotted_name: str, visited: Visited = frozenset()) -> Meaning:
+        """What a dotted name means inside a module."""
+        meaning: Meaning = module.name
+        for part in dotted_name.split("."):
+            if not isinstance(meaning, str) or not part.isidentifier():
+                return None
+            meaning = self._lookup(meaning, part, visited)
+        return meaning
+
+    def _callee(self, module: Module, node: ast.ClassDef | Function) -> Callee | Dynamic:
+        if node in self._callees:
+            return self._callees[node]
+        is_class = isinstance(node, ast.ClassDef)
+        if isinstance(node, ast.ClassDef):
+            takes = self._constructor(self._lineage(module, node))
+        else:
+            takes = self._takes(module, node, (), method=False)
+        callee: Callee | Dynamic = Dynamic(module.name, node.name)
+        if takes is not None:
+            callee = Callee(module.name, node.name, str(module.file.path), node.lineno, is_class, *takes)
+        if not self._busy:  # else it may lack what is being followed just now
+            self._callees[node] = callee
+        return callee
+
+    def _lineage(self, module: Module, node: ast.ClassDef, seen: frozenset[ast.ClassDef] = frozenset()) -> Lineage:
+        """The class and its bases in the order in which Python asks them."""
+        result: list[Definition | None] = []
         for base in node.bases:
             text = ast.unparse(base).partition("[")[0]
             if text.rpartition(".")[2] in _NO_PARAMETERS:
                 continue
-            there = self._follow(module, text)
-            if isinstance(there, tuple) and isinstance(there[1], ast.ClassDef) and there[1] not in seen | {node}:
-                further = self._lineage(there[0], there[1], seen | {node})
+            meaning = self._follow(module, text)
+            above = meaning.node if isinstance(meaning, Definition) else None
+            if isinstance(meaning, Definition) and isinstance(above, ast.ClassDef) and above not in seen | {node}:
+                further = self._lineage(meaning.module, above, seen | {node})
                 result = [item for item in result if item is None or item not in further] + list(further)
             else:
                 result.append(None)
         metaclass = any(item.arg == "metaclass" and "ABCMeta" not in ast.unparse(item.value) for item in node.keywords)
-        return (None if metaclass else _Owner(module, node), *result)
+        return (None if metaclass else Definition(module, node), *result)
 
-    def _constructor(self, lineage: tuple[_Owner | None, ...]) -> _Takes | None:
+    def _constructor(self, lineage: Lineage) -> _Takes | None:
         """What the first constructor in the lineage takes; None when it cannot be read."""
         for index, owner in enumerate(lineage):
             if owner is None:
                 return None
-            own = [item for item, _ in _statements(owner.node.body)]
-            methods = {item.name: item for item in own if isinstance(item, ast.FunctionDef)}
+            body = [item for item, _ in _statements(owner.node.body)]
+            methods = {item.name: item for item in body if isinstance(item, ast.FunctionDef)}
             new, init = methods.get("__new__"), methods.get("__init__")
             if new and init and new.args.vararg and new.args.kwarg:
                 new = None  # it lets everything through to __init__
             if method := new or init:
                 return self._takes(owner.module, method, lineage[index + 1 :], method=True)
-            if {"__init__", "__new__"} & {
-                ast.unparse(name) for item in own if isinstance(item, ast.Assign) for name in item.targets
-            }:
+            assigned = {ast.unparse(name) for item in body if isinstance(item, ast.Assign) for name in item.targets}
+            if assigned & {"__init__", "__new__"}:
                 return None
             if is_record(owner.node):
                 return self._record(lineage[index:])
@@ -364,7 +378,7 @@ class Source:
                 return None
         return _Takes()
 
-    def _record(self, lineage: tuple[_Owner | None, ...]) -> _Takes | None:
+    def _record(self, lineage: Lineage) -> _Takes | None:
         fields: dict[str, Parameter] = {}
         for owner in reversed(lineage):
             if owner is None:
@@ -372,13 +386,7 @@ class Source:
             fields |= {item.name: item for item in record_fields(owner.node)} if is_record(owner.node) else {}
         return _Takes(tuple(fields.values()))
 
-    def _takes(
-        self,
-        module: Module,
-        node: ast.FunctionDef | ast.AsyncFunctionDef,
-        behind: tuple[_Owner | None, ...],
-        method: bool,
-    ) -> _Takes | None:
+    def _takes(self, module: Module, node: Function, behind: Lineage, method: bool) -> _Takes | None:
         """What a function takes, with what it hands on through `**kwargs` to the constructors `behind` it."""
         if _changes_arguments(node):
             return None
@@ -391,11 +399,7 @@ class Source:
         return _Takes(own + added, further is None, variadic)
 
     def _through_kwargs(
-        self,
-        module: Module,
-        node: ast.FunctionDef | ast.AsyncFunctionDef,
-        kwargs: str,
-        behind: tuple[_Owner | None, ...],
+        self, module: Module, node: Function, kwargs: str, behind: Lineage
     ) -> tuple[Parameter, ...] | None:
         """The keys that a function reads out of its `**kwargs` or hands on; None when that cannot be known."""
         if node in self._busy:
@@ -416,7 +420,7 @@ class Source:
         finally:
             self._busy.discard(node)
 
-    def _passed_on(self, module: Module, call: ast.Call, behind: tuple[_Owner | None, ...]) -> list[Parameter] | None:
+    def _passed_on(self, module: Module, call: ast.Call, behind: Lineage) -> list[Parameter] | None:
         """What the callee of `f(..., **kwargs)` still takes beyond the arguments written in that call."""
         text = ast.unparse(call.func)
         bound = re.fullmatch(r"super\(.*\)\.(__init__|__new__)", text)
@@ -424,63 +428,67 @@ class Source:
         if bound:
             takes = self._constructor(behind)
         else:
-            there = self._follow(module, text.removesuffix(".__init__"))
-            callee = self._callee(*there) if isinstance(there, tuple) and not isinstance(there, Dynamic) else None
+            meaning = self._follow(module, text.removesuffix(".__init__"))
+            callee = self._callee(*meaning) if isinstance(meaning, Definition) else None
             takes = callee if isinstance(callee, Callee) else None
         if takes is None or takes.open:
             return None
         by_keyword = {item.arg for item in call.keywords if item.arg}
         stars = (index for index, item in enumerate(call.args) if isinstance(item, ast.Starred))
-        by_position = next(stars, len(call.args)) - (
-            text.endswith(".__new__") or (text.endswith("__init__") and not bound)
-        )
-        positional = [item for item in takes.parameters if item.positional][: max(by_position, 0)]
+        takes_self = text.endswith(".__new__") or (text.endswith("__init__") and not bound)
+        by_position = max(next(stars, len(call.args)) - takes_self, 0)
+        positional = [item for item in takes.parameters if item.positional][:by_position]
         return [item for item in takes.parameters if item.name not in by_keyword and item not in positional]
 
 
-def _is_uncertain(there: object) -> bool:
-    return isinstance(there, Dynamic) and not there.certain
+def _is_uncertain(meaning: Meaning) -> bool:
+    return isinstance(meaning, Dynamic) and not meaning.certain
 
 
-def _changes_arguments(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+def _changes_arguments(node: ast.ClassDef | Function) -> bool:
     """Whether a decorator may make something else of it."""
     names = {ast.unparse(item).partition("(")[0].rpartition(".")[2].strip("_") for item in node.decorator_list}
     return not names <= _HARMLESS
 
 
 class _Use(NamedTuple):
-    """One place where a function uses its `**kwargs`."""
+    """One place where a function uses its `**kwargs`; without any of these, what it does with them is unknown."""
 
     harmless: bool = False  # asks whether it is empty, lists its names, adds to it
     key: str | None = None  # reads this key
     call: ast.Call | None = None  # hands all of it on
 
 
-def _uses(node: ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> Iterator[_Use]:
+_EMPTINESS_TESTS = ast.If | ast.BoolOp | ast.UnaryOp | ast.FormattedValue | ast.Compare | ast.Assert | ast.IfExp
+_COUNTING = ("len", "sorted", "bool", "list", "iter")
+
+
+def _uses(node: Function, name: str) -> Iterator[_Use]:
     """Every use of `name` in the body of a function."""
     parents = {child: parent for parent in ast.walk(node) for child in ast.iter_child_nodes(parent)}
     for item in ast.walk(node):
         if isinstance(item, ast.Name) and item.id == name:
-            yield _use(item, parents[item], parents.get(parents[item]))
+            yield _use(parents[item], parents.get(parents[item]))
 
 
-def _use(item: ast.Name, parent: ast.AST, above: ast.AST | None) -> _Use:
-    if isinstance(parent, ast.keyword) and parent.arg is None and isinstance(above, ast.Call):
-        return _Use(call=above)
-    if isinstance(parent, ast.Subscript) and (key := _text(parent.slice)) is not None:
-        return _Use(harmless=True) if isinstance(parent.ctx, ast.Store) else _Use(key=key)
-    if isinstance(parent, ast.Attribute) and isinstance(above, ast.Call):
-        key = _text(above.args[0]) if above.args and parent.attr in ("pop", "get", "setdefault") else None
-        return _Use(key=key) if key is not None else _Use(harmless=parent.attr in ("update", "keys", "__len__"))
-    if isinstance(parent, ast.Compare) and (key := _text(parent.left)) is not None:
-        return _Use(key=key)
-    counts = isinstance(parent, ast.Call) and ast.unparse(parent.func) in ("len", "sorted", "bool", "list", "iter")
-    tests = ast.If | ast.BoolOp | ast.UnaryOp | ast.FormattedValue | ast.Compare | ast.Assert | ast.IfExp | ast.Delete
-    return _Use(harmless=counts or isinstance(parent, tests))
-
-
-def _text(node: ast.expr) -> str | None:
-    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
+def _use(parent: ast.AST, above: ast.AST | None) -> _Use:
+    """What is done with a name, by the expression that it stands in, and the one around that."""
+    match parent, above:
+        case ast.keyword(arg=None), ast.Call():  # f(**kwargs)
+            return _Use(call=above)
+        case ast.Subscript(slice=ast.Constant(value=str()), ctx=ast.Store()), _:  # kwargs["key"] = ...
+            return _Use(harmless=True)
+        case ast.Subscript(slice=ast.Constant(value=str(key))), _:  # kwargs["key"]
+            return _Use(key=key)
+        case ast.Attribute(attr="pop" | "get" | "setdefault"), ast.Call(args=[ast.Constant(value=str(key)), *_]):
+            return _Use(key=key)
+        case ast.Attribute(attr="update" | "keys" | "__len__"), ast.Call():
+            return _Use(harmless=True)
+        case ast.Compare(left=ast.Constant(value=str(key))), _:  # "key" in kwargs
+            return _Use(key=key)
+        case ast.Call(func=ast.Name(id=function)), _:
+            return _Use(harmless=function in _COUNTING)
+    return _Use(harmless=isinstance(parent, _EMPTINESS_TESTS | ast.Delete))
 
 
 SOURCE = Source(module_file)

@@ -1,4 +1,4 @@
-"""YAML 1.2 text to plain values with the place of every key, and back; knows no section and no setting of dtrain."""
+"""YAML 1.2 text to plain values with the place of every key, and back."""
 
 import math
 import re
@@ -42,7 +42,7 @@ def scalar(text: str) -> Any:
 
 
 class _TooMuchError(yaml.MarkedYAMLError):
-    """Valid YAML, but no config."""
+    """Valid YAML, but not a config."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -68,11 +68,12 @@ class _Loader(yaml.SafeLoader):
 
 def _too_much(count: int, depth: int) -> str:
     if count > MAX_VALUES:
-        return f"more than {MAX_VALUES} values (aliases expanded); that is no config"
-    return f"nesting deeper than {MAX_DEPTH}; that is no config" if depth > MAX_DEPTH else ""
+        return f"more than {MAX_VALUES} values (aliases expanded); this is not a config"
+    return f"nesting deeper than {MAX_DEPTH}; this is not a config" if depth > MAX_DEPTH else ""
 
 
 _TAGS: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool, "null": type(None)}
+_TYPE_NAMES = {"int": "an integer", "float": "a number", "bool": "true or false", "null": "null"}
 
 
 class _Reader:
@@ -94,7 +95,7 @@ class _Reader:
     def counted(self, node: Any, path: KeyPath) -> None:
         self.count += 1
         if too_much := _too_much(self.count, len(path)):
-            raise ConfigError(Mistake(too_much, self.place(node)))
+            raise ConfigError(too_much, self.place(node))
 
     def value(self, node: Any, path: KeyPath = (), place: Place | None = None) -> Any:
         self.counted(node, path)
@@ -119,7 +120,7 @@ class _Reader:
         if tag == "float" and type(value) is int:
             return float(value)
         if type(value) is not _TAGS[tag]:
-            self.wrong(node, f"{shown(node.value)} is no {tag}")
+            self.wrong(node, f"{shown(node.value)} is not {_TYPE_NAMES[tag]}")
         return value
 
     def refuse_tag(self, node: Any) -> None:
@@ -162,11 +163,11 @@ class _Reader:
 
     def key(self, node: Any) -> str | None:
         if not isinstance(node, yaml.ScalarNode):
-            self.wrong(node, f"a key is a text, found a {'list' if _tag(node) == 'seq' else 'mapping'}")
+            self.wrong(node, f"a key must be a string, found a {'list' if _tag(node) == 'seq' else 'mapping'}")
             return None
         value = self.scalar(node)
         if not isinstance(value, str):
-            self.wrong(node, f"a key is a text; put {shown(node.value)} in quotes")
+            self.wrong(node, f"a key must be a string; put {shown(node.value)} in quotes")
         elif wrong := key_mistake(value):
             self.wrong(node, wrong)
         else:
@@ -185,7 +186,7 @@ def _is_merge(node: Any) -> bool:
 def key_mistake(key: str) -> str:
     """Why a text cannot be a key; empty if it can."""
     if "." in key:
-        return f"the key {shown(key)} holds a dot; nest the keys instead (dots are for the command line)"
+        return f"the key {shown(key)} contains a dot; nest the keys instead (dots are for the command line)"
     bad = not key or not key.isprintable() or key.startswith("__") or len(key) > MAX_DIGITS
     return f"{shown(key)} cannot be a key" if bad else ""
 

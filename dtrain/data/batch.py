@@ -75,10 +75,10 @@ Form = Literal["one", "several", "named"]
 
 def call_form(model: torch.nn.Module, example: Any) -> Form:
     """How a model takes an input of this form: as one argument, as several, or by name; decided by its signature."""
-    if isinstance(example, Mapping):
-        return "named" if _accepts(model, (), example) else "one"
-    if isinstance(example, list | tuple):
-        return "several" if _accepts(model, example, {}) else "one"
+    if isinstance(example, Mapping) and _accepts(model, (), example):
+        return "named"
+    if isinstance(example, list | tuple) and _accepts(model, example, {}):
+        return "several"
     return "one"
 
 

@@ -1,12 +1,12 @@
-"""What all ranks do together; torch is imported when the first collective is called."""
+"""What all ranks do together."""
 
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-if TYPE_CHECKING:
-    import torch
+import torch
+import torch.distributed as dist
 
 T = TypeVar("T")
 
@@ -18,18 +18,16 @@ class Collectives:
     rank: int
     local_rank: int
     world_size: int
-    device: "torch.device"
+    device: torch.device
 
     @property
     def is_main(self) -> bool:
         """Whether this rank is the one that writes."""
         return self.rank == 0
 
-    def sum_(self, tensor: "torch.Tensor") -> "torch.Tensor":
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Add a tensor up over the ranks, in place."""
         if self.world_size > 1:
-            import torch.distributed as dist
-
             dist.all_reduce(tensor)
         return tensor
 
@@ -37,8 +35,6 @@ class Collectives:
         """Every rank's value, in the order of ranks, on the main rank; None on the others."""
         if self.world_size == 1:
             return [value]
-        import torch.distributed as dist
-
         values = [None] * self.world_size if self.is_main else None
         dist.gather_object(value, values)
         return values
@@ -47,8 +43,6 @@ class Collectives:
         """The main rank's value, on every rank."""
         if self.world_size == 1:
             return value
-        import torch.distributed as dist
-
         values = [value]
         dist.broadcast_object_list(values)
         return values[0]
@@ -59,35 +53,30 @@ class Collectives:
         Raises:
             Exception: What it raised there, on every rank alike; as RuntimeError where that cannot be pickled.
         """
+        if self.world_size == 1:
+            return function()
         result: Any = None
         error: Exception | None = None
         if self.is_main:
             try:
                 result = function()
             except Exception as raised:
-                if self.world_size == 1:
-                    raise
                 error = raised
         result, heard = self.broadcast((result, error and _picklable(error)))
-        if error or heard:
+        if heard:
             raise error or heard
         return result
 
-    def share_weights(self, model: "torch.nn.Module") -> None:
+    def share_weights(self, model: torch.nn.Module) -> None:
         """Give every rank the main rank's parameters and buffers."""
         if self.world_size > 1:
-            import torch
-            import torch.distributed as dist
-
             for value in model.state_dict().values():
                 if isinstance(value, torch.Tensor):
                     dist.broadcast(value, src=0)
 
-    def agree_on_buffers(self, model: "torch.nn.Module") -> None:
+    def agree_on_buffers(self, model: torch.nn.Module) -> None:
         """Give every rank the main rank's buffers: BatchNorm's running statistics differ between ranks."""
         if self.world_size > 1:
-            import torch.distributed as dist
-
             for buffer in model.buffers():
                 dist.broadcast(buffer.data, src=0)
 

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import torch
 
 from dtrain.distributed.collectives import Collectives
 
-if TYPE_CHECKING:
-    import torch
-
-Forward = Callable[["torch.nn.Module", Any], Any]
+Forward = Callable[[torch.nn.Module, Any], Any]
 
 
 def ddp_options(  # noqa: PLR0913
@@ -53,13 +52,13 @@ class DDP:
     def __init__(self, ranks: Collectives, accelerator: Any = None) -> None:
         self._ranks, self._accelerator = ranks, accelerator
 
-    def wrap(self, model: "torch.nn.Module") -> "torch.nn.Module":
+    def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
         """The model as the ranks train it: in DistributedDataParallel, where there are several."""
         if self._accelerator is None or not any(item.requires_grad for item in model.parameters()):
             return model
         return self._accelerator.prepare_model(model)
 
-    def divide(self, module: "torch.nn.Module") -> "torch.nn.Module":
+    def divide(self, module: torch.nn.Module) -> torch.nn.Module:
         """The module as it is: every rank has all of it."""
         return module
 
@@ -67,10 +66,8 @@ class DDP:
         """A context in which gradients add up on each rank alone, until the last batch of a step."""
         return model.no_sync() if hasattr(model, "no_sync") else nullcontext()
 
-    def total_norm(self, gradients: "list[torch.Tensor]") -> "torch.Tensor":
+    def total_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         """The 2-norm of all gradients as one vector; torch's own function sorts them first, and takes twice as long."""
-        import torch
-
         if len({item.dtype for item in gradients}) > 1:
             return torch.nn.utils.get_total_norm(gradients)
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
@@ -79,13 +76,13 @@ class DDP:
         """A state_dict or the like as one process has it: as it is."""
         return tree
 
-    def load_weights(self, module: "torch.nn.Module", weights: Mapping[str, Any] | None) -> None:
+    def load_weights(self, module: torch.nn.Module, weights: Mapping[str, Any] | None) -> None:
         """Give every rank these weights, which only the main rank has, or the main rank's own where they are None."""
         if weights is not None:
             module.load_state_dict(weights)
         self._ranks.share_weights(module)
 
-    def load_optimizer(self, optimizer: "torch.optim.Optimizer", state: Mapping[str, Any] | None) -> None:
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any] | None) -> None:
         """Give every rank's optimizer this state, which only the main rank has."""
         optimizer.load_state_dict(self._ranks.broadcast(state))
 
@@ -94,7 +91,7 @@ class DDP:
         for batch in loader:
             yield batch, True, stop()
 
-    def lead(self, module: "torch.nn.Module", forward: Forward, work: Callable[[Forward], None]) -> None:
+    def lead(self, module: torch.nn.Module, forward: Forward, work: Callable[[Forward], None]) -> None:
         """Let the main rank do `work(forward)` alone, which calls `forward(module, batch)`."""
         if self._ranks.is_main:
             work(forward)

@@ -2,7 +2,7 @@
 
 DONE = 0  # or nothing to do
 FAILED = 1  # while running
-WRONG_CONFIG = 2  # or a wrong command line
+WRONG_CONFIG = 2  # or a wrong command line: the same start would fail again
 STOPPED_EARLY = 75  # saved, and to be started again
 INTERRUPTED = 130  # by a second Ctrl-C
 

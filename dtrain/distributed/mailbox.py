@@ -4,19 +4,10 @@ import base64
 import pickle
 import time
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any
 
 LOOK_SECONDS = 1.0  # a flag is looked up no more often: it costs a round trip to the store
 _POLL_SECONDS = 0.05
-
-
-class Store(Protocol):
-    """The part of torch.distributed's stores that is needed."""
-
-    def set(self, key: str, value: str) -> None: ...  # noqa: D102
-    def get(self, key: str) -> bytes: ...  # noqa: D102
-    def check(self, keys: list[str]) -> bool: ...  # noqa: D102
-    def compare_set(self, key: str, expected_value: str, desired_value: str) -> bytes: ...  # noqa: D102
 
 
 class Mailbox:
@@ -27,10 +18,10 @@ class Mailbox:
     Args:
         rank: This rank.
         world_size: How many ranks there are.
-        store: The process group's store; None for a process on its own.
+        store: The process group's (a torch.distributed.Store); None for a process on its own.
     """
 
-    def __init__(self, rank: int, world_size: int, store: Store | None = None) -> None:
+    def __init__(self, rank: int = 0, world_size: int = 1, store: Any = None) -> None:
         self.rank, self.world_size = rank, world_size
         self._store = store
         self._own: dict[str, Any] = {}
@@ -56,13 +47,6 @@ class Mailbox:
                 break
             time.sleep(_POLL_SECONDS)
         return dict(sorted(found.items()))
-
-    def first(self, name: str) -> int:
-        """The rank that asked this first, for ever: this one if no other had."""
-        with suppress(Exception):
-            if self._store is not None:
-                return int(self._store.compare_set(f"dtrain/{name}", "", str(self.rank)))
-        return self.rank
 
     def raise_flag(self, name: str) -> None:
         """Raise a flag that no rank can take down."""

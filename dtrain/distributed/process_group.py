@@ -1,14 +1,18 @@
 """This process takes its place among the ranks: process group, device, threads."""
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import psutil
+import torch
+import torch.distributed as dist
 
 from dtrain.config.errors import ConfigError
 from dtrain.distributed.ddp import DDP, ddp_options
 from dtrain.distributed.device import choose_device
 from dtrain.distributed.environment import Environment, cores, environment, export_srun_variables
+from dtrain.distributed.fsdp import FSDP
 from dtrain.distributed.mailbox import Mailbox
 from dtrain.distributed.ranks import Ranks
 
@@ -30,8 +34,6 @@ def set_up(
     Raises:
         ConfigError: The device does not exist, or there are fewer GPUs than ranks.
     """
-    import torch
-
     found = environment()
     if found.launcher == "srun":
         export_srun_variables(found)
@@ -54,8 +56,6 @@ def set_up(
         if fsdp is None:
             ranks.strategy = DDP(ranks, accelerator)
         else:
-            from dtrain.distributed.fsdp import FSDP
-
             ranks.strategy = FSDP(ranks, fsdp, options.get("broadcast_buffers") is not False)
     elif fsdp is not None:
         ranks.notes.append("trainer.strategy: fsdp shards the model over several ranks; one process holds all of it")
@@ -67,9 +67,6 @@ def _join(found: Environment, device: Any, backend: str | None, timeout_seconds:
 
     The group is ours to make because CPU tensors need gloo beside NCCL: votes and objects must not wait for the GPU.
     """
-    from datetime import timedelta
-
-    import torch.distributed as dist
     from accelerate import Accelerator
     from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
 
@@ -129,8 +126,6 @@ def _share_cores(found: Environment) -> None:
     """
     if found.world_size == 1:
         return
-    import torch
-
     if "OMP_NUM_THREADS" in os.environ:
         try:
             chosen_by_user = found.launcher == "srun" or "OMP_NUM_THREADS" in psutil.Process(os.getppid()).environ()

@@ -1,18 +1,14 @@
 """This rank among the others: its collectives, the strategy by which they train together, and notes for them."""
 
 import socket
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
 
 from dtrain.distributed.collectives import Collectives
 from dtrain.distributed.ddp import DDP
+from dtrain.distributed.fsdp import FSDP
 from dtrain.distributed.mailbox import Mailbox
-
-if TYPE_CHECKING:
-    import torch
-
-    from dtrain.distributed.fsdp import FSDP
 
 
 @dataclass
@@ -22,60 +18,20 @@ class Ranks(Collectives):
     launcher: str = "none"
     notes: list[str] = field(default_factory=list)
     host: str = field(default_factory=socket.gethostname)
-    mailbox: Mailbox = field(default_factory=lambda: Mailbox(0, 1))
+    mailbox: Mailbox = field(default_factory=Mailbox)
     are_lost: bool = False  # some are gone, so that nothing can be agreed on any more
 
     def __post_init__(self) -> None:
         self.strategy: DDP | FSDP = DDP(self)
 
-    # until the callers use ranks.strategy
-    @property
-    def shards(self) -> "FSDP | None":
-        """The strategy, where it shards models."""
-        return None if isinstance(self.strategy, DDP) else self.strategy
-
-    # until the callers use ranks.strategy
-    def wrap(self, model: "torch.nn.Module") -> "torch.nn.Module":
-        """See the strategies."""
-        return self.strategy.wrap(model)
-
-    # until the callers use ranks.strategy
-    def share_out(self, model: "torch.nn.Module") -> "torch.nn.Module":
-        """See the strategies' `divide`."""
-        return self.strategy.divide(model)
-
-    # until the callers use ranks.strategy
-    def no_sync(self, model: Any) -> Any:
-        """See the strategies."""
-        return self.strategy.no_sync(model)
-
-    # until the callers use ranks.strategy
-    def whole(self, tree: Any) -> Any:
-        """See the strategies."""
-        return self.strategy.whole(tree)
-
-    # until the callers use ranks.strategy
-    def load_weights(self, model: "torch.nn.Module", weights: Mapping[str, Any] | None) -> None:
-        """See the strategies."""
-        self.strategy.load_weights(model, weights)
-
-    # until the callers use ranks.strategy
-    def load_optimizer(self, optimizer: "torch.optim.Optimizer", state: "dict[str, Any] | None") -> None:
-        """See the strategies."""
-        self.strategy.load_optimizer(optimizer, state)
-
     def close(self) -> None:
         """Leave the process group; only after success, since it waits for the others."""
         if self.world_size > 1 and not self.are_lost:
-            import torch.distributed as dist
-
             dist.destroy_process_group()
 
 
 def is_lost_rank(error: BaseException) -> bool:
     """Whether an error is what a rank sees when another one has gone away in the middle of something in common."""
-    import torch.distributed as dist
-
     lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "recvValue failed")
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in lost)
@@ -84,6 +40,4 @@ def is_lost_rank(error: BaseException) -> bool:
 
 def lost_rank() -> Exception:
     """The error for a rank that is told of it before it sees it."""
-    import torch.distributed as dist
-
     return dist.DistError("another rank has failed")

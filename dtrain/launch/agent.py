@@ -1,4 +1,7 @@
-"""torchrun's agent, which starts, watches and restarts the ranks of one node; knows no config, no console."""
+"""torchrun's agent, which starts, watches and restarts the ranks of one node.
+
+It overrides private methods of torch's class; tests/launch/test_agent.py names all that it takes from there.
+"""
 
 import json
 import math
@@ -13,41 +16,26 @@ import torch.distributed as dist
 from torch.distributed.elastic.agent.server.api import RunResult, Worker, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.rendezvous import (
-    RendezvousConnectionError,
-    RendezvousHandler,
-    RendezvousParameters,
-)
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousHandler, RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from dtrain.distributed.launched_rank import LAUNCH_VARIABLE, Launch
 
-STORE_SECONDS = 300  # so long a node waits for the one that holds the rendezvous
-NODES_SECONDS = 900  # and for all others
+STORE_SECONDS = 300  # a node waits so long for the one that holds the rendezvous,
+NODES_SECONDS = 900  # and so long for all others
 _ENDED = (WorkerState.SUCCEEDED, WorkerState.FAILED, WorkerState.UNHEALTHY)
 
 
 class Site(NamedTuple):
-    """This node's part of a job.
-
-    Attributes:
-        ranks_here: Ranks on this node.
-        nodes: How many nodes there are.
-        endpoint: HOST:PORT of the rendezvous; of one node alone, localhost:0.
-        is_host: Whether the rendezvous is held here.
-        address: By which the other nodes reach this one.
-        job: By which nodes of one job know one another.
-        command: What a rank runs.
-        max_restarts: How often failed ranks are started again.
-    """
+    """This node's part of a job."""
 
     ranks_here: int
     nodes: int
-    endpoint: str
-    is_host: bool
-    address: str
-    job: str
-    command: tuple[str, ...]
+    endpoint: str  # HOST:PORT of the rendezvous; of one node alone, localhost:0
+    is_host: bool  # whether the rendezvous is held here
+    address: str  # by which the other nodes reach this one
+    job: str  # by which nodes of one job know one another
+    command: tuple[str, ...]  # what a rank runs
     max_restarts: int
 
     def spec(self) -> WorkerSpec:
@@ -57,7 +45,7 @@ class Site(NamedTuple):
         except RendezvousConnectionError:
             if not self.is_host or self.nodes == 1:
                 raise
-            handler = self._rendezvous(False)  # another node of this very machine was quicker
+            handler = self._rendezvous(is_host=False)  # another node of this very machine was quicker
         return WorkerSpec(
             role="rank",
             local_world_size=self.ranks_here,
@@ -78,30 +66,29 @@ class Site(NamedTuple):
 
 
 class End(NamedTuple):
-    """How a rank ended.
+    """How a rank ended."""
 
-    Attributes:
-        rank: Its number among all ranks.
-        status: Its exit status, which is its own word where it ended by itself; negative: the signal that ended it.
-        spoke: When it left its word, in unix seconds; infinite where it left none.
-    """
+    rank: int  # among all ranks
+    status: int  # its exit status; negative: the signal that ended it
+    reported_at: float  # when it reported its status, in unix seconds; infinite where it did not
 
-    rank: int
-    status: int
-    spoke: float
+    @property
+    def is_reported(self) -> bool:
+        """Whether the rank itself has reported the status: it came to its end."""
+        return self.reported_at < math.inf
 
 
 class Agent(LocalElasticAgent):
     """torchrun's agent, with what it lacks.
 
     Each start of the ranks gets a store of its own, on the first node's launcher: torch gives all of them the first
-    one's, with what dead ranks have left on it, and a node that is replaced would wait for ever to be told of it. And
+    one's, with what dead ranks have left on it, and a node that is replaced would wait forever for its address. And
     ranks are restarted only where that makes sense.
 
     Args:
         site: This node's part of the job.
         folder: For files between launcher and ranks.
-        log_folder: Told to the ranks, see Launch.
+        log_folder: Passed to the ranks, see Launch.
         listen: Called for each rank before it is started: its files, local rank and rank.
         ended: Called once all ranks here are over, with their ends, whether all had done a step, and whether they could
             be started again: whether to do so.
@@ -123,19 +110,13 @@ class Agent(LocalElasticAgent):
         self.processes: Mapping[int, int] = {}  # local rank -> process, of the ranks that were started
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
 
-    def has_begun(self) -> bool:
-        """Whether all ranks here have done a step since they were started."""
-        ranks = range(self._worker_group.spec.local_world_size)
-        return all(self._launch.mark(rank).exists() for rank in ranks)
-
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         self.processes = {}
         super()._rendezvous(worker_group)
-        group: Any = worker_group  # which was given None for all that is known by now
+        group: Any = worker_group  # typed as if nothing of it were known yet
         store, address = group.store, group.spec.local_addr
         if group.group_rank == 0:
-            where = (address or "localhost", 0)
-            self._store_of_ranks = dist.TCPStore(*where, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+            self._store_of_ranks = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
             starts = store.underlying_store.add(f"dtrain/{group.spec.rdzv_handler.get_run_id()}", 1)
             store.set("dtrain", json.dumps([address, self._store_of_ranks.port, starts]))
         group.master_addr, group.master_port, starts = json.loads(store.get("dtrain"))
@@ -151,44 +132,38 @@ class Agent(LocalElasticAgent):
         assert self._pcontext is not None
         close, mark = self._pcontext.close, self._launch.closing
 
-        def close_and_tell(*arguments: Any, **options: Any) -> None:
+        def mark_and_close(*arguments: Any, **options: Any) -> None:
             mark.touch()
             close(*arguments, **options)
 
-        self._pcontext.close = close_and_tell  # type: ignore[method-assign]
+        self._pcontext.close = mark_and_close  # type: ignore[method-assign]
         return dict(self.processes)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
         if result.state in _ENDED:
-            again = self._remaining_restarts > 0 and result.state == WorkerState.FAILED
+            can_restart = self._remaining_restarts > 0 and result.state == WorkerState.FAILED
             ends = [self._end_of(worker, result) for worker in worker_group.workers]
-            if not self._ended(ends, self.has_begun(), again):
+            have_begun = all(self._launch.mark(worker.local_rank).exists() for worker in worker_group.workers)
+            if not self._ended(ends, have_begun, can_restart):
                 self._remaining_restarts = 0
         return result
 
     def _end_of(self, worker: Worker, result: RunResult) -> End:
         failure = result.failures.get(worker.global_rank)
-        status, spoke, word = 0, math.inf, self._launch.status_file(worker.local_rank)
+        status, reported_at, report = 0, math.inf, self._launch.status_file(worker.local_rank)
         with suppress(OSError, ValueError):
-            status, spoke = int(word.read_text()), word.stat().st_mtime
-        return End(worker.global_rank, failure.exitcode if failure else status, spoke)
+            status, reported_at = int(report.read_text()), report.stat().st_mtime
+        return End(worker.global_rank, failure.exitcode if failure else status, reported_at)
 
 
 class AgentThread(threading.Thread):
-    """Makes and runs an agent beside the main thread, which stays free for signals: torch waits for other nodes in C++.
-
-    Args:
-        arguments: The agent's.
-
-    Attributes:
-        raised: What ended the agent, if it did not end by itself.
-    """
+    """Runs an agent beside the main thread, which stays free for signals: torch waits for other nodes in C++."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(name="agent", daemon=True)
-        self.raised: BaseException | None = None
-        self._arguments = arguments
+        self.raised: BaseException | None = None  # what ended the agent, if it did not end by itself
+        self._arguments = arguments  # the agent's
         self._agent: Agent | None = None
 
     @property

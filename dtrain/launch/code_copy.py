@@ -1,7 +1,7 @@
 """Copies the code of the user's own that a config leads to, so that later edits do not reach a job that waits.
 
-Knows no config, no batch system. What pip installed stays where it is; a checkout that Python reads in place, such as
-an editable installation, is copied like the modules of the current folder.
+What pip installed stays where it is; a checkout that Python reads in place, such as an editable installation, is copied
+like the modules of the current folder.
 """
 
 import ast
@@ -17,16 +17,13 @@ from dtrain.config.signatures import module_file, spec_folders
 
 LINK_BYTES = 2**20  # larger files in a package are data: they are linked
 MAX_FILES = 5000
-# A folder with such a record counts as a place of installed packages, which a config may name: the check on the login
-# node has let these pass.
-RECORD = ("dtrain_job.egg-info", "Metadata-Version: 2.1\nName: dtrain-job\nVersion: 0\n")
 
 
 def named_modules(value: Any) -> set[str]:
     """The top-level modules that a config's values name, under `modules` or as `package.module:Name`."""
     if is_mapping(value):
-        own = value.get("modules")
-        found = {str(name).partition(".")[0] for name in (own if isinstance(own, list) else [own])}
+        listed = value.get("modules")
+        found = {str(name).partition(".")[0] for name in (listed if isinstance(listed, list) else [listed])}
         return found.union(*(named_modules(value[key]) for key in value))
     if isinstance(value, list):
         return set[str]().union(*map(named_modules, value))
@@ -37,54 +34,54 @@ def named_modules(value: Any) -> set[str]:
     return set()
 
 
-def copy_code(modules: Iterable[str], to: Path) -> list[str]:
-    """Copy these modules and all of the user's own that they import, at any depth.
+def copy_code(modules: Iterable[str], to: Path) -> None:
+    """Copy top-level modules and all of the user's own that they import, at any depth; installed ones are left out.
 
     Args:
-        modules: Names of top-level modules.
+        modules: Their names.
         to: A new folder, for the front of Python's path.
-
-    Returns:
-        The names of those that were copied; the others are installed.
 
     Raises:
         ConfigError: There is more than a package's worth of files.
         OSError: A file cannot be read or written.
     """
     to.mkdir()
-    waiting, seen, copied = list(modules), set[str](), []
+    waiting, seen = list(modules), set[str]()
     while waiting:
         name = waiting.pop()
         if name in seen or not name.isidentifier():
             continue
         seen.add(name)
-        origin, folders = spec_folders(name)
-        places = folders or ([origin] if origin else [])
-        if not places or any(part in ("site-packages", "dist-packages") for place in places for part in place.parts):
-            continue
-        for place in places:
-            _copy(place, to)
-        copied.append(name)
-        files = (to / name).rglob("*.py") if folders else [to / places[0].name]
-        waiting += {found for file in files for found in _imports(file)}
-    record, text = RECORD
-    (to / record).mkdir()
-    (to / record / "PKG-INFO").write_text(text)
-    return sorted(copied)
+        for place in _own_places(name):
+            waiting += [found for file in _copy(place, to) if file.suffix == ".py" for found in _imports(file)]
+    # With this record the folder counts as a place of installed packages, which a config may name: the check on the
+    # login node has let these pass.
+    record = to / "dtrain_job.egg-info"
+    record.mkdir()
+    (record / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: dtrain-job\nVersion: 0\n")
 
 
-def _copy(place: Path, to: Path) -> None:
-    """Copy a module's file, or a package's folder with all that lies in it."""
+def _own_places(name: str) -> list[Path]:
+    """A module's file, or the folders of a package; nothing for an installed one."""
+    origin, folders = spec_folders(name)
+    places = folders or ([origin] if origin else [])
+    is_installed = any({"site-packages", "dist-packages"} & set(place.parts) for place in places)
+    return [] if is_installed else places
+
+
+def _copy(place: Path, to: Path) -> list[Path]:
+    """Copy a module's file, or a package's folder with all that lies in it; returns the copies."""
     files = list(islice(_files(place), MAX_FILES + 1))
     if len(files) > MAX_FILES:
         raise ConfigError(f"{place} has more than {MAX_FILES} files, so it is not copied; put the code into a package")
-    for file in files:
-        target = to / file.relative_to(place.parent)
+    copies = [to / file.relative_to(place.parent) for file in files]
+    for file, target in zip(files, copies, strict=True):
         target.parent.mkdir(parents=True, exist_ok=True)
         if file.is_symlink() or file.stat().st_size > LINK_BYTES:
             target.symlink_to(file.resolve())
         else:
             shutil.copy(file, target)
+    return copies
 
 
 def _files(place: Path) -> Iterator[Path]:
@@ -99,10 +96,9 @@ def _files(place: Path) -> Iterator[Path]:
 def _imports(file: Path) -> set[str]:
     """The top-level names that a file imports, anywhere in it."""
     try:
-        tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError, OSError):  # nobody may need it; if somebody does, the check has said so
+        nodes = list(ast.walk(ast.parse(file.read_bytes())))
+    except (SyntaxError, ValueError, OSError):  # nobody may need it; if somebody does, the check has reported it
         return set()
-    nodes = list(ast.walk(tree))
     plain = {item.name for node in nodes if isinstance(node, ast.Import) for item in node.names}
     others = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
     return {name.partition(".")[0] for name in plain | others}

@@ -1,4 +1,4 @@
-"""What several ranks print, as whole lines with rank and time, and in one file per rank; knows not what it means."""
+"""Shows what several ranks print as whole lines with rank and time, and keeps it in one file per rank."""
 
 import os
 import re
@@ -11,23 +11,25 @@ from pathlib import Path
 
 from dtrain.tracking.secrets import redact
 
-MOST_LINE_BYTES = 1 << 20  # of a line that does not end
-MOST_HELD_CHARACTERS = 1 << 26  # of what waits for a rank's file to be opened
-MOST_KEPT_LINES = 400  # of each rank, to find its last traceback in
-LOOK_SECONDS = 1.0  # between two looks whether a rank's file may be opened
-DRAIN_SECONDS = 2.0  # what a dead rank wrote is read in milliseconds; a process of its that lives on is not waited for
-_STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
+MAX_LINE_BYTES = 1 << 20  # of a line that does not end
+MAX_PENDING_CHARACTERS = 1 << 26  # of what waits for a rank's file to be opened
+KEPT_LINES = 400  # of each rank, to find its last traceback in
+POLL_SECONDS = 1.0  # between two looks whether a rank's file may be opened
+DRAIN_SECONDS = 2.0  # what a dead rank wrote is read in milliseconds; a child of its that lives on is not waited for
+# To the first line that is not indented: the error itself.
+_TRACEBACK = re.compile(r"^Traceback \(most recent call last\).*\n(?:(?:[ \t].*)?\n)*.*", re.M)
+_TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 
 
 class Console:
     """The one writer to this terminal or batch log.
 
     Args:
-        log_folder: Where each rank's lines go, as rank-N.log; None: nowhere.
+        log_folder: Where each rank's lines go, as rank-N.log.
         is_terminal: Whether the stream is a terminal, on which a bar may stand where the next line goes.
     """
 
-    def __init__(self, log_folder: Path | None, is_terminal: bool) -> None:
+    def __init__(self, log_folder: Path, is_terminal: bool) -> None:
         self.log_folder = log_folder
         self._clear = "\r\x1b[K" if is_terminal else ""
         self._lock = threading.Lock()
@@ -38,15 +40,15 @@ class Console:
         """Show and keep what comes through a pipe.
 
         Args:
-            pipe: Made here; whoever opens it for writing is heard.
+            pipe: Made here; everything written into it is shown.
             rank: Whose it is.
             mark: The rank's file is opened once this is there: a new training first moves an old folder aside.
         """
         os.mkfifo(pipe)
         held = os.open(pipe, os.O_RDWR)  # so that the pipe does not end before its writer has come
         end = os.open(pipe, os.O_RDONLY)
-        self._lines[rank] = deque(maxlen=MOST_KEPT_LINES)
-        log = _Log(None if self.log_folder is None else self.log_folder / f"rank-{rank}.log", mark)
+        self._lines[rank] = deque(maxlen=KEPT_LINES)
+        log = _Log(self.log_folder / f"rank-{rank}.log", mark)
         reader = threading.Thread(target=self._read, args=(end, rank, log), name=f"rank {rank}", daemon=True)
         reader.start()
         self._readers.append((reader, held))
@@ -61,31 +63,25 @@ class Console:
         self._readers.clear()
 
     def say(self, text: str) -> None:
-        """The launcher's own words, on stderr."""
+        """A message of the launcher's own, on stderr."""
         with self._lock:
             _write(2, f"{self._clear}{text}\n".encode(errors="backslashreplace"))
 
     def traceback_of(self, rank: int) -> str:
         """The last traceback among a rank's last lines; '' if there is none."""
-        lines = list(self._lines.get(rank, ()))
-        heads = [number for number, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
-        if not heads:
-            return ""
-        tail = lines[heads[-1] :]
-        # It ends with the first line that is not indented: the error itself.
-        end = next((number for number, line in enumerate(tail) if number and line[:1].strip()), len(tail) - 1)
-        return "\n".join(tail[: end + 1])
+        text = "".join(f"{line}\n" for line in self._lines.get(rank, ()))
+        return (_TRACEBACK.findall(text) or [""])[-1]
 
     def _read(self, end: int, rank: int, log: "_Log") -> None:
         rest = b""
         while True:
-            if not select.select([end], [], [], LOOK_SECONDS if log.waits else None)[0]:
+            if not select.select([end], [], [], POLL_SECONDS if log.is_pending else None)[0]:
                 log.write("")
                 continue
             if not (chunk := os.read(end, 1 << 16)):
                 break
             whole, newline, rest = (rest + chunk).rpartition(b"\n")
-            if len(rest) > MOST_LINE_BYTES:
+            if len(rest) > MAX_LINE_BYTES:
                 whole, newline, rest = rest, b"\n", b""
             if newline:
                 self._show(whole.split(b"\n"), rank, log)
@@ -101,9 +97,9 @@ class Console:
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         text = ""
         for line in lines:
-            seen = line.rstrip("\r").rpartition("\r")[2]  # of a bar that redraws itself, its last state
-            stamp = "" if _STAMP.match(seen) else f"{now}  "
-            text += f"{self._clear}rank {rank}  {stamp}{seen}\n"
+            visible = line.rstrip("\r").rpartition("\r")[2]  # of a bar that redraws itself, its last state
+            timestamp = "" if _TIMESTAMP.match(visible) else f"{now}  "
+            text += f"{self._clear}rank {rank}  {timestamp}{visible}\n"
         with self._lock:
             _write(1, text.encode())
 
@@ -111,40 +107,39 @@ class Console:
 class _Log:
     """One rank's file, appended to; opened late, and given up with a warning where the disk refuses."""
 
-    def __init__(self, path: Path | None, mark: Path | None) -> None:
+    def __init__(self, path: Path, mark: Path | None) -> None:
         self._path, self._mark = path, mark
         self._file: int | None = None
-        self._held = ""
+        self._pending = ""
+        self._is_lost = False
 
     @property
-    def waits(self) -> bool:
+    def is_pending(self) -> bool:
         """Whether there is something to write that may not be written yet."""
-        return bool(self._held)
+        return bool(self._pending)
 
     def write(self, text: str) -> None:
-        if self._path is None:
-            return
-        self._held += text
-        if self._held and (self._mark is None or self._mark.exists() or len(self._held) > MOST_HELD_CHARACTERS):
+        self._pending += text
+        if self._mark is None or self._mark.exists() or len(self._pending) > MAX_PENDING_CHARACTERS:
             self._flush()
 
     def close(self) -> None:
-        if self._held and self._path is not None:
-            self._flush()
+        self._flush()
         if self._file is not None:
             os.close(self._file)
 
     def _flush(self) -> None:
-        assert self._path is not None
+        text, self._pending = self._pending, ""
+        if self._is_lost or not text:
+            return
         try:
             if self._file is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-            os.write(self._file, self._held.encode(errors="backslashreplace"))
+            os.write(self._file, text.encode(errors="backslashreplace"))
         except OSError as error:
             print(f"dtrain launch: {self._path} is not written: {error.strerror}", file=sys.stderr, flush=True)
-            self._path = None
-        self._held = ""
+            self._is_lost = True
 
 
 def _write(stream: int, data: bytes) -> None:

@@ -1,13 +1,12 @@
-"""What a batch script runs: its step, told when to stop; puts the job back if that leads on. Knows no config, no torch.
+"""`dtrain job`, the process of a batch script: runs the job's step, warns it, and puts the job back where that helps.
 
-    exec python -m dtrain.launch.job --run-folder runs/digits --requeue "scontrol requeue $SLURM_JOB_ID" -- srun ...
+    exec python -m dtrain job --run-folder runs/digits --requeue "scontrol requeue $SLURM_JOB_ID" -- srun ...
 
-A training that was asked to stop has saved and ends with 75; this process, the one that a batch system warns, then has
-the job start again. Whatever else ends a training is no reason to: a mistake in the config or a crash would only come
+A training that was asked to stop has saved and ends with 75; this process, which the batch system warns, then has the
+job start again. Nothing else that ends a training is a reason to: a mistake in the config or a crash would only come
 again. Nor is a job that was cancelled, one whose starts reach no step, or one that the batch system itself puts back.
 """
 
-import argparse
 import datetime
 import os
 import shlex
@@ -20,74 +19,74 @@ from pathlib import Path
 from types import FrameType
 
 from dtrain.distributed.environment import job_ends_at
-from dtrain.distributed.exit_status import STOPPED_EARLY
-from dtrain.distributed.process import run_to_end
-from dtrain.tracking.run_folder import read_run
+from dtrain.distributed.exit_status import FAILED, STOPPED_EARLY
+from dtrain.tracking.run_folder import RunFolder, read_run
 from dtrain.tracking.whole_file import read_json, write_json
 
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 IDLE_STARTS = 3  # so many starts in a row without a new checkpoint, and the next one will not make one either
 NEAR_END_SECONDS = 600.0  # a stop so near to the end of the job's time is its time limit
-ALIVE = {"JobState=RUNNING", "JobState=SIGNALING", "JobState=RESIZING"}  # as scontrol tells a job that goes on
+RUNNING = {"JobState=RUNNING", "JobState=SIGNALING", "JobState=RESIZING"}  # what scontrol shows before a job's end
 TRIES, PAUSE_SECONDS = 5, 3.0  # a controller that restarts answers again after a while
+
+
+def run_job(run_folder: Path, command: Sequence[str], requeue: str, stopped_status: int) -> int:
+    """Run the step of a batch job.
+
+    Args:
+        run_folder: The run folder of the training.
+        command: The step, which takes dtrain's KEY=VALUE arguments at its end.
+        requeue: The command that puts the job back; '' where the exit status alone does.
+        stopped_status: The exit status of a job that is to start again.
+
+    Returns:
+        The job's exit status: the training's, or 1 where another start would get no further.
+    """
+    step = Step()
+    starts = Starts(run_folder)
+    if starts.are_idle:
+        say(f"{IDLE_STARTS} starts have not led to a new checkpoint in {run_folder}; not started again")
+        return FAILED
+    starts.record()
+    ends_at = _end_of_job()
+    if ends_at:  # older SLURMs do not set it; the ranks stop in time
+        os.environ.setdefault("SLURM_JOB_END_TIME", str(int(ends_at)))
+    status = step.run([*command, *starts.overrides])
+    if status != STOPPED_EARLY:
+        return status
+    if ends_at and ends_at - time.time() < NEAR_END_SECONDS and not starts.has_progress:
+        say("the time limit came before the first checkpoint, and would again: raise it; not put back into the queue")
+        return FAILED
+    if requeue:
+        _put_back(shlex.split(requeue))
+    return stopped_status
 
 
 class Step:
     """The command at work. A warning is passed on as SIGUSR1, the one signal that srun hands on and survives."""
 
     def __init__(self) -> None:
-        self.warnings: list[int] = []
+        self._warnings: list[int] = []
         self._process: subprocess.Popen[bytes] | None = None
         for number in WARNINGS:
             signal.signal(number, self._warn)
 
     def _warn(self, number: int, _frame: FrameType | None) -> None:
-        self.warnings.append(number)
-        self._pass_on()
-
-    def _pass_on(self) -> None:
+        self._warnings.append(number)
         if self._process is not None and self._process.returncode is None:
             self._process.send_signal(signal.SIGUSR1)
 
     def run(self, command: Sequence[str]) -> int:
-        """Its exit status. A warning may have come before Python could take it: no accident either."""
-        if self.warnings:  # while the batch system was asked: nothing has begun
+        """Its exit status. A warning may have come before Python could take it: not a failure either."""
+        if self._warnings:  # while the batch system was asked: nothing has begun
             return STOPPED_EARLY
-        # Its standard input is nobody's: srun would read the batch script's.
+        # Without a standard input: srun would read the batch script's.
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-        if self.warnings:
-            self._pass_on()
+        if self._warnings:
+            self._process.send_signal(signal.SIGUSR1)
         status = self._process.wait()
         status = 128 - status if status < 0 else status
-        return STOPPED_EARLY if self.warnings and status == 128 + signal.SIGUSR1 else status
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the step; returns the job's exit status: the training's, or 1 where to start again would lead nowhere."""
-    parser = argparse.ArgumentParser(prog="python -m dtrain.launch.job", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--run-folder", required=True, type=Path, help="what trainer.checkpoint_dir says")
-    parser.add_argument("--requeue", default="", help="puts the job back, where its exit status alone does not")
-    parser.add_argument("--stopped-status", type=int, default=STOPPED_EARLY, help="of a job that is to start again")
-    parser.add_argument("command", nargs="+", help="a command that ends with dtrain's KEY=VALUE arguments")
-    options = parser.parse_args(arguments)
-    step = Step()
-    starts = Starts(options.run_folder)
-    if starts.are_idle:
-        say(f"{IDLE_STARTS} starts have not led to a new checkpoint in {options.run_folder}; not started again")
-        return 1
-    starts.note()
-    ends_at = _job_ends_at()
-    if ends_at:  # older SLURMs do not say it; the ranks stop in time
-        os.environ.setdefault("SLURM_JOB_END_TIME", str(int(ends_at)))
-    status = step.run([*options.command, *starts.overrides])
-    if status != STOPPED_EARLY:
-        return status
-    if ends_at and ends_at - time.time() < NEAR_END_SECONDS and not starts.has_progress:
-        say("the time limit came before the first checkpoint, and would again: raise it; not put back into the queue")
-        return 1
-    if options.requeue:
-        _put_back(shlex.split(options.requeue))
-    return int(options.stopped_status)
+        return STOPPED_EARLY if self._warnings and status == 128 + signal.SIGUSR1 else status
 
 
 class Starts:
@@ -97,47 +96,46 @@ class Starts:
         self._run_folder = run_folder
         names = ("DTRAIN_JOB_ID", "SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "HOSTNAME")
         job = next((os.environ[name] for name in names if os.environ.get(name)), "job")
-        place = run_folder.with_name(f"{run_folder.name}.jobs")
-        place.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._file = place / f"starts-{job.replace(os.sep, '_')}{os.environ.get('LSB_JOBINDEX', '')}.json"
+        folder = run_folder.with_name(f"{run_folder.name}.jobs")
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._file = folder / f"starts-{job.replace(os.sep, '_')}{os.environ.get('LSB_JOBINDEX', '')}.json"
         self._earlier = read_json(self._file).get("starts", [])
-        self._now = {"training": read_run(run_folder).get("id"), "last": self._last()}
+        self._this = {"training": read_run(run_folder).get("id"), "last": self._last_checkpoint()}
 
-    def _last(self) -> str:
+    def _last_checkpoint(self) -> str:
         try:
-            return (self._run_folder / "checkpoints" / "last").readlink().name
+            return (RunFolder(self._run_folder).checkpoints / "last").readlink().name
         except OSError:
             return ""
 
     @property
     def are_idle(self) -> bool:
-        """Whether the last few led nowhere."""
-        recent = self._earlier[-IDLE_STARTS:]
-        return len(recent) == IDLE_STARTS and all(start == self._now for start in recent)
+        """Whether the last few starts brought no new checkpoint."""
+        return self._earlier[-IDLE_STARTS:] == [self._this] * IDLE_STARTS
 
     @property
     def has_progress(self) -> bool:
         """Whether there is a checkpoint that was not there when this start began."""
-        return self._last() != self._now["last"]
+        return self._last_checkpoint() != self._this["last"]
 
     @property
     def overrides(self) -> list[str]:
-        """Once the job's own training has begun, its next start goes on with it, wherever the first one began."""
-        begun = self._earlier and self._now["training"] != self._earlier[0]["training"]
-        return ["trainer.resume=auto"] if begun else []
+        """Once the job's own training has begun, its next start resumes it, wherever the first one began."""
+        has_begun = self._earlier and self._this["training"] != self._earlier[0]["training"]
+        return ["trainer.resume=auto"] if has_begun else []
 
-    def note(self) -> None:
-        """Remembers this start."""
-        write_json(self._file, {"starts": [*self._earlier, self._now]}, durable=True)
+    def record(self) -> None:
+        """Write this start into the file."""
+        write_json(self._file, {"starts": [*self._earlier, self._this]}, durable=True)
 
 
-def _job_ends_at() -> float | None:
+def _end_of_job() -> float | None:
     """When SLURM ends this job, in unix seconds; None where that is unknown."""
     if (known := job_ends_at()) is not None:
         return known
     if job := _slurm_job():
         try:
-            return datetime.datetime.fromisoformat(_said(["squeue", "-h", "-j", job, "-o", "%e"])).timestamp()
+            return datetime.datetime.fromisoformat(_output_of(["squeue", "-h", "-j", job, "-o", "%e"])).timestamp()
         except ValueError:  # 'N/A': no limit
             return None
     return None
@@ -152,37 +150,35 @@ def _slurm_job() -> str:
 def _put_back(command: Sequence[str]) -> None:
     """Have the job start again, but for one that SLURM has ended: it was cancelled, or is put back already."""
     if job := _slurm_job():
-        words = _said(["scontrol", "-o", "show", "job", job]).split()
-        if words and not set(words) & ALIVE:
+        facts = _output_of(["scontrol", "-o", "show", "job", job]).split()
+        if facts and not RUNNING & set(facts):
             say("the batch system has ended this job; whether it starts again is its decision")
             return
     say(f"saved; back into the queue: {shlex.join(command)}")
-    _said(command)
+    _output_of(command)
 
 
-def _said(command: Sequence[str]) -> str:
+def _output_of(command: Sequence[str]) -> str:
     """What a command of the batch system prints; '' where it fails, again and again."""
-    for tries_left in reversed(range(TRIES)):
-        try:
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
-            if done.returncode == 0:
-                return done.stdout.strip()
-            wrong = done.stderr.strip()
-        except subprocess.TimeoutExpired as error:
-            wrong = str(error)
-        except OSError as error:
-            wrong = str(error)
-            break
-        if tries_left:
+    reason = ""
+    for attempt in range(TRIES):
+        if attempt:
             time.sleep(PAUSE_SECONDS)
-    say(f"{shlex.join(command)}: {wrong}")
+        try:
+            return subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=True
+            ).stdout.strip()
+        except subprocess.CalledProcessError as error:
+            reason = error.stderr.strip()
+        except subprocess.TimeoutExpired as error:
+            reason = str(error)
+        except OSError as error:  # there is no such program
+            reason = str(error)
+            break
+    say(f"{shlex.join(command)}: {reason}")
     return ""
 
 
 def say(line: str) -> None:
     """A line in the job's log, with the time: what happened when is what one looks for there."""
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} dtrain.launch.job: {line}", file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(run_to_end(main))
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} dtrain job: {line}", file=sys.stderr, flush=True)

@@ -1,10 +1,10 @@
-"""The text of a SLURM batch script; knows no config and no files, only values, and lets none of them be more than that.
+"""The text of a SLURM batch script, in which no value can become a command.
 
 Directives hold nothing but plain words, everything else is quoted for bash.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +23,9 @@ MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 10000))
 
 # As scontrol takes it: the number of one task of an array stands for all of them.
 job=${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}
-# dtrain.launch.job passes the warning on to srun, and has a job that was stopped early and has saved start again.
+# `dtrain job` passes the warning on to srun, and has a job that was stopped early and has saved start again.
 # srun waits for the other nodes when one has ended: one of them may be saving. Not for ever: another may hang.
-exec "$python" -m dtrain.launch.job --run-folder "$run_folder" --requeue "scontrol requeue $job" -- \\
+exec "$python" -m dtrain job --run-folder "$run_folder" --requeue "scontrol requeue $job" -- \\
     srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \\
     --kill-on-bad-exit=0 --wait=600 \\
     "$python" -m dtrain launch "$config" --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$ranks" \\
@@ -34,25 +34,15 @@ exec "$python" -m dtrain.launch.job --run-folder "$run_folder" --requeue "scontr
 
 
 class Job(NamedTuple):
-    """What a script is made of.
+    """What a script is made of."""
 
-    Attributes:
-        name: For the queue; any text.
-        directives: sbatch's options and their values, such as ("nodes", 2).
-        ranks: Per node.
-        python: The interpreter.
-        folder: The job's own folder, with the copy of the code.
-        configs: One, or one for each job of an array.
-        run_folders: Theirs.
-    """
-
-    name: str
-    directives: Sequence[tuple[str, Any]]
-    ranks: int
-    python: str
-    folder: Path
-    configs: Sequence[Path]
-    run_folders: Sequence[Path]
+    name: str  # for the queue; any text
+    directives: Sequence[tuple[str, Any]]  # sbatch's options and their values, such as ("nodes", 2)
+    ranks: int  # per node
+    python: str  # the interpreter
+    folder: Path  # the job's own, with the copy of the code
+    configs: Mapping[Path, str]  # file and text of one, or of one for each job of an array
+    run_folders: Sequence[Path]  # theirs
 
 
 def script(job: Job) -> str:
@@ -103,8 +93,3 @@ def _quoted(path: str | Path) -> str:
     if not text.isprintable() or set(text) & {":", "\\"}:
         raise ValueError(f"{text!r} cannot be used in a batch script: no control characters, colons, backslashes")
     return "'" + text.replace("'", "'\\''") + "'"
-
-
-def sbatch_pattern(path: Path) -> str:
-    """A path as sbatch's --output takes it, whose % begins a pattern."""
-    return str(path).replace("%", "%%")

@@ -3,7 +3,6 @@
 import gzip
 import io
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import chain
 from math import prod
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 
 Format = Literal["hdf5", "tiff", "png", "nifti", "npy"]
 ENDINGS = {"hdf5": ".h5", "tiff": ".tif", "png": ".png", "nifti": ".nii.gz", "npy": ".npy"}
+PACKAGES = ("h5py", "tifffile", "nibabel", "scipy")  # not installed with dtrain itself
 CHUNK_SIDE = 256  # voxels of an HDF5 chunk along the last two axes; it has one plane, so that none is written twice
 
 
@@ -49,7 +49,7 @@ def write(target: Path, file_format: Format, chunks: Iterator[np.ndarray], spec:
 
     Raises:
         OSError: It cannot be written.
-        ModuleNotFoundError: The format's package is missing; the message says which.
+        ModuleNotFoundError: A package is missing; the message says which.
         ValueError: The numbers do not fit the type or the format.
     """
     first = next(chunks)
@@ -57,7 +57,12 @@ def write(target: Path, file_format: Format, chunks: Iterator[np.ndarray], spec:
         spec = spec._replace(dtype=str(first.dtype if first.dtype != bool else np.dtype(np.uint8)))
     channels = first.shape[1:2] if spec.has_channels else ()
     converted = (_converted(chunk, str(spec.dtype), spec.path) for chunk in chain([first], chunks))
-    WRITERS[file_format](target, converted, channels, spec)
+    try:
+        WRITERS[file_format](target, converted, channels, spec)
+    except ModuleNotFoundError as error:
+        if error.name not in PACKAGES:
+            raise
+        raise ModuleNotFoundError(f"these predictions need {error.name}: pip install {error.name}") from error
 
 
 def _converted(chunk: np.ndarray, dtype: str, path: Path) -> np.ndarray:
@@ -87,8 +92,8 @@ def _in_memory(chunks: Iterator[np.ndarray], channels: tuple[int, ...], spec: Fi
 
 
 def _hdf5(path: Path, chunks: Iterator[np.ndarray], channels: tuple[int, ...], spec: FileSpec) -> None:
-    with _needed("h5py"):
-        import h5py
+    import h5py
+
     sides = [min(CHUNK_SIDE, extent) for extent in spec.shape[-2:]]
     blocks = (*(1 for _ in channels), *(1 for _ in spec.shape[:-2]), *sides)
     with _Hdf5File(path) as target:
@@ -157,8 +162,8 @@ def _npy(path: Path, chunks: Iterator[np.ndarray], channels: tuple[int, ...], sp
 
 def _tiff(path: Path, chunks: Iterator[np.ndarray], channels: tuple[int, ...], spec: FileSpec) -> None:
     """Planes as pages, the channels of a plane one after another (axes ZCYX)."""
-    with _needed("tifffile"):
-        import tifffile
+    import tifffile
+
     axes = "ZYX"[-len(spec.shape) :]
     options: dict[str, Any] = {"photometric": "minisblack", "compression": "zlib" if spec.compression else None}
     nbytes = prod((*channels, *spec.shape)) * np.dtype(spec.dtype).itemsize
@@ -190,8 +195,8 @@ def _png(path: Path, chunks: Iterator[np.ndarray], channels: tuple[int, ...], sp
 
 def _nifti(path: Path, chunks: Iterator[np.ndarray], channels: tuple[int, ...], spec: FileSpec) -> None:
     """In memory. The affine is that of the file that was read, if it is NIfTI; channels are the last axis."""
-    with _needed("nibabel"):
-        import nibabel
+    import nibabel
+
     array = _in_memory(chunks, channels, spec)
     if channels:
         array = array[0] if channels == (1,) else np.moveaxis(array, 0, -1)
@@ -200,19 +205,6 @@ def _nifti(path: Path, chunks: Iterator[np.ndarray], channels: tuple[int, ...], 
         affine = nibabel.load(spec.source).affine  # type: ignore[attr-defined]
     image = nibabel.Nifti1Image(array, affine)
     path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=4, mtime=0))
-
-
-@contextmanager
-def _needed(package: str) -> Iterator[None]:
-    """An import of an optional package.
-
-    Raises:
-        ModuleNotFoundError: With the command that installs it.
-    """
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"this format of predictions needs {package}: pip install {package}") from error
 
 
 WRITERS: dict[str, Callable[[Path, Iterator[np.ndarray], tuple[int, ...], FileSpec], None]] = {

@@ -1,7 +1,7 @@
 """Predictions of a dataset without volumes: item by item, in order, into one file."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +43,15 @@ def predict_items(inference: Inference, loader: Any, folder: Path, overwrite: bo
             return Result([file.path], 0, False, {})
         own = sum(len(request) - 1 for request in loader.batch_sampler)  # a request begins with its epoch
         inference.progress.start_patches(own)
-        stopped = False
-        try:
+        stopped = True
+        with contextlib.suppress(StoppedError), explained(file.path):
             if own:
-                with explained(file.path):
-                    write_part(file.part(ranks.rank, ranks.world_size), _rows(inference, loader), own)
-        except StoppedError:
-            stopped = True
+                write_part(file.part(ranks.rank, ranks.world_size), _rows(inference, loader), own)
+            stopped = False
         stopped = any(ranks.gather(stopped) or ())
         if ranks.is_main and not stopped:
             parts = [file.part(rank, ranks.world_size) for rank in range(ranks.world_size)]
-            _join(predictor, file, _in_order(parts, size, loader.batch_sampler.batch_size), size)
+            _join(predictor, file, parts, size, loader.batch_sampler.batch_size)
         stopped = ranks.broadcast(stopped)
     return Result([] if stopped else [file.path], int(not stopped), stopped, {})
 
@@ -91,31 +89,30 @@ def _in_order(parts: Sequence[Path], size: int, batch_size: int) -> Iterator[np.
         used[rank] += count
 
 
-def _join(predictor: Predictor, file: PredictionFile, chunks: Iterator[np.ndarray], size: int) -> None:
-    first = next(chunks)
-    chunks = chain([first], chunks)
+def _join(predictor: Predictor, file: PredictionFile, parts: Sequence[Path], size: int, batch_size: int) -> None:
+    chunks = _in_order(parts, size, batch_size)
+    shape = np.load(parts[0], mmap_mode="r").shape[1:]  # of an item's prediction
     is_csv = file.path.suffix == ".csv"
-    if is_csv and first.ndim > 2:
-        raise ConfigError(f"predictor.format: csv holds rows, and an item's prediction is {first.shape[1:]}")
+    if is_csv and len(shape) > 1:
+        raise ConfigError(f"predictor.format: csv holds one row per item, and an item's prediction is {shape}")
     with file.replaced() as temporary:
         if is_csv:
             _write_csv(predictor, temporary, chunks)
         else:
-            spec = predictor.file_spec(file.path, (size, *first.shape[1:]))
+            spec = predictor.file_spec(file.path, (size, *shape))
             write(temporary, "npy" if predictor.format == "npy" else "hdf5", chunks, spec)
         file.note(temporary, {})
 
 
 def _write_csv(predictor: Predictor, path: Path, chunks: Iterator[np.ndarray]) -> None:
-    number = 0
+    labels, threshold = predictor.choice.labels, predictor.choice.threshold
     with path.open("w", encoding="ascii") as file:
-        for chunk in chunks:
-            rows = chunk if chunk.ndim == 2 else chunk[:, np.newaxis]
-            classes = rows.argmax(1) if rows.shape[1] > 1 else rows[:, 0] > predictor.choice.threshold
-            if not number:
-                names = ["class"] if predictor.choice.labels else ["class", *(f"p{k}" for k in range(rows.shape[1]))]
-                file.write(",".join(["index", *names]) + "\n")
-            for row, class_ in zip(rows, classes, strict=True):
-                values = row if predictor.choice.labels else [int(class_), *row]
-                file.write(",".join(map(str, [number, *values])) + "\n")
-                number += 1
+        for number, row in enumerate(row for chunk in chunks for row in chunk):
+            if number == 0:
+                channels = [] if labels else [f"p{channel}" for channel in range(len(row))]
+                file.write(",".join(["index", "class", *channels]) + "\n")
+            if labels:
+                values = list(np.atleast_1d(row))
+            else:
+                values = [int(row.argmax() if len(row) > 1 else row[0] > threshold), *row]
+            file.write(",".join(map(str, [number, *values])) + "\n")

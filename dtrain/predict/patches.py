@@ -1,8 +1,9 @@
-"""Where the patches of a prediction lie and how much each counts at each place; knows no model, no file and no rank."""
+"""Where the patches of a prediction lie, and how much each counts at each place."""
 
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from functools import reduce
 from itertools import pairwise
 from typing import Literal
 
@@ -31,19 +32,14 @@ class Grid:
 
     def __init__(self, shape: Sequence[int], patch: Sequence[int], stride: Sequence[int], blend: Blend) -> None:
         self.shape, self.patch = tuple(shape), tuple(patch)
-        self.starts = [_starts(*item) for item in zip(shape, patch, stride, strict=True)]
+        self.starts = [_starts(*axis) for axis in zip(shape, patch, stride, strict=True)]
         self._counts = tuple(map(len, self.starts))
-        axes = zip(self.shape, self.patch, self.starts, strict=True)
-        self._weights = [_shares(extent, length, starts, blend) for extent, length, starts in axes]
-        self.overlaps = any(_overlap(length, starts) for length, starts in zip(self.patch, self.starts, strict=True))
+        self._weights = [_shares(*axis, blend) for axis in zip(shape, patch, self.starts, strict=True)]
+        axes = zip(self.patch, self.starts, strict=True)
+        self.overlaps = any(later - start < side for side, starts in axes for start, later in pairwise(starts))
 
     def __len__(self) -> int:
         return math.prod(self._counts)
-
-    @property
-    def per_layer(self) -> int:
-        """Patches with the same start along the first axis."""
-        return math.prod(self._counts[1:])
 
     def corner(self, index: int) -> tuple[int, ...]:
         """Where a patch begins."""
@@ -59,16 +55,14 @@ class Grid:
         """A patch's share in each of its voxels that lie in the volume, float64."""
         places = np.unravel_index(index, self._counts)
         shares = [weights[place] for weights, place in zip(self._weights, places, strict=True)]
-        result = shares[0]
-        for share in shares[1:]:
-            result = result[..., np.newaxis] * share
-        return result
+        return reduce(np.multiply.outer, shares)
 
     def touching(self, begin: int, end: int) -> range:
         """The patches that cover any of the planes [begin, end) of the first axis."""
         first = bisect_right(self.starts[0], begin - self.patch[0])
         last = bisect_left(self.starts[0], end)
-        return range(first * self.per_layer, last * self.per_layer)
+        per_layer = math.prod(self._counts[1:])  # patches with the same start along the first axis
+        return range(first * per_layer, last * per_layer)
 
     def slabs(self, least_planes: int) -> list[tuple[int, int]]:
         """The volume cut across its first axis, where patches begin, in slabs of so many planes at least."""
@@ -80,14 +74,7 @@ class Grid:
 
 
 def _starts(extent: int, patch: int, stride: int) -> list[int]:
-    if patch >= extent:
-        return [0]
-    regular = list(range(0, extent - patch + 1, stride))
-    return regular if regular[-1] == extent - patch else [*regular, extent - patch]
-
-
-def _overlap(patch: int, starts: list[int]) -> bool:
-    return any(later - start < patch for start, later in pairwise(starts))
+    return [*range(0, extent - patch, stride), max(0, extent - patch)]
 
 
 def _shares(extent: int, patch: int, starts: list[int], blend: Blend) -> list[np.ndarray]:

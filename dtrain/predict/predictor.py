@@ -24,7 +24,7 @@ class Predictor:
             for NIfTI files; png for the segmentation of images.
         output_dataset: The dataset in an HDF5 file.
         compression: gzip | lzf. Default: none.
-        dtype: Of the numbers in the files: float32 for probabilities, the smallest that will do for labels.
+        dtype: Of the numbers in the files: float32 for probabilities, the smallest sufficient type for labels.
         activation: softmax | sigmoid | none. Default: sigmoid for one channel, softmax for several.
         patch_shape: Voxels of a patch. Default: the dataset's, else the whole volume.
         stride_shape: From patch to patch. Default: the dataset's, else the patch's.
@@ -33,11 +33,11 @@ class Predictor:
         batch_size: Patches that the model gets at once. Default: the loader's.
         save_segmentation: Classes instead of probabilities.
         threshold: What counts as foreground where there is one channel.
-        prediction_channel: Keep this channel alone.
-        instances: foreground | inverted: number the connected components of the foreground, or of what is no boundary.
+        prediction_channel: Keep only this channel.
+        instances: foreground | inverted: number the connected components of the foreground, or of what is not boundary.
         connectivity: 1: faces touch; 2: edges, too; 3: corners, too.
         min_size: Voxels of the smallest instance that is kept.
-        slab_planes: Planes of a part, the least that an interruption can cost. Default: those of some 4 million voxels.
+        slab_planes: Planes of a part: what an interruption costs. Default: those of some 4 million voxels.
         performance_metric: dice | mean_iou, of each volume that has a label.
         gt_internal_path: The label's dataset in an HDF5 input. Default: the dataset's own labels.
 

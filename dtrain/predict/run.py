@@ -8,65 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dtrain.checkpoint.files import load, load_weights
-from dtrain.checkpoint.snapshot import CheckpointError
 from dtrain.checkpoint.store import Checkpoints
-from dtrain.checkpoint.weights import fitted, misfits_of
-from dtrain.config.errors import ConfigError, first_few
+from dtrain.checkpoint.weights import load_for_use
+from dtrain.config.errors import ConfigError
 from dtrain.data import rng
 from dtrain.dataloader import Loaders
-from dtrain.distributed.ranks import Ranks
 from dtrain.predict.inference import Inference, Result, StoppedError
 from dtrain.predict.items import predict_items
 from dtrain.predict.plan import plan, share_of
 from dtrain.predict.stitching import Run, stitched
 from dtrain.predict.work_folder import opened
 from dtrain.predict.writer import VolumeWriter
-
-
-def load_for_use(
-    module: nn.Module, ranks: Ranks, checkpoints: Checkpoints, path: Path | None, is_required: bool = False
-) -> None:
-    """Give every rank the weights to be used: the averaged ones where a checkpoint has them.
-
-    Args:
-        module: The bare model, which gets them.
-        ranks: All of them call this.
-        checkpoints: Those of the run.
-        path: A checkpoint folder or a weight file. Default: the best checkpoint, else the last.
-        is_required: Refuse to use the model as it is where there is none.
-
-    Raises:
-        ConfigError: There is none, or it does not fit the model.
-    """
-    weights: Mapping[str, Any] | None = None
-
-    def decide() -> None:
-        nonlocal weights
-        found = path or checkpoints.best() or checkpoints.last()
-        if found is not None:
-            weights = _weights_for(module, found)
-        elif is_required:
-            raise ConfigError(f"{checkpoints.folder} holds no checkpoint; train first, or name one: --checkpoint")
-
-    ranks.decide(decide)
-    ranks.strategy.load_weights(module, weights)
-
-
-def _weights_for(module: nn.Module, path: Path) -> Mapping[str, Any]:
-    try:
-        if path.is_dir():
-            loaded = load(path)
-            weights = loaded.ema or loaded.weights
-        else:
-            weights = fitted(module, load_weights(path))
-    except (CheckpointError, OSError) as error:
-        raise ConfigError(str(error)) from error
-    if misfits := misfits_of(module, weights):
-        raise ConfigError(f"{path} does not fit the model: {first_few(misfits, 5, '; ')}")
-    return weights
+from dtrain.tracking.run_folder import RunFolder
 
 
 def predict(
@@ -83,7 +38,7 @@ def predict(
         inference: With the model, which gets the checkpoint's weights.
         loaders: Of a dataset with `volumes`, the dataset itself is read instead.
         checkpoints: Those of the run.
-        checkpoint: See `load_for_use`. Default: the predictor's own.
+        checkpoint: A folder or a weight file. Default: the predictor's own.
         output_dir: Where the files go. Default: the predictor's own, else `predictions` in the run folder.
         overwrite: Make files anew that were made with another model or other settings.
 
@@ -92,7 +47,7 @@ def predict(
         PredictionError: A file cannot be written.
     """
     predictor, ranks, module = inference.predictor, inference.ranks, inference.forward.module
-    loader: Any = loaders.predict or loaders.test
+    loader: Any = loaders.test if loaders.predict is None else loaders.predict  # it may be empty on this rank
     if ranks.strategy.is_sharded:
         raise ConfigError("a sharded model cannot predict: use create_trainer(..., purpose='predict')")
     if loader is None:
@@ -101,7 +56,7 @@ def predict(
     load_for_use(module, ranks, checkpoints, Path(path) if path else None, not inference.has_weights)
     weights = ranks.broadcast(_digest(module.state_dict()) if ranks.is_main else None)
     inference = replace(inference, identity={"weights": weights, **inference.identity})
-    folder = Path(output_dir or predictor.output_dir or inference.run_folder / "predictions")
+    folder = Path(output_dir or predictor.output_dir or RunFolder(inference.run_folder).predictions)
     dataset = loader.dataset.dataset  # the loader's own wraps it
     with rng.untouched(), inference.channels_last():
         inference.model.eval()

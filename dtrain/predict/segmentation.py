@@ -7,14 +7,13 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from dtrain.config.errors import ConfigError
 
 CHUNK_BYTES = 1 << 22
-SMALLEST = (np.uint8, np.uint16, np.uint32)
 
 
 class Choice(NamedTuple):
@@ -26,7 +25,7 @@ class Choice(NamedTuple):
         instances: `foreground`: where the class is not 0; `inverted`: where the (boundary) channel is not above the
             threshold; None: no instances.
         threshold: For one channel.
-        channel: Keep this one alone.
+        channel: Keep only this one.
     """
 
     segmentation: bool = False
@@ -69,12 +68,7 @@ def classes_of(planes: np.ndarray, threshold: float) -> np.ndarray:
     """The most probable class of each voxel; of one channel, 1 where it is above the threshold. (K, ...) -> (...)."""
     if len(planes) == 1:
         return (planes[0] > threshold).astype(np.uint8)
-    return planes.argmax(0).astype(smallest(len(planes) - 1))
-
-
-def smallest(largest: int) -> type[np.unsignedinteger[Any]]:
-    """The smallest unsigned type that holds a number."""
-    return next(kind for kind in SMALLEST if largest <= np.iinfo(kind).max)
+    return planes.argmax(0).astype(np.min_scalar_type(len(planes) - 1))
 
 
 def instances(
@@ -147,7 +141,7 @@ def _numbers(sizes: np.ndarray, pairs: np.ndarray, min_size: int) -> np.ndarray:
     firsts = np.unique(component, return_index=True)[1]  # a component's first label, by component
     kept = (voxels >= max(min_size, 1)) & (np.arange(len(voxels)) != component[0])
     order = np.flatnonzero(kept)[np.argsort(firsts[kept], kind="stable")]
-    number = np.zeros(len(voxels), smallest(len(order)))
+    number = np.zeros(len(voxels), np.min_scalar_type(len(order)))
     number[order] = np.arange(1, len(order) + 1)
     return number[component]
 
@@ -178,7 +172,7 @@ class Agreement:
             classes = kept if self.choice.labels else classes_of(np.swapaxes(kept, 0, 1), self.choice.threshold)
             counts = _counts_of_classes(classes, label)
         elif self.choice.labels or kept.shape[1] != len(label):
-            raise ValueError(f"a label of shape {label.shape} for a prediction of {kept.shape} (planes first)")
+            raise ValueError(f"a label of shape {label.shape} does not fit a prediction of {kept.shape} (planes first)")
         else:
             counts = _counts_of_masks(np.swapaxes(kept, 0, 1) > self.choice.threshold, label > 0)
         missing = counts.shape[1] - self._counts.shape[1]

@@ -20,7 +20,6 @@ class Volume(Protocol):
     path: Path
     name: str
     shape: tuple[int, ...]
-    channels: int
     has_label: bool
 
     def read(self, region: Region) -> np.ndarray:
@@ -61,7 +60,7 @@ class Source(NamedTuple):
         if image.shape[1:] != extent:
             raise ValueError(
                 f"{self.volumes[number].path}: the transforms changed a patch of {extent} to {image.shape[1:]}; "
-                "prediction needs transforms that keep the extent"
+                "prediction needs transforms that keep the shape"
             )
         return image
 

@@ -27,7 +27,6 @@ class Run(NamedTuple):
 
 
 Patch = tuple[Run, int]  # for which run, and the patch's index in the volume's grid
-Predicted = Iterator[tuple[Run, Iterator[tuple[int, np.ndarray]]]]
 
 
 def stitched(
@@ -36,7 +35,7 @@ def stitched(
     inference: Inference,
     batch_size: int,
     activation: Callable[[Tensor], Tensor] | None = None,
-) -> Predicted:
+) -> Iterator[tuple[Run, Iterator[tuple[int, np.ndarray]]]]:
     """Predict runs, one after another.
 
     Patches are read ahead across the borders of runs. Small images are predicted several at once; the batches of a
@@ -127,8 +126,8 @@ def _predicted(
     extent = tuple(images.shape[2:])
     if tuple(output.shape[2:]) != extent or len(output) != len(images):
         raise ValueError(
-            f"{source.volumes[volume].path}: the model made {tuple(output.shape)} of patches {tuple(images.shape)}; "
-            f"prediction needs one of (N, K, {str(extent)[1:]}"
+            f"{source.volumes[volume].path}: the model returned {tuple(output.shape)} for patches "
+            f"{tuple(images.shape)}; prediction needs (N, K, {str(extent)[1:]}"
         )
     inner = tuple(slice(halo, length - halo) for halo, length in zip(source.halos[volume], extent, strict=True))
     output = output[(slice(None), slice(None), *inner)].float()

@@ -136,7 +136,7 @@ def are_finished(files: Sequence[PredictionFile], overwrite: bool) -> list[bool]
     foreign = [f"{file.path.name} ({text})" for file, text in zip(files, differences, strict=True) if text]
     if foreign and not overwrite:
         raise ConfigError(
-            f"{files[0].path.parent} holds predictions made otherwise: {first_few(foreign, 3)}; "
+            f"{files[0].path.parent} holds predictions made differently: {first_few(foreign, 3)}; "
             "--overwrite makes them anew, --output-dir writes elsewhere"
         )
     for file, difference in zip(files, differences, strict=True):

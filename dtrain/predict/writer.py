@@ -23,9 +23,8 @@ class VolumeWriter:
     """
 
     def __init__(self, inference: Inference, source: Source, tasks: Sequence[Task]) -> None:
+        self.inference, self.source, self.tasks = inference, source, tasks
         self.predictor, self.ranks = inference.predictor, inference.ranks
-        self.asked_to_stop = inference.asked_to_stop
-        self.source, self.tasks = source, tasks
         self.finished = {task.volume for task in tasks if task.is_finished}
 
     def write_run(self, run: Run, slabs: list[Slab], planes: Iterator[tuple[int, np.ndarray]]) -> None:
@@ -62,7 +61,7 @@ class VolumeWriter:
             unfinished = [task for task in self.tasks if task.volume not in self.finished and len(task.slabs) > 1]
             whole = [task.volume for task in unfinished if all(part.exists() for part in task.parts)]
         for number in self.ranks.broadcast(whole)[self.ranks.rank :: self.ranks.world_size]:
-            if self.asked_to_stop():
+            if self.inference.asked_to_stop():
                 break
             self._join(self.tasks[number])
         self._gather_finished()
@@ -105,8 +104,7 @@ class VolumeWriter:
                 import h5py
 
                 with h5py.File(volume.path, "r") as file:
-                    label = file[self.predictor.gt_internal_path]
-                    return np.asarray(label[(..., *region)])
+                    return np.asarray(file[self.predictor.gt_internal_path][(..., *region)])
             return volume.read_label(region)
 
     def result(self, stopped: bool) -> Result:
@@ -120,19 +118,15 @@ class VolumeWriter:
 
 def cut(chunks: Iterator[tuple[int, np.ndarray]], slabs: list[Slab]) -> Iterator[Iterator[np.ndarray]]:
     """Divide a stream of planes, planes first, at the borders of slabs; each slab is to be used up before the next."""
-    rest: tuple[int, np.ndarray] | None = None
+    pending: list[tuple[int, np.ndarray]] = []  # the rest of a chunk that reaches over a border
 
     def of_slab(end: int) -> Iterator[np.ndarray]:
-        nonlocal rest
-        while True:
-            low, chunk = rest if rest is not None else next(chunks)
-            rest = None
-            if low + len(chunk) > end:
-                rest = end, chunk[end - low :]
-                chunk = chunk[: end - low]
-            yield chunk
-            if low + len(chunk) == end:
-                return
+        high = -1
+        while high < end:
+            low, chunk = pending.pop() if pending else next(chunks)
+            high = min(low + len(chunk), end)
+            if high < low + len(chunk):
+                pending.append((high, chunk[high - low :]))
+            yield chunk[: high - low]
 
-    for _, end in slabs:
-        yield of_slab(end)
+    return (of_slab(end) for _, end in slabs)

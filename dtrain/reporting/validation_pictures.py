@@ -18,9 +18,9 @@ from dtrain.data.batch import main_output, split
 from dtrain.reporting.classification_errors import Error, Errors, confusion_matrix, errors_of, read, together
 from dtrain.reporting.png_drawing import Tile, enlarged, extent, gray, matrix, png, sheet
 from dtrain.reporting.sample_panel import panel
+from dtrain.tracking.run_folder import RunFolder
 from dtrain.tracking.whole_file import write_bytes
 
-PICTURES = "pictures"  # in the run folder
 _TILE_SIDE, _TILE_COLUMNS = 120, 4  # of the worst errors
 
 
@@ -67,7 +67,7 @@ class Pictures:
         settings: Mapping[str, Any] | None,
         keys: tuple[str | None, str | None] = (None, None),
     ) -> None:
-        self.loader, self.folder, self.keys = loader, folder / PICTURES, keys
+        self.loader, self.folder, self.keys = loader, RunFolder(folder).pictures, keys
         self.settings = {} if loader is None or settings is None else checked(picture_settings(**settings))
         self.samples = chosen(self.settings["samples"], len(loader.dataset)) if self.settings else []
         self._validations = 0

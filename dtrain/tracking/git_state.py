@@ -1,4 +1,4 @@
-"""Which code runs: commit, state of the working tree, what differs; asks git alone, and knows nothing of MLflow."""
+"""Which code runs: commit, state of the working tree, what differs; asks git."""
 
 import contextlib
 import json

@@ -1,6 +1,7 @@
-"""The run's journal on disk: figures, params, artifacts, status; it knows no MLflow, torch, rank or config."""
+"""The run's journal on disk: figures, params, artifacts, status; rank 0 writes it."""
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -10,17 +11,16 @@ import socket
 import subprocess
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from dtrain.tracking.run_folder import DELIVERY, JOURNAL, RUN_FACTS, SENDER_LOG, read_run, take_up_journal, update_run
+from dtrain.tracking.run_folder import RunFolder, read_line, read_run, update_run
 from dtrain.tracking.secrets import is_secret, redact
-from dtrain.tracking.start_sender import ask_sender, start_process, tell_sender
+from dtrain.tracking.start_sender import assign_run, start_sender
 from dtrain.tracking.uri import resolve_tracking_uri
 from dtrain.tracking.whole_file import read_json
 
-STATUSES = ("FINISHED", "FAILED", "KILLED")
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 _log = logging.getLogger(__name__)
 _UNWRITTEN_BYTES = 16 * 2**20  # what is kept in memory while the disk takes nothing
@@ -57,6 +57,7 @@ class Journal:
         sender: subprocess.Popen[bytes] | None = None,
     ) -> None:
         self.folder = Path(folder).absolute()
+        self._files = RunFolder(self.folder)
         self.tracking_uri = resolve_tracking_uri(tracking_uri)
         self._experiment = experiment
         self._run_name = run_name
@@ -77,7 +78,7 @@ class Journal:
         artifacts: Sequence[tuple[str, str]] = (),
         **run_facts: Any,
     ) -> None:
-        """Opens the journal, or goes on in the one that is there, and starts the sender.
+        """Opens the journal, or continues the one that is there, and starts the sender.
 
         Args:
             params: the flattened config, see `flatten`. Secrets in it are masked.
@@ -89,9 +90,9 @@ class Journal:
             OSError: the run folder cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        starts, self._last_steps = take_up_journal(self.folder / JOURNAL)
+        starts, self._last_steps = _read_earlier(self._files.journal)
         attempt = 1 + starts
-        self._file = os.open(self.folder / JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._file = os.open(self._files.journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         known = read_run(self.folder)
         host, now = socket.gethostname(), round(time.time(), 3)
         update_run(
@@ -125,7 +126,7 @@ class Journal:
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Writes the figures of one step: one line, a few tens of microseconds, no waiting.
 
-        A figure that is no number costs one warning per key. A step that the journal already holds for a key is
+        A figure that is not a number costs one warning per key. A step that the journal already holds for a key is
         dropped: a resumed training repeats the steps after its checkpoint, and MLflow would store them twice.
 
         Args:
@@ -147,7 +148,7 @@ class Journal:
 
         Args:
             path: in the run folder, relative to it or absolute.
-            to: folder among the run's artifacts; empty: the top.
+            to: folder among the run's artifacts; empty: their top folder.
 
         Raises:
             ValueError: the path, or the place in MLflow, leaves its folder.
@@ -189,10 +190,10 @@ class Journal:
             '' when MLflow has everything, else one line that says why not and how to send the rest.
 
         Raises:
-            ValueError: the status is not one of STATUSES.
+            ValueError: the status is not one of `Status`.
         """
-        if status not in STATUSES:
-            raise ValueError(f"status {status!r}: a run ends as one of {', '.join(STATUSES)}")
+        if status not in get_args(Status):
+            raise ValueError(f"status {status!r}: a run ends as one of {', '.join(get_args(Status))}")
         if self._ended or self._file is None:
             return ""
         self._ended = True
@@ -201,28 +202,27 @@ class Journal:
         try:
             update_run(self.folder, state=status, reason=reason, exit_status=exit_status, ended=round(time.time(), 3))
         except OSError as error:
-            _log.warning("%s could not be written: %s", self.folder / RUN_FACTS, error)
+            _log.warning("%s could not be written: %s", self._files.run, error)
         hint = self._wait_for_sender()
         if self._unwritten:
-            hint = f"the last {len(self._unwritten)} bytes of {self.folder / JOURNAL} are lost: the disk took nothing"
+            size = len(self._unwritten)
+            hint = f"the last {size} bytes of {self._files.journal} are lost: they could not be written to the disk"
         self.close()
         return hint
 
     def deliver_later(self, folder: Path) -> None:
-        """Has a process of its own send what MLflow lacks of a run that nobody goes on with, its true status included.
+        """Has a process of its own send what MLflow lacks of a run that nobody continues, its true status included.
 
         Args:
             folder: its run folder; where its store had a password, only this run's own is known.
         """
-        facts, sent = read_run(folder), read_json(folder / DELIVERY)
+        facts, sent = read_run(folder), read_json(RunFolder(folder).delivery)
         known = str(facts.get("tracking_uri"))
         whole = facts.get("state") == sent.get("status") and not sent.get("artifacts")
-        if not (folder / JOURNAL).is_file() or whole or ("***" in known and known != redact(self.tracking_uri)):
-            return
-        with contextlib.suppress(OSError):
-            (folder / SENDER_LOG).parent.mkdir(exist_ok=True)
-            with (folder / SENDER_LOG).open("ab") as output:
-                start_process([str(folder)], self.tracking_uri, subprocess.DEVNULL, output)
+        has_password_of_another = "***" in known and known != redact(self.tracking_uri)
+        if RunFolder(folder).journal.is_file() and not whole and not has_password_of_another:
+            with contextlib.suppress(OSError):
+                start_sender(folder, self.tracking_uri)
 
     def close(self) -> None:
         """Closes the journal. A run that was not finished is then closed by the sender, as FAILED."""
@@ -244,7 +244,7 @@ class Journal:
             self._disk_is_full = False
         except OSError as error:
             if not self._disk_is_full:
-                _log.warning("%s: %s; its lines wait in memory", self.folder / JOURNAL, error.strerror)
+                _log.warning("%s: %s; its lines wait in memory", self._files.journal, error.strerror)
             self._disk_is_full = True
 
     def _as_number(self, key: str, figure: Any) -> float | None:
@@ -255,46 +255,47 @@ class Journal:
         except Exception as error:  # whatever a foreign number type raises, the loop must not see it
             if key not in self._bad_keys:
                 self._bad_keys.add(key)
-                _log.warning("%s is not logged: one number is needed, found %s (%s)", key, type(figure).__name__, error)
+                _log.warning(
+                    "%s is not logged: a single number is needed, found %s (%s)", key, type(figure).__name__, error
+                )
             return None
 
     def _start_sender(self) -> None:
-        words = [str(self.folder), "--parent", str(os.getpid())]
-        words += [] if self._system_metrics else ["--no-system-metrics"]
-        log = self.folder / SENDER_LOG
-        log.parent.mkdir(exist_ok=True)
-        if self._sender is not None and tell_sender(self._sender, words):
+        options = ["--parent", str(os.getpid()), *([] if self._system_metrics else ["--no-system-metrics"])]
+        if assign_run(self._sender, self.folder, options):
             return
-        with log.open("ab") as output:
-            try:
-                self._sender = start_process(words, self.tracking_uri, stdin=subprocess.DEVNULL, output=output)
-            except OSError as error:
-                _log.warning("MLflow gets nothing for now, its sender could not be started: %s", error)
+        try:
+            self._sender = start_sender(self.folder, self.tracking_uri, options)
+        except OSError as error:
+            _log.warning("MLflow gets nothing for now, its sender could not be started: %s", error)
 
     def _wait_for_sender(self) -> str:
-        deadline, late = time.monotonic() + self._exit_timeout_seconds, False
-        if self._sender is None or self._sender.poll():  # it died early, of memory for instance: one more try
+        """Waits until MLflow has everything; returns what rank 0 should print."""
+        deadline = time.monotonic() + self._exit_timeout_seconds
+        if self._sender is None or self._sender.poll():  # it exited early, killed for memory for instance: one more try
             self._start_sender()
+        problem = f"see {self._files.sender_log}"
         if self._sender is not None:
             with contextlib.suppress(OSError):  # no step is left to be disturbed; only root may raise a priority again
                 os.setpriority(os.PRIO_PROCESS, self._sender.pid, 0)
             try:
                 self._sender.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                late = True
+                problem = "its sender was still at work"
                 self._sender.kill()  # safe at any moment: it only ever remembers what MLflow has acknowledged
                 self._sender.wait()
-        state = read_json(self.folder / DELIVERY)
+        acknowledged = read_json(self._files.delivery)
         if self._sender is not None and self._sender.returncode == 0:
-            return str(state.get("note", ""))
-        why = state.get("problem") or ("its sender was still at work" if late else f"see {self.folder / SENDER_LOG}")
-        rest = f"dtrain sync {shlex.quote(str(self.folder))}"
-        where = redact(self.tracking_uri)
-        return f"MLflow ({where}) does not have all of this run yet: {why}. Nothing is lost; send the rest with: {rest}"
+            return str(acknowledged.get("note", ""))
+        return (
+            f"MLflow ({redact(self.tracking_uri)}) does not have all of this run yet: "
+            f"{acknowledged.get('problem') or problem}. "
+            f"Nothing is lost; send the rest with: dtrain sync {shlex.quote(str(self.folder))}"
+        )
 
 
 class NoJournal:
-    """What the other ranks hold: Journal's methods, letter for letter, and none of its effects."""
+    """What the other ranks hold: a Journal's methods, with the same signatures, that do nothing."""
 
     def start(
         self,
@@ -331,48 +332,47 @@ def flatten(config: Mapping[Any, Any]) -> dict[str, Any]:
     Empty sections and lists are kept as they are, and two ways to one key are kept apart, so that no value is lost.
     """
     flat: dict[str, Any] = {}
-    for key, value in _leaves("", config):
-        count = 2
-        name = key
-        while name in flat:
-            name, count = f"{key}#{count}", count + 1
-        flat[name] = value
+    for key, value in _leaves(config):
+        names = itertools.chain([key], (f"{key}#{count}" for count in itertools.count(2)))
+        flat[next(name for name in names if name not in flat)] = value
     return flat
 
 
-def _leaves(prefix: str, value: Any) -> Iterable[tuple[str, Any]]:
+def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     if hasattr(value, "items") and len(value):
-        pairs = [(str(key), below) for key, below in value.items()]
-    elif isinstance(value, (list, tuple)) and value:
-        pairs = [(str(index), below) for index, below in enumerate(value)]
+        inner = value.items()
+    elif isinstance(value, list | tuple) and value:
+        inner = enumerate(value)
     else:
         yield prefix, value
         return
-    for key, below in pairs:
-        yield from _leaves(f"{prefix}.{key}" if prefix else key, below)
+    for key, item in inner:
+        yield from _leaves(item, f"{prefix}.{key}" if prefix else str(key))
 
 
-def find_run(run_id: str, uri: str | None = None, timeout_seconds: float = 60.0) -> dict[str, Any]:
-    """Asks MLflow about a run, in a process of its own.
-
-    Args:
-        run_id: MLflow's id.
-        uri: see `resolve_tracking_uri`.
-        timeout_seconds: how long to wait for the answer; importing mlflow takes 3 of them.
+def _read_earlier(path: Path) -> tuple[int, dict[str, int]]:
+    """Learns what an earlier journal holds, and cuts off a last line that was torn by a kill.
 
     Returns:
-        run_id, run_name, status, lifecycle ('active' or 'deleted') and tags, of which `dtrain.checkpoint_dir` is the
-        run folder.
-
-    Raises:
-        LookupError: there is no such run, or MLflow does not answer; the text says which.
-        ValueError: see `resolve_tracking_uri`.
+        how often the run was started, and the last step of each figure.
     """
-    where = resolve_tracking_uri(uri)
-    answer = ask_sender(where, "--find", run_id, timeout_seconds=timeout_seconds)
-    if "error" in answer:
-        raise LookupError(f"MLflow run {run_id} in {redact(where)}: {answer['error']}")
-    return answer
+    starts = whole = 0
+    steps: dict[str, int] = {}
+    with path.open("a+b") as file:
+        file.seek(0)
+        for line in file:
+            if not line.endswith(b"\n"):
+                file.truncate(whole)  # that figure was never acknowledged
+                break
+            whole += len(line)
+            entry = read_line(line)
+            starts += entry.get("kind") == "start"
+            if entry.get("kind") == "metrics":
+                for key in entry["values"]:
+                    steps[key] = max(entry["step"], steps.get(key, entry["step"]))
+            if entry.get("kind") == "image":
+                steps[entry["key"]] = entry["step"]
+    return starts, steps
 
 
 def _as_text(key: str, value: Any) -> str:

@@ -1,6 +1,7 @@
-"""What MLflow is asked and told; the only importer of mlflow."""
+"""A run in MLflow: created, found, written to; the only importer of mlflow, when it is first needed."""
 
 import contextlib
+import functools
 import getpass
 import hashlib
 import logging
@@ -11,13 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dtrain.tracking.delivery import Row, brief
 from dtrain.tracking.secrets import redact
 from dtrain.tracking.sqlite_template import begin_store
 from dtrain.tracking.uri import sqlite_file
 
-# One attempt per request: the pauses between attempts are `follow`'s, and a request whose answer was lost must not be
-# repeated behind its back (a repeated "create run" would make a second run).
+# One attempt per request: the pauses between attempts are `delivery.follow`'s, and a request whose answer was lost must
+# not be repeated behind its back (a repeated "create run" would make a second run).
 CLIENT_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -34,32 +34,23 @@ _REFUSED = "dtrain.refused"  # the tag that names what MLflow did not take
 # MLflow's pages then show charts and parameters first, not the views for language models.
 _KIND = {"mlflow.experimentKind": "custom_model_development"}
 
+Row = tuple[str, float, int, int]  # a figure: key, value, timestamp in ms, step
+
 
 class RunIsGoneError(Exception):
     """The run was deleted while it was being fed."""
 
 
 class MlflowStore:
-    """MLflow at one address; it is connected to when it is first needed.
-
-    Args:
-        uri: resolved tracking URI.
-    """
+    """MLflow at a resolved tracking URI."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self._client: Any = None
 
-    @property
+    @functools.cached_property
     def client(self) -> Any:
-        """The client of mlflow.
-
-        Raises:
-            ImportError: mlflow is not installed.
-        """
-        if self._client is None:
-            self._client = connect(self.uri)
-        return self._client
+        """MLflow's client, connected when it is first needed; see `connect`."""
+        return connect(self.uri)
 
     def known(self, run_id: str | None) -> "MlflowRun | None":
         """The run of that id, unless it is not there or deleted."""
@@ -67,11 +58,9 @@ class MlflowStore:
         return MlflowRun(self.client, run) if run else None
 
     def create(self, folder: Path, facts: Mapping[str, Any]) -> "MlflowRun":
-        """Creates the run of a run folder, or finds it, where the answer to an earlier attempt was lost.
+        """Creates the run of a run folder with the facts of its run.json.
 
-        Args:
-            folder: the run folder.
-            facts: from run.json; its `id` is a tag of the run, by which it is found.
+        Their `id` is a tag, by which the run is found where the answer to an earlier attempt was lost.
         """
         experiment = self._active_experiment(str(facts["experiment"]))
         found = self.client.search_runs([experiment], f"tags.`dtrain.id` = '{facts['id']}'", max_results=1)
@@ -104,9 +93,7 @@ class MlflowStore:
 class MlflowRun:
     """One run in MLflow, open for writing; what MLflow cannot take is changed or left out, and said.
 
-    Args:
-        client: mlflow's client.
-        run: mlflow's Run, active.
+    Whatever is sent may be sent again: it adds nothing then. Errors are mlflow's own, of any class.
     """
 
     def __init__(self, client: Any, run: Any) -> None:
@@ -150,7 +137,7 @@ class MlflowRun:
     def log_file(self, path: Path, to: str) -> None:
         """Sends a file, or a folder with all that is in it."""
         send = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
-        with _patience():
+        with _long_timeout():
             send(self.id, str(path), to or None)
 
     def log_image(self, path: Path, key: str, step: int, time_ms: int) -> None:
@@ -165,7 +152,7 @@ class MlflowRun:
         known = (name.replace("/", "~"), step)
         if known in self._images:
             return
-        with _patience(), Image.open(path) as image:
+        with _long_timeout(), Image.open(path) as image:
             self._client.log_image(self.id, image, key=name, step=step, timestamp=time_ms, synchronous=True)
         self._images.add(known)
 
@@ -196,7 +183,9 @@ class MlflowRun:
                 # This raises where nothing at all can be written, as in a database that is read-only for a while.
                 self._client.set_tag(self.id, _REFUSED, text)
                 self._tags[_REFUSED] = text
-                _log.warning("MLflow refuses %s %r; it stays in the journal: %s", kind[:-1], items[0].key, brief(error))
+                _log.warning(
+                    "MLflow refuses %s %r; it stays in the journal: %s", kind[:-1], items[0].key, describe_error(error)
+                )
                 return
             half = len(items) // 2
             self._log_or_halve(kind, items[:half])
@@ -204,8 +193,8 @@ class MlflowRun:
 
 
 @contextlib.contextmanager
-def _patience() -> Iterator[None]:
-    """Files may take their time."""
+def _long_timeout() -> Iterator[None]:
+    """Lets a server take its time over a file."""
     name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
     usual = os.environ[name]
     os.environ[name] = _UPLOAD_TIMEOUT_SECONDS
@@ -240,6 +229,21 @@ def connect(uri: str) -> Any:
         return open_store(uri)
 
 
+def warm_up(uri: str) -> None:
+    """Does what takes long at first: imports mlflow with its system metrics, and makes the store."""
+    import mlflow.system_metrics.system_metrics_monitor  # noqa: F401  for its import
+
+    connect(uri)
+
+
+def system_monitor(uri: str) -> Any:
+    """MLflow's SystemMetricsMonitor, of which no thread is started."""
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    connect(uri)  # or the monitor's own client would make a new store, where all can see it half done
+    return SystemMetricsMonitor(run_id="", tracking_uri=uri)
+
+
 def find(run_id: str, uri: str) -> dict[str, Any]:
     """What MLflow knows of a run, or why not, as {'error': ...}."""
     database = sqlite_file(uri)
@@ -248,28 +252,38 @@ def find(run_id: str, uri: str) -> dict[str, Any]:
     try:
         run = connect(uri).get_run(run_id)
     except Exception as error:
-        return {"error": brief(error)}
-    info, tags = run.info, dict(run.data.tags)
-    known = {"run_id": info.run_id, "run_name": info.run_name, "status": info.status, "lifecycle": info.lifecycle_stage}
-    return {**known, "checkpoint_dir": tags.get("dtrain.checkpoint_dir"), "tags": tags}
+        return {"error": describe_error(error)}
+    known = {"run_id": run.info.run_id, "status": run.info.status, "lifecycle": run.info.lifecycle_stage}
+    return {**known, "tags": dict(run.data.tags)}
 
 
 def probe(experiment: str, uri: str) -> dict[str, Any]:
-    """Whether MLflow can be written to, or why not, as {'error': ...}; a tag is set and taken away again.
-
-    Args:
-        experiment: where, if it is there; else any other, for a new one could not be removed without a trace.
-        uri: resolved tracking URI.
-    """
+    """Whether MLflow can be written to, or why not, as {'error': ...}; a tag is set and taken away again."""
     try:
         client = connect(uri)
-        there = client.get_experiment_by_name(experiment) or next(iter(client.search_experiments(max_results=1)), None)
-        if there is not None:
-            client.set_experiment_tag(there.experiment_id, "dtrain.doctor", "probe")
-            client.delete_experiment_tag(there.experiment_id, "dtrain.doctor")
-        return {"experiment": there.name if there else None}
+        # Where the experiment is not there, any other: a new one could not be removed without a trace.
+        known = client.get_experiment_by_name(experiment) or next(iter(client.search_experiments(max_results=1)), None)
+        if known is not None:
+            client.set_experiment_tag(known.experiment_id, "dtrain.doctor", "probe")
+            client.delete_experiment_tag(known.experiment_id, "dtrain.doctor")
+        return {}
     except Exception as error:
-        return {"error": redact(brief(error))}
+        return {"error": describe_error(error)}
+
+
+def describe_error(error: BaseException) -> str:
+    """One line on an error: where it began ('Connection refused') says more than the six errors wrapped around it."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"{error.name} is not installed here: pip install {error.name}"
+    root = error
+    while below := root.__cause__ or root.__context__:
+        root = below
+    if isinstance(root, OSError) and root.strerror:
+        return redact(f"{root.strerror}: {root.filename}" if root.filename else root.strerror)
+    from_network = isinstance(root, OSError) or str(error).startswith("API request to")
+    from_database = any(kind.__name__ == "DatabaseError" for kind in type(root).__mro__)  # as all drivers have it
+    lines = str(root if from_network or from_database else error).strip().splitlines()
+    return redact(lines[0][:300]) if lines else type(error).__name__
 
 
 def _get_run(client: Any, run_id: str) -> Any:
@@ -293,9 +307,9 @@ def mlflow_key(name: str) -> str:
     whole = posixpath.normpath(name) == name and not name.startswith(("/", "..")) and name != "."
     if clean == name and whole and len(name) <= _LONGEST_KEY:
         return name
-    parts = [part for part in clean.split("/") if part.strip(".")]
+    names = [part for part in clean.split("/") if part.strip(".")]
     mark = hashlib.sha1(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    return f"{'/'.join(parts).lstrip('.')[:240]}-{mark}"
+    return f"{'/'.join(names).lstrip('.')[:240]}-{mark}"
 
 
 def _clean(text: str, longest: int) -> str:

@@ -1,4 +1,4 @@
-"""The small files of a run folder: run.json, JSON in general, a journal's line; knows nothing of what they are for."""
+"""A run folder: its files by name, and run.json, which says what became of the run."""
 
 import json
 import logging
@@ -10,19 +10,42 @@ from typing import Any
 
 from dtrain.tracking.whole_file import read_json, write_json
 
-JOURNAL = "metrics.jsonl"
-RUN_FACTS = "run.json"
-DELIVERY = "mlflow.json"  # the sender's memory: what MLflow has acknowledged
-SENDER_LOG = "logs/sender.log"
-
 _log = logging.getLogger(__name__)
 _LOCK_SECONDS = 10.0
-_DIED = "rank 0 died without a word"
+
+
+class RunFolder:
+    """Where everything in a run folder lies; none of it need be there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"  # as resolved
+        self.config_as_written = self.path / "config"  # a folder of the files that it came from
+        self.run = self.path / "run.json"  # what became of the run
+        self.journal = self.path / "metrics.jsonl"
+        self.delivery = self.path / "mlflow.json"  # what MLflow has acknowledged
+        self.checkpoints = self.path / "checkpoints"
+        self.pictures = self.path / "pictures"
+        self.predictions = self.path / "predictions"
+        self.failure = self.path / "failure.json"
+        self.failed_step = self.path / "failed-step"  # a folder of checkpoints
+        self.hang = self.path / "hang.txt"
+        self.logs = self.path / "logs"
+        self.sender_log = self.logs / "sender.log"
+        self.sender_lock = self.path / ".sender.lock"
+
+    def rank_log(self, rank: int) -> Path:
+        """What a rank printed."""
+        return self.logs / f"rank-{rank}.log"
+
+    def code(self, attempt: int) -> Path:
+        """Which code ran in the first start of the run (attempt 1) or a later one: commit, status and diff."""
+        return self.path / ("code" if attempt == 1 else f"code/resume_{attempt}")
 
 
 def read_run(folder: Path) -> dict[str, Any]:
     """What run.json of a run folder holds; {} when there is none."""
-    return read_json(Path(folder) / RUN_FACTS)
+    return read_json(RunFolder(folder).run)
 
 
 def update_run(folder: Path, *, when: Mapping[str, Any] | None = None, **changes: Any) -> bool:
@@ -41,16 +64,17 @@ def update_run(folder: Path, *, when: Mapping[str, Any] | None = None, **changes
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(Path(folder) / f".{RUN_FACTS}.lock", timeout=_LOCK_SECONDS)
+    file = RunFolder(folder).run
+    lock = FileLock(file.with_name(f".{file.name}.lock"), timeout=_LOCK_SECONDS)
     try:
         lock.acquire()
     except (Timeout, NotImplementedError) as error:  # some network disks have no locks; the write below is whole anyway
-        _log.warning("%s is changed without its lock: %s", Path(folder) / RUN_FACTS, error)
+        _log.warning("%s is changed without its lock: %s", file, error)
     try:
-        facts = read_run(folder)
+        facts = read_json(file)
         if when is not None and any(facts.get(key) != value for key, value in when.items()):
             return False
-        write_json(Path(folder) / RUN_FACTS, {**facts, **changes}, durable=True)
+        write_json(file, {**facts, **changes}, durable=True)
         return True
     finally:
         lock.release()
@@ -65,51 +89,25 @@ def read_line(line: bytes) -> dict[str, Any]:
     return entry if isinstance(entry, dict) else {}
 
 
-def take_up_journal(path: Path) -> tuple[int, dict[str, int]]:
-    """Learns what an old journal holds, and cuts off a last line that was torn by a kill.
-
-    Returns:
-        how often the run was started, and the last step of each figure.
-    """
-    starts = whole = 0
-    steps: dict[str, int] = {}
-    if not path.exists():
-        return starts, steps
-    with path.open("rb") as file:
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            whole += len(line)
-            entry = read_line(line)
-            starts += entry.get("kind") == "start"
-            if entry.get("kind") == "metrics":
-                for key in entry["values"]:
-                    steps[key] = max(entry["step"], steps.get(key, entry["step"]))
-            if entry.get("kind") == "image":
-                steps[entry["key"]] = entry["step"]
-    if whole < path.stat().st_size:  # that figure was never acknowledged
-        os.truncate(path, whole)
-    return starts, steps
-
-
 def close_run_of(folder: Path, pid: int) -> bool:
     """Writes into run.json how a rank 0 that is gone ended: as the journal's last line says, else FAILED.
 
     Returns:
         False when the run folder belongs to another process by now.
     """
-    with (folder / JOURNAL).open("rb") as journal:
+    with RunFolder(folder).journal.open("rb") as journal:
         journal.seek(max(0, os.fstat(journal.fileno()).st_size - 65536))
         whole = [line for line in journal if line.endswith(b"\n")]
     last = read_line(whole[-1]) if whole else {}
-    status, reason = (last["status"], last["reason"]) if last.get("kind") == "end" else ("FAILED", _DIED)
-    ended = round(time.time(), 3)
-    update_run(folder, when={"pid": pid, "state": "RUNNING"}, state=status, reason=reason, ended=ended)
+    if last.get("kind") != "end":
+        last = {"status": "FAILED", "reason": "rank 0 exited without reporting an error"}
+    ended = {"state": last["status"], "reason": last["reason"], "ended": round(time.time(), 3)}
+    update_run(folder, when={"pid": pid, "state": "RUNNING"}, **ended)
     return bool(read_run(folder).get("pid") == pid)
 
 
 def lives(facts: Mapping[str, Any]) -> bool:
-    """Whether the process that run.json names is there, and not another one with its number."""
+    """Whether the process that run.json names is running, and not another one with its number."""
     import psutil
 
     try:

@@ -1,4 +1,4 @@
-"""What looks like a credential is masked here, before it is written anywhere; knows nothing of where it goes."""
+"""Masks what looks like a credential, before it is written anywhere."""
 
 import functools
 import io
@@ -64,7 +64,7 @@ def keep_secret(value: Any, key: str = "") -> None:
 
 
 def secrets_for_child() -> dict[str, str]:
-    """Variables from which a process that is started with them knows what this one was told."""
+    """Variables from which a process that is started with them knows the same secrets as this one."""
     return {f"DTRAIN_{number}_SECRET": value for number, value in enumerate(sorted(_known))}
 
 

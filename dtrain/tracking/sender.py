@@ -1,4 +1,4 @@
-"""The process that feeds MLflow from a run's journal."""
+"""The process that feeds MLflow from a run's journal: `python -m dtrain.tracking.sender`."""
 
 import argparse
 import contextlib
@@ -13,17 +13,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dtrain.tracking.delivery import PATIENCE_SECONDS, Delivery, SystemFigures, brief, follow
+from dtrain.tracking import mlflow_store
+from dtrain.tracking.delivery import PATIENCE_SECONDS, Delivery, follow
 from dtrain.tracking.git_state import capture_code
-from dtrain.tracking.mlflow_store import CLIENT_SETTINGS, MlflowStore, connect, find, probe
-from dtrain.tracking.run_folder import JOURNAL, SENDER_LOG, close_run_of, lives, read_run
+from dtrain.tracking.run_folder import RunFolder, close_run_of, lives, read_run
 from dtrain.tracking.secrets import Redacted, redact
+from dtrain.tracking.system_metrics import SystemMetrics
 from dtrain.tracking.uri import resolve_tracking_uri
 
-# Of a sender that gets ready while the ranks do: what it has not done when they begin, costs them steps.
 _log = logging.getLogger(__name__)
+# While it gets ready, so do the ranks: what it has not done when they begin, costs them steps.
 _NICENESS_AT_FIRST, _NICENESS = 3, 19
-_SILENCE_SECONDS = 3600.0  # twice as long as a training without progress is let live
+_SILENCE_SECONDS = 3600.0  # twice the time after which a training without progress is ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--probe", metavar="EXPERIMENT", help="print whether MLflow can be written to, as one JSON line"
     )
     options = parser.parse_args(arguments)
-    os.environ.update(CLIENT_SETTINGS)
+    os.environ.update(mlflow_store.CLIENT_SETTINGS)
     with contextlib.redirect_stderr(Redacted(sys.stderr)), contextlib.redirect_stdout(Redacted(sys.stdout)):
         logging.basicConfig(format="%(asctime)s %(message)s")
         if options.wait:
@@ -53,11 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             if options.find or options.probe:
                 uri = resolve_tracking_uri(options.tracking_uri)
-                answer = find(options.find, uri) if options.find else probe(options.probe, uri)
+                answer = (
+                    mlflow_store.find(options.find, uri) if options.find else mlflow_store.probe(options.probe, uri)
+                )
                 print(json.dumps(answer))
                 return 1 if "error" in answer else 0
-            if options.folder is None or not (options.folder / JOURNAL).is_file():
-                parser.error(f"a run folder is needed, with a {JOURNAL} in it; found {options.folder}")
+            if options.folder is None or not RunFolder(options.folder).journal.is_file():
+                parser.error(f"a run folder is needed, with a metrics.jsonl in it; found {options.folder}")
             folder = options.folder.absolute()
             uri = _uri_of(folder, options.tracking_uri)
         except ValueError as error:
@@ -76,27 +79,25 @@ def _uri_of(folder: Path, given: str | None) -> str:
 
 
 def _wait_for_a_run(uri: str) -> int:
-    """The sender of a training that is still being built: does what takes long, then what it is told, if it is."""
-    _stand_back(_NICENESS_AT_FIRST)
+    """The sender of a training that is still being built: does what takes long, then what stdin says, if it does."""
+    _run_in_background(_NICENESS_AT_FIRST)
     with contextlib.suppress(Exception):  # it shows again, and is reported, when there is a run
-        import mlflow.system_metrics.system_metrics_monitor  # noqa: F401  for its import
-
-        connect(uri)
+        mlflow_store.warm_up(uri)
     line = sys.stdin.readline()
     if not line:
         return 0
-    words = json.loads(line)
-    log = os.open(Path(words[0]) / SENDER_LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    arguments = json.loads(line)
+    log = os.open(RunFolder(arguments[0]).sender_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for output in (1, 2):
         os.dup2(log, output)
-    return main(words)
+    return main(arguments)
 
 
-def _stand_back(niceness: int) -> None:
-    """Leave the processor to the ranks, and go on where a batch system tells every process of a job to end."""
+def _run_in_background(niceness: int) -> None:
+    """Leave the processor to the ranks, and stay alive where a batch system signals every process of a job to end."""
     os.nice(max(0, niceness - os.nice(0)))
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _feed(folder: Path, parent: int, uri: str, system_metrics: bool) -> int:
@@ -104,24 +105,22 @@ def _feed(folder: Path, parent: int, uri: str, system_metrics: bool) -> int:
     from filelock import FileLock
 
     facts = read_run(folder)
-    _stand_back(_NICENESS if facts["state"] == "RUNNING" else 0)  # of a run that ended meanwhile, rank 0 waits for it
-    code_folder = "code" if facts["attempt"] == 1 else f"code/resume_{facts['attempt']}"
-    code_tags = capture_code(folder / code_folder)  # first of all, before anybody edits a file
-    system = _system_figures(uri, facts["started"]) if system_metrics else None
-    with FileLock(folder / ".sender.lock", timeout=2 * PATIENCE_SECONDS):  # the sender of a rank 0 that died may drain
-        delivery = Delivery(folder, MlflowStore(uri), system)
-        delivery.begin(code_tags, code_folder)
+    _run_in_background(_NICENESS if facts["state"] == "RUNNING" else 0)  # of a run that has ended, rank 0 waits for it
+    code = RunFolder(folder).code(facts["attempt"])
+    code_tags = capture_code(code)  # first of all, before anybody edits a file
+    system = _system_metrics(uri, facts["started"]) if system_metrics else None
+    # The sender of a rank 0 that exited may still deliver the rest.
+    with FileLock(RunFolder(folder).sender_lock, timeout=2 * PATIENCE_SECONDS):
+        delivery = Delivery(folder, mlflow_store.MlflowStore(uri), system)
+        delivery.begin(code_tags, str(code.relative_to(folder)))
         return follow(delivery, parent)
 
 
-def _system_figures(uri: str, started: float) -> SystemFigures | None:
+def _system_metrics(uri: str, started: float) -> SystemMetrics | None:
     try:
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-        connect(uri)  # or the monitor's own client would make a new store, where all can see it half done
-        return SystemFigures(SystemMetricsMonitor(run_id="", tracking_uri=uri), started)
+        return SystemMetrics(mlflow_store.system_monitor(uri), started)
     except Exception as error:
-        _log.warning("no system metrics: %s", brief(error))
+        _log.warning("no system metrics: %s", mlflow_store.describe_error(error))
         return None
 
 
@@ -129,32 +128,28 @@ def _deliver_rest(folder: Path, uri: str) -> int:
     """`dtrain sync`: sends what is left of a run that nobody writes any more."""
     from filelock import FileLock, Timeout
 
-    lock = FileLock(folder / ".sender.lock", timeout=5)
     try:
-        lock.acquire()
+        with FileLock(RunFolder(folder).sender_lock, timeout=5):
+            facts = read_run(folder)
+            if facts.get("state") == "RUNNING" and _is_dead(folder, facts):
+                close_run_of(folder, facts["pid"])
+            delivery = Delivery(folder, mlflow_store.MlflowStore(uri))
+            exit_status = follow(delivery)
     except Timeout:
-        _log.warning("another sender is at work on %s, see %s", folder, folder / SENDER_LOG)
+        _log.warning("another sender is at work on %s, see %s", folder, RunFolder(folder).sender_log)
         return 1
-    try:
-        facts = read_run(folder)
-        if facts.get("state") == "RUNNING" and _is_dead(folder, facts):
-            close_run_of(folder, facts["pid"])
-        delivery = Delivery(folder, MlflowStore(uri))
-        left = follow(delivery)
-        if not left:
-            print(f"all of {folder} is in MLflow: run {delivery.memory.run_id} in {redact(uri)}")
-        if read_run(folder).get("state") == "RUNNING":
-            print(f"its status is RUNNING: on {facts.get('host')}, process {facts.get('pid')} may still be at work")
-        return left
-    finally:
-        lock.release()
+    if exit_status == 0:
+        print(f"all of {folder} is in MLflow: run {delivery.memory.run_id} in {redact(uri)}")
+    if read_run(folder).get("state") == "RUNNING":
+        print(f"its status is RUNNING: on {facts.get('host')}, process {facts.get('pid')} may still be at work")
+    return exit_status
 
 
 def _is_dead(folder: Path, facts: Mapping[str, Any]) -> bool:
     """Whether rank 0 is gone; of another machine's that is believed when it has written nothing for an hour."""
     if facts.get("host") == socket.gethostname():
         return not lives(facts)
-    return time.time() - (folder / JOURNAL).stat().st_mtime > _SILENCE_SECONDS
+    return time.time() - RunFolder(folder).journal.stat().st_mtime > _SILENCE_SECONDS
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""New sqlite stores of MLflow as copies of an empty one: its own migrations take seconds; knows no run."""
+"""New sqlite stores of MLflow, as copies of an empty one: MLflow's own migrations take seconds."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Starts the process that feeds MLflow, and asks it."""
+"""Starts the process that feeds MLflow, and asks MLflow through such a process, so that this one never imports it."""
 
 import json
 import os
@@ -6,23 +6,81 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from dtrain.tracking.run_folder import RunFolder
 from dtrain.tracking.secrets import redact, secrets_for_child
 from dtrain.tracking.uri import resolve_tracking_uri
 
 
+def prepare_sender(tracking_uri: str | None) -> subprocess.Popen[bytes] | None:
+    """Starts a sender before there is a run: while rank 0 imports torch, it imports mlflow and opens the store.
+
+    That takes five seconds of a processor where a sqlite database must be made, which the first steps would feel. Where
+    no run comes of it, the sender ends with this process. None where none could be started: the journal then tries.
+    """
+    try:
+        return _start(["--wait"], resolve_tracking_uri(tracking_uri), subprocess.PIPE, subprocess.DEVNULL)
+    except (OSError, ValueError):
+        return None
+
+
+def assign_run(prepared: subprocess.Popen[bytes] | None, folder: Path, options: Sequence[str]) -> bool:
+    """Hands a run folder to a sender from `prepare_sender`; False where it has exited or has a run already."""
+    if prepared is None or prepared.stdin is None or prepared.stdin.closed:
+        return False
+    try:
+        RunFolder(folder).logs.mkdir(exist_ok=True)
+        with prepared.stdin as pipe:
+            pipe.write(json.dumps([str(folder), *options]).encode() + b"\n")
+    except OSError:
+        return False
+    return True
+
+
+def start_sender(folder: Path, uri: str, options: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+    """Starts a sender for a run folder, which without options delivers what is there; what it prints is logged there.
+
+    Raises:
+        OSError: it could not be started, or its log not be written.
+    """
+    RunFolder(folder).logs.mkdir(exist_ok=True)
+    with RunFolder(folder).sender_log.open("ab") as output:
+        return _start([str(folder), *options], uri, subprocess.DEVNULL, output)
+
+
+def deliver_rest(folder: str) -> int:
+    """Sends what a run folder's journal holds and MLflow has not; the sender's exit status, and its output is shown."""
+    return subprocess.run(_sender_command(folder), env=_sender_environment(), check=False).returncode
+
+
+def find_run(run_id: str, uri: str | None = None, timeout_seconds: float = 60.0) -> dict[str, Any]:
+    """Asks MLflow about a run; importing mlflow takes 3 seconds of it.
+
+    Returns:
+        run_id, status, lifecycle ('active' or 'deleted') and tags, of which `dtrain.checkpoint_dir` is the run folder.
+
+    Raises:
+        LookupError: there is no such run, or MLflow does not answer; the text says which.
+        ValueError: see `resolve_tracking_uri`.
+    """
+    uri = resolve_tracking_uri(uri)
+    answer = _ask(uri, "--find", run_id, timeout_seconds)
+    if "error" in answer:
+        raise LookupError(f"MLflow run {run_id} in {redact(uri)}: {answer['error']}")
+    return answer
+
+
 def probe_store(uri: str, experiment: str, timeout_seconds: float) -> str:
-    """Why MLflow at a resolved address cannot be written to, found out in a process of its own; '' where it can."""
-    answer = ask_sender(uri, "--probe", experiment, timeout_seconds=timeout_seconds)
-    return str(answer.get("error", ""))
+    """Why MLflow at a resolved address cannot be written to; '' where it can."""
+    return str(_ask(uri, "--probe", experiment, timeout_seconds).get("error", ""))
 
 
-def ask_sender(uri: str, *words: str, timeout_seconds: float) -> dict[str, Any]:
+def _ask(uri: str, option: str, value: str, timeout_seconds: float) -> dict[str, Any]:
     """What a sender answers; where it does not, why, as {'error': ...}."""
     try:
         done = subprocess.run(
-            _sender_command(*words),
+            _sender_command(option, value),
             env=_sender_environment(uri),
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -33,61 +91,23 @@ def ask_sender(uri: str, *words: str, timeout_seconds: float) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         return {"error": f"no answer within {timeout_seconds:g} s"}
     except (ValueError, IndexError):
-        return {"error": redact((done.stderr.strip().splitlines() or ["the sender said nothing"])[-1])}
+        return {"error": redact((done.stderr.strip().splitlines() or ["the sender printed nothing"])[-1])}
 
 
-def prepare_sender(tracking_uri: str | None) -> subprocess.Popen[bytes] | None:
-    """Starts a sender before there is a run: while rank 0 imports torch, it imports mlflow and opens the store.
-
-    That takes five seconds of a processor where a sqlite database must be made, which the first steps would feel. Where
-    no run comes of it, the sender ends with this process.
-
-    Args:
-        tracking_uri: see `resolve_tracking_uri`.
-
-    Returns:
-        what Journal takes; None where none could be started, which the journal then tries, and says.
-    """
-    try:
-        return start_process(["--wait"], resolve_tracking_uri(tracking_uri), subprocess.PIPE, subprocess.DEVNULL)
-    except (OSError, ValueError):
-        return None
-
-
-def deliver_rest(folder: str) -> int:
-    """Sends what a run's journal holds and MLflow has not; the sender's exit status, its words are shown as they come.
-
-    Args:
-        folder: the run folder, whose run.json knows the store.
-    """
-    return subprocess.run(_sender_command(folder), env=_sender_environment(), check=False).returncode
-
-
-def start_process(words: Sequence[str], uri: str, stdin: int, output: Any) -> subprocess.Popen[bytes]:
+def _start(arguments: Sequence[str], uri: str, stdin: int, output: int | IO[bytes]) -> subprocess.Popen[bytes]:
     """A sender in its own process group: Ctrl-C and torchrun's killing of process groups must not reach it.
 
-    Not in its own session: Linux shares processors out by session first, so that its low priority would mean nothing.
+    Not in its own session: Linux divides processors between sessions first, so that its low priority would mean
+    nothing.
     """
     return subprocess.Popen(
-        _sender_command(*words),
+        _sender_command(*arguments),
         env=_sender_environment(uri),
         stdin=stdin,
         stdout=output,
         stderr=output,
         process_group=0,
     )
-
-
-def tell_sender(sender: subprocess.Popen[bytes], words: Sequence[str]) -> bool:
-    """Gives a sender that waits its command line; False where it does not wait or has died."""
-    if sender.stdin is None or sender.stdin.closed:
-        return False
-    try:
-        with sender.stdin as pipe:
-            pipe.write(json.dumps(words).encode() + b"\n")
-    except OSError:
-        return False
-    return True
 
 
 def _sender_command(*arguments: str) -> list[str]:

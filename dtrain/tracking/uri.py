@@ -1,4 +1,4 @@
-"""Addresses of MLflow stores, as people write them and as they hold from any folder; it reaches none of them."""
+"""Addresses of MLflow stores, as people write them and as they hold from any folder; none is connected to."""
 
 import os
 import re

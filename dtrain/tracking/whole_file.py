@@ -14,7 +14,7 @@ _log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def whole_file(path: Path, durable: bool = False) -> Iterator[Path]:
-    """Gives a temporary path beside a file, and the file its content at the end of the block.
+    """Gives a temporary path to write to; at the end of the block, what is there gets the file's own name.
 
     Until then an older file of that name is untouched; after an error it still is, and nothing is left of the new one.
     The temporary name has the file's own ending, which some libraries choose a format by.
@@ -22,12 +22,6 @@ def whole_file(path: Path, durable: bool = False) -> Iterator[Path]:
     Args:
         path: the file; its folder exists.
         durable: whether the content must also survive a power failure.
-
-    Yields:
-        where to write the content.
-
-    Raises:
-        OSError: it cannot be written.
     """
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
@@ -41,11 +35,7 @@ def whole_file(path: Path, durable: bool = False) -> Iterator[Path]:
 
 
 def fsync(path: Path) -> None:
-    """Has a file or folder written to the disk itself.
-
-    Raises:
-        OSError: it could not be.
-    """
+    """Has a file or folder written to the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

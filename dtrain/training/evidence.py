@@ -8,14 +8,13 @@ from typing import Any
 
 from torch.nn import Module
 
-from dtrain.checkpoint.snapshot import CheckpointError
+from dtrain.checkpoint.contents import CheckpointError
 from dtrain.checkpoint.store import Checkpoints
 from dtrain.dataloader import Loaders
 from dtrain.distributed.ranks import Ranks
+from dtrain.tracking.run_folder import RunFolder
 from dtrain.training.rescue import LastStep
 from dtrain.training.state import Activity, TrainState
-
-FAILED_STEP = "failed-step"  # a folder of checkpoints in the run folder
 
 
 @dataclass
@@ -82,7 +81,7 @@ class Evidence:
             "rng": self.ranks.mailbox.notes("failed step", timeout_seconds),
         }
         try:
-            kept = Checkpoints(self.folder / FAILED_STEP, keep_last=1, keep_best=0)
+            kept = Checkpoints(RunFolder(self.folder).failed_step, keep_last=1, keep_best=0)
             kept.save(self.state.step, self.module.state_dict(), state)
         except CheckpointError as error:
             return f"warning: the failed step cannot be replayed: {error}"

@@ -8,7 +8,7 @@ import re
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ import psutil
 import torch
 
 from dtrain.distributed.ranks import is_lost_rank
+from dtrain.tracking.run_folder import RunFolder
 from dtrain.tracking.secrets import redact
 from dtrain.tracking.whole_file import write_json
 from dtrain.training.evidence import Evidence
 
 PACKAGE = Path(__file__).resolve().parents[1]
-FAILURE = "failure.json"
 OTHERS_SECONDS = 3.0  # so long rank 0 waits for the word of the rank that failed first
 NUMBERS_SECONDS = 2.0  # and for the others' random numbers, where it failed itself
 _MOST_SAMPLES = 64
@@ -97,7 +97,7 @@ def report(evidence: Evidence, error: BaseException) -> list[str]:
         if first["consequence"]:
             silent = [rank for rank in range(ranks.world_size) if rank not in notes]
             first |= {"silent_ranks": silent, "cure": _cure_of_silence(silent)}
-        write_json(evidence.folder / FAILURE, first, durable=True)
+        write_json(RunFolder(evidence.folder).failure, first, durable=True)
         return [*filter(None, [problem]), *card(first, evidence.folder)]
     except Exception as other:
         return [f"the failure could not be recorded: {other!r}"]
@@ -124,7 +124,7 @@ def card(note: Mapping[str, Any], folder: Path) -> list[str]:
     lines.append(f"  memory {note['memory']}")
     if note["cure"]:
         lines.append(f"  what helps: {note['cure'].replace('RUN_FOLDER', str(folder))}")
-    return [*lines, f"  all of it: {folder / FAILURE}"]
+    return [*lines, f"  all of it: {RunFolder(folder).failure}"]
 
 
 def memory_text() -> str:
@@ -193,5 +193,4 @@ def _cure_of_silence(ranks: list[int]) -> str:
 
 def forget(folder: Path) -> None:
     """A new start begins without the old failure."""
-    with suppress(FileNotFoundError):
-        (folder / FAILURE).unlink()
+    RunFolder(folder).failure.unlink(missing_ok=True)

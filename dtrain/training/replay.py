@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from dtrain.checkpoint.files import load
+from dtrain.checkpoint.checkpoint_files import load
 from dtrain.checkpoint.store import Checkpoints
 from dtrain.config.errors import ConfigError
 from dtrain.data import rng
 from dtrain.dataloader import TrainLoader
 from dtrain.modelloader import Forward
-from dtrain.training.evidence import FAILED_STEP
+from dtrain.tracking.run_folder import RunFolder
 
 
 def replay(forward: Forward, module: torch.nn.Module, loader: TrainLoader, folder: Path) -> Iterator[str]:
@@ -29,7 +29,7 @@ def replay(forward: Forward, module: torch.nn.Module, loader: TrainLoader, folde
     Raises:
         ConfigError: The folder holds no failed step.
     """
-    kept = Checkpoints(folder / FAILED_STEP).last()
+    kept = Checkpoints(RunFolder(folder).failed_step).last()
     if kept is None:
         raise ConfigError(f"{folder} holds no failed step; one is kept when a training fails in a step")
     loaded = load(kept)

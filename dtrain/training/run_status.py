@@ -18,6 +18,7 @@ from dtrain.distributed.stop import StopRequest
 from dtrain.reporting.progress import Progress
 from dtrain.reporting.summary import summary_table
 from dtrain.tracking.journal import Journal, NoJournal, Status
+from dtrain.tracking.run_folder import RunFolder
 from dtrain.tracking.secrets import Redacted
 from dtrain.tracking.uri import ui_command
 from dtrain.tracking.whole_file import write_text
@@ -102,7 +103,7 @@ class Recorder:
             yield
             return
         self._lay_out_folder()
-        path = self.run.folder / "logs" / "rank-0.log"
+        path = RunFolder(self.run.folder).rank_log(0)
         if is_written_by_launcher(path):
             yield
             return

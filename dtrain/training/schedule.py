@@ -174,7 +174,7 @@ def _plan(config: ConfigDict, lengths: dict[str, int]) -> str:
 
 def _lengths(config: ConfigDict, length: int) -> dict[str, int]:
     """The schedule's length where its scheduler needs one and the config does not say it."""
-    call = calls(config, "lr_scheduler")["lr_scheduler"]
+    call = calls(config)["lr_scheduler"]
     return {key: length for key in call.filled if key not in call.arguments and "epochs" not in call.arguments}
 
 

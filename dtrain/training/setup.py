@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from ml_collections import ConfigDict
 
-from dtrain.checkpoint.files import Loaded, load, load_weights
-from dtrain.checkpoint.resume import CHECKPOINTS, ResumeError, Start, find_start
+from dtrain.checkpoint.checkpoint_files import Loaded, load
+from dtrain.checkpoint.contents import CheckpointError
+from dtrain.checkpoint.resume import ResumeError, Start, find_start
 from dtrain.checkpoint.saver import Saver
-from dtrain.checkpoint.snapshot import CheckpointError
 from dtrain.checkpoint.store import Checkpoints
-from dtrain.checkpoint.weights import misfits_of, take_over
+from dtrain.checkpoint.weights import load_weights, misfits_of, take_over
 from dtrain.config.build import build, defaults
-from dtrain.config.check import notes, strategy_mistakes
+from dtrain.config.check import notes
 from dtrain.config.errors import ConfigError, first_few, to_plain
 from dtrain.config.load import place_of, run_folder, sources, to_yaml
+from dtrain.config.rules import strategy_mistakes
 from dtrain.config.schema import PHASES, calls, refused
 from dtrain.data import rng
 from dtrain.dataloader import Loaders, get_train_loaders
@@ -38,6 +39,7 @@ from dtrain.reporting.progress import Progress
 from dtrain.reporting.terminal_progress import get_progress
 from dtrain.reporting.validation_pictures import Pictures
 from dtrain.tracking.journal import Journal, NoJournal, flatten
+from dtrain.tracking.run_folder import RunFolder
 from dtrain.tracking.secrets import redact, redacted_tree
 from dtrain.training.ema import EMA
 from dtrain.training.optimizer import get_optimizer
@@ -102,7 +104,7 @@ def make_parts(
     monitor = _monitor(config, options, metrics)
     mode: Literal["min", "max"] = options["mode"] or ("min" if monitor.endswith(("loss", "Error")) else "max")
     checkpoints = Checkpoints(
-        start.folder / CHECKPOINTS, keep_last=options["keep_last"], keep_best=options["keep_best"], mode=mode
+        RunFolder(start.folder).checkpoints, keep_last=options["keep_last"], keep_best=options["keep_best"], mode=mode
     )
     saver = Saver(checkpoints, options["checkpoint_every_minutes"], progress.note, not ranks.strategy.is_sharded)
     stop = StopRequest(options["time_limit"], job_ends_at(), alone=ranks.world_size == 1)
@@ -154,8 +156,10 @@ def _loaders(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks, seed:
 
 def _tests_volumes(config: ConfigDict, loaders: Loaders) -> bool:
     """Whether a test measures whole volumes."""
-    loader: Any = loaders.test
-    return bool(config.get("predictor") is not None and loader and hasattr(loader.dataset.dataset, "volumes"))
+    if config.get("predictor") is None or loaders.test is None:
+        return False
+    dataset: Any = loaders.test.dataset  # wraps the user's own
+    return hasattr(dataset.dataset, "volumes")
 
 
 def _trainables(
@@ -361,7 +365,7 @@ def _loaded(config: ConfigDict, trainables: Trainables, ranks: Ranks, start: Sta
         return None
     loaded, misfit = None, ""
     if ranks.is_main:
-        loaded = load(start.checkpoint)
+        loaded = load(start.checkpoint, start.is_verified)
         misfit = _misfit(trainables, loaded)
     if misfit := ranks.broadcast(misfit):
         cure = "trainer.resume=none begins again, trainer.pre_trained takes over weights alone"

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from dtrain.checkpoint.files import Loaded
+from dtrain.checkpoint.checkpoint_files import Loaded
 from dtrain.data import rng
 from dtrain.distributed.fsdp import is_shard
 from dtrain.distributed.ranks import Ranks

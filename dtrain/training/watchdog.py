@@ -16,12 +16,11 @@ import torch.distributed as dist
 
 from dtrain.data.loader_workers import stacks_of_workers
 from dtrain.distributed.exit_status import FAILED
-from dtrain.tracking.run_folder import update_run
+from dtrain.tracking.run_folder import RunFolder, update_run
 from dtrain.tracking.whole_file import write_json, write_text
 from dtrain.training.evidence import Evidence
-from dtrain.training.failure_card import FAILURE, memory_text
+from dtrain.training.failure_card import memory_text
 
-HANG = "hang.txt"
 ANSWER_SECONDS = 3.0  # so long the others have to tell where they are
 _END_SECONDS = 60.0  # so long the end itself may take
 _FROZEN_SECONDS = 10.0  # beyond the limit: then even this watch's own thread does not run
@@ -149,13 +148,14 @@ def _line(rank: int, note: dict[str, Any] | None) -> str:
 
 def _write(folder: Path, reason: str, lines: list[str], notes: dict[int, dict[str, Any]], stuck: int) -> str:
     """Leave it in the run folder; returns the line that says so, '' where there is no such folder on this machine."""
+    files = RunFolder(folder)
     stacks = [f"rank {rank}, {name}\n{stack}" for rank, note in notes.items() for name, stack in note["stacks"].items()]
     with contextlib.suppress(OSError):
-        write_text(folder / HANG, "\n\n".join([reason, "\n".join(lines), *stacks]) + "\n")
+        write_text(files.hang, "\n\n".join([reason, "\n".join(lines), *stacks]) + "\n")
         note = {key: value for key, value in notes.get(stuck, {}).items() if key not in ("stacks", "collectives")}
-        cure = f"the stacks of all ranks are in {folder / HANG}; trainer.hang_timeout_seconds is the limit"
+        cure = f"the stacks of all ranks are in {files.hang}; trainer.hang_timeout_seconds is the limit"
         failed = {"rank": stuck, "error": "Hang", "message": reason, "cure": cure, "time": time.time()}
-        write_json(folder / FAILURE, {**note, **failed}, durable=True)
+        write_json(files.failure, {**note, **failed}, durable=True)
         update_run(folder, state="FAILED", reason=reason, exit_status=FAILED, ended=round(time.time(), 3))
         return cure
     return ""

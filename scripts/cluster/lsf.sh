@@ -22,6 +22,6 @@ if [[ -n ${LSB_DJOB_NUMPROC-} ]]; then
     export OMP_NUM_THREADS=$((LSB_DJOB_NUMPROC > ranks ? LSB_DJOB_NUMPROC / ranks : 1))
 fi
 
-# dtrain.launch.job passes the warning on, and ends with 75 only where to start again leads on.
-exec "$python" -m dtrain.launch.job --run-folder "$run_folder" -- \
+# `dtrain job` passes the warning on, and ends with 75 only where to start again leads on.
+exec "$python" -m dtrain job --run-folder "$run_folder" -- \
     "$python" -m dtrain launch "$config" --nproc-per-node "$ranks" "trainer.checkpoint_dir=$run_folder"

@@ -27,9 +27,9 @@ fi
 (umask 077 && mkdir -p -- "$run_folder.jobs")
 script=$run_folder.jobs/pbs-$DTRAIN_JOB_ID.sh
 [[ -e $script ]] || cp -- "$0" "$script"
-quoted=${script//\'/\'\\\'\'} # for dtrain.launch.job: what printf %q writes, bash alone can read
+quoted=${script//\'/\'\\\'\'} # for `dtrain job`: what printf %q writes, bash alone can read
 
-exec "$python" -m dtrain.launch.job --run-folder "$run_folder" \
+exec "$python" -m dtrain job --run-folder "$run_folder" \
     --requeue "qsub -W depend=afterany:$PBS_JOBID -v CONFIG,RUN_FOLDER,RANKS,DTRAIN_JOB_ID '$quoted'" -- \
     "$python" -m dtrain launch "$config" --nproc-per-node "$ranks" \
     "trainer.checkpoint_dir=$run_folder" "trainer.time_limit=$limit"

@@ -7,6 +7,8 @@ import time
 import pytest
 import torch
 
+from dtrain.checkpoint import checkpoint_files
+from dtrain.checkpoint.checkpoint_files import load
 from dtrain.checkpoint.resume import ResumeError, find_start, move_aside
 from dtrain.checkpoint.store import Checkpoints
 from dtrain.tracking.run_folder import update_run
@@ -45,6 +47,19 @@ def test_a_damaged_newest_checkpoint_is_passed_over(folder):
     file.write_bytes(file.read_bytes()[:-1] + b"\xff")
     with pytest.warns(UserWarning, match="step-00000020"):
         assert start(folder).checkpoint.name == "step-00000010"
+
+
+def test_what_a_start_has_verified_is_hashed_once(folder, monkeypatch):
+    hashed = []
+    seal = checkpoint_files._seal
+    monkeypatch.setattr(checkpoint_files, "_seal", lambda path: hashed.append(path.name) or seal(path))
+    found = start(folder)
+    assert load(found.checkpoint, found.is_verified).state == {"step": 20}
+    assert hashed == ["model.safetensors", "state.pt"]
+    named = start(folder, str(folder / "checkpoints" / "step-00000010"))
+    assert not named.is_verified, "nobody has looked at that one yet"
+    assert load(named.checkpoint, named.is_verified).state == {"step": 10}
+    assert hashed == ["model.safetensors", "state.pt"] * 2
 
 
 def test_a_run_that_died_before_its_first_checkpoint_keeps_its_name(tmp_path):

@@ -12,8 +12,8 @@ import pytest
 import torch
 from whole_runs import EXACT, Place, figures, last, same_training
 
-from dtrain.checkpoint.files import load, verify
-from dtrain.checkpoint.snapshot import CheckpointError, take_snapshot
+from dtrain.checkpoint.checkpoint_files import load, verify
+from dtrain.checkpoint.contents import CheckpointError, take_snapshot
 from dtrain.checkpoint.store import Checkpoints
 from dtrain.tracking.run_folder import read_run, update_run
 

@@ -37,9 +37,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from dtrain.checkpoint.files import _render, _seal, load, load_weights, verify
-from dtrain.checkpoint.snapshot import CheckpointError
+from dtrain.checkpoint.checkpoint_files import _render, _seal, load, verify
+from dtrain.checkpoint.contents import CheckpointError
 from dtrain.checkpoint.store import Checkpoints
+from dtrain.checkpoint.weights import load_weights
 
 
 @pytest.fixture

@@ -673,5 +673,5 @@ def test_a_masked_loss_is_built_from_yaml(from_yaml):
 
 
 def test_a_key_that_a_loss_does_not_take_is_refused(from_yaml):
-    with pytest.raises(ConfigError, match="BCEDiceLoss takes no 'beta'"):
+    with pytest.raises(ConfigError, match="BCEDiceLoss got an unexpected argument 'beta'"):
         from_yaml("{name: BCEDiceLoss, alpha: 0.5, beta: 0.5}")

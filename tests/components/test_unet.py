@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dtrain import load_config
-from dtrain.checkpoint.files import load_weights
+from dtrain.checkpoint.weights import load_weights
 from dtrain.components.models import unet
 from dtrain.components.models.unet import ResidualUNet2D, ResidualUNet3D, ResidualUNetSE3D, UNet2D, UNet3D
 from dtrain.components.models.unet_blocks import SE_MODULES, Conv3d, ResNetBlock, Style

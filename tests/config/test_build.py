@@ -173,7 +173,10 @@ def test_a_loss_may_be_a_class_a_function_or_made_by_one(write: Write) -> None:
     assert made("loss", "{name: own_loss, power: 3}")(torch.ones(1) * 3, 1) == 8
     assert made("loss", "{name: make_loss, scale: 5}")(1, 2) == 5
     assert made("loss", "{name: l1_loss, reduction: sum}")(torch.ones(3), torch.zeros(3)) == 3
-    assert refusal("loss", "{name: make_loss}") == "loss: make_loss needs 'scale'; make_loss(scale: float)"
+    assert (
+        refusal("loss", "{name: make_loss}")
+        == "loss: make_loss is missing required argument 'scale'; make_loss(scale: float)"
+    )
 
 
 def test_numbers_become_a_tensor_or_a_tuple_where_only_that_is_taken(write: Write) -> None:
@@ -193,7 +196,7 @@ def test_a_dataclass_and_a_named_tuple(write: Write) -> None:
     )
     assert made("model", "{name: D, a: 1}").b == []
     assert made("model", "{name: T, a: 1}") == (1, 2)
-    assert refusal("model", "{name: D, a: 1, c: 2}").startswith("model.c: D takes no 'c'")
+    assert refusal("model", "{name: D, a: 1, c: 2}").startswith("model.c: D got an unexpected argument 'c'")
 
 
 def test_what_the_caller_gets_is_a_copy(write: Write) -> None:
@@ -254,12 +257,27 @@ def test_what_dtrain_supplies_cannot_be_given() -> None:
     )
 
 
-def test_the_settings_of_a_house_call_have_their_defaults() -> None:
+def test_the_settings_of_dtrains_own_calls_have_their_defaults() -> None:
     config = from_mapping({"trainer": {"max_epochs": 3}})
     settings = defaults(config, "trainer")
     assert settings["max_epochs"] == 3
     assert settings["accumulate"] == 1
     assert "parts" not in settings
+
+
+def test_the_settings_of_a_subclass_have_the_defaults_of_its_base(write: Write) -> None:
+    code = """
+from dtrain.trainer import Trainer
+
+class Mine(Trainer):
+    def __init__(self, parts, *, share: float = 0.5, keep_last: int = 7, **settings):
+        super().__init__(parts, keep_last=keep_last, **settings)
+"""
+    write(mine=code)
+    config = from_mapping({"modules": ["mine"], "trainer": {"name": "Mine", "max_steps": 7}})
+    settings = defaults(config, "trainer")
+    assert (settings["share"], settings["keep_last"], settings["keep_best"]) == (0.5, 7, 1)
+    assert (settings["max_steps"], settings["precision"]) == (7, None)
 
 
 # ----------------------------------------------------------------------------- classes that take one config object
@@ -371,7 +389,7 @@ def test_a_strict_class_gets_arguments_without_the_name(write: Write) -> None:
     write(mine=DOUBLE)
     assert made("model", "{name: Strict, hidden_size: 3}").hidden_size == 3
     assert refusal("model", "{name: Strict, hidden_sise: 3, hidden_size: 3}").startswith(
-        "model.hidden_sise: Strict takes no"
+        "model.hidden_sise: Strict got an unexpected argument"
     )
 
 
@@ -582,10 +600,10 @@ def test_what_is_known_at_run_time_only_is_checked_then(write: Write) -> None:
     assert made("model", "{name: Meta, dim: 3}").dim == 3
     assert (
         refusal("model", "{name: net, dim: 3, dpth: 1}")
-        == "model.dpth: net takes no 'dpth'; did you mean 'depth'?; net(dim: int, depth: int = 1)"
+        == "model.dpth: net got an unexpected argument 'dpth'; did you mean 'depth'?; net(dim: int, depth: int = 1)"
     )
-    assert refusal("model", "{name: Meta, dim: a}") == "model.dim: expected int, found text 'a'; Meta(dim: int)"
-    assert refusal("model", "{name: Meta}") == "model: Meta needs 'dim'; Meta(dim: int)"
+    assert refusal("model", "{name: Meta, dim: a}") == "model.dim: expected int, found string 'a'; Meta(dim: int)"
+    assert refusal("model", "{name: Meta}") == "model: Meta is missing required argument 'dim'; Meta(dim: int)"
 
 
 def test_a_module_beside_the_listed_ones_is_not_the_configs_to_name(write: Write) -> None:

@@ -157,19 +157,22 @@ def test_windows_line_ends_are_line_ends() -> None:
         ("", "c.yaml:1:1: the file is empty; a config is a mapping of sections (model, loaders, ...)"),
         ("# nothing\n", "c.yaml:1:1: the file is empty; a config is a mapping of sections (model, loaders, ...)"),
         ("- a\n", "c.yaml:1:1: the file holds a list; a config is a mapping of sections (model, loaders, ...)"),
-        ("text\n", "c.yaml:1:1: the file holds a text; a config is a mapping of sections (model, loaders, ...)"),
+        ("text\n", "c.yaml:1:1: the file holds a string; a config is a mapping of sections (model, loaders, ...)"),
         ("a: 1\n_base_: bsae.yaml\n", "c.yaml:2:1: there is no file bsae.yaml; did you mean 'base.yaml'?"),
-        ("_base_: c.yaml\n", "c.yaml:1:1: '_base_' goes round in a circle: c.yaml is already being read"),
-        ("_base_: back.yaml\n", "back.yaml:1:1: '_base_' goes round in a circle: c.yaml is already being read"),
+        ("_base_: c.yaml\n", "c.yaml:1:1: circular reference in '_base_': c.yaml is already being read"),
+        ("_base_: back.yaml\n", "back.yaml:1:1: circular reference in '_base_': c.yaml is already being read"),
         ("_base_: 3\n", "c.yaml:1:1: _base_: expected a file name or a list of them, found int 3"),
         ("_base_:\n- base.yaml\n- 3\n", "c.yaml:3:3: _base_: expected a file name or a list of them, found int 3"),
         ("_base_: {a: 1}\n", "c.yaml:1:1: _base_: expected a file name or a list of them, found mapping {'a': 1}"),
         ("_base_: folder\n", "c.yaml:1:1: folder is a folder, expected a YAML file"),
         ("_base_: dup.yaml\n", "dup.yaml:1:8: duplicate key"),
         ("_base_: list.yaml\n", "list.yaml:1:1: the file holds a list"),
-        ("_base_: ${DTRAIN_NOWHERE}.yaml\n", "c.yaml:1:1: _base_: '${DTRAIN_NOWHERE}': the environment has no"),
+        (
+            "_base_: ${DTRAIN_NOWHERE}.yaml\n",
+            "c.yaml:1:1: _base_: '${DTRAIN_NOWHERE}': the environment has no variable",
+        ),
         ("_base_: twice0.yaml\n", "c.yaml:1:1: more than 100 files under '_base_'"),
-        ("a: {_delete_: yes}\n", "c.yaml:1:5: a._delete_: expected true or false, found text 'yes'"),
+        ("a: {_delete_: yes}\n", "c.yaml:1:5: a._delete_: expected true or false, found string 'yes'"),
     ],
 )
 def test_a_bad_file_or_base_is_one_line(text: str, expected: str) -> None:
@@ -206,8 +209,8 @@ def test_files_that_are_no_config_are_refused_unread(here: Path) -> None:
         "latin.yaml": "latin.yaml:2:8: not UTF-8 text: byte 0xfc",
         "utf16.yaml": "utf16.yaml:1:1: not UTF-8 text: byte 0xff",
         "zeros.yaml": "zeros.yaml:1:1: not valid YAML: the character '\\x00' is not allowed",
-        "large.yaml": "large.yaml is larger than 1 MB; that is no config",
-        "/dev/zero": "/dev/zero is larger than 1 MB; that is no config",
+        "large.yaml": "large.yaml is larger than 1 MB; this is not a config",
+        "/dev/zero": "/dev/zero is larger than 1 MB; this is not a config",
         "loop.yaml": "cannot read loop.yaml: Too many levels of symbolic links",
         ".": ". is a folder, expected a YAML file",
         "latin.yam": "there is no file latin.yam; did you mean 'latin.yaml'?",
@@ -306,22 +309,22 @@ def test_a_reference_stands_for(text: str, expected: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("k: ${UNSET}", "c.yaml:1:1: k: '${UNSET}': the environment has no 'UNSET'; set it, or write ${UNSET:-default}"),
+        ("k: ${UNSET}", "c.yaml:1:1: k: '${UNSET}': the environment has no variable 'UNSET'; set it, or write ${UNSET:-default}"),
         ("k: ${a.x}\na: {y: 1}", "c.yaml:1:1: k: '${a.x}': there is no such key; did you mean 'a.y'?"),
         ("k: ${a.b.c}\na: {b: 1}", "c.yaml:1:1: k: '${a.b.c}': there is no such key"),
         ("k: ${a.2}\na: [1]", "c.yaml:1:1: k: '${a.2}': there is no such key"),
         ("k: x${a.b}\na: {b: [1]}", "c.yaml:1:1: k: '${a.b}' is a list; it can only stand alone"),
         ("k: x${a}\na: {b: 1}", "c.yaml:1:1: k: '${a}' is a mapping; it can only stand alone"),
-        ("k: ${}", "c.yaml:1:1: k: '${}' names nothing; write ${NAME}, ${NAME:-default} or ${section.key}, and $${ for a plain ${"),
-        ("k: ${a b}", "c.yaml:1:1: k: '${a b}' names nothing; write ${NAME}"),
-        ("k: ${:-3}", "c.yaml:1:1: k: '${:-3}' names nothing; write ${NAME}"),
+        ("k: ${}", "c.yaml:1:1: k: '${}' is not a valid reference; write ${NAME}, ${NAME:-default} or ${section.key}, and $${ for a plain ${"),
+        ("k: ${a b}", "c.yaml:1:1: k: '${a b}' is not a valid reference; write ${NAME}"),
+        ("k: ${:-3}", "c.yaml:1:1: k: '${:-3}' is not a valid reference; write ${NAME}"),
         ("k: ${N", "c.yaml:1:1: k: '${N': a '${' without its '}'; write ${NAME}"),
         ("k: ${N:-${HOST}}", "c.yaml:1:1: k: '${N:-${HOST}}': a '${' without its '}'; write ${NAME}"),
-        ("k: {m: ['x', '${UNSET}']}", "c.yaml:1:14: k.m.1: '${UNSET}': the environment has no 'UNSET'"),
+        ("k: {m: ['x', '${UNSET}']}", "c.yaml:1:14: k.m.1: '${UNSET}': the environment has no variable 'UNSET'"),
         ("k: ${k.x}", "c.yaml:1:1: k: '${k.x}': there is no such key"),
-        ("k: {x: '${k.x}'}", "c.yaml:1:5: k.x: 'k.x' refers to itself: k.x -> k.x"),
-        ("k: {x: '${k}'}", "c.yaml:1:5: k.x: 'k.x' refers to itself: k.x -> k.x"),
-        ("k: {a: '${k.b}', b: '${k.c}', c: '${k.a}'}", "c.yaml:1:5: k.a: 'k.a' refers to itself: k.a -> k.b -> k.c -> k.a"),
+        ("k: {x: '${k.x}'}", "c.yaml:1:5: k.x: circular reference: k.x -> k.x"),
+        ("k: {x: '${k}'}", "c.yaml:1:5: k.x: circular reference: k.x -> k.x"),
+        ("k: {a: '${k.b}', b: '${k.c}', c: '${k.a}'}", "c.yaml:1:5: k.a: circular reference: k.a -> k.b -> k.c -> k.a"),
     ],
 )  # fmt: skip
 def test_a_reference_to_nothing_or_itself_is_one_line(text: str, expected: str) -> None:
@@ -348,7 +351,7 @@ def test_a_name_of_digits_in_the_environment_is_a_name() -> None:
     ids=["lists", "texts", "chain"],
 )
 def test_references_cannot_grow_without_end(text: str) -> None:
-    assert told(text)[-1].endswith("references grow without end; that is no config")
+    assert told(text)[-1].endswith("references grow without end; this is not a config")
 
 
 def test_a_referenced_mapping_is_a_copy_with_a_place() -> None:
@@ -424,18 +427,18 @@ def test_of_two_overrides_the_later_wins() -> None:
         ("a..b=3", "argument 'a..b=3': expected KEY=VALUE with dots between keys, such as optimizer.lr=1e-3"),
         ("optimizer.lr.x=3", "argument 'optimizer.lr.x=3': 'optimizer.lr' is 1, so it has no key 'x'"),
         ("optimizer.name.x=3", "argument 'optimizer.name.x=3': 'optimizer.name' is 'AdamW', so it has no key 'x'"),
-        ("optimizer.betas.2=3", "argument 'optimizer.betas.2=3': 'optimizer.betas' is a list: '2' is none of its indices (0 to 1)"),
-        ("optimizer.betas.-1=3", "argument 'optimizer.betas.-1=3': 'optimizer.betas' is a list: '-1' is none of its indices (0 to 1)"),
-        ("optimizer.betas.x=3", "argument 'optimizer.betas.x=3': 'optimizer.betas' is a list: 'x' is none of its indices (0 to 1)"),
-        ("empty.0=3", "argument 'empty.0=3': 'empty' is a list: '0' is none of its indices (none, it is empty)"),
+        ("optimizer.betas.2=3", "argument 'optimizer.betas.2=3': 'optimizer.betas' is a list: '2' is not one of its indices (0 to 1)"),
+        ("optimizer.betas.-1=3", "argument 'optimizer.betas.-1=3': 'optimizer.betas' is a list: '-1' is not one of its indices (0 to 1)"),
+        ("optimizer.betas.x=3", "argument 'optimizer.betas.x=3': 'optimizer.betas' is a list: 'x' is not one of its indices (0 to 1)"),
+        ("empty.0=3", "argument 'empty.0=3': 'empty' is a list: '0' is not one of its indices (none, it is empty)"),
         ("a=[1", "argument 'a=[1': not valid YAML: expected ',' or ']', but got '<stream end>' (while parsing a flow sequence)"),
         ("a={b: 1, b: 2}", "argument 'a={b: 1, b: 2}': duplicate key 'b'"),
         ("a=!x 1", "argument 'a=!x 1': the tag '!x' is not allowed; a config holds plain values, lists and mappings only"),
-        ("a={1: 2}", "argument 'a={1: 2}': a key is a text; put '1' in quotes"),
+        ("a={1: 2}", "argument 'a={1: 2}': a key must be a string; put '1' in quotes"),
         ("__class__=1", "argument '__class__=1': '__class__' cannot be a key"),
         ("a\n.b=1", "argument 'a\\n.b=1': 'a\\n' cannot be a key"),
         ("a=${b.c}", "argument 'a=${b.c}': a: '${b.c}': there is no such key"),
-        ("trainer={optimizer: {name: SGD}}", "argument 'trainer={optimizer: {name: SGD}}': 'trainer.optimizer' and 'optimizer' are two names of one setting; keep one of them"),
+        ("trainer={optimizer: {name: SGD}}", "argument 'trainer={optimizer: {name: SGD}}': 'trainer.optimizer' and 'optimizer' are two names for one setting; keep one of them"),
         ("a=" + "x" * 5000 + "[", "argument 'a=" + "x" * 54 + "...: "),
         ("a=\udcff", "argument 'a=\\udcff': not valid YAML: the character '\\udcff' is not allowed"),
     ],
@@ -490,10 +493,10 @@ def test_another_dialect_means(text: str, expected: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("seed: 1\nmanual_seed: 2", "c.yaml:2:1: 'manual_seed' and 'seed' are two names of one setting; keep one of them"),
-        ("optimizer: {lr: 1, learning_rate: 2}", "c.yaml:1:20: 'optimizer.learning_rate' and 'optimizer.lr' are two names of one setting; keep one of them"),
-        ("optimizer: {}\ntrainer: {optimizer: {}}", "c.yaml:2:11: 'trainer.optimizer' and 'optimizer' are two names of one setting; keep one of them"),
-        ("mlflow: 3\nmlflow_path: x", "c.yaml:2:1: mlflow_path: stands for 'mlflow.tracking_uri', but 'mlflow' is no mapping"),
+        ("seed: 1\nmanual_seed: 2", "c.yaml:2:1: 'manual_seed' and 'seed' are two names for one setting; keep one of them"),
+        ("optimizer: {lr: 1, learning_rate: 2}", "c.yaml:1:20: 'optimizer.learning_rate' and 'optimizer.lr' are two names for one setting; keep one of them"),
+        ("optimizer: {}\ntrainer: {optimizer: {}}", "c.yaml:2:11: 'trainer.optimizer' and 'optimizer' are two names for one setting; keep one of them"),
+        ("mlflow: 3\nmlflow_path: x", "c.yaml:2:1: mlflow_path: stands for 'mlflow.tracking_uri', but 'mlflow' is not a mapping"),
     ],
 )  # fmt: skip
 def test_two_names_of_one_setting_are_a_mistake(text: str, expected: str) -> None:
@@ -569,13 +572,13 @@ def test_a_mapping_made_in_python_becomes_a_config() -> None:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ("c.yaml", "expected a mapping, found text 'c.yaml'; dtrain.load_config reads a file"),
+        ("c.yaml", "expected a mapping, found string 'c.yaml'; dtrain.load_config reads a file"),
         (None, "expected a mapping, found null; dtrain.load_config reads a file"),
         ({"model": {"act": len}}, "model.act: a config holds plain values, lists and mappings only, found a builtins.builtin_function_or_method"),
         ({"a": [{1, 2}]}, "a.0: a config holds plain values, lists and mappings only, found a builtins.set"),
-        ({1: 2}, "a key is a text, found int 1"),
-        ({"a": {"b.c": 1}}, "a: the key 'b.c' holds a dot; nest the keys instead (dots are for the command line)"),
-        ({"seed": 1, "manual_seed": 1}, "'manual_seed' and 'seed' are two names of one setting; keep one of them"),
+        ({1: 2}, "a key must be a string, found int 1"),
+        ({"a": {"b.c": 1}}, "a: the key 'b.c' contains a dot; nest the keys instead (dots are for the command line)"),
+        ({"seed": 1, "manual_seed": 1}, "'manual_seed' and 'seed' are two names for one setting; keep one of them"),
         ({"a": "${b.c}"}, "a: '${b.c}': there is no such key"),
     ],
 )  # fmt: skip

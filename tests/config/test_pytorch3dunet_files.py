@@ -16,9 +16,8 @@ import torch
 import yaml
 from conftest import RunCli
 
-from dtrain.checkpoint.files import load_weights
-from dtrain.checkpoint.snapshot import CheckpointError
-from dtrain.checkpoint.weights import fitted, misfits_of
+from dtrain.checkpoint.contents import CheckpointError
+from dtrain.checkpoint.weights import fitted, load_weights, misfits_of
 from dtrain.components.models.pidnet import PIDNet
 from dtrain.components.models.unet import ResidualUNet2D, ResidualUNet3D, ResidualUNetSE3D, UNet2D, UNet3D
 from dtrain.components.models.vit import ViT
@@ -296,7 +295,7 @@ def test_null_where_pytorch3dunet_means_none(tmp_path: Path) -> None:
         ("max_num_epochs: 2", "validate_iters: 5", "train.yml:2:30: trainer.validate_iters: a validation here is always over all of loaders.val"),
         ("{name: BCEDiceLoss}", "{name: BCEWithLogitsLoss, weight: [1, 2]}", "train.yml:4:33: loss.weight: pytorch-3dunet does not use it"),
         ("{name: BCEDiceLoss}", "{name: BCEWithLogitsLoss, pos_weight: [1, 2]}", "train.yml:4:33: loss.pos_weight: torch lays 2 weights along the last axis"),
-        ("{name: MeanIoU}", "{name: BlobsAveragePrecision, metric: iou}", "train.yml:5:44: metrics.metric: 'iou' is no metric of instances; possible: ap, acc"),
+        ("{name: MeanIoU}", "{name: BlobsAveragePrecision, metric: iou}", "train.yml:5:44: metrics.metric: 'iou' is not a metric of instances; possible: ap, acc"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_honoured_is_refused_by_name(old: str, new: str, expected: str, tmp_path: Path) -> None:
@@ -308,8 +307,8 @@ def test_what_cannot_be_honoured_is_refused_by_name(old: str, new: str, expected
     ("old", "new", "expected"),
     [
         ("raw: [{name: Standardize}", "Raw: [{name: Standardize}", ["train.yml:12:7: loaders.train.transformer.Raw: possible: raw, label, weight", "train.yml:11:5: loaders.train.transformer: has no list 'raw' for the image"]),
-        ("trainer:", "model_path: a.pt\npredictor: 3\ntrainer:", ["train.yml:2:1: model_path: stands for 'predictor.checkpoint', but 'predictor' is no mapping"]),
-        ("trainer:", "model_path: a.pt\npredictor: {checkpoint: b.pt}\ntrainer:", ["train.yml:2:1: 'model_path' and 'predictor.checkpoint' are two names of one setting; keep one of them"]),
+        ("trainer:", "model_path: a.pt\npredictor: 3\ntrainer:", ["train.yml:2:1: model_path: stands for 'predictor.checkpoint', but 'predictor' is not a mapping"]),
+        ("trainer:", "model_path: a.pt\npredictor: {checkpoint: b.pt}\ntrainer:", ["train.yml:2:1: 'model_path' and 'predictor.checkpoint' are two names for one setting; keep one of them"]),
     ],
 )  # fmt: skip
 def test_what_has_the_wrong_form_is_told(old: str, new: str, expected: list[str], tmp_path: Path) -> None:

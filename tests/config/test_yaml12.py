@@ -179,13 +179,13 @@ def test_a_fixed_place_is_everywhere() -> None:
         ("a: 1\nb: 2\na: 3\n", "a.yaml:3:1: duplicate key 'a', first written in line 1"),
         ("x:\n  a: 1\n  a: 1\n", "a.yaml:3:3: duplicate key 'x.a', first written in line 2"),
         ("{a: 1, a: 2}", "a.yaml:1:8: duplicate key 'a', first written in line 1"),
-        ("1: a", "a.yaml:1:1: a key is a text; put '1' in quotes"),
-        ("true: a", "a.yaml:1:1: a key is a text; put 'true' in quotes"),
-        ("null: a", "a.yaml:1:1: a key is a text; put 'null' in quotes"),
-        ("1.5: a", "a.yaml:1:1: a key is a text; put '1.5' in quotes"),
-        ("[a, b]: 1", "a.yaml:1:1: a key is a text, found a list"),
-        ("? {a: 1}\n: 2", "a.yaml:1:3: a key is a text, found a mapping"),
-        ("a.b: 1", "a.yaml:1:1: the key 'a.b' holds a dot; nest the keys instead (dots are for the command line)"),
+        ("1: a", "a.yaml:1:1: a key must be a string; put '1' in quotes"),
+        ("true: a", "a.yaml:1:1: a key must be a string; put 'true' in quotes"),
+        ("null: a", "a.yaml:1:1: a key must be a string; put 'null' in quotes"),
+        ("1.5: a", "a.yaml:1:1: a key must be a string; put '1.5' in quotes"),
+        ("[a, b]: 1", "a.yaml:1:1: a key must be a string, found a list"),
+        ("? {a: 1}\n: 2", "a.yaml:1:3: a key must be a string, found a mapping"),
+        ("a.b: 1", "a.yaml:1:1: the key 'a.b' contains a dot; nest the keys instead (dots are for the command line)"),
         ("__class__: 1", "a.yaml:1:1: '__class__' cannot be a key"),
         ("'': 1", "a.yaml:1:1: '' cannot be a key"),
         ('"a\\x1b": 1', "a.yaml:1:1: 'a\\x1b' cannot be a key"),
@@ -210,14 +210,14 @@ def test_a_fixed_place_is_everywhere() -> None:
         ("a: !!set {x, y}", "a.yaml:1:4: the tag 'set' is not allowed; a config holds plain values, lists and mappings only"),
         ("a: !my.Thing 1", "a.yaml:1:4: the tag '!my.Thing' is not allowed; a config holds plain values, lists and mappings only"),
         ("!x a: 1", "a.yaml:1:1: the tag '!x' is not allowed; a config holds plain values, lists and mappings only"),
-        ("a: !!int 1.5", "a.yaml:1:4: '1.5' is no int"),
-        ("a: !!int true", "a.yaml:1:4: 'true' is no int"),
-        ("a: !!bool yes", "a.yaml:1:4: 'yes' is no bool"),
-        ("a: !!float x", "a.yaml:1:4: 'x' is no float"),
+        ("a: !!int 1.5", "a.yaml:1:4: '1.5' is not an integer"),
+        ("a: !!int true", "a.yaml:1:4: 'true' is not an integer"),
+        ("a: !!bool yes", "a.yaml:1:4: 'yes' is not true or false"),
+        ("a: !!float x", "a.yaml:1:4: 'x' is not a number"),
         ("a: !!map [1]", "a.yaml:1:4: the tag 'map' is not allowed; a config holds plain values, lists and mappings only"),
         ("<<: 3", "a.yaml:1:5: '<<' takes a mapping or a list of mappings"),
         ("a: &a {b: 1, <<: *a}", "a.yaml:1:4: '<<' merges a mapping into itself"),
-        ("a: &a [*a]", "a.yaml:1:4: nesting deeper than 50; that is no config"),
+        ("a: &a [*a]", "a.yaml:1:4: nesting deeper than 50; this is not a config"),
         ("%YAML 3.0\n---\na: 1", "a.yaml:1:1: not valid YAML: found incompatible YAML document (version 1.* is required)"),
     ],
 )  # fmt: skip
@@ -229,7 +229,7 @@ def test_one_line_says_what_is_wrong_and_where(text: str, expected: str) -> None
 def test_all_mistakes_of_a_document_are_told() -> None:
     assert mistakes("a: 1\na: 2\n3: 4\nb: !x 1\n") == [
         "a.yaml:2:1: duplicate key 'a', first written in line 1",
-        "a.yaml:3:1: a key is a text; put '3' in quotes",
+        "a.yaml:3:1: a key must be a string; put '3' in quotes",
         "a.yaml:4:4: the tag '!x' is not allowed; a config holds plain values, lists and mappings only",
     ]
 
@@ -260,7 +260,7 @@ print(json.dumps(["peak", int(status.partition("VmHWM:")[2].split()[0]) / 1024])
 
 
 def test_an_alias_bomb_says_what_it_is() -> None:
-    assert mistakes(bomb(9))[0].endswith("more than 20000 values (aliases expanded); that is no config")
+    assert mistakes(bomb(9))[0].endswith("more than 20000 values (aliases expanded); this is not a config")
 
 
 # ------------------------------------------------------------------------------------------------------- there and back

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from whole_runs import ACCELERATE, EXACT, Place, close, figures, last, write_config
 
-from dtrain.checkpoint.files import load
+from dtrain.checkpoint.checkpoint_files import load
 from dtrain.config.check import check
 from dtrain.config.errors import ConfigError
 from dtrain.config.load import load_config
@@ -139,7 +139,7 @@ def test_accelerates_own_fsdp_file_is_used(place: Place, tmp_path: Path) -> None
     file.write_text(json.dumps(ACCELERATES_FILE))
     config = place.config("by-accelerate", **SETTINGS)
     done = place.run(config, launcher=[*ACCELERATE, "--config_file", str(file)])
-    assert "shared out (fsdp)" in done.stdout, done.text
+    assert "sharded (fsdp)" in done.stdout, done.text
     close(figures(place.path("by-accelerate")), figures(by_ddp(place)))
 
 
@@ -149,7 +149,7 @@ def test_accelerates_own_fsdp_file_is_used(place: Place, tmp_path: Path) -> None
         ({"trainer.compile": True}, "trainer.compile", "strategy: fsdp"),
         ({"trainer.sync_batchnorm": True}, "trainer.sync_batchnorm", "strategy: fsdp"),
         ({"trainer.precision": "fp16"}, "trainer.precision", "possible: bf16, fp32"),
-        ({"trainer.ddp": {"static_graph": True}}, "trainer.ddp.static_graph", "possible: backend, timeout_seconds"),
+        ({"trainer.ddp": {"static_graph": True}}, "trainer.ddp.static_graph", "fsdp: backend, timeout_seconds"),
         ({"trainer.strategy": "ddp"}, "trainer.fsdp", "strategy: fsdp"),
         ({"trainer.strategy": "fspd"}, "trainer.strategy", "'ddp', 'fsdp'"),
     ],

@@ -47,19 +47,19 @@ def test_a_sound_machine_is_found_so_and_nothing_is_left(
     clean_env: dict[str, str], tagged: Tagged, tmp_path: Path
 ) -> None:
     out, err = doctor(["--json"], clean_env, tmp_path).communicate(timeout=200)
-    told = json.loads(out)
+    report = json.loads(out)
     probes = ["versions", "gpus", "nccl", "fabric", "disk", "files", "shared memory", "all-reduce", "mlflow"]
-    assert [one["probe"] for one in told["findings"]] == probes
-    status = {one["probe"]: one["status"] for one in told["findings"]}
+    assert [one["probe"] for one in report["findings"]] == probes
+    status = {one["probe"]: one["status"] for one in report["findings"]}
     assert {status[probe] for probe in ("versions", "gpus", "nccl", "all-reduce", "mlflow")} == {"ok"}, err
-    assert told["ok"] == all(one["status"] != "fail" for one in told["findings"])
-    (reduced,) = [one["found"] for one in told["findings"] if one["probe"] == "all-reduce"]
+    assert report["ok"] == all(one["status"] != "fail" for one in report["findings"])
+    (reduced,) = [one["found"] for one in report["findings"] if one["probe"] == "all-reduce"]
     assert "2 ranks, gloo" in reduced and "GB/s" in reduced
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
-def test_what_fails_is_told_with_its_cure(clean_env: dict[str, str], tagged: Tagged, tmp_path: Path) -> None:
+def test_what_fails_is_reported_with_its_cure(clean_env: dict[str, str], tagged: Tagged, tmp_path: Path) -> None:
     """In a container as many are started: 40 MB of /dev/shm, a host name that nobody knows, 200 files."""
     config = tmp_path / "config.yaml"
     config.write_text("trainer: {checkpoint_dir: /proc/runs}\nmlflow: {tracking_uri: 'http://127.0.0.1:9'}\n")
@@ -100,15 +100,15 @@ def test_under_srun_all_nodes_are_looked_at_and_their_clocks_compared(
     step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_LOCALID": "0"}
     env = {**clean_env, **master, **step, "PYTHONPATH": path}
     ranks = [doctor([str(config)], {**env, "SLURM_PROCID": rank, "SLURM_NODEID": rank}, tmp_path) for rank in "01"]
-    said = [rank.communicate(timeout=250) for rank in ranks]
-    lines = {line.split()[1]: line for line in said[0][0].splitlines()}
-    assert lines["clocks"].startswith(status) and lines["mlflow"].startswith("fail"), said
+    outputs = [rank.communicate(timeout=250) for rank in ranks]
+    lines = {line.split()[1]: line for line in outputs[0][0].splitlines()}
+    assert lines["clocks"].startswith(status) and lines["mlflow"].startswith("fail"), outputs
     found = re.search(r"of 2 nodes rank 1's is farthest, \+([\d.]+) s \(to ([\d.]+) s\)", lines["clocks"])
-    assert found, said
-    assert abs(float(found[1]) - seconds) <= float(found[2]) + 0.001, said  # to so much it says that it knows
+    assert found, outputs
+    assert abs(float(found[1]) - seconds) <= float(found[2]) + 0.001, outputs  # to so much it says that it knows
     assert "of 2 nodes)" in lines["disk"]
     assert "2 ranks, gloo" in lines["all-reduce"]
-    assert said[1][0] == ""
+    assert outputs[1][0] == ""
     assert [rank.returncode for rank in ranks] == [1, 1]
 
 
@@ -131,7 +131,7 @@ def test_a_full_disk_fails(mounted: Callable[[str], Path]) -> None:
     assert "No space left" in found.found
 
 
-def test_few_open_files_are_told_with_the_limit() -> None:
+def test_few_open_files_are_reported_with_the_limit() -> None:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (1024, before[1]))
@@ -142,11 +142,14 @@ def test_few_open_files_are_told_with_the_limit() -> None:
     assert "ulimit -n" in found.cure
 
 
-def test_ranks_that_do_not_come_are_told_within_the_limit(
+def test_ranks_that_do_not_come_are_reported_within_the_limit(
     clean_env: dict[str, str], tagged: Tagged, tmp_path: Path
 ) -> None:
     """Rank 0 of two, alone."""
-    alone = "import sys\nfrom dtrain import cli, doctor\ndoctor.TOGETHER_SECONDS = 4.0\nsys.exit(cli.main(['doctor']))"
+    alone = (
+        "import sys; from dtrain import cli; from dtrain.launch import doctor; "
+        "doctor.TOGETHER_SECONDS = 4.0; sys.exit(cli.main(['doctor']))"
+    )
     env = {**clean_env, **worlds_of(2)[0]}
     done = subprocess.run(
         [sys.executable, "-c", alone], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200
@@ -167,8 +170,8 @@ def test_libraries_that_are_old_or_missing_fail(
     monkeypatch: pytest.MonkeyPatch, installed: dict[str, str], found: str, cure: str
 ) -> None:
     monkeypatch.setattr("dtrain.launch.doctor.version_of", lambda name: installed.get(name, ""))
-    told = versions()
-    assert (told.status, told.cure) == ("fail", cure) and found in told.found
+    finding = versions()
+    assert (finding.status, finding.cure) == ("fail", cure) and found in finding.found
 
 
 class Cards:
@@ -185,14 +188,14 @@ class Cards:
             monkeypatch.setattr(torch.cuda, name, answer)
 
 
-def test_gpus_that_are_taken_or_cannot_talk_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_that_are_taken_or_cannot_communicate_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     Cards(monkeypatch)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
-    found, talk = gpus(), nccl()
+    found, link = gpus(), nccl()
     assert found.status == "warn" and "2 x H200" in found.found and found.found.endswith("memory taken on 1")
-    assert talk.status == "fail" and "NCCL" in talk.cure
+    assert link.status == "fail" and "NCCL" in link.cure
     monkeypatch.setattr(Cards, "left", (79,))
-    assert (gpus().status, nccl().status) == ("ok", "warn"), "one GPU alone talks to nobody"
+    assert (gpus().status, nccl().status) == ("ok", "warn"), "one GPU alone needs none"
 
 
 def test_a_device_that_torch_does_not_see_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -204,7 +207,7 @@ def test_a_device_that_torch_does_not_see_fails(monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.parametrize(("free_gb", "status"), [(0.05, "fail"), (4.0, "warn"), (100.0, "ok")])
-def test_a_disk_with_little_room_is_told(
+def test_a_disk_with_little_space_is_reported(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free_gb: float, status: str
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free_gb * 1e9))
@@ -213,7 +216,7 @@ def test_a_disk_with_little_room_is_told(
     assert found.status == status or (status, found.cure[:11]) == ("ok", "checkpoints"), "this disk itself may be slow"
 
 
-def test_a_slow_disk_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_slow_disk_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(os, "fsync", lambda file: time.sleep(0.2))
     monkeypatch.setattr(doctor_module, "DISK_MB", 2)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1e12))

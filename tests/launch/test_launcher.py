@@ -22,9 +22,10 @@ import pytest
 from conftest import RunCli, Running
 from whole_runs import EXACT, Place, figures, last, same_training, worlds_of
 
+from dtrain import cli
 from dtrain.checkpoint.resume import find_start
 from dtrain.config.errors import ConfigError
-from dtrain.launch import launcher
+from dtrain.launch import launcher, rendezvous
 from dtrain.launch.agent import End
 from dtrain.launch.console import Console
 from dtrain.tracking.run_folder import read_run
@@ -112,14 +113,12 @@ def test_a_wrong_config_starts_nothing(run_cli: RunCli, tmp_path: Path) -> None:
 def test_a_wrong_command_line_is_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
 ) -> None:
-    from dtrain.cli import main
-
     monkeypatch.chdir(Path(__file__).parents[2])
-    monkeypatch.setattr(launcher, "end_at_once", lambda say: None)
+    monkeypatch.setattr(cli, "end_at_once", lambda say: None)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     try:
-        status = main(["launch", "configfiles/digits.yaml", *words])
+        status = cli.main(["launch", "configfiles/digits.yaml", *words])
     except SystemExit as error:
         status = int(str(error.code))
     out = capsys.readouterr()
@@ -130,7 +129,7 @@ def test_more_ranks_than_gpus_are_refused_and_auto_takes_all(monkeypatch: pytest
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
 
     def ranks(given: str, config: dict[str, Any]) -> int:
-        return launcher._ranks_here(_options(nproc_per_node=given), config)
+        return launcher._ranks_here(cli.parse(["launch", "c.yaml", "--nproc-per-node", given]), config)
 
     assert (
         ranks("auto", {}) == 2
@@ -142,14 +141,6 @@ def test_more_ranks_than_gpus_are_refused_and_auto_takes_all(monkeypatch: pytest
         ranks("8", {})
 
 
-def _options(**given: Any) -> Any:
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    launcher.add_options(parser)
-    return argparse.Namespace(**{**vars(parser.parse_args([])), **given})
-
-
 def test_a_port_in_use_is_named_with_its_owner_within_seconds() -> None:
     with socket.socket() as taken:
         taken.bind(("", 0))
@@ -158,9 +149,9 @@ def test_a_port_in_use_is_named_with_its_owner_within_seconds() -> None:
         for nodes in (1, 2):
             began = time.monotonic()
             with pytest.raises(ConfigError, match=rf"port {port} is in use by process {os.getpid()} \("):
-                launcher._is_host("localhost", port, nodes)
+                rendezvous.is_held_here("localhost", port, nodes)
             assert time.monotonic() - began < 5
-    assert launcher._is_host("localhost", port, 2)
+    assert rendezvous.is_held_here("localhost", port, 2)
 
 
 def test_accelerates_own_settings_reach_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +185,7 @@ class Chatter(MLP):
 """
 
 
-def test_lines_stay_whole_and_a_failure_before_the_first_step_is_told_and_not_restarted(place: Place) -> None:
+def test_lines_stay_whole_and_a_failure_before_the_first_step_is_reported_and_not_restarted(place: Place) -> None:
     (place.folder / "chatter.py").write_text(CHATTER)
     file = place.config("chatter", modules=["chatter", "toy"], **{"model.name": "Chatter", "trainer.resume": "none"})
     env = {key: value for key, value in place.env.items() if key != "OMP_NUM_THREADS"}
@@ -211,18 +202,18 @@ def test_lines_stay_whole_and_a_failure_before_the_first_step_is_told_and_not_re
         log = (place.path("chatter") / "logs" / f"rank-{rank}.log").read_text()
         for kind, text in (("long", "x" * 6000), ("short", "y" * 50)):
             wanted = [f"{kind} {number} {text}." for number in range(300)]
-            mine = [line.split("  ", 2)[2] for line in lines if line.startswith(f"rank {rank}  ")]
-            assert [line for line in mine if line.startswith(f"{kind} ")] == wanted
+            shown = [line.split("  ", 2)[2] for line in lines if line.startswith(f"rank {rank}  ")]
+            assert [line for line in shown if line.startswith(f"{kind} ")] == wanted
             assert [line for line in log.splitlines() if line.startswith(f"{kind} ")] == wanted
         assert "https://***@host/" in log
         assert f"threads {max(1, len(os.sched_getaffinity(0)) // 2)}\n" in log
-    told = result.stderr
-    assert "rank 1 failed first: RuntimeError: the toy is broken (exit status 1; its output: " in told
-    assert "toy.py" in told and told.count("failed first") == 1 and "restart" not in told
+    messages = result.stderr
+    assert "rank 1 failed first: RuntimeError: the toy is broken (exit status 1; its output: " in messages
+    assert "toy.py" in messages and messages.count("failed first") == 1 and "restart" not in messages
     assert read_run(place.path("chatter"))["attempt"] == 1
 
 
-def test_a_killed_rank_is_named_and_the_ranks_go_on_from_the_last_checkpoint(place: Place) -> None:
+def test_a_killed_rank_is_named_and_the_ranks_resume_from_the_last_checkpoint(place: Place) -> None:
     whole = undisturbed(place)
     file = place.config("restart", **LIVELY, **{"trainer.resume": "none"})
     result = two(place, file, "--max-restarts", "1", do="train 50 rank 1 KILL").result(150)
@@ -295,8 +286,8 @@ def test_a_signal_to_the_launcher_saves_and_asks_for_another_start(place: Place,
     result = running.result(60)
     assert result.rc == 75, result.text
     facts = read_run(run)
-    told = "TERM" if name == "QUIT" else name  # which Python's ranks would end at with their stacks alone
-    assert (facts["state"], facts["exit_status"], facts["reason"]) == ("KILLED", 75, f"signal SIG{told}")
+    passed_on = "TERM" if name == "QUIT" else name  # which Python's ranks would end at with their stacks alone
+    assert (facts["state"], facts["exit_status"], facts["reason"]) == ("KILLED", 75, f"signal SIG{passed_on}")
     assert last(run).state["step"] >= steps_done(run) and facts["world_size"] == 2
     assert facts["save_seconds"] > 0
 
@@ -518,7 +509,7 @@ def one_node_lost(place: Place, machines: list[list[str]], name: str, at_step: i
             assert found.execute("SELECT status FROM runs").fetchall() == [("FINISHED",)]
 
 
-def test_a_node_that_is_killed_and_comes_back_goes_on_in_the_same_run(place: Place, machines: list[list[str]]) -> None:
+def test_a_node_that_is_killed_and_comes_back_resumes_the_same_run(place: Place, machines: list[list[str]]) -> None:
     one_node_lost(place, machines, "nodes", at_step=4)
 
 
@@ -544,7 +535,7 @@ def free_endpoint() -> str:
 
 
 @pytest.mark.soak
-def test_a_node_that_never_comes_is_not_waited_for_for_ever(place: Place) -> None:
+def test_a_node_that_never_comes_is_not_waited_for_forever(place: Place) -> None:
     endpoint = free_endpoint()
     result = impatient(place, [sys.executable], endpoint, place.config("alone")).result(90)
     assert result.rc == 1
@@ -564,7 +555,7 @@ def test_ctrl_c_while_the_other_node_is_waited_for_ends_at_once(place: Place) ->
     endpoint = free_endpoint()
     running = impatient(place, [sys.executable], endpoint, place.config("waits"), seconds=600)
     host, port = endpoint.split(":")
-    until(lambda: launcher._is_rendezvous(host, int(port)), running)
+    until(lambda: rendezvous.is_rendezvous(host, int(port)), running)
     os.kill(running.pid, signal.SIGINT)
     assert running.result(20).rc == 130
 
@@ -595,7 +586,7 @@ def test_a_node_lost_at_any_step_changes_nothing(place: Place, machines: list[li
 def test_the_likelier_cause_comes_first() -> None:
     inf = float("inf")
     ends = [End(0, 1, 5.0), End(1, -15, inf), End(2, 3, inf), End(3, 0, inf), End(4, -9, inf), End(5, 1, 4.0)]
-    assert [end.rank for end in sorted(ends, key=launcher._order)] == [4, 3, 2, 5, 0, 1]
+    assert [end.rank for end in sorted(ends, key=launcher._likelihood)] == [4, 3, 2, 5, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -613,19 +604,19 @@ def test_the_likelier_cause_comes_first() -> None:
     ],
 )
 def test_the_status_of_a_job(tmp_path: Path, ends: list[Any], asked: list[str], has_begun: bool, status: int) -> None:
-    job = launcher._Job(None, tmp_path, None, False)
-    job.ends = [End(rank, code, float("inf") if spoke is None else spoke) for rank, code, spoke in ends]
-    job.asked = [signal.Signals[f"SIG{name}"] for name in asked]
-    job.asked_at, job.has_begun = [0.0] * len(asked), has_begun
-    assert job._status(None) == status
+    node = launcher.NodeRun(None, tmp_path, None, False)
+    node.ends = [End(rank, code, float("inf") if reported is None else reported) for rank, code, reported in ends]
+    node.requests = [launcher.Request(signal.Signals[f"SIG{name}"], 0.0) for name in asked]
+    node.has_begun = has_begun
+    assert node._status() == status
 
 
-def test_who_stops_a_job_that_waits_to_go_on_has_stopped_it_early(tmp_path: Path) -> None:
+def test_who_stops_a_job_that_waits_to_resume_has_stopped_it_early(tmp_path: Path) -> None:
     """A node was lost and is waited for: all that there was is saved, and nothing runs."""
-    job = launcher._Job(SimpleNamespace(max_restarts=2), tmp_path, None, False)
-    assert job._ended([End(0, -9, float("inf")), End(1, 1, 1.0)], has_begun=True, can_restart=True)
-    job.asked, job.asked_at = [signal.SIGTERM], [0.0]
-    assert job._status(None) == 75
+    node = launcher.NodeRun(SimpleNamespace(max_restarts=2), tmp_path, None, False)
+    assert node._ended([End(0, -9, float("inf")), End(1, 1, 1.0)], has_begun=True, can_restart=True)
+    node.requests = [launcher.Request(signal.SIGTERM, 0.0)]
+    assert node._status() == 75
 
 
 # A terminal, in which a command is started.
@@ -654,9 +645,9 @@ def test_where_this_machines_name_means_the_loopback_gloo_takes_what_leads_to_ot
         except OSError:
             pytest.skip("SKIPPED, NOT TESTED HERE: this machine has no way to other ones")
         own = probe.getsockname()[0]
-    assert launcher._address_towards("localhost", 29500) == "localhost", "other nodes know it by that name"
+    assert rendezvous.address_towards("localhost", 29500) == "localhost", "other nodes know it by that name"
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    launcher._have_gloo_use("localhost")
+    rendezvous.set_gloo_interface("localhost")
     interface = os.environ.pop("GLOO_SOCKET_IFNAME")
     assert own in {each.address for each in psutil.net_if_addrs()[interface]}
 
@@ -666,10 +657,10 @@ def test_ranks_get_time_to_save_by_how_long_the_last_save_took(
     tmp_path: Path, facts: dict[str, float], seconds: float
 ) -> None:
     (tmp_path / "run.json").write_text(json.dumps(facts))
-    assert launcher._Job(None, tmp_path, None, False).shutdown_seconds() == seconds
+    assert launcher.NodeRun(None, tmp_path, None, False).shutdown_seconds() == seconds
 
 
-def test_a_restart_goes_on_whatever_the_training_began_from(tmp_path: Path) -> None:
+def test_a_restart_resumes_whatever_the_training_began_from(tmp_path: Path) -> None:
     def found(resume: str, is_restart: bool) -> Any:
         return find_start(tmp_path / "run", resume, "name", {}, None, is_restart)
 

@@ -26,7 +26,7 @@ from whole_runs import TOY, write_config
 from dtrain.config.errors import ConfigError
 from dtrain.config.load import load_config
 from dtrain.launch import submit as submitting
-from dtrain.launch.sbatch import BODY
+from dtrain.launch.sbatch import BODY, Job
 from dtrain.launch.submit import submit
 from dtrain.tracking.git_state import capture_code
 
@@ -35,7 +35,7 @@ FAKE_SBATCH = '#!/bin/sh\nprintf "%s\\n" "$@" >> sbatch.args\necho 42\n'
 
 
 @pytest.fixture
-def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a config, where sbatch takes every job."""
     shutil.copy(TOY, tmp_path)
     programs = tmp_path / "bin"
@@ -57,37 +57,37 @@ def directives(text: str) -> list[str]:
     return re.findall(r"^#SBATCH (.*)$", text, re.M)
 
 
-def job_folder(desk: Path, name: str = "toy") -> Path:
-    (folder,) = (path for path in (desk / "runs" / f"{name}.jobs").iterdir() if path.is_dir())
+def job_folder(workspace: Path, name: str = "toy") -> Path:
+    (folder,) = (path for path in (workspace / "runs" / f"{name}.jobs").iterdir() if path.is_dir())
     return folder
 
 
 # The script
 
 
-def test_dry_run_prints_a_script_and_writes_nothing(desk: Path, run_cli: RunCli) -> None:
-    before = sorted(desk.rglob("*"))
+def test_dry_run_prints_a_script_and_writes_nothing(workspace: Path, run_cli: RunCli) -> None:
+    before = sorted(workspace.rglob("*"))
     words = ["submit", "toy.yaml", "--nodes", "2", "--gpus-per-node", "4", "--time", "12:00:00", "--dry-run"]
-    done = run_cli([*words, "--partition", "gpu", "optimizer.lr=0.5"], cwd=desk)
+    done = run_cli([*words, "--partition", "gpu", "optimizer.lr=0.5"], cwd=workspace)
     assert done.rc == 0, done.text
-    assert [path for path in desk.rglob("*") if path not in before and "__pycache__" not in path.parts] == []
+    assert [path for path in workspace.rglob("*") if path not in before and "__pycache__" not in path.parts] == []
     assert directives(done.stdout) == [
         "--job-name=toy", "--nodes=2", "--gpus-per-node=4", "--time=0-12:00:00",
         "--partition=gpu", "--signal=B:USR1@180", "--requeue", "--open-mode=append",
     ]  # fmt: skip
     assert BODY in done.stdout and "\nranks=4 " in done.stdout
-    (desk / "job.sbatch").write_text(done.stdout)
-    assert complaints([desk / "job.sbatch"]) == ""
+    (workspace / "job.sbatch").write_text(done.stdout)
+    assert complaints([workspace / "job.sbatch"]) == ""
 
 
 def complaints(scripts: list[Path]) -> str:
     """What bash and shellcheck say against scripts; that in quotes something looks like an expansion is meant."""
-    said = [subprocess.run(["bash", "-n", script], capture_output=True, text=True).stderr for script in scripts]
+    found = [subprocess.run(["bash", "-n", script], capture_output=True, text=True).stderr for script in scripts]
     if shutil.which("shellcheck"):
         command = ["shellcheck", "--exclude=SC2016", *scripts]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        said += [done.stdout, done.stderr]
-    return "".join(said)
+        found += [done.stdout, done.stderr]
+    return "".join(found)
 
 
 def test_the_scripts_for_clusters_are_clean_and_hold_what_submit_writes() -> None:
@@ -107,15 +107,15 @@ def test_the_kubernetes_job_runs_what_the_scripts_run() -> None:
         given = {item["name"] for item in container["env"]}
         assert {"MLFLOW_DISABLE_TELEMETRY", "OMP_NUM_THREADS", "CONFIG", "RUN_FOLDER"} <= given
         words = container["command"]
-        assert words[:3] == ["python", "-m", "dtrain.launch.job"] and role["restartPolicy"] == "ExitCode"
+        assert words[:4] == ["python", "-m", "dtrain", "job"] and role["restartPolicy"] == "ExitCode"
         line = words[words.index("-c") + 1]
         assert subprocess.run(["bash", "-n", "-c", line], capture_output=True, text=True).stderr == ""
         assert set(re.findall(r"\$\{?(\w+)", line)) - given == {"MASTER_ADDR", "MASTER_PORT"}
 
 
-def test_settings_stand_in_the_config_and_options_win(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_stand_in_the_config_and_options_win(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cluster = {"nodes": "1-2", "time": "1.5h", "account": "lab", "mem_per_node": "64G", "cpus_per_node": 16}
-    write_config(desk, "toy", {"cluster": cluster, "run_name": "Größe 1; x"})
+    write_config(workspace, "toy", {"cluster": cluster, "run_name": "Größe 1; x"})
     assert submit("toy.yaml", [], {"time": "2d", "qos": "high", "nproc_per_node": 3}, dry_run=True) == 0
     printed = capsys.readouterr().out
     expected = ["--nodes=1-2", "--time=2-00:00:00", "--account=lab", "--qos=high", "--mem=64G", "--cpus-per-task=16"]
@@ -126,7 +126,7 @@ def test_settings_stand_in_the_config_and_options_win(desk: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("nodes", "0", "expected a number of nodes, or a range such as 1-2, found text '0'"),
+        ("nodes", "0", "expected a number of nodes, or a range such as 1-2, found string '0'"),
         ("nodes", "3-2", "expected a number of nodes"),
         ("time", "12", "expected a unit, such as 90m or 01:30:00"),
         ("time", "12:00", "expected 12:00:00, 90m"),
@@ -141,11 +141,11 @@ def test_settings_stand_in_the_config_and_options_win(desk: Path, capsys: pytest
         ("array", ["optimizer.lr=1", "optimiser.lr=1"], "did you mean 'optimizer'"),
     ],
 )
-def test_what_cannot_be_submitted_is_refused(desk: Path, key: str, value: Any, message: str) -> None:
+def test_what_cannot_be_submitted_is_refused(workspace: Path, key: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         submit("toy.yaml", [], {key: value})
     assert any(message in str(wrong) for wrong in caught.value.mistakes), caught.value.mistakes
-    assert not (desk / "runs").exists()
+    assert not (workspace / "runs").exists()
 
 
 # Names and paths that are meant to break out
@@ -159,79 +159,84 @@ NASTY = [
 ]  # fmt: skip
 
 
-def test_no_name_or_path_breaks_out_of_500_scripts(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_name_or_path_breaks_out_of_500_scripts(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seed = random.randrange(1 << 30)
     print("seed", seed)
     chance = random.Random(seed)
-    python = desk / "a python's $(touch MARKER) \" place" / "python"
+    python = workspace / "a python's $(touch MARKER) \" place" / "python"
     python.parent.mkdir()
     write_program(python, '#!/bin/sh\nprintf "%s\\0" "$@" > "$ARGS"\n')
-    write_program(desk / "bin" / "scontrol", "#!/bin/sh\necho node1\n")
+    write_program(workspace / "bin" / "scontrol", "#!/bin/sh\necho node1\n")
     monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.setattr(submitting, "check", lambda config, purpose: None)  # it has tests of its own, and takes a while
-    scripts: dict[Path, submitting.Plan] = {}
+    scripts: dict[Path, Job] = {}
     refused = 0
     while len(scripts) + refused < 500:
         text = "".join(chance.choices(NASTY, k=chance.randint(1, 5)))
         key = chance.choice(["experiment", "run_name", "trainer.checkpoint_dir", "cluster.partition", "cluster.array"])
         value: Any = f"runs/{text}" if key == "trainer.checkpoint_dir" else [text] if key == "cluster.array" else text
         try:
-            plan = submitting._plan("toy.yaml", [f"{key}={json.dumps(value)}"])
+            job, _ = submitting._plan("toy.yaml", [f"{key}={json.dumps(value)}"])
         except ConfigError:
             refused += 1
             continue
-        script = desk / f"{len(scripts)}.sbatch"
-        script.write_text(submitting.script(plan.job))
-        scripts[script] = plan
+        script = workspace / f"{len(scripts)}.sbatch"
+        script.write_text(submitting.script(job))
+        scripts[script] = job
     assert len(scripts) > 200 and refused > 50
     assert complaints(list(scripts)) == ""
-    env = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_JOB_NUM_NODES": "1", "ARGS": str(desk / "args")}
-    for script, plan in scripts.items():
+    env = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "node1",
+        "SLURM_JOB_NUM_NODES": "1",
+        "ARGS": str(workspace / "args"),
+    }
+    for script, job in scripts.items():
         known = {"--job-name", "--nodes", "--partition", "--signal", "--requeue", "--open-mode"}
         assert {line.partition("=")[0] for line in directives(script.read_text())} <= known
-        subprocess.run(["bash", script], check=True, cwd=desk, env={**os.environ, **env}, timeout=30)
-        words = (desk / "args").read_bytes().decode().split("\0")[:-1]
-        assert words[:4] == ["-m", "dtrain.launch.job", "--run-folder", str(plan.job.run_folders[0])]
+        subprocess.run(["bash", script], check=True, cwd=workspace, env={**os.environ, **env}, timeout=30)
+        words = (workspace / "args").read_bytes().decode().split("\0")[:-1]
+        assert words[:5] == ["-m", "dtrain", "job", "--run-folder", str(job.run_folders[0])]
         launch = words.index("launch")
-        assert words[launch - 3 : launch + 2] == [str(python), "-m", "dtrain", "launch", str(plan.job.configs[0])]
+        assert words[launch - 3 : launch + 2] == [str(python), "-m", "dtrain", "launch", str(next(iter(job.configs)))]
         assert words[-1] == "7.0"
-    assert list(desk.rglob("MARKER*")) == []
+    assert list(workspace.rglob("MARKER*")) == []
 
 
-def test_a_strange_folder_becomes_the_jobs_and_nothing_more(desk: Path) -> None:
+def test_a_strange_folder_becomes_the_jobs_and_nothing_more(workspace: Path) -> None:
     place = "runs/it's $(touch MARKER); 100% `x`"
     assert submit("toy.yaml", [f"trainer.checkpoint_dir={json.dumps(place)}"], {}) == 0
     (folder,) = Path(f"{place}.jobs").iterdir()
-    words = (desk / "sbatch.args").read_text().splitlines()
+    words = (workspace / "sbatch.args").read_text().splitlines()
     assert words == [
         "--parsable",
-        f"--chdir={desk}",
-        f"--output={str(desk / folder).replace('%', '%%')}/%j.log",
-        str(desk / folder / "job.sbatch"),
+        f"--chdir={workspace}",
+        f"--output={str(workspace / folder).replace('%', '%%')}/%j.log",
+        str(workspace / folder / "job.sbatch"),
     ]
-    assert not list(desk.rglob("MARKER"))
+    assert not list(workspace.rglob("MARKER"))
 
 
 # The copy
 
 
-def test_config_and_code_are_copied_for_the_owner_alone(desk: Path, run_cli: RunCli) -> None:
-    models = desk / "my_models"
+def test_config_and_code_are_copied_for_the_owner_alone(workspace: Path, run_cli: RunCli) -> None:
+    models = workspace / "my_models"
     for path, text in {
         "net.py": "import helper\nfrom toy import MLP\n\nclass Net(MLP):\n    pass\n", "__init__.py": "",
         "table.json": "{}", "__pycache__/x.pyc": "", ".hidden": "", "weights.bin": "0" * (2**20 + 1),
     }.items():  # fmt: skip
         (models / path).parent.mkdir(exist_ok=True)
         (models / path).write_text(text)
-    (desk / "helper.py").write_text("def help():\n    import yaml, later\n")
-    (desk / "later.py").write_text("")
-    (desk / "unrelated.py").write_text("")
-    base = write_config(desk, "base", {"trainer.checkpoint_dir": "runs/toy"})
+    (workspace / "helper.py").write_text("def help():\n    import yaml, later\n")
+    (workspace / "later.py").write_text("")
+    (workspace / "unrelated.py").write_text("")
+    base = write_config(workspace, "base", {"trainer.checkpoint_dir": "runs/toy"})
     changes = {"_base_": base, "modules": [], "model": {"name": "my_models.net:Net"}, "cluster": {"nodes": 1}}
     changes |= {"modules": ["my_models", "toy"], "run_name": "${RUN_OF_TODAY:-x}"}
-    (desk / "toy.yaml").write_text(json.dumps(changes))
+    (workspace / "toy.yaml").write_text(json.dumps(changes))
     assert submit("toy.yaml", ["optimizer.lr=0.25"], {}) == 0
-    folder = job_folder(desk)
+    folder = job_folder(workspace)
     code = folder / "code"
     assert {path.name for path in code.iterdir()} == {
         *("dtrain", "my_models", "toy.py", "helper.py", "later.py", "dtrain_job.egg-info")
@@ -243,54 +248,54 @@ def test_config_and_code_are_copied_for_the_owner_alone(desk: Path, run_cli: Run
     assert [stat.S_IMODE(path.stat().st_mode) for path in (folder, folder.parent)] == [0o700, 0o700]
     kept = yaml.safe_load((folder / "config.yaml").read_text())
     assert (kept["optimizer"]["lr"], kept["loss"]["name"], kept["experiment"]) == (0.25, "CrossEntropyLoss", "toy")
-    assert kept["trainer"]["checkpoint_dir"] == str(desk / "runs" / "toy")
+    assert kept["trainer"]["checkpoint_dir"] == str(workspace / "runs" / "toy")
     assert kept["run_name"] == "${RUN_OF_TODAY:-x}" and not {"_base_", "cluster"} & set(kept)
     # What is edited now does not reach the job.
     (models / "net.py").write_text("broken here")
-    (desk / "helper.py").unlink()
+    (workspace / "helper.py").unlink()
     path = os.pathsep.join([str(code), str(REPOSITORY)])
-    done = run_cli(["config", folder / "config.yaml"], env={"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}, cwd=desk)
+    done = run_cli(["config", folder / "config.yaml"], env={"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}, cwd=workspace)
     assert done.rc == 0, done.text
     assert re.search(rf"^# model: .*{re.escape(str(code))}/my_models/net.py:4$", done.stdout, re.M), done.stdout
     assert f"{code}/dtrain/" in done.stdout
 
 
-def test_too_many_files_are_no_code(desk: Path) -> None:
-    data = desk / "data"
+def test_too_many_files_are_not_code(workspace: Path) -> None:
+    data = workspace / "data"
     data.mkdir()
     for number in range(5100):
         (data / f"{number}.json").touch()
     (data / "models.py").write_text("from toy import MLP\n")
     with pytest.raises(ConfigError, match="more than 5000 files"):
         submit("toy.yaml", ["modules=[data.models, toy]"], {})
-    assert list((desk / "runs" / "toy.jobs").iterdir()) == []
+    assert list((workspace / "runs" / "toy.jobs").iterdir()) == []
 
 
-def test_an_array_has_a_folder_and_a_config_for_each_job(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_array_has_a_folder_and_a_config_for_each_job(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     jobs = ["optimizer.lr=0.5", "optimizer.lr=0.25 'run_name=two words'", "trainer.checkpoint_dir=runs/other"]
     assert submit("toy.yaml", ["seed=3"], {"array": jobs}) == 0
-    folder = job_folder(desk)
+    folder = job_folder(workspace)
     kept = [yaml.safe_load((folder / f"config-{index}.yaml").read_text()) for index in range(3)]
     assert [one["optimizer"]["lr"] for one in kept] == [0.5, 0.25, 0.1]
     assert [Path(one["trainer"]["checkpoint_dir"]).name for one in kept] == ["toy-0", "toy-1", "other"]
     assert kept[1]["run_name"] == "two words" and [one["seed"] for one in kept] == [3, 3, 3]
     assert "--array=0-2" in directives((folder / "job.sbatch").read_text())
-    assert f"--output={folder}/%A_%a.log" in (desk / "sbatch.args").read_text().splitlines()
+    assert f"--output={folder}/%A_%a.log" in (workspace / "sbatch.args").read_text().splitlines()
     assert "job 42: toy, 1 node(s) x 1 rank(s), 3 jobs\n" in capsys.readouterr().out
 
 
 def test_a_job_has_the_state_of_the_code_that_it_was_submitted_with(
-    desk: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     git = ["git", "-c", "user.name=n", "-c", "user.email=e@x"]
     subprocess.run(["git", "init", "-q"], check=True)
     subprocess.run(["git", "add", "toy.py"], check=True)
     subprocess.run([*git, "commit", "-qm", "x"], check=True)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    with (desk / "toy.py").open("a") as file:
+    with (workspace / "toy.py").open("a") as file:
         file.write("edited = 'before'\n")
     assert submit("toy.yaml", [], {}) == 0
-    folder = job_folder(desk)
+    folder = job_folder(workspace)
     (line,) = re.findall(r"^export .*DTRAIN_CODE_STATE.*$", (folder / "job.sbatch").read_text(), re.M)
     subprocess.run([*git, "commit", "-qam", "an edit that the job is not to see"], check=True)
     place = subprocess.run(
@@ -300,35 +305,35 @@ def test_a_job_has_the_state_of_the_code_that_it_was_submitted_with(
         check=True,
     )
     monkeypatch.setenv("DTRAIN_CODE_STATE", place.stdout.strip())
-    assert capture_code(desk / "captured") == {"mlflow.source.git.commit": commit, "dtrain.code_changed": "True"}
-    assert "+edited = 'before'" in (desk / "captured" / "diff.patch").read_text()
-    assert {path.name for path in (desk / "captured").iterdir()} == {"commit.txt", "status.txt", "diff.patch"}
+    assert capture_code(workspace / "captured") == {"mlflow.source.git.commit": commit, "dtrain.code_changed": "True"}
+    assert "+edited = 'before'" in (workspace / "captured" / "diff.patch").read_text()
+    assert {path.name for path in (workspace / "captured").iterdir()} == {"commit.txt", "status.txt", "diff.patch"}
 
 
-def test_a_job_that_is_not_taken_leaves_nothing(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_program(desk / "bin" / "sbatch", "#!/bin/sh\necho 'invalid partition' >&2\nexit 1\n")
+def test_a_job_that_is_not_taken_leaves_nothing(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_program(workspace / "bin" / "sbatch", "#!/bin/sh\necho 'invalid partition' >&2\nexit 1\n")
     assert submit("toy.yaml", [], {}) == 1
     assert capsys.readouterr().err == "dtrain submit: invalid partition\n"
-    assert list((desk / "runs" / "toy.jobs").iterdir()) == []
+    assert list((workspace / "runs" / "toy.jobs").iterdir()) == []
 
 
-def test_a_job_that_may_have_been_taken_keeps_its_folder(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_job_that_may_have_been_taken_keeps_its_folder(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A busy controller answers late; the job is in the queue then, and starts one day."""
-    said = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"
-    write_program(desk / "bin" / "sbatch", f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+    message = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"
+    write_program(workspace / "bin" / "sbatch", f"#!/bin/sh\necho '{message}' >&2\nexit 1\n")
     assert submit("toy.yaml", [], {}) == 1
-    (folder,) = (desk / "runs" / "toy.jobs").iterdir()
+    (folder,) = (workspace / "runs" / "toy.jobs").iterdir()
     assert (folder / "job.sbatch").exists() and (folder / "code").is_dir()
-    told = capsys.readouterr().err
-    assert said in told and "may be queued all the same: look with squeue --me" in told and str(folder) in told
+    error = capsys.readouterr().err
+    assert message in error and "may be queued all the same: look with squeue --me" in error and str(folder) in error
 
 
 def test_jobs_that_are_submitted_in_one_second_leave_one_another_alone(
-    desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("time.strftime", lambda form: "20261126-101500")
     assert [submit("toy.yaml", [f"seed={seed}"], {}) for seed in range(3)] == [0, 0, 0]
-    folders = list((desk / "runs" / "toy.jobs").iterdir())
+    folders = list((workspace / "runs" / "toy.jobs").iterdir())
     assert {yaml.safe_load((folder / "config.yaml").read_text())["seed"] for folder in folders} == {0, 1, 2}
     monkeypatch.setattr("secrets.token_hex", lambda length: folders[0].name.rpartition("-")[2])  # taken already
     before = sorted(folders[0].rglob("*"))
@@ -341,44 +346,35 @@ def test_jobs_that_are_submitted_in_one_second_leave_one_another_alone(
 
 
 class Batch:
-    """A batch system of small scripts: what is asked of it is in `asked`, what scontrol says of the job in `state`."""
+    """A batch system of small scripts: what is asked of it is in `asked`, what scontrol shows of the job in `state`."""
 
-    def __init__(self, desk: Path) -> None:
-        self.desk, self.run = desk, desk / "run"
+    def __init__(self, workspace: Path) -> None:
+        self.workspace, self.run = workspace, workspace / "run"
         self.state, self.minutes_left = "RUNNING", 600
         for name in ("scontrol", "squeue"):
-            write_program(desk / "bin" / name, f'#!/bin/sh\necho "{name} $*" >> asked\ncat {name}.says\n')
+            write_program(workspace / "bin" / name, f'#!/bin/sh\necho "{name} $*" >> asked\ncat {name}.says\n')
 
     def env(self) -> dict[str, str]:
         end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 60 * self.minutes_left))
-        (self.desk / "scontrol.says").write_text(f"JobId=7 JobState={self.state} Reason=None\n")
-        (self.desk / "squeue.says").write_text(f"{end}\n")
+        (self.workspace / "scontrol.says").write_text(f"JobId=7 JobState={self.state} Reason=None\n")
+        (self.workspace / "squeue.says").write_text(f"{end}\n")
         return {**os.environ, "SLURM_JOB_ID": "7", "PYTHONPATH": str(REPOSITORY)}
 
     def start(self, step: str, *options: str) -> subprocess.Popen[str]:
-        command = [
-            "-m",
-            "dtrain.launch.job",
-            "--run-folder",
-            str(self.run),
-            "--requeue",
-            "scontrol requeue 7",
-            *options,
-            "--",
-        ]
+        job = ["-m", "dtrain", "job", "--run-folder", str(self.run), "--requeue", "scontrol requeue 7", *options]
         return subprocess.Popen(
-            [sys.executable, *command, "bash", "-c", step, "step"], cwd=self.desk, env=self.env(), text=True,
+            [sys.executable, *job, "--", "bash", "-c", step, "step"], cwd=self.workspace, env=self.env(), text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
     def status(self, step: str, *options: str) -> int:
         process = self.start(step, *options)
-        self.said = process.communicate(timeout=60)[0]
+        self.output = process.communicate(timeout=60)[0]
         return process.returncode
 
     @property
     def requeued(self) -> int:
-        asked = self.desk / "asked"
+        asked = self.workspace / "asked"
         return asked.read_text().count("scontrol requeue 7") if asked.exists() else 0
 
     def checkpoint(self, step: int, **facts: Any) -> None:
@@ -391,15 +387,15 @@ class Batch:
 
 
 @pytest.fixture
-def batch(desk: Path) -> Batch:
-    return Batch(desk)
+def batch(workspace: Path) -> Batch:
+    return Batch(workspace)
 
 
 def test_a_warning_while_the_batch_system_is_asked_starts_nothing_and_is_a_stop(batch: Batch) -> None:
     batch.env()
-    write_program(batch.desk / "bin" / "squeue", "#!/bin/sh\nkill -USR1 $PPID\ncat squeue.says\n")
-    assert batch.status("touch begun") == 75, batch.said
-    assert not (batch.desk / "begun").exists()
+    write_program(batch.workspace / "bin" / "squeue", "#!/bin/sh\nkill -USR1 $PPID\ncat squeue.says\n")
+    assert batch.status("touch begun") == 75, batch.output
+    assert not (batch.workspace / "begun").exists()
 
 
 SAVES = "mkdir -p run/checkpoints; ln -sfn step-$RANDOM$$ run/checkpoints/last; exit 75"
@@ -428,21 +424,21 @@ SAVES = "mkdir -p run/checkpoints; ln -sfn step-$RANDOM$$ run/checkpoints/last; 
         *("cancelled", "no input"),
     ],
 )  # fmt: skip
-def test_only_what_was_stopped_early_is_put_back(
+def test_only_what_was_stopped_early_is_requeued(
     batch: Batch, step: str, facts: Mapping[str, Any], status: int, requeued: int
 ) -> None:
     vars(batch).update(facts)
-    assert (batch.status(step), batch.requeued) == (status, requeued), batch.said
+    assert (batch.status(step), batch.requeued) == (status, requeued), batch.output
 
 
-def test_of_an_array_one_task_is_asked_for_and_put_back(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_an_array_one_task_is_asked_for_and_requeued(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of the tasks has the number of the whole array as its own."""
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     assert batch.status(SAVES) == 75
-    asked = (batch.desk / "asked").read_text()
+    asked = (batch.workspace / "asked").read_text()
     assert "squeue -h -j 7_3 -o %e\n" in asked and "scontrol -o show job 7_3\n" in asked
-    for file in [*REPOSITORY.glob("scripts/cluster/*.sbatch"), REPOSITORY / "dtrain" / "jobscript.py"]:
+    for file in [*REPOSITORY.glob("scripts/cluster/*.sbatch"), REPOSITORY / "dtrain" / "launch" / "sbatch.py"]:
         text = file.read_text()
         (line,) = re.findall("^job=.*$", text, re.M)
         assert '--requeue "scontrol requeue $job"' in text
@@ -454,16 +450,16 @@ def test_of_an_array_one_task_is_asked_for_and_put_back(batch: Batch, monkeypatc
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR2])
 def test_a_warning_reaches_the_step_as_usr1(batch: Batch, number: signal.Signals) -> None:
     process = batch.start(f"trap 'touch warned; {SAVES}' USR1; touch ready; while :; do sleep 0.05; done")
-    wait_for(batch.desk / "ready")
+    wait_for(batch.workspace / "ready")
     for _ in range(3):
         process.send_signal(number)
     assert (process.wait(30), batch.requeued) == (75, 1)
-    assert (batch.desk / "warned").exists()
+    assert (batch.workspace / "warned").exists()
 
 
-def test_a_warning_before_the_step_can_take_it_is_no_crash(batch: Batch) -> None:
+def test_a_warning_before_the_step_can_take_it_is_not_a_crash(batch: Batch) -> None:
     process = batch.start("touch ready; sleep 30")
-    wait_for(batch.desk / "ready")
+    wait_for(batch.workspace / "ready")
     process.send_signal(signal.SIGUSR1)
     assert (process.wait(30), batch.requeued) == (75, 1)
 
@@ -476,63 +472,65 @@ def wait_for(path: Path) -> None:
 
 
 def test_starts_without_progress_end(batch: Batch) -> None:
-    """A node that always fails, a job that is preempted before it can save: SLURM alone would go on for ever."""
+    """A node that always fails, a job that is preempted before it can save: SLURM alone would continue forever."""
     batch.checkpoint(8)
     assert [batch.status("exit 75") for _ in range(5)] == [75, 75, 75, 1, 1]
-    assert batch.requeued == 3 and "3 starts have not led to a new checkpoint" in batch.said
+    assert batch.requeued == 3 and "3 starts have not led to a new checkpoint" in batch.output
     batch.checkpoint(9)
     assert batch.status("exit 75") == 75
 
 
-def test_the_next_start_goes_on_with_the_jobs_own_training(batch: Batch) -> None:
+def test_the_next_start_resumes_the_jobs_own_training(batch: Batch) -> None:
     batch.checkpoint(5, id="an old training")
     step = "echo got: $*; exit 75"
-    assert batch.status(step) == 75 and "got:\n" in batch.said
-    assert batch.status(step) == 75 and "got:\n" in batch.said  # it was stopped before it had moved the old one aside
+    assert batch.status(step) == 75 and "got:\n" in batch.output
+    assert batch.status(step) == 75 and "got:\n" in batch.output  # it was stopped before it had moved the old one aside
     batch.checkpoint(1, id="the job's own")
-    assert batch.status(step) == 75 and "got: trainer.resume=auto\n" in batch.said
+    assert batch.status(step) == 75 and "got: trainer.resume=auto\n" in batch.output
 
 
-def test_the_end_of_the_job_is_told_where_slurm_does_not(batch: Batch) -> None:
+def test_the_end_of_the_job_is_set_where_slurm_does_not(batch: Batch) -> None:
     batch.minutes_left = 30
     assert batch.status("test $(($SLURM_JOB_END_TIME - $(date +%s))) -gt 1700") == 0
 
 
 def test_other_systems_take_a_status_or_a_command(batch: Batch) -> None:
     assert batch.status(SAVES, "--stopped-status", "143", "--requeue", "touch 'put back'") == 143
-    assert (batch.desk / "put back").exists()
+    assert (batch.workspace / "put back").exists()
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
-def test_what_a_script_is_given_stays_what_it_is(desk: Path, script: Path) -> None:
+def test_what_a_script_is_given_stays_what_it_is(workspace: Path, script: Path) -> None:
     """Odd names, in a locale that knows ASCII alone."""
-    write_program(desk / "bin" / "python", '#!/bin/sh\nprintf "%s\\0" "$@" > args\nexit 75\n')
-    write_program(desk / "bin" / "scontrol", "#!/bin/sh\necho node1\n")
+    write_program(workspace / "bin" / "python", '#!/bin/sh\nprintf "%s\\0" "$@" > args\nexit 75\n')
+    write_program(workspace / "bin" / "scontrol", "#!/bin/sh\necho node1\n")
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_JOB_NUM_NODES": "1", "PBS_JOBID": "7.srv"}
     for number, text in enumerate(["a b", *(f"{a}{b}" for a, b in zip(NASTY, [*NASTY[7:], *NASTY[:7]], strict=True))]):
         config, folder = f"{text}.yaml", f"runs/{number} {text}"
         words = [config, folder, f"run_name={text}"]
-        given = {"CONFIG": config, "RUN_FOLDER": folder, "PBS_O_WORKDIR": str(desk), **job}
+        given = {"CONFIG": config, "RUN_FOLDER": folder, "PBS_O_WORKDIR": str(workspace), **job}
         if script.name == "slurm-array.sbatch":
             words, folder = [config], f"runs/{text}"
             given["SLURM_ARRAY_TASK_ID"], given["SLURM_ARRAY_JOB_ID"] = "0", "7"
         env = {**os.environ, **given, "LC_ALL": "C"}
-        done = subprocess.run(["bash", script, *words], cwd=desk, env=env, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(
+            ["bash", script, *words], cwd=workspace, env=env, capture_output=True, text=True, timeout=30
+        )
         assert done.returncode == 75, done.stderr
-        found = (desk / "args").read_bytes().decode().split("\0")[:-1]
-        assert found[:4] == ["-m", "dtrain.launch.job", "--run-folder", folder]
-        place = found.index("dtrain") + 1
+        found = (workspace / "args").read_bytes().decode().split("\0")[:-1]
+        assert found[:5] == ["-m", "dtrain", "job", "--run-folder", folder]
+        place = found.index("dtrain", found.index("--")) + 1
         assert config in found[place : place + 2] and f"trainer.checkpoint_dir={folder}" in found
         if len(words) == 3 and script.suffix == ".sbatch":
             assert found[-1] == words[-1]
         if script.name == "pbs.sh":
             again = shlex.split(found[found.index("--requeue") + 1])
-            assert again[0] == "qsub" and (desk / again[-1]).read_text() == script.read_text()
-        (desk / "args").unlink()
-    assert not list(desk.rglob("MARKER*"))
+            assert again[0] == "qsub" and (workspace / again[-1]).read_text() == script.read_text()
+        (workspace / "args").unlink()
+    assert not list(workspace.rglob("MARKER*"))
 
 
-def test_the_section_is_no_part_of_a_training(desk: Path) -> None:
-    write_config(desk, "toy", {"cluster": {"nodes": 2, "time": "1h"}})
+def test_the_section_is_not_part_of_a_training(workspace: Path) -> None:
+    write_config(workspace, "toy", {"cluster": {"nodes": 2, "time": "1h"}})
     config = load_config("toy.yaml")
     assert config.cluster.nodes == 2

@@ -29,7 +29,8 @@ from whole_runs import NO_MLFLOW
 from dtrain.config.check import check
 from dtrain.config.errors import ConfigError, to_plain
 from dtrain.config.load import load_config, place_of, to_yaml
-from dtrain.config.schema import PHASES, TOP_LEVEL
+from dtrain.config.rules import TOP_LEVEL
+from dtrain.config.schema import PHASES
 from dtrain.config.yaml12 import scalar
 from dtrain.dataloader import loader_settings
 from dtrain.distributed.ddp import ddp_options
@@ -50,7 +51,7 @@ NOT_RUN = (
     *("needs SLURM", "stays until Ctrl-C", "takes 10 minutes", "takes some minutes"),
 )
 TIMEOUT_SECONDS = 240
-# Pages that take minutes. test_configfiles.py and test_predict.py train and predict the same in every run, from Python
+# Pages that take minutes. test_configfiles.py and tests/predict/ train and predict the same in every run, from Python
 # or with words of their own; that the very commands of these pages work, only --soak shows.
 SLOW = ("systems", "predict")
 # The pages whose trainings are told to MLflow: its import takes as long as all else of a short training.
@@ -313,6 +314,16 @@ def test_modules_that_a_page_names_are_there(page: str) -> None:
     named = re.findall(rf"`(?:dtrain[./])?({packages})[./](\w+)(?:\.\w+)*`", text)
     assert len(named) > 5
     assert [f"{folder}/{name}" for folder, name in named if not list((package / folder).glob(f"{name}*"))] == []
+
+
+def test_the_components_page_lists_every_method_to_override() -> None:
+    table = (REPOSITORY / "docs" / "components.md").read_text().partition("### Methods to override")[2]
+    listed = re.findall(r"^\| `(\w+)\((.*?)\)` \| .+ \| .+ \|$", table, re.M)
+    public = {name: value for name, value in vars(Trainer).items() if inspect.isfunction(value) and name[0] != "_"}
+    assert sorted(name for name, _ in listed) == sorted(public.keys() - {"fit"})
+    for name, parameters in listed:
+        names = [parameter.partition("=")[0] for parameter in parameters.split(", ") if parameter]
+        assert names == list(inspect.signature(public[name]).parameters)[1:], name
 
 
 # ------------------------------------------------------------------------------------------------------- the glossary

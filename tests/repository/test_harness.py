@@ -92,6 +92,34 @@ def test_soak_tests_run_only_when_asked_for(pytester: pytest.Pytester) -> None:
     pytester.runpytest_subprocess("--soak", timeout=60).assert_outcomes(passed=1)
 
 
+def test_fast_leaves_out_what_is_slow_or_starts_processes(pytester: pytest.Pytester) -> None:
+    shutil.copy(Path(__file__).parents[1].joinpath("forks.py"), pytester.path)
+    pytester.makeconftest(Path(__file__).parents[1].joinpath("conftest.py").read_text().replace(PLUGINS, ""))
+    pytester.makepyfile(
+        """
+        import pytest
+
+        @pytest.mark.slow
+        def test_slow():
+            pass
+
+        @pytest.mark.soak
+        def test_long():
+            pass
+
+        def test_starts_a_command_line(run_cli):
+            pass
+
+        def test_fast(tmp_path):
+            pass
+        """
+    )
+    pytester.makeini("[pytest]\nmarkers =\n    slow: long\n    soak: longer")
+    outcome = pytester.runpytest_subprocess("--fast", "-v", timeout=60)
+    outcome.assert_outcomes(passed=1, deselected=3)
+    outcome.stdout.fnmatch_lines(["*::test_fast PASSED*"])
+
+
 def test_the_tag_is_the_tests_own(tagged: Tagged, clean_env: dict[str, str]) -> None:
     other = Tagged()
     process = subprocess.Popen(["sleep", "100"], env={**clean_env, TAG: other.tag})

@@ -5,6 +5,7 @@ what to do when one of these tests fails.
 """
 
 import ast
+import functools
 import json
 import re
 import subprocess
@@ -92,6 +93,7 @@ def source(path: Path, text: str) -> Source:
     return Source(path, text, ast.parse(text, path.name))
 
 
+@functools.cache
 def all_sources() -> list[Source]:
     return [source(path, path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))]
 
@@ -100,6 +102,7 @@ def engine() -> list[Source]:
     return [file for file in all_sources() if file.top != "components"]
 
 
+@functools.cache
 def imports(file: Source) -> list[Import]:
     """All imports of a file, those within functions and those for the type checker included."""
     return list(_imports(file.tree, file, at_start=True))

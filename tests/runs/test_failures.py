@@ -13,9 +13,10 @@ import torch
 from whole_runs import TORCHRUN, Place, figures, last, same_training
 
 from dtrain.distributed.mailbox import Mailbox
-from dtrain.launch import rank as worker
+from dtrain.launch import rank
 from dtrain.tracking.run_folder import read_run
-from dtrain.training.failure import card, first_of, phase_of, unused_parameters
+from dtrain.training.failure_card import card, first_of, unused_parameters
+from dtrain.training.state import Activity
 from dtrain.training.watchdog import stuck_of
 
 pytestmark = pytest.mark.timeout(600)
@@ -60,7 +61,7 @@ def test_a_rank_that_is_killed_is_named_by_its_silence(place: Place) -> None:
     text = place.run(place.config("silent"), expect=None, do="train 3 rank 1 KILL", **TWO).text
     failure = failure_of(place.path("silent"))
     assert failure["silent_ranks"] == [1] and "memory was full" in failure["cure"]
-    assert "without a word: rank 1" in text
+    assert "exited without reporting an error: rank 1" in text
 
 
 def test_a_sample_that_cannot_be_loaded_is_named_with_its_section(place: Place) -> None:
@@ -124,18 +125,30 @@ def test_unused_parameters_are_named_not_numbered() -> None:
     assert unused_parameters(model, "something else") == []
 
 
-@pytest.mark.parametrize(
-    ("names", "phase"),
-    [
-        (["fit", "_train_epoch", "waiting", "epoch"], "waiting for data"),
-        (["fit", "_train_epoch", "_forward_backward", "outcome"], "forward"),
-        (["fit", "_train_epoch", "_after_step", "_validate", "evaluate", "waiting"], "validation"),
-        (["fit", "_train_epoch", "_forward_backward", "backward", "_engine_run_backward"], "backward"),
-        (["fit", "create"], "start-up"),
-    ],
-)
-def test_a_phase_is_told_from_the_stack(names: list[str], phase: str) -> None:
-    assert phase_of(names) == phase
+def test_the_phase_is_what_the_loop_wrote_whatever_the_functions_are_called(place: Place) -> None:
+    """An error of forward, within functions that are called as the trainer's own and as torch's."""
+    (place.folder / "misleading.py").write_text(
+        "import toy, torch\n\n\nclass Misleading(toy.MLP):\n"
+        "    def forward(self, images):\n        return self.backward(images)\n\n"
+        "    def backward(self, images):\n        return self.validate(images) if self.training else super().forward(images)\n\n"
+        "    def validate(self, images):\n        raise RuntimeError('misled')\n"
+    )
+    place.run(place.config("misled", modules=["misleading", "toy"], **{"model.name": "Misleading"}), expect=1)
+    failure = failure_of(place.path("misled"))
+    assert (failure["phase"], failure["message"]) == ("forward", "misled")
+    assert failure["config"].startswith("model (")
+
+
+def test_an_activity_is_over_with_its_block_but_for_one_that_fails() -> None:
+    activity = Activity("backward")
+    with activity.during("validation"):
+        with activity.during("saving"):
+            assert activity.phase == "saving"
+        assert activity.phase == "validation"
+    assert activity.phase == "backward"
+    with pytest.raises(OSError), activity.during("logging"):
+        raise OSError
+    assert activity.phase == "logging", "by which the failure card tells where it was"
 
 
 def test_a_card_is_short(tmp_path: Path) -> None:
@@ -172,7 +185,7 @@ def test_the_replay_names_the_module_whose_output_is_bad_first(place: Place) -> 
 
 
 def test_a_folder_without_a_failed_step_is_told(place: Place, tmp_path: Path) -> None:
-    assert "is no run folder" in place.run("replay", str(tmp_path), expect=2).text
+    assert "is not a run folder" in place.run("replay", str(tmp_path), expect=2).text
 
 
 def test_a_model_that_leaves_the_program_has_failed(place: Place) -> None:
@@ -185,7 +198,7 @@ def test_a_model_that_leaves_the_program_has_failed(place: Place) -> None:
 
 @pytest.mark.parametrize("code", [0, None, "why", 2, 75, 256])
 def test_work_that_somebody_left_is_not_done(code: Any) -> None:
-    assert worker._status(lambda: sys.exit(code)) == 1
+    assert rank._run(lambda: sys.exit(code), bool) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------- the hang
@@ -250,18 +263,18 @@ def test_a_slow_training_is_no_hang(place: Place) -> None:
 @pytest.mark.parametrize(
     ("notes", "stuck"),
     [
-        ({0: (4, "forward"), 1: (4, "waiting for data")}, [1]),
-        ({0: (4, "backward"), 1: (4, "forward")}, [1]),
-        ({0: (4, "waiting for data"), 1: (3, "optimizer step")}, [1]),
-        ({0: (4, "validation"), 1: (4, "validation")}, [0, 1]),
-        ({0: (4, "saving"), 1: (4, "forward")}, [0]),
+        ({0: (4, "forward", 0), 1: (4, "waiting for data", 0)}, [1]),
+        ({0: (4, "backward", 0), 1: (4, "forward", 0)}, [1]),
+        ({0: (4, "waiting for data", 0), 1: (3, "optimizer step", 0)}, [1]),
+        ({0: (4, "validation", 7), 1: (4, "validation", 7)}, [0, 1]),
+        ({0: (4, "validation", 8), 1: (4, "validation", 7), 2: (4, "validation", 8)}, [1]),
+        ({0: (4, "saving", 0), 1: (4, "forward", 0)}, [0]),
     ],
 )
-def test_the_stuck_rank_is_the_one_furthest_behind(notes: dict[int, tuple[int, str]], stuck: list[int]) -> None:
-    assert (
-        stuck_of({rank: {"step": step, "phase": phase, "waits": False} for rank, (step, phase) in notes.items()})
-        == stuck
-    )
+def test_the_stuck_rank_is_the_one_furthest_behind(notes: dict[int, tuple[int, str, int]], stuck: list[int]) -> None:
+    """By steps, then within one, then by the collectives that it has begun."""
+    names = ("step", "phase", "collectives")
+    assert stuck_of({rank: dict(zip(names, note, strict=True)) for rank, note in notes.items()}) == stuck
 
 
 # -------------------------------------------------------------------------------------------------------- the mailbox
@@ -274,7 +287,6 @@ def test_the_mailbox_is_shared_by_ranks_and_survives_a_store_that_is_gone() -> N
     assert list(mailboxes[0].notes("x")) == [1] and torch.equal(mailboxes[0].notes("x")[1]["a"], torch.ones(2))
     mailboxes[0].post("x", 3)
     assert list(mailboxes[0].notes("x", 1.0)) == [0, 1]
-    assert [mailbox.first("race") for mailbox in mailboxes] == [0, 0]
     assert not mailboxes[0].is_raised("flag")
     mailboxes[1].raise_flag("other")
     assert mailboxes[0].is_raised("other") and not mailboxes[0].is_raised("other"), "it is looked up once a second"
@@ -286,7 +298,7 @@ def test_the_mailbox_is_shared_by_ranks_and_survives_a_store_that_is_gone() -> N
     lonely = Mailbox(0, 2, Gone())
     lonely.post("x", 1)
     lonely.raise_flag("x")
-    assert lonely.notes("x", 0.1) == {0: 1} and lonely.first("x") == 0 and not lonely.is_raised("x")
+    assert lonely.notes("x", 0.1) == {0: 1} and not lonely.is_raised("x")
 
 
 # ------------------------------------------------------------------------------------------------------ asked to stop

@@ -23,7 +23,7 @@ from whole_runs import (
     same_training,
 )
 
-from dtrain.checkpoint.files import load
+from dtrain.checkpoint.checkpoint_files import load
 from dtrain.data.samplers import ShuffledShard
 from dtrain.tracking.run_folder import read_run
 
@@ -162,7 +162,7 @@ def test_each_sitting_ends_as_it_should(sittings: list[dict[str, Any]]) -> None:
     assert [sitting["exit_status"] for sitting in sittings[:2]] == [75, 75]
     assert "SIGTERM" in sittings[0]["reason"] or "another rank" in sittings[0]["reason"]
     assert "SIGINT" in sittings[1]["reason"]
-    assert sittings[3]["reason"] == "rank 0 died without a word"
+    assert sittings[3]["reason"] == "rank 0 exited without reporting an error"
     assert sittings[4]["exit_status"] == 0 and sittings[4]["reason"] == ""
 
 
@@ -560,7 +560,7 @@ def test_a_finished_training_is_left_alone_and_goes_on_when_max_epochs_is_raised
     before = contents(run)
     here("more", **cosine)
     out = capsys.readouterr().out
-    assert "holds a finished training; to go on, raise trainer.max_epochs" in out
+    assert "holds a finished training; to continue it, raise trainer.max_epochs" in out
     assert "trainer.resume=none" in out
     assert contents(run) == before
     here("more", **cosine, **{"trainer.max_epochs": 4})

@@ -138,7 +138,7 @@ def is_done(jobs: Jobs, number: str, run: Path, restarts: int, most: int | None 
     assert figures(run) == figures(jobs.undisturbed())
 
 
-# How a job is disturbed: each returns when its training has gone on and ended
+# How a job is disturbed: each returns when its training has resumed and ended
 
 
 def preempted(jobs: Jobs, name: str, partition: str = "preempt", **options: Any) -> Path:
@@ -179,7 +179,7 @@ def cancelled(jobs: Jobs, name: str) -> Path:
 
 
 def off_a_node(jobs: Jobs, name: str) -> Path:
-    """A node is drained, which lets its job go on, then fails; the job waits until it is back."""
+    """A node is drained, which lets its job continue, then fails; the job waits until it is back."""
     run = jobs.config(name, **{"loaders.seconds": 0.2})
     number = jobs.submit(f"{name}.yaml", "--nodes", "2", "--time", "10m")
     jobs.at_step(number, run, 1)
@@ -239,7 +239,7 @@ def test_a_disturbed_job_ends_as_if_nothing_had_been(jobs: Jobs, how: Callable[[
         jobs.feeds_mlflow = False
 
 
-def test_a_preempted_job_goes_on_in_its_run_with_the_code_it_was_submitted_with(jobs: Jobs) -> None:
+def test_a_preempted_job_resumes_in_its_run_with_the_code_it_was_submitted_with(jobs: Jobs) -> None:
     code = jobs.folder / "edited.py"
     code.write_text(SLOW)
     store = f"sqlite:///{jobs.folder}/slurm.db"
@@ -277,7 +277,7 @@ def test_a_failing_config_and_a_crash_are_not_requeued(jobs: Jobs) -> None:
         job = jobs.cluster.ended(numbers[name])
         assert (job["JobState"], job["Restarts"], job["ExitCode"]) == ("FAILED", "0", status), job
     assert "optimizer.lr: expected float" in Path(f"{wrong}.log").read_text()
-    assert "learning rate" in Path(f"{crash}.log").read_text()  # what was said before a kill is there
+    assert "learning rate" in Path(f"{crash}.log").read_text()  # what was printed before a kill is there
 
 
 @pytest.mark.soak
@@ -309,7 +309,7 @@ def test_one_task_of_an_array_is_put_back_alone(jobs: Jobs) -> None:
 
 
 @pytest.mark.soak
-def test_a_job_goes_on_with_another_number_of_nodes(jobs: Jobs) -> None:
+def test_a_job_resumes_on_another_number_of_nodes(jobs: Jobs) -> None:
     changes = {"model.dropout": 0.0, "model.norm": False, "loaders.seconds": 0.2, "trainer.accumulate": 1}
     changes |= {"loaders.global_batch_size": 4, "loaders.batch_size": None}
     whole = jobs.config("slurm-two", **changes)
@@ -367,8 +367,8 @@ def test_the_doctor_sees_the_nodes_of_a_job(jobs: Jobs) -> None:
     words = ["--nodes=2", "--ntasks-per-node=1", sys.executable, "-m", "dtrain", "doctor", "--json"]
     env = jobs._env(True)
     done = subprocess.run(["srun", *words], cwd=jobs.folder, env=env, capture_output=True, text=True, timeout=300)
-    told = json.loads(done.stdout)
-    found = {one["probe"]: one for one in told["findings"]}
-    assert (done.returncode == 0) == told["ok"], done.stderr
+    report = json.loads(done.stdout)
+    found = {one["probe"]: one for one in report["findings"]}
+    assert (done.returncode == 0) == report["ok"], done.stderr
     assert "of 2 nodes)" in found["disk"]["found"] and "2 ranks, gloo" in found["all-reduce"]["found"], done.stdout
     assert found["clocks"]["status"] == "ok" and found["mlflow"]["status"] == "ok", done.stdout

@@ -7,18 +7,14 @@ import resource
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dtrain.tracking import secrets as redact_module
 from dtrain.tracking import start_sender
 from dtrain.tracking.journal import Journal, NoJournal, flatten
 from dtrain.tracking.run_folder import read_run, update_run
-from dtrain.tracking.secrets import redact
-from dtrain.tracking.uri import resolve_tracking_uri, sqlite_file, ui_command
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -76,134 +72,7 @@ def test_flatten_takes_a_config_dict() -> None:
     }
 
 
-# Where MLflow is
-
-
-@pytest.mark.parametrize(
-    "uri",
-    [
-        "http://host:5000",
-        "https://host/mlflow",
-        "postgresql://host/db",
-        "postgresql+psycopg2://user:pw@host/db",
-        "mysql+pymysql://host/db",
-        "databricks",
-        "databricks://profile",
-        "sqlite:////data/mlflow.db",
-    ],
-)
-def test_addresses_are_taken_as_they_are(uri: str) -> None:
-    assert resolve_tracking_uri(uri) == uri
-
-
-def test_without_an_address_it_is_sqlite_in_the_current_folder_made_absolute(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert resolve_tracking_uri(None) == f"sqlite:///{tmp_path}/mlflow.db"
-    assert resolve_tracking_uri("sqlite:///sub/x.db?timeout=9") == f"sqlite:///{tmp_path}/sub/x.db?timeout=9"
-    assert resolve_tracking_uri("../up") == f"sqlite:///{tmp_path.parent}/up/mlflow.db"
-    assert resolve_tracking_uri("~/runs") == f"sqlite:///{Path.home()}/runs/mlflow.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
-    assert resolve_tracking_uri(None) == "http://host:5000"
-    assert resolve_tracking_uri("here") == f"sqlite:///{tmp_path}/here/mlflow.db"
-
-
-@pytest.mark.parametrize(
-    "uri", ["file:///data/mlruns", "file:/data/mlruns", "file://localhost/data/mlruns", "FILE:/data/mlruns"]
-)
-def test_a_file_address_is_refused_with_the_cure(uri: str) -> None:
-    with pytest.raises(ValueError, match="no longer writes") as caught:
-        resolve_tracking_uri(uri)
-    assert "give the folder itself, /data/mlruns " in str(caught.value)
-
-
-def test_a_file_address_in_the_environment_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "file:///data/mlruns")
-    with pytest.raises(ValueError, match="MLFLOW_TRACKING_URI"):
-        resolve_tracking_uri(None)
-
-
-def test_other_wrong_addresses_say_what_is_possible(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"unknown kind 'htp'.*a folder, sqlite, http"):
-        resolve_tracking_uri("htp://host")
-    with pytest.raises(ValueError, match="name a file"):
-        resolve_tracking_uri("sqlite:///:memory:")
-    with pytest.raises(ValueError, match="name a file"):
-        resolve_tracking_uri("sqlite://")
-    (tmp_path / "x.db").touch()
-    with pytest.raises(ValueError, match=f"sqlite:///{tmp_path}/x.db"):
-        resolve_tracking_uri(str(tmp_path / "x.db"))
-
-
-def test_the_password_of_a_wrong_address_is_not_shown() -> None:
-    with pytest.raises(ValueError, match="unknown kind") as caught:
-        resolve_tracking_uri("htp://me:hunter2@host")
-    assert "hunter2" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("uri", "command"),
-    [
-        ("sqlite:////data/mlflow.db", "mlflow ui --backend-store-uri sqlite:////data/mlflow.db"),
-        ("sqlite:////my data/mlflow.db", "mlflow ui --backend-store-uri 'sqlite:////my data/mlflow.db'"),
-        ("postgresql://me:hunter2@host/db", "mlflow ui --backend-store-uri 'postgresql://***@host/db'"),
-        ("http://host:5000", "http://host:5000"),
-        ("https://me:hunter2@host/", "https://***@host/"),
-    ],
-)
-def test_ui_command(uri: str, command: str) -> None:
-    assert ui_command(uri) == command
-
-
-def test_sqlite_file() -> None:
-    assert sqlite_file("sqlite:////data/mlflow.db?x=1") == Path("/data/mlflow.db")
-    assert sqlite_file("http://host") is None
-    assert sqlite_file("postgresql://host/db") is None
-
-
-# Secrets
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "postgresql://me:s3cr3t!x@host/db",
-        "http://s3cr3t!x@host",
-        "http://me:a@s3cr3t!x@host/",
-        "https://host/x?api_key=s3cr3t!x&y=1",
-        "password: s3cr3t!x",
-        '{"db_password": "s3cr3t!x"}',
-        "AWS_SECRET_ACCESS_KEY=s3cr3t!x",
-        "key s3cr3t!x of the environment",
-    ],
-)
-def test_secrets_are_masked(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SOME_API_KEY", "s3cr3t!x")
-    redact_module._secrets_of_environment.cache_clear()
-    masked = redact(text)
-    redact_module._secrets_of_environment.cache_clear()
-    assert "s3cr3t" not in masked and "***" in masked
-
-
-@pytest.mark.parametrize(
-    "token", ["ghp_" + "a1B2" * 9, "hf_" + "abCD" * 8, "sk-" + "abcd1234" * 5, "AKIA" + "ABCD1234" * 2]
-)
-def test_tokens_are_known_by_how_they_begin(token: str) -> None:
-    assert redact(f"push with {token}.") == "push with ***."
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "sqlite:////home/me/mlflow.db",
-        "http://host:5000/?a=b@c",
-        "num_tokens: 5, tokenizer: bpe, cls_token=True, monkey: 3",
-        "task-something-rather-long, hf_some_long_identifier_name",
-    ],
-)
-def test_what_is_no_secret_stays(text: str) -> None:
-    assert redact(text) == text
+# The journal
 
 
 def test_a_run_folder_holds_no_secret(tmp_path: Path) -> None:
@@ -214,9 +83,6 @@ def test_a_run_folder_holds_no_secret(tmp_path: Path) -> None:
     written = "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
     assert "hunter2" not in written
     assert lines_of(tmp_path, "params")[0]["values"]["model.tokens"] == "4"
-
-
-# The journal
 
 
 def test_a_run_from_start_to_finish(tmp_path: Path) -> None:
@@ -329,7 +195,6 @@ def test_a_full_disk_costs_a_warning_and_no_figure(tmp_path: Path, caplog: pytes
 def test_a_kill_loses_nothing_that_was_logged(tmp_path: Path) -> None:
     script = """
 import sys
-from dtrain.tracking import secrets as redact_module
 from dtrain.tracking import start_sender
 from dtrain.tracking.journal import Journal
 start_sender._sender_command = lambda *arguments: [sys.executable, "-c", ""]
@@ -423,28 +288,6 @@ def test_the_other_ranks_journal_writes_nothing(tmp_path: Path, monkeypatch: pyt
 # Run.json
 
 
-def test_run_facts_change_one_process_at_a_time(tmp_path: Path) -> None:
-    def write(first: int) -> None:
-        for number in range(first, first + 20):
-            update_run(tmp_path, **{f"key_{number}": number})
-
-    threads = [threading.Thread(target=write, args=(20 * index,)) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert read_run(tmp_path) == {f"key_{number}": number for number in range(80)}
-
-
-def test_run_facts_change_only_while_what_was_seen_holds(tmp_path: Path) -> None:
-    assert read_run(tmp_path) == {}
-    assert update_run(tmp_path, pid=1, state="RUNNING")
-    assert not update_run(tmp_path, when={"pid": 2}, state="FAILED")
-    assert read_run(tmp_path)["state"] == "RUNNING"
-    assert update_run(tmp_path, when={"pid": 1, "state": "RUNNING"}, state="FAILED")
-    assert read_run(tmp_path) == {"pid": 1, "state": "FAILED"}
-
-
 def test_damaged_run_facts_do_not_stop_a_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "run.json").write_text('{"run_id": "a')
     journal = journal_in(tmp_path)
@@ -465,7 +308,6 @@ def test_the_journal_needs_neither_mlflow_nor_torch() -> None:
 def test_signals_that_end_a_rank_leave_its_journal_whole(tmp_path: Path) -> None:
     script = """
 import sys, os, signal
-from dtrain.tracking import secrets as redact_module
 from dtrain.tracking import start_sender
 from dtrain.tracking.journal import Journal
 start_sender._sender_command = lambda *arguments: [sys.executable, "-c", ""]

@@ -3,11 +3,52 @@
 import pytest
 from whole_runs import Place
 
-from dtrain.tracking import secrets as redact
+from dtrain.tracking import secrets
 from dtrain.tracking.secrets import redacted_tree
 
 SECRETS = ("hunter2-of-mine", "t0p-s3cr3t-token", "w0rd-in-an-address")
 WRITTEN = ("tok-0f-the-file-4711", "two words of it", "31415926535", "key-in-a-list")  # as they are, in the file
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "postgresql://me:s3cr3t!x@host/db",
+        "http://s3cr3t!x@host",
+        "http://me:a@s3cr3t!x@host/",
+        "https://host/x?api_key=s3cr3t!x&y=1",
+        "password: s3cr3t!x",
+        '{"db_password": "s3cr3t!x"}',
+        "AWS_SECRET_ACCESS_KEY=s3cr3t!x",
+        "key s3cr3t!x of the environment",
+    ],
+)
+def test_secrets_are_masked(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "s3cr3t!x")
+    secrets._secrets_of_environment.cache_clear()
+    masked = secrets.redact(text)
+    secrets._secrets_of_environment.cache_clear()
+    assert "s3cr3t" not in masked and "***" in masked
+
+
+@pytest.mark.parametrize(
+    "token", ["ghp_" + "a1B2" * 9, "hf_" + "abCD" * 8, "sk-" + "abcd1234" * 5, "AKIA" + "ABCD1234" * 2]
+)
+def test_tokens_are_known_by_how_they_begin(token: str) -> None:
+    assert secrets.redact(f"push with {token}.") == "push with ***."
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sqlite:////home/me/mlflow.db",
+        "http://host:5000/?a=b@c",
+        "num_tokens: 5, tokenizer: bpe, cls_token=True, monkey: 3",
+        "task-something-rather-long, hf_some_long_identifier_name",
+    ],
+)
+def test_what_is_no_secret_stays(text: str) -> None:
+    assert secrets.redact(text) == text
 
 
 def test_a_tree_is_masked_by_names_and_by_values():
@@ -17,12 +58,12 @@ def test_a_tree_is_masked_by_names_and_by_values():
 
 
 def test_words_of_a_model_are_left_alone_and_the_longest_secret_goes_first(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(redact, "_known", set())
-    redact.keep_secret({"cls_token": "learnable", "pad_token": "<|endoftext|>", "a": {"password": "swordfish"}})
-    redact.keep_secret([{"secret": "swordfish-2024-x"}, {"api_key": ["abcdefgh"]}, {"token": "0a1b2c3d4e5f6a7b8c9d"}])
+    monkeypatch.setattr(secrets, "_known", set())
+    secrets.keep_secret({"cls_token": "learnable", "pad_token": "<|endoftext|>", "a": {"password": "swordfish"}})
+    secrets.keep_secret([{"secret": "swordfish-2024-x"}, {"api_key": ["abcdefgh"]}, {"token": "0a1b2c3d4e5f6a7b8c9d"}])
     text = "pos: learnable, <|endoftext|>, swordfish-2024-x, swordfish, abcdefgh, 0a1b2c3d4e5f6a7b8c9d"
-    assert redact.redact(text) == "pos: learnable, <|endoftext|>, ***, ***, ***, ***"
-    assert set(redact.secrets_for_child().values()) == redact._known
+    assert secrets.redact(text) == "pos: learnable, <|endoftext|>, ***, ***, ***, ***"
+    assert set(secrets.secrets_for_child().values()) == secrets._known
 
 
 @pytest.mark.parametrize(
@@ -39,7 +80,7 @@ def test_words_of_a_model_are_left_alone_and_the_longest_secret_goes_first(monke
     ],
 )
 def test_what_a_text_keeps(text: str, expected: str | None):
-    assert redact.redact(text) == (expected or text)
+    assert secrets.redact(text) == (expected or text)
 
 
 @pytest.mark.timeout(300)

@@ -22,11 +22,12 @@ import pytest
 from conftest import REPOSITORY
 from stores import GONE_PID, deliver, rows_of, run_of, runs_in, wait_until, write_run
 
-from dtrain.tracking import delivery, mlflow_store, sender, start_sender
+from dtrain.tracking import delivery, file_queue, mlflow_store, retry, sender, start_sender
 from dtrain.tracking.delivery import Delivery, follow
-from dtrain.tracking.journal import Journal, find_run
+from dtrain.tracking.journal import Journal
 from dtrain.tracking.mlflow_store import MlflowStore, connect, mlflow_key
 from dtrain.tracking.run_folder import close_run_of, lives, read_run, update_run
+from dtrain.tracking.start_sender import find_run
 from dtrain.tracking.uri import sqlite_file
 
 pytestmark = pytest.mark.usefixtures("client_settings")
@@ -133,7 +134,7 @@ def test_the_status_is_how_the_run_ended(tmp_path: Path, uri: str, status: str, 
 
 
 @pytest.mark.usefixtures("quiet_journal")
-def test_a_resumed_training_goes_on_in_its_run(tmp_path: Path, uri: str) -> None:
+def test_a_resumed_training_continues_its_run(tmp_path: Path, uri: str) -> None:
     params = {"optimizer.lr": 1e-3, "seed": 0}
     write_run(tmp_path, range(0, 60, 10), params, status="KILLED", experiment="resumed")
     assert deliver(tmp_path, uri) == 0
@@ -305,7 +306,7 @@ def test_files_cannot_hold_up_a_status_nor_leave_the_run_folder(
     (folder / "good").write_text("x")
     write_run(folder, range(3), artifacts=[("missing", ""), ("link", ""), ("good", "")])
     work = Delivery(folder, MlflowStore(uri))
-    work.draining = True
+    work.is_draining = True
     work._open()
     place = Path(run_of(folder, uri).info.artifact_uri)
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -334,6 +335,7 @@ class Shelf:
         self.status = ""
         clock = SimpleNamespace(monotonic=lambda: self.now, sleep=self.sleep, time=time.time)
         monkeypatch.setattr(delivery, "time", clock)
+        monkeypatch.setattr(retry, "time", clock)
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
@@ -421,7 +423,7 @@ def test_after_the_run_a_file_is_tried_at_once_and_a_few_times_more(
     tried, ended = len(store.tries), store.now
     store.refuses -= {"bad"} if is_mended else set()
     assert follow(work) == (0 if is_mended else 1)
-    assert len(store.tries) - tried == (1 if is_mended else delivery._TRIES_AT_END)
+    assert len(store.tries) - tried == (1 if is_mended else file_queue._TRIES_AT_END)
     assert store.now - ended < 8 and store.status == "FINISHED"
 
 
@@ -437,7 +439,7 @@ def test_files_that_fail_slowly_at_the_end_are_given_up_in_time(shelf: tuple[She
 
 
 @pytest.mark.usefixtures("quiet_journal")
-def test_pictures_that_are_gone_before_they_could_be_sent_are_told(shelf: tuple[Shelf, Delivery]) -> None:
+def test_pictures_that_are_gone_before_they_could_be_sent_are_reported(shelf: tuple[Shelf, Delivery]) -> None:
     store, work = shelf
     work.memory.artifacts = [["pictures/step-8/val.png", "val/worst", 8, 0]]
     write_run(work.folder, status="FINISHED")
@@ -487,7 +489,7 @@ def test_a_run_without_an_end_is_closed_as_failed(tmp_path: Path, uri: str) -> N
     assert sender.main([str(folder), "--tracking-uri", uri]) == 0
     run, facts = run_of(folder, uri), read_run(folder)
     assert run.info.status == facts["state"] == "FAILED"
-    assert run.data.tags["dtrain.reason"] == facts["reason"] == "rank 0 died without a word"
+    assert run.data.tags["dtrain.reason"] == facts["reason"] == "rank 0 exited without reporting an error"
     assert len(rows_of(folder, uri, "lr")) == 3
 
 
@@ -510,7 +512,7 @@ def test_a_run_folder_that_a_new_rank_0_took_over_is_left_to_its_sender(tmp_path
 
 
 @pytest.mark.usefixtures("quiet_journal")
-def test_a_run_that_goes_on_is_not_closed(tmp_path: Path, uri: str) -> None:
+def test_a_run_that_continues_is_not_closed(tmp_path: Path, uri: str) -> None:
     folder = write_run(tmp_path, range(3), status=None)
     update_run(folder, pid=os.getpid())
     assert sender.main([str(folder), "--tracking-uri", uri]) == 0
@@ -523,7 +525,7 @@ def test_a_run_that_goes_on_is_not_closed(tmp_path: Path, uri: str) -> None:
 
 
 class Server:
-    """MLflow's REST server on one port, which can be stopped and started, and told to misbehave."""
+    """MLflow's REST server on one port, which can be stopped and started, and made to misbehave."""
 
     def __init__(self, folder: Path) -> None:
         os.environ["_MLFLOW_SERVER_FILE_STORE"] = f"sqlite:///{folder}/mlflow.db"
@@ -579,6 +581,16 @@ def server(server_process: Server) -> Iterator[Server]:
     server_process.silent.clear()
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pauses of a twentieth of a second between attempts, of which there are more for it."""
+    monkeypatch.setattr(file_queue, "_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(file_queue, "_TRIES_AT_END", 40)
+    monkeypatch.setattr(delivery, "_FIRST_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(delivery, "_LONGEST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(delivery, "_LOOK_EVERY_SECONDS", 0.01)
+
+
 @pytest.mark.usefixtures("quiet_journal", "impatient")
 @pytest.mark.parametrize("fault", ["lost", "refused"])
 def test_a_lossy_server_gets_each_row_once_and_one_run(tmp_path: Path, server: Server, fault: str) -> None:
@@ -625,8 +637,10 @@ def test_a_server_that_comes_back_gets_the_rest(
         server.start()
     thread.join(60)
     assert status == [0] and len(rows_of(folder, server.uri, "lr")) == 10
-    told = [record.getMessage() for record in caplog.records if record.name.startswith("dtrain")]  # not MLflow's own
-    assert told == ["Connection refused", "delivering again"]
+    messages = [
+        record.getMessage() for record in caplog.records if record.name.startswith("dtrain")
+    ]  # not MLflow's own
+    assert messages == ["Connection refused", "delivering again"]
 
 
 @pytest.mark.usefixtures("quiet_journal")
@@ -777,7 +791,7 @@ def test_after_a_kill_of_rank_0_the_rest_is_delivered_and_the_run_is_failed(tmp_
     last = int(rank0.stdout.read().split()[-1])
     rank0.stdout.close()
     assert read_run(folder)["state"] == run_of(folder, uri).info.status == "FAILED"
-    assert read_run(folder)["reason"] == "rank 0 died without a word"
+    assert read_run(folder)["reason"] == "rank 0 exited without reporting an error"
     assert [step for step, _, _ in rows_of(folder, uri, "a")][: last + 1] == list(range(last + 1))
 
 
@@ -811,7 +825,7 @@ def test_a_problem_that_cannot_be_written_down_ends_no_sender(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("dtrain.tracking.delivery.Memory.save", full)
+        patch.setattr("dtrain.tracking.memory.Memory.save", full)
         assert deliver(folder, uri) == 1
     assert deliver(folder, uri) == 0
     assert len(rows_of(folder, uri, "train/loss")) == 10
@@ -824,7 +838,7 @@ def test_a_run_is_found_by_its_id(tmp_path: Path, uri: str, monkeypatch: pytest.
     monkeypatch.undo()  # the real sender
     run_id = read_run(folder)["run_id"]
     answer = find_run(run_id, uri, timeout_seconds=60)
-    assert answer["checkpoint_dir"] == str(folder)
+    assert answer["tags"]["dtrain.checkpoint_dir"] == str(folder)
     assert (answer["run_id"], answer["status"], answer["lifecycle"]) == (run_id, "FINISHED", "active")
 
 
@@ -878,7 +892,7 @@ def test_a_sender_of_which_no_run_comes_ends_without_a_trace(tmp_path: Path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sender_that_died_while_it_waited_is_replaced(tmp_path: Path, uri: str) -> None:
+def test_a_sender_that_exited_while_it_waited_is_replaced(tmp_path: Path, uri: str) -> None:
     sender = start_sender.prepare_sender(uri)
     assert sender is not None
     sender.kill()
@@ -905,7 +919,7 @@ def test_only_while_a_training_runs_the_sender_stands_back(
 @pytest.mark.usefixtures("quiet_journal")
 def test_a_new_store_is_made_under_its_lock_whoever_needs_it_first(tmp_path: Path) -> None:
     database = tmp_path / "new" / "mlflow.db"
-    assert sender._system_figures(f"sqlite:///{database}", time.time()) is not None
+    assert sender._system_metrics(f"sqlite:///{database}", time.time()) is not None
     assert database.exists() and database.with_name(".mlflow.db.lock").exists()
 
 

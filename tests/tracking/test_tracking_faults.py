@@ -524,13 +524,13 @@ def test_a_run_left_open_is_closed_when_its_folder_is_moved_aside(place: Place) 
 def test_a_later_delivery_is_started_where_something_is_missing_only(
     tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    started: list[list[str]] = []
+    started: list[Path] = []
     old = write_run(tmp_path / "old", range(3))
-    monkeypatch.setattr("dtrain.tracking.journal.start_process", lambda words, *others: started.append(words))
+    monkeypatch.setattr("dtrain.tracking.journal.start_sender", lambda folder, uri: started.append(folder))
     journal = Journal(tmp_path / "new", experiment="e", run_name="r", tracking_uri=uri)
     journal.deliver_later(tmp_path / "nothing there")
     journal.deliver_later(old)
-    assert started == [[str(old)]]
+    assert started == [old]
     assert deliver(old, uri) == 0
     journal.deliver_later(old)  # all is there
     update_run(old, state="KILLED", tracking_uri="postgresql://***@host/db")
@@ -549,8 +549,10 @@ def test_a_run_of_another_machine_is_closed_when_it_was_silent_for_long(
     os.utime(folder / "metrics.jsonl", (written, written))
     assert sender.main([str(folder), "--tracking-uri", uri]) == 0
     assert run_of(folder, uri).info.status == read_run(folder)["state"] == ("FAILED" if hours else "RUNNING")
-    told = f"its status is RUNNING: on node17, process {GONE_PID} may still be at work" in capsys.readouterr().out
-    assert told is not bool(hours)
+    is_reported = (
+        f"its status is RUNNING: on node17, process {GONE_PID} may still be at work" in capsys.readouterr().out
+    )
+    assert is_reported is not bool(hours)
 
 
 # -------------------------------------------------------------------------------------------------- params of any kind

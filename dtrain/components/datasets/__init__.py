@@ -1,4 +1,4 @@
-"""Datasets a config can name. Knows no model, no ranks and nothing of the engine."""
+"""Datasets a config can name."""
 
 from dtrain.components.datasets.cell_volume import CellVolume
 from dtrain.components.datasets.digits import Digits, DigitsClassification

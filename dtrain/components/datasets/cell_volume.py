@@ -1,4 +1,4 @@
-"""Synthetic tissue in 3-D, stained at its walls, seen through a microscope. Knows no model, no ranks and no engine."""
+"""Synthetic tissue in 3-D, stained at its walls, seen through a microscope."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args

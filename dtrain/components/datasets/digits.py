@@ -1,4 +1,4 @@
-"""Scikit-learn's handwritten digits, split by a seed. Knows no model, no loader, no ranks and nothing of the engine."""
+"""Scikit-learn's handwritten digits, split by a seed."""
 
 import gzip
 import sys

@@ -1,4 +1,4 @@
-"""Images strewn with real handwritten digits, each pixel labelled. Knows no model, no ranks and no engine."""
+"""Images strewn with real handwritten digits, each pixel labelled."""
 
 from collections.abc import Sequence
 
@@ -30,7 +30,7 @@ class DigitsScene(Dataset[tuple[Tensor, Tensor]]):
         length: How many images.
         size: H and W in pixels.
         channels: 1 for grey; with more, each digit has a colour of its own, which tells nothing about it.
-        per_image: How many digits an image has, at least and at most. One that finds no room is left out.
+        per_image: How many digits an image has, at least and at most. One that finds no space is left out.
         zoom: Side of a digit's pixel in the image's pixels, at least and at most.
         digits: Which digits there are; the class is the place in this list, counted from 1.
         binary: One class for all digits.

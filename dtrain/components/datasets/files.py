@@ -1,4 +1,4 @@
-"""Which files a config means, and what their outputs are called. Knows no file's inside and nothing of the engine."""
+"""Which files a config means, and what their outputs are called."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,7 +64,7 @@ def paired(
         images: Files; those that are labels are left out, so that both may lie in one folder.
         labels: Files; with a suffix, those whose stem does not end with it are left out.
         label_suffix: What a label's stem has behind the image's.
-        suffixes: The endings that are no part of a stem.
+        suffixes: The endings that are not part of a stem.
 
     Raises:
         ValueError: An image without a label, a label without an image, or two of the same stem.

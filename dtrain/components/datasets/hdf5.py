@@ -1,4 +1,4 @@
-"""Patches of volumes in HDF5 files, from memory or read as they are needed. Know no model and nothing of the engine."""
+"""Patches of volumes in HDF5 files, from memory or read as they are needed."""
 
 from typing import Any, ClassVar
 

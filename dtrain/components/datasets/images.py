@@ -1,4 +1,4 @@
-"""Folders of 2-D images with masks: PNG, TIFF, NPY, and images as JPEG. Know no model and nothing of the engine."""
+"""Folders of 2-D images with masks: PNG, TIFF, NPY, and images as JPEG."""
 
 import functools
 from collections.abc import Iterator
@@ -132,7 +132,7 @@ class ImageVolume:
         checks: What each value must be. Default: finite.
 
     Raises:
-        ValueError: A file is no image, or the mask is of another size.
+        ValueError: A file is not an image, or the mask is of another size.
     """
 
     has_weight = False
@@ -250,7 +250,7 @@ def image_shape(path: Path) -> tuple[int, int, int]:
     """(H, W, C) of an image file, of which no more than the head is read.
 
     Raises:
-        ValueError: It is no image, or has more than two dimensions and channels.
+        ValueError: It is not an image, or has more than two dimensions and channels.
     """
     with _naming(path):
         if path.suffix.lower() == ".npy":

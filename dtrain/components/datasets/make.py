@@ -1,4 +1,4 @@
-"""python -m dtrain.components.datasets.make: writes the synthetic datasets as files. Knows no model and no engine.
+"""python -m dtrain.components.datasets.make: writes the synthetic datasets as files.
 
 Layout below OUTPUT, a folder for each split:
 

@@ -1,4 +1,4 @@
-"""Patches of NIfTI images, with their place in space kept for the output. Know no model and nothing of the engine."""
+"""Patches of NIfTI images, with their place in space kept for the output."""
 
 import functools
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The dataset of all patches of some volumes: read, augment, hand over as tensors. Knows no file format, no engine."""
+"""The dataset of all patches of some volumes: read, augment, hand over as tensors."""
 
 from collections.abc import Sequence
 from pathlib import Path

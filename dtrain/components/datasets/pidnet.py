@@ -1,4 +1,4 @@
-"""Any images with labels, and the boundaries that PIDNet learns beside them. Knows no model, no ranks and no engine."""
+"""Any images with labels, and the boundaries that PIDNet learns beside them."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Where the patches of a volume lie, computed by number rather than kept. Knows no file, no model and no engine."""
+"""Where the patches of a volume lie, computed by number rather than kept."""
 
 import math
 from bisect import bisect_right

@@ -1,4 +1,4 @@
-"""Mean, deviation and percentiles of a whole volume, read once, block by block. Knows no patches and no engine."""
+"""Mean, deviation and percentiles of a whole volume, read once, block by block."""
 
 import math
 from collections.abc import Iterator

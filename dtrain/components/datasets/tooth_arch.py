@@ -1,4 +1,4 @@
-"""Rows of teeth as boxes whose numbers only their neighbours tell. Knows no model, no ranks and no engine."""
+"""Rows of teeth as boxes whose numbers only their neighbours tell."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""Volumes and images that are read region by region, from arrays or HDF5. Know no patches, no model and no engine."""
+"""Volumes and images that are read region by region, from arrays or HDF5."""
 
 import os
 from collections import OrderedDict
@@ -193,7 +193,7 @@ class HDF5Volume:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is no HDF5 file, lacks a dataset, or the datasets are no numbers or do not fit together.
+        ValueError: It is not an HDF5 file, lacks a dataset, or the datasets are not numbers or do not fit together.
     """
 
     def __init__(
@@ -340,7 +340,7 @@ def open_hdf5(path: Path) -> Any:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is no HDF5 file, or a part of one.
+        ValueError: It is not an HDF5 file, or a part of one.
         ModuleNotFoundError: h5py is not installed.
     """
     try:

@@ -1,4 +1,4 @@
-"""Losses a config can name, beside torch.nn's. Knows no model, no data and nothing of the engine."""
+"""Losses a config can name, beside torch.nn's."""
 
 from dtrain.components.losses.combined import MaskedLoss, WeightedSum
 from dtrain.components.losses.cross_entropy import CrossEntropyLossSq, WeightedCrossEntropyLoss

@@ -1,4 +1,4 @@
-"""Losses made of other losses: sums of several, masks for those that know none. Know no model and no formula."""
+"""Losses made of other losses: sums of several, masks for those that know none."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Cross entropies that take targets of any usual shape. Know no model and nothing of the engine.
+"""Cross entropies that take targets of any usual shape.
 
 Shapes: N samples, C classes, any spatial dimensions *.
 p = softmax(output) over the classes; v is a voxel, y its label.
@@ -23,7 +23,7 @@ class CrossEntropyLossSq(nn.Module):
     `index` counts, of a dict the entry of that name, or 'out' or 'logits'. A tensor is taken as it is, never indexed.
 
     Labels are (N, *) or (N, 1, *), of any type; floating point in the output's shape are probabilities, whole numbers
-    in the output's shape one-hot. As soon as there are weights or ignored voxels, this is no mean over samples: the
+    in the output's shape one-hot. As soon as there are weights or ignored voxels, this is not a mean over samples: the
     mean of two batches' losses is not the loss of both.
 
     Args:
@@ -34,7 +34,7 @@ class CrossEntropyLossSq(nn.Module):
         index: Which output and which target of several; a number for a sequence, a text for a mapping.
 
     Raises:
-        ValueError: The weights are no list of numbers, none negative, not all 0.
+        ValueError: The weights are not a list of numbers, none negative, not all 0.
     """
 
     weight: Tensor | None

@@ -1,4 +1,4 @@
-"""Overlap losses, Dice and its relatives. Know no model and nothing of the engine.
+"""Overlap losses, Dice and its relatives.
 
 Shapes: N samples, C channels, any spatial dimensions *. p = what `normalization` makes of the output, t = the target,
 both (N, C, *). Sums are over samples and voxels, so these are losses of a batch: the mean of two batches' losses is not
@@ -34,7 +34,7 @@ class DiceLoss(nn.Module):
         squeeze_channel: (N, 1, *) becomes (N, *).
 
     Raises:
-        ValueError: The normalization is unknown, or the weights are no list of numbers, none negative, not all 0.
+        ValueError: The normalization is unknown, or the weights are not a list of numbers, none negative, not all 0.
     """
 
     weight: Tensor | None

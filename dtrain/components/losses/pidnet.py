@@ -1,4 +1,4 @@
-"""PIDNet's loss: classes of three heads, hard pixels first, and boundaries. Knows no model, no data and no engine.
+"""PIDNet's loss: classes of three heads, hard pixels first, and boundaries.
 
 Shapes: N images, H x W pixels of the label, K classes; logits may be smaller and are enlarged to the label.
 """

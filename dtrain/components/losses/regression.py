@@ -1,4 +1,4 @@
-"""Losses of continuous values. Know no model and nothing of the engine.
+"""Losses of continuous values.
 
 Shapes: N samples, C channels, any spatial dimensions *.
 """

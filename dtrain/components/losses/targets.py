@@ -1,4 +1,4 @@
-"""How losses read outputs and targets: which of several, as labels or as channels, what is ignored. Knows no formula.
+"""How losses read outputs and targets: which of several, as labels or as channels, what is ignored.
 
 Shapes: N samples, C channels or classes, any spatial dimensions *, such as (H, W), (D, H, W) or none.
 """
@@ -177,7 +177,7 @@ def class_weights(weight: Any) -> Tensor | None:
     """Weights of classes or channels as float32.
 
     Raises:
-        ValueError: They are no list of finite numbers that are not negative and not all 0.
+        ValueError: They are not a list of finite numbers, none negative, not all 0.
     """
     if weight is None:
         return None

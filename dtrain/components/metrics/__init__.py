@@ -1,4 +1,4 @@
-"""Metrics a config can name, beside torchmetrics'. Knows no model, no ranks and nothing of the engine."""
+"""Metrics a config can name, beside torchmetrics'."""
 
 # torchmetrics' Precision is the true one already (with average: macro each class counts alike), so the name stays its.
 from torchmetrics import Precision

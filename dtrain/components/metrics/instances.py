@@ -1,4 +1,4 @@
-"""Metrics of instances, such as cells: adapted Rand error and average precision. Know no model, nothing of the engine.
+"""Metrics of instances, such as cells: adapted Rand error and average precision.
 
 Outputs are logits (N, C, *); one channel of them is compared with a threshold, and the connected components are the
 instances found. Targets hold the number of each voxel's instance: (N, *), (N, 1, *), or (N, K, *) with the instances in
@@ -87,7 +87,7 @@ def average_precision(
     Args:
         truth: Labels, any shape.
         found: Labels of the same shape, 0 is their background.
-        background: The true label that is no instance. None: all are.
+        background: The true label that is not an instance. None: all are.
         iou_thresholds: From 0.5 to below 1.
         min_instance_size: Smaller instances, in voxels, count in neither.
 
@@ -316,7 +316,7 @@ class AveragePrecision(_OfInstances):
         threshold: Probability above which a voxel belongs to an instance. None: the output holds labels already, as
             (N, 1, *), or (N, *) if they are whole numbers, with 0 as background.
         input_channel: The output's channel, if it has several.
-        background: The true label that is no instance. None: all are.
+        background: The true label that is not an instance. None: all are.
         iou_thresholds: Default: 0.50, 0.55, ..., 0.95. [0.5] gives TP / (TP + FP + FN) at this IoU alone.
         min_instance_size: Smaller instances, in voxels, count in neither. Default: all count.
         use_last_target: Of several channels of the target the last one holds the instances; false: the first one.
@@ -360,7 +360,7 @@ class BoundaryAveragePrecision(_OfInstances):
         thresholds: The best of these for each sample, instead: optimistic. Default: `threshold` alone.
         input_channel: The output's channel, if it has several.
         invert_pmaps: Whether the channel is of boundaries; false: of the insides.
-        background: The true label that is no instance. None: all are.
+        background: The true label that is not an instance. None: all are.
         iou_thresholds: Default: 0.50, 0.55, ..., 0.95.
         min_instance_size: Smaller instances, in voxels, count in neither. Default: all count.
         use_last_target: Of several channels of the target the last one holds the instances; false: the first one.

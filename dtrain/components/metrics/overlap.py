@@ -1,4 +1,4 @@
-"""Metrics of segmented classes: IoU, Dice, precision, recall, accuracy. Know no model and nothing of the engine.
+"""Metrics of segmented classes: IoU, Dice, precision, recall, accuracy.
 
 Outputs are logits (N, C, *), targets labels (N, *) or (N, 1, *) or channels (N, C, *), * any spatial dimensions. Class
 c is channel c, and element c of a vector is class c. One channel is the foreground alone: it is the only class, unless

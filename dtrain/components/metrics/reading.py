@@ -1,4 +1,4 @@
-"""How metrics read outputs and targets: probabilities, classes, what is ignored, voxel counts. Knows no score.
+"""How metrics read outputs and targets: probabilities, classes, what is ignored, voxel counts.
 
 Shapes: N samples, C channels or classes, any spatial dimensions *, such as (H, W), (D, H, W) or none.
 """
@@ -103,7 +103,7 @@ class ClassReader:
                 independent of one another.
 
         Raises:
-            ValueError: The shapes do not fit, or a label is no class.
+            ValueError: The shapes do not fit, or a label is not a class.
         """
         output, target = main_logits(output), main_of(target)
         self._check_channels(output)

@@ -1,4 +1,4 @@
-"""Metrics of continuous values: squared error and signal to noise. Know no model and nothing of the engine.
+"""Metrics of continuous values: squared error and signal to noise.
 
 Output and target are of one shape, (N, C, *); a target (N, *) is right for an output of one channel.
 """

@@ -1,4 +1,4 @@
-"""Models a config can name. Knows no data, no loss and nothing of the engine."""
+"""Models a config can name."""
 
 from dtrain.components.models.pidnet import PIDNet, PIDNetWrapper
 from dtrain.components.models.relation_attention import RelationAttention

@@ -1,4 +1,4 @@
-"""PIDNet, real-time segmentation with a branch for edges. Knows no loss, no data and nothing of the engine.
+"""PIDNet, real-time segmentation with a branch for edges.
 
 Shapes: N images, H x W pixels, K classes, C = `planes`. The three branches: P keeps details at 1/8 of the resolution,
 I sees the context down to 1/64, D (1/8) finds boundaries and decides where P and where I is trusted.
@@ -119,7 +119,7 @@ class PIDNet(nn.Module):
             (N, K, H/8, W/8) and the boundaries' logits (N, 1, H/8, W/8).
 
         Raises:
-            ValueError: A side is no multiple of 8, or a training batch holds one image.
+            ValueError: A side is not a multiple of 8, or a training batch holds one image.
         """
         self._check(image)
         x = self.layer1(self.conv1(image))  # (N, C, H/4, W/4)
@@ -164,7 +164,7 @@ class PIDNet(nn.Module):
 class PIDNetWrapper(PIDNet):
     """A published PIDNet for images of any size, with logits as large as the image: for plain losses and metrics.
 
-    Parameter names are PIDNet's own, so weights go both ways. A size that is no multiple of 8 is filled up with the
+    Parameter names are PIDNet's own, so weights go both ways. A size that is not a multiple of 8 is filled up with the
     pixels of the right and lower border; logits are enlarged bilinearly with aligned corners, as the authors do.
 
     Args:

@@ -1,4 +1,4 @@
-"""Objects that are told by their neighbours: attention with the geometry of boxes. Knows no data, no loss, no engine.
+"""Objects that are told by their neighbours: attention with the geometry of boxes.
 
 Shapes: N images, K objects in each (padded), D box axes (2 or 3), H heads.
 """
@@ -153,7 +153,7 @@ def _check(box_dim: int, geometry_dim: int, heads: int, hidden_dim: int, wave_le
     if geometry_dim < 1 or geometry_dim % (2 * box_dim):
         near = max(1, round(geometry_dim / (2 * box_dim))) * 2 * box_dim
         raise ValueError(
-            f"RelationAttention: geometry_dim {geometry_dim} is no multiple of {2 * box_dim} (twice box_dim: "
+            f"RelationAttention: geometry_dim {geometry_dim} is not a multiple of {2 * box_dim} (twice box_dim: "
             f"a sine and a cosine for each offset and each ratio); the nearest is {near}"
         )
     if heads < 1 or hidden_dim % heads:

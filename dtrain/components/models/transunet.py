@@ -1,4 +1,4 @@
-"""A 3-D TransUNet that takes one ConfigDict. Knows no data, no loss and nothing of the engine.
+"""A 3-D TransUNet that takes one ConfigDict.
 
 Shapes: N volumes, C channels, D x H x W voxels, P tokens on a grid, E = `hidden_size` numbers per token.
 """
@@ -70,7 +70,7 @@ class TransUNet3D(nn.Module):
               `representation_size`, `pretrained_path`, `resnet_pretrained_path`, `parallel`: null.
 
     Raises:
-        TypeError: The config is no ConfigDict.
+        TypeError: The config is not a ConfigDict.
         ValueError: A key is missing, unknown, or has a value that is not possible.
     """
 
@@ -240,7 +240,7 @@ class _Decoder(nn.Module):
 
 def _conv_norm(inputs: int, outputs: int, stride: Triple, activation: type[nn.Module] | None) -> nn.Sequential:
     conv = nn.Conv3d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
-    groups = math.gcd(8, outputs, max(1, outputs // 4))  # of 4 channels or more, so that a single voxel is no constant
+    groups = math.gcd(8, outputs, max(1, outputs // 4))  # of 4 channels or more, so that a single voxel is not constant
     norm = nn.GroupNorm(groups, outputs)
     return nn.Sequential(conv, norm, *([activation()] if activation else []))
 

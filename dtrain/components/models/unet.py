@@ -1,4 +1,4 @@
-"""U-Nets in 2-D and 3-D with pytorch-3dunet's arguments and weights. Knows no data, no loss and nothing of the engine.
+"""U-Nets in 2-D and 3-D with pytorch-3dunet's arguments and weights.
 
 Shapes: N images, C channels in, K channels out, spatial (D, H, W) or (H, W). The arguments of all five networks are
 described once, at `_UNet`.

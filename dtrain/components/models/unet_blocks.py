@@ -1,4 +1,4 @@
-"""The blocks that U-Nets are made of, in 2-D and 3-D. Knows no whole network, no data and no loss.
+"""The blocks that U-Nets are made of, in 2-D and 3-D.
 
 Shapes: N images, C channels, spatial (D, H, W) or (H, W), written (N, C, *) here. Parameter names are those of
 pytorch-3dunet, so that its checkpoints load.

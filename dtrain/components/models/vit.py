@@ -1,4 +1,4 @@
-"""A Vision Transformer with vit-pytorch's arguments and weights. Knows no data, no loss and nothing of the engine.
+"""A Vision Transformer with vit-pytorch's arguments and weights.
 
 Shapes: N images, C channels, H x W pixels, P tokens, D = `dim` values per token.
 """

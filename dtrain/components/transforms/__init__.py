@@ -1,4 +1,4 @@
-"""Transforms a dataset section can name. Knows no model, no loader and nothing of the engine."""
+"""Transforms a dataset section can name."""
 
 from dtrain.components.transforms.geometry import CropToFixed, RandomCrop, RandomFlip, RandomRotate90
 from dtrain.components.transforms.intensity import (

@@ -1,4 +1,4 @@
-"""Flips, quarter turns and crops of image, label and weight together. Know no dataset and nothing of the engine."""
+"""Flips, quarter turns and crops of image, label and weight together."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -34,7 +34,7 @@ class RandomFlip:
 
 
 class RandomRotate90:
-    """Turns by 0, 90, 180 or 270 degrees, each as likely; by 0 or 180 where the plane is no square.
+    """Turns by 0, 90, 180 or 270 degrees, each as likely; by 0 or 180 where the plane is not square.
 
     Args:
         axes: The two axes of the plane. Default: the last two, H and W.
@@ -83,8 +83,8 @@ class CropToFixed:
         window: list[Any] = [...]
         padding = [(0, 0)] * (1 + dims - len(self.size))
         for found, wanted in zip(sample["image"].shape[-len(self.size) :], self.size, strict=True):
-            room, lack = max(0, found - wanted), max(0, wanted - found)
-            start = int(rng.integers(room + 1)) if self.random else room // 2
+            spare, lack = max(0, found - wanted), max(0, wanted - found)
+            start = int(rng.integers(spare + 1)) if self.random else spare // 2
             window.append(slice(start, start + wanted))
             padding.append((lack // 2, lack - lack // 2))
 

@@ -1,4 +1,4 @@
-"""Random changes of the image's values. Know no label, no dataset and nothing of the engine."""
+"""Random changes of the image's values."""
 
 from collections.abc import Sequence
 

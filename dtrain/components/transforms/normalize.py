@@ -1,4 +1,4 @@
-"""Brings values to a common scale, from given figures, the file's or the array's own. Knows no dataset and no engine.
+"""Brings values to a common scale, from given figures, the file's or the array's own.
 
 The file's figures are `stats` of the sample, a dict that a dataset puts there: `mean`, `std`, `min`, `max`, over all
 channels, perhaps with a method `percentile`, from a percentage to a value. Where an image is rescaled, they are

@@ -1,4 +1,4 @@
-"""Runs transforms one after the other on a sample, with one generator. Knows no dataset and nothing of the engine."""
+"""Runs transforms one after the other on a sample, with one generator."""
 
 import inspect
 import sys
@@ -40,7 +40,7 @@ class Pipeline:
         random: Whether any of them draws.
 
     Raises:
-        TypeError: One of them is no transform.
+        TypeError: One of them is not a transform.
         ValueError: One of them is a transform of MONAI's for single arrays, which would part image and label.
     """
 

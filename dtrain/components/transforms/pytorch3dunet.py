@@ -1,4 +1,4 @@
-"""Reads pytorch-3dunet's `transformer` lists as dtrain's transforms. Knows no config, no dataset and no engine."""
+"""Reads pytorch-3dunet's `transformer` lists as dtrain's transforms."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Reads arrays between their grid points. Knows no sample, draws nothing, and nothing of the engine."""
+"""Reads arrays between their grid points."""
 
 import itertools
 from typing import Any

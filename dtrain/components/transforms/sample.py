@@ -1,4 +1,4 @@
-"""What a sample is, and changing all of it alike. Knows no single transform and nothing of the engine."""
+"""What a sample is, and changing all of it alike."""
 
 from collections.abc import Callable
 from typing import Any

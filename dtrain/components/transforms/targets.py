@@ -1,4 +1,4 @@
-"""Makes of labels what a network is to learn: boundaries, masks, affinities. Knows no image values and no engine.
+"""Makes of labels what a network is to learn: boundaries, masks, affinities.
 
 A label of objects, (*spatial) or (1, *spatial), becomes channels (K, *spatial) of whole numbers, int32 or, with the
 label itself among them, of a type that holds its numbers. Everything is found by comparing a voxel with others.

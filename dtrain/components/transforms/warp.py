@@ -1,4 +1,4 @@
-"""Turns, scales and bends image, label and weight together. Knows no dataset and nothing of the engine."""
+"""Turns, scales and bends image, label and weight together."""
 
 import functools
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: state_dicts and plain values in host memory, checked. Knows no files, ranks or config."""
+"""What a checkpoint holds: state_dicts and plain values, copied to host memory and checked."""
 
 from __future__ import annotations
 
@@ -118,30 +118,6 @@ def take_snapshot(
             + f"\nPossible: {_ALLOWED}. Nothing was saved."
         )
     return snapshot
-
-
-def find_weights(content: Any) -> dict[str, Any]:
-    """The state_dict in what people save: the content itself, or what lies in it under one of the usual keys.
-
-    Raises:
-        ValueError: there is none; says what was found instead.
-    """
-    wrappers = ("model_state_dict", "state_dict", "model")
-    weights = content
-    while isinstance(weights, dict) and (inner := [weights[k] for k in wrappers if isinstance(weights.get(k), dict)]):
-        weights = inner[0]
-    if isinstance(weights, dict) and any(isinstance(value, Tensor) for value in weights.values()):
-        return weights
-    found = f"the keys {list(weights)[:10]}" if isinstance(weights, dict) else f"a {type(weights).__name__}"
-    raise ValueError(f"holds no weights but {found}. Possible: a state_dict, or one under {', '.join(wrappers)}.")
-
-
-def unwrapped_names(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """The same weights without what DDP and torch.compile put into names, in whatever order they were applied."""
-    weights = {str(name).replace("_orig_mod.", ""): value for name, value in weights.items()}
-    while weights and all(name.startswith("module.") for name in weights):
-        weights = {name.removeprefix("module."): value for name, value in weights.items()}
-    return weights
 
 
 class _Walk:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import errno
 import hashlib
@@ -19,7 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dtrain.checkpoint.snapshot import CheckpointError, Snapshot, find_weights, unwrapped_names
+from dtrain.checkpoint.contents import CheckpointError, Snapshot
+from dtrain.tracking.whole_file import fsync
 
 MODEL, EMA, STATE, MANIFEST = "model.safetensors", "ema.safetensors", "state.pt", "manifest.json"
 FORMAT = 1
@@ -52,16 +52,20 @@ class Loaded:
     manifest: Manifest
 
 
-def load(path: Path) -> Loaded:
+def load(path: Path, is_verified: bool = False) -> Loaded:
     """Verify a checkpoint folder and read it into host memory; nothing in it is executed.
+
+    Args:
+        path: the folder.
+        is_verified: it has just been, by `verify` or `Checkpoints`: its files are not read for that a second time.
 
     Raises:
         CheckpointError: the folder is no checkpoint or is damaged; the message names the files.
     """
-    manifest = _require_whole(path := Path(path))
-    state = _read_torch_file(path / STATE)
-    ema = _read_tensors(path / EMA, state["ema"]) if EMA in manifest["files"] else None
-    return Loaded(_read_tensors(path / MODEL, state["weights"]), state["state"], ema, manifest)
+    manifest = require_whole(path, is_verified)
+    state = read_torch_file(path / STATE)
+    ema = read_tensors(path / EMA, state["ema"]) if EMA in manifest["files"] else None
+    return Loaded(read_tensors(path / MODEL, state["weights"]), state["state"], ema, manifest)
 
 
 def verify(path: Path) -> list[str]:
@@ -70,7 +74,6 @@ def verify(path: Path) -> list[str]:
     Every file is read once and compared with the SHA-256 in the manifest, and the manifest with its own. Names that
     begin with a dot are passed over: NFS and file browsers leave such files, and nothing here reads them.
     """
-    path = Path(path)
     try:
         manifest = read_manifest(path)
         present = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")} - {MANIFEST}
@@ -84,33 +87,6 @@ def verify(path: Path) -> list[str]:
         if problem := _compare(path / name, sealed):
             problems.append(f"{name}: {problem}")
     return problems
-
-
-def load_weights(path: Path) -> dict[str, Any]:
-    """Weights from a checkpoint folder, a .safetensors file or a torch file, on the CPU; nothing in it is executed.
-
-    In a torch file the weights may lie under 'model_state_dict', 'state_dict' or 'model'. 'module.' (DDP) before all
-    names and '_orig_mod.' (torch.compile) anywhere are taken out of a file's names; a checkpoint folder's are kept.
-
-    Returns:
-        A state_dict, with what `get_extra_state` gave for modules that have it.
-
-    Raises:
-        CheckpointError: no such file, damaged, without weights, or one that could only be read by running code in it.
-    """
-    path = Path(path)
-    if path.is_dir():
-        _require_whole(path)
-        state = _read_torch_file(path / STATE, mmap=True)  # of which the optimizer's part is then never read
-        return _read_tensors(path / MODEL, copy.deepcopy(state["weights"]))
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file or folder")
-    if path.suffix == ".safetensors":
-        return unwrapped_names(_read_tensors(path, {}))
-    try:
-        return unwrapped_names(find_weights(_read_torch_file(path)))
-    except ValueError as error:
-        raise CheckpointError(f"{path} {error}") from error
 
 
 def write_files(folder: Path, snapshot: Snapshot, facts: Manifest) -> None:
@@ -145,19 +121,6 @@ def _render(facts: Manifest) -> bytes:
 def _seal(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def fsync(path: Path) -> None:
-    """Have a file or folder written to the disk itself."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some file systems cannot sync a folder, and say so.
-        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def failure_of(target: Path, need_bytes: int, error: BaseException) -> CheckpointError:
@@ -223,8 +186,13 @@ def _compare(path: Path, sealed: dict[str, Any]) -> str:
         return f"cannot be read: {error}"
 
 
-def _require_whole(path: Path) -> Manifest:
-    if problems := verify(path):
+def require_whole(path: Path, is_verified: bool) -> Manifest:
+    """The manifest of a checkpoint folder that is whole.
+
+    Raises:
+        CheckpointError: it is not; the message names the files.
+    """
+    if not is_verified and (problems := verify(path)):
         raise CheckpointError(f"{path} is not a whole checkpoint: {'; '.join(problems)}")
     return read_manifest(path)
 
@@ -244,7 +212,7 @@ def first_good(candidates: list[Path]) -> Path | None:
     return chosen
 
 
-def _read_tensors(path: Path, rest: dict[str, Any]) -> dict[str, Any]:
+def read_tensors(path: Path, rest: dict[str, Any]) -> dict[str, Any]:
     """A safetensors file with its tied tensors tied again, added to the entries that it could not hold."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -258,7 +226,8 @@ def _read_tensors(path: Path, rest: dict[str, Any]) -> dict[str, Any]:
     return rest
 
 
-def _read_torch_file(path: Path, mmap: bool = False) -> Any:
+def read_torch_file(path: Path, mmap: bool = False) -> Any:
+    """What torch.save wrote, on the CPU; nothing in it is executed."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a file that is none of torch's fails in any way that parsing can fail

@@ -1,0 +1,184 @@
+"""What no signature can say of a config: the sections that a purpose needs, ranges of numbers, exclusive settings."""
+
+import ast
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dtrain.config.annotations import wrong_type
+from dtrain.config.errors import KeyPath, Mistake, did_you_mean, found, is_mapping, shown
+from dtrain.config.schema import PHASES, SLOTS, Call, mistake
+
+MAX_NAME_BYTES = 200  # a moved-aside run folder has a time stamp, too, and file systems take 255; MLflow 250
+TOP_LEVEL = {  # the keys of a config with their types; those without one are checked elsewhere
+    "experiment": "str | None",
+    "run_name": "str | None",
+    "seed": "int | None",
+    "device": "str",
+    "modules": "",
+    **dict.fromkeys((*SLOTS, "predictor", "cluster"), ""),
+}
+REQUIRED = {  # what training needs, and an example of each
+    "model": "{name: ViT, ...}",
+    "loaders": "{name: Digits, batch_size: 64, train: {split: train}}",
+    "loss": "{name: CrossEntropyLoss}",
+    "optimizer": "{name: AdamW, lr: 1e-3}",
+}
+PURPOSES = {  # what a config is used for: the sections that it needs, and one of the phases
+    "train": (("model", "loaders", "loss", "optimizer"), ("train",)),
+    "test": (("model", "loaders"), ("test",)),
+    "predict": (("model", "loaders"), ("predict", "test")),
+}
+_ANY, _SOME, _PART = (0, math.inf), (1, math.inf), (0, 1)
+RANGES: dict[str, dict[str, tuple[float, float]]] = {  # where the type alone admits more
+    "": {"seed": _ANY},
+    "trainer": {
+        "max_epochs": _ANY, "max_steps": _ANY, "accumulate": _SOME, "log_every_steps": _SOME,
+        "validate_every_steps": _SOME, "checkpoint_every_steps": _SOME, "keep_last": _SOME, "keep_best": _ANY,
+        "checkpoint_every_minutes": _ANY, "hang_timeout_seconds": _ANY,
+        "early_stop_patience": _SOME, "clip_grad_norm": _ANY, "ema_decay": _PART,
+    },
+    "loaders": {
+        "batch_size": _SOME, "global_batch_size": _SOME, "num_workers": _ANY, "prefetch_factor": _SOME, "timeout": _ANY,
+    },
+    "lr_scheduler": {"warmup_steps": _ANY, "warmup_start": _ANY},
+    "mlflow": {"exit_timeout_seconds": _ANY},
+    "cluster": {
+        "gpus_per_node": _ANY, "nproc_per_node": _SOME, "cpus_per_node": _SOME, "signal_seconds": _SOME,
+    },
+    "predictor": {
+        "batch_size": _SOME, "prediction_channel": _ANY, "connectivity": (1, 3), "min_size": _ANY, "slab_planes": _SOME,
+    },
+}  # fmt: skip
+
+
+def top_level_mistakes(config: ConfigDict) -> Iterator[Mistake]:
+    """Unknown sections, and wrong values of the keys that are no sections."""
+    for key in config:
+        if key not in TOP_LEVEL:
+            text = f"unknown section{did_you_mean(key, TOP_LEVEL)}; possible: {', '.join(TOP_LEVEL)}"
+            yield mistake(config, (key,), text)
+        elif wrong := TOP_LEVEL[key] and wrong_type(config[key], ast.parse(TOP_LEVEL[key], mode="eval").body):
+            yield mistake(config, (key,), wrong)
+    device = config.get("device", "auto")
+    if isinstance(device, str) and not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", device):
+        text = f"{shown(device)} is not a device; possible: auto, cpu, cuda, cuda:N, mps"
+        yield mistake(config, ("device",), text)
+
+
+def monitor_mistakes(config: ConfigDict, calls: Mapping[str, Call]) -> Iterator[Mistake]:
+    """A `trainer.monitor` that no validation gives, where that can be known without building a metric."""
+    monitor = _at(config.get("trainer"), "monitor")
+    if not isinstance(monitor, str):
+        return
+    labels = [key.removeprefix("metrics.") for key in calls if key.startswith("metrics.")]
+    known = [f"val/{label}" for label in (*labels, "loss")]
+    wanted = monitor if monitor.startswith("val/") else f"val/{monitor}"
+    if not any(wanted == name or wanted.startswith(f"{name}_") for name in known):  # of a vector, or a loss's term
+        hint = did_you_mean(wanted, known)
+        text = f"{shown(monitor)} is not a metric of the validation{hint}; possible: {', '.join(known)}"
+        yield mistake(config, ("trainer", "monitor"), text)
+
+
+def value_mistakes(config: ConfigDict) -> Iterator[Mistake]:
+    """Values of the right type that cannot be: numbers out of range, two batch sizes, MLflow's old `file:` stores."""
+    for section, ranges in RANGES.items():
+        values = config.get(section) if section else config
+        path: KeyPath = (section,) if section else ()
+        for where, mapping in [(path, values), *(((*path, phase), _at(values, phase)) for phase in PHASES)]:
+            for key, (least, most) in ranges.items():
+                value = _at(mapping, key)
+                if type(value) in (int, float) and not least <= value <= most:
+                    possible = f"from {least} to {most}" if most < math.inf else f"at least {least}"
+                    yield mistake(config, (*where, key), f"must be {possible}, found {value}")
+            if _at(mapping, "batch_size") is not None and _at(mapping, "global_batch_size") is not None:
+                text = "cannot be combined with 'batch_size'; keep one of them, or set the other to null"
+                yield mistake(config, (*where, "global_batch_size"), text)
+    uri = _at(config.get("mlflow"), "tracking_uri")
+    if isinstance(uri, str) and uri.lower().startswith("file:"):
+        text = f"MLflow 3 no longer writes to {shown(uri)}; name the folder alone (sqlite is put in it), or a server"
+        yield mistake(config, ("mlflow", "tracking_uri"), text)
+
+
+def strategy_mistakes(config: ConfigDict, options: Any) -> list[Mistake]:
+    """What cannot be combined with `trainer.strategy`.
+
+    Args:
+        config: The whole config.
+        options: What it has under `trainer`, and what came from elsewhere.
+    """
+    strategy = _at(options, "strategy")
+    wrong: dict[KeyPath, str] = {}
+    if strategy == "ddp" and _set_keys(options, "fsdp"):
+        wrong["fsdp",] = "applies only with `trainer.strategy: fsdp`"
+    if strategy == "fsdp":
+        if _at(options, "compile"):
+            wrong["compile",] = "is not possible with a sharded model (strategy: fsdp)"
+        if _at(options, "sync_batchnorm"):
+            wrong["sync_batchnorm",] = "has not been tried with a sharded model (strategy: fsdp)"
+        if _at(options, "precision") == "fp16":
+            why = "fp16 needs its gradients scaled, which is not possible with strategy: fsdp"
+            wrong["precision",] = f"{why}; possible: bf16, fp32"
+        possible = ("backend", "timeout_seconds", "broadcast_buffers")
+        text = f"is an option of DistributedDataParallel; with strategy: fsdp possible: {', '.join(possible)}"
+        wrong |= {("ddp", key): text for key in _set_keys(options, "ddp") if key not in possible}
+    return [mistake(config, ("trainer", *path), text) for path, text in wrong.items()]
+
+
+def name_mistakes(config: ConfigDict) -> Iterator[Mistake]:
+    """Names that MLflow, a log line or a file system could not hold, and an experiment whose folder would leave runs/.
+
+    With a `checkpoint_dir` of its own an experiment is no folder, but the next config of the same name may lack it.
+    """
+    for key in ("experiment", "run_name"):
+        if isinstance(name := config.get(key), str):
+            size = len(name.encode("utf-8", "replace"))
+            if not name.isprintable():
+                yield mistake(config, (key,), f"must be one line of printable characters, found {shown(name)}")
+            elif size > MAX_NAME_BYTES:
+                text = f"must have at most {MAX_NAME_BYTES} bytes, found {size}: {shown(name)}"
+                yield mistake(config, (key,), text)
+            elif key == "experiment" and ".." in Path(name).parts:
+                text = "must not contain '..': it names the run folder where there is no trainer.checkpoint_dir"
+                yield mistake(config, (key,), f"{text}; {found(name)}")
+    folder = _at(config.get("trainer"), "checkpoint_dir")
+    if not isinstance(folder, str):
+        return
+    if not folder.isprintable():
+        text = f"must be one line of printable characters, found {shown(folder)}"
+        yield mistake(config, ("trainer", "checkpoint_dir"), text)
+    elif any(len(part.encode()) > MAX_NAME_BYTES for part in Path(folder).parts):
+        text = f"must have at most {MAX_NAME_BYTES} bytes in each folder's name, found {shown(folder)}"
+        yield mistake(config, ("trainer", "checkpoint_dir"), text)
+
+
+def missing_mistakes(config: ConfigDict, purpose: str | None) -> Iterator[Mistake]:
+    """What a training, a test or a prediction cannot do without; of no purpose, what the data are for."""
+    loaders, trainer = config.get("loaders"), config.get("trainer")
+    purpose = purpose or next((phase for phase in ("train", "predict", "test") if _at(loaders, phase)), "train")
+    sections, phases = PURPOSES[purpose]
+    if purpose == "test" and config.get("metrics") is None:
+        sections = (*sections, "loss")
+    for name in sections:
+        if config.get(name) is None:
+            yield mistake(config, (name,), f"missing, such as {name}: {REQUIRED[name]}")
+    if is_mapping(loaders) and all(loaders.get(phase) is None for phase in phases):
+        text = f"has no {' and no '.join(map(repr, phases))}, so there is nothing to {purpose}"
+        yield mistake(config, ("loaders",), text + ("" if purpose == "predict" else " on"))
+    no_limit = _at(trainer, "max_epochs") is None and _at(trainer, "max_steps") is None
+    if purpose == "train" and no_limit and (trainer is None or is_mapping(trainer)):
+        yield mistake(config, ("trainer",), "needs max_epochs or max_steps, such as max_epochs: 10")
+
+
+def _at(values: Any, key: str) -> Any:
+    return values.get(key) if is_mapping(values) else None
+
+
+def _set_keys(options: Any, key: str) -> list[str]:
+    """The options of a strategy that are not null."""
+    values = _at(options, key)
+    return [key for key in values if values[key] is not None] if is_mapping(values) else []

@@ -1,0 +1,237 @@
+"""dtrain predict: settings, signals, several ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import RunCli, StartCli
+from predicting import (
+    random_volume,
+    read,
+)
+from torch import nn
+
+from dtrain.config.check import check
+from dtrain.config.errors import ConfigError
+from dtrain.config.load import load_config
+from dtrain.trainer import create_trainer
+
+CONFIG = """
+modules: [slow]
+model: {{name: Slow}}
+loaders:
+  name: LazyHDF5Dataset
+  raw_internal_path: raw
+  batch_size: 2
+  slice_builder: {{name: SliceBuilder, patch_shape: [8, 16, 16], stride_shape: [4, 8, 8], halo_shape: [2, 2, 2]}}
+  predict: {{file_paths: [{files}], label_internal_path: null}}
+predictor: {{slab_planes: 4, activation: none}}
+trainer: {{checkpoint_dir: run}}
+"""
+SLOW = """
+import os, time
+import torch
+
+class Slow(torch.nn.Conv3d):
+    def __init__(self):
+        super().__init__(1, 1, 3, padding=1)
+
+    def forward(self, x):
+        with open(f"calls-{os.environ.get('RANK', 0)}", "a") as file:
+            file.write(f"{len(x)}\\n")
+        time.sleep(float(os.environ.get("SLOW", 0)))
+        return super().forward(x)
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder with two volumes, a config and weights."""
+    for number, depth in enumerate((40, 22)):
+        with h5py.File(tmp_path / f"cells{number}.h5", "w") as file:
+            file["raw"] = random_volume(depth, 24, 24, seed=number)[0]
+    (tmp_path / "slow.py").write_text(SLOW)
+    (tmp_path / "predict.yaml").write_text(CONFIG.format(files="cells0.h5, cells1.h5"))
+    torch.manual_seed(0)
+    torch.save(nn.Conv3d(1, 1, 3, padding=1).state_dict(), tmp_path / "weights.pt")
+    return tmp_path
+
+
+COMMAND = ["predict", "predict.yaml", "--checkpoint", "weights.pt"]
+
+
+def calls(folder: Path) -> int:
+    return sum(int(line) for path in folder.glob("calls-*") for line in path.read_text().split())
+
+
+def expected(folder: Path, number: int) -> np.ndarray:
+    model = nn.Conv3d(1, 1, 3, padding=0)
+    model.load_state_dict(torch.load(folder / "weights.pt"))
+    with h5py.File(folder / f"cells{number}.h5") as file, torch.inference_mode():
+        image = np.pad(file["raw"], 1, mode="reflect")
+        return model(torch.from_numpy(image)[None, None])[0].numpy()
+
+
+def test_the_command_on_one_process_and_on_two_ranks(project: Path, run_cli: RunCli) -> None:
+    inputs = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in project.glob("*.h5")}
+    done = run_cli(COMMAND)
+    assert done.rc == 0, done.text
+    assert "predictions: 2 files in run/predictions" in done.stdout
+    patches = calls(project)
+    assert patches == 9 * 4 + 5 * 4
+    for number in range(2):
+        found = read(project / f"run/predictions/cells{number}_predictions.h5")
+        assert np.abs(found - expected(project, number)).max() < 1e-5
+    done = run_cli([*COMMAND, "--output-dir", "shared"], nproc=2)
+    assert done.rc == 0, done.text
+    assert calls(project) - patches <= patches + 8
+    assert min(calls(path.parent) and len(path.read_text()) for path in project.glob("calls-*")) > 20
+    for number in range(2):
+        name = f"cells{number}_predictions.h5"
+        assert np.array_equal(read(project / "shared" / name), read(project / "run/predictions" / name))
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in inputs} == inputs
+
+
+def test_killed_and_stopped_predictions_continue(project: Path, start_cli: StartCli, run_cli: RunCli) -> None:
+    output = project / "run" / "predictions"
+
+    def interrupted(parts: int, number: signal.Signals) -> int:
+        running = start_cli(COMMAND, env={"SLOW": "0.1"})
+        end = time.monotonic() + 60
+        while len(list(output.glob(".dtrain/*/*/*.npy"))) < parts and time.monotonic() < end:
+            time.sleep(0.02)
+        os.kill(running.pid, number)
+        return running.result(60).rc
+
+    assert interrupted(2, signal.SIGKILL) == -signal.SIGKILL
+    first = calls(project)
+    assert interrupted(5, signal.SIGTERM) == 75
+    assert not list(output.glob("*.h5"))
+    done = run_cli(COMMAND)
+    assert done.rc == 0, done.text
+    assert calls(project) < 64 + 2 * 24  # what straddles, what was under way; not everything anew
+    assert first < 40
+    for number in range(2):
+        assert np.abs(read(output / f"cells{number}_predictions.h5") - expected(project, number)).max() < 1e-5
+    assert sorted(path.name for path in (output / ".dtrain").iterdir()) == [
+        *("cells0_predictions.h5.json", "cells1_predictions.h5.json", "lock")
+    ]
+    again = run_cli([*COMMAND, "predictor.blend=constant"])
+    assert again.rc == 2
+    assert "predictions made differently: cells0_predictions.h5 (patches)" in again.stderr
+    assert len(again.stderr.splitlines()) == 1
+
+
+MODEL = "model: {name: Linear, in_features: 1, out_features: 1}\n"
+
+
+def mistakes_of(text: str, folder: Path, purpose: str) -> list[str]:
+    file = folder / "c.yaml"
+    file.write_text(text)
+    try:
+        check(load_config(file), purpose)
+    except ConfigError as error:
+        return [str(item.text) for item in error.mistakes]
+    return []
+
+
+@pytest.mark.parametrize(
+    ("text", "purpose", "lines"),
+    [
+        (
+            MODEL + "loaders: {name: Digits, split: test, predict: {}}",
+            "predict",
+            [],
+        ),
+        (
+            MODEL + "loaders: {name: Digits, split: test, test: {}}",
+            "predict",
+            [],
+        ),
+        (
+            MODEL + "loaders: {name: Digits, split: test, train: {}}",
+            "predict",
+            ["loaders: has no 'predict' and no 'test', so there is nothing to predict"],
+        ),
+        (
+            MODEL + "loaders: {name: Digits, split: test, predict: {}}",
+            "test",
+            [
+                "loaders: has no 'test', so there is nothing to test on",
+                "loss: missing, such as loss: {name: CrossEntropyLoss}",
+            ],
+        ),
+        (
+            MODEL + "loaders: {name: Digits, split: test, predict: {}}\n"
+            "predictor: {name: StandardPredictor, patch_shap: [1], batch_size: 0, blend: mean}",
+            "predict",
+            [
+                "predictor.batch_size: must be at least 1, found 0",
+                "predictor.blend: expected one of 'gaussian', 'constant', found string 'mean'",
+                "predictor.patch_shap: predictor got an unexpected argument 'patch_shap'; did you mean 'patch_shape'",
+            ],
+        ),
+    ],
+)
+def test_what_a_config_must_have_depends_on_its_use(tmp_path: Path, text: str, purpose: str, lines: list[str]) -> None:
+    found = sorted(mistakes_of(text, tmp_path, purpose))
+    assert len(found) == len(lines), found
+    assert all(one.startswith(line) for one, line in zip(found, lines, strict=True)), found
+
+
+def test_no_checkpoint_and_weights_that_do_not_fit_are_one_line(project: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(project)
+    monkeypatch.syspath_prepend(project)
+    config = load_config(project / "predict.yaml")
+    with pytest.raises(ConfigError, match="holds no checkpoint; train first, or name one: --checkpoint"):
+        create_trainer(config, purpose="predict").predict()
+    torch.save(nn.Conv3d(1, 2, 3).state_dict(), project / "other.pt")
+    with pytest.raises(ConfigError, match=r"other.pt does not fit the model: other shape: weight is \(2, 1, 3, 3, 3\)"):
+        create_trainer(config, purpose="predict").predict("other.pt")
+    with pytest.raises(ConfigError, match="nothing to train on"):
+        create_trainer(config, purpose="predict").fit()
+
+
+def test_a_test_measures_whole_volumes_where_there_is_a_predictor(project: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(project)
+    monkeypatch.syspath_prepend(project)
+    for number in range(2):
+        with h5py.File(project / f"cells{number}.h5", "a") as file:
+            file["label"] = (expected(project, number)[0] > 0.1).astype(np.uint8)
+    changes = [
+        "loaders.test={file_paths: [cells0.h5, cells1.h5], label_internal_path: label}",
+        "loss.name=BCEWithLogitsLoss",
+    ]
+    changes += ["metrics.name=BinaryIoU"]
+    whole = create_trainer(load_config(project / "predict.yaml", changes), purpose="test").test(project / "weights.pt")
+    both, either = 0, 0
+    for number in range(2):
+        a, b = expected(project, number)[0] > 0, expected(project, number)[0] > 0.1
+        both, either = both + (a & b).sum(), either + (a | b).sum()
+    assert whole == {"test/BinaryIoU": pytest.approx(both / either, abs=1e-3)}
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_4_gb_are_predicted_in_less_than_1_gb(tmp_path: Path, run_cli: RunCli) -> None:
+    with h5py.File(tmp_path / "large.h5", "w") as file:
+        raw = file.create_dataset("raw", (1024, 1024, 1024), "f4", chunks=(16, 128, 128))
+        for low in range(0, 1024, 16):
+            raw[low : low + 16] = random_volume(16, 1024, 1024, seed=low)[0]
+    (tmp_path / "slow.py").write_text(SLOW + "\nimport atexit, resource\natexit.register(lambda: print('PEAK', "
+                                      "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024))\n")  # fmt: skip
+    config = CONFIG.format(files="large.h5").replace("[8, 16, 16], stride_shape: [4, 8, 8]",
+                                                     "[32, 128, 128], stride_shape: [28, 112, 112]")  # fmt: skip
+    (tmp_path / "predict.yaml").write_text(config.replace("slab_planes: 4", "slab_planes: null"))
+    torch.save(nn.Conv3d(1, 1, 3, padding=1).state_dict(), tmp_path / "weights.pt")
+    done = run_cli(COMMAND, timeout=3000)
+    assert done.rc == 0, done.text
+    assert int(done.stdout.rpartition("PEAK ")[2].split()[0]) < 1000, done.stdout
