@@ -4,7 +4,7 @@ Two steps. Names that mean the same are replaced file by file, so that files of 
 pytorch-3dunet means otherwise than dtrain is translated once, when everything is merged.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from dtrain.config.errors import ConfigError, KeyPath, Mistake, Place, dotted, found, shown
@@ -20,9 +20,7 @@ RENAMES: dict[KeyPath, KeyPath] = {
     ("optimizer", "learning_rate"): ("optimizer", "lr"),
     ("loaders", "dataset"): ("loaders", "name"),
     ("loaders", "valid"): ("loaders", "val"),
-    ("loaders", "train", "dataset"): ("loaders", "train", "name"),
-    ("loaders", "val", "dataset"): ("loaders", "val", "name"),
-    ("loaders", "test", "dataset"): ("loaders", "test", "name"),
+    **{("loaders", phase, "dataset"): ("loaders", phase, "name") for phase in ("train", "val", "test")},
     ("trainer", "max_num_epochs"): ("trainer", "max_epochs"),
     ("trainer", "max_num_iterations"): ("trainer", "max_steps"),
     ("trainer", "validate_after_iters"): ("trainer", "validate_every_steps"),
@@ -64,20 +62,21 @@ def canonical_names(values: Values, places: Places) -> None:
         del metrics["multiple"]  # a fork's flag for 'name is a list', which the list itself says
 
 
-def _rename(values: Values, places: Places, old: KeyPath, new: KeyPath) -> list[Mistake]:
+def _rename(values: Values, places: Places, old: KeyPath, new: KeyPath) -> Iterator[Mistake]:
+    """Move a setting, unless something stands in its new place."""
     parent = _mapping_at(values, old[:-1])
     if parent is None or old[-1] not in parent:
-        return []
-    place = places.get(old)
+        return
     target = _mapping_at(values, new[:-1], create=True)
     if target is None:
-        return [Mistake(f"{dotted(old)}: stands for '{dotted(new)}', but '{dotted(new[:-1])}' is not a mapping", place)]
-    if new[-1] in target:
+        text = f"{dotted(old)}: stands for '{dotted(new)}', but '{dotted(new[:-1])}' is not a mapping"
+        yield Mistake(text, places.get(old))
+    elif new[-1] in target:
         text = f"'{dotted(old)}' and '{dotted(new)}' are two names for one setting; keep one of them"
-        return [Mistake(text, place)]
-    target[new[-1]] = _canonical_value(old, parent.pop(old[-1]))
-    _move_places(places, old, new)
-    return []
+        yield Mistake(text, places.get(old))
+    else:
+        target[new[-1]] = _canonical_value(old, parent.pop(old[-1]))
+        _move_places(places, old, new)
 
 
 def _move_places(places: Places, old: KeyPath, new: KeyPath) -> None:
@@ -98,8 +97,6 @@ def _mapping_at(values: Any, path: KeyPath, create: bool = False) -> dict[Any, A
         values = values.get(key) if isinstance(values, dict) else None
     return values if isinstance(values, dict) else None
 
-
-# ------------------------------------------------------------------------------------------------------ pytorch-3dunet
 
 _DATASETS = ("StandardHDF5Dataset", "LazyHDF5Dataset", "DSB2018Dataset")
 _FOREIGN = (".pytorch", ".pt", ".pth")  # files that hold a checkpoint; dtrain's own are folders

@@ -77,11 +77,7 @@ class Call:
 
     @functools.cached_property
     def found(self) -> Found:
-        """What the name leads to; looked up once.
-
-        Raises:
-            ConfigError: There is no such name, it may not be used, or one of the user's modules is not Python.
-        """
+        """What the name leads to, looked up once; a ConfigError where it leads nowhere or may not be used."""
         try:
             return locate(self.name, user_modules(self.config), self.slot.libraries, self.slot.nested)
         except ResolveError as error:
@@ -89,7 +85,7 @@ class Call:
 
     @property
     def target(self) -> Callee | Dynamic:
-        """The class or function that the name leads to. Raises as `found` does."""
+        """The class or function that the name leads to."""
         return self.found.target
 
     @functools.cached_property
@@ -138,9 +134,6 @@ def refused(config: ConfigDict, path: KeyPath, text: str) -> ConfigError:
     return ConfigError(mistake(config, path, text))
 
 
-# ------------------------------------------------------------------------------------------- reading the sections once
-
-
 class Reading(NamedTuple):
     """The calls of a config by section, and what is wrong with the shape of others."""
 
@@ -153,7 +146,7 @@ def calls(config: ConfigDict) -> dict[str, Call]:
     """Every call that the config's sections describe, by section: 'model', 'loaders.train', 'metrics.Accuracy', ...
 
     Raises:
-        ConfigError: A section has not the shape of a call.
+        ConfigError: A section does not have the shape of a call.
     """
     reading = read(config)
     if reading.mistakes:

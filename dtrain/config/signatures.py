@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dtrain.config.annotations import Parameter, is_record, own_parameters, record_fields
+from dtrain.config.errors import first_few
 
 MAX_NAME = 200  # characters of a module's name; file systems take no more than 255
 
@@ -63,8 +64,7 @@ class Callee:
         parts = [str(item) for item in self.parameters if not item.through] + (["*args"] if self.variadic else [])
         through = [item.name for item in self.parameters if item.through]
         if through:
-            rest = f", ... {len(through) - 3} more" if len(through) > 4 else ""
-            parts.append(f"**kwargs: {', '.join(through[: 3 if rest else 4])}{rest}")
+            parts.append(f"**kwargs: {first_few(through, 4)}")
         return f"{self.name}({', '.join(parts + (['**kwargs'] if self.open else []))})"
 
 
@@ -244,11 +244,7 @@ class Source:
         self._busy: set[ast.stmt] = set()  # functions whose `**kwargs` are being followed: some call themselves
 
     def module(self, name: str) -> Module | None:
-        """The parsed module, or None when there is none of that name.
-
-        Raises:
-            SyntaxError: The file is no Python.
-        """
+        """The parsed module, or None when there is none of that name; a SyntaxError where the file is not Python."""
         if name not in self._modules and (file := self.find(name)):
             self._modules[name] = Module(name, file)
         return self._modules.get(name)

@@ -192,15 +192,9 @@ def key_mistake(key: str) -> str:
 
 
 def parse(text: str, file: str, fixed_place: Place | None = None) -> tuple[Any, dict[KeyPath, Place]]:
-    """Parse one YAML document.
+    """The value of one YAML document (None for an empty one), and the place of every key in it.
 
-    Args:
-        text: The document.
-        file: Its name, for places.
-        fixed_place: Where everything in it was written, when that is no file.
-
-    Returns:
-        The value (None for an empty document) and the place of every key in it.
+    Places are in `file`, or all at `fixed_place`, such as an argument of the command line.
 
     Raises:
         ConfigError: Not YAML, or more than plain values, lists and mappings with text keys.
