@@ -107,14 +107,14 @@ def correction(value: object, annotation: ast.expr | None) -> str:
 
 
 def wanted_as(value: object, annotation: ast.expr | None) -> str:
-    """'Tensor' or 'tuple' where a list fits an annotation as such alone; else nothing."""
+    """'Tensor' or 'tuple' where a list fits an annotation in that way alone; else nothing."""
     members = list(_members(annotation)) if annotation and isinstance(value, list) else []
     fitting = {_name(item) for item in members if _fits(value, item)}
     return "Tensor" if fitting == {"Tensor"} else "tuple" if fitting and fitting <= _TUPLES else ""
 
 
 def takes_mappings(annotation: ast.expr | None) -> bool:
-    """Whether a list of mappings is what is wanted, such as list[dict] | None: then nothing in it is to be built."""
+    """Whether a list of mappings is what is wanted, such as list[dict] | None: then nothing inside it is built."""
     members = [item for item in _members(annotation) if _name(item) != "None"] if annotation else []
     return bool(members) and all(
         isinstance(item, ast.Subscript) and _name(item) in _LISTS and _name(_items(item)[0]) in _MAPPINGS
@@ -146,7 +146,7 @@ def _admits(value: object, annotation: ast.expr) -> bool:
 
 
 def _fits(value: object, annotation: ast.expr) -> bool:
-    """Whether a value fits an annotation that is no union."""
+    """Whether a value fits an annotation that is not a union."""
     name = _name(annotation)
     if isinstance(annotation, ast.Subscript):
         return _fits_generic(value, name, _items(annotation))

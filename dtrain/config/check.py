@@ -70,7 +70,7 @@ def call_mistakes(call: Call) -> list[Mistake]:
     try:
         target = call.target
     except ConfigError as error:
-        if "." in str(call.name) or not any(_module_mistakes(call.config)):  # else it is missing for want of a module
+        if "." in str(call.name) or not any(_module_mistakes(call.config)):  # else the missing module is the mistake
             own += error.mistakes
     else:
         if isinstance(target, Callee):
@@ -171,7 +171,7 @@ def use_of(call: Call, callee: Callee) -> Use:
 
 
 def supplied(call: Call, callee: Callee) -> Parameter | None:
-    """The parameter by which dtrain supplies an object; by position, where it takes no keyword.
+    """The parameter by which dtrain supplies an object; by position where its `keyword` is false.
 
     An optimizer is given the parameters, a scheduler the optimizer, and so are the optimizers or schedulers inside it.
     """

@@ -101,7 +101,7 @@ def type_name(value: Any) -> str:
 
 
 def is_mapping(value: Any) -> bool:
-    """A mapping of any kind; a ConfigDict is none by its type."""
+    """A mapping of any kind; a ConfigDict does not inherit from Mapping."""
     return isinstance(value, Mapping) or hasattr(value, "to_dict")
 
 

@@ -109,7 +109,7 @@ def _checked(value: Any, path: KeyPath, mistakes: list[Mistake]) -> Any:
 
 
 def notes_on(config: ConfigDict) -> list[str]:
-    """What a user is to know of how the config was read: lines about the keys that another program's file brought."""
+    """Lines for the user about how keys of another program's file were read."""
     return list(getattr(config, "_notes", ()))
 
 
@@ -167,7 +167,7 @@ def _apply_all(items: Sequence[Any], action: Callable[[Any], None]) -> None:
 def _read_file(
     path: Path, ancestors: tuple[Path, ...], place: Place | None = None, left: Iterator[int] | None = None
 ) -> _Tree:
-    """A file laid over the files under its `_base_`. `left` counts down the files that may still be read."""
+    """A file merged over the files under its `_base_`. `left` counts down the files that may still be read."""
     left = iter(range(MAX_FILES)) if left is None else left
     if next(left, None) is None:
         raise ConfigError(f"more than {MAX_FILES} files under '_base_'", Place(ancestors[0].name, 1, 1))
@@ -182,7 +182,7 @@ def _read_file(
     own = _Tree(values, places | {(): Place(str(path), 1, 1)}, {path.name: text})
     result = _Tree({}, {})
 
-    def lay_base(index: int) -> None:
+    def read_base(index: int) -> None:
         where = own.places.get(("_base_", index), own.places.get(("_base_",)))
         if not isinstance(bases[index], str):
             raise ConfigError(f"_base_: expected a file name or a list of them, {found(bases[index])}", where)
@@ -190,7 +190,7 @@ def _read_file(
 
     base = expand(own.values, own.places, values.pop("_base_", None), ("_base_",))
     bases = base if isinstance(base, list) else [] if base is None else [base]
-    _apply_all(range(len(bases)), lay_base)
+    _apply_all(range(len(bases)), read_base)
     canonical_names(own.values, own.places)
     _merge(result, own)
     return result
@@ -227,10 +227,10 @@ def _similar_file(path: Path) -> str:
 
 
 def _merge(into: _Tree, other: _Tree) -> None:
-    """Lay `other` over `into`: mappings key by key, everything else replaced. `_delete_: true` drops what lay below."""
+    """Merge `other` into `into`: mappings key by key, all else is replaced, also mappings with `_delete_: true`."""
     replaced: set[KeyPath] = set()
 
-    def lay(below: dict[str, Any], above: dict[str, Any], path: KeyPath) -> dict[str, Any]:
+    def merge(below: dict[str, Any], above: dict[str, Any], path: KeyPath) -> dict[str, Any]:
         for key, value in above.items():
             here = (*path, key)
             if isinstance(value, dict):
@@ -239,14 +239,14 @@ def _merge(into: _Tree, other: _Tree) -> None:
                     text = f"{dotted((*here, '_delete_'))}: expected true or false, {found(delete)}"
                     raise ConfigError(text, other.places.get((*here, "_delete_")))
                 if isinstance(below.get(key), dict) and not delete:
-                    lay(below[key], value, here)
+                    merge(below[key], value, here)
                     continue
-                value = lay({}, value, here)
+                value = merge({}, value, here)
             below[key] = value
             replaced.add(here)
         return below
 
-    lay(into.values, other.values, ())
+    merge(into.values, other.values, ())
     kept = (path for path in into.places if not any(path[:end] in replaced for end in range(1, len(path) + 1)))
     into.places = {path: into.places[path] for path in kept} | other.places
     for name, text in other.texts.items():
@@ -298,7 +298,7 @@ def _to_config(tree: _Tree) -> ConfigDict:
     notes = translate(values, tree.places)
     config = to_config_dict(values)
     _lock(config)
-    # Places ride along outside of the fields: they are no settings, and a copy of a section needs none.
+    # Places are kept beside the fields: they are not settings, and a copy of a section needs none.
     object.__setattr__(config, "_places", tree.places)
     object.__setattr__(config, "_texts", tree.texts)
     object.__setattr__(config, "_notes", notes)

@@ -65,7 +65,7 @@ def rule_mistakes(config: ConfigDict, purpose: str | None) -> Iterator[Mistake]:
 
 
 def _top_level_mistakes(config: ConfigDict) -> Iterator[Mistake]:
-    """Unknown sections, and wrong values of the keys that are no sections."""
+    """Unknown sections, and wrong values of the keys that are not sections."""
     for key in config:
         if key not in TOP_LEVEL:
             text = f"unknown section{did_you_mean(key, TOP_LEVEL)}; possible: {', '.join(TOP_LEVEL)}"
@@ -140,7 +140,7 @@ def strategy_mistakes(config: ConfigDict, options: Any) -> list[Mistake]:
 def _name_mistakes(config: ConfigDict) -> Iterator[Mistake]:
     """Names that MLflow, a log line or a file system could not hold, and an experiment whose folder would leave runs/.
 
-    With a `checkpoint_dir` of its own an experiment is no folder, but the next config of the same name may lack it.
+    With a `checkpoint_dir` of its own an experiment names no folder, but the next config of the same name may lack it.
     """
     names: dict[KeyPath, Any] = {("experiment",): config.get("experiment"), ("run_name",): config.get("run_name")}
     names["trainer", "checkpoint_dir"] = _at(config.get("trainer"), "checkpoint_dir")

@@ -53,7 +53,7 @@ OWN_SETTINGS = {
     "schedule": "dtrain.training.schedule:schedule_settings",
 }
 # The schedules whose length dtrain fills in where the config leaves it out: it knows it, and PolynomialLR's default
-# of 5 is nobody's wish.
+# of 5 is hardly ever wanted.
 FILLED = {"CosineAnnealingLR": "T_max", "OneCycleLR": "total_steps", "PolynomialLR": "total_iters"}
 
 
@@ -157,7 +157,7 @@ def calls(config: ConfigDict) -> dict[str, Call]:
 def read(config: ConfigDict) -> Reading:
     """The sections as calls, which know where their names lead.
 
-    They ride along on the config, so that one start reads and looks up everything once. A locked config still takes
+    They are kept on the config, so that one start reads and looks up everything once. A locked config still takes
     other values for the keys it has; then it is read anew.
     """
     text = repr(to_plain(config))
@@ -186,9 +186,7 @@ class _Reader:
             "optimizer": self.component,
             "lr_scheduler": self.scheduler,
             "trainer": self.trainer,
-            "mlflow": self.settings,
-            "predictor": self.settings,
-            "cluster": self.settings,
+            **dict.fromkeys(("mlflow", "predictor", "cluster"), self.settings),
         }
         result: dict[str, Call] = {}
         for section, reader in readers.items():
