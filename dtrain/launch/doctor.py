@@ -333,7 +333,7 @@ def _merged(nodes: Sequence[tuple[str, Sequence[Finding]]]) -> list[Finding]:
     return merged
 
 
-def clocks(ranks: Ranks, here: Environment) -> list[Finding]:
+def clocks(ranks: "Ranks", here: Environment) -> list[Finding]:
     """How far the nodes' clocks are from rank 0's, by the fastest of a few questions to all; nothing for one node."""
     rounds = []
     for _ in range(ROUNDS):
