@@ -125,6 +125,12 @@ def _refuse(text):
     raise ConfigError(text)
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float32, torch.bfloat16)])
+def test_the_norm_of_all_gradients_is_that_of_one_vector(dtypes):
+    gradients = [torch.full((count,), 2.0, dtype=dtype) for count, dtype in zip((9, 16), dtypes, strict=True)]
+    assert Ranks(0, 0, 1, torch.device("cpu")).strategy.total_norm(gradients).item() == 10.0
+
+
 def test_the_vote_of_one_process_counts_at_once():
     vote = Vote(Ranks(0, 0, 1, torch.device("cpu")))
     assert [vote.cast(wish, not wish) for wish in (False, True)] == [(False, True), (True, False)]
