@@ -816,10 +816,10 @@ def test_any_manifest_is_answered_with_a_sentence(tmp_path, content):
     assert verify(path) == ["manifest.json: damaged, it differs from its own SHA-256"]
 
 
-def test_a_folder_that_is_no_checkpoint_is_called_that(tmp_path):
+def test_a_folder_that_is_not_a_checkpoint_is_called_that(tmp_path):
     assert verify(tmp_path)[0].startswith("manifest.json: missing")
     assert verify(tmp_path / "nowhere")[0].startswith("manifest.json: missing")
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a complete checkpoint"):
         load(tmp_path)
 
 
@@ -1254,7 +1254,7 @@ def test_a_file_that_is_something_else_is_refused_with_its_name(tmp_path, name, 
 def test_no_file_at_all(tmp_path):
     with pytest.raises(CheckpointError, match="no such file"):
         load_weights(tmp_path / "nowhere.pt")
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a complete checkpoint"):
         load_weights(tmp_path)
 
 
