@@ -315,7 +315,7 @@ def test_nothing_names_a_path_of_one_machine() -> None:
 
 # ------------------------------------------------------------------------------------------------------ reference.yaml
 
-HOUSE: dict[tuple[str, ...], tuple[Callable, set[str]]] = {
+OWN_SETTINGS: dict[tuple[str, ...], tuple[Callable, set[str]]] = {
     ("trainer",): (Trainer.__init__, {"self", "parts"}),
     ("trainer", "ddp"): (ddp_options, set()),
     ("trainer", "fsdp"): (fsdp_options, set()),
@@ -330,7 +330,7 @@ HOUSE: dict[tuple[str, ...], tuple[Callable, set[str]]] = {
 
 def settings(path: tuple[str, ...]) -> dict[str, object]:
     """The keys that one of dtrain's own rooms takes, with their defaults."""
-    function, given = HOUSE[path]
+    function, given = OWN_SETTINGS[path]
     return {key: item.default for key, item in inspect.signature(function).parameters.items() if key not in given}
 
 
@@ -338,7 +338,7 @@ def test_the_reference_has_every_section() -> None:
     assert set(yaml.safe_load(REFERENCE.read_text())) == set(TOP_LEVEL)
 
 
-@pytest.mark.parametrize("path", HOUSE, ids=".".join)
+@pytest.mark.parametrize("path", OWN_SETTINGS, ids=".".join)
 def test_the_reference_has_every_key_and_no_other(path: tuple[str, ...]) -> None:
     section = yaml.safe_load(REFERENCE.read_text())
     for key in path:
@@ -347,7 +347,7 @@ def test_the_reference_has_every_key_and_no_other(path: tuple[str, ...]) -> None
     assert set(section) - components_own == set(settings(path))
 
 
-@pytest.mark.parametrize("path", HOUSE, ids=".".join)
+@pytest.mark.parametrize("path", OWN_SETTINGS, ids=".".join)
 def test_the_reference_tells_every_default(path: tuple[str, ...]) -> None:
     config, lines = load_config(REFERENCE), REFERENCE.read_text().splitlines()
     for key, default in settings(path).items():
