@@ -291,7 +291,7 @@ def _monitor(config: ConfigDict, options: Mapping[str, Any], metrics: Metrics) -
     if not wish.startswith("val/"):
         wish = f"val/{wish}"
     if not any(wish == name or wish.startswith(f"{name}_") for name in names):
-        text = f"{options['monitor']!r} is not a figure of the validation; possible: {', '.join(names)}"
+        text = f"{options['monitor']!r} is not a metric of the validation; possible: {', '.join(names)}"
         raise refused(config, ("trainer", "monitor"), text)
     return wish
 
