@@ -165,7 +165,7 @@ def _add_submit(parser: argparse.ArgumentParser) -> None:
 def _add_job(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--run-folder", metavar="DIR", type=Path, required=True, help="trainer.checkpoint_dir of the training")
-    add("--requeue", metavar="COMMAND", default="", help="puts the job back, where its exit status alone does not")
+    add("--requeue", metavar="COMMAND", default="", help="requeues the job, where its exit status alone does not")
     add("--stopped-status", metavar="N", type=int, default=STOPPED_EARLY, help="of a job that is to start again")
     add("step", metavar="COMMAND", nargs="+", help="starts the training; takes KEY=VALUE arguments at its end")
 
@@ -302,7 +302,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _job(options: argparse.Namespace) -> int:
-    """Run the step of a batch job: pass warnings on to it, and put the job back when it was stopped early."""
+    """Run the step of a batch job: pass warnings on to it, and requeue the job when it was stopped early."""
     from dtrain.launch.job import run_job
 
     return run_job(options.run_folder, options.step, options.requeue, options.stopped_status)

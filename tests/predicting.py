@@ -11,7 +11,6 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
-from dtrain.reporting.line_progress import LineProgress
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -26,6 +25,7 @@ from dtrain.modelloader import Forward
 from dtrain.predict.inference import Inference, Result
 from dtrain.predict.predictor import Predictor
 from dtrain.predict.run import volumes
+from dtrain.reporting.progress import Progress
 
 torch.set_num_threads(1)
 
@@ -96,7 +96,7 @@ def inference(predictor: Predictor, model: Any = identity, ranks: Ranks | None =
     asked_to_stop = getattr(model, "is_to_stop", lambda: False)
     forward = Forward(nn.Identity(), ranks.device)
     identity = {"weights": weights}
-    return Inference(predictor, forward, model, ranks, LineProgress(), Path(), identity, asked_to_stop=asked_to_stop)
+    return Inference(predictor, forward, model, ranks, Progress(), Path(), identity, asked_to_stop=asked_to_stop)
 
 
 def predicted(

@@ -39,7 +39,7 @@ my ($real) = grep { -x } map { "$_/slurmstepd" } "/usr/sbin", "/usr/local/sbin",
 exec {$real} $real, @ARGV or die "slurmstepd: $!";
 """
 
-# batch: the default; preempt: its jobs are put back into the queue for those of `urgent`; grace: the same, with a
+# batch: the default; preempt: its jobs are requeued for those of `urgent`; grace: the same, with a
 # while between the request to stop and the end.
 CONFIG = """
 ClusterName=test

@@ -81,7 +81,7 @@ def lines(result: Result) -> list[str]:
         (["check", "c.yml"], "there is no file c.yml; did you mean 'c.yaml'?"),
         (["config", "c.yaml", "a=["], "argument 'a=[': not valid YAML: "),
         (["test", "c.yaml", "--checkpoint", "x", "loaders.test={}", "model.name=Nett"], "argument 'model.name=Nett': model.name: there is no 'Nett'; did you mean 'Net'?; searched parts, "),
-        (["bad.yaml"], "bad.yaml:3:1: duplicate key 'model', first written in line 1"),
+        (["bad.yaml"], "bad.yaml:3:1: duplicate key 'model', first written on line 1"),
         (["binary.yaml"], "binary.yaml:1:1: not UTF-8 text: byte 0xff"),
         (["list.yaml"], "list.yaml:1:1: the file holds a list; a config is a mapping of sections (model, loaders, ...)"),
         (["sync", "nowhere"], "dtrain sync: nowhere is not a run folder: it has no run.json"),

@@ -1,4 +1,4 @@
-"""One checkpoint's files: write, verify, load."""
+"""The files of one checkpoint: write, verify, load."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def load(path: Path, is_verified: bool = False) -> Loaded:
         is_verified: it has just been, by `verify` or `Checkpoints`: its files are not read for that a second time.
 
     Raises:
-        CheckpointError: the folder is no checkpoint or is damaged; the message names the files.
+        CheckpointError: the folder is not a checkpoint or is damaged; the message names the files.
     """
     manifest = require_whole(path, is_verified)
     state = read_torch_file(path / STATE)
@@ -158,14 +158,14 @@ def read_manifest(folder: Path) -> Manifest:
         raw = (folder / MANIFEST).read_bytes()
         manifest = json.loads(raw)
         del manifest["sha256"]
-        whole = _render(manifest) == raw
+        is_whole = _render(manifest) == raw
     except FileNotFoundError as error:
-        raise CheckpointError(f"{MANIFEST}: missing, so {folder} is no complete checkpoint") from error
+        raise CheckpointError(f"{MANIFEST}: missing, so {folder} is not a complete checkpoint") from error
     except OSError as error:
         raise CheckpointError(f"{MANIFEST}: {error}") from error
     except (ValueError, TypeError, KeyError, RecursionError):
-        whole = False
-    if not whole:
+        is_whole = False
+    if not is_whole:
         raise CheckpointError(f"{MANIFEST}: damaged, it differs from its own SHA-256")
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{MANIFEST}: of format {manifest.get('format')!r}; this dtrain reads format {FORMAT}")

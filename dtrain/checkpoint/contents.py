@@ -51,7 +51,7 @@ _PLAIN_FORMS: tuple[tuple[Callable[[Any], bool], str], ...] = (
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be written, is damaged, or is none; the message says what to do."""
+    """A checkpoint that cannot be written, is damaged, or does not exist; the message says what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +133,7 @@ class _Walk:
         self._copies = copies
         self._last_copies = {} if copies is None else dict(copies)
         if copies is not None:
-            copies.clear()  # what is not used again is let go
+            copies.clear()  # what is not used again is freed
         self._done: dict[int, tuple[Any, Any]] = {}
         self._dtypes: dict[int, torch.dtype] = {}
 
@@ -201,7 +201,7 @@ class _Walk:
                 aliases[name] = tied
             else:
                 host = self.tensor(value, f"{place}[{name!r}]")
-                # The same memory in another shape is no alias, and safetensors refuses to write it twice.
+                # The same memory in another shape is not an alias, and safetensors refuses to write it twice.
                 tensors[name] = host.clone() if host.data_ptr() in memory else host
                 memory.add(tensors[name].data_ptr())
         return Weights(tensors, aliases, self.value(rest, place))
@@ -242,7 +242,7 @@ def _fits_safetensors(name: Any, value: Any) -> bool:
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    """What two names of the same elements in the same order have in common; to be asked of originals, not of copies."""
+    """What two names of the same elements in the same order have in common; of originals, not of copies."""
     view = tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg()
     return tensor.device, tensor.data_ptr(), *view
 

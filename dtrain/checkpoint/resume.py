@@ -1,4 +1,4 @@
-"""Where a training starts: afresh, from a checkpoint, or not at all because it is finished. The main rank decides."""
+"""Where a training starts: at its first step, from a checkpoint, or not at all because it is finished."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The folder of checkpoints: write, rotate, find."""
+"""The folder of a run's checkpoints: write, rotate, find."""
 
 from __future__ import annotations
 

@@ -38,18 +38,22 @@ class Parameter:
 
 def own_parameters(node: ast.FunctionDef | ast.AsyncFunctionDef, method: bool) -> tuple[Parameter, ...]:
     """What a `def` names itself; of a method without `self`."""
-    arguments = node.args
-    positional = [*arguments.posonlyargs, *arguments.args]
-    missing = len(positional) - len(arguments.defaults)
-    result = []
-    for index, item in enumerate(positional):
-        default = ast.unparse(arguments.defaults[index - missing]) if index >= missing else None
-        result.append(Parameter(item.arg, item.annotation, default, keyword=item not in arguments.posonlyargs))
-    if method:
-        result = result[1:]
-    for item, value in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
-        result.append(Parameter(item.arg, item.annotation, ast.unparse(value) if value else None, positional=False))
-    return tuple(result)
+    takes = node.args
+    positional = [*takes.posonlyargs, *takes.args]
+    defaults = [None] * (len(positional) - len(takes.defaults)) + takes.defaults
+    result = [
+        Parameter(item.arg, item.annotation, _source(default), keyword=item not in takes.posonlyargs)
+        for item, default in zip(positional, defaults, strict=True)
+    ]
+    by_name = [
+        Parameter(item.arg, item.annotation, _source(default), positional=False)
+        for item, default in zip(takes.kwonlyargs, takes.kw_defaults, strict=True)
+    ]
+    return (*result[int(method) :], *by_name)
+
+
+def _source(node: ast.expr | None) -> str | None:
+    return ast.unparse(node) if node else None
 
 
 def is_record(node: ast.stmt) -> bool:
@@ -69,19 +73,13 @@ def record_fields(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -
     for item in node.body:
         if not isinstance(item, ast.AnnAssign) or not isinstance(item.target, ast.Name):
             continue
-        options = {}
+        options, default = {}, _source(item.value)
         if isinstance(item.value, ast.Call) and ast.unparse(item.value.func).rpartition(".")[2] == "field":
             options = {option.arg: ast.unparse(option.value) for option in item.value.keywords}
-            default = options.get("default") or (
-                f"{options['default_factory']}()" if "default_factory" in options else None
-            )
-        else:
-            default = ast.unparse(item.value) if item.value else None
+            factory = options.get("default_factory")
+            default = options.get("default") or (factory and f"{factory}()")
         if _name(item.annotation) not in ("ClassVar", "KW_ONLY") and options.get("init") != "False":
             yield Parameter(item.target.id, item.annotation, default)
-
-
-# ------------------------------------------------------------------------------------------------- values and types
 
 
 def wrong_type(value: object, annotation: ast.expr | None) -> str:
@@ -109,14 +107,14 @@ def correction(value: object, annotation: ast.expr | None) -> str:
 
 
 def wanted_as(value: object, annotation: ast.expr | None) -> str:
-    """'Tensor' or 'tuple' where a list fits an annotation as such alone; else nothing."""
+    """'Tensor' or 'tuple' where a list fits an annotation in that way alone; else nothing."""
     members = list(_members(annotation)) if annotation and isinstance(value, list) else []
     fitting = {_name(item) for item in members if _fits(value, item)}
     return "Tensor" if fitting == {"Tensor"} else "tuple" if fitting and fitting <= _TUPLES else ""
 
 
 def takes_mappings(annotation: ast.expr | None) -> bool:
-    """Whether a list of mappings is what is wanted, such as list[dict] | None: then nothing in it is to be built."""
+    """Whether a list of mappings is what is wanted, such as list[dict] | None: then nothing inside it is built."""
     members = [item for item in _members(annotation) if _name(item) != "None"] if annotation else []
     return bool(members) and all(
         isinstance(item, ast.Subscript) and _name(item) in _LISTS and _name(_items(item)[0]) in _MAPPINGS
@@ -148,7 +146,7 @@ def _admits(value: object, annotation: ast.expr) -> bool:
 
 
 def _fits(value: object, annotation: ast.expr) -> bool:
-    """Whether a value fits an annotation that is no union."""
+    """Whether a value fits an annotation that is not a union."""
     name = _name(annotation)
     if isinstance(annotation, ast.Subscript):
         return _fits_generic(value, name, _items(annotation))

@@ -134,11 +134,7 @@ def _value(call: Call, path: KeyPath, value: Any, given: tuple[Any, ...], annota
 
 
 def _imported(call: Call) -> Callable[..., Any]:
-    """Import what a call's name leads to, and look at the object itself, not only at its name.
-
-    Raises:
-        ConfigError: The import fails (with the user's own line), or the object may not be used.
-    """
+    """Import what a call's name leads to, and look at the object itself, not only at its name."""
     target, path, modules_before = call.target, call.path_of("name"), set(sys.modules)
     try:
         imported: Any = importlib.import_module(target.module)

@@ -12,14 +12,7 @@ from dtrain.config.annotations import Parameter, takes_mappings, wrong_type
 from dtrain.config.errors import ConfigError, KeyPath, Mistake, did_you_mean, dotted, is_mapping
 from dtrain.config.load import notes_on
 from dtrain.config.resolve import module_mistake
-from dtrain.config.rules import (
-    missing_mistakes,
-    monitor_mistakes,
-    name_mistakes,
-    strategy_mistakes,
-    top_level_mistakes,
-    value_mistakes,
-)
+from dtrain.config.rules import monitor_mistakes, rule_mistakes, value_mistakes
 from dtrain.config.schema import Call, calls, is_component, mistake, read
 from dtrain.config.signatures import Callee
 
@@ -42,11 +35,9 @@ def check(config: ConfigDict, purpose: str | None = "train") -> None:
         mistakes += monitor_mistakes(config, reading.calls)
     for call in reading.calls.values():
         mistakes += call_mistakes(call)
-    mistakes += [*_shared_mistakes(config, reading.calls), *top_level_mistakes(config), *_module_mistakes(config)]
+    mistakes += [*_shared_mistakes(config, reading.calls), *_module_mistakes(config), *rule_mistakes(config, purpose)]
     wrong_keys = {item.text.partition(":")[0] for item in mistakes}
     mistakes += [item for item in value_mistakes(config) if item.text.partition(":")[0] not in wrong_keys]
-    mistakes += strategy_mistakes(config, config.get("trainer"))
-    mistakes += [*name_mistakes(config), *missing_mistakes(config, purpose)]
     if mistakes:
         # A key shared by several calls has one mistake, not one for each signature.
         first = {(item.place, item.text.partition("; ")[0]): item for item in reversed(mistakes)}
@@ -79,7 +70,7 @@ def call_mistakes(call: Call) -> list[Mistake]:
     try:
         target = call.target
     except ConfigError as error:
-        if "." in str(call.name) or not any(_module_mistakes(call.config)):  # else it is missing for want of a module
+        if "." in str(call.name) or not any(_module_mistakes(call.config)):  # else the missing module is the mistake
             own += error.mistakes
     else:
         if isinstance(target, Callee):
@@ -180,7 +171,7 @@ def use_of(call: Call, callee: Callee) -> Use:
 
 
 def supplied(call: Call, callee: Callee) -> Parameter | None:
-    """The parameter by which dtrain supplies an object; by position, where it takes no keyword.
+    """The parameter by which dtrain supplies an object; by position where its `keyword` is false.
 
     An optimizer is given the parameters, a scheduler the optimizer, and so are the optimizers or schedulers inside it.
     """

@@ -22,7 +22,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Mistake:
-    """One thing that is wrong with a config, told in one line."""
+    """One thing that is wrong with a config, in one line."""
 
     text: str
     place: Place | None = None
@@ -91,21 +91,17 @@ def shown(value: Any) -> str:
 
 
 def found(value: Any) -> str:
-    """`found string 'abc'`, `found null`: what a user is told about a value of a wrong type."""
+    """`found string 'abc'`, `found null`: the end of a message about a value of a wrong type."""
     return "found null" if value is None else f"found {type_name(value)} {shown(value)}"
 
 
 def type_name(value: Any) -> str:
-    """What a user calls the type of a YAML value."""
-    if value is None:
-        return "null"
-    if is_mapping(value):
-        return "mapping"
-    return {str: "string"}.get(type(value), type(value).__name__)
+    """What a user calls the type of a YAML value that is not null."""
+    return "mapping" if is_mapping(value) else "string" if isinstance(value, str) else type(value).__name__
 
 
 def is_mapping(value: Any) -> bool:
-    """A mapping of any kind; a ConfigDict is none by its type."""
+    """A mapping of any kind; a ConfigDict does not inherit from Mapping."""
     return isinstance(value, Mapping) or hasattr(value, "to_dict")
 
 

@@ -50,11 +50,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
 
 
 def merged(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The same as plain values whose `${...}` are left to be resolved where they are read next.
-
-    Raises:
-        ConfigError: With every mistake that reading can find.
-    """
+    """The same as plain values whose `${...}` are left to be resolved where they are read next."""
     return _read(path, overrides).values
 
 
@@ -75,7 +71,7 @@ def from_mapping(values: Mapping[str, Any] | ConfigDict) -> ConfigDict:
     """The same for a mapping made in Python: a locked deep copy with canonical key names (no places).
 
     Raises:
-        ConfigError: It is no mapping, or holds more than plain values, lists and mappings with text keys.
+        ConfigError: It is not a mapping, or holds more than plain values, lists and mappings with text keys.
     """
     if isinstance(values, ConfigDict) and hasattr(values, "_places"):
         return values
@@ -103,7 +99,7 @@ def _checked(value: Any, path: KeyPath, mistakes: list[Mistake]) -> Any:
         return [_checked(item, (*path, index), mistakes) for index, item in enumerate(value)]
     if isinstance(value, bool | None):
         return value
-    if isinstance(value, Integral | Real):  # NumPy's numbers are such, too
+    if isinstance(value, Integral | Real):  # so are NumPy's numbers
         return int(value) if isinstance(value, Integral) else float(value)
     if isinstance(value, str | Path):
         return str(value)
@@ -113,7 +109,7 @@ def _checked(value: Any, path: KeyPath, mistakes: list[Mistake]) -> Any:
 
 
 def notes_on(config: ConfigDict) -> list[str]:
-    """What a user is to know of how the config was read: lines about the keys that another program's file brought."""
+    """Lines for the user about how keys of another program's file were read."""
     return list(getattr(config, "_notes", ()))
 
 
@@ -147,9 +143,6 @@ def to_yaml(config: Mapping[str, Any] | ConfigDict) -> str:
     return dump(escaped(to_plain(config)))
 
 
-# ------------------------------------------------------------------------------------------------- files and `_base_`
-
-
 @dataclass
 class _Tree:
     """Plain values with the place of every key. A place may be left over from a value that was replaced."""
@@ -174,7 +167,7 @@ def _apply_all(items: Sequence[Any], action: Callable[[Any], None]) -> None:
 def _read_file(
     path: Path, ancestors: tuple[Path, ...], place: Place | None = None, left: Iterator[int] | None = None
 ) -> _Tree:
-    """A file laid over the files under its `_base_`. `left` counts down the files that may still be read."""
+    """A file merged over the files under its `_base_`. `left` counts down the files that may still be read."""
     left = iter(range(MAX_FILES)) if left is None else left
     if next(left, None) is None:
         raise ConfigError(f"more than {MAX_FILES} files under '_base_'", Place(ancestors[0].name, 1, 1))
@@ -189,15 +182,15 @@ def _read_file(
     own = _Tree(values, places | {(): Place(str(path), 1, 1)}, {path.name: text})
     result = _Tree({}, {})
 
-    def lay_base(item: tuple[KeyPath, Any]) -> None:
-        where, name = own.places.get(item[0]), item[1]
-        if not isinstance(name, str):
-            raise ConfigError(f"_base_: expected a file name or a list of them, {found(name)}", where)
-        _merge(result, _read_file(path.parent / name, (*ancestors, path.resolve()), where, left))
+    def read_base(index: int) -> None:
+        where = own.places.get(("_base_", index), own.places.get(("_base_",)))
+        if not isinstance(bases[index], str):
+            raise ConfigError(f"_base_: expected a file name or a list of them, {found(bases[index])}", where)
+        _merge(result, _read_file(path.parent / bases[index], (*ancestors, path.resolve()), where, left))
 
-    bases = expand(own.values, own.places, values.pop("_base_", None), ("_base_",))
-    listed = [(("_base_", index), name) for index, name in enumerate(bases)] if isinstance(bases, list) else []
-    _apply_all(listed if isinstance(bases, list | None) else [(("_base_",), bases)], lay_base)
+    base = expand(own.values, own.places, values.pop("_base_", None), ("_base_",))
+    bases = base if isinstance(base, list) else [] if base is None else [base]
+    _apply_all(range(len(bases)), read_base)
     canonical_names(own.values, own.places)
     _merge(result, own)
     return result
@@ -234,10 +227,10 @@ def _similar_file(path: Path) -> str:
 
 
 def _merge(into: _Tree, other: _Tree) -> None:
-    """Lay `other` over `into`: mappings key by key, everything else replaced. `_delete_: true` drops what lay below."""
+    """Merge `other` into `into`: mappings key by key, all else is replaced, also mappings with `_delete_: true`."""
     replaced: set[KeyPath] = set()
 
-    def lay(below: dict[str, Any], above: dict[str, Any], path: KeyPath) -> dict[str, Any]:
+    def merge(below: dict[str, Any], above: dict[str, Any], path: KeyPath) -> dict[str, Any]:
         for key, value in above.items():
             here = (*path, key)
             if isinstance(value, dict):
@@ -246,14 +239,14 @@ def _merge(into: _Tree, other: _Tree) -> None:
                     text = f"{dotted((*here, '_delete_'))}: expected true or false, {found(delete)}"
                     raise ConfigError(text, other.places.get((*here, "_delete_")))
                 if isinstance(below.get(key), dict) and not delete:
-                    lay(below[key], value, here)
+                    merge(below[key], value, here)
                     continue
-                value = lay({}, value, here)
+                value = merge({}, value, here)
             below[key] = value
             replaced.add(here)
         return below
 
-    lay(into.values, other.values, ())
+    merge(into.values, other.values, ())
     kept = (path for path in into.places if not any(path[:end] in replaced for end in range(1, len(path) + 1)))
     into.places = {path: into.places[path] for path in kept} | other.places
     for name, text in other.texts.items():
@@ -262,15 +255,8 @@ def _merge(into: _Tree, other: _Tree) -> None:
         into.texts[name] = text
 
 
-# ---------------------------------------------------------------------------------------------------------- overrides
-
-
 def _override(tree: _Tree, text: str) -> None:
-    """Set one `KEY=VALUE` in the tree.
-
-    Raises:
-        ConfigError: The text has no '=', no key, a bad value, or leads through something that is no mapping or list.
-    """
+    """Set one `KEY=VALUE` in the tree."""
     place = Place(f"argument {shown(text)}")
     key, equals, value_text = text.partition("=")
     if not equals or not all(key.split(".")):
@@ -307,15 +293,12 @@ def _step(parent: Any, part: str, done: KeyPath, place: Place) -> Any:
     raise ConfigError(f"'{dotted(done)}' is {shown(parent)}, so it has no key {shown(part)}", place)
 
 
-# ------------------------------------------------------------------------------------------------------------- result
-
-
 def _to_config(tree: _Tree) -> ConfigDict:
     values = expand(tree.values, tree.places, tree.values)
     notes = translate(values, tree.places)
     config = to_config_dict(values)
     _lock(config)
-    # Places ride along outside of the fields: they are no settings, and a copy of a section needs none.
+    # Places are kept beside the fields: they are not settings, and a copy of a section needs none.
     object.__setattr__(config, "_places", tree.places)
     object.__setattr__(config, "_texts", tree.texts)
     object.__setattr__(config, "_notes", notes)

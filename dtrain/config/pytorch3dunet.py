@@ -4,7 +4,7 @@ Two steps. Names that mean the same are replaced file by file, so that files of 
 pytorch-3dunet means otherwise than dtrain is translated once, when everything is merged.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from dtrain.config.errors import ConfigError, KeyPath, Mistake, Place, dotted, found, shown
@@ -20,9 +20,7 @@ RENAMES: dict[KeyPath, KeyPath] = {
     ("optimizer", "learning_rate"): ("optimizer", "lr"),
     ("loaders", "dataset"): ("loaders", "name"),
     ("loaders", "valid"): ("loaders", "val"),
-    ("loaders", "train", "dataset"): ("loaders", "train", "name"),
-    ("loaders", "val", "dataset"): ("loaders", "val", "name"),
-    ("loaders", "test", "dataset"): ("loaders", "test", "name"),
+    **{("loaders", phase, "dataset"): ("loaders", phase, "name") for phase in ("train", "val", "test")},
     ("trainer", "max_num_epochs"): ("trainer", "max_epochs"),
     ("trainer", "max_num_iterations"): ("trainer", "max_steps"),
     ("trainer", "validate_after_iters"): ("trainer", "validate_every_steps"),
@@ -64,20 +62,21 @@ def canonical_names(values: Values, places: Places) -> None:
         del metrics["multiple"]  # a fork's flag for 'name is a list', which the list itself says
 
 
-def _rename(values: Values, places: Places, old: KeyPath, new: KeyPath) -> list[Mistake]:
+def _rename(values: Values, places: Places, old: KeyPath, new: KeyPath) -> Iterator[Mistake]:
+    """Move a setting, unless something stands in its new place."""
     parent = _mapping_at(values, old[:-1])
     if parent is None or old[-1] not in parent:
-        return []
-    place = places.get(old)
+        return
     target = _mapping_at(values, new[:-1], create=True)
     if target is None:
-        return [Mistake(f"{dotted(old)}: stands for '{dotted(new)}', but '{dotted(new[:-1])}' is not a mapping", place)]
-    if new[-1] in target:
+        text = f"{dotted(old)}: stands for '{dotted(new)}', but '{dotted(new[:-1])}' is not a mapping"
+        yield Mistake(text, places.get(old))
+    elif new[-1] in target:
         text = f"'{dotted(old)}' and '{dotted(new)}' are two names for one setting; keep one of them"
-        return [Mistake(text, place)]
-    target[new[-1]] = _canonical_value(old, parent.pop(old[-1]))
-    _move_places(places, old, new)
-    return []
+        yield Mistake(text, places.get(old))
+    else:
+        target[new[-1]] = _canonical_value(old, parent.pop(old[-1]))
+        _move_places(places, old, new)
 
 
 def _move_places(places: Places, old: KeyPath, new: KeyPath) -> None:
@@ -98,8 +97,6 @@ def _mapping_at(values: Any, path: KeyPath, create: bool = False) -> dict[Any, A
         values = values.get(key) if isinstance(values, dict) else None
     return values if isinstance(values, dict) else None
 
-
-# ------------------------------------------------------------------------------------------------------ pytorch-3dunet
 
 _DATASETS = ("StandardHDF5Dataset", "LazyHDF5Dataset", "DSB2018Dataset")
 _FOREIGN = (".pytorch", ".pt", ".pth")  # files that hold a checkpoint; dtrain's own are folders
@@ -134,8 +131,8 @@ _METRICS: dict[str, Values] = {  # with what pytorch-3dunet takes where the file
 }
 _NOTES = {  # settings of pytorch-3dunet's trainer that change no result
     "skip_train_validation": "metrics are computed on validation data alone, never on training batches",
-    "max_val_images": "how many samples are drawn is said by trainer.pictures",
-    "tensorboard_formatter": "pictures go to MLflow, not to TensorBoard, and are drawn in one way",
+    "max_val_images": "the number of samples drawn is set by trainer.pictures",
+    "tensorboard_formatter": "pictures go to MLflow, not to TensorBoard, and have one fixed form",
 }
 
 
@@ -149,7 +146,7 @@ def translate(values: Values, places: Places) -> list[str]:
         Lines about what was filled in and what has no effect here.
 
     Raises:
-        ConfigError: With every key that cannot be honoured.
+        ConfigError: With every key that cannot be supported.
     """
     loaders = _mapping_at(values, ("loaders",)) or {}
     phases = [_mapping_at(loaders, (phase,)) or {} for phase in _PHASES]
@@ -175,7 +172,7 @@ class _Translation:
         filled = [path for path in _DEFAULTS if self._filled(path)]
         if filled:
             said = ", ".join(f"{dotted(path)}: {shown(_DEFAULTS[path])}" for path in filled)
-            self.notes.append(f"pytorch-3dunet's own values, where the file says nothing: {said}")
+            self.notes.append(f"pytorch-3dunet's defaults, where the file sets nothing: {said}")
         self._trainer()
         self._loaders()
         self._loss()
@@ -183,7 +180,7 @@ class _Translation:
         self._predictor()
 
     def wrong(self, path: KeyPath, text: str) -> None:
-        """A key that cannot be honoured."""
+        """A key that cannot be supported."""
         where = next((self.places[path[:end]] for end in range(len(path), -1, -1) if path[:end] in self.places), None)
         self.mistakes.append(Mistake(f"{dotted(path)}: {text}", where))
 
@@ -212,7 +209,7 @@ class _Translation:
             )
             self.wrong(("trainer", "resume"), text)
         if "validate_iters" in trainer:
-            self.wrong(("trainer", "validate_iters"), "a validation here is always over all of loaders.val; remove it")
+            self.wrong(("trainer", "validate_iters"), "a validation always covers all of loaders.val; remove it")
         for key in [key for key in _NOTES if key in trainer]:
             self.note(("trainer", key), _NOTES[key])
             del trainer[key]
@@ -268,13 +265,15 @@ class _Translation:
 
     def _binary_weights(self, loss: Values) -> None:
         if "weight" in loss:
-            text = "pytorch-3dunet does not use it; remove it, or weigh the foreground with pos_weight"
+            text = "pytorch-3dunet does not use it; remove it, or weight the foreground with pos_weight"
             self.wrong(("loss", "weight"), text)
         weight = loss.get("pos_weight")
         if isinstance(weight, int | float) and not isinstance(weight, bool):
             loss["pos_weight"] = [weight]
         elif isinstance(weight, list) and len(weight) != 1:
-            text = f"torch lays {len(weight)} weights along the last axis of a volume, not along its channels; give one"
+            text = (
+                f"torch applies {len(weight)} weights along the last axis of a volume, not along its channels; give one"
+            )
             self.wrong(("loss", "pos_weight"), text)
 
     def _metrics(self) -> None:
@@ -313,13 +312,13 @@ class _Translation:
     def _predictor(self) -> None:
         """What the phase `test` is for there is prediction, with a file's own place for weights and outputs."""
         if self.values.get("model_path") is not None:
-            self._move(("model_path",), ("predictor", "checkpoint"))
+            self.mistakes += _rename(self.values, self.places, ("model_path",), ("predictor", "checkpoint"))
         loaders = _mapping_at(self.values, ("loaders",)) or {}
         if loaders.get("output_dir") is not None:
-            self._move(("loaders", "output_dir"), ("predictor", "output_dir"))
+            self.mistakes += _rename(self.values, self.places, ("loaders", "output_dir"), ("predictor", "output_dir"))
         loaders.pop("output_dir", None)
         if "test" in loaders:
-            self._move(("loaders", "test"), ("loaders", "predict"))
+            self.mistakes += _rename(self.values, self.places, ("loaders", "test"), ("loaders", "predict"))
         predictor = _mapping_at(self.values, ("predictor",), create="predict" in loaders)
         if predictor is None:
             return
@@ -340,10 +339,6 @@ class _Translation:
                 predictor.setdefault(key, value)
             text = "DSB2018Predictor writes the numbered instances alone; for probabilities: save_segmentation: false"
             self.notes.append(f"predictor.name: {text}")
-
-    def _move(self, old: KeyPath, new: KeyPath) -> None:
-        """Give a setting another place, unless something stands there."""
-        self.mistakes += _rename(self.values, self.places, old, new)
 
 
 def _drop_nulls(mapping: Values, keys: Iterable[str]) -> None:

@@ -164,13 +164,10 @@ def is_installed(package: str) -> bool:
         return True
     origin, folders = spec_folders(package)
     homes = [folder.parent for folder in folders] or ([origin.parent] if origin else [])
-    if any(home.name in ("site-packages", "dist-packages") or _has_records(home) for home in homes):
+    records = (record for home in homes for kind in ("*.dist-info", "*.egg-info") for record in home.glob(kind))
+    if any(home.name in ("site-packages", "dist-packages") for home in homes) or any(records):
         return True
     return any(home.is_relative_to(folder) for home in homes for folder in _editable_folders())
-
-
-def _has_records(folder: Path) -> bool:
-    return any(next(folder.glob(pattern), None) for pattern in ("*.dist-info", "*.egg-info"))
 
 
 def _editable_folders() -> Iterator[Path]:

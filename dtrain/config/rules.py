@@ -56,8 +56,16 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # where the type alone ad
 }  # fmt: skip
 
 
-def top_level_mistakes(config: ConfigDict) -> Iterator[Mistake]:
-    """Unknown sections, and wrong values of the keys that are no sections."""
+def rule_mistakes(config: ConfigDict, purpose: str | None) -> Iterator[Mistake]:
+    """What is wrong with a config as a whole, for a purpose (None: what its data are for)."""
+    yield from _top_level_mistakes(config)
+    yield from strategy_mistakes(config, config.get("trainer"))
+    yield from _name_mistakes(config)
+    yield from _missing_mistakes(config, purpose)
+
+
+def _top_level_mistakes(config: ConfigDict) -> Iterator[Mistake]:
+    """Unknown sections, and wrong values of the keys that are not sections."""
     for key in config:
         if key not in TOP_LEVEL:
             text = f"unknown section{did_you_mean(key, TOP_LEVEL)}; possible: {', '.join(TOP_LEVEL)}"
@@ -129,35 +137,34 @@ def strategy_mistakes(config: ConfigDict, options: Any) -> list[Mistake]:
     return [mistake(config, ("trainer", *path), text) for path, text in wrong.items()]
 
 
-def name_mistakes(config: ConfigDict) -> Iterator[Mistake]:
+def _name_mistakes(config: ConfigDict) -> Iterator[Mistake]:
     """Names that MLflow, a log line or a file system could not hold, and an experiment whose folder would leave runs/.
 
-    With a `checkpoint_dir` of its own an experiment is no folder, but the next config of the same name may lack it.
+    With a `checkpoint_dir` of its own an experiment names no folder, but the next config of the same name may lack it.
     """
-    for key in ("experiment", "run_name"):
-        if isinstance(name := config.get(key), str):
-            size = len(name.encode("utf-8", "replace"))
-            if not name.isprintable():
-                yield mistake(config, (key,), f"must be one line of printable characters, found {shown(name)}")
-            elif size > MAX_NAME_BYTES:
-                text = f"must have at most {MAX_NAME_BYTES} bytes, found {size}: {shown(name)}"
-                yield mistake(config, (key,), text)
-            elif key == "experiment" and ".." in Path(name).parts:
-                text = "must not contain '..': it names the run folder where there is no trainer.checkpoint_dir"
-                yield mistake(config, (key,), f"{text}; {found(name)}")
-    folder = _at(config.get("trainer"), "checkpoint_dir")
-    if not isinstance(folder, str):
-        return
-    if not folder.isprintable():
-        text = f"must be one line of printable characters, found {shown(folder)}"
-        yield mistake(config, ("trainer", "checkpoint_dir"), text)
-    elif any(len(part.encode()) > MAX_NAME_BYTES for part in Path(folder).parts):
-        text = f"must have at most {MAX_NAME_BYTES} bytes in each folder's name, found {shown(folder)}"
-        yield mistake(config, ("trainer", "checkpoint_dir"), text)
+    names: dict[KeyPath, Any] = {("experiment",): config.get("experiment"), ("run_name",): config.get("run_name")}
+    names["trainer", "checkpoint_dir"] = _at(config.get("trainer"), "checkpoint_dir")
+    for path, name in names.items():
+        if isinstance(name, str) and (text := _name_mistake(str(path[-1]), name)):
+            yield mistake(config, path, text)
 
 
-def missing_mistakes(config: ConfigDict, purpose: str | None) -> Iterator[Mistake]:
-    """What a training, a test or a prediction cannot do without; of no purpose, what the data are for."""
+def _name_mistake(key: str, name: str) -> str:
+    longest = max((len(part.encode("utf-8", "replace")) for part in Path(name).parts), default=0)
+    size = len(name.encode("utf-8", "replace"))
+    if not name.isprintable():
+        return f"must be one line of printable characters, found {shown(name)}"
+    if key == "checkpoint_dir" and longest > MAX_NAME_BYTES:
+        return f"must have at most {MAX_NAME_BYTES} bytes in each folder's name, found {shown(name)}"
+    if key != "checkpoint_dir" and size > MAX_NAME_BYTES:
+        return f"must have at most {MAX_NAME_BYTES} bytes, found {size}: {shown(name)}"
+    if key == "experiment" and ".." in Path(name).parts:
+        return f"must not contain '..': it names the run folder where there is no trainer.checkpoint_dir; {found(name)}"
+    return ""
+
+
+def _missing_mistakes(config: ConfigDict, purpose: str | None) -> Iterator[Mistake]:
+    """What a training, a test or a prediction cannot do without."""
     loaders, trainer = config.get("loaders"), config.get("trainer")
     purpose = purpose or next((phase for phase in ("train", "predict", "test") if _at(loaders, phase)), "train")
     sections, phases = PURPOSES[purpose]

@@ -53,7 +53,7 @@ OWN_SETTINGS = {
     "schedule": "dtrain.training.schedule:schedule_settings",
 }
 # The schedules whose length dtrain fills in where the config leaves it out: it knows it, and PolynomialLR's default
-# of 5 is nobody's wish.
+# of 5 is hardly ever wanted.
 FILLED = {"CosineAnnealingLR": "T_max", "OneCycleLR": "total_steps", "PolynomialLR": "total_iters"}
 
 
@@ -77,11 +77,7 @@ class Call:
 
     @functools.cached_property
     def found(self) -> Found:
-        """What the name leads to; looked up once.
-
-        Raises:
-            ConfigError: There is no such name, it may not be used, or one of the user's modules is not Python.
-        """
+        """What the name leads to, looked up once; a ConfigError where it leads nowhere or may not be used."""
         try:
             return locate(self.name, user_modules(self.config), self.slot.libraries, self.slot.nested)
         except ResolveError as error:
@@ -89,7 +85,7 @@ class Call:
 
     @property
     def target(self) -> Callee | Dynamic:
-        """The class or function that the name leads to. Raises as `found` does."""
+        """The class or function that the name leads to."""
         return self.found.target
 
     @functools.cached_property
@@ -138,9 +134,6 @@ def refused(config: ConfigDict, path: KeyPath, text: str) -> ConfigError:
     return ConfigError(mistake(config, path, text))
 
 
-# ------------------------------------------------------------------------------------------- reading the sections once
-
-
 class Reading(NamedTuple):
     """The calls of a config by section, and what is wrong with the shape of others."""
 
@@ -153,7 +146,7 @@ def calls(config: ConfigDict) -> dict[str, Call]:
     """Every call that the config's sections describe, by section: 'model', 'loaders.train', 'metrics.Accuracy', ...
 
     Raises:
-        ConfigError: A section has not the shape of a call.
+        ConfigError: A section does not have the shape of a call.
     """
     reading = read(config)
     if reading.mistakes:
@@ -164,7 +157,7 @@ def calls(config: ConfigDict) -> dict[str, Call]:
 def read(config: ConfigDict) -> Reading:
     """The sections as calls, which know where their names lead.
 
-    They ride along on the config, so that one start reads and looks up everything once. A locked config still takes
+    They are kept on the config, so that one start reads and looks up everything once. A locked config still takes
     other values for the keys it has; then it is read anew.
     """
     text = repr(to_plain(config))
@@ -193,9 +186,7 @@ class _Reader:
             "optimizer": self.component,
             "lr_scheduler": self.scheduler,
             "trainer": self.trainer,
-            "mlflow": self.settings,
-            "predictor": self.settings,
-            "cluster": self.settings,
+            **dict.fromkeys(("mlflow", "predictor", "cluster"), self.settings),
         }
         result: dict[str, Call] = {}
         for section, reader in readers.items():

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dtrain.config.annotations import Parameter, is_record, own_parameters, record_fields
+from dtrain.config.errors import first_few
 
 MAX_NAME = 200  # characters of a module's name; file systems take no more than 255
 
@@ -63,8 +64,7 @@ class Callee:
         parts = [str(item) for item in self.parameters if not item.through] + (["*args"] if self.variadic else [])
         through = [item.name for item in self.parameters if item.through]
         if through:
-            rest = f", ... {len(through) - 3} more" if len(through) > 4 else ""
-            parts.append(f"**kwargs: {', '.join(through[: 3 if rest else 4])}{rest}")
+            parts.append(f"**kwargs: {first_few(through, 4)}")
         return f"{self.name}({', '.join(parts + (['**kwargs'] if self.open else []))})"
 
 
@@ -90,11 +90,6 @@ class Module:
         # Whether it may have names that cannot be seen in its text.
         self.hides = "__getattr__" in self.bindings or (file.path is None and not file.is_package)
         self.hides |= re.search(r"\bglobals\(\)|\bsys\.modules\[__name__\]|^exec\(", text, re.M) is not None
-
-    @property
-    def package(self) -> str:
-        """The package against which its relative imports resolve."""
-        return self.name if self.file.is_package else self.name.rpartition(".")[0]
 
     def _bind(self, node: ast.stmt, conditional: bool) -> None:
         if isinstance(node, ast.ClassDef | Function):
@@ -126,7 +121,8 @@ class Module:
     def _origin(self, node: ast.ImportFrom) -> str:
         if not node.level:
             return node.module or ""
-        parts = self.package.split(".")
+        package = self.name if self.file.is_package else self.name.rpartition(".")[0]
+        parts = package.split(".")
         base = parts[: len(parts) - (node.level - 1)]
         return ".".join([*base, node.module] if node.module else base)
 
@@ -241,14 +237,10 @@ class Source:
         self.find = find
         self._modules: dict[str, Module] = {}
         self._callees: dict[ast.stmt, Callee | Dynamic] = {}
-        self._busy: set[ast.stmt] = set()  # functions whose `**kwargs` are being followed: some call themselves
+        self._in_progress: set[ast.stmt] = set()  # functions whose `**kwargs` are being followed: some call themselves
 
     def module(self, name: str) -> Module | None:
-        """The parsed module, or None when there is none of that name.
-
-        Raises:
-            SyntaxError: The file is no Python.
-        """
+        """The parsed module, or None when there is none of that name; a SyntaxError where the file is not Python."""
         if name not in self._modules and (file := self.find(name)):
             self._modules[name] = Module(name, file)
         return self._modules.get(name)
@@ -336,7 +328,7 @@ class Source:
         callee: Callee | Dynamic = Dynamic(module.name, node.name)
         if takes is not None:
             callee = Callee(module.name, node.name, str(module.file.path), node.lineno, is_class, *takes)
-        if not self._busy:  # else it may lack what is being followed just now
+        if not self._in_progress:  # else it may lack what is being followed just now
             self._callees[node] = callee
         return callee
 
@@ -402,9 +394,9 @@ class Source:
         self, module: Module, node: Function, kwargs: str, behind: Lineage
     ) -> tuple[Parameter, ...] | None:
         """The keys that a function reads out of its `**kwargs` or hands on; None when that cannot be known."""
-        if node in self._busy:
+        if node in self._in_progress:
             return ()
-        self._busy.add(node)
+        self._in_progress.add(node)
         try:
             result: dict[str, Parameter] = {}
             for use in _uses(node, kwargs):
@@ -418,7 +410,7 @@ class Source:
                         result.setdefault(item.name, replace(item, positional=False, through=True))
             return tuple(result.values())
         finally:
-            self._busy.discard(node)
+            self._in_progress.discard(node)
 
     def _passed_on(self, module: Module, call: ast.Call, behind: Lineage) -> list[Parameter] | None:
         """What the callee of `f(..., **kwargs)` still takes beyond the arguments written in that call."""

@@ -79,7 +79,7 @@ class _Expansion:
             return ""
         value = self.target(match["name"], path, chain, typed=False)
         if isinstance(value, dict | list):
-            self.wrong(path, f"'{match[0]}' is a {type_name(value)}; it can only stand alone")
+            self.wrong(path, f"'{match[0]}' is a {type_name(value)}; it must stand alone")
         return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
     def target(self, reference: str, path: KeyPath, chain: tuple[KeyPath, ...], typed: bool) -> Any:

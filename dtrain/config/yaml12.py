@@ -139,7 +139,7 @@ class _Reader:
             if key is None:
                 continue
             if key in first:
-                where = "" if self.fixed_place else f", first written in line {first[key].start_mark.line + 1}"
+                where = "" if self.fixed_place else f", first written on line {first[key].start_mark.line + 1}"
                 self.wrong(key_node, f"duplicate key '{dotted((*path, key))}'{where}")
                 continue
             first[key] = key_node
@@ -192,15 +192,9 @@ def key_mistake(key: str) -> str:
 
 
 def parse(text: str, file: str, fixed_place: Place | None = None) -> tuple[Any, dict[KeyPath, Place]]:
-    """Parse one YAML document.
+    """The value of one YAML document (None for an empty one), and the place of every key in it.
 
-    Args:
-        text: The document.
-        file: Its name, for places.
-        fixed_place: Where everything in it was written, when that is no file.
-
-    Returns:
-        The value (None for an empty document) and the place of every key in it.
+    Places are in `file`, or all at `fixed_place`, such as an argument of the command line.
 
     Raises:
         ConfigError: Not YAML, or more than plain values, lists and mappings with text keys.
@@ -226,7 +220,7 @@ def _syntax_mistake(error: yaml.YAMLError, text: str, file: str, fixed_place: Pl
         if mark := error.problem_mark or error.context_mark:
             line, column = mark.line + 1, mark.column + 1
         begun = error.context_mark.line + 1 if error.context_mark else line
-        context = f" ({error.context}{f' begun in line {begun}' if begun != line else ''})" if error.context else ""
+        context = f" ({error.context}{f' begun on line {begun}' if begun != line else ''})" if error.context else ""
         problem = (error.problem or "cannot be read") + context
         lines = text.splitlines() or [""]
         if "${" in lines[min(line, len(lines)) - 1]:

@@ -83,11 +83,7 @@ def signals_blocked() -> Iterator[None]:
 
 
 def begin_worker(parent: int, _worker: int) -> None:
-    """The first thing that a worker does.
-
-    Args:
-        parent: The process that forks or spawns this one; 0 where a fork server does.
-    """
+    """The first thing that a worker does. Its parent forks or spawns it; 0 where a fork server does."""
     obey_parent_alone(parent)
     _dump_stacks_when_asked()
 

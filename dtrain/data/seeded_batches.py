@@ -17,21 +17,19 @@ from dtrain.data.loader_workers import begin_worker, signals_blocked
 
 def batch_loader(dataset: Any, seed: int, batch_sampler: Any, options: dict[str, Any]) -> DataLoader:
     """A loader of the batches whose [epoch, index, ...] the sampler yields, with DataLoader's options."""
-    workers = options["num_workers"]
-    if not workers:
-        options = options | {"prefetch_factor": None, "timeout": 0}
-    options = options | {"persistent_workers": bool(workers) and options["persistent_workers"]}
     method = options["multiprocessing_context"] or multiprocessing.get_start_method(allow_none=True)
     if method is None:  # forks share the data set's memory; Python's own choice differs from version to version
         method = "fork" if sys.platform == "linux" else multiprocessing.get_all_start_methods()[0]
-    options = options | {"multiprocessing_context": method if workers else None}
+    own = {"collate_fn": _already_collated, "multiprocessing_context": method}
+    if not options["num_workers"]:
+        own |= {"multiprocessing_context": None, "persistent_workers": False, "prefetch_factor": None, "timeout": 0}
     parent = 0 if method == "forkserver" else os.getpid()
     return (DataLoader if method == "forkserver" else _SignalSafeLoader)(
         SeededBatches(dataset, seed, options["collate_fn"]),
         batch_sampler=batch_sampler,
         worker_init_fn=functools.partial(begin_worker, parent),
         generator=torch.Generator(),  # else each epoch would draw a seed from the generator that dropout uses
-        **options | {"collate_fn": _already_collated},
+        **options | own,
     )
 
 

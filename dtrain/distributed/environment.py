@@ -76,6 +76,17 @@ def export_srun_variables(found: Environment) -> None:
     os.environ["LOCAL_WORLD_SIZE"] = str(found.local_world_size)
 
 
+def export_local_rank(number: int) -> None:
+    """Let libraries take this for the rank's number on its node."""
+    os.environ["LOCAL_RANK"] = str(number)
+
+
+def tasks_of_job() -> int:
+    """How many tasks SLURM was asked for, whether srun has started them or not; 1 outside of a job."""
+    text = os.environ.get("SLURM_NTASKS", "1")
+    return int(text) if text.isdigit() else 1
+
+
 def job_ends_at() -> float | None:
     """When the batch system ends this job, in unix seconds; None where it has not said."""
     text = os.environ.get("SLURM_JOB_END_TIME", "")

@@ -132,7 +132,7 @@ class FSDP:
 
     @contextlib.contextmanager
     def no_sync(self, model: Any) -> Iterator[None]:
-        """Around a batch that is not the last of its step; its gradients are reduced all the same, and take no room."""
+        """Around a batch that is not the last of its step: gradients are reduced all the same, which saves memory."""
         yield
         self._is_amid_step = True
 

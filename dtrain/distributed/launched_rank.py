@@ -88,7 +88,7 @@ def mark_first_step() -> None:
 
 
 def is_closed_for_another() -> bool:
-    """Whether the SIGTERM that came is no request to stop: another rank has failed, and the launcher ends the rest."""
+    """Whether the SIGTERM that came was not a request to stop: another rank failed, and the launcher ends the rest."""
     return _launch is not None and _launch.closing.exists()
 
 

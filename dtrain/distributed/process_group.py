@@ -11,7 +11,14 @@ import torch.distributed as dist
 from dtrain.config.errors import ConfigError
 from dtrain.distributed.ddp import DDP, ddp_options
 from dtrain.distributed.device import choose_device
-from dtrain.distributed.environment import Environment, cores, environment, export_srun_variables
+from dtrain.distributed.environment import (
+    Environment,
+    cores,
+    environment,
+    export_local_rank,
+    export_srun_variables,
+    tasks_of_job,
+)
 from dtrain.distributed.fsdp import FSDP
 from dtrain.distributed.mailbox import Mailbox
 from dtrain.distributed.ranks import Ranks
@@ -75,8 +82,7 @@ def _join(found: Environment, device: Any, backend: str | None, timeout_seconds:
     dist.init_process_group(backend or default, timeout=timeout)
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # what it asks for is done here, and not where the config says ddp
     if device.type == "cuda":
-        # Where ranks share a GPU, accelerate must see the device's index, not the rank's.
-        os.environ["LOCAL_RANK"] = str(device.index)
+        export_local_rank(device.index)  # where ranks share a GPU, accelerate must see the device's index
     if "comm_hook" in options:
         options["comm_hook"] = DDPCommunicationHookType(options["comm_hook"])
     handlers = [DistributedDataParallelKwargs(**options)] if options else []
@@ -105,8 +111,7 @@ def _alone_by_mistake(found: Environment) -> list[str]:
                 f"accelerate was asked for {asked[0]} processes, but started one (as `--cpu` makes it do); "
                 f"use: accelerate launch --multi_gpu --num_processes {asked[0]} (gloo ranks where there is no GPU)"
             )
-    tasks = os.environ.get("SLURM_NTASKS", "1")
-    if tasks.isdigit() and int(tasks) > 1:
+    if (tasks := tasks_of_job()) > 1:
         return [f"this job has {tasks} tasks, but one process was started: use srun or torchrun for all of them"]
     return []
 

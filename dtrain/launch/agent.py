@@ -19,6 +19,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousHandler, RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
+from dtrain.distributed.exit_status import DONE
 from dtrain.distributed.launched_rank import LAUNCH_VARIABLE, Launch
 
 STORE_SECONDS = 300  # a node waits so long for the one that holds the rendezvous,
@@ -151,7 +152,7 @@ class Agent(LocalElasticAgent):
 
     def _end_of(self, worker: Worker, result: RunResult) -> End:
         failure = result.failures.get(worker.global_rank)
-        status, reported_at, report = 0, math.inf, self._launch.status_file(worker.local_rank)
+        status, reported_at, report = DONE, math.inf, self._launch.status_file(worker.local_rank)
         with suppress(OSError, ValueError):
             status, reported_at = int(report.read_text()), report.stat().st_mtime
         return End(worker.global_rank, failure.exitcode if failure else status, reported_at)

@@ -175,7 +175,7 @@ def gpus() -> Finding:
     memory = [torch.cuda.mem_get_info(index) for index in range(len(names))]
     used = [str(index) for index, (free, total) in enumerate(memory) if free < 0.9 * total]
     text = f"{kinds}, CUDA {torch.version.cuda}" + (f"; memory taken on {', '.join(used)}" if used else "")
-    return judged("gpus", text, (bool(used), "warn", "another process is at work there: nvidia-smi"))
+    return judged("gpus", text, (bool(used), "warn", "another process uses them: nvidia-smi"))
 
 
 def nccl() -> Finding:
@@ -202,7 +202,9 @@ def fabric() -> Finding:
     states = {path.parts[-4]: path.read_text() for path in Path("/sys/class/infiniband").glob("*/ports/*/state")}
     active = [name for name, state in states.items() if "ACTIVE" in state]
     if states and not active:
-        return Finding("fabric", "warn", f"InfiniBand is there but not active: {', '.join(states)}", "ibstat tells why")
+        return Finding(
+            "fabric", "warn", f"InfiniBand is present but not active: {', '.join(states)}", "ibstat shows why"
+        )
     others = [f"{name} {speed} Mb/s" if speed else name for name, speed in up.items() if name != "lo"]
     text = f"InfiniBand {', '.join(active)}" if active else f"no InfiniBand; {', '.join(others) or 'lo alone'}"
     try:
@@ -315,7 +317,7 @@ def _together(here: Environment, node: list[Finding], mlflow: list[Finding]) -> 
         failed = Finding("ranks", "fail", str(error))
     except Exception as error:
         cure = "is each of them started, and does MASTER_ADDR lead to rank 0? GLOO_SOCKET_IFNAME chooses a network"
-        failed = Finding("ranks", "fail", f"{here.world_size} ranks did not come together: {error}", cure)
+        failed = Finding("ranks", "fail", f"{here.world_size} ranks did not join: {error}", cure)
     return [*node, failed, *mlflow]
 
 
@@ -331,7 +333,7 @@ def _merged(nodes: Sequence[tuple[str, Sequence[Finding]]]) -> list[Finding]:
     return merged
 
 
-def clocks(ranks: Ranks, here: Environment) -> list[Finding]:
+def clocks(ranks: "Ranks", here: Environment) -> list[Finding]:
     """How far the nodes' clocks are from rank 0's, by the fastest of a few questions to all; nothing for one node."""
     rounds = []
     for _ in range(ROUNDS):
@@ -369,7 +371,7 @@ def _all_reduced(rank: int, world_size: int, device: Any) -> Finding:
     if not is_right:
         return Finding("all-reduce", "fail", f"{text}; the sum is wrong", "a broken GPU or link: try without each node")
     is_slow = gb_per_s < (1.0 if backend == "NCCL" else 0.05)
-    cure = "NCCL_DEBUG=INFO tells which network is used; see *_SOCKET_IFNAME"
+    cure = "NCCL_DEBUG=INFO shows which network is used; see *_SOCKET_IFNAME"
     return judged("all-reduce", text, (is_slow, "warn", cure))
 
 
@@ -397,7 +399,7 @@ def _pair() -> Finding:
             for rank in ranks:
                 rank.kill()
                 rank.wait()
-    cure = "GLOO_SOCKET_IFNAME=lo, and a firewall that lets this machine talk to itself"
+    cure = "GLOO_SOCKET_IFNAME=lo, and a firewall that lets this machine connect to itself"
     return Finding("all-reduce", "fail", found, cure)
 
 

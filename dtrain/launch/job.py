@@ -1,10 +1,10 @@
-"""`dtrain job`, the process of a batch script: runs the job's step, warns it, and puts the job back where that helps.
+"""`dtrain job`, the process of a batch script: runs the job's step, warns it, and requeues the job where that helps.
 
     exec python -m dtrain job --run-folder runs/digits --requeue "scontrol requeue $SLURM_JOB_ID" -- srun ...
 
 A training that was asked to stop has saved and ends with 75; this process, which the batch system warns, then has the
 job start again. Nothing else that ends a training is a reason to: a mistake in the config or a crash would only come
-again. Nor is a job that was cancelled, one whose starts reach no step, or one that the batch system itself puts back.
+again. Nor is a job that was cancelled, one whose starts make no progress, or one that the batch system itself requeues.
 """
 
 import datetime
@@ -36,7 +36,7 @@ def run_job(run_folder: Path, command: Sequence[str], requeue: str, stopped_stat
     Args:
         run_folder: The run folder of the training.
         command: The step, which takes dtrain's KEY=VALUE arguments at its end.
-        requeue: The command that puts the job back; '' where the exit status alone does.
+        requeue: The command that requeues the job; '' where the exit status alone does.
         stopped_status: The exit status of a job that is to start again.
 
     Returns:
@@ -55,10 +55,10 @@ def run_job(run_folder: Path, command: Sequence[str], requeue: str, stopped_stat
     if status != STOPPED_EARLY:
         return status
     if ends_at and ends_at - time.time() < NEAR_END_SECONDS and not starts.has_progress:
-        say("the time limit came before the first checkpoint, and would again: raise it; not put back into the queue")
+        say("the time limit came before the first checkpoint, and would again: raise it; not requeued")
         return FAILED
     if requeue:
-        _put_back(shlex.split(requeue))
+        _requeue(shlex.split(requeue))
     return stopped_status
 
 
@@ -147,14 +147,14 @@ def _slurm_job() -> str:
     return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}" if task else os.environ.get("SLURM_JOB_ID", "")
 
 
-def _put_back(command: Sequence[str]) -> None:
-    """Have the job start again, but for one that SLURM has ended: it was cancelled, or is put back already."""
+def _requeue(command: Sequence[str]) -> None:
+    """Have the job start again, but for one that SLURM has ended: it was cancelled, or is requeued already."""
     if job := _slurm_job():
         facts = _output_of(["scontrol", "-o", "show", "job", job]).split()
         if facts and not RUNNING & set(facts):
             say("the batch system has ended this job; whether it starts again is its decision")
             return
-    say(f"saved; back into the queue: {shlex.join(command)}")
+    say(f"saved; requeued by {shlex.join(command)}")
     _output_of(command)
 
 
@@ -180,5 +180,5 @@ def _output_of(command: Sequence[str]) -> str:
 
 
 def say(line: str) -> None:
-    """A line in the job's log, with the time: what happened when is what one looks for there."""
+    """A line in the job's log, with the time: when things happened is what one looks for in it."""
     print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} dtrain job: {line}", file=sys.stderr, flush=True)

@@ -35,8 +35,8 @@ UNTIMED_SAVE_SECONDS = 600.0  # ranks have so long to save and end before a save
 SHUTDOWN_SECONDS, SHUTDOWN_SAVES = 60.0, 3.0  # afterwards so long, and so many times what the last save took
 KILL_SECONDS = 3.0  # after a second Ctrl-C
 NO_RENDEZVOUS = {  # torch's exceptions in words; of the site's attributes
-    "RendezvousConnectionError": "no rendezvous at {endpoint}: its node is not there, or no longer",
-    "RendezvousTimeoutError": "not all of the {nodes} nodes came to {endpoint}",
+    "RendezvousConnectionError": "no rendezvous at {endpoint}: its node has not started, or is gone",
+    "RendezvousTimeoutError": "not all of the {nodes} nodes joined at {endpoint}",
     "RendezvousClosedError": "another node has ended the job",
 }
 
@@ -126,7 +126,7 @@ class NodeRun:
         self.start_began, self.has_begun, self.restarts = time.time(), False, 0
 
     def run(self) -> int:
-        """Start the ranks, pass signals on, and say how it ended."""
+        """Start the ranks, pass signals on, and report how it ended."""
         for name in ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # what they report is reported here
         private = Path(tempfile.mkdtemp(prefix="dtrain-launch-"))
@@ -144,7 +144,7 @@ class NodeRun:
         sys.stdout.flush()
         sys.stderr.flush()
         if agent.is_alive():
-            os._exit(status)  # it waits for other nodes; ranks that are still there end with this process
+            os._exit(status)  # it waits for other nodes; ranks that still run end with this process
         return status
 
     def shutdown_seconds(self) -> float:
@@ -263,7 +263,7 @@ class NodeRun:
 
 
 def _likelihood(end: End) -> tuple[int, float]:
-    """The likelier cause first: a rank that sees another one go raises, and has status 1."""
+    """The likelier cause first: a rank that loses another one raises, and has status 1."""
     if end.status == -signal.SIGTERM:
         order = 4
     elif end.status < 0:
@@ -282,7 +282,7 @@ def _how(end: End) -> str:
 
 
 def _send(process: int, number: int) -> None:
-    """A signal to a rank, if it is there still: its number may be another process's by now."""
+    """A signal to a rank, if it still runs: its number may be another process's by now."""
     with suppress(psutil.Error, ProcessLookupError):
         if psutil.Process(process).ppid() == os.getpid():
             os.kill(process, number)

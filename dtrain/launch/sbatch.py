@@ -14,7 +14,7 @@ WORD = re.compile(r"[A-Za-z0-9][\w.,:@+*/()\[\]&|=-]{0,199}", re.ASCII)
 BODY = """\
 export MLFLOW_DISABLE_TELEMETRY=true PYTHONUNBUFFERED=1
 if [[ -n ${SLURM_CPUS_PER_TASK-} ]]; then
-    export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not take it over by itself
+    export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not inherit it
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_PER_TASK > ranks ? SLURM_CPUS_PER_TASK / ranks : 1))}
 fi
 # The first node is where the ranks meet, on a port of this job and start: others may run on the same node.
@@ -23,8 +23,8 @@ MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 10000))
 
 # As scontrol takes it: the number of one task of an array stands for all of them.
 job=${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}
-# `dtrain job` passes the warning on to srun, and has a job that was stopped early and has saved start again.
-# srun waits for the other nodes when one has ended: one of them may be saving. Not for ever: another may hang.
+# `dtrain job` passes the warning on to srun, and requeues a job that was stopped early and has saved.
+# srun waits for the other nodes when one has ended: one of them may be saving. Not forever: another may hang.
 exec "$python" -m dtrain job --run-folder "$run_folder" --requeue "scontrol requeue $job" -- \\
     srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \\
     --kill-on-bad-exit=0 --wait=600 \\

@@ -84,11 +84,11 @@ def _plan(path: str, overrides: Sequence[str]) -> tuple[Job, set[str]]:
     texts, run_folders, modules = [], [], set[str]()
     for index, words in enumerate(array):
         own = _checked(path, [*overrides, *words]) if words else config
-        place = Path.cwd() / run_folder(own)
-        if len(array) > 1 and place == base:
-            place = place.with_name(f"{place.name}-{index}")
-        texts.append(_config_text(path, [*overrides, *words], place))
-        run_folders.append(place)
+        folder_of_run = Path.cwd() / run_folder(own)
+        if len(array) > 1 and folder_of_run == base:
+            folder_of_run = folder_of_run.with_name(f"{folder_of_run.name}-{index}")
+        texts.append(_config_text(path, [*overrides, *words], folder_of_run))
+        run_folders.append(folder_of_run)
         modules |= named_modules(to_plain(own))
     _expect_unique(config, run_folders)
     folder = base.with_name(f"{base.name}.jobs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
@@ -116,11 +116,11 @@ def _checked(path: str, overrides: Sequence[str]) -> ConfigDict:
     return config
 
 
-def _config_text(path: str, overrides: Sequence[str], place: Path) -> str:
+def _config_text(path: str, overrides: Sequence[str], folder_of_run: Path) -> str:
     """The config of one job, its run folder written out."""
     values = merged(path, overrides)
     values.pop("cluster", None)  # says where, not what: the training is the same wherever it runs
-    values.setdefault("trainer", {})["checkpoint_dir"] = str(place).replace("${", "$${")
+    values.setdefault("trainer", {})["checkpoint_dir"] = str(folder_of_run).replace("${", "$${")
     return dump(values)
 
 
@@ -133,7 +133,7 @@ def _array(config: ConfigDict, settings: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _expect_unique(config: ConfigDict, run_folders: Sequence[Path]) -> None:
-    shared = [place for place in run_folders if run_folders.count(place) > 1]
+    shared = [folder for folder in run_folders if run_folders.count(folder) > 1]
     if shared:
         text = f"several jobs would write {shared[0]}; leave trainer.checkpoint_dir to dtrain, or give each its own"
         raise ConfigError(mistake(config, ("cluster", "array"), text))
@@ -154,7 +154,7 @@ def _directives(config: ConfigDict, settings: Mapping[str, Any]) -> list[tuple[s
         refuse("nodes", "expected a number of nodes, or a range such as 1-2")
     for key in (*WORDS, "mem_per_node"):
         if settings[key] is not None and not is_word(settings[key]):
-            refuse(key, "expected a plain word, as the cluster's administrators use them")
+            refuse(key, "expected a plain word, as the cluster's administrators use it")
     limit, minutes = settings["time"], 0
     if limit is not None:
         try:

@@ -45,14 +45,7 @@ def read(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torc
 
 
 def errors_of(batch: tuple[torch.Tensor, torch.Tensor], first: int, classes: int, most: int) -> Errors:
-    """The errors of one batch.
-
-    Args:
-        batch: From `read`.
-        first: The number of the batch's first sample.
-        classes: C.
-        most: How many of the worst are kept.
-    """
+    """The errors of one batch from `read`, whose first sample has this number; of the worst so many are kept."""
     truth, guess = batch[0].cpu().numpy()
     minus_loss, probability = batch[1].cpu().double().numpy()
     known = (truth >= 0) & (truth < classes)

@@ -209,12 +209,9 @@ def _input(
 
 
 def _fitted(plane: np.ndarray, shape: tuple[int, ...], reduce: Callable | None = np.mean) -> np.ndarray:
-    """A plane in its size on the sheet, larger or smaller by a whole factor.
+    """A plane (H, W) in its size on the sheet: by a whole factor, the same for all planes of a volume of this shape.
 
-    Args:
-        plane: (H, W).
-        shape: Of the whole image or volume: the factor is the same for all its planes.
-        reduce: Makes one pixel of several: np.mean, np.max; None: takes the first of them.
+    `reduce` makes one pixel of several: np.mean, np.max; None: takes the first of them.
     """
     step = -(-max(shape) // _LONGEST)
     if reduce is None:

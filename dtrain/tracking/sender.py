@@ -54,9 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             if options.find or options.probe:
                 uri = resolve_tracking_uri(options.tracking_uri)
-                answer = (
-                    mlflow_store.find(options.find, uri) if options.find else mlflow_store.probe(options.probe, uri)
-                )
+                ask = mlflow_store.find if options.find else mlflow_store.probe
+                answer = ask(options.find or options.probe, uri)
                 print(json.dumps(answer))
                 return 1 if "error" in answer else 0
             if options.folder is None or not RunFolder(options.folder).journal.is_file():

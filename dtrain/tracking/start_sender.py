@@ -97,8 +97,7 @@ def _ask(uri: str, option: str, value: str, timeout_seconds: float) -> dict[str,
 def _start(arguments: Sequence[str], uri: str, stdin: int, output: int | IO[bytes]) -> subprocess.Popen[bytes]:
     """A sender in its own process group: Ctrl-C and torchrun's killing of process groups must not reach it.
 
-    Not in its own session: Linux divides processors between sessions first, so that its low priority would mean
-    nothing.
+    Not in its own session: Linux divides processors between sessions first, so its low priority would mean nothing.
     """
     return subprocess.Popen(
         _sender_command(*arguments),

@@ -184,14 +184,14 @@ def _fsdp(config: ConfigDict, options: Mapping[str, Any]) -> dict[str, Any] | No
     Raises:
         ConfigError: They, or other settings, do not go with it.
     """
-    told = launcher_strategy()
-    strategy = options["strategy"] or told or "ddp"
+    asked_by_launcher = launcher_strategy()
+    strategy = options["strategy"] or asked_by_launcher or "ddp"
     if mistakes := strategy_mistakes(config, {**options, "strategy": strategy}):
         raise ConfigError(mistakes)
     if strategy == "ddp":
         return None
     own = {key: value for key, value in (options["fsdp"] or {}).items() if value is not None}
-    return (settings_of_accelerate() if told else {}) | own
+    return (settings_of_accelerate() if asked_by_launcher else {}) | own
 
 
 def _phases(config: ConfigDict, purpose: str) -> tuple[str, ...]:
@@ -222,23 +222,16 @@ def _are_paths(value: Any) -> bool:
 
 
 def _start(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks, package: str | Path | None) -> Start:
-    """Where to begin, decided by rank 0 and told to the others: what one rank sees on a disk, another may not yet."""
-    found: Start | str | None = None
-    if ranks.is_main:
-        base = Path(package or ".")
-        base = base.parent if base.is_file() else base
-        folder = base / run_folder(config)
-        run_name = config.get("run_name") or report.default_run_name(config.get("experiment") or "run")
-        uri = config.mlflow.get("tracking_uri") if config.get("mlflow") else None
-        try:
-            found = find_start(folder, options["resume"], run_name, options, uri, environment().restarts > 0)
-        except (ResumeError, CheckpointError, OSError) as error:
-            found = str(error)
-    found = ranks.broadcast(found)
-    if isinstance(found, str):
-        raise refused(config, ("trainer", "resume"), found)
-    assert isinstance(found, Start)
-    return found
+    """Where to begin, decided by rank 0: what one rank sees on a disk, another may not yet."""
+    base = Path(package or ".")
+    folder = (base.parent if base.is_file() else base) / run_folder(config)
+    run_name = config.get("run_name") or report.default_run_name(config.get("experiment") or "run")
+    uri = config.mlflow.get("tracking_uri") if config.get("mlflow") else None
+    is_restart = environment().restarts > 0
+    try:
+        return ranks.decide(lambda: find_start(folder, options["resume"], run_name, options, uri, is_restart))
+    except (ResumeError, CheckpointError, OSError) as error:
+        raise refused(config, ("trainer", "resume"), str(error)) from error
 
 
 def _prepared_model(
@@ -255,9 +248,8 @@ def _prepared_model(
         if ranks.device.type != "cuda":
             raise refused(config, ("trainer", "sync_batchnorm"), "requires CUDA; PyTorch has no CPU implementation")
         module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    return (
-        module if ranks.strategy.is_sharded else module.to(ranks.device)
-    )  # part by part, where it is too large for a device
+    # A model that is too large for a device goes there part by part.
+    return module if ranks.strategy.is_sharded else module.to(ranks.device)
 
 
 def _load_pre_trained(
@@ -299,7 +291,7 @@ def _monitor(config: ConfigDict, options: Mapping[str, Any], metrics: Metrics) -
     if not wish.startswith("val/"):
         wish = f"val/{wish}"
     if not any(wish == name or wish.startswith(f"{name}_") for name in names):
-        text = f"{options['monitor']!r} is no figure of the validation; possible: {', '.join(names)}"
+        text = f"{options['monitor']!r} is not a figure of the validation; possible: {', '.join(names)}"
         raise refused(config, ("trainer", "monitor"), text)
     return wish
 

@@ -3,8 +3,8 @@
 #
 #   bsub -env "all, CONFIG=a.yaml, RUN_FOLDER=runs/a" < scripts/cluster/lsf.sh
 #
-# LSF puts a job back by itself: -Q names the exit status of a training that was stopped early and has saved, -r holds
-# where a host fails. -wa and -wt warn it 5 minutes before the limit (-W, hours:minutes).
+# LSF requeues a job by itself: -Q names the exit status of a training that was stopped early and has saved, -r covers
+# a host that fails. -wa and -wt warn it 5 minutes before the limit (-W, hours:minutes).
 #BSUB -J dtrain
 #BSUB -n 32 -R "span[hosts=1]"
 #BSUB -gpu "num=4"
@@ -22,6 +22,6 @@ if [[ -n ${LSB_DJOB_NUMPROC-} ]]; then
     export OMP_NUM_THREADS=$((LSB_DJOB_NUMPROC > ranks ? LSB_DJOB_NUMPROC / ranks : 1))
 fi
 
-# `dtrain job` passes the warning on, and ends with 75 only where to start again leads on.
+# `dtrain job` passes the warning on, and ends with 75 only where another start gets further.
 exec "$python" -m dtrain job --run-folder "$run_folder" -- \
     "$python" -m dtrain launch "$config" --nproc-per-node "$ranks" "trainer.checkpoint_dir=$run_folder"

@@ -4,7 +4,7 @@
 #   qsub -v CONFIG=a.yaml,RUN_FOLDER=runs/a,RANKS=4 scripts/cluster/pbs.sh
 #
 # PBS gives no warning before the limit, so the training keeps its own time: `limit` is walltime less what the start
-# and a save take. A job may not put itself back, so the same script is submitted again, to begin where this one ends.
+# and a save take. A job cannot requeue itself, so the same script is submitted again, to begin where this one ends.
 #PBS -N dtrain
 #PBS -l select=1:ncpus=32:ngpus=4
 #PBS -l walltime=12:00:00

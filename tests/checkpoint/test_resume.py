@@ -35,7 +35,7 @@ def test_an_empty_folder_is_a_new_training(tmp_path):
     assert (found.checkpoint, found.run_name, found.finished) == (None, "new", "")
 
 
-def test_an_unfinished_training_goes_on_from_its_newest_checkpoint_under_its_name(folder):
+def test_an_unfinished_training_resumes_from_its_newest_checkpoint_under_its_name(folder):
     found = start(folder)
     assert found.checkpoint.name == "step-00000020"
     assert found.run_name == "first"
@@ -74,7 +74,7 @@ def test_only_a_finished_training_is_left_alone(folder, state):
     assert not start(folder).finished
 
 
-def test_a_finished_training_is_left_alone_and_says_how_to_go_on(folder):
+def test_a_finished_training_is_left_alone_and_says_how_to_continue(folder):
     update_run(folder, state="FINISHED")
     text = start(folder).finished
     assert "holds a finished training" in text
@@ -83,7 +83,7 @@ def test_a_finished_training_is_left_alone_and_says_how_to_go_on(folder):
 
 
 @pytest.mark.parametrize(
-    ("limits", "goes_on"),
+    ("limits", "continues"),
     [
         ({"max_epochs": 11}, True),
         ({"max_epochs": 10}, False),
@@ -92,9 +92,9 @@ def test_a_finished_training_is_left_alone_and_says_how_to_go_on(folder):
         ({"max_epochs": 10, "max_steps": 99}, False),  # a new limit raises nothing
     ],
 )
-def test_a_finished_training_goes_on_when_its_limit_was_raised(folder, limits, goes_on):
+def test_a_finished_training_continues_when_its_limit_was_raised(folder, limits, continues):
     update_run(folder, state="FINISHED")
-    assert bool(start(folder, **limits).finished) is not goes_on
+    assert bool(start(folder, **limits).finished) is not continues
 
 
 def test_none_begins_anew_and_moves_nothing_before_the_training_starts(folder):

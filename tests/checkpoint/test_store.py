@@ -129,7 +129,7 @@ def trained(steps=3):
 # What comes back
 
 
-def test_a_training_comes_back_to_the_bit_and_goes_on_alike(tmp_path_factory):
+def test_a_training_comes_back_to_the_bit_and_continues_alike(tmp_path_factory):
     torch.manual_seed(3)
     model, optimizer, scheduler = trained()
     scaler = torch.amp.GradScaler("cpu")
@@ -816,10 +816,10 @@ def test_any_manifest_is_answered_with_a_sentence(tmp_path, content):
     assert verify(path) == ["manifest.json: damaged, it differs from its own SHA-256"]
 
 
-def test_a_folder_that_is_no_checkpoint_is_called_that(tmp_path):
+def test_a_folder_that_is_not_a_checkpoint_is_called_that(tmp_path):
     assert verify(tmp_path)[0].startswith("manifest.json: missing")
     assert verify(tmp_path / "nowhere")[0].startswith("manifest.json: missing")
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a complete checkpoint"):
         load(tmp_path)
 
 
@@ -1035,7 +1035,7 @@ def random_kills(folder, seed, count, disk=""):
             for step in range(first, first + 1000):
                 try:
                     save_numbered(checkpoints, step)
-                except CheckpointError:  # the disk is full: the training goes on
+                except CheckpointError:  # the disk is full: the training continues
                     os.write(writing, struct.pack("q", -step))
                     continue
                 os.write(writing, struct.pack("q", step))
@@ -1154,7 +1154,7 @@ def test_threads_that_save_at_once_take_turns(tmp_path):
 
 
 @pytest.mark.parametrize("step", [1, 2])
-def test_an_interrupted_save_cleans_up_and_goes_on_as_the_interrupt(tmp_path, monkeypatch, step):
+def test_an_interrupted_save_cleans_up_and_continues_as_the_interrupt(tmp_path, monkeypatch, step):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, weights_of(1), {})
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
@@ -1254,7 +1254,7 @@ def test_a_file_that_is_something_else_is_refused_with_its_name(tmp_path, name, 
 def test_no_file_at_all(tmp_path):
     with pytest.raises(CheckpointError, match="no such file"):
         load_weights(tmp_path / "nowhere.pt")
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a complete checkpoint"):
         load_weights(tmp_path)
 
 

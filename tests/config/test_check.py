@@ -674,14 +674,14 @@ MISTAKES: list[tuple[str, ...]] = [
     (
         "{name: Maze, dim: 8}",
         "{name: parts.Maze, dim: 8, }\nmodel: {}",
-        "c.yaml:3:1: duplicate key 'model', first written in line 2",
+        "c.yaml:3:1: duplicate key 'model', first written on line 2",
     ),
     (
         "modules: [parts]",
         "modules: [parts]\nmodules: [parts]",
-        "c.yaml:2:1: duplicate key 'modules', first written in line 1",
+        "c.yaml:2:1: duplicate key 'modules', first written on line 1",
     ),
-    ("lr: 1e-3", "lr: 1e-3, lr: 2e-3", "c.yaml:11:36: duplicate key 'optimizer.lr', first written in line 11"),
+    ("lr: 1e-3", "lr: 1e-3, lr: 2e-3", "c.yaml:11:36: duplicate key 'optimizer.lr', first written on line 11"),
     (
         "lr: 1e-3",
         "lr: ${LEARNING_RATE_THAT_IS_NOT_SET}",
@@ -706,7 +706,7 @@ MISTAKES: list[tuple[str, ...]] = [
     (
         "{max_epochs: 2}",
         "{max_epochs: 2",
-        "c.yaml:14:1: not valid YAML: expected ',' or '}', but got '<stream end>' (while parsing a flow mapping begun in line 13)",
+        "c.yaml:14:1: not valid YAML: expected ',' or '}', but got '<stream end>' (while parsing a flow mapping begun on line 13)",
     ),
     (
         "max_epochs: 2",

@@ -1,5 +1,7 @@
 """The words of messages, and what a mistake is."""
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -54,3 +56,11 @@ def test_the_same_mistake_is_told_once() -> None:
     error = ConfigError([Mistake("a"), Mistake("b"), Mistake("a")])
     assert str(error) == "a\nb"
     assert ConfigError("text").mistakes == [Mistake("text")]
+
+
+@pytest.mark.parametrize("module", ["dtrain.config", "dtrain.config.errors"])
+def test_the_exception_alone_needs_no_parser_and_no_library(module: str) -> None:
+    heavy = {"yaml", "ml_collections", "numpy", "rich", "torch", "mlflow", "dtrain.config.load"}
+    code = f"import sys, {module}; {module}.ConfigError; print(sorted({heavy!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("[]\n", "")

@@ -183,7 +183,7 @@ def test_what_the_file_leaves_out_is_filled_in_as_pytorch3dunet_does(tmp_path: P
     assert config.trainer.mode == "max"
     note = notes_on(config)[0]
     assert note.startswith(
-        "pytorch-3dunet's own values, where the file says nothing: loaders.name: 'StandardHDF5Dataset'"
+        "pytorch-3dunet's defaults, where the file sets nothing: loaders.name: 'StandardHDF5Dataset'"
     )
     assert "optimizer.lr: 0.001" in note and "trainer.mode: 'max'" in note
 
@@ -294,7 +294,7 @@ def test_null_where_pytorch3dunet_means_none(tmp_path: Path) -> None:
         ("max_num_epochs: 2", "resume: x/last_checkpoint.pytorch", "train.yml:2:30: trainer.resume: a checkpoint of pytorch-3dunet lacks"),
         ("max_num_epochs: 2", "validate_iters: 5", "train.yml:2:30: trainer.validate_iters: a validation here is always over all of loaders.val"),
         ("{name: BCEDiceLoss}", "{name: BCEWithLogitsLoss, weight: [1, 2]}", "train.yml:4:33: loss.weight: pytorch-3dunet does not use it"),
-        ("{name: BCEDiceLoss}", "{name: BCEWithLogitsLoss, pos_weight: [1, 2]}", "train.yml:4:33: loss.pos_weight: torch lays 2 weights along the last axis"),
+        ("{name: BCEDiceLoss}", "{name: BCEWithLogitsLoss, pos_weight: [1, 2]}", "train.yml:4:33: loss.pos_weight: torch applies 2 weights along the last axis"),
         ("{name: MeanIoU}", "{name: BlobsAveragePrecision, metric: iou}", "train.yml:5:44: metrics.metric: 'iou' is not a metric of instances; possible: ap, acc"),
     ],
 )  # fmt: skip

@@ -97,7 +97,9 @@ def test_a_signature_is_shown_in_full_but_for_a_long_tail(source: Source) -> Non
     accuracy, adamw = source.lookup("torchmetrics", "Accuracy"), source.lookup("torch.optim", "SGD")
     assert isinstance(accuracy, Callee)
     assert isinstance(adamw, Callee)
-    assert accuracy.signature.endswith("**kwargs: zero_division, compute_on_cpu, dist_sync_on_step, ... 5 more)")
+    assert accuracy.signature.endswith(
+        "**kwargs: zero_division, compute_on_cpu, dist_sync_on_step, process_group and 4 more)"
+    )
     assert adamw.signature.startswith("SGD(params: ParamsT, lr: float | Tensor = 0.001, momentum: float = 0, ")
 
 

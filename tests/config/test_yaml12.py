@@ -176,9 +176,9 @@ def test_a_fixed_place_is_everywhere() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("a: 1\nb: 2\na: 3\n", "a.yaml:3:1: duplicate key 'a', first written in line 1"),
-        ("x:\n  a: 1\n  a: 1\n", "a.yaml:3:3: duplicate key 'x.a', first written in line 2"),
-        ("{a: 1, a: 2}", "a.yaml:1:8: duplicate key 'a', first written in line 1"),
+        ("a: 1\nb: 2\na: 3\n", "a.yaml:3:1: duplicate key 'a', first written on line 1"),
+        ("x:\n  a: 1\n  a: 1\n", "a.yaml:3:3: duplicate key 'x.a', first written on line 2"),
+        ("{a: 1, a: 2}", "a.yaml:1:8: duplicate key 'a', first written on line 1"),
         ("1: a", "a.yaml:1:1: a key must be a string; put '1' in quotes"),
         ("true: a", "a.yaml:1:1: a key must be a string; put 'true' in quotes"),
         ("null: a", "a.yaml:1:1: a key must be a string; put 'null' in quotes"),
@@ -197,7 +197,7 @@ def test_a_fixed_place_is_everywhere() -> None:
         ("a:\n\tb: 1", "a.yaml:2:1: not valid YAML: found character '\\t' that cannot start any token (while scanning for the next token); indent with spaces"),
         ("a: *x", "a.yaml:1:4: not valid YAML: found undefined alias 'x'"),
         ("a: 'x", "a.yaml:1:6: not valid YAML: found unexpected end of stream (while scanning a quoted scalar)"),
-        ("a: 1\n---\nb: 2", "a.yaml:2:1: not valid YAML: but found another document (expected a single document in the stream begun in line 1)"),
+        ("a: 1\n---\nb: 2", "a.yaml:2:1: not valid YAML: but found another document (expected a single document in the stream begun on line 1)"),
         ("a: @x", "a.yaml:1:4: not valid YAML: found character '@' that cannot start any token (while scanning for the next token)"),
         ("a: {T: ${b.c}}", "a.yaml:1:9: not valid YAML: expected ',' or '}', but got '{' (while parsing a flow mapping); inside {...} or [...] a reference needs quotes: '${...}'"),
         ("a: 1\nb: x\0y", "a.yaml:2:5: not valid YAML: the character '\\x00' is not allowed"),
@@ -228,7 +228,7 @@ def test_one_line_says_what_is_wrong_and_where(text: str, expected: str) -> None
 
 def test_all_mistakes_of_a_document_are_told() -> None:
     assert mistakes("a: 1\na: 2\n3: 4\nb: !x 1\n") == [
-        "a.yaml:2:1: duplicate key 'a', first written in line 1",
+        "a.yaml:2:1: duplicate key 'a', first written on line 1",
         "a.yaml:3:1: a key must be a string; put '3' in quotes",
         "a.yaml:4:4: the tag '!x' is not allowed; a config holds plain values, lists and mappings only",
     ]

@@ -1,4 +1,4 @@
-"""Loader workers are forked from a rank whose other threads hold locks: they start all the same."""
+"""Loader workers are forked from a rank whose native threads hold locks: they start all the same."""
 
 import ctypes
 import os

@@ -1,4 +1,4 @@
-"""The rank's room: what launchers say, which device, how many threads, and that nobody trains alone by accident."""
+"""Ranks: what launchers say, which device, how many threads, and that nobody trains alone by accident."""
 
 import json
 import os
@@ -123,6 +123,12 @@ def test_one_process_needs_no_process_group():
 
 def _refuse(text):
     raise ConfigError(text)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float32, torch.bfloat16)])
+def test_the_norm_of_all_gradients_is_that_of_one_vector(dtypes):
+    gradients = [torch.full((count,), 2.0, dtype=dtype) for count, dtype in zip((9, 16), dtypes, strict=True)]
+    assert Ranks(0, 0, 1, torch.device("cpu")).strategy.total_norm(gradients).item() == 10.0
 
 
 def test_the_vote_of_one_process_counts_at_once():

@@ -155,7 +155,7 @@ def test_ranks_that_do_not_come_are_reported_within_the_limit(
         [sys.executable, "-c", alone], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200
     )
     (line,) = [line for line in done.stdout.splitlines() if line.split()[1] == "ranks"]
-    assert line.startswith("fail") and "2 ranks did not come together" in line and "MASTER_ADDR" in line, done.stdout
+    assert line.startswith("fail") and "2 ranks did not join" in line and "MASTER_ADDR" in line, done.stdout
     assert "mlflow" in done.stdout and done.returncode == 1
 
 

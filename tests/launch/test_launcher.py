@@ -539,7 +539,7 @@ def test_a_node_that_never_comes_is_not_waited_for_forever(place: Place) -> None
     endpoint = free_endpoint()
     result = impatient(place, [sys.executable], endpoint, place.config("alone")).result(90)
     assert result.rc == 1
-    assert f"dtrain launch: not all of the 2 nodes came to {endpoint}" in result.stderr, result.text
+    assert f"dtrain launch: not all of the 2 nodes joined at {endpoint}" in result.stderr, result.text
     assert "Traceback" not in result.text
 
 
@@ -547,7 +547,7 @@ def test_a_node_that_never_comes_is_not_waited_for_forever(place: Place) -> None
 def test_a_rendezvous_that_is_not_there_is_named(place: Place, machines: list[list[str]]) -> None:
     result = impatient(place, machines[1], "10.77.0.1:29556", place.config("nobody")).result(90)
     assert result.rc == 1
-    assert "no rendezvous at 10.77.0.1:29556: its node is not there, or no longer" in result.stderr, result.text
+    assert "no rendezvous at 10.77.0.1:29556: its node has not started, or is gone" in result.stderr, result.text
     assert "Traceback" not in result.text
 
 
@@ -570,7 +570,7 @@ def test_a_lost_node_that_held_the_rendezvous_ends_the_others_in_words(place: Pl
     first.process.wait(10)
     result = second.result(150)
     assert result.rc == 1, result.text
-    assert "no rendezvous at 10.77.0.1:29557: its node is not there, or no longer" in result.stderr, result.text
+    assert "no rendezvous at 10.77.0.1:29557: its node has not started, or is gone" in result.stderr, result.text
     assert last(run).state["step"] >= 2
 
 
