@@ -20,7 +20,7 @@ def get_model(config: ConfigDict) -> torch.nn.Module:
     """Build `model`.
 
     Raises:
-        ConfigError: The name or an argument is wrong, or what was built is no torch.nn.Module.
+        ConfigError: The name or an argument is wrong, or what was built is not a torch.nn.Module.
     """
     model = build(config, "model")
     if not isinstance(model, torch.nn.Module):

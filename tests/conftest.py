@@ -29,8 +29,8 @@ FOREIGN_PREFIXES = (
 )
 
 
-# Tests with these start processes or stores of their own, each for seconds: --fast leaves them out.
-STARTS_PROCESSES = {"tagged", "place", "pytester", "server_process", "uri"}
+# Tests with these start processes, trainings or stores of MLflow, each for seconds: --fast leaves them out.
+STARTS_PROCESSES = {"client_settings", "here", "place", "pytester", "tagged", "uri"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _is_fast(item: pytest.Item) -> bool:
-    is_marked = any(item.get_closest_marker(name) for name in ("slow", "soak"))
+    is_marked = any(item.get_closest_marker(name) for name in ("slow", "soak")) or item.path.parent.name == "runs"
     return not is_marked and STARTS_PROCESSES.isdisjoint(getattr(item, "fixturenames", ()))
 
 

@@ -183,7 +183,7 @@ def _add(buffer: Tensor, base: int, end: int, grid: Grid, index: int, output: Te
 
 
 def _move_up(buffer: Tensor, planes: int) -> None:
-    """Drop the first planes and make room for as many behind."""
+    """Drop the first planes and make space for as many behind."""
     length = buffer.shape[1]
     for plane in range(length - planes):  # one by one: they may overlap where they come from
         buffer[:, plane] = buffer[:, plane + planes]

@@ -37,7 +37,7 @@ _MARGIN, _GAP, _SWATCH = 16, 14, 14
 _TITLE, _TEXT, _SMALL = 18, 14, 12  # sizes of fonts, in pixels
 _TITLE_HEIGHT, _TEXT_HEIGHT = 24, 19  # of a line
 _TOP = _MARGIN + _TITLE_HEIGHT + _GAP // 2  # where a sheet begins under its title
-_LEAST_WIDTH = 420  # of a sheet, so that its title has room
+_LEAST_WIDTH = 420  # of a sheet, so that its title fits
 
 
 class Tile(NamedTuple):

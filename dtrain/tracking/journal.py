@@ -231,7 +231,7 @@ class Journal:
             self._file = None
 
     def _write(self, kind: str, **fields: Any) -> None:
-        """Appends one line; a full disk costs a warning and some memory, and gets the line when it has room again."""
+        """Appends one line; a full disk costs a warning and some memory, and gets the line when it has space again."""
         if self._file is None:
             raise RuntimeError("the journal is not open: call start() first, and nothing after finish()")
         if kind == "metrics" and len(self._unwritten) > _UNWRITTEN_BYTES:
