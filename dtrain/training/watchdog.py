@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +27,15 @@ _FROZEN_SECONDS = 10.0  # beyond the limit: then even this watch's own thread do
 
 
 @contextlib.contextmanager
-def watchdog(evidence: Evidence, limit_seconds: float | None, say: Callable[[str], None]) -> Iterator[None]:
-    """End this process, and what hangs with it, when `activity.beats` does not change for so long.
-
-    Args:
-        evidence: What is looked at.
-        limit_seconds: None or 0: never.
-        say: Is given the lines on rank 0.
-    """
+def watchdog(evidence: Evidence, limit_seconds: float | None) -> Iterator[None]:
+    """End this process, and what hangs with it, when `activity.beats` does not change for so long; None or 0: never."""
     if not limit_seconds:
         yield
         return
-    evidence.ranks.mailbox.post("process", (evidence.ranks.host, os.getpid()))
+    ranks = evidence.parts.ranks
+    ranks.mailbox.post("process", (ranks.host, os.getpid()))
     over = threading.Event()
-    watch = _Watch(evidence, limit_seconds, say, threading.get_ident())
+    watch = _Watch(evidence, limit_seconds)
     thread = threading.Thread(target=watch.run, args=(over,), name="watchdog", daemon=True)
     thread.start()
     try:
@@ -54,9 +49,8 @@ def watchdog(evidence: Evidence, limit_seconds: float | None, say: Callable[[str
 class _Watch:
     """What the watchdog's thread does."""
 
-    def __init__(self, evidence: Evidence, limit_seconds: float, say: Callable[[str], None], main: int) -> None:
-        self.evidence, self.ranks = evidence, evidence.ranks
-        self.limit_seconds, self.say, self.main = limit_seconds, say, main  # main: the main thread's number
+    def __init__(self, evidence: Evidence, limit_seconds: float) -> None:
+        self.evidence, self.ranks, self.limit_seconds = evidence, evidence.parts.ranks, limit_seconds
 
     def run(self, over: threading.Event) -> None:
         activity = self.evidence.activity
@@ -92,12 +86,13 @@ class _Watch:
 
     def report(self, notes: dict[int, dict[str, Any]], stuck: list[int]) -> None:
         """Say which rank is stuck and where all of them are, and leave it in the run folder."""
-        say = self.say if self.ranks.is_main else lambda line: sys.stderr.write(f"{line}\n")
+        parts = self.evidence.parts
+        say = parts.progress.note if self.ranks.is_main else lambda line: sys.stderr.write(f"{line}\n")
         reason = f"no progress for {self.limit_seconds:g} s; rank {', '.join(map(str, stuck))} is stuck"
         lines = [_line(rank, notes.get(rank)) for rank in range(self.ranks.world_size)]
         for line in (reason, *(f"  {line}" for line in lines)):
             say(line)
-        if cure := _write(self.evidence.folder, reason, lines, notes, stuck[0]):
+        if cure := _write(parts.start.folder, reason, lines, notes, stuck[0]):
             say(cure)
 
     def where(self) -> dict[str, Any]:
