@@ -1,6 +1,7 @@
 """create_trainer builds the parts in the order of need; Trainer.fit is the loop, top to bottom."""
 
 import contextlib
+import functools
 import gc
 import math
 from collections.abc import Iterator, Mapping
@@ -40,6 +41,8 @@ from dtrain.training.watchdog import watchdog
 
 if TYPE_CHECKING:
     from subprocess import Popen
+
+_tensor = functools.lru_cache(torch.tensor)  # of a batch's weight, of which there are few different ones
 
 
 def create_trainer(
@@ -275,8 +278,8 @@ class Trainer:
         """Gradients of the mean over all ranks' samples of this step. Called on every rank after `training_step`."""
         self.throughput.forward_done()
         value = loss.detach()
-        # weight - 0 * loss is NaN for a loss that is not finite; so then are its gradients, which every rank sees.
-        seed = torch.rsub(value, micro.weight, alpha=0)
+        # 0 * loss is NaN for a loss that is not finite; so then are its gradients, which every rank gets to see.
+        seed = torch.add(_tensor(micro.weight, dtype=value.dtype, device=self.device), value, alpha=0)
         (self.scaler.scale(loss) if self.scaler else loss).backward(seed)
         self.state.add("loss", value, micro.samples)
         for name, term in terms.items():

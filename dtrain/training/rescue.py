@@ -17,9 +17,7 @@ NOTES_SECONDS = 5.0  # so long a rank waits for the others' last notes
 class LastStep:
     """Random numbers and sums as they were after the last whole step: one that is abandoned may have changed them.
 
-    Args:
-        state: Whose sums they are.
-        keeps_sums: With one batch per step the loss is added up after the last moment at which a step can get stuck.
+    With one batch per step no sums need be kept: the loss is added up after the last moment at which it can get stuck.
     """
 
     def __init__(self, state: TrainState, keeps_sums: bool) -> None:

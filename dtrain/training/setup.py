@@ -273,12 +273,10 @@ def _compiled(module: torch.nn.Module, wish: bool | str | dict[str, Any]) -> tor
 
 def _monitor(config: ConfigDict, options: Mapping[str, Any], metrics: Metrics) -> str:
     """The figure that 'best' means, known to be one that the validation gives."""
-    wish = options["monitor"]
     names = [f"val/{name}" for name in (*metrics.names, "loss")]
-    if wish is None:
+    if options["monitor"] is None:
         return names[0]
-    if not wish.startswith("val/"):
-        wish = f"val/{wish}"
+    wish = f"val/{options['monitor'].removeprefix('val/')}"
     if not any(wish == name or wish.startswith(f"{name}_") for name in names):
         text = f"{options['monitor']!r} is not a figure of the validation; possible: {', '.join(names)}"
         raise refused(config, ("trainer", "monitor"), text)

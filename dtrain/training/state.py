@@ -127,15 +127,8 @@ def capture(
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
     """What a checkpoint holds, as one process has it: state, weights, averaged weights. All ranks call it.
 
-    The result is complete on the main rank alone.
-
-    Args:
-        state: Its sums are added up over the ranks.
-        trainables: What is trained.
-        ranks: All of them.
-        seed: Of the training.
-        generators: The state of the ranks' generators, where they cannot be asked; then this rank's sums are taken for
-            the sums of all, and no other rank is needed.
+    The result is complete on the main rank alone. The state of the ranks' generators is given where they cannot be
+    asked; then this rank's sums are taken for the sums of all, and no other rank is needed.
 
     Raises:
         RuntimeError: The ranks' weights are no longer the same.
