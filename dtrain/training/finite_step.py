@@ -39,9 +39,9 @@ class FiniteStep:
 
         A forward with NaN would leave it in running statistics for good. Sparse and expanded ones are constants.
         """
-        for buffer in module.buffers() if self.on_nonfinite == "skip" else ():
-            if buffer.is_floating_point() and buffer.layout == torch.strided and 0 not in buffer.stride():
-                self._buffers.append((buffer, buffer.detach().clone()))
+        buffers = module.buffers() if self.on_nonfinite == "skip" else ()
+        plain = [buffer for buffer in buffers if buffer.is_floating_point() and buffer.layout == torch.strided]
+        self._buffers = [(buffer, buffer.detach().clone()) for buffer in plain if 0 not in buffer.stride()]
 
     def take(self, norm: Tensor) -> None:
         """optimizer.step(), unless the norm of the reduced gradients, equal on all ranks, is not finite.
