@@ -68,10 +68,7 @@ class Forward:
     def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, Mapping[str, Tensor], Outcome]:
         """The loss (mean over the batch), its terms, and what metrics look at.
 
-        Args:
-            model: The model, or the same compiled or wrapped for the ranks.
-            batch: Of any form that `data.batch.split` takes.
-
+        The model may be compiled or wrapped for the ranks, the batch of any form that `data.batch.split` takes.
         An error passes on with the config's section that it came from: model or loss.
         """
         if not self._is_on_cpu:
@@ -80,15 +77,13 @@ class Forward:
         if self._form is None:
             self._form = batches.call_form(self.module, inputs)
         with self._autocast:
+            section = "model"
             try:
                 output = model(inputs) if self._form == "one" else batches.call(model, inputs, self._form)
-            except Exception as error:
-                mark_section(error, "model")
-                raise
-            try:
+                section = "loss"
                 loss, terms = self.criterion(output, target)  # type: ignore[misc]
             except Exception as error:
-                mark_section(error, "loss")
+                mark_section(error, section)
                 raise
         return loss, terms, Outcome(inputs, output, target)
 

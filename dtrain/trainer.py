@@ -1,6 +1,7 @@
 """create_trainer builds the parts in the order of need; Trainer.fit is the loop, top to bottom."""
 
 import contextlib
+import functools
 import gc
 import math
 from collections.abc import Iterator, Mapping
@@ -31,8 +32,8 @@ from dtrain.training.evaluate import evaluate, evaluate_volumes
 from dtrain.training.evidence import Evidence
 from dtrain.training.failure_card import reported
 from dtrain.training.finite_step import FiniteStep, NonFiniteError
-from dtrain.training.rescue import LastStep, is_request_to_stop, rescue
-from dtrain.training.run_status import Recorder
+from dtrain.training.rescue import LastStep, rescue
+from dtrain.training.run_status import session
 from dtrain.training.setup import Parts, make_parts
 from dtrain.training.state import Activity, TrainState, capture, restore
 from dtrain.training.throughput import Throughput
@@ -40,6 +41,8 @@ from dtrain.training.watchdog import watchdog
 
 if TYPE_CHECKING:
     from subprocess import Popen
+
+_tensor = functools.lru_cache(torch.tensor)  # of a batch's weight, of which there are few different ones
 
 
 def create_trainer(
@@ -66,11 +69,10 @@ def create_trainer(
     keep_secret(to_plain(config))
     check(config, purpose)
     parts = make_parts(config, package, sender, purpose)
-    settings = {"monitor": parts.run.monitor, "mode": parts.mode}
-    trainer: Trainer = build(config, "trainer", parts, **settings)
+    trainer: Trainer = build(config, "trainer", parts, monitor=parts.monitor, mode=parts.mode)
     # Dropout differs between ranks; the weights, drawn before, do not.
-    rng.seed_all(parts.run.seed, 1 + parts.ranks.rank)
-    if parts.run.start.checkpoint is not None and purpose == "train":
+    rng.seed_all(parts.seed, 1 + parts.ranks.rank)
+    if parts.start.checkpoint is not None and purpose == "train":
         trainer.resume(parts.loaded)
     return trainer
 
@@ -172,7 +174,6 @@ class Trainer:
         self.vote, self.throughput = Vote(self.ranks), Throughput(self.ranks.rank, self.ranks.world_size)
         self._parameters = [item for item in self.module.parameters() if item.requires_grad]
         self._is_first_step = True  # of this start
-        self._weights: dict[tuple[float, torch.dtype], Tensor] = {}
         self.finite_step = FiniteStep(given.optimizer, given.scaler, self.state, on_nonfinite, self.progress.note)
 
     @property
@@ -202,35 +203,33 @@ class Trainer:
             NonFiniteError: A loss or gradient was not finite, and on_nonfinite is stop.
             ConfigError: Another training writes the same run folder.
         """
-        start, say = self.parts.run.start, self.progress.note
+        start = self.parts.start
         if self.train_loader is None:
             raise ConfigError("loaders: has no 'train', so there is nothing to train on")
         if start.busy:
             raise ConfigError(start.busy)
         if start.finished:
-            say(start.finished)
+            self.progress.note(start.finished)
             self.journal.deliver_later(start.folder)
             return "FINISHED"
-        evidence = Evidence(
-            self.activity, self.state, self.last_step, self.module, self.loaders, self.ranks, start.folder,
-            self.parts.run.places,
-        )  # fmt: skip
-        recorder = Recorder(self.parts.run, self.journal, self.progress, self.saver, self.stop_request, self.ranks)
+        evidence = Evidence(self.parts, self.activity, self.state, self.last_step)
         with (
-            recorder.session(self.state) as ending,
-            reported(evidence, say),
-            watchdog(evidence, self.hang_timeout_seconds, say),
+            session(self.parts, self.state) as ending,
+            reported(evidence),
+            watchdog(evidence, self.hang_timeout_seconds),
             self._rescuing(),
         ):
             self._check_that_it_can_be_saved()
-            self._finish_last_start()
+            # A validation during which an earlier start was stopped comes first.
+            if self.step and self.step % self.validate_every_steps == 0 and self.validate():
+                self.save()
             self.finite_step.begin(self.module)
             while self.epoch < self.max_epochs and self.step < self.max_steps and not self.state.ended:
                 self.train_epoch()
             self.after_last_step()
             if self.loaders.test is not None and not self.state.stopped:
                 ending.test_figures = self.test()
-        return "KILLED" if self.state.stopped else "FINISHED"
+        return ending.status
 
     def train_epoch(self) -> None:
         """One pass over the training data, or what is left of it. All ranks call it, equally often."""
@@ -279,12 +278,8 @@ class Trainer:
         """Gradients of the mean over all ranks' samples of this step. Called on every rank after `training_step`."""
         self.throughput.forward_done()
         value = loss.detach()
-        weight = self._weights.get((micro.weight, value.dtype))
-        if weight is None:  # there are few different ones
-            weight = torch.tensor(micro.weight, dtype=value.dtype, device=self.device)
-            self._weights[micro.weight, value.dtype] = weight
         # 0 * loss is NaN for a loss that is not finite; so then are its gradients, which every rank gets to see.
-        seed = torch.add(weight, value, alpha=0)
+        seed = torch.add(_tensor(micro.weight, dtype=value.dtype, device=self.device), value, alpha=0)
         (self.scaler.scale(loss) if self.scaler else loss).backward(seed)
         self.state.add("loss", value, micro.samples)
         for name, term in terms.items():
@@ -498,7 +493,7 @@ class Trainer:
             return
         with self.activity.during("saving"):
             self.ranks.agree_on_buffers(self.module)
-            captured = capture(state, self.trainables, self.ranks, self.parts.run.seed)
+            captured = capture(state, self.trainables, self.ranks, self.parts.seed)
             if self.ranks.is_main:
                 saver.save(state.place, *captured, state.newest_score)
             else:
@@ -512,20 +507,15 @@ class Trainer:
             RuntimeError: The ranks' weights are not the same.
         """
         with self.activity.during("saving"):
-            captured = capture(self.state, self.trainables, self.ranks, self.parts.run.seed)
+            values, weights, ema = capture(self.state, self.trainables, self.ranks, self.parts.seed)
             if self.ranks.is_main:
-                self.saver.checkpoints.check(captured.weights, captured.state, ema=captured.ema)
+                self.saver.checkpoints.check(weights, values, ema=ema)
 
     def resume(self, loaded: Loaded | None) -> None:
         """Resume from a checkpoint, which only the main rank has read (None elsewhere). All ranks call it."""
-        restore(loaded, self.state, self.trainables, self.ranks, self.parts.run.seed)
+        restore(loaded, self.state, self.trainables, self.ranks, self.parts.seed)
         self._judge_patience()
         self.saver.mark_saved(self.state.place)
-
-    def _finish_last_start(self) -> None:
-        """A validation during which an earlier start was stopped comes first."""
-        if self.step and self.step % self.validate_every_steps == 0 and self.validate():
-            self.save()
 
     # -------------------------------------------------------------------------------------------------- when it fails
 
@@ -535,10 +525,7 @@ class Trainer:
         try:
             yield
         except (StopWaiting, Exception) as error:
-            if not is_request_to_stop(error, self.stop_request):
-                raise
-            seed, say = self.parts.run.seed, self.progress.note
-            if not rescue(self.last_step, self.state, self.trainables, self.ranks, self.saver, seed, say):
+            if not rescue(error, self.parts, self.last_step, self.state):
                 raise
             self.stop()
             self.ranks.are_lost = self.ranks.world_size > 1

@@ -67,12 +67,7 @@ class Saver:
     ) -> None:
         """Copy what is given and have it written. For the main rank.
 
-        Args:
-            place: See `Place`.
-            state: All but the weights, as plain values.
-            weights: The model's state_dict, whole.
-            ema: That of the averaged weights.
-            score: Of this very step's validation, by which the best checkpoint is known.
+        Plain values, whole state_dicts, and the score of this very step's validation, by which the best is known.
         """
         self.mark_saved(place)
         self.wait()  # its copies are about to be overwritten

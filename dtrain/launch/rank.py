@@ -27,18 +27,13 @@ if TYPE_CHECKING:
 
 
 def train(config: ConfigDict, sender: "Popen[bytes] | None" = None) -> int:
-    """Train as the config says; 0 done, 1 failed, 75 stopped early with its checkpoint written.
-
-    Args:
-        config: From `load_config`.
-        sender: From `prepare_sender`, on rank 0.
-    """
+    """Train as the config says; 0 done, 1 failed, 75 stopped early with its checkpoint written."""
 
     def fit(trainer: Trainer) -> bool:
         with trainer.stop_request.listening():
             return trainer.fit() == "KILLED"
 
-    return _run(lambda: create_trainer(config, sender=sender), fit)
+    return _run(config, fit, sender=sender)
 
 
 def test(config: ConfigDict, checkpoint: str | None = None) -> int:
@@ -53,7 +48,7 @@ def test(config: ConfigDict, checkpoint: str | None = None) -> int:
             trainer.test(path)
         return trainer.state.stopped
 
-    return _run(lambda: create_trainer(config, purpose="test"), measure)
+    return _run(config, measure, purpose="test")
 
 
 def predict(
@@ -69,34 +64,29 @@ def predict(
                 trainer.progress.note(line)
         return result.stopped
 
-    return _run(lambda: create_trainer(config, purpose="predict"), write)
+    return _run(config, write, purpose="predict")
 
 
 def rehearse(config: ConfigDict) -> int:
     """Build everything and try one batch of each phase; trains nothing, writes nothing."""
-    return _run(lambda: _silent(config), lambda trainer: _noted(trainer, _one_batch_of_each_phase(trainer)))
+    return _run_and_note(config, _one_batch_of_each_phase)
 
 
 def replay(config: ConfigDict, folder: Path) -> int:
     """Repeat the failed step of a run folder on this one process, and say what is found; writes nothing."""
-
-    def repeat(trainer: Trainer) -> bool:
-        return _noted(trainer, repeated(trainer.forward, trainer.module, trainer.train_loader, folder))
-
-    return _run(lambda: _silent(config), repeat)
+    return _run_and_note(config, lambda it: repeated(it.forward, it.module, it.train_loader, folder))
 
 
-def _silent(config: ConfigDict) -> Trainer:
-    trainer = create_trainer(config)
-    trainer.journal = NoJournal()
-    return trainer
+def _run_and_note(config: ConfigDict, action: Callable[[Trainer], Iterator[str]]) -> int:
+    """Show the lines that an action finds; it writes nothing and is not stopped early."""
 
+    def note_all(trainer: Trainer) -> bool:
+        trainer.journal = NoJournal()
+        for line in action(trainer):
+            trainer.progress.note(line)
+        return False
 
-def _noted(trainer: Trainer, lines: Iterator[str]) -> bool:
-    """Show the lines; nothing stops early."""
-    for line in lines:
-        trainer.progress.note(line)
-    return False
+    return _run(config, note_all)
 
 
 def _one_batch_of_each_phase(trainer: Trainer) -> Iterator[str]:
@@ -113,21 +103,20 @@ def _one_batch_of_each_phase(trainer: Trainer) -> Iterator[str]:
             yield f"{phase}: one batch, {', '.join(texts)}"
 
 
-def _run(create: Callable[[], Trainer], action: Callable[[Trainer], bool]) -> int:
-    """Make a trainer and do something with it, which returns whether it was stopped early.
+def _run(config: ConfigDict, action: Callable[[Trainer], bool], **options: Any) -> int:
+    """Make a trainer with these options and do something with it, which returns whether it was stopped early.
 
     Returns:
         The exit status. After an error nothing here waits for other ranks: they may be gone.
     """
     try:
-        trainer = create()
-        try:
-            stopped = action(trainer)
-        except StopWaiting:  # while it waited for data; the other ranks may wait for this one
-            return STOPPED_EARLY
+        trainer = create_trainer(config, **options)
+        stopped = action(trainer)
         trainer.progress.close()
         trainer.ranks.close()
         return STOPPED_EARLY if stopped else DONE
+    except StopWaiting:  # while it waited for data; the other ranks may wait for this one
+        return STOPPED_EARLY
     except ConfigError:
         raise
     except KeyboardInterrupt:

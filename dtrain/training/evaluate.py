@@ -28,19 +28,12 @@ def evaluate(
 ) -> dict[str, float] | None:
     """Loss (with its terms) and metrics over all ranks' batches, the same on every rank; None where a rank stopped.
 
-    How often and when a training is validated changes no random number that it draws on the CPU.
+    How often and when a training is validated changes no random number that it draws on the CPU. `stop` is asked before
+    each batch. An error passes on with the number of this rank's batch, `batch_number`, by which its samples are found.
 
-    Args:
-        forward: `forward(module, batch)` gives the loss (mean over the batch), its terms, and the outcome.
-        module: The model without the ranks' wrapper, whose collectives would wait for a rank without batches; a sharded
-            one has no wrapper, and is called equally often on all ranks.
-        loader: This rank's batches; every sample of the phase is in one rank's batches, once.
-        metrics: What is updated and computed; forgotten afterwards.
-        ranks: The ranks that share the phase.
-        stop: Asked before each batch.
-        album: Takes in the batches and draws.
-
-    An error passes on with the number of this rank's batch, `batch_number`, by which its samples are found.
+    `module` is the model without the ranks' wrapper, whose collectives would wait for a rank without batches; a sharded
+    one has no wrapper, and is called equally often on all ranks. `loader` gives this rank's batches; every sample of
+    the phase is in one rank's batches, once.
     """
     ranks.agree_on_buffers(module)
     module.eval()
@@ -50,20 +43,24 @@ def evaluate(
     for number, (batch, counts, stopped) in enumerate(ranks.strategy.rounds(_batches(loader), stop)):
         if stopped:
             break
-        with _of_batch(number):
+        try:
             loss, terms, outcome = forward(module, batch)
             if not counts:
                 continue
-            count = size(outcome.inputs)
+            count, of_all_ranks = size(outcome.inputs), ranks.rank + number * ranks.world_size
             for name, value in {"loss": loss, **{f"loss_{key}": term for key, term in terms.items()}}.items():
                 total, samples = sums.get(name, (0.0, 0))
                 sums[name] = (total + value.detach().to(_sum_dtype(value)) * count, samples + count)
-            _update(metrics, outcome.output, outcome.target, ranks.rank + number * ranks.world_size)
+            with _from_section("metrics"):
+                metrics.update(outcome.output, outcome.target, of_all_ranks)
             if album:
-                album.see(outcome, ranks.rank + number * ranks.world_size)
+                album.see(outcome, of_all_ranks)
+        except Exception as error:
+            error.batch_number = number  # type: ignore[attr-defined]
+            raise
     own = None if stopped else {name: (float(total), count) for name, (total, count) in sums.items()}
     everybody = ranks.gather((own, album.seen() if album and not stopped else None))
-    means = ranks.broadcast(_means([sums_of for sums_of, _ in everybody]) if everybody else None)
+    means = ranks.broadcast(_means([its_sums for its_sums, _ in everybody]) if everybody else None)
     result = None if means is None else means | metrics.compute()
     metrics.reset()
     if album and result is not None:
@@ -83,47 +80,34 @@ def evaluate_volumes(
 ) -> dict[str, float] | None:
     """Metrics over whole volumes, each one sample, the same on every rank; None where a rank stopped.
 
-    Args:
-        module: The model.
-        outcomes: This rank's volumes: number, output (1, K, *spatial), target; every volume is one rank's.
-        metrics: What is updated and computed; forgotten afterwards.
-        ranks: The ranks that share the volumes.
-        stop: Asked at the end.
+    `outcomes` are this rank's volumes: number, output (1, K, *spatial), target; every volume is one rank's. `stop` is
+    asked at the end.
     """
     ranks.agree_on_buffers(module)
     module.eval()
     metrics.reset()
     for number, output, target in outcomes:
-        _update(metrics, output.to(ranks.device), target.to(ranks.device), number)
+        output, target = output.to(ranks.device), target.to(ranks.device)
+        with _from_section("metrics"):
+            metrics.update(output, target, number)
     everybody = ranks.gather(stop())
     result = None if ranks.broadcast(any(everybody or ())) else metrics.compute()
     metrics.reset()
     return result
 
 
-def _batches(loader: Iterable[Any]) -> Iterator[Any]:
-    try:
-        yield from loader
-    except Exception as error:
-        mark_section(error, "loaders")
-        raise
-
-
-def _update(metrics: Metrics, output: Any, target: Any, number: int) -> None:
-    try:
-        metrics.update(output, target, number)
-    except Exception as error:
-        mark_section(error, "metrics")
-        raise
-
-
 @contextmanager
-def _of_batch(number: int) -> Iterator[None]:
+def _from_section(section: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        error.batch_number = number  # type: ignore[attr-defined]
+        mark_section(error, section)
         raise
+
+
+def _batches(loader: Iterable[Any]) -> Iterator[Any]:
+    with _from_section("loaders"):
+        yield from loader
 
 
 def _sum_dtype(value: torch.Tensor) -> torch.dtype:
@@ -131,11 +115,10 @@ def _sum_dtype(value: torch.Tensor) -> torch.dtype:
     return torch.float32 if value.device.type == "mps" else torch.float64
 
 
-def _means(everybody: list[dict[str, tuple[float, int]] | None]) -> dict[str, float] | None:
-    """Of every rank's sums; None where one of them stopped."""
-    ranks = [rank for rank in everybody if rank is not None]
-    if len(ranks) < len(everybody):
+def _means(sums_of_ranks: list[Any]) -> dict[str, float] | None:
+    """Of every rank's sums, each with its number of samples; None where a rank stopped, and has None."""
+    if None in sums_of_ranks:
         return None
-    names = dict.fromkeys(name for rank in ranks for name in rank)
-    parts = {name: [rank[name] for rank in ranks if name in rank] for name in names}
+    names = dict.fromkeys(name for sums in sums_of_ranks for name in sums)
+    parts = {name: [sums[name] for sums in sums_of_ranks if name in sums] for name in names}
     return {name: sum(t for t, _ in part) / sum(n for _, n in part) for name, part in parts.items()}

@@ -1,52 +1,33 @@
 """Evidence: what is looked at where a training fails or hangs, and the failed step, kept to be replayed."""
 
 import itertools
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from torch.nn import Module
 
 from dtrain.checkpoint.contents import CheckpointError
 from dtrain.checkpoint.store import Checkpoints
-from dtrain.dataloader import Loaders
-from dtrain.distributed.ranks import Ranks
 from dtrain.tracking.run_folder import RunFolder
 from dtrain.training.rescue import LastStep
+from dtrain.training.setup import Parts
 from dtrain.training.state import Activity, TrainState
 
 
 @dataclass
 class Evidence:
-    """What is looked at where a training fails or hangs.
+    """What is looked at where a training fails or hangs."""
 
-    Attributes:
-        activity: What this rank is doing.
-        state: How far the training is.
-        last_step: The random numbers of before the step at work.
-        module: The bare model.
-        loaders: Of all phases.
-        ranks: This rank among the others.
-        folder: The run folder.
-        places: Where each section of the config stands, as file:line.
-    """
-
-    activity: Activity
-    state: TrainState
-    last_step: LastStep
-    module: Module
-    loaders: Loaders
-    ranks: Ranks
-    folder: Path
-    places: Mapping[str, str]
+    parts: Parts
+    activity: Activity  # what this rank is doing
+    state: TrainState  # how far the training is
+    last_step: LastStep  # the random numbers of before the step at work
 
     def samples(self, error: BaseException | None = None) -> list[int]:
         """The samples of this rank's batch, or of the one that it waits for; in an evaluation, of an error's batch."""
+        loaders = self.parts.loaders
         if error is None or self.activity.phase not in ("validation", "test"):
-            shard: Any = self.loaders.train.shard if self.loaders.train else None
+            shard: Any = loaders.train.shard if loaders.train else None
             return next(iter(shard.batches_from(self.state.epoch, self.activity.batch_start, 1)), []) if shard else []
-        loader: Any = self.loaders.test if self.activity.phase == "test" else self.loaders.val
+        loader: Any = loaders.test if self.activity.phase == "test" else loaders.val
         number = getattr(error, "batch_number", None)  # none where it was not the model, the loss or a metric
         if loader is None or number is None:
             return []
@@ -63,12 +44,12 @@ class Evidence:
         Returns:
             Why the step cannot be replayed; empty where it can, or where rank 0 says it.
         """
-        if self.ranks.strategy.is_sharded:
+        ranks, loader = self.parts.ranks, self.parts.loaders.train
+        if ranks.strategy.is_sharded:
             return "the failed step cannot be replayed: of a sharded model, no rank has the weights"
-        self.ranks.mailbox.post("failed step", self.last_step.generators)
-        if not self.ranks.is_main:
+        ranks.mailbox.post("failed step", self.last_step.generators)
+        if not ranks.is_main:
             return ""
-        loader = self.loaders.train
         assert loader is not None
         state: dict[str, Any] = {
             "step": self.state.step,
@@ -78,11 +59,11 @@ class Evidence:
             "batch_size": loader.shard.batch_size,
             "world_size": loader.shard.world_size,
             "exact": exact,
-            "rng": self.ranks.mailbox.notes("failed step", timeout_seconds),
+            "rng": ranks.mailbox.notes("failed step", timeout_seconds),
         }
         try:
-            kept = Checkpoints(RunFolder(self.folder).failed_step, keep_last=1, keep_best=0)
-            kept.save(self.state.step, self.module.state_dict(), state)
+            kept = Checkpoints(RunFolder(self.parts.start.folder).failed_step, keep_last=1, keep_best=0)
+            kept.save(self.state.step, self.parts.trainables.module.state_dict(), state)
         except CheckpointError as error:
             return f"warning: the failed step cannot be replayed: {error}"
         return ""

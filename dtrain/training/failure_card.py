@@ -7,7 +7,7 @@ import os
 import re
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from dtrain.tracking.secrets import redact
 from dtrain.tracking.whole_file import write_json
 from dtrain.training.evidence import Evidence
 
-PACKAGE = Path(__file__).resolve().parents[1]
+# Components apart: a config names them as it names a user's own.
+_ENGINE = re.compile(rf"{re.escape(str(Path(__file__).resolve().parents[1]))}/(?!components/)")
 OTHERS_SECONDS = 3.0  # so long rank 0 waits for the word of the rank that failed first
 NUMBERS_SECONDS = 2.0  # and for the others' random numbers, where it failed itself
 _MOST_SAMPLES = 64
@@ -58,10 +59,13 @@ _CURES = (
     (r"No space left", "the disk is full: free some space and start again"),
     (r"Timed out|[Tt]imeout", "another rank did not come: look at its log; trainer.ddp.timeout_seconds"),
 )
+_CURE_OF_SILENCE = (
+    "a process that is killed says nothing: most often the machine's memory was full (dmesg), or a node is gone"
+)
 
 
 @contextmanager
-def reported(evidence: Evidence, say: Callable[[str], None]) -> Iterator[None]:
+def reported(evidence: Evidence) -> Iterator[None]:
     """Tell an error that comes from inside as a card; a second Ctrl-C is none."""
     try:
         yield
@@ -69,7 +73,7 @@ def reported(evidence: Evidence, say: Callable[[str], None]) -> Iterator[None]:
         raise
     except BaseException as error:
         for line in report(evidence, error):
-            say(line)
+            evidence.parts.progress.note(line)
         raise
 
 
@@ -79,7 +83,7 @@ def report(evidence: Evidence, error: BaseException) -> list[str]:
     Returns:
         The lines of the card, on rank 0; else none. Nothing is raised: the error itself must be seen.
     """
-    ranks, mailbox = evidence.ranks, evidence.ranks.mailbox
+    ranks, mailbox, folder = evidence.parts.ranks, evidence.parts.ranks.mailbox, evidence.parts.start.folder
     problem = ""
     try:
         lost = ranks.world_size > 1 and is_lost_rank(error)
@@ -96,9 +100,9 @@ def report(evidence: Evidence, error: BaseException) -> list[str]:
         first = first_of(notes.values())
         if first["consequence"]:
             silent = [rank for rank in range(ranks.world_size) if rank not in notes]
-            first |= {"silent_ranks": silent, "cure": _cure_of_silence(silent)}
-        write_json(RunFolder(evidence.folder).failure, first, durable=True)
-        return [*filter(None, [problem]), *card(first, evidence.folder)]
+            first |= {"silent_ranks": silent, "cure": _CURE_OF_SILENCE if silent else ""}
+        write_json(RunFolder(folder).failure, first, durable=True)
+        return [*filter(None, [problem]), *card(first, folder)]
     except Exception as other:
         return [f"the failure could not be recorded: {other!r}"]
 
@@ -145,16 +149,16 @@ def unused_parameters(module: torch.nn.Module, message: str) -> list[str]:
 
 def _note(evidence: Evidence, error: BaseException, consequence: bool) -> dict[str, Any]:
     message = redact("\n".join([str(error), *getattr(error, "__notes__", [])]).strip())
-    if names := unused_parameters(evidence.module, message):
+    if names := unused_parameters(evidence.parts.trainables.module, message):
         message = f"these parameters had no part in the loss: {', '.join(names)}\n{message}"
     text = redact("".join(traceback.format_exception(error)))
     # A number that is not finite shows in the optimizer's step, which is seldom its cause.
     section = "" if isinstance(error, ArithmeticError) else getattr(error, "section", "")
-    place = evidence.places.get(section)
-    state = evidence.state
+    place = evidence.parts.places.get(section)
+    state, ranks = evidence.state, evidence.parts.ranks
     return {
-        "rank": evidence.ranks.rank,
-        "host": evidence.ranks.host,
+        "rank": ranks.rank,
+        "host": ranks.host,
         "pid": os.getpid(),
         "time": time.time(),
         "step": state.step,
@@ -175,22 +179,6 @@ def _note(evidence: Evidence, error: BaseException, consequence: bool) -> dict[s
 
 def _where(error: BaseException) -> str:
     """The innermost line that is neither of dtrain's engine nor, if there is another, of an installed package."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_of_engine(Path(frame.filename))]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _ENGINE.match(frame.filename)]
     frames = [frame for frame in frames if "site-packages" not in frame.filename] or frames
     return f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
-
-
-def _is_of_engine(file: Path) -> bool:
-    """Whether a file is one of dtrain's own, components apart, which a config names as it names a user's."""
-    return file.is_relative_to(PACKAGE) and not file.is_relative_to(PACKAGE / "components")
-
-
-def _cure_of_silence(ranks: list[int]) -> str:
-    if not ranks:
-        return ""
-    return "a process that is killed says nothing: most often the machine's memory was full (dmesg), or a node is gone"
-
-
-def forget(folder: Path) -> None:
-    """A new start begins without the old failure."""
-    RunFolder(folder).failure.unlink(missing_ok=True)

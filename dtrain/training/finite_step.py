@@ -1,7 +1,7 @@
 """An optimizer step that is not taken where a gradient is not finite, and what such a step must not leave behind."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -18,12 +18,7 @@ class NonFiniteError(ArithmeticError):
 class FiniteStep:
     """Steps unless a gradient is not finite; counts the steps that are skipped, or ends the training.
 
-    Args:
-        optimizer: What steps.
-        scaler: Of the loss, with fp16.
-        state: Counts the skipped steps.
-        on_nonfinite: stop | skip.
-        say: Is given a line for skipped steps.
+    With fp16 it steps through the loss's scaler; `say` is given a line for skipped steps.
     """
 
     def __init__(
@@ -37,11 +32,16 @@ class FiniteStep:
         self.optimizer, self.scaler, self.state = optimizer, scaler, state
         self.on_nonfinite, self._say = on_nonfinite, say
         self._bad_steps = torch.zeros((), device=state.device)  # since the last look at them
-        self._buffers = KeptBuffers(())
+        self._buffers: list[tuple[Tensor, Tensor]] = []  # of floating point, each with its copy of the last good step
 
     def begin(self, module: torch.nn.Module) -> None:
-        """Look at the module's buffers: it is about to be trained."""
-        self._buffers = KeptBuffers(module.buffers() if self.on_nonfinite == "skip" else ())
+        """The module is about to be trained: where bad steps are skipped, its buffers are put back after them.
+
+        A forward with NaN would leave it in running statistics for good. Sparse and expanded ones are constants.
+        """
+        buffers = module.buffers() if self.on_nonfinite == "skip" else ()
+        plain = [buffer for buffer in buffers if buffer.is_floating_point() and buffer.layout == torch.strided]
+        self._buffers = [(buffer, buffer.detach().clone()) for buffer in plain if 0 not in buffer.stride()]
 
     def take(self, norm: Tensor) -> None:
         """optimizer.step(), unless the norm of the reduced gradients, equal on all ranks, is not finite.
@@ -66,8 +66,8 @@ class FiniteStep:
         except Exception as error:
             mark_section(error, "optimizer")
             raise
-        if self._buffers.pairs:
-            self._buffers.after_step(norm)
+        if self._buffers:
+            self._keep_or_put_back(norm)
 
     def judge(self) -> None:
         """Stop for the steps that were skipped since the last look, or count them; the same on every rank.
@@ -88,24 +88,10 @@ class FiniteStep:
             )
         self._say(f"{text}; skipped, {self.state.skipped} so far")
 
-
-class KeptBuffers:
-    """Buffers of floating point as they were after the last good step; a step that is skipped has them put back.
-
-    A forward with NaN would leave it in running statistics for good. Sparse and expanded ones are constants.
-
-    Args:
-        buffers: A module's; none, where a bad step ends the training.
-    """
-
-    def __init__(self, buffers: Iterable[torch.Tensor]) -> None:
-        plain = [buffer for buffer in buffers if buffer.is_floating_point() and buffer.layout == torch.strided]
-        self.pairs = [(buffer, buffer.detach().clone()) for buffer in plain if 0 not in buffer.stride()]
-
     @torch.no_grad()
-    def after_step(self, norm: torch.Tensor) -> None:
-        """Keep them, or put them back where the norm of the gradients is not finite; the host does not wait for it."""
+    def _keep_or_put_back(self, norm: Tensor) -> None:
+        """Keep the buffers, or put them back where the norm of the gradients is not finite; the host does not wait."""
         is_good = torch.isfinite(norm)
-        for buffer, kept in self.pairs:
+        for buffer, kept in self._buffers:
             kept.copy_(torch.where(is_good, buffer, kept))
             buffer.copy_(kept)

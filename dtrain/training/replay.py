@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 
 from dtrain.checkpoint.checkpoint_files import load
 from dtrain.checkpoint.store import Checkpoints
@@ -20,11 +20,7 @@ from dtrain.tracking.run_folder import RunFolder
 def replay(forward: Forward, module: torch.nn.Module, loader: TrainLoader, folder: Path) -> Iterator[str]:
     """Repeat the failed step of a run folder, rank by rank; yields what is found, a line at a time.
 
-    Args:
-        forward: Gives the loss of a batch.
-        module: Made of the run's own config; its weights are overwritten.
-        loader: Of the training data.
-        folder: The run folder.
+    The module is made of the run's own config; its weights are overwritten.
 
     Raises:
         ConfigError: The folder holds no failed step.
@@ -36,8 +32,7 @@ def replay(forward: Forward, module: torch.nn.Module, loader: TrainLoader, folde
     state = loaded.state
     module.load_state_dict(loaded.weights)
     module.train()
-    places = state["step"] + 1, state["epoch"] + 1, state["world_size"]
-    yield "step {} in epoch {}, as on {} rank(s)".format(*places)
+    yield f"step {state['step'] + 1} in epoch {state['epoch'] + 1}, as on {state['world_size']} rank(s)"
     if not state["exact"]:
         yield "the weights are those at the last log point, some steps later: the device had skipped the bad step"
     for rank in range(state["world_size"]):
@@ -64,14 +59,23 @@ def _of_rank(
 def _examined(forward: Forward, module: torch.nn.Module, batch: Any, ids: list[int]) -> tuple[list[str], float]:
     """What is not finite in one forward and backward: in the samples, after which module, in which gradients."""
     found = [f"sample {ids[index]}: {count} values are not finite" for index, count in _bad_samples(batch, len(ids))]
+    names = {part: name or "the model" for name, part in module.named_modules()}
+    bad_outputs: list[str] = []  # the modules, in the order of their calls, that gave something that is not finite
+
+    def look(part: torch.nn.Module, inputs: Any, output: Any) -> None:
+        if part in names and not all(map(_is_finite, _tensors(output))):
+            fine = all(map(_is_finite, _tensors(inputs)))
+            what = "its input was finite" if fine else "its input was not finite either"
+            bad_outputs.append(f"{names[part]} ({type(part).__name__}); {what}")
+
     module.zero_grad()
-    with _first_bad_module(module) as bad_modules:
+    with register_module_forward_hook(look):
         loss, terms, _ = forward(module, batch)
-    found += [f"first bad output: {text}" for text in bad_modules[:1]]
+    found += [f"first bad output: {text}" for text in bad_outputs[:1]]
     found += [f"loss term {name}: {float(term):.6g}" for name, term in terms.items()]
     if math.isfinite(float(loss.detach())):
         loss.backward()
-        bad = [name for name, item in module.named_parameters() if not _is_finite(item.grad)]
+        bad = [name for name, item in module.named_parameters() if item.grad is not None and not _is_finite(item.grad)]
         more = ", ..." if len(bad) > 10 else ""
         found += [f"gradients that are not finite: {', '.join(bad[:10])}{more}"] if bad else []
     return found, float(loss.detach())
@@ -97,27 +101,5 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
-def _is_finite(value: torch.Tensor | None) -> bool:
-    return value is None or bool(torch.isfinite(value).all())
-
-
-@contextmanager
-def _first_bad_module(module: torch.nn.Module) -> Iterator[list[str]]:
-    """The modules, in the order of their calls, that gave something that is not finite."""
-    bad: list[str] = []
-
-    def look(name: str, part: torch.nn.Module) -> Any:
-        def hook(_part: torch.nn.Module, inputs: Any, output: Any) -> None:
-            if not all(_is_finite(item) for item in _tensors(output) if item.is_floating_point()):
-                fine = all(_is_finite(item) for item in _tensors(inputs) if item.is_floating_point())
-                what = "its input was finite" if fine else "its input was not finite either"
-                bad.append(f"{name or 'the model'} ({type(part).__name__}); {what}")
-
-        return part.register_forward_hook(hook)
-
-    hooks = [look(name, part) for name, part in module.named_modules()]
-    try:
-        yield bad
-    finally:
-        for handle in hooks:
-            handle.remove()
+def _is_finite(value: torch.Tensor) -> bool:
+    return bool(torch.isfinite(value).all())

@@ -1,16 +1,15 @@
 """A step that is abandoned halfway: the last whole one is saved, without the other ranks' help."""
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from dtrain.checkpoint.saver import Saver
 from dtrain.data import rng
 from dtrain.distributed.launched_rank import is_closed_for_another
-from dtrain.distributed.ranks import Ranks, is_lost_rank, lost_rank
-from dtrain.distributed.stop import StopRequest, StopWaiting
-from dtrain.training.state import Trainables, TrainState, capture
+from dtrain.distributed.ranks import is_lost_rank, lost_rank
+from dtrain.distributed.stop import StopWaiting
+from dtrain.training.setup import Parts
+from dtrain.training.state import TrainState, capture
 
 NOTES_SECONDS = 5.0  # so long a rank waits for the others' last notes
 
@@ -18,9 +17,7 @@ NOTES_SECONDS = 5.0  # so long a rank waits for the others' last notes
 class LastStep:
     """Random numbers and sums as they were after the last whole step: one that is abandoned may have changed them.
 
-    Args:
-        state: Whose sums they are.
-        keeps_sums: With one batch per step the loss is added up after the last moment at which a step can get stuck.
+    With one batch per step no sums need be kept: the loss is added up after the last moment at which it can get stuck.
     """
 
     def __init__(self, state: TrainState, keeps_sums: bool) -> None:
@@ -40,37 +37,26 @@ class LastStep:
         return rng.get_state() | self._generators
 
 
-def is_request_to_stop(error: BaseException, stop: StopRequest) -> bool:
-    """Whether an error is how a wait ends where this rank, or the others before it, were asked to stop.
+def rescue(error: BaseException, parts: Parts, last: LastStep, state: TrainState) -> bool:
+    """Save the last whole step, where an error is how a wait ends after a request to stop; False for any other error.
+
+    The other ranks, or this one, are stuck in the next step. Each rank leaves what only it knows in the mailbox; rank 0
+    writes. Where a note is missing, what follows is the same training, but with other random numbers. Of a sharded
+    model, no rank has the weights: there, the next start resumes from the last checkpoint.
+
+    Returns:
+        Whether it was such an error, and this rank has done what it could.
 
     Raises:
         Exception: Another rank has failed, and the launcher ends this one for it.
     """
     if is_closed_for_another():
         raise error if isinstance(error, Exception) else lost_rank() from None
-    return isinstance(error, StopWaiting) or (bool(stop) and is_lost_rank(error))
-
-
-def rescue(
-    last: LastStep,
-    state: TrainState,
-    trainables: Trainables,
-    ranks: Ranks,
-    saver: Saver,
-    seed: int,
-    say: Callable[[str], None],
-) -> bool:
-    """Save the last whole step: the other ranks, or this one, are stuck in the next.
-
-    Each rank leaves what only it knows in the mailbox; rank 0 writes. Where a note is missing, what follows is the
-    same training, but with other random numbers. Of a sharded model, no rank has the weights: there, the next start
-    resumes from the last checkpoint.
-
-    Returns:
-        Whether this rank has done what it could.
-    """
+    if not isinstance(error, StopWaiting) and not (parts.stop and is_lost_rank(error)):
+        return False
+    ranks, saver = parts.ranks, parts.saver
     if ranks.strategy.is_sharded:
-        say(f"warning: step {state.step} is not saved: ranks that wait cannot give their shards of it")
+        parts.progress.note(f"warning: step {state.step} is not saved: ranks that wait cannot give their shards of it")
         return saver.wait()
     sums = {name: float(value) for name, value in last.sums.items()}
     ranks.mailbox.post("abandoned", (last.generators, sums))
@@ -79,7 +65,7 @@ def rescue(
     notes = ranks.mailbox.notes("abandoned", NOTES_SECONDS)
     if not saver.is_saved(state.place):
         generators = {rank: its_generators for rank, (its_generators, _) in notes.items()}
-        captured = capture(state, trainables, ranks, seed, generators)
-        captured.state["sums"] = {name: sum(each.get(name, 0.0) for _, each in notes.values()) for name in sums}
+        captured = capture(state, parts.trainables, ranks, parts.seed, generators)
+        captured[0]["sums"] = {name: sum(each.get(name, 0.0) for _, each in notes.values()) for name in sums}
         saver.save(state.place, *captured, state.newest_score)
     return saver.wait()

@@ -142,7 +142,8 @@ def get_lr_scheduler(
     if config.get("lr_scheduler") is None:
         return Schedule(optimizer, plan=_plan(config, {}))
     options = build(config, "lr_scheduler.schedule")
-    lengths = _lengths(config, steps if options["interval"] == "step" else epochs)
+    call, length = calls(config)["lr_scheduler"], steps if options["interval"] == "step" else epochs
+    lengths = {key: length for key in call.filled if key not in call.arguments and "epochs" not in call.arguments}
     scheduler = build(config, "lr_scheduler", optimizer, **lengths)
     if not isinstance(scheduler, LRScheduler | ReduceLROnPlateau):
         text = f"{config.lr_scheduler.name} made a {type(scheduler).__name__}; expected a scheduler of torch.optim"
@@ -170,12 +171,6 @@ def _plan(config: ConfigDict, lengths: dict[str, int]) -> str:
     """Everything that the rate follows from, as one text that can be compared."""
     parts = [to_plain(config.optimizer), to_plain(config.get("lr_scheduler")), lengths]
     return json.dumps(parts, sort_keys=True, default=str)
-
-
-def _lengths(config: ConfigDict, length: int) -> dict[str, int]:
-    """The schedule's length where its scheduler needs one and the config does not say it."""
-    call = calls(config)["lr_scheduler"]
-    return {key: length for key in call.filled if key not in call.arguments and "epochs" not in call.arguments}
 
 
 def end_points(config: ConfigDict, optimizer: Optimizer, schedule: Schedule, steps: int, epochs: int) -> str:

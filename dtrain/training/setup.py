@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,7 +43,6 @@ from dtrain.tracking.run_folder import RunFolder
 from dtrain.tracking.secrets import redact, redacted_tree
 from dtrain.training.ema import EMA
 from dtrain.training.optimizer import get_optimizer
-from dtrain.training.run_status import Run
 from dtrain.training.schedule import end_points, get_lr_scheduler
 from dtrain.training.state import FORMAT, Trainables
 
@@ -55,49 +54,53 @@ if TYPE_CHECKING:
 class Parts:
     """What a trainer works with; what the purpose at hand does not need is None."""
 
-    run: Run
     ranks: Ranks
+    start: Start  # the run folder, and where in the training it begins
+    seed: int  # of the training
     trainables: Trainables
     forward: Forward
     loaders: Loaders
     metrics: Metrics
+    monitor: str  # the figure that 'best' means
+    mode: Literal["min", "max"]
     saver: Saver
     stop: StopRequest
-    journal: Journal | NoJournal
     progress: Progress
     pictures: Pictures
     inference: Inference
-    mode: Literal["min", "max"]
-    loaded: Loaded | None  # the checkpoint to resume from, on the main rank
+    record: Mapping[str, Any]  # what the journal is given at the start
+    places: Mapping[str, str]  # where each section of the config stands, as file:line
+    texts: Mapping[str, str]  # what goes into the run folder as it is: the config, resolved and as written
+    journal: Journal | NoJournal = field(default_factory=NoJournal)
+    table: Mapping[str, str] = field(default_factory=dict)  # what is shown before the first step
+    loaded: Loaded | None = None  # the checkpoint to resume from, on the main rank
 
 
 def make_parts(
     config: ConfigDict,
-    package: str | Path | None = None,
-    sender: "Popen[bytes] | None" = None,
-    purpose: Literal["train", "test", "predict"] = "train",
+    package: str | Path | None,
+    sender: "Popen[bytes] | None",
+    purpose: Literal["train", "test", "predict"],
 ) -> Parts:
-    """Build model, loaders, loss, metrics, optimizer and scheduler as the config names them. Every rank calls it.
+    """Build model, loaders, loss, metrics, optimizer and scheduler as the config, already checked, names them.
 
-    Args:
-        config: Checked for this purpose.
-        package: A file or folder against which a relative `checkpoint_dir` resolves. Default: the current folder.
-        sender: A process that waits for the run, from `prepare_sender`. Default: one is started with the run.
-        purpose: What the parts are for.
+    Every rank calls it. The arguments are those of `create_trainer`.
 
     Raises:
         ConfigError: With what can only be found by building.
     """
     options = defaults(config, "trainer")
     options["precision"] = options["precision"] or launcher_precision() or "fp32"
-    seed = config.get("seed") or 0
+    seed, phases = config.get("seed") or 0, _phases(config, purpose)
     ranks, progress = _ranks(config, options, purpose)
     start = _start(config, options, ranks, package)
 
     rng.seed_all(seed)
     module = _prepared_model(config, options, ranks, start, progress.note)
     compiled = _compiled(module, options["compile"])
-    loaders = _loaders(config, options, ranks, seed, _phases(config, purpose))
+    loaders = get_train_loaders(
+        config, ranks.rank, ranks.world_size, seed, ranks.device.type == "cuda", options["accumulate"], phases
+    )
     loss = get_loss_criterion(config).to(ranks.device) if config.get("loss") else None
     forward = Forward(module, ranks.device, options["precision"], options["input_key"], options["target_key"], loss)
     metrics = get_evaluation_metric(config, ranks, ranks.device)
@@ -106,36 +109,24 @@ def make_parts(
     checkpoints = Checkpoints(
         RunFolder(start.folder).checkpoints, keep_last=options["keep_last"], keep_best=options["keep_best"], mode=mode
     )
-    saver = Saver(checkpoints, options["checkpoint_every_minutes"], progress.note, not ranks.strategy.is_sharded)
-    stop = StopRequest(options["time_limit"], job_ends_at(), alone=ranks.world_size == 1)
-    identity = _identity(config, options, _phases(config, purpose))
-    has_weights = bool(options["pre_trained"]) and start.checkpoint is None
     inference = Inference(
-        build(config, "predictor"), forward, compiled, ranks, progress, start.folder, identity,
-        has_weights=has_weights, tests_volumes=_tests_volumes(config, loaders),
+        build(config, "predictor"), forward, compiled, ranks, progress, start.folder,
+        _identity(config, options, phases), has_weights=bool(options["pre_trained"]) and start.checkpoint is None,
+        tests_volumes=_tests_volumes(config, loaders),
     )  # fmt: skip
-    trainables, table = Trainables(module, compiled, compiled), dict[str, str]()
-    journal: Journal | NoJournal = NoJournal()
-    loaded = None
-    if purpose == "train":
-        if ranks.strategy.is_sharded and inference.tests_volumes:
-            text = "tests whole volumes, which a sharded model cannot; train without, then `dtrain test`"
-            raise refused(config, ("loaders", "test"), text)
-        trainables, plan = _trainables(config, options, ranks, trainables, loaders, mode)
-        journal = _journal(config, ranks, start, sender)
-        table = _table(config, module, loaders, ranks, journal, start, plan)
-        loaded = _loaded(config, trainables, ranks, start)
-    run = Run(
-        start, seed, monitor, table,
-        places={key: str(place) for key in config if (place := place_of(config, (key,)))},
+    texts = {f"config/{name}": redact(text) for name, text in sources(config).items()}
+    parts = Parts(
+        ranks, start, seed, Trainables(module, compiled, compiled), forward, loaders, metrics, monitor, mode,
+        Saver(checkpoints, options["checkpoint_every_minutes"], progress.note, not ranks.strategy.is_sharded),
+        StopRequest(options["time_limit"], job_ends_at(), alone=ranks.world_size == 1),
+        progress, _pictures(config, options, loaders, start), inference,
         record=_record(config, options, ranks),
-        texts={"config.yaml": to_yaml(redacted_tree(to_plain(config)))}
-        | {f"config/{name}": redact(text) for name, text in sources(config).items()},
+        places={key: str(place) for key in config if (place := place_of(config, (key,)))},
+        texts={"config.yaml": to_yaml(redacted_tree(to_plain(config)))} | texts,
     )  # fmt: skip
-    return Parts(
-        run, ranks, trainables, forward, loaders, metrics, saver, stop, journal, progress,
-        _pictures(config, options, loaders, start), inference, mode, loaded,
-    )  # fmt: skip
+    if purpose == "train":
+        _add_training(config, options, parts, sender)
+    return parts
 
 
 def _ranks(config: ConfigDict, options: Mapping[str, Any], purpose: str) -> tuple[Ranks, Progress]:
@@ -149,11 +140,6 @@ def _ranks(config: ConfigDict, options: Mapping[str, Any], purpose: str) -> tupl
     return ranks, progress
 
 
-def _loaders(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks, seed: int, phases: Sequence[str]) -> Loaders:
-    pin_memory = ranks.device.type == "cuda"
-    return get_train_loaders(config, ranks.rank, ranks.world_size, seed, pin_memory, options["accumulate"], phases)
-
-
 def _tests_volumes(config: ConfigDict, loaders: Loaders) -> bool:
     """Whether a test measures whole volumes."""
     if config.get("predictor") is None or loaders.test is None:
@@ -162,20 +148,31 @@ def _tests_volumes(config: ConfigDict, loaders: Loaders) -> bool:
     return hasattr(dataset.dataset, "volumes")
 
 
-def _trainables(
-    config: ConfigDict, options: Mapping[str, Any], ranks: Ranks, bare: Trainables, loaders: Loaders, mode: str
-) -> tuple[Trainables, dict[str, Any]]:
-    """What is trained, and what the table says of it."""
-    strategy, decay = ranks.strategy, options["ema_decay"]
-    ema = None if decay is None else EMA(strategy.divide(copy.deepcopy(bare.module)), decay)
-    model = strategy.wrap(bare.compiled)
-    optimizer = get_optimizer(config, bare.module)
-    steps, epochs = _length(options, loaders)
-    schedule = get_lr_scheduler(config, optimizer, steps, epochs, mode)
-    rates = end_points(config, optimizer, schedule, steps, epochs)
-    scaler = torch.amp.GradScaler(ranks.device.type) if options["precision"] == "fp16" else None
-    trainables = Trainables(bare.module, bare.compiled, model, ema, optimizer, schedule, scaler)
-    return trainables, {"steps": steps, "rates": rates, "precision": options["precision"]}
+def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, sender: "Popen[bytes] | None") -> None:
+    """Add what only a training needs: what is trained, the journal, and the checkpoint to resume from."""
+    ranks, start, train = parts.ranks, parts.start, parts.loaders.train
+    assert train is not None
+    if ranks.strategy.is_sharded and parts.inference.tests_volumes:
+        text = "tests whole volumes, which a sharded model cannot; train without, then `dtrain test`"
+        raise refused(config, ("loaders", "test"), text)
+    per_epoch = train.steps()
+    steps = int(min(options["max_steps"] or math.inf, (options["max_epochs"] or math.inf) * per_epoch))
+    epochs = -(-steps // per_epoch)
+
+    trainables, decay = parts.trainables, options["ema_decay"]
+    if decay is not None:
+        trainables.ema = EMA(ranks.strategy.divide(copy.deepcopy(trainables.module)), decay)
+    trainables.model = ranks.strategy.wrap(trainables.compiled)
+    trainables.optimizer = optimizer = get_optimizer(config, trainables.module)
+    trainables.schedule = get_lr_scheduler(config, optimizer, steps, epochs, parts.mode)
+    if options["precision"] == "fp16":
+        trainables.scaler = torch.amp.GradScaler(ranks.device.type)
+    if ranks.is_main:
+        of_run = {"experiment": config.get("experiment") or "default", "run_name": start.run_name}
+        parts.journal = build(config, "mlflow", folder=start.folder, sender=sender, **of_run)
+    rates = end_points(config, optimizer, trainables.schedule, steps, epochs)
+    parts.table = _table(config, options, parts, steps, rates)
+    parts.loaded = _loaded(config, trainables, ranks, start)
 
 
 def _fsdp(config: ConfigDict, options: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -274,33 +271,16 @@ def _compiled(module: torch.nn.Module, wish: bool | str | dict[str, Any]) -> tor
     return torch.compile(module, **options)  # type: ignore[return-value]
 
 
-def _length(options: Mapping[str, Any], loaders: Loaders) -> tuple[int, int]:
-    """Steps and epochs of the whole training."""
-    assert loaders.train is not None
-    per_epoch = loaders.train.steps()
-    steps = min(options["max_steps"] or math.inf, (options["max_epochs"] or math.inf) * per_epoch)
-    return int(steps), -(-int(steps) // per_epoch)
-
-
 def _monitor(config: ConfigDict, options: Mapping[str, Any], metrics: Metrics) -> str:
     """The figure that 'best' means, known to be one that the validation gives."""
-    wish = options["monitor"]
     names = [f"val/{name}" for name in (*metrics.names, "loss")]
-    if wish is None:
+    if options["monitor"] is None:
         return names[0]
-    if not wish.startswith("val/"):
-        wish = f"val/{wish}"
+    wish = f"val/{options['monitor'].removeprefix('val/')}"
     if not any(wish == name or wish.startswith(f"{name}_") for name in names):
         text = f"{options['monitor']!r} is not a metric of the validation; possible: {', '.join(names)}"
         raise refused(config, ("trainer", "monitor"), text)
     return wish
-
-
-def _journal(config: ConfigDict, ranks: Ranks, start: Start, sender: "Popen[bytes] | None") -> Journal | NoJournal:
-    if not ranks.is_main:
-        return NoJournal()
-    experiment = config.get("experiment") or "default"
-    return build(config, "mlflow", folder=start.folder, experiment=experiment, run_name=start.run_name, sender=sender)
 
 
 def _pictures(config: ConfigDict, options: Mapping[str, Any], loaders: Loaders, start: Start) -> Pictures:
@@ -324,28 +304,25 @@ def _record(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks) -> dic
     }
 
 
-def _table(
-    config: ConfigDict, module: torch.nn.Module, loaders: Loaders, ranks: Ranks, journal: Any, start: Start,
-    plan: Mapping[str, Any],
-) -> dict[str, str]:  # fmt: skip
+def _table(config: ConfigDict, options: Mapping[str, Any], parts: Parts, steps: int, rates: str) -> dict[str, str]:
     """What is shown before the first step."""
-    train = loaders.train
-    assert train is not None
+    ranks, start = parts.ranks, parts.start
+    train: Any = parts.loaders.train
     sizes = {phase: len(loader.loader.dataset if phase == "train" else loader.dataset)
-             for phase, loader in loaders._asdict().items() if loader is not None}  # fmt: skip
+             for phase, loader in parts.loaders._asdict().items() if loader is not None}  # fmt: skip
     table = {
-        "model": report.model_line(str(config.model.name), *parameter_count(module)),
+        "model": report.model_line(str(config.model.name), *parameter_count(parts.trainables.module)),
         "data": report.data_line(sizes),
         "global batch": f"{train.global_batch} = {train.shard.batch_size} x {ranks.world_size} rank(s)"
         + (f" x {train.accumulate} accumulated" if train.accumulate > 1 else ""),
-        "steps": f"{train.steps():,} per epoch, {plan['steps']:,} in all",
-        "learning rate": plan["rates"],
-        "device": f"{ranks.device}, {plan['precision']}"
+        "steps": f"{train.steps():,} per epoch, {steps:,} in all",
+        "learning rate": rates,
+        "device": f"{ranks.device}, {options['precision']}"
         + (", the model sharded (fsdp)" if ranks.strategy.is_sharded else ""),
         "run folder": str(start.folder),
     }
-    if isinstance(journal, Journal):
-        table["tracking"] = redact(journal.tracking_uri)
+    if isinstance(parts.journal, Journal):
+        table["tracking"] = redact(parts.journal.tracking_uri)
     if start.checkpoint:
         table["resumes from"] = str(start.checkpoint.resolve())
     return table

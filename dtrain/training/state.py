@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,41 +26,23 @@ PLAIN_FIELDS = (
 
 @dataclass(eq=False)
 class TrainState:
-    """The numbers that change while a training runs; all but `stopped` and `ended` are saved.
+    """The numbers that change while a training runs; all but `stopped` and `ended` are saved."""
 
-    Attributes:
-        device: Where running sums are kept.
-        step: Optimizer steps done.
-        epoch: Epochs done.
-        position: Samples of this epoch done, by all ranks together.
-        best: The best validation's score.
-        bad_validations: How many validations followed it.
-        validated_step: The step of the last validation; -1 before the first.
-        score: Of the last validation.
-        rate: The learning rate of the last step.
-        grad_norm: Of the last step's gradients, on the device.
-        skipped: Steps whose loss or gradient was not finite.
-        samples: Samples of all ranks since figures were last logged.
-        sums: This rank's sums over its samples since then, on the device: the loss, and loss_<term>.
-        stopped: All ranks agreed to stop early.
-        ended: Why the training ended before its limits.
-    """
-
-    device: torch.device
-    step: int = 0
-    epoch: int = 0
-    position: int = 0
-    best: float | None = None
-    bad_validations: int = 0
-    validated_step: int = -1
-    score: float | None = None
-    rate: float = 0.0
-    grad_norm: Tensor = field(init=False)
-    skipped: int = 0
-    samples: int = 0
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    stopped: bool = False
-    ended: str = ""
+    device: torch.device  # where running sums are kept
+    step: int = 0  # optimizer steps done
+    epoch: int = 0  # epochs done
+    position: int = 0  # samples of this epoch done, by all ranks together
+    best: float | None = None  # the best validation's score
+    bad_validations: int = 0  # how many validations followed it
+    validated_step: int = -1  # the step of the last validation; -1 before the first
+    score: float | None = None  # of the last validation
+    rate: float = 0.0  # the learning rate of the last step
+    grad_norm: Tensor = field(init=False)  # of the last step's gradients, on the device
+    skipped: int = 0  # steps whose loss or gradient was not finite
+    samples: int = 0  # samples of all ranks since figures were last logged
+    sums: dict[str, Tensor] = field(init=False)  # this rank's since then, on the device: of the loss, and loss_<term>
+    stopped: bool = False  # all ranks agreed to stop early
+    ended: str = ""  # why the training ended before its limits
 
     def __post_init__(self) -> None:
         self.grad_norm = torch.zeros((), device=self.device)
@@ -100,7 +82,6 @@ class TrainState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
-        self.clear()
         for name in PLAIN_FIELDS:
             setattr(self, name, state[name])
         self.grad_norm.fill_(state["grad_norm"])
@@ -109,25 +90,15 @@ class TrainState:
 
 @dataclass
 class Trainables:
-    """Everything with weights or a state of its own.
+    """Everything with weights or a state of its own; the last four are None where nothing is trained."""
 
-    Attributes:
-        module: The bare model: what is saved.
-        compiled: The same, compiled if so configured: what is evaluated.
-        model: The same, wrapped for the ranks: what is trained.
-        ema: The averaged weights, if an average is kept.
-        optimizer: As are schedule and scaler: None where nothing is trained.
-        schedule: The learning rate's.
-        scaler: Of the loss, with fp16.
-    """
-
-    module: Module
-    compiled: Module
-    model: Module
-    ema: EMA | None = None
+    module: Module  # the bare model: what is saved
+    compiled: Module  # the same, compiled if so configured: what is evaluated
+    model: Module  # the same, wrapped for the ranks: what is trained
+    ema: EMA | None = None  # the averaged weights, if an average is kept
     optimizer: Optimizer | None = None
-    schedule: Schedule | None = None
-    scaler: torch.amp.GradScaler | None = None
+    schedule: Schedule | None = None  # the learning rate's
+    scaler: torch.amp.GradScaler | None = None  # of the loss, with fp16
 
     @property
     def evaluated(self) -> Module:
@@ -137,17 +108,11 @@ class Trainables:
 
 @dataclass
 class Activity:
-    """What this rank does now, written by the loop, read by the watchdog and the failure card.
+    """What this rank does now, written by the loop, read by the watchdog and the failure card."""
 
-    Attributes:
-        phase: Such as "waiting for data", "forward", "validation".
-        beats: Grows as long as there is progress.
-        batch_start: The position of the batch at work or waited for.
-    """
-
-    phase: str = "start-up"
-    beats: int = 0
-    batch_start: int = 0
+    phase: str = "start-up"  # or "waiting for data", "forward", "validation" ...
+    beats: int = 0  # grows as long as there is progress
+    batch_start: int = 0  # the position of the batch at work or waited for
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
@@ -157,26 +122,13 @@ class Activity:
         self.phase = before
 
 
-class Captured(NamedTuple):
-    """All that a training is at one step, in the form that one process has; complete on the main rank alone."""
-
-    state: dict[str, Any]
-    weights: dict[str, Any]
-    ema: dict[str, Any] | None
-
-
 def capture(
     state: TrainState, trainables: Trainables, ranks: Ranks, seed: int, generators: dict[int, Any] | None = None
-) -> Captured:
-    """What a checkpoint holds. All ranks call it.
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
+    """What a checkpoint holds, as one process has it: state, weights, averaged weights. All ranks call it.
 
-    Args:
-        state: The numbers.
-        trainables: The rest.
-        ranks: Whose sums are added up.
-        seed: Of the training.
-        generators: The state of the ranks' generators, where they cannot be asked; then this rank's sums are taken for
-            the sums of all, and no other rank is needed.
+    The result is complete on the main rank alone. The state of the ranks' generators is given where they cannot be
+    asked; then this rank's sums are taken for the sums of all, and no other rank is needed.
 
     Raises:
         RuntimeError: The ranks' weights are no longer the same.
@@ -201,7 +153,7 @@ def capture(
         "rng": generator_states,
     }
     averaged = ranks.strategy.whole(ema.module.state_dict()) if ema else None
-    return Captured(values, ranks.strategy.whole(trainables.module.state_dict()), averaged)
+    return values, ranks.strategy.whole(trainables.module.state_dict()), averaged
 
 
 def _generators_of_all(module: Module, ranks: Ranks) -> list[Any] | None:

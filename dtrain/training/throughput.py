@@ -17,10 +17,6 @@ class Throughput:
 
     A rank's own time, before it exchanges gradients, tells who is slow: from there on all wait for the slowest. It is
     the host's time, in which a GPU that is slow itself does not show.
-
-    Args:
-        rank: This rank.
-        world_size: How many ranks there are.
     """
 
     def __init__(self, rank: int, world_size: int) -> None:

@@ -8,8 +8,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
@@ -20,6 +19,7 @@ from dtrain.tracking.run_folder import RunFolder, update_run
 from dtrain.tracking.whole_file import write_json, write_text
 from dtrain.training.evidence import Evidence
 from dtrain.training.failure_card import memory_text
+from dtrain.training.setup import Parts
 
 ANSWER_SECONDS = 3.0  # so long the others have to tell where they are
 _END_SECONDS = 60.0  # so long the end itself may take
@@ -27,21 +27,15 @@ _FROZEN_SECONDS = 10.0  # beyond the limit: then even this watch's own thread do
 
 
 @contextlib.contextmanager
-def watchdog(evidence: Evidence, limit_seconds: float | None, say: Callable[[str], None]) -> Iterator[None]:
-    """End this process, and what hangs with it, when `activity.beats` does not change for so long.
-
-    Args:
-        evidence: What is looked at.
-        limit_seconds: None or 0: never.
-        say: Is given the lines on rank 0.
-    """
+def watchdog(evidence: Evidence, limit_seconds: float | None) -> Iterator[None]:
+    """End this process, and what hangs with it, when `activity.beats` does not change for so long; None or 0: never."""
     if not limit_seconds:
         yield
         return
-    evidence.ranks.mailbox.post("process", (evidence.ranks.host, os.getpid()))
+    ranks = evidence.parts.ranks
+    ranks.mailbox.post("process", (ranks.host, os.getpid()))
     over = threading.Event()
-    watch = _Watch(evidence, limit_seconds, say, threading.get_ident())
-    thread = threading.Thread(target=watch.run, args=(over,), name="watchdog", daemon=True)
+    thread = threading.Thread(target=_watch, args=(evidence, limit_seconds, over), name="watchdog", daemon=True)
     thread.start()
     try:
         yield
@@ -51,69 +45,74 @@ def watchdog(evidence: Evidence, limit_seconds: float | None, say: Callable[[str
         faulthandler.cancel_dump_traceback_later()
 
 
-class _Watch:
+def _watch(evidence: Evidence, limit_seconds: float, over: threading.Event) -> None:
     """What the watchdog's thread does."""
+    activity, mailbox = evidence.activity, evidence.parts.ranks.mailbox
+    beats, since = activity.beats, time.monotonic()
+    while not over.wait(min(1.0, limit_seconds / 10)):
+        # Should code that never lets go of the interpreter stop this thread as well, C code ends the process.
+        faulthandler.dump_traceback_later(limit_seconds + _FROZEN_SECONDS, exit=True, file=2)
+        if activity.beats != beats:
+            beats, since = activity.beats, time.monotonic()
+        elif time.monotonic() - since >= limit_seconds or mailbox.is_raised("hang"):
+            _end(evidence, limit_seconds)
 
-    def __init__(self, evidence: Evidence, limit_seconds: float, say: Callable[[str], None], main: int) -> None:
-        self.evidence, self.ranks = evidence, evidence.ranks
-        self.limit_seconds, self.say, self.main = limit_seconds, say, main  # main: the main thread's number
 
-    def run(self, over: threading.Event) -> None:
-        activity = self.evidence.activity
-        beats, since = activity.beats, time.monotonic()
-        while not over.wait(min(1.0, self.limit_seconds / 10)):
-            # Should code that never lets go of the interpreter stop this thread as well, C code ends the process.
-            faulthandler.dump_traceback_later(self.limit_seconds + _FROZEN_SECONDS, exit=True, file=2)
-            if activity.beats != beats:
-                beats, since = activity.beats, time.monotonic()
-            elif time.monotonic() - since >= self.limit_seconds or self.ranks.mailbox.is_raised("hang"):
-                self.end()
+def _end(evidence: Evidence, limit_seconds: float) -> None:
+    """Say where this rank is; rank 0 says it for all, and ends those that are frozen on its machine."""
+    ranks, mailbox = evidence.parts.ranks, evidence.parts.ranks.mailbox
+    faulthandler.dump_traceback_later(_END_SECONDS, exit=True, file=2)
+    mailbox.raise_flag("hang")
+    mailbox.post("hang", _whereabouts(evidence))
+    notes = mailbox.notes("hang", ANSWER_SECONDS)
+    silent = [rank for rank in range(ranks.world_size) if rank not in notes]
+    stuck = silent or stuck_of(notes)
+    if not silent:
+        with contextlib.suppress(Exception):  # helpful, not needed
+            mailbox.post("workers", stacks_of_workers() if ranks.rank in stuck else {})
+            for rank, stacks in mailbox.notes("workers", ANSWER_SECONDS).items():
+                notes[rank]["stacks"] |= stacks
+    if ranks.is_main or (0 in silent and ranks.rank == min(notes)):
+        reason = f"no progress for {limit_seconds:g} s; rank {', '.join(map(str, stuck))} is stuck"
+        _report(evidence.parts, reason, notes, stuck[0])
+        _kill(mailbox.notes("process"), silent, ranks.host)
+    else:
+        time.sleep(2 * ANSWER_SECONDS)  # rank 0 is to speak before a launcher ends it for this one's sake
+    os._exit(FAILED)
 
-    def end(self) -> None:
-        """Say where this rank is; rank 0 says it for all, and ends those that are frozen on its machine."""
-        ranks, mailbox = self.ranks, self.ranks.mailbox
-        faulthandler.dump_traceback_later(_END_SECONDS, exit=True, file=2)
-        mailbox.raise_flag("hang")
-        mailbox.post("hang", self.where())
-        notes = mailbox.notes("hang", ANSWER_SECONDS)
-        silent = [rank for rank in range(ranks.world_size) if rank not in notes]
-        stuck = silent or stuck_of(notes)
-        if not silent:
-            with contextlib.suppress(Exception):  # helpful, not needed
-                mailbox.post("workers", stacks_of_workers() if ranks.rank in stuck else {})
-                for rank, stacks in mailbox.notes("workers", ANSWER_SECONDS).items():
-                    notes[rank]["stacks"] |= stacks
-        if ranks.is_main or (0 in silent and ranks.rank == min(notes)):
-            self.report(notes, stuck)
-            _kill(mailbox.notes("process"), silent, ranks.host)
-        else:
-            time.sleep(2 * ANSWER_SECONDS)  # rank 0 is to speak before a launcher ends it for this one's sake
-        os._exit(FAILED)
 
-    def report(self, notes: dict[int, dict[str, Any]], stuck: list[int]) -> None:
-        """Say which rank is stuck and where all of them are, and leave it in the run folder."""
-        say = self.say if self.ranks.is_main else lambda line: sys.stderr.write(f"{line}\n")
-        reason = f"no progress for {self.limit_seconds:g} s; rank {', '.join(map(str, stuck))} is stuck"
-        lines = [_line(rank, notes.get(rank)) for rank in range(self.ranks.world_size)]
-        for line in (reason, *(f"  {line}" for line in lines)):
-            say(line)
-        if cure := _write(self.evidence.folder, reason, lines, notes, stuck[0]):
-            say(cure)
+def _report(parts: Parts, reason: str, notes: dict[int, dict[str, Any]], stuck: int) -> None:
+    """Say where all ranks are, and leave it in the run folder, where there is one on this machine."""
+    say = parts.progress.note if parts.ranks.is_main else lambda line: sys.stderr.write(f"{line}\n")
+    lines = [_line(rank, notes.get(rank)) for rank in range(parts.ranks.world_size)]
+    for line in (reason, *(f"  {line}" for line in lines)):
+        say(line)
+    files = RunFolder(parts.start.folder)
+    stacks = [f"rank {rank}, {name}\n{stack}" for rank, note in notes.items() for name, stack in note["stacks"].items()]
+    with contextlib.suppress(OSError):
+        write_text(files.hang, "\n\n".join([reason, "\n".join(lines), *stacks]) + "\n")
+        note = {key: value for key, value in notes.get(stuck, {}).items() if key not in ("stacks", "collectives")}
+        cure = f"the stacks of all ranks are in {files.hang}; trainer.hang_timeout_seconds is the limit"
+        failed = {"rank": stuck, "error": "Hang", "message": reason, "cure": cure, "time": time.time()}
+        write_json(files.failure, {**note, **failed}, durable=True)
+        update_run(parts.start.folder, state="FAILED", reason=reason, exit_status=FAILED, ended=round(time.time(), 3))
+        say(cure)
 
-    def where(self) -> dict[str, Any]:
-        """This rank's step, phase and stacks."""
-        threads = {thread.ident: thread.name for thread in threading.enumerate()}
-        stacks = {
-            f"thread {threads.get(number, number)}": "".join(traceback.format_stack(frame))
-            for number, frame in sys._current_frames().items()
-            if number != threading.get_ident()
-        }
-        state, phase = self.evidence.state, self.evidence.activity.phase
-        return {
-            "collectives": _collectives_begun(), "step": state.step, "epoch": state.epoch, "phase": phase,
-            "stacks": stacks, "samples": self.evidence.samples(), "host": self.ranks.host, "pid": os.getpid(),
-            "memory": memory_text(),
-        }  # fmt: skip
+
+def _whereabouts(evidence: Evidence) -> dict[str, Any]:
+    """This rank's step, phase and stacks."""
+    threads = {thread.ident: thread.name for thread in threading.enumerate()}
+    stacks = {
+        f"thread {threads.get(number, number)}": "".join(traceback.format_stack(frame))
+        for number, frame in sys._current_frames().items()
+        if number != threading.get_ident()
+    }
+    state, phase = evidence.state, evidence.activity.phase
+    return {
+        "collectives": _collectives_begun(), "step": state.step, "epoch": state.epoch, "phase": phase,
+        "stacks": stacks, "samples": evidence.samples(), "host": evidence.parts.ranks.host, "pid": os.getpid(),
+        "memory": memory_text(),
+    }  # fmt: skip
 
 
 def _collectives_begun() -> int:
@@ -144,21 +143,6 @@ def _line(rank: int, note: dict[str, Any] | None) -> str:
     if note is None:
         return f"rank {rank}: does not answer: stopped, frozen or gone"
     return f"rank {rank}: step {note['step'] + 1}, {note['phase']} (process {note['pid']} on {note['host']})"
-
-
-def _write(folder: Path, reason: str, lines: list[str], notes: dict[int, dict[str, Any]], stuck: int) -> str:
-    """Leave it in the run folder; returns the line that says so, '' where there is no such folder on this machine."""
-    files = RunFolder(folder)
-    stacks = [f"rank {rank}, {name}\n{stack}" for rank, note in notes.items() for name, stack in note["stacks"].items()]
-    with contextlib.suppress(OSError):
-        write_text(files.hang, "\n\n".join([reason, "\n".join(lines), *stacks]) + "\n")
-        note = {key: value for key, value in notes.get(stuck, {}).items() if key not in ("stacks", "collectives")}
-        cure = f"the stacks of all ranks are in {files.hang}; trainer.hang_timeout_seconds is the limit"
-        failed = {"rank": stuck, "error": "Hang", "message": reason, "cure": cure, "time": time.time()}
-        write_json(files.failure, {**note, **failed}, durable=True)
-        update_run(folder, state="FAILED", reason=reason, exit_status=FAILED, ended=round(time.time(), 3))
-        return cure
-    return ""
 
 
 def _kill(processes: dict[int, tuple[str, int]], silent: list[int], host: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from ml_collections import ConfigDict
 from whole_runs import TORCHRUN, Place, figures, last, same_training
 
 from dtrain.distributed.mailbox import Mailbox
@@ -197,8 +198,9 @@ def test_a_model_that_leaves_the_program_has_failed(place: Place) -> None:
 
 
 @pytest.mark.parametrize("code", [0, None, "why", 2, 75, 256])
-def test_work_that_somebody_left_is_not_done(code: Any) -> None:
-    assert rank._run(lambda: sys.exit(code), bool) == 1
+def test_work_that_somebody_left_is_not_done(code: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank, "create_trainer", lambda config, sender: sys.exit(code))
+    assert rank.train(ConfigDict()) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------- the hang
