@@ -67,9 +67,8 @@ class TrainLoader:
 
     def __init__(self, dataset: Any, seed: int, rank: int, world_size: int, batch_size: int, **options: Any) -> None:
         self.accumulate = options.pop("accumulate", 1)
-        self.shard = ShuffledShard(
-            len(dataset), seed, rank, world_size, batch_size, options.pop("shuffle"), options.pop("drop_last")
-        )
+        order = {key: options.pop(key) for key in ("shuffle", "drop_last")}
+        self.shard = ShuffledShard(len(dataset), seed, rank, world_size, batch_size, **order)
         self.loader = batch_loader(dataset, seed, self.shard, options)
 
     @property
@@ -141,9 +140,8 @@ def get_train_loaders(
         if phase == "train":
             loader = TrainLoader(dataset, seed, rank, world_size, batch_size, accumulate=accumulate, **options)
             if not loader.steps():
-                batch = loader.shard.global_batch
-                text = f"drop_last leaves no batch: {len(dataset)} samples, and a batch of all ranks has {batch}"
-                raise refused(config, ("loaders", phase), text)
+                counts = f"{len(dataset)} samples, and a batch of all ranks has {loader.shard.global_batch}"
+                raise refused(config, ("loaders", phase), f"drop_last leaves no batch: {counts}")
             result[phase] = loader
         else:
             shard = EvaluationShard(len(dataset), rank, world_size, batch_size)
@@ -189,10 +187,8 @@ def _batch_size(config: ConfigDict, phase: str, options: dict[str, Any], world_s
 def _checked(config: ConfigDict, phase: str, dataset: Any) -> Any:
     path = ("loaders", phase)
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        text = (
-            f"{type(dataset).__name__} has no length; a dataset here has __len__ and __getitem__, "
-            "so that ranks can share it and a stopped training can resume"
-        )
+        reason = "so that ranks can share it and a stopped training can resume"
+        text = f"{type(dataset).__name__} has no length; a dataset here has __len__ and __getitem__, {reason}"
         raise refused(config, path, text)
     if not len(dataset):
         raise refused(config, path, f"{type(dataset).__name__} is empty")

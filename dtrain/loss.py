@@ -23,6 +23,7 @@ class Criterion:
     def __init__(self, loss: Any) -> None:
         self.loss = loss
         function = getattr(loss, "func", loss)  # with arguments, a function is a partial
+        self.name = getattr(function, "__name__", type(function).__name__)  # in messages
         self.main_only = (getattr(function, "__module__", None) or "").startswith("torch.")
 
     def __call__(self, output: Any, target: Any) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
@@ -37,31 +38,22 @@ class Criterion:
             raise TypeError(f"the loss {self.name} returned an empty dict; expected its terms")
         return sum(terms.values()), terms  # type: ignore[return-value]
 
-    @property
-    def name(self) -> str:
-        """What the loss is called in messages."""
-        function = getattr(self.loss, "func", self.loss)
-        return getattr(function, "__name__", type(function).__name__)
-
     def _scalar(self, value: Any, term: str = "") -> torch.Tensor:
         if isinstance(value, torch.Tensor) and value.numel() == 1:
             return value if value.dim() == 0 else value.reshape(())
         of = f" for {term!r}" if term else ""
         found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
-        raise TypeError(
-            f"the loss {self.name} returned {found}{of}; expected one number as a tensor (the mean over the batch, "
-            "as with reduction: mean), or a dict of such terms"
-        )
+        expected = "one number as a tensor (the mean over the batch, as with reduction: mean), or a dict of such terms"
+        raise TypeError(f"the loss {self.name} returned {found}{of}; expected {expected}")
 
     def to(self, device: torch.device) -> "Criterion":
         """Move the loss's own tensors, such as class weights."""
         arguments = getattr(self.loss, "keywords", {})  # of a function
-        for value in (self.loss, *arguments.values()):
-            if isinstance(value, torch.nn.Module):
-                value.to(device)
-        arguments.update(
-            {name: value.to(device) for name, value in arguments.items() if isinstance(value, torch.Tensor)}
-        )
+        for name, value in arguments.items():
+            if isinstance(value, torch.nn.Module | torch.Tensor):
+                arguments[name] = value.to(device)
+        if isinstance(self.loss, torch.nn.Module):
+            self.loss.to(device)
         return self
 
 

@@ -28,11 +28,7 @@ class Metrics:
     def __init__(self, makers: Mapping[str, Callable[[], Any]], ranks: Ranks, device: torch.device) -> None:
         self._makers, self._ranks, self._device = makers, ranks, device
         self._metrics: dict[str, Any] | None = None
-
-    @property
-    def names(self) -> list[str]:
-        """The labels under which they are logged."""
-        return list(self._makers)
+        self.names = list(makers)  # the labels under which they are logged
 
     @property
     def ready(self) -> bool:
@@ -61,13 +57,7 @@ class Metrics:
             metric.reset()
 
     def update(self, output: Any, target: Any, number: int) -> None:
-        """Take in one batch.
-
-        Args:
-            output: What the model returned; metrics are given its main output.
-            target: The batch's target; of a sequence its first.
-            number: Which batch of the whole evaluation this is, counted over all ranks.
-        """
+        """Take in the main output and the main target of one batch, numbered over all ranks."""
         output, target = _full_precision(main_output(output)), main_output(target)
         for name, metric in self.prepare().items():
             with _named(name):
@@ -84,7 +74,7 @@ class Metrics:
     def _adapted(self, name: str, metric: Any) -> Any:
         lacking = [method for method in ("update", "compute", "reset") if not callable(getattr(metric, method, None))]
         for torchmetric in _torchmetrics_in(metric):
-            torchmetric.distributed_available_fn = _never  # gathered here, once; its own would wait for all ranks
+            torchmetric.distributed_available_fn = bool  # false: gathered here, once; its own would wait for all
         if hasattr(metric, "_reductions"):
             return _Reduced(metric.to(self._device))
         if not lacking:
@@ -205,10 +195,6 @@ def _torchmetrics_in(metric: Any) -> list[Any]:
     held += [item for value in held if isinstance(value, list | tuple) for item in value]
     held += [item for value in held if isinstance(value, dict) for item in value.values()]
     return [found for item in held if isinstance(item, torch.nn.Module) for found in _torchmetrics_in(item)]
-
-
-def _never() -> bool:
-    return False
 
 
 def _mean(weighted: list[tuple[int, Any]]) -> Any:

@@ -29,13 +29,7 @@ def split(batch: Any, input_key: str | None = None, target_key: str | None = Non
 
 
 def inputs(batch: Any, input_key: str | None = None, target_key: str | None = None) -> Any:
-    """The input of a batch, with or without a target. A sequence of several is taken to end with the target.
-
-    Args:
-        batch: As for `split`, or the input alone.
-        input_key: See `split`.
-        target_key: See `split`.
-    """
+    """The input of a batch as for `split`, or without a target; a sequence of several is taken to end with one."""
     if isinstance(batch, Mapping):
         if (target_key and target_key in batch) or _key(batch, TARGET_KEYS):
             return _split_dict(batch, input_key, target_key)[0]
@@ -49,10 +43,9 @@ def inputs(batch: Any, input_key: str | None = None, target_key: str | None = No
 def _split_dict(batch: Mapping[str, Any], input_key: str | None, target_key: str | None) -> tuple[Any, Any]:
     target_key = target_key or _key(batch, TARGET_KEYS)
     if target_key is None or target_key not in batch:
-        raise ValueError(
-            f"no target in a batch with the keys {', '.join(map(repr, batch))}: "
-            f"expected {target_key or ' or '.join(TARGET_KEYS)}; name it with trainer.target_key"
-        )
+        found, expected = ", ".join(map(repr, batch)), target_key or " or ".join(TARGET_KEYS)
+        text = f"no target in a batch with the keys {found}: expected {expected}; name it with trainer.target_key"
+        raise ValueError(text)
     input_key = input_key or _key(batch, INPUT_KEYS)
     if input_key is not None:
         return batch[input_key], batch[target_key]

@@ -83,9 +83,14 @@ def signals_blocked() -> Iterator[None]:
 
 
 def begin_worker(parent: int, _worker: int) -> None:
-    """The first thing that a worker does. Its parent forks or spawns it; 0 where a fork server does."""
+    """The first thing that a worker does. Its parent forks or spawns it; 0 where a fork server does.
+
+    From now on it writes the Python stacks of all threads into a file in memory when asked.
+    """
     obey_parent_alone(parent)
-    _dump_stacks_when_asked()
+    if STACKS_SIGNAL and hasattr(os, "memfd_create"):
+        signal.signal(STACKS_SIGNAL, signal.SIG_IGN)  # who sees the file may ask
+        faulthandler.register(STACKS_SIGNAL, os.memfd_create(_FILE_NAME))
 
 
 def obey_parent_alone(parent: int) -> None:
@@ -125,13 +130,6 @@ def end_workers() -> None:
 STACKS_SIGNAL = signal.SIGRTMAX - 1 if hasattr(signal, "SIGRTMAX") else 0
 ANSWER_SECONDS = 0.5
 _FILE_NAME = "dtrain-stacks"
-
-
-def _dump_stacks_when_asked() -> None:
-    """In a worker: from now on write the Python stacks of all threads into a file in memory when asked."""
-    if STACKS_SIGNAL and hasattr(os, "memfd_create"):
-        signal.signal(STACKS_SIGNAL, signal.SIG_IGN)  # who sees the file may ask
-        faulthandler.register(STACKS_SIGNAL, os.memfd_create(_FILE_NAME))
 
 
 def stacks_of_workers() -> dict[str, str]:

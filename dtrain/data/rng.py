@@ -34,10 +34,9 @@ def torch_state() -> dict[str, torch.Tensor | None]:
 def set_state(state: dict[str, Any]) -> None:
     """Put back what `get_state` returned."""
     version, internal, next_gauss = state["python"]
-    random.setstate((version, tuple(internal), next_gauss))
-    name, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
-    torch.set_rng_state(state["torch"])
+    name, keys, *others = state["numpy"]
+    numpy_state = (name, np.array(keys, dtype=np.uint32), *others)
+    _set_cpu_state(((version, tuple(internal), next_gauss), numpy_state, state["torch"]))
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
 

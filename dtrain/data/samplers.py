@@ -2,10 +2,12 @@
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 
+@dataclass
 class ShuffledShard:
     """A batch sampler with DistributedSampler's semantics that can start anywhere and stores no permutation.
 
@@ -13,20 +15,20 @@ class ShuffledShard:
     last batch is short rather than padded; a rank that has no sample left in it takes one that does not count.
     """
 
-    def __init__(
-        self,
-        size: int,
-        seed: int,
-        rank: int,
-        world_size: int,
-        batch_size: int,
-        shuffle: bool = True,
-        drop_last: bool = False,
-    ) -> None:
-        self.size, self.seed, self.rank, self.world_size = size, seed, rank, world_size
-        self.batch_size, self.shuffle, self.drop_last = batch_size, shuffle, drop_last
-        self.global_batch = batch_size * world_size
-        self.epoch, self.start = 0, 0
+    size: int
+    seed: int
+    rank: int
+    world_size: int
+    batch_size: int
+    shuffle: bool = True
+    drop_last: bool = False
+    epoch: int = 0
+    start: int = 0  # the position to begin at
+
+    @property
+    def global_batch(self) -> int:
+        """Samples per batch, over all ranks."""
+        return self.batch_size * self.world_size
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Choose the epoch whose order is used, and the position to begin at."""
@@ -41,15 +43,12 @@ class ShuffledShard:
 
     def for_rank(self, rank: int, world_size: int, batch_size: int) -> "ShuffledShard":
         """The shard of the same data that another rank, of another number of ranks, has or had."""
-        return ShuffledShard(self.size, self.seed, rank, world_size, batch_size, self.shuffle, self.drop_last)
+        return replace(self, rank=rank, world_size=world_size, batch_size=batch_size)
 
     def batches_from(self, epoch: int, start: int, count: int) -> list[list[int]]:
         """The samples of this rank's next few batches, from a position of an epoch on."""
-        before = self.epoch, self.start
-        self.set_epoch(epoch, start)
-        batches = [indices for _, *indices in itertools.islice(self, count)]
-        self.set_epoch(*before)
-        return batches
+        shard = replace(self, epoch=epoch, start=start)
+        return [indices for _, *indices in itertools.islice(shard, count)]
 
     def __iter__(self) -> Iterator[list[int]]:
         """Batches as [epoch, index, index, ...]: the epoch travels with the indices to the workers that live on."""

@@ -2,7 +2,7 @@
 
 import gzip
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import chain
 from math import prod
 from pathlib import Path
@@ -17,35 +17,19 @@ CHUNK_SIDE = 256  # voxels of an HDF5 chunk along the last two axes; it has one 
 
 
 class FileSpec(NamedTuple):
-    """What a file is to hold.
+    """What a file is to hold."""
 
-    Attributes:
-        path: The file, as messages name it; it is written under a temporary name.
-        shape: Extent of the volume.
-        has_channels: Whether a chunk is (planes, K, ...) rather than (planes, ...).
-        dtype: Of the numbers in the file; None: the chunks' own.
-        dataset: The dataset of an HDF5 file.
-        compression: gzip, lzf (HDF5 only) or None.
-        source: The file that the volume was read from, for NIfTI's affine.
-    """
-
-    path: Path
-    shape: tuple[int, ...]
-    has_channels: bool
-    dtype: str | None = None
-    dataset: str = "predictions"
-    compression: str | None = None
-    source: Path | None = None
+    path: Path  # as messages name it; it is written under a temporary name
+    shape: tuple[int, ...]  # extent of the volume
+    has_channels: bool  # whether a chunk is (planes, K, ...) rather than (planes, ...)
+    dtype: str | None = None  # of the numbers in the file; None: the chunks' own
+    dataset: str = "predictions"  # of an HDF5 file
+    compression: str | None = None  # gzip, lzf (HDF5 only) or None
+    source: Path | None = None  # the file that the volume was read from, for NIfTI's affine
 
 
 def write(target: Path, file_format: Format, chunks: Iterator[np.ndarray], spec: FileSpec) -> None:
-    """Write a file from chunks of planes.
-
-    Args:
-        target: Where it is written.
-        file_format: How.
-        chunks: (planes, K, ...) or (planes, ...), from the first plane to the last.
-        spec: What it is to hold.
+    """Write a file from chunks of planes, (planes, K, ...) or (planes, ...), from the first plane to the last.
 
     Raises:
         OSError: It cannot be written.
@@ -164,17 +148,16 @@ def _tiff(path: Path, chunks: Iterator[np.ndarray], channels: tuple[int, ...], s
     """Planes as pages, the channels of a plane one after another (axes ZCYX)."""
     import tifffile
 
-    axes = "ZYX"[-len(spec.shape) :]
     options: dict[str, Any] = {"photometric": "minisblack", "compression": "zlib" if spec.compression else None}
     nbytes = prod((*channels, *spec.shape)) * np.dtype(spec.dtype).itemsize
     with tifffile.TiffWriter(path, bigtiff=nbytes > 2**32 - 2**26) as file:
         if len(spec.shape) == 2:  # a chunk holds rows of the one page
             array = _in_memory(chunks, channels, spec)
-            file.write(array, metadata={"axes": "C" * len(channels) + axes}, **options)
+            file.write(array, metadata={"axes": "C" * len(channels) + "YX"}, **options)
             return
         pages = (page for chunk in chunks for plane in chunk for page in (plane if channels else [plane]))
         shape = (spec.shape[0], *channels, *spec.shape[1:])
-        metadata = {"axes": axes[:1] + "C" * len(channels) + axes[1:]}
+        metadata = {"axes": "Z" + "C" * len(channels) + "YX"}
         contiguous = (np.ascontiguousarray(page) for page in pages)
         file.write(contiguous, shape=shape, dtype=spec.dtype, metadata=metadata, **options)
 
@@ -185,11 +168,10 @@ def _png(path: Path, chunks: Iterator[np.ndarray], channels: tuple[int, ...], sp
     array = _in_memory(chunks, channels, spec)
     if array.dtype.kind == "f":
         array = _converted(array, "uint8", spec.path)
-    if array.size != prod(array.shape[-2:]):
-        text = f"a PNG holds one plane, found {array.shape}"
-        raise ValueError(f"{spec.path}: {text}; possible: predictor.format: hdf5, tiff")
-    if array.dtype.itemsize > 2:
-        raise ValueError(f"{spec.path}: a PNG holds numbers up to 65535; possible: predictor.format: hdf5, tiff")
+    is_one_plane = array.size == prod(array.shape[-2:])
+    if not is_one_plane or array.dtype.itemsize > 2:
+        limit = "numbers up to 65535" if is_one_plane else f"one plane, found {array.shape}"
+        raise ValueError(f"{spec.path}: a PNG holds {limit}; possible: predictor.format: hdf5, tiff")
     Image.fromarray(array.reshape(array.shape[-2:])).save(path, format="PNG")
 
 
@@ -207,10 +189,4 @@ def _nifti(path: Path, chunks: Iterator[np.ndarray], channels: tuple[int, ...], 
     path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=4, mtime=0))
 
 
-WRITERS: dict[str, Callable[[Path, Iterator[np.ndarray], tuple[int, ...], FileSpec], None]] = {
-    "hdf5": _hdf5,
-    "tiff": _tiff,
-    "png": _png,
-    "nifti": _nifti,
-    "npy": _npy,
-}
+WRITERS = {"hdf5": _hdf5, "tiff": _tiff, "png": _png, "nifti": _nifti, "npy": _npy}

@@ -24,50 +24,29 @@ class StoppedError(Exception):
 
 
 class Result(NamedTuple):
-    """How a prediction ended.
+    """How a prediction ended."""
 
-    Attributes:
-        files: All files, including those of earlier starts.
-        made: How many of them this start has made.
-        stopped: Whether it was asked to stop; the next start continues.
-        scores: Of each file with a label, by the file's name, one figure per class.
-        metric: Which figures.
-    """
-
-    files: list[Path]
-    made: int
-    stopped: bool
-    scores: dict[str, list[float]]
-    metric: str = ""
+    files: list[Path]  # including those of earlier starts
+    made: int  # how many of them this start has made
+    stopped: bool  # whether it was asked to stop; the next start continues
+    scores: dict[str, list[float]]  # of each file with a label, by the file's name, one figure per class
+    metric: str = ""  # which figures
 
 
 @dataclass(frozen=True)
 class Inference:
-    """What a prediction or a test of whole volumes works with.
-
-    Attributes:
-        predictor: The settings of predictions.
-        forward: How the model is called.
-        model: What is called: the bare model, or the same compiled.
-        ranks: Who shares the work.
-        progress: What a person sees.
-        run_folder: In which a folder of predictions is made, unless another one is named.
-        identity: What a prediction depends on besides the predictor's settings and the file that is read.
-        has_weights: Whether the model has weights to use without a checkpoint.
-        tests_volumes: Whether a test measures whole volumes.
-        asked_to_stop: Whether to stop; asked after each batch.
-    """
+    """What a prediction or a test of whole volumes works with."""
 
     predictor: Predictor
     forward: Forward
-    model: nn.Module
+    model: nn.Module  # what is called: the bare model, or the same compiled
     ranks: Ranks
     progress: Progress
-    run_folder: Path
-    identity: Mapping[str, Any]
-    has_weights: bool = False
-    tests_volumes: bool = False
-    asked_to_stop: Callable[[], bool] = bool
+    run_folder: Path  # in which a folder of predictions is made, unless another one is named
+    identity: Mapping[str, Any]  # what a prediction depends on besides the predictor's settings and the file read
+    has_weights: bool = False  # whether the model has weights to use without a checkpoint
+    tests_volumes: bool = False  # whether a test measures whole volumes
+    asked_to_stop: Callable[[], bool] = bool  # asked after each batch
 
     def output(self, inputs: Any) -> Tensor:
         """The model's main output for inputs of any form, on the model's device."""
@@ -78,11 +57,7 @@ class Inference:
             return self.forward.predict(self.model, inputs)
 
     def advance(self, count: int) -> None:
-        """Report so many patches or items as done.
-
-        Raises:
-            StoppedError: A request to stop came.
-        """
+        """Report so many patches or items as done; StoppedError says that a request to stop came."""
         for _ in range(count):
             self.progress.step()
         if self.asked_to_stop():

@@ -21,13 +21,8 @@ def predict_items(inference: Inference, loader: Any, folder: Path, overwrite: bo
     """Predict each item of a dataset once. All ranks call it; each predicts the batches that its loader deals to it.
 
     The file has one row per item: predictions (N, K, ...), or classes (N, ...) with save_segmentation. A CSV file has
-    the item's number, its class, and a column per channel.
-
-    Args:
-        inference: The settings, and how the model is called.
-        loader: This rank's batches, dealt in turn.
-        folder: Where the file goes.
-        overwrite: Make the file anew where it was made with another model or other settings.
+    the item's number, its class, and a column per channel. `overwrite` makes the file anew where it was made with
+    another model or other settings.
 
     Raises:
         ConfigError: Settings that make no sense here, or a file that is not to be written.
@@ -59,11 +54,10 @@ def predict_items(inference: Inference, loader: Any, folder: Path, overwrite: bo
 def _format(predictor: Predictor) -> str:
     file_format = predictor.format or "hdf5"
     if file_format not in FORMATS:
-        text = f"{file_format} is for volumes and images; possible here: {', '.join(FORMATS)}"
-        raise ConfigError(f"predictor.format: {text}")
-    only_for_volumes = {"instances": predictor.choice.instances, "performance_metric": predictor.performance_metric}
-    for key, value in only_for_volumes.items():
-        if value:
+        possible = ", ".join(FORMATS)
+        raise ConfigError(f"predictor.format: {file_format} is for volumes and images; possible here: {possible}")
+    for key in ("instances", "performance_metric"):
+        if getattr(predictor, key):
             raise ConfigError(f"predictor.{key}: is for volumes and images, and this dataset has none")
     return file_format
 

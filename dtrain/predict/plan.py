@@ -6,10 +6,9 @@ does not depend on who predicts it, or after how many interruptions.
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dtrain.config.errors import ConfigError
 from dtrain.distributed.ranks import Ranks
@@ -26,25 +25,15 @@ IMAGES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
 Slab = tuple[int, int]
 
 
-@dataclass(frozen=True)
-class Task:
-    """One volume's file and what is still to be predicted of it.
+class Task(NamedTuple):
+    """One volume's file and what is still to be predicted of it."""
 
-    Attributes:
-        volume: Its number.
-        file: Where its prediction goes.
-        format: In which format.
-        is_finished: Whether the file is there, as it would be made now.
-        slabs: All of them.
-        missing: Those that are to be predicted.
-    """
-
-    volume: int
+    volume: int  # its number
     file: PredictionFile
     format: Format
-    is_finished: bool
+    is_finished: bool  # whether the file is there, as it would be made now
     slabs: list[Slab]
-    missing: list[Slab]
+    missing: list[Slab]  # those that are to be predicted
 
     @property
     def parts(self) -> list[Path]:
@@ -83,18 +72,15 @@ def _format(predictor: Predictor, volume: Volume) -> Format:
     if file_format == "csv":
         raise ConfigError(f"predictor.format: csv is for datasets without volumes, and {volume.path} is a volume")
     if file_format == "png" and prod(volume.shape) != prod(volume.shape[-2:]):
-        raise ConfigError(
-            f"predictor.format: png holds one plane, {volume.path} is {volume.shape}; possible: hdf5, tiff, npy"
-        )
+        text = f"png holds one plane, {volume.path} is {volume.shape}; possible: hdf5, tiff, npy"
+        raise ConfigError(f"predictor.format: {text}")
     return file_format or "hdf5"
 
 
 def _check_label(predictor: Predictor, volume: Volume) -> None:
     if predictor.performance_metric and not predictor.gt_internal_path and not volume.has_label:
-        raise ConfigError(
-            f"predictor.performance_metric: {volume.path} is read without labels; "
-            "name their dataset: predictor.gt_internal_path"
-        )
+        text = f"{volume.path} is read without labels; name their dataset: predictor.gt_internal_path"
+        raise ConfigError(f"predictor.performance_metric: {text}")
 
 
 def _stamp(inference: Inference, source: Source, number: int) -> dict[str, Any]:

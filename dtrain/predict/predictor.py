@@ -1,6 +1,7 @@
 """Predictor: the settings of predictions; which patches of a dataset go in, and what comes out."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from dtrain.predict.segmentation import Choice
 from dtrain.predict.source import Source, Volume
 
 
+@dataclass(kw_only=True)
 class Predictor:
     """Predicts whole volumes from patches. Its settings are the keys under `predictor` in the config.
 
@@ -45,59 +47,51 @@ class Predictor:
         ConfigError: Settings that exclude one another.
     """
 
-    def __init__(  # noqa: PLR0913
-        self,
-        *,
-        name: Literal["StandardPredictor", "LazyPredictor"] | None = None,
-        checkpoint: str | None = None,
-        output_dir: str | None = None,
-        format: Literal["hdf5", "tiff", "png", "nifti", "npy", "csv"] | None = None,
-        output_dataset: str = "predictions",
-        compression: Literal["gzip", "lzf"] | None = None,
-        dtype: Literal["float16", "float32", "uint8", "uint16", "uint32"] | None = None,
-        activation: Literal["softmax", "sigmoid", "none"] | None = None,
-        patch_shape: list[int] | None = None,
-        stride_shape: list[int] | None = None,
-        halo_shape: list[int] | None = None,
-        blend: Literal["gaussian", "constant"] = "gaussian",
-        batch_size: int | None = None,
-        save_segmentation: bool = False,
-        threshold: float = 0.5,
-        prediction_channel: int | None = None,
-        instances: Literal["foreground", "inverted"] | None = None,
-        connectivity: int = 1,
-        min_size: int = 0,
-        slab_planes: int | None = None,
-        performance_metric: Literal["dice", "mean_iou"] | None = None,
-        gt_internal_path: str | None = None,
-    ) -> None:
-        self.checkpoint, self.output_dir, self.format = checkpoint, output_dir, format
-        self.output_dataset, self.compression, self.dtype = output_dataset, compression, dtype
-        self.activation, self.blend, self.batch_size = activation, blend, batch_size
-        self.patch_shape, self.stride_shape, self.halo_shape = patch_shape, stride_shape, halo_shape
-        self.connectivity, self.min_size, self.slab_planes = connectivity, min_size, slab_planes
-        self.performance_metric, self.gt_internal_path = performance_metric, gt_internal_path
-        self.choice = Choice(save_segmentation, instances, threshold, prediction_channel)
-        self._refuse_contradictions()
+    name: Literal["StandardPredictor", "LazyPredictor"] | None = None
+    checkpoint: str | None = None
+    output_dir: str | None = None
+    format: Literal["hdf5", "tiff", "png", "nifti", "npy", "csv"] | None = None
+    output_dataset: str = "predictions"
+    compression: Literal["gzip", "lzf"] | None = None
+    dtype: Literal["float16", "float32", "uint8", "uint16", "uint32"] | None = None
+    activation: Literal["softmax", "sigmoid", "none"] | None = None
+    patch_shape: list[int] | None = None
+    stride_shape: list[int] | None = None
+    halo_shape: list[int] | None = None
+    blend: Literal["gaussian", "constant"] = "gaussian"
+    batch_size: int | None = None
+    save_segmentation: bool = False
+    threshold: float = 0.5
+    prediction_channel: int | None = None
+    instances: Literal["foreground", "inverted"] | None = None
+    connectivity: int = 1
+    min_size: int = 0
+    slab_planes: int | None = None
+    performance_metric: Literal["dice", "mean_iou"] | None = None
+    gt_internal_path: str | None = None
 
-    def _refuse_contradictions(self) -> None:
+    def __post_init__(self) -> None:
         labels, dtype = self.choice.labels, self.dtype or ""
         contradictions = {
-            "predictor.dtype: labels need an integer type; possible: uint8, uint16, uint32": labels
-            and "float" in dtype,
-            "predictor.dtype: an integer type can hold probabilities, but not what activation: none gives": (
+            "dtype: labels need an integer type; possible: uint8, uint16, uint32": labels and "float" in dtype,
+            "dtype: an integer type can hold probabilities, but not what activation: none gives": (
                 not labels and "uint" in dtype and self.activation == "none"
             ),
-            "predictor.performance_metric: compares classes, not numbered instances; remove one of them": (
-                self.choice.instances and self.performance_metric
+            "performance_metric: compares classes, not numbered instances; remove one of them": (
+                self.instances and self.performance_metric
             ),
-            "predictor.compression: lzf is for HDF5 only; possible for other formats: gzip": (
+            "compression: lzf is for HDF5 only; possible for other formats: gzip": (
                 self.compression == "lzf" and self.format not in (None, "hdf5")
             ),
         }
         for message, applies in contradictions.items():
             if applies:
-                raise ConfigError(message)
+                raise ConfigError(f"predictor.{message}")
+
+    @property
+    def choice(self) -> Choice:
+        """What of a prediction is kept."""
+        return Choice(self.save_segmentation, self.instances, self.threshold, self.prediction_channel)
 
     def source(self, dataset: Any) -> Source:
         """The patches of a dataset with `volumes`.

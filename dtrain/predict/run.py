@@ -34,13 +34,10 @@ def predict(
 ) -> Result:
     """Predict what `loaders.predict` holds, else `loaders.test`, into files. All ranks call it.
 
-    Args:
-        inference: With the model, which gets the checkpoint's weights.
-        loaders: Of a dataset with `volumes`, the dataset itself is read instead.
-        checkpoints: Those of the run.
-        checkpoint: A folder or a weight file. Default: the predictor's own.
-        output_dir: Where the files go. Default: the predictor's own, else `predictions` in the run folder.
-        overwrite: Make files anew that were made with another model or other settings.
+    Of a dataset with `volumes`, the dataset itself is read rather than its loader. The model gets the weights of
+    `checkpoint`, a folder or a weight file, else the predictor's own, else the run's best or last. Files go to
+    `output_dir`, else the predictor's own, else `predictions` in the run folder; `overwrite` makes those anew that were
+    made with another model or other settings.
 
     Raises:
         ConfigError: There is nothing to predict, no checkpoint, or a file that is not to be written.
@@ -87,8 +84,7 @@ def volumes(inference: Inference, dataset: Any, batch_size: int, folder: Path, o
         with contextlib.suppress(StoppedError):
             for run, planes in stitched(source, own, inference, batch_size, inference.predictor.activated):
                 writer.write_run(run, own[run], planes)
-        stopped = writer.join_rest()
-        return writer.result(stopped)
+        return writer.result(stopped=writer.join_rest())
 
 
 def logits(inference: Inference, loader: Any) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -19,19 +19,14 @@ CHUNK_BYTES = 1 << 22
 class Choice(NamedTuple):
     """What of a prediction is kept.
 
-    Attributes:
-        segmentation: Classes instead of probabilities: the most probable one, or with one channel whether it is
-            above the threshold.
-        instances: `foreground`: where the class is not 0; `inverted`: where the (boundary) channel is not above the
-            threshold; None: no instances.
-        threshold: For one channel.
-        channel: Keep only this one.
+    Classes are the most probable ones, or with one channel whether it is above the threshold. Instances are
+    `foreground`: where the class is not 0; or `inverted`: where the (boundary) channel is not above the threshold.
     """
 
-    segmentation: bool = False
+    segmentation: bool = False  # classes instead of probabilities
     instances: Literal["foreground", "inverted"] | None = None
-    threshold: float = 0.5
-    channel: int | None = None
+    threshold: float = 0.5  # for one channel
+    channel: int | None = None  # keep only this one
 
     @property
     def labels(self) -> bool:
@@ -46,17 +41,15 @@ class Choice(NamedTuple):
         """
         if self.channel is not None:
             if self.channel >= len(planes):
-                raise ConfigError(
-                    f"predictor.prediction_channel is {self.channel}, but the model has {len(planes)} channel(s); "
-                    f"possible: 0 to {len(planes) - 1}"
+                text = (
+                    f"is {self.channel}, but the model has {len(planes)} channel(s); possible: 0 to {len(planes) - 1}"
                 )
+                raise ConfigError(f"predictor.prediction_channel {text}")
             planes = planes[self.channel : self.channel + 1]
         if self.instances == "inverted":
             if len(planes) > 1:
-                raise ConfigError(
-                    f"predictor.instances: inverted needs one boundary channel, the model has {len(planes)}; "
-                    "choose one with predictor.prediction_channel"
-                )
+                text = f"inverted needs one boundary channel, the model has {len(planes)}"
+                raise ConfigError(f"predictor.instances: {text}; choose one with predictor.prediction_channel")
             return planes[0] <= self.threshold
         if not self.labels:
             return np.swapaxes(planes, 0, 1)
@@ -159,11 +152,7 @@ class Agreement:
         self._counts = np.zeros((3, 0), np.int64)  # by class: voxels of the intersection, the prediction, the label
 
     def add(self, kept: np.ndarray, label: np.ndarray) -> None:
-        """Count a chunk.
-
-        Args:
-            kept: What `Choice.of` gave, planes first.
-            label: (planes, ...) or (K, planes, ...); negative labels do not count.
+        """Count a chunk: what `Choice.of` gave, and its label, (planes, ...) or (K, planes, ...), negative: ignored.
 
         Raises:
             ValueError: The label has channels and the prediction has none, or others.
@@ -183,9 +172,8 @@ class Agreement:
         """One figure per class, nan for a class that is in neither."""
         intersection, predicted, labelled = self._counts
         with np.errstate(invalid="ignore"):
-            if self.metric == "dice":
-                return (2 * intersection / (predicted + labelled)).tolist()
-            return (intersection / (predicted + labelled - intersection)).tolist()
+            dice = 2 * intersection / (predicted + labelled)
+            return (dice if self.metric == "dice" else intersection / (predicted + labelled - intersection)).tolist()
 
 
 def _counts_of_classes(classes: np.ndarray, label: np.ndarray) -> np.ndarray:

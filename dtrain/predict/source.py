@@ -32,16 +32,13 @@ class Volume(Protocol):
 class Source(NamedTuple):
     """A dataset's volumes and their patches.
 
-    Attributes:
-        dataset: With `volumes`. It may have `sample`, which adds, say, a volume's statistics for its transforms, and
-            `prepared`, which applies these to a sample.
-        grids: The patches of each volume.
-        halos: How many voxels are read around each patch, along each axis, by volume.
+    The dataset has `volumes`. It may have `sample`, which adds, say, a volume's statistics for its transforms, and
+    `prepared`, which applies these to a sample.
     """
 
     dataset: Any
-    grids: Sequence[Grid]
-    halos: Sequence[Sequence[int]]
+    grids: Sequence[Grid]  # the patches of each volume
+    halos: Sequence[Sequence[int]]  # how many voxels are read around each patch, along each axis, by volume
 
     @property
     def volumes(self) -> Sequence[Volume]:
@@ -58,10 +55,8 @@ class Source(NamedTuple):
         image = np.asarray(self._sample(number, region, only_image=True)["image"], np.float32)
         extent = tuple(side.stop - side.start for side in region)
         if image.shape[1:] != extent:
-            raise ValueError(
-                f"{self.volumes[number].path}: the transforms changed a patch of {extent} to {image.shape[1:]}; "
-                "prediction needs transforms that keep the shape"
-            )
+            text = f"{self.volumes[number].path}: the transforms changed a patch of {extent} to {image.shape[1:]}"
+            raise ValueError(f"{text}; prediction needs transforms that keep the shape")
         return image
 
     def label(self, number: int) -> Tensor:

@@ -43,8 +43,8 @@ def stitched(
 
     Args:
         source: Where patches come from.
-        runs: What to predict; each volume's in ascending order.
-        inference: How the model is called; after each batch it may raise `StoppedError`.
+        runs: Each volume's in ascending order.
+        inference: After each batch it may raise `StoppedError`.
         batch_size: Patches that the model gets at once.
         activation: Logits (N, K, ...) -> predictions. Default: the logits themselves.
 
@@ -125,10 +125,8 @@ def _predicted(
     output = inference.output(images)
     extent = tuple(images.shape[2:])
     if tuple(output.shape[2:]) != extent or len(output) != len(images):
-        raise ValueError(
-            f"{source.volumes[volume].path}: the model returned {tuple(output.shape)} for patches "
-            f"{tuple(images.shape)}; prediction needs (N, K, {str(extent)[1:]}"
-        )
+        shapes = f"the model returned {tuple(output.shape)} for patches {tuple(images.shape)}"
+        raise ValueError(f"{source.volumes[volume].path}: {shapes}; prediction needs (N, K, {str(extent)[1:]}")
     inner = tuple(slice(halo, length - halo) for halo, length in zip(source.halos[volume], extent, strict=True))
     output = output[(slice(None), slice(None), *inner)].float()
     if activation is not None:
@@ -183,7 +181,7 @@ def _add(buffer: Tensor, base: int, end: int, grid: Grid, index: int, output: Te
 
 
 def _move_up(buffer: Tensor, planes: int) -> None:
-    """Drop the first planes and make space for as many behind."""
+    """Drop the first planes and add as many empty ones behind."""
     length = buffer.shape[1]
     for plane in range(length - planes):  # one by one: they may overlap where they come from
         buffer[:, plane] = buffer[:, plane + planes]

@@ -93,13 +93,8 @@ class PredictionFile:
 def opened(folder: Path, ranks: Ranks, plan: Callable[[], T]) -> Iterator[T]:
     """Make the folder, and be the only prediction that writes to it. All ranks call it.
 
-    Args:
-        folder: Where the files go.
-        ranks: Who shares the work.
-        plan: Called by the main rank, to see what there is to do.
-
     Yields:
-        What `plan` returned, on every rank.
+        What `plan` returned, on every rank; the main rank alone calls it, to see what there is to do.
 
     Raises:
         ConfigError: The folder cannot be made or written, another prediction is writing it, or `plan` refuses.
@@ -123,11 +118,7 @@ def opened(folder: Path, ranks: Ranks, plan: Callable[[], T]) -> Iterator[T]:
 
 
 def are_finished(files: Sequence[PredictionFile], overwrite: bool) -> list[bool]:
-    """Which files are there as they would be made now; of the others, what is left of earlier starts is cleaned up.
-
-    Args:
-        files: All in one folder.
-        overwrite: Make those anew that were made with something else.
+    """Which files of a folder are there as they would be made now; what is left of earlier starts is cleaned up.
 
     Raises:
         ConfigError: Some were made with something else, and are not to be overwritten; nothing was removed.
@@ -135,29 +126,22 @@ def are_finished(files: Sequence[PredictionFile], overwrite: bool) -> list[bool]
     differences = [file.difference() for file in files]
     foreign = [f"{file.path.name} ({text})" for file, text in zip(files, differences, strict=True) if text]
     if foreign and not overwrite:
-        raise ConfigError(
-            f"{files[0].path.parent} holds predictions made differently: {first_few(foreign, 3)}; "
-            "--overwrite makes them anew, --output-dir writes elsewhere"
-        )
-    for file, difference in zip(files, differences, strict=True):
-        file.clean_up(is_finished=difference == "")
-    return [difference == "" for difference in differences]
+        text = f"{files[0].path.parent} holds predictions made differently: {first_few(foreign, 3)}"
+        raise ConfigError(f"{text}; --overwrite makes them anew, --output-dir writes elsewhere")
+    finished = [difference == "" for difference in differences]
+    for file, is_finished in zip(files, finished, strict=True):
+        file.clean_up(is_finished)
+    return finished
 
 
 @contextlib.contextmanager
 def explained(file: Path) -> Iterator[None]:
-    """A failed write as one sentence.
-
-    Raises:
-        PredictionError: It failed.
-    """
+    """A failed write as one sentence, that of a PredictionError."""
     try:
         yield
     except OSError as error:
-        raise PredictionError(
-            f"{file} was not written: {error.strerror or error}; nothing of it is left. "
-            "What is finished stays, and the next start continues from there."
-        ) from error
+        text = f"{file} was not written: {error.strerror or error}; nothing of it is left"
+        raise PredictionError(f"{text}. What is finished stays, and the next start continues from there.") from error
 
 
 def digest(value: Any) -> str:
@@ -166,11 +150,7 @@ def digest(value: Any) -> str:
 
 
 def write_part(path: Path, chunks: Iterator[np.ndarray], planes: int) -> None:
-    """Write chunks of planes to a .npy file, whole or not at all.
-
-    Raises:
-        OSError: It cannot be written.
-    """
+    """Write chunks of planes to a .npy file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     first = next(chunks)
     spec = FileSpec(path, (planes, *first.shape[1:]), has_channels=False, dtype=first.dtype.str)

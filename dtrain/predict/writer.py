@@ -14,13 +14,7 @@ from dtrain.predict.work_folder import explained, read_parts, write_part
 
 
 class VolumeWriter:
-    """Writes volumes of which each rank predicts some slabs.
-
-    Args:
-        inference: With the settings, and who shares the work.
-        source: With the volumes.
-        tasks: One for each volume, the same on all ranks.
-    """
+    """Writes volumes of which each rank predicts some slabs; there is a task for each, the same on all ranks."""
 
     def __init__(self, inference: Inference, source: Source, tasks: Sequence[Task]) -> None:
         self.inference, self.source, self.tasks = inference, source, tasks
@@ -28,12 +22,9 @@ class VolumeWriter:
         self.finished = {task.volume for task in tasks if task.is_finished}
 
     def write_run(self, run: Run, slabs: list[Slab], planes: Iterator[tuple[int, np.ndarray]]) -> None:
-        """Write what was predicted in one run: a whole file, or parts of one.
+        """Write what was predicted in one run, which consists of slabs: a whole file, or parts of one.
 
-        Args:
-            run: Of which volume.
-            slabs: That the run consists of.
-            planes: Position and predictions, (K, planes, ...), from the first plane to the last.
+        `planes` has positions and predictions, (K, planes, ...), from the first plane to the last.
 
         Raises:
             PredictionError: A file cannot be written.
@@ -47,14 +38,10 @@ class VolumeWriter:
             for slab, chunks in zip(slabs, cut(kept, slabs), strict=True):
                 write_part(task.file.part(*slab), chunks, slab[1] - slab[0])
         if task.missing == slabs:  # no other rank has any of it
-            self._join(task)
+            self._write(task, read_parts(task.parts))
 
     def join_rest(self) -> bool:
-        """Join the volumes of which several ranks have predicted parts. All ranks call it.
-
-        Returns:
-            Whether something is left for the next start.
-        """
+        """Join what several ranks have predicted of a volume; true if some is left to the next start. All call it."""
         self._gather_finished()
         whole: list[int] = []
         if self.ranks.is_main:
@@ -63,16 +50,13 @@ class VolumeWriter:
         for number in self.ranks.broadcast(whole)[self.ranks.rank :: self.ranks.world_size]:
             if self.inference.asked_to_stop():
                 break
-            self._join(self.tasks[number])
+            self._write(self.tasks[number], read_parts(self.tasks[number].parts))
         self._gather_finished()
         return bool(self.ranks.broadcast(len(self.finished) < len(self.tasks)))
 
     def _gather_finished(self) -> None:
         """Let the main rank know what all have finished."""
         self.finished = self.finished.union(*(self.ranks.gather(self.finished) or ()))
-
-    def _join(self, task: Task) -> None:
-        self._write(task, read_parts(task.parts))
 
     def _write(self, task: Task, chunks: Iterator[np.ndarray]) -> None:
         """Write the file of a volume, from all its planes as they are kept."""

@@ -32,9 +32,7 @@ class Errors(NamedTuple):
 def read(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Of one batch (truth, guess) and (minus the loss, the guess's probability): each (2, N, K) on the device.
 
-    Args:
-        output: Logits (N, C) or (N, C, K).
-        target: Integers (N,), (N, 1), (N, K) or (N, 1, K).
+    The output is logits (N, C) or (N, C, K), the target integers (N,), (N, 1), (N, K) or (N, 1, K).
     """
     scores = output.detach().float().reshape(len(output), output.shape[1], -1).log_softmax(1)
     truth = target.reshape(len(target), -1).long()
@@ -89,9 +87,8 @@ def confusion_matrix(pairs: Mapping[tuple[int, int], int], classes: int) -> tupl
 
 
 def _classes_with_most_errors(pairs: Mapping[tuple[int, int], int], classes: int, count: int) -> list[int]:
-    errors = [0] * classes
+    errors: Counter[int] = Counter(range(classes))  # each once, so that all are there
     for (truth, guess), times in pairs.items():
         if truth != guess:
-            errors[truth] += times
-            errors[guess] += times
-    return sorted(sorted(range(classes), key=lambda number: (-errors[number], number))[:count])
+            errors.update({truth: times, guess: times})
+    return sorted(number for number, _ in errors.most_common(count))

@@ -90,23 +90,8 @@ def extent(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def enlarged(pixels: np.ndarray, times: int) -> np.ndarray:
-    """Pixels (H, W, ...), each repeated so many times in both directions."""
-    return pixels.repeat(times, axis=0).repeat(times, axis=1)
-
-
 def sheet(title: str, rows: Sequence[Sequence[Tile]], legend: Sequence[Key] = (), notes: Sequence[str] = ()) -> Any:
-    """Tiles in rows and columns under a title, over a legend and notes.
-
-    Args:
-        title: One line; what does not fit is left out in its middle.
-        rows: Tiles from top to bottom; those of one column stand below one another.
-        legend: Colours and what they mean.
-        notes: Lines below all.
-
-    Returns:
-        A PIL image, RGB.
-    """
+    """A PIL image, RGB: tiles in rows and columns under a title of one line, over a legend and notes."""
     widths, heights = _column_widths(rows), [max(_tile_size(tile)[1] for tile in row) for row in rows]
     inner_width = max(sum(widths) + _GAP * (len(widths) - 1), _LEAST_WIDTH - 2 * _MARGIN)
     keys = _flowed(legend, inner_width)
@@ -125,16 +110,9 @@ def sheet(title: str, rows: Sequence[Sequence[Tile]], legend: Sequence[Key] = ()
 
 
 def matrix(title: str, counts: np.ndarray, names: Sequence[str], notes: Sequence[str] = ()) -> Any:
-    """A confusion matrix: counts in cells coloured by their share of the row, and how much of each row is right.
+    """A PIL image, RGB: cells coloured by their share of the row, and how much of each row is right.
 
-    Args:
-        title: One line.
-        counts: (K, K) integers; rows are the truth, columns the predictions.
-        names: K short names of the classes.
-        notes: Lines below.
-
-    Returns:
-        A PIL image, RGB.
+    `counts` are (K, K) integers; rows are the truth, columns the predictions. `names` are short.
     """
     cell, size = (46, _TEXT) if len(names) <= 12 else (34, 11)
     left = _MARGIN + 2 * _TEXT_HEIGHT + round(max(_width(name, _SMALL) for name in names))

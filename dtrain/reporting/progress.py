@@ -15,10 +15,9 @@ LINE_SECONDS = 30.0  # between two lines of a prediction
 
 
 class Progress:
-    """Lines with a time stamp, one per log step, evaluation and note; each is flushed, so a kill loses none.
+    """Lines with a time stamp, one per log step, evaluation and note; without a stream it is silent.
 
-    Args:
-        streams: Where the lines go; without one it is silent.
+    Each is flushed, so a kill loses none.
     """
 
     def __init__(self, *streams: TextIO) -> None:
@@ -41,13 +40,9 @@ class Progress:
         self._write_facts(facts)
 
     def start_epoch(self, epoch: int, epochs: int | None, steps: int, done: int = 0) -> None:
-        """Count from here on.
+        """Count the optimizer steps of an epoch, from 1 on, of which an earlier run has done some.
 
-        Args:
-            epoch: Which one, from 1 on.
-            epochs: How many there will be; None if something else ends the training.
-            steps: Optimizer steps in this epoch.
-            done: How many of them an earlier run has done already.
+        `epochs` is how many there will be; None if something else ends the training.
         """
         self._clock.start_epoch(epoch, epochs, steps, done)
 
@@ -70,24 +65,12 @@ class Progress:
             self._write(f"{clock.done:,} of {clock.steps:,} patches", clock.left_text())
 
     def figures(self, step: int, figures: Mapping[str, float]) -> None:
-        """The training's figures at a log step: where it is, and how long it will take.
-
-        Args:
-            step: Optimizer steps done since the training began.
-            figures: Such as train/loss, lr, samples_per_second.
-        """
+        """The training's figures, such as train/loss, lr, samples_per_second, after so many optimizer steps."""
         clock = self._clock
         self._write(f"epoch {clock.epoch_text()}", f"step {step:,}", *figure_texts(figures).values(), clock.left_text())
 
     def evaluation(self, phase: str, step: int, figures: Mapping[str, float], best: bool = False) -> None:
-        """The figures of an evaluation.
-
-        Args:
-            phase: val, test ...
-            step: Optimizer steps done since the training began.
-            figures: Loss and metrics; the phase may stand before their names.
-            best: Whether this is the best evaluation so far.
-        """
+        """The loss and metrics of an evaluation, the best one so far or not; the phase may stand before their names."""
         texts = figure_texts(without_phase(phase, figures)).values()
         self._write(phase, f"step {step:,}", *texts, "best so far" if best else "")
 

@@ -5,18 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dtrain.reporting.png_drawing import (
-    ERROR,
-    IGNORED,
-    Key,
-    Tile,
-    colour_of,
-    coloured,
-    enlarged,
-    extent,
-    gray,
-    reddened,
-)
+from dtrain.reporting.png_drawing import ERROR, IGNORED, Key, Tile, colour_of, coloured, extent, gray, reddened
 
 _SIDES = {2: 320, 3: 208}  # the longest side of a tile, in pixels, that small images are enlarged to
 _LONGEST = 512  # larger images are made smaller
@@ -161,14 +150,11 @@ def _row(name: str, image: np.ndarray | None, view: View, index: tuple[int | sli
 
 def _value_tiles(title: str, plane: View, limits: tuple[float, float], shape: tuple[int, ...]) -> list[Tile]:
     low, high = limits
-    highest_error = float(np.max(plane.error, initial=0.0, where=np.isfinite(plane.error)))
+    highest = float(np.max(plane.error, initial=0.0, where=np.isfinite(plane.error)))
     return [
         Tile(f"{title} [{low:.3g}, {high:.3g}]", gray(_fitted(plane.target, shape), low, high)),
         Tile("prediction", gray(_fitted(plane.prediction, shape), low, high)),
-        Tile(
-            f"error [0, {highest_error:.3g}], {plane.error_text()}",
-            reddened(_fitted(plane.error, shape), highest_error),
-        ),
+        Tile(f"error [0, {highest:.3g}], {plane.error_text()}", reddened(_fitted(plane.error, shape), highest)),
     ]
 
 
@@ -221,6 +207,11 @@ def _fitted(plane: np.ndarray, shape: tuple[int, ...], reduce: Callable | None =
         blocks = padded.reshape(padded.shape[0] // step, step, padded.shape[1] // step, step)
         plane = reduce(blocks, axis=(1, 3))
     return enlarged(plane, max(1, _SIDES[len(shape)] // max(shape)))
+
+
+def enlarged(pixels: np.ndarray, times: int) -> np.ndarray:
+    """Pixels (H, W, ...), each repeated so many times in both directions."""
+    return pixels.repeat(times, axis=0).repeat(times, axis=1)
 
 
 def _legend(views: Sequence[View]) -> list[Key]:

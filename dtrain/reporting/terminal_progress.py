@@ -6,13 +6,7 @@ from collections.abc import Mapping
 from time import perf_counter
 from typing import TYPE_CHECKING, TextIO
 
-from dtrain.reporting.number_text import (
-    count_text,
-    duration_text,
-    figure_text,
-    figure_texts,
-    without_phase,
-)
+from dtrain.reporting.number_text import count_text, duration_text, figure_text, figure_texts, without_phase
 from dtrain.reporting.progress import REFRESH_SECONDS, Progress
 from dtrain.reporting.safe_stream import SafeStream
 
@@ -23,15 +17,7 @@ BAR_COLUMNS = (6, 40)  # at least, at most
 
 
 def get_progress(is_main: bool, stream: TextIO | None = None) -> Progress:
-    """The right one for this rank and this stream.
-
-    Args:
-        is_main: Whether this is the rank that speaks.
-        stream: Where to write; sys.stdout if None.
-
-    Returns:
-        Bars and tables on a terminal that can redraw a line, plain lines elsewhere, silence on the other ranks.
-    """
+    """Bars and tables on a terminal that can redraw a line, plain lines elsewhere, silence but on the main rank."""
     if not is_main:
         return Progress()
     stream = sys.stdout if stream is None else stream
@@ -119,11 +105,7 @@ class TerminalProgress(Progress):
         self._row_is_due = self._clock.counted > self._row_start[1]
 
     def summary(self, facts: Mapping[str, str]) -> None:
-        """The bar is taken away, the facts stand in a frame.
-
-        What is too long for the frame, say a command with a path, follows on a line of its own that can be copied in
-        one piece.
-        """
+        """The facts in a frame; one too long for it, say a command with a path, on a line to be copied in one piece."""
         super().summary(facts)
         self.close()
         width = self._console.width - max(map(len, facts), default=0) - 6  # frame, padding, gap

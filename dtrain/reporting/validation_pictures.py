@@ -16,8 +16,8 @@ from torch.utils.data import Subset
 
 from dtrain.data.batch import main_output, split
 from dtrain.reporting.classification_errors import Error, Errors, confusion_matrix, errors_of, read, together
-from dtrain.reporting.png_drawing import Tile, enlarged, extent, gray, matrix, png, sheet
-from dtrain.reporting.sample_panel import panel
+from dtrain.reporting.png_drawing import Tile, extent, gray, matrix, png, sheet
+from dtrain.reporting.sample_panel import enlarged, panel
 from dtrain.tracking.run_folder import RunFolder
 from dtrain.tracking.whole_file import write_bytes
 
@@ -48,13 +48,10 @@ class Seen(NamedTuple):
 
 
 class Pictures:
-    """Draws for the validations of a training.
+    """Draws for the validations of a training: nothing where `settings` are None.
 
-    Args:
-        loader: The validation's: its dataset is asked for single samples, seeded as the loader seeds them.
-        folder: The run folder.
-        settings: From `picture_settings`; None: nothing is drawn.
-        keys: Of input and target in a batch that is a dict; see `batch.split`.
+    The loader is the validation's: its dataset is asked for single samples, seeded as the loader seeds them. `keys` are
+    those of input and target in a batch that is a dict; see `batch.split`.
 
     Raises:
         ValueError: A number is out of range, or the validation data have no such sample.
@@ -68,10 +65,14 @@ class Pictures:
         keys: tuple[str | None, str | None] = (None, None),
     ) -> None:
         self.loader, self.folder, self.keys = loader, RunFolder(folder).pictures, keys
-        self.settings = {} if loader is None or settings is None else checked(picture_settings(**settings))
-        self.samples = chosen(self.settings["samples"], len(loader.dataset)) if self.settings else []
         self._validations = 0
         self._warned_of: set[type] = set()
+        self.settings = {} if loader is None or settings is None else picture_settings(**settings)
+        if self.settings:
+            for key, least in {"worst": 0, "every_validations": 1, "keep_last": 1}.items():
+                if self.settings[key] < least:
+                    raise ValueError(f"{key} must be at least {least}, found {self.settings[key]}")
+            self.samples = chosen(self.settings["samples"], len(loader.dataset))
 
     def album(self, step: int, journal: Any, note: Callable[[str], None]) -> "Album | None":
         """What takes in one validation, after so many optimizer steps; None where it is not to be drawn."""
@@ -89,11 +90,6 @@ class Pictures:
             text = " ".join(str(error).split()) or type(error).__name__
             note(f"warning: no pictures of the validation: {text[:300]} (trainer.pictures=false draws none)")
 
-    def prune(self) -> None:
-        """Leave the newest validations' pictures."""
-        for old in sorted(self.folder.glob("step-*"))[: -self.settings["keep_last"]]:
-            shutil.rmtree(old, ignore_errors=True)
-
 
 class Album:
     """The pictures of one validation: `see` each batch, bring all ranks' `seen` together, `draw` on the main rank."""
@@ -106,12 +102,7 @@ class Album:
         self._batches: list[tuple[int, tuple[torch.Tensor, torch.Tensor]]] = []  # first sample, from `read`
 
     def see(self, outcome: Any, number: int) -> None:
-        """Take in one batch; nothing waits for the device.
-
-        Args:
-            outcome: The batch and what the model made of it.
-            number: Which batch of the whole validation it is, counted over all ranks.
-        """
+        """Take in what the model made of one batch, numbered over all ranks; nothing waits for the device."""
         if self._problem or self._kind == "dense":
             return
         try:
@@ -134,12 +125,9 @@ class Album:
         return Seen(self._kind, self._problem, self._classes, together(errors, self._most_errors))
 
     def draw(self, seen: Sequence[Seen], module: torch.nn.Module, forward: Callable[..., Any]) -> None:
-        """Draw, write and journal the pictures; on the main rank alone, without any other.
+        """Draw, write and journal the pictures of what every rank has seen; on the main rank alone.
 
-        Args:
-            seen: Of every rank.
-            module: The model in its evaluation mode.
-            forward: `forward(module, batch)[2]` is the outcome.
+        The module is in its evaluation mode; `forward(module, batch)[2]` is the outcome.
         """
         try:
             if problem := next((rank.problem for rank in seen if rank.problem), ""):
@@ -151,7 +139,8 @@ class Album:
                 self._draw_confusion(errors, max(rank.classes for rank in seen))
                 if self._most_errors:
                     self._draw_worst(errors)
-            self._pictures.prune()
+            for old in sorted(self._pictures.folder.glob("step-*"))[: -self._pictures.settings["keep_last"]]:
+                shutil.rmtree(old, ignore_errors=True)
         except Exception as error:
             self._pictures.warn(error, self._note)
 
@@ -205,24 +194,8 @@ class Album:
         self._journal.image(str(path.relative_to(self._pictures.folder.parent)), f"val/{name}", self._step)
 
 
-def checked(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings as they are.
-
-    Raises:
-        ValueError: A number is out of range.
-    """
-    for key, least in {"worst": 0, "every_validations": 1, "keep_last": 1}.items():
-        if settings[key] < least:
-            raise ValueError(f"{key} must be at least {least}, found {settings[key]}")
-    return settings
-
-
 def chosen(samples: int | list[int], size: int) -> list[int]:
-    """The indices of the samples that are drawn: those given, or so many, spread evenly.
-
-    Raises:
-        ValueError: There is no such sample.
-    """
+    """The indices to draw: those given, or so many, spread evenly; a ValueError names one that is not there."""
     if isinstance(samples, int):
         if samples < 0:
             raise ValueError(f"samples must be at least 0, found {samples}")
