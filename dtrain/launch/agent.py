@@ -88,7 +88,7 @@ class Agent(LocalElasticAgent):
     Args:
         site: This node's part of the job.
         folder: For files between launcher and ranks.
-        log_folder: Passed to the ranks, see Launch.
+        log_folder: See Launch.
         listen: Called for each rank before it is started: its files, local rank and rank.
         ended: Called once all ranks here are over, with their ends, whether all had done a step, and whether they could
             be started again: whether to do so.

@@ -3,7 +3,6 @@
 import argparse
 import logging
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -13,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
@@ -56,16 +55,8 @@ def launch(config: Mapping[str, Any], options: argparse.Namespace, host: str, po
     if options.nnodes > 1:
         address, job = address_towards(host, port), options.rdzv_id
         set_gloo_interface(address)
-    site = Site(
-        ranks_here=ranks,
-        nodes=options.nnodes,
-        endpoint=f"{host}:{port}",
-        is_host=is_host,
-        address=address,
-        job=job,
-        command=(sys.executable, "-m", "dtrain", "train", options.config, *options.overrides),
-        max_restarts=options.max_restarts,
-    )
+    command = (sys.executable, "-m", "dtrain", "train", options.config, *options.overrides)
+    site = Site(ranks, options.nnodes, f"{host}:{port}", is_host, address, job, command, options.max_restarts)
     is_new = (config.get("trainer") or {}).get("resume") == "none"
     return NodeRun(site, run_folder(config), options.log_dir, is_new).run()
 
@@ -102,13 +93,6 @@ def _accelerate_settings(ranks: int) -> dict[str, str]:
     return settings
 
 
-class Request(NamedTuple):
-    """A signal that asks this job to stop."""
-
-    number: signal.Signals
-    at: float  # time.monotonic()
-
-
 class NodeRun:
     """The ranks of this node, from their start to the exit status.
 
@@ -122,25 +106,24 @@ class NodeRun:
         self.is_terminal = sys.stdout.isatty()
         self.console = Console((log_folder or RunFolder(self.folder).logs).absolute(), self.is_terminal)
         self.ends: list[End] = []
-        self.requests: list[Request] = []
+        self.requests: list[tuple[int, float]] = []  # to stop: signals, and when they came by time.monotonic()
         self.start_began, self.has_begun, self.restarts = time.time(), False, 0
 
     def run(self) -> int:
         """Start the ranks, pass signals on, and report how it ended."""
         for name in ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # what they report is reported here
-        private = Path(tempfile.mkdtemp(prefix="dtrain-launch-"))
         for number in (*stop_signals(), signal.SIGQUIT):
             signal.signal(number, self._take)
-        agent = AgentThread(self.site, private, str(self.console.log_folder), self._listen, self._ended)
-        agent.start()
-        self._supervise(agent)
-        self.console.drain()
-        self._close_run()
-        status = self._status()
-        if status == FAILED:
-            self.console.say("\n".join(self._first_failure() if self.ends else [self._why_none(agent.raised)]))
-        shutil.rmtree(private, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix="dtrain-launch-", ignore_cleanup_errors=True) as folder:
+            agent = AgentThread(self.site, Path(folder), str(self.console.log_folder), self._listen, self._ended)
+            agent.start()
+            self._supervise(agent)
+            self.console.drain()
+            self._close_run()
+            status = self._status()
+            if status == FAILED:
+                self.console.say("\n".join(self._first_failure() if self.ends else [self._why_none(agent.raised)]))
         sys.stdout.flush()
         sys.stderr.flush()
         if agent.is_alive():
@@ -160,12 +143,11 @@ class NodeRun:
             self.console.listen(launch.pipe(local_rank), rank, mark)
 
     def _take(self, number: int, _frame: FrameType | None) -> None:
-        asked = signal.SIGTERM if number == signal.SIGQUIT else signal.Signals(number)
-        self.requests.append(Request(asked, time.monotonic()))
+        self.requests.append((signal.SIGTERM if number == signal.SIGQUIT else number, time.monotonic()))
 
     def _second_interrupt(self) -> float | None:
         """When the second Ctrl-C came, if it did; a terminal may deliver the first one several times."""
-        times = [request.at for request in self.requests if request.number == signal.SIGINT]
+        times = [at for number, at in self.requests if number == signal.SIGINT]
         return next((at for at in times[1:] if at > times[0] + REPEAT_SECONDS), None)
 
     def _supervise(self, agent: AgentThread) -> None:
@@ -177,8 +159,8 @@ class NodeRun:
                 continue
             processes = agent.processes
             for process in processes:
-                for request in self.requests[delivered.get(process, 0) :]:
-                    _send(process, request.number)
+                for number, _ in self.requests[delivered.get(process, 0) :]:
+                    _send(process, number)
                 delivered[process] = len(self.requests)
             if self._is_overdue():
                 for process in processes:
@@ -193,7 +175,7 @@ class NodeRun:
         if interrupted := self._second_interrupt():
             return time.monotonic() > interrupted + KILL_SECONDS
         limit = self.shutdown_seconds()
-        if time.monotonic() <= self.requests[0].at + limit:
+        if time.monotonic() <= self.requests[0][1] + limit:
             return False
         self.console.say(f"dtrain launch: ranks had not ended {limit:.0f} s after they were asked to: killed")
         return True
@@ -223,7 +205,7 @@ class NodeRun:
         """The exit status of this node's ranks: of the first line that holds, else the highest of theirs."""
         statuses = {FAILED if not end.is_reported and end.status == DONE else end.status for end in self.ends}
         is_saved = any(end.rank == 0 and end.is_reported and end.status == STOPPED_EARLY for end in self.ends)
-        is_interrupted = bool(self.requests) and self.requests[0].number == signal.SIGINT
+        is_interrupted = bool(self.requests) and self.requests[0][0] == signal.SIGINT
         is_stopped_at_start = bool(self.requests) and not self.has_begun and statuses != {DONE}  # nothing is lost
         table = (
             (self._second_interrupt() is not None, INTERRUPTED),
@@ -264,15 +246,8 @@ class NodeRun:
 
 def _likelihood(end: End) -> tuple[int, float]:
     """The likelier cause first: a rank that loses another one raises, and has status 1."""
-    if end.status == -signal.SIGTERM:
-        order = 4
-    elif end.status < 0:
-        order = 0
-    elif end.status == DONE:
-        order = 5 if end.is_reported else 1
-    else:
-        order = 3 if end.status == FAILED else 2
-    return order, end.reported_at
+    orders = {FAILED: 3, -signal.SIGTERM: 4, DONE: 5 if end.is_reported else 1}
+    return orders.get(end.status, 0 if end.status < 0 else 2), end.reported_at
 
 
 def _how(end: End) -> str:

@@ -91,8 +91,7 @@ def address_towards(host: str, port: int) -> str:
 def set_gloo_interface(address: str) -> None:
     """Gloo would take the interface of the machine's name, which is often the loopback (127.0.1.1 in /etc/hosts).
 
-    Args:
-        address: This machine's; where it is a name, the interface that leads to other machines is taken.
+    Where this machine's address is a name, the interface that leads to other machines is taken.
     """
     if address.strip("0123456789.") and ":" not in address:
         address = address_towards(_UNUSED_ADDRESS, 1)
