@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dtrain import __version__
-from dtrain.config.errors import ConfigError, one_line
+from dtrain.config.errors import ConfigError, one_line, to_plain
 from dtrain.distributed.environment import environment, is_main
 from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EARLY, WRONG_CONFIG
 from dtrain.distributed.process import run_to_end
@@ -45,10 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _refuse(error: ConfigError) -> int:
-    """One line per mistake, once, whatever the number of ranks.
-
-    What has a cause was raised by code that ran, and that may go wrong on one rank alone: then each rank prints it.
-    """
+    """One line per mistake, by rank 0; by each rank where there is a cause: code ran, which may fail on one alone."""
     if is_main() or error.__cause__ is not None:
         prefix = "" if is_main() else f"rank {environment().rank}: "
         for mistake in error.mistakes:
@@ -62,16 +59,14 @@ class _Parser(argparse.ArgumentParser):
     """A mistake on the command line is one line on stderr and exit status 2."""
 
     def error(self, message: str) -> NoReturn:
-        print(one_line(f"{self.prog}: {message} (see {self.prog} --help)"), file=sys.stderr)
-        sys.exit(WRONG_CONFIG)
+        self.exit(WRONG_CONFIG, one_line(f"{self.prog}: {message} (see {self.prog} --help)") + "\n")
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The command line; argparse takes no KEY=VALUE behind an option, people write it there."""
     parser = _parser()
     options, rest = parser.parse_known_args(words)
-    unexpected = [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]
-    if unexpected:
+    if unexpected := [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]:
         parser.error(f"unrecognized arguments: {' '.join(unexpected)}")
     if rest:
         options.overrides = [*options.overrides, *rest]
@@ -200,10 +195,9 @@ def _check(options: argparse.Namespace) -> int:
     return rank.rehearse(config)
 
 
-def _checked(options: argparse.Namespace, purpose: str) -> Any:
+def _checked(options: argparse.Namespace, purpose: str | None) -> Any:
     """The config, checked before torch is imported; from now on its secrets are masked in what is printed."""
     from dtrain.config.check import check
-    from dtrain.config.errors import to_plain
     from dtrain.config.load import load_config
     from dtrain.tracking.secrets import keep_secret
 
@@ -219,13 +213,11 @@ def _say(line: str) -> None:
 
 def _config(options: argparse.Namespace) -> int:
     """Print the resolved config, with the class of each section."""
-    from dtrain.config.check import check
-    from dtrain.config.load import load_config, notes_on, to_yaml
+    from dtrain.config.load import notes_on, to_yaml
     from dtrain.config.schema import calls
     from dtrain.config.signatures import Callee
 
-    config = load_config(options.config, options.overrides)
-    check(config, purpose=None)
+    config = _checked(options, None)
     for line in notes_on(config):
         print(f"# {one_line(line)}")
     for name, call in calls(config).items():
@@ -242,8 +234,7 @@ def _submit(options: argparse.Namespace) -> int:
     """Train as a SLURM job, with a copy of config and code; requeued until it is done."""
     from dtrain.launch.submit import submit
 
-    settings = {key: getattr(options, key) for key in CLUSTER}
-    return submit(options.config, options.overrides, settings, options.dry_run)
+    return submit(options.config, options.overrides, {key: getattr(options, key) for key in CLUSTER}, options.dry_run)
 
 
 def _sync(options: argparse.Namespace) -> int:

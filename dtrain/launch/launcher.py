@@ -6,12 +6,12 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import psutil
@@ -24,7 +24,7 @@ from dtrain.distributed.environment import Environment, cores
 from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EARLY, WRONG_CONFIG
 from dtrain.distributed.launched_rank import Launch
 from dtrain.distributed.stop import REPEAT_SECONDS, stop_signals
-from dtrain.launch.agent import AgentThread, End, Site
+from dtrain.launch.agent import Agent, End, Site
 from dtrain.launch.console import Console
 from dtrain.launch.rendezvous import address_towards, is_held_here, set_gloo_interface
 from dtrain.tracking.run_folder import RunFolder, close_run_of, lives, read_run
@@ -108,6 +108,8 @@ class NodeRun:
         self.ends: list[End] = []
         self.requests: list[tuple[int, float]] = []  # to stop: signals, and when they came by time.monotonic()
         self.start_began, self.has_begun, self.restarts = time.time(), False, 0
+        self.agent: Agent | None = None
+        self.raised: BaseException | None = None  # what ended the agent, if it did not end by itself
 
     def run(self) -> int:
         """Start the ranks, pass signals on, and report how it ended."""
@@ -116,19 +118,30 @@ class NodeRun:
         for number in (*stop_signals(), signal.SIGQUIT):
             signal.signal(number, self._take)
         with tempfile.TemporaryDirectory(prefix="dtrain-launch-", ignore_cleanup_errors=True) as folder:
-            agent = AgentThread(self.site, Path(folder), str(self.console.log_folder), self._listen, self._ended)
-            agent.start()
-            self._supervise(agent)
+            # Beside this thread, which stays free for signals: torch waits for other nodes in C++.
+            thread = threading.Thread(target=self._run_agent, args=(Path(folder),), name="agent", daemon=True)
+            thread.start()
+            self._supervise(thread)
             self.console.drain()
             self._close_run()
             status = self._status()
             if status == FAILED:
-                self.console.say("\n".join(self._first_failure() if self.ends else [self._why_none(agent.raised)]))
+                self.console.say(self._first_failure())
         sys.stdout.flush()
         sys.stderr.flush()
-        if agent.is_alive():
+        if thread.is_alive():
             os._exit(status)  # it waits for other nodes; ranks that still run end with this process
         return status
+
+    def _run_agent(self, folder: Path) -> None:
+        """In a thread that outlives the ranks: the kernel would take its end for their parent's."""
+        try:
+            self.agent = Agent(self.site, folder, str(self.console.log_folder), self._listen, self._ended)
+            self.agent.run()
+        except BaseException as error:
+            self.raised = error
+        if self.agent:
+            self.agent.leave()
 
     def shutdown_seconds(self) -> float:
         """How long ranks may take to save and end: by the last save's time, where that is known."""
@@ -142,7 +155,7 @@ class NodeRun:
             mark = launch.mark(local_rank) if self.waits_for_first_step else None
             self.console.listen(launch.pipe(local_rank), rank, mark)
 
-    def _take(self, number: int, _frame: FrameType | None) -> None:
+    def _take(self, number: int, _frame: object) -> None:
         self.requests.append((signal.SIGTERM if number == signal.SIGQUIT else number, time.monotonic()))
 
     def _second_interrupt(self) -> float | None:
@@ -150,14 +163,14 @@ class NodeRun:
         times = [at for number, at in self.requests if number == signal.SIGINT]
         return next((at for at in times[1:] if at > times[0] + REPEAT_SECONDS), None)
 
-    def _supervise(self, agent: AgentThread) -> None:
+    def _supervise(self, thread: threading.Thread) -> None:
         """Wait for the agent; each request to stop is passed on to every rank, also to those that start later."""
         delivered: dict[int, int] = {}  # process -> how many of the requests it was sent
-        while agent.is_alive():
-            agent.join(0.05)
+        while thread.is_alive():
+            thread.join(0.05)
             if not self.requests:
                 continue
-            processes = agent.processes
+            processes = [*self.agent.processes.values()] if self.agent else []
             for process in processes:
                 for number, _ in self.requests[delivered.get(process, 0) :]:
                     _send(process, number)
@@ -165,7 +178,7 @@ class NodeRun:
             if self._is_overdue():
                 for process in processes:
                     _send(process, signal.SIGKILL)
-                agent.join(KILL_SECONDS)
+                thread.join(KILL_SECONDS)
                 return
             if not processes:
                 return  # it waits for other nodes: nothing is to be saved
@@ -189,7 +202,7 @@ class NodeRun:
         self.console.drain()
         self.restarts += 1
         again = f"restart {self.restarts} of {self.site.max_restarts}, from the last checkpoint"
-        self.console.say("\n".join([*self._first_failure(), f"dtrain launch: {again}"]))
+        self.console.say(f"{self._first_failure()}\ndtrain launch: {again}")
         self.ends, self.has_begun = [], False  # of the start to come
         return True
 
@@ -218,14 +231,13 @@ class NodeRun:
         )
         return next((status for holds, status in table if holds), max(statuses, default=FAILED))
 
-    def _why_none(self, raised: BaseException | None) -> str:
-        """Why no rank was started, or not again."""
-        kind = type(raised).__name__
-        text = NO_RENDEZVOUS[kind].format(**self.site._asdict()) if kind in NO_RENDEZVOUS else f"{kind}: {raised}"
-        return f"dtrain launch: {one_line(text)}"
-
-    def _first_failure(self) -> list[str]:
-        """Which rank failed first, how, where its output is, and its traceback."""
+    def _first_failure(self) -> str:
+        """Which rank failed first, how, where its output is, and its traceback; or why there was none, or not again."""
+        if not self.ends:
+            kind = type(self.raised).__name__
+            text = NO_RENDEZVOUS.get(kind, "{kind}: {raised}")
+            text = text.format(kind=kind, raised=self.raised, **self.site._asdict())
+            return f"dtrain launch: {one_line(text)}"
         card = read_json(RunFolder(self.folder).failure)
         if card.get("time", 0.0) < self.start_began:  # of another start, or of another machine's disk
             card = {}
@@ -241,7 +253,7 @@ class NodeRun:
         if facts and not (rank == 0 and self.is_terminal):
             facts.append(f"its output: {self.console.log_folder}/rank-{rank}.log")
         details = f" ({'; '.join(facts)})" if facts else ""
-        return [f"dtrain launch: rank {rank} failed first{error}{details}", *trace.rstrip().splitlines()]
+        return "\n".join([f"dtrain launch: rank {rank} failed first{error}{details}", *trace.rstrip().splitlines()])
 
 
 def _likelihood(end: End) -> tuple[int, float]:
