@@ -253,13 +253,12 @@ def store(given: str | None, experiment: str) -> Finding:
         uri = resolve_tracking_uri(given)
     except ValueError as mistake:
         return Finding("mlflow", "fail", redact(str(mistake)))
+    cure = "figures wait in the run folder until `dtrain sync RUN_FOLDER`; check mlflow.tracking_uri and the network"
     if file := sqlite_file(uri):
         error = _sqlite_error(file)
         cure = "choose another mlflow.tracking_uri, on a disk of this machine"
     else:
         error = probe_store(uri, experiment, STORE_SECONDS)
-        wait = "figures wait in the run folder until `dtrain sync RUN_FOLDER`"
-        cure = f"{wait}; check mlflow.tracking_uri and the network"
     if error:
         return Finding("mlflow", "fail", f"{redact(uri)}: {error}", cure)
     return Finding("mlflow", "ok", f"{redact(uri)} can be {'made' if file and not file.exists() else 'written'}")

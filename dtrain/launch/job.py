@@ -33,11 +33,8 @@ TRIES, PAUSE_SECONDS = 5, 3.0  # a controller that restarts answers again after 
 def run_job(run_folder: Path, command: Sequence[str], requeue: str, stopped_status: int) -> int:
     """Run the step of a batch job: a command that takes dtrain's KEY=VALUE arguments at its end.
 
-    Args:
-        run_folder: The training's.
-        command: The step.
-        requeue: The command that requeues the job; '' where the exit status alone does.
-        stopped_status: The exit status of a job that is to start again.
+    `requeue` is the command that requeues the job, '' where the exit status alone does; `stopped_status` is the exit
+    status of a job that is to start again.
 
     Returns:
         The job's exit status: the training's, or 1 where another start would get no further.

@@ -224,10 +224,8 @@ class NodeRun:
             (self._second_interrupt() is not None, INTERRUPTED),
             (WRONG_CONFIG in statuses, WRONG_CONFIG),
             (is_saved, STOPPED_EARLY),
-            (is_stopped_at_start and is_interrupted, INTERRUPTED),
-            (is_stopped_at_start, STOPPED_EARLY),
+            (is_stopped_at_start, INTERRUPTED if is_interrupted else STOPPED_EARLY),
             (not statuses <= {DONE, STOPPED_EARLY, INTERRUPTED}, FAILED),
-            (not statuses, FAILED),
         )
         return next((status for holds, status in table if holds), max(statuses, default=FAILED))
 

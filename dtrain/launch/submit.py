@@ -123,11 +123,7 @@ def _config_text(path: str, overrides: Sequence[str], folder_of_run: Path) -> st
 
 
 def _directives(config: ConfigDict, settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The options of sbatch.
-
-    Raises:
-        ConfigError: Those that no batch script could hold, or SLURM would read otherwise.
-    """
+    """The options of sbatch; what no batch script could hold, or SLURM would read otherwise, is a mistake."""
     wrong: list[Mistake] = []
 
     def refuse(key: str, text: str) -> None:
@@ -168,11 +164,7 @@ def _is_range(nodes: int | str) -> bool:
 
 
 def _submitted(job: Job, modules: set[str]) -> str:
-    """The job's number; its folder is for its owner alone: what is copied may hold what others are not to see.
-
-    Raises:
-        OSError: It is not in the queue, and its folder is gone; or, as the message says, it may be there all the same.
-    """
+    """The job's number; its folder is for its owner alone: what is copied may hold what others are not to see."""
     folder = job.folder
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.mkdir(mode=0o700)
