@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dtrain import __version__
-from dtrain.config.errors import ConfigError, one_line
+from dtrain.config.errors import ConfigError, one_line, to_plain
 from dtrain.distributed.environment import environment, is_main
 from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EARLY, WRONG_CONFIG
 from dtrain.distributed.process import run_to_end
@@ -45,10 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _refuse(error: ConfigError) -> int:
-    """One line per mistake, once, whatever the number of ranks.
-
-    What has a cause was raised by code that ran, and that may go wrong on one rank alone: then each rank prints it.
-    """
+    """One line per mistake, by rank 0; by each rank where there is a cause: code ran, which may fail on one alone."""
     if is_main() or error.__cause__ is not None:
         prefix = "" if is_main() else f"rank {environment().rank}: "
         for mistake in error.mistakes:
@@ -62,16 +59,14 @@ class _Parser(argparse.ArgumentParser):
     """A mistake on the command line is one line on stderr and exit status 2."""
 
     def error(self, message: str) -> NoReturn:
-        print(one_line(f"{self.prog}: {message} (see {self.prog} --help)"), file=sys.stderr)
-        sys.exit(WRONG_CONFIG)
+        self.exit(WRONG_CONFIG, one_line(f"{self.prog}: {message} (see {self.prog} --help)") + "\n")
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The command line; argparse takes no KEY=VALUE behind an option, people write it there."""
     parser = _parser()
     options, rest = parser.parse_known_args(words)
-    unexpected = [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]
-    if unexpected:
+    if unexpected := [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]:
         parser.error(f"unrecognized arguments: {' '.join(unexpected)}")
     if rest:
         options.overrides = [*options.overrides, *rest]
@@ -87,53 +82,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dtrain {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
-    for name, (run, add_arguments, example) in COMMANDS.items():
+    for name, (run, arguments, example) in COMMANDS.items():
         text = run.__doc__ or ""
-        listed: dict[str, Any] = {} if name in FOR_SCRIPTS else {"help": text[:1].lower() + text[1:].rstrip(".")}
-        example = f"example: dtrain {name} {example}"
-        command = commands.add_parser(
-            name, description=text, epilog=example, formatter_class=parser.formatter_class, **listed
-        )
+        texts: dict[str, Any] = {"description": text, "epilog": f"example: dtrain {name} {example}"}
+        if name != "job":  # for scripts: missing in the list of commands
+            texts["help"] = text[:1].lower() + text[1:].rstrip(".")
+        command = commands.add_parser(name, formatter_class=parser.formatter_class, **texts)
         command.set_defaults(run=run)
-        add_arguments(command)
+        for argument, options in arguments.items():
+            command.add_argument(argument, **options)
     return parser
-
-
-def _add_config(parser: argparse.ArgumentParser, **options: Any) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file", **options)
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="dotted keys, values in YAML")
-
-
-def _add_run_folder(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="RUN_FOLDER", help="trainer.checkpoint_dir of the training")
-
-
-def _add_test(parser: argparse.ArgumentParser) -> None:
-    _add_config(parser)
-    parser.add_argument("--checkpoint", metavar="PATH", help="a checkpoint or weight file (default: the best)")
-
-
-def _add_predict(parser: argparse.ArgumentParser) -> None:
-    _add_test(parser)
-    parser.add_argument("--output-dir", metavar="DIR", help="default: predictions in the run folder")
-    parser.add_argument("--overwrite", action="store_true", help="replace files that were made with other settings")
-
-
-def _add_doctor(parser: argparse.ArgumentParser) -> None:
-    _add_config(parser, nargs="?")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-
-
-def _add_launch(parser: argparse.ArgumentParser) -> None:
-    _add_config(parser)
-    add = parser.add_argument
-    add("--nproc-per-node", metavar="N|auto", default="auto", help="ranks on this machine; auto: all GPUs, else 1")
-    add("--nnodes", metavar="N", type=_natural, default=1, help="number of machines (default 1)")
-    add("--rdzv-endpoint", metavar="HOST:PORT", help="where the nodes meet: one of them, and a port")
-    add("--rdzv-id", metavar="ID", default="dtrain", help="distinguishes jobs that meet at one endpoint")
-    add("--max-restarts", metavar="N", type=_natural, default=0, help="restart failed ranks from the last checkpoint")
-    add("--launcher", choices=("torchrun", "accelerate"), default="torchrun", help="whose settings to use")
-    add("--log-dir", metavar="DIR", type=Path, help="default: logs in the run folder")
 
 
 def _natural(text: str) -> int:
@@ -142,32 +100,49 @@ def _natural(text: str) -> int:
     return int(text)
 
 
-CLUSTER = {  # options of submit, which stand for keys of the config's `cluster`: their type and help
-    "nodes": ("N[-M]", "number of nodes"),
-    "gpus_per_node": ("N", "GPUs of each, and as many ranks"),
-    "nproc_per_node": ("N", "ranks on each, if not one per GPU"),
-    "cpus_per_node": ("N", "CPU cores of each"),
-    "mem_per_node": ("SIZE", "memory of each, such as 64G"),
-    "time": ("LIMIT", "such as 12:00:00, 90m, 1.5h, 1-12:00:00"),
-    **dict.fromkeys(("partition", "account", "qos", "constraint"), ("NAME", "as the cluster calls it")),
-    "array": ("'KEY=VALUE ...'", "once for each job of an array"),
+Arguments = dict[str, dict[str, Any]]  # names, and what `add_argument` takes for each
+CONFIG: Arguments = {
+    "config": dict(metavar="CONFIG", help="a YAML file"),
+    "overrides": dict(metavar="KEY=VALUE", nargs="*", default=[], help="dotted keys, values in YAML"),
 }
-
-
-def _add_submit(parser: argparse.ArgumentParser) -> None:
-    _add_config(parser)
-    for key, (metavar, text) in CLUSTER.items():
-        more: dict[str, Any] = {"type": int} if metavar == "N" else {"action": "append"} if key == "array" else {}
-        parser.add_argument(f"--{key.replace('_', '-')}", dest=f"cluster.{key}", metavar=metavar, help=text, **more)
-    parser.add_argument("--dry-run", action="store_true", help="print the batch script; write and submit nothing")
-
-
-def _add_job(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--run-folder", metavar="DIR", type=Path, required=True, help="trainer.checkpoint_dir of the training")
-    add("--requeue", metavar="COMMAND", default="", help="requeues the job, where its exit status alone does not")
-    add("--stopped-status", metavar="N", type=int, default=STOPPED_EARLY, help="of a job that is to start again")
-    add("step", metavar="COMMAND", nargs="+", help="starts the training; takes KEY=VALUE arguments at its end")
+DOCTOR = CONFIG | {
+    "config": CONFIG["config"] | {"nargs": "?"},
+    "--json": dict(action="store_true", help="print one JSON object"),
+}
+TEST = CONFIG | {"--checkpoint": dict(metavar="PATH", help="a checkpoint or weight file (default: the best)")}
+PREDICT = TEST | {
+    "--output-dir": dict(metavar="DIR", help="default: predictions in the run folder"),
+    "--overwrite": dict(action="store_true", help="replace files that were made with other settings"),
+}
+LAUNCH = CONFIG | {
+    "--nproc-per-node": dict(metavar="N|auto", default="auto", help="ranks on this machine; auto: all GPUs, else 1"),
+    "--nnodes": dict(metavar="N", type=_natural, default=1, help="number of machines (default 1)"),
+    "--rdzv-endpoint": dict(metavar="HOST:PORT", help="where the nodes meet: one of them, and a port"),
+    "--rdzv-id": dict(metavar="ID", default="dtrain", help="distinguishes jobs that meet at one endpoint"),
+    "--max-restarts": dict(metavar="N", type=_natural, default=0, help="restart failed ranks from the last checkpoint"),
+    "--launcher": dict(choices=("torchrun", "accelerate"), default="torchrun", help="whose settings to use"),
+    "--log-dir": dict(metavar="DIR", type=Path, help="default: logs in the run folder"),
+}
+_NAME = dict(metavar="NAME", help="as the cluster calls it")
+CLUSTER: Arguments = {  # options of submit, which stand for keys of the config's `cluster`
+    "nodes": dict(metavar="N[-M]", help="number of nodes"),
+    "gpus_per_node": dict(metavar="N", type=int, help="GPUs of each, and as many ranks"),
+    "nproc_per_node": dict(metavar="N", type=int, help="ranks on each, if not one per GPU"),
+    "cpus_per_node": dict(metavar="N", type=int, help="CPU cores of each"),
+    "mem_per_node": dict(metavar="SIZE", help="memory of each, such as 64G"),
+    "time": dict(metavar="LIMIT", help="such as 12:00:00, 90m, 1.5h, 1-12:00:00"),
+    **dict.fromkeys(("partition", "account", "qos", "constraint"), _NAME),
+    "array": dict(metavar="'KEY=VALUE ...'", action="append", help="once for each job of an array"),
+}
+SUBMIT = CONFIG | {f"--{key.replace('_', '-')}": options for key, options in CLUSTER.items()}
+SUBMIT["--dry-run"] = dict(action="store_true", help="print the batch script; write and submit nothing")
+RUN_FOLDER: Arguments = {"folder": dict(metavar="RUN_FOLDER", help="trainer.checkpoint_dir of the training")}
+JOB: Arguments = {
+    "--run-folder": dict(metavar="DIR", type=Path, required=True, help="trainer.checkpoint_dir of the training"),
+    "--requeue": dict(metavar="COMMAND", default="", help="requeues the job, where its exit status alone does not"),
+    "--stopped-status": dict(metavar="N", type=int, default=STOPPED_EARLY, help="of a job that is to start again"),
+    "step": dict(metavar="COMMAND", nargs="+", help="starts the training; takes KEY=VALUE arguments at its end"),
+}
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -220,10 +195,9 @@ def _check(options: argparse.Namespace) -> int:
     return rank.rehearse(config)
 
 
-def _checked(options: argparse.Namespace, purpose: str) -> Any:
+def _checked(options: argparse.Namespace, purpose: str | None) -> Any:
     """The config, checked before torch is imported; from now on its secrets are masked in what is printed."""
     from dtrain.config.check import check
-    from dtrain.config.errors import to_plain
     from dtrain.config.load import load_config
     from dtrain.tracking.secrets import keep_secret
 
@@ -239,13 +213,11 @@ def _say(line: str) -> None:
 
 def _config(options: argparse.Namespace) -> int:
     """Print the resolved config, with the class of each section."""
-    from dtrain.config.check import check
-    from dtrain.config.load import load_config, notes_on, to_yaml
+    from dtrain.config.load import notes_on, to_yaml
     from dtrain.config.schema import calls
     from dtrain.config.signatures import Callee
 
-    config = load_config(options.config, options.overrides)
-    check(config, purpose=None)
+    config = _checked(options, None)
     for line in notes_on(config):
         print(f"# {one_line(line)}")
     for name, call in calls(config).items():
@@ -262,8 +234,7 @@ def _submit(options: argparse.Namespace) -> int:
     """Train as a SLURM job, with a copy of config and code; requeued until it is done."""
     from dtrain.launch.submit import submit
 
-    settings = {key: getattr(options, f"cluster.{key}") for key in CLUSTER}
-    return submit(options.config, options.overrides, settings, options.dry_run)
+    return submit(options.config, options.overrides, {key: getattr(options, key) for key in CLUSTER}, options.dry_run)
 
 
 def _sync(options: argparse.Namespace) -> int:
@@ -308,18 +279,17 @@ def _job(options: argparse.Namespace) -> int:
     return run_job(options.run_folder, options.step, options.requeue, options.stopped_status)
 
 
-# Each command: what runs it, whose docstring is its help; what adds its arguments; an example for its help.
+# Each command: what runs it, whose docstring is its help; its arguments; an example for its help.
 COMMANDS = {
-    "train": (_train, _add_config, "configfiles/digits.yaml trainer.max_epochs=3 optimizer.lr=5e-4"),
-    "launch": (_launch, _add_launch, "configfiles/digits.yaml --nproc-per-node 4 --max-restarts 3"),
-    "test": (_test, _add_test, "configfiles/digits.yaml --checkpoint runs/digits/checkpoints/best"),
-    "predict": (_predict, _add_predict, "configfiles/digits.yaml --output-dir predictions predictor.format=csv"),
-    "check": (_check, _add_config, "configfiles/digits.yaml"),
-    "config": (_config, _add_config, "configfiles/digits.yaml optimizer.lr=5e-4"),
-    "submit": (_submit, _add_submit, "configfiles/digits.yaml --nodes 2 --gpus-per-node 4 --time 12:00:00"),
-    "sync": (_sync, _add_run_folder, "runs/digits"),
-    "replay": (_replay, _add_run_folder, "runs/digits"),
-    "doctor": (_doctor, _add_doctor, "configfiles/digits.yaml"),
-    "job": (_job, _add_job, "--run-folder runs/digits -- srun dtrain launch configfiles/digits.yaml"),
+    "train": (_train, CONFIG, "configfiles/digits.yaml trainer.max_epochs=3 optimizer.lr=5e-4"),
+    "launch": (_launch, LAUNCH, "configfiles/digits.yaml --nproc-per-node 4 --max-restarts 3"),
+    "test": (_test, TEST, "configfiles/digits.yaml --checkpoint runs/digits/checkpoints/best"),
+    "predict": (_predict, PREDICT, "configfiles/digits.yaml --output-dir predictions predictor.format=csv"),
+    "check": (_check, CONFIG, "configfiles/digits.yaml"),
+    "config": (_config, CONFIG, "configfiles/digits.yaml optimizer.lr=5e-4"),
+    "submit": (_submit, SUBMIT, "configfiles/digits.yaml --nodes 2 --gpus-per-node 4 --time 12:00:00"),
+    "sync": (_sync, RUN_FOLDER, "runs/digits"),
+    "replay": (_replay, RUN_FOLDER, "runs/digits"),
+    "doctor": (_doctor, DOCTOR, "configfiles/digits.yaml"),
+    "job": (_job, JOB, "--run-folder runs/digits -- srun dtrain launch configfiles/digits.yaml"),
 }
-FOR_SCRIPTS = ("job",)  # missing in the list of commands

@@ -6,7 +6,6 @@ It overrides private methods of torch's class; tests/launch/test_agent.py names 
 import json
 import math
 import os
-import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -24,7 +23,6 @@ from dtrain.distributed.launched_rank import LAUNCH_VARIABLE, Launch
 
 STORE_SECONDS = 300  # a node waits so long for the one that holds the rendezvous,
 NODES_SECONDS = 900  # and so long for all others
-_ENDED = (WorkerState.SUCCEEDED, WorkerState.FAILED, WorkerState.UNHEALTHY)
 
 
 class Site(NamedTuple):
@@ -86,13 +84,9 @@ class Agent(LocalElasticAgent):
     one's, with what dead ranks have left on it, and a node that is replaced would wait forever for its address. And
     ranks are restarted only where that makes sense.
 
-    Args:
-        site: This node's part of the job.
-        folder: For files between launcher and ranks.
-        log_folder: Passed to the ranks, see Launch.
-        listen: Called for each rank before it is started: its files, local rank and rank.
-        ended: Called once all ranks here are over, with their ends, whether all had done a step, and whether they could
-            be started again: whether to do so.
+    `listen` is called for each rank before it is started, with its files, local rank and rank; `ended` once all ranks
+    here are over, with their ends, whether all had done a step, and whether they could be started again: whether to
+    do so. `folder` is for files between launcher and ranks.
     """
 
     def __init__(
@@ -106,8 +100,6 @@ class Agent(LocalElasticAgent):
         super().__init__(site.spec(), DefaultLogsSpecs(log_dir=str(folder)))
         self._folder, self._log_folder = folder, log_folder
         self._listen, self._ended = listen, ended
-        self._launch = Launch(os.getpid(), str(folder), 0, log_folder)
-        self._store_of_ranks: Any = None
         self.processes: Mapping[int, int] = {}  # local rank -> process, of the ranks that were started
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
 
@@ -142,7 +134,7 @@ class Agent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
-        if result.state in _ENDED:
+        if result.state in (WorkerState.SUCCEEDED, WorkerState.FAILED, WorkerState.UNHEALTHY):
             can_restart = self._remaining_restarts > 0 and result.state == WorkerState.FAILED
             ends = [self._end_of(worker, result) for worker in worker_group.workers]
             have_begun = all(self._launch.mark(worker.local_rank).exists() for worker in worker_group.workers)
@@ -157,28 +149,7 @@ class Agent(LocalElasticAgent):
             status, reported_at = int(report.read_text()), report.stat().st_mtime
         return End(worker.global_rank, failure.exitcode if failure else status, reported_at)
 
-
-class AgentThread(threading.Thread):
-    """Runs an agent beside the main thread, which stays free for signals: torch waits for other nodes in C++."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(name="agent", daemon=True)
-        self.raised: BaseException | None = None  # what ended the agent, if it did not end by itself
-        self._arguments = arguments  # the agent's
-        self._agent: Agent | None = None
-
-    @property
-    def processes(self) -> list[int]:
-        """The ranks of this node that were started."""
-        return [*self._agent.processes.values()] if self._agent else []
-
-    def run(self) -> None:
-        """The thread's part. It outlives its ranks: the kernel would take its end for their parent's."""
-        try:
-            self._agent = Agent(*self._arguments)
-            self._agent.run()
-        except BaseException as error:
-            self.raised = error
-        finally:
-            with suppress(Exception):
-                self._agent._worker_group.spec.rdzv_handler.shutdown()  # type: ignore[union-attr]
+    def leave(self) -> None:
+        """Leave the rendezvous."""
+        with suppress(Exception):
+            self._worker_group.spec.rdzv_handler.shutdown()

@@ -37,9 +37,7 @@ def named_modules(value: Any) -> set[str]:
 def copy_code(modules: Iterable[str], to: Path) -> None:
     """Copy top-level modules and all of the user's own that they import, at any depth; installed ones are left out.
 
-    Args:
-        modules: Their names.
-        to: A new folder, for the front of Python's path.
+    The copies are in a new folder, for the front of Python's path.
 
     Raises:
         ConfigError: There is more than a package's worth of files.
@@ -70,18 +68,18 @@ def _own_places(name: str) -> list[Path]:
 
 
 def _copy(place: Path, to: Path) -> list[Path]:
-    """Copy a module's file, or a package's folder with all that lies in it; returns the copies."""
+    """Copy a module's file, or a package's folder with all that lies in it; returns their files."""
     files = list(islice(_files(place), MAX_FILES + 1))
     if len(files) > MAX_FILES:
         raise ConfigError(f"{place} has more than {MAX_FILES} files, so it is not copied; put the code into a package")
-    copies = [to / file.relative_to(place.parent) for file in files]
-    for file, target in zip(files, copies, strict=True):
+    for file in files:
+        target = to / file.relative_to(place.parent)
         target.parent.mkdir(parents=True, exist_ok=True)
         if file.is_symlink() or file.stat().st_size > LINK_BYTES:
             target.symlink_to(file.resolve())
         else:
             shutil.copy(file, target)
-    return copies
+    return files
 
 
 def _files(place: Path) -> Iterator[Path]:

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 
 from dtrain.tracking.secrets import redact
@@ -22,27 +23,19 @@ _TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 
 
 class Console:
-    """The one writer to this terminal or batch log.
-
-    Args:
-        log_folder: Where each rank's lines go, as rank-N.log.
-        is_terminal: Whether the stream is a terminal, on which a bar may stand where the next line goes.
-    """
+    """The one writer to this terminal or batch log; in `log_folder` each rank's lines go into rank-N.log."""
 
     def __init__(self, log_folder: Path, is_terminal: bool) -> None:
         self.log_folder = log_folder
-        self._clear = "\r\x1b[K" if is_terminal else ""
+        self._clear = "\r\x1b[K" if is_terminal else ""  # of a bar that stands where the next line goes
         self._lock = threading.Lock()
         self._readers: list[tuple[threading.Thread, int]] = []
         self._lines: dict[int, deque[str]] = {}
 
     def listen(self, pipe: Path, rank: int, mark: Path | None = None) -> None:
-        """Show and keep what comes through a pipe.
+        """Make a pipe for a rank, and show and keep what comes through it.
 
-        Args:
-            pipe: Made here; everything written into it is shown.
-            rank: Whose it is.
-            mark: The rank's file is opened once this is there: a new training first moves an old folder aside.
+        The rank's file is opened once `mark` is there: a new training first moves an old folder aside.
         """
         os.mkfifo(pipe)
         held = os.open(pipe, os.O_RDWR)  # so that the pipe does not end before its writer has come
@@ -75,7 +68,7 @@ class Console:
     def _read(self, end: int, rank: int, log: "_Log") -> None:
         rest = b""
         while True:
-            if not select.select([end], [], [], POLL_SECONDS if log.is_pending else None)[0]:
+            if not select.select([end], [], [], POLL_SECONDS if log.pending else None)[0]:
                 log.write("")
                 continue
             if not (chunk := os.read(end, 1 << 16)):
@@ -110,17 +103,12 @@ class _Log:
     def __init__(self, path: Path, mark: Path | None) -> None:
         self._path, self._mark = path, mark
         self._file: int | None = None
-        self._pending = ""
         self._is_lost = False
-
-    @property
-    def is_pending(self) -> bool:
-        """Whether there is something to write that may not be written yet."""
-        return bool(self._pending)
+        self.pending = ""  # what may not be written yet
 
     def write(self, text: str) -> None:
-        self._pending += text
-        if self._mark is None or self._mark.exists() or len(self._pending) > MAX_PENDING_CHARACTERS:
+        self.pending += text
+        if self._mark is None or self._mark.exists() or len(self.pending) > MAX_PENDING_CHARACTERS:
             self._flush()
 
     def close(self) -> None:
@@ -129,7 +117,7 @@ class _Log:
             os.close(self._file)
 
     def _flush(self) -> None:
-        text, self._pending = self._pending, ""
+        text, self.pending = self.pending, ""
         if self._is_lost or not text:
             return
         try:
@@ -144,8 +132,6 @@ class _Log:
 
 def _write(stream: int, data: bytes) -> None:
     """All of it; where the reader went away (`| head`), nothing: the files have it."""
-    try:
+    with suppress(OSError):
         while data:
             data = data[os.write(stream, data) :]
-    except OSError:
-        pass

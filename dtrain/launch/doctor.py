@@ -46,7 +46,7 @@ TENSOR_MB = 16
 ROUNDS = 5
 DISK_MB = 64
 DISK_SECONDS = 3.0  # a slow disk is written to no longer
-STATUS = ("ok", "warn", "fail")
+Probe = Callable[[], "Finding"]
 
 
 class Finding(NamedTuple):
@@ -58,9 +58,6 @@ class Finding(NamedTuple):
     cure: str = ""
 
 
-Probe = Callable[[], Finding]
-
-
 def judged(probe: str, found: str, *checks: tuple[bool, str, str]) -> Finding:
     """What was found, with status and cure of the first check that holds, else ok."""
     status, cure = next(((status, cure) for holds, status, cure in checks if holds), ("ok", ""))
@@ -68,11 +65,9 @@ def judged(probe: str, found: str, *checks: tuple[bool, str, str]) -> Finding:
 
 
 def examine(config: Mapping[str, Any], as_json: bool = False) -> int:
-    """Run all probes and print what they find; every rank calls it, rank 0 prints.
+    """Run all probes and print what they find, as lines or one JSON object; every rank calls it, rank 0 prints.
 
-    Args:
-        config: Whose run folder and MLflow are probed; may be empty.
-        as_json: One JSON object instead: `ok`, and the `findings`.
+    The run folder and the MLflow that are probed are those of `config`, which may be empty.
 
     Returns:
         The exit status, the same on every rank: 0 where nothing failed, else 1.
@@ -81,7 +76,7 @@ def examine(config: Mapping[str, Any], as_json: bool = False) -> int:
     node, mlflow = _alone(here, config)
     findings = _together(here, node, mlflow) if here.world_size > 1 else [*node, _pair(), *mlflow]
     if here.rank == 0:
-        print("\n".join(_as_text(findings, as_json)), flush=True)
+        print(_as_text(findings, as_json), flush=True)
     return FAILED if any(one.status == "fail" for one in findings) else DONE
 
 
@@ -107,15 +102,13 @@ def _alone(here: Environment, config: Mapping[str, Any]) -> tuple[list[Finding],
     return node, [mlflow]
 
 
-def _as_text(findings: Sequence[Finding], as_json: bool) -> list[str]:
+def _as_text(findings: Sequence[Finding], as_json: bool) -> str:
     if as_json:
         ok = all(one.status != "fail" for one in findings)
-        return [json.dumps({"ok": ok, "findings": [one._asdict() for one in findings]}, indent=2)]
+        return json.dumps({"ok": ok, "findings": [one._asdict() for one in findings]}, indent=2)
     width = max(len(one.probe) for one in findings)
-    return [
-        f"{one.status:<5} {one.probe:<{width}}  {one_line(one.found)}" + (f"; {one_line(one.cure)}" if one.cure else "")
-        for one in findings
-    ]
+    texts = ["; ".join(one_line(text) for text in (one.found, one.cure) if text) for one in findings]
+    return "\n".join(f"{one.status:<5} {one.probe:<{width}}  {text}" for one, text in zip(findings, texts, strict=True))
 
 
 def in_time(probes: Mapping[str, Probe], seconds: float) -> list[Finding]:
@@ -139,9 +132,6 @@ def in_time(probes: Mapping[str, Probe], seconds: float) -> list[Finding]:
     return [found.get(name) or Finding(name, "fail", late, "look at its file system or network") for name in probes]
 
 
-# --------------------------------------------------------------------------------------------------- one machine alone
-
-
 def versions() -> Finding:
     """Python and the libraries that a training cannot do without."""
     found, missing = [f"Python {platform.python_version()}"], []
@@ -155,10 +145,7 @@ def versions() -> Finding:
 
 def version_of(package: str) -> str:
     """The version of an installed package, which is not imported; '' if there is none."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+    return next((found.version for found in importlib.metadata.distributions(name=package)), "")
 
 
 def gpus() -> Finding:
@@ -202,9 +189,8 @@ def fabric() -> Finding:
     states = {path.parts[-4]: path.read_text() for path in Path("/sys/class/infiniband").glob("*/ports/*/state")}
     active = [name for name, state in states.items() if "ACTIVE" in state]
     if states and not active:
-        return Finding(
-            "fabric", "warn", f"InfiniBand is present but not active: {', '.join(states)}", "ibstat shows why"
-        )
+        text = f"InfiniBand is present but not active: {', '.join(states)}"
+        return Finding("fabric", "warn", text, "ibstat shows why")
     others = [f"{name} {speed} Mb/s" if speed else name for name, speed in up.items() if name != "lo"]
     text = f"InfiniBand {', '.join(active)}" if active else f"no InfiniBand; {', '.join(others) or 'lo alone'}"
     try:
@@ -221,10 +207,9 @@ def disk(folder: Path) -> Finding:
     block = os.urandom(1 << 20)
     written, began = 0, time.monotonic()
     try:
-        with tempfile.TemporaryFile(dir=existing) as file:
+        with tempfile.TemporaryFile(dir=existing, buffering=0) as file:
             while written < DISK_MB and time.monotonic() - began < DISK_SECONDS:
                 file.write(block)
-                file.flush()
                 os.fsync(file.fileno())
                 written += 1
     except OSError as error:
@@ -255,12 +240,10 @@ def shared_memory() -> Finding:
     if not place.is_dir():
         return Finding("shared memory", "ok", "this system has no /dev/shm")
     free_gb = shutil.disk_usage(place).free / 1e9
+    fails = free_gb < 0.05 or not os.access(place, os.W_OK)
     cure = "docker run --shm-size=8g (or --ipc=host); else loaders.num_workers=0"
     return judged(
-        "shared memory",
-        f"{free_gb:.2f} GB free in {place}",
-        (free_gb < 0.05 or not os.access(place, os.W_OK), "fail", cure),
-        (free_gb < 1, "warn", cure),
+        "shared memory", f"{free_gb:.2f} GB free in {place}", (fails, "fail", cure), (free_gb < 1, "warn", cure)
     )
 
 
@@ -270,35 +253,28 @@ def store(given: str | None, experiment: str) -> Finding:
         uri = resolve_tracking_uri(given)
     except ValueError as mistake:
         return Finding("mlflow", "fail", redact(str(mistake)))
-    file = sqlite_file(uri)
-    if file:
+    cure = "figures wait in the run folder until `dtrain sync RUN_FOLDER`; check mlflow.tracking_uri and the network"
+    if file := sqlite_file(uri):
         error = _sqlite_error(file)
         cure = "choose another mlflow.tracking_uri, on a disk of this machine"
     else:
         error = probe_store(uri, experiment, STORE_SECONDS)
-        cure = (
-            "figures wait in the run folder until `dtrain sync RUN_FOLDER`; check mlflow.tracking_uri and the network"
-        )
     if error:
         return Finding("mlflow", "fail", f"{redact(uri)}: {error}", cure)
     return Finding("mlflow", "ok", f"{redact(uri)} can be {'made' if file and not file.exists() else 'written'}")
 
 
 def _sqlite_error(file: Path) -> str:
-    """Why a database could not be written, else ''; a transaction is begun and rolled back."""
+    """Why a database could not be written, else ''; a transaction is begun, and rolled back by closing."""
     if not file.exists():
         folder = next(path for path in file.parents if path.is_dir())
         return "" if os.access(folder, os.W_OK) else f"{folder} cannot be written"
     try:
         with closing(sqlite3.connect(f"{file.as_uri()}?mode=rw", uri=True, timeout=10)) as connection:
             connection.execute("BEGIN IMMEDIATE")
-            connection.execute("ROLLBACK")
     except sqlite3.Error as error:
         return str(error)
     return ""
-
-
-# ----------------------------------------------------------------------------------------------------- ranks together
 
 
 def _together(here: Environment, node: list[Finding], mlflow: list[Finding]) -> list[Finding]:
@@ -325,7 +301,9 @@ def _merged(nodes: Sequence[tuple[str, Sequence[Finding]]]) -> list[Finding]:
     """One line per probe of all nodes: the first one's, or the worst with its host."""
     merged = []
     for probes in zip(*(findings for _, findings in nodes), strict=True):
-        worst = max(range(len(nodes)), key=lambda number: (STATUS.index(probes[number].status), -number))
+        worst = max(
+            range(len(nodes)), key=lambda number: (("ok", "warn", "fail").index(probes[number].status), -number)
+        )
         finding = probes[worst]
         count = sum(probe.status == finding.status for probe in probes)
         where = f" ({nodes[worst][0]}; {count} of {len(nodes)} nodes)" if len(nodes) > 1 else ""
@@ -377,15 +355,10 @@ def _all_reduced(rank: int, world_size: int, device: Any) -> Finding:
 
 def _pair() -> Finding:
     """The all-reduce of two ranks that are started here for it."""
-    import torch
-
-    kind = "cuda" if torch.cuda.device_count() > 1 and torch.distributed.is_nccl_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "dtrain.launch.doctor", str(Path(folder) / "store"), kind]
-        ranks = [
-            subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            for rank in range(2)
-        ]
+        command = [sys.executable, "-m", "dtrain.launch.doctor", f"{folder}/store"]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        ranks = [subprocess.Popen([*command, str(rank)], **pipes) for rank in range(2)]
         end = time.monotonic() + TOGETHER_SECONDS
         try:
             outputs = [rank.communicate(timeout=max(0.1, end - time.monotonic())) for rank in ranks]
@@ -403,19 +376,20 @@ def _pair() -> Finding:
     return Finding("all-reduce", "fail", found, cure)
 
 
-def _be_one_of_two(store_file: str, kind: str, rank: int) -> None:
+def _be_one_of_two(store_file: str, rank: int) -> None:
     """One rank of `_pair`: prints its finding as JSON."""
     import torch
     import torch.distributed as dist
 
-    device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
-    if kind == "cuda":
+    backend, device = "gloo", torch.device("cpu")
+    if torch.cuda.device_count() > 1 and dist.is_nccl_available():
+        backend, device = "nccl", torch.device("cuda", rank)
         torch.cuda.set_device(device)
-    backend, timeout = "nccl" if kind == "cuda" else "gloo", timedelta(seconds=TOGETHER_SECONDS / 2)
+    timeout = timedelta(seconds=TOGETHER_SECONDS / 2)
     dist.init_process_group(backend, f"file://{store_file}", timeout, world_size=2, rank=rank)
     print(json.dumps(_all_reduced(rank, 2, device)), flush=True)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    _be_one_of_two(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    _be_one_of_two(sys.argv[1], int(sys.argv[2]))

@@ -15,8 +15,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 
 from dtrain.distributed.environment import job_ends_at
 from dtrain.distributed.exit_status import FAILED, STOPPED_EARLY
@@ -31,30 +31,30 @@ TRIES, PAUSE_SECONDS = 5, 3.0  # a controller that restarts answers again after 
 
 
 def run_job(run_folder: Path, command: Sequence[str], requeue: str, stopped_status: int) -> int:
-    """Run the step of a batch job.
+    """Run the step of a batch job: a command that takes dtrain's KEY=VALUE arguments at its end.
 
-    Args:
-        run_folder: The run folder of the training.
-        command: The step, which takes dtrain's KEY=VALUE arguments at its end.
-        requeue: The command that requeues the job; '' where the exit status alone does.
-        stopped_status: The exit status of a job that is to start again.
+    `requeue` is the command that requeues the job, '' where the exit status alone does; `stopped_status` is the exit
+    status of a job that is to start again.
 
     Returns:
         The job's exit status: the training's, or 1 where another start would get no further.
     """
     step = Step()
-    starts = Starts(run_folder)
-    if starts.are_idle:
+    file = _starts_file(run_folder)
+    earlier, this = read_json(file).get("starts", []), _state_of(run_folder)
+    if earlier[-IDLE_STARTS:] == [this] * IDLE_STARTS:
         say(f"{IDLE_STARTS} starts have not led to a new checkpoint in {run_folder}; not started again")
         return FAILED
-    starts.record()
+    write_json(file, {"starts": [*earlier, this]}, durable=True)
     ends_at = _end_of_job()
     if ends_at:  # older SLURMs do not set it; the ranks stop in time
         os.environ.setdefault("SLURM_JOB_END_TIME", str(int(ends_at)))
-    status = step.run([*command, *starts.overrides])
+    # Once the job's own training has begun, its next start resumes it, wherever the first one began.
+    has_begun = earlier and this["training"] != earlier[0]["training"]
+    status = step.run([*command, "trainer.resume=auto"] if has_begun else command)
     if status != STOPPED_EARLY:
         return status
-    if ends_at and ends_at - time.time() < NEAR_END_SECONDS and not starts.has_progress:
+    if ends_at and ends_at - time.time() < NEAR_END_SECONDS and _state_of(run_folder)["last"] == this["last"]:
         say("the time limit came before the first checkpoint, and would again: raise it; not requeued")
         return FAILED
     if requeue:
@@ -71,7 +71,7 @@ class Step:
         for number in WARNINGS:
             signal.signal(number, self._warn)
 
-    def _warn(self, number: int, _frame: FrameType | None) -> None:
+    def _warn(self, number: int, _frame: object) -> None:
         self._warnings.append(number)
         if self._process is not None and self._process.returncode is None:
             self._process.send_signal(signal.SIGUSR1)
@@ -89,55 +89,30 @@ class Step:
         return STOPPED_EARLY if self._warnings and status == 128 + signal.SIGUSR1 else status
 
 
-class Starts:
-    """The starts of this job so far, in a small file beside the run folder."""
+def _starts_file(run_folder: Path) -> Path:
+    """A small file beside the run folder, for the starts of this job so far."""
+    names = ("DTRAIN_JOB_ID", "SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "HOSTNAME")
+    job = next((os.environ[name] for name in names if os.environ.get(name)), "job")
+    folder = run_folder.with_name(f"{run_folder.name}.jobs")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder / f"starts-{job.replace(os.sep, '_')}{os.environ.get('LSB_JOBINDEX', '')}.json"
 
-    def __init__(self, run_folder: Path) -> None:
-        self._run_folder = run_folder
-        names = ("DTRAIN_JOB_ID", "SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "HOSTNAME")
-        job = next((os.environ[name] for name in names if os.environ.get(name)), "job")
-        folder = run_folder.with_name(f"{run_folder.name}.jobs")
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._file = folder / f"starts-{job.replace(os.sep, '_')}{os.environ.get('LSB_JOBINDEX', '')}.json"
-        self._earlier = read_json(self._file).get("starts", [])
-        self._this = {"training": read_run(run_folder).get("id"), "last": self._last_checkpoint()}
 
-    def _last_checkpoint(self) -> str:
-        try:
-            return (RunFolder(self._run_folder).checkpoints / "last").readlink().name
-        except OSError:
-            return ""
-
-    @property
-    def are_idle(self) -> bool:
-        """Whether the last few starts brought no new checkpoint."""
-        return self._earlier[-IDLE_STARTS:] == [self._this] * IDLE_STARTS
-
-    @property
-    def has_progress(self) -> bool:
-        """Whether there is a checkpoint that was not there when this start began."""
-        return self._last_checkpoint() != self._this["last"]
-
-    @property
-    def overrides(self) -> list[str]:
-        """Once the job's own training has begun, its next start resumes it, wherever the first one began."""
-        has_begun = self._earlier and self._this["training"] != self._earlier[0]["training"]
-        return ["trainer.resume=auto"] if has_begun else []
-
-    def record(self) -> None:
-        """Write this start into the file."""
-        write_json(self._file, {"starts": [*self._earlier, self._this]}, durable=True)
+def _state_of(run_folder: Path) -> dict[str, str | None]:
+    """The training in a run folder, and its last checkpoint."""
+    last = ""
+    with suppress(OSError):
+        last = (RunFolder(run_folder).checkpoints / "last").readlink().name
+    return {"training": read_run(run_folder).get("id"), "last": last}
 
 
 def _end_of_job() -> float | None:
     """When SLURM ends this job, in unix seconds; None where that is unknown."""
-    if (known := job_ends_at()) is not None:
+    known, job = job_ends_at(), _slurm_job()
+    if known is not None or not job:
         return known
-    if job := _slurm_job():
-        try:
-            return datetime.datetime.fromisoformat(_output_of(["squeue", "-h", "-j", job, "-o", "%e"])).timestamp()
-        except ValueError:  # 'N/A': no limit
-            return None
+    with suppress(ValueError):  # 'N/A': no limit
+        return datetime.datetime.fromisoformat(_output_of(["squeue", "-h", "-j", job, "-o", "%e"])).timestamp()
     return None
 
 
@@ -162,19 +137,18 @@ def _output_of(command: Sequence[str]) -> str:
     """What a command of the batch system prints; '' where it fails, again and again."""
     reason = ""
     for attempt in range(TRIES):
-        if attempt:
-            time.sleep(PAUSE_SECONDS)
+        time.sleep(PAUSE_SECONDS if attempt else 0)
         try:
-            return subprocess.run(
-                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=True
-            ).stdout.strip()
-        except subprocess.CalledProcessError as error:
-            reason = error.stderr.strip()
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
         except subprocess.TimeoutExpired as error:
             reason = str(error)
         except OSError as error:  # there is no such program
             reason = str(error)
             break
+        else:
+            if not done.returncode:
+                return done.stdout.strip()
+            reason = done.stderr.strip()
     say(f"{shlex.join(command)}: {reason}")
     return ""
 

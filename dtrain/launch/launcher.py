@@ -3,17 +3,16 @@
 import argparse
 import logging
 import os
-import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
@@ -25,7 +24,7 @@ from dtrain.distributed.environment import Environment, cores
 from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EARLY, WRONG_CONFIG
 from dtrain.distributed.launched_rank import Launch
 from dtrain.distributed.stop import REPEAT_SECONDS, stop_signals
-from dtrain.launch.agent import AgentThread, End, Site
+from dtrain.launch.agent import Agent, End, Site
 from dtrain.launch.console import Console
 from dtrain.launch.rendezvous import address_towards, is_held_here, set_gloo_interface
 from dtrain.tracking.run_folder import RunFolder, close_run_of, lives, read_run
@@ -56,16 +55,8 @@ def launch(config: Mapping[str, Any], options: argparse.Namespace, host: str, po
     if options.nnodes > 1:
         address, job = address_towards(host, port), options.rdzv_id
         set_gloo_interface(address)
-    site = Site(
-        ranks_here=ranks,
-        nodes=options.nnodes,
-        endpoint=f"{host}:{port}",
-        is_host=is_host,
-        address=address,
-        job=job,
-        command=(sys.executable, "-m", "dtrain", "train", options.config, *options.overrides),
-        max_restarts=options.max_restarts,
-    )
+    command = (sys.executable, "-m", "dtrain", "train", options.config, *options.overrides)
+    site = Site(ranks, options.nnodes, f"{host}:{port}", is_host, address, job, command, options.max_restarts)
     is_new = (config.get("trainer") or {}).get("resume") == "none"
     return NodeRun(site, run_folder(config), options.log_dir, is_new).run()
 
@@ -102,13 +93,6 @@ def _accelerate_settings(ranks: int) -> dict[str, str]:
     return settings
 
 
-class Request(NamedTuple):
-    """A signal that asks this job to stop."""
-
-    number: signal.Signals
-    at: float  # time.monotonic()
-
-
 class NodeRun:
     """The ranks of this node, from their start to the exit status.
 
@@ -122,30 +106,42 @@ class NodeRun:
         self.is_terminal = sys.stdout.isatty()
         self.console = Console((log_folder or RunFolder(self.folder).logs).absolute(), self.is_terminal)
         self.ends: list[End] = []
-        self.requests: list[Request] = []
+        self.requests: list[tuple[int, float]] = []  # to stop: signals, and when they came by time.monotonic()
         self.start_began, self.has_begun, self.restarts = time.time(), False, 0
+        self.agent: Agent | None = None
+        self.raised: BaseException | None = None  # what ended the agent, if it did not end by itself
 
     def run(self) -> int:
         """Start the ranks, pass signals on, and report how it ended."""
         for name in ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # what they report is reported here
-        private = Path(tempfile.mkdtemp(prefix="dtrain-launch-"))
         for number in (*stop_signals(), signal.SIGQUIT):
             signal.signal(number, self._take)
-        agent = AgentThread(self.site, private, str(self.console.log_folder), self._listen, self._ended)
-        agent.start()
-        self._supervise(agent)
-        self.console.drain()
-        self._close_run()
-        status = self._status()
-        if status == FAILED:
-            self.console.say("\n".join(self._first_failure() if self.ends else [self._why_none(agent.raised)]))
-        shutil.rmtree(private, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix="dtrain-launch-", ignore_cleanup_errors=True) as folder:
+            # Beside this thread, which stays free for signals: torch waits for other nodes in C++.
+            thread = threading.Thread(target=self._run_agent, args=(Path(folder),), name="agent", daemon=True)
+            thread.start()
+            self._supervise(thread)
+            self.console.drain()
+            self._close_run()
+            status = self._status()
+            if status == FAILED:
+                self.console.say(self._first_failure())
         sys.stdout.flush()
         sys.stderr.flush()
-        if agent.is_alive():
+        if thread.is_alive():
             os._exit(status)  # it waits for other nodes; ranks that still run end with this process
         return status
+
+    def _run_agent(self, folder: Path) -> None:
+        """In a thread that outlives the ranks: the kernel would take its end for their parent's."""
+        try:
+            self.agent = Agent(self.site, folder, str(self.console.log_folder), self._listen, self._ended)
+            self.agent.run()
+        except BaseException as error:
+            self.raised = error
+        if self.agent:
+            self.agent.leave()
 
     def shutdown_seconds(self) -> float:
         """How long ranks may take to save and end: by the last save's time, where that is known."""
@@ -159,31 +155,30 @@ class NodeRun:
             mark = launch.mark(local_rank) if self.waits_for_first_step else None
             self.console.listen(launch.pipe(local_rank), rank, mark)
 
-    def _take(self, number: int, _frame: FrameType | None) -> None:
-        asked = signal.SIGTERM if number == signal.SIGQUIT else signal.Signals(number)
-        self.requests.append(Request(asked, time.monotonic()))
+    def _take(self, number: int, _frame: object) -> None:
+        self.requests.append((signal.SIGTERM if number == signal.SIGQUIT else number, time.monotonic()))
 
     def _second_interrupt(self) -> float | None:
         """When the second Ctrl-C came, if it did; a terminal may deliver the first one several times."""
-        times = [request.at for request in self.requests if request.number == signal.SIGINT]
+        times = [at for number, at in self.requests if number == signal.SIGINT]
         return next((at for at in times[1:] if at > times[0] + REPEAT_SECONDS), None)
 
-    def _supervise(self, agent: AgentThread) -> None:
+    def _supervise(self, thread: threading.Thread) -> None:
         """Wait for the agent; each request to stop is passed on to every rank, also to those that start later."""
         delivered: dict[int, int] = {}  # process -> how many of the requests it was sent
-        while agent.is_alive():
-            agent.join(0.05)
+        while thread.is_alive():
+            thread.join(0.05)
             if not self.requests:
                 continue
-            processes = agent.processes
+            processes = [*self.agent.processes.values()] if self.agent else []
             for process in processes:
-                for request in self.requests[delivered.get(process, 0) :]:
-                    _send(process, request.number)
+                for number, _ in self.requests[delivered.get(process, 0) :]:
+                    _send(process, number)
                 delivered[process] = len(self.requests)
             if self._is_overdue():
                 for process in processes:
                     _send(process, signal.SIGKILL)
-                agent.join(KILL_SECONDS)
+                thread.join(KILL_SECONDS)
                 return
             if not processes:
                 return  # it waits for other nodes: nothing is to be saved
@@ -193,7 +188,7 @@ class NodeRun:
         if interrupted := self._second_interrupt():
             return time.monotonic() > interrupted + KILL_SECONDS
         limit = self.shutdown_seconds()
-        if time.monotonic() <= self.requests[0].at + limit:
+        if time.monotonic() <= self.requests[0][1] + limit:
             return False
         self.console.say(f"dtrain launch: ranks had not ended {limit:.0f} s after they were asked to: killed")
         return True
@@ -207,7 +202,7 @@ class NodeRun:
         self.console.drain()
         self.restarts += 1
         again = f"restart {self.restarts} of {self.site.max_restarts}, from the last checkpoint"
-        self.console.say("\n".join([*self._first_failure(), f"dtrain launch: {again}"]))
+        self.console.say(f"{self._first_failure()}\ndtrain launch: {again}")
         self.ends, self.has_begun = [], False  # of the start to come
         return True
 
@@ -223,27 +218,24 @@ class NodeRun:
         """The exit status of this node's ranks: of the first line that holds, else the highest of theirs."""
         statuses = {FAILED if not end.is_reported and end.status == DONE else end.status for end in self.ends}
         is_saved = any(end.rank == 0 and end.is_reported and end.status == STOPPED_EARLY for end in self.ends)
-        is_interrupted = bool(self.requests) and self.requests[0].number == signal.SIGINT
+        is_interrupted = bool(self.requests) and self.requests[0][0] == signal.SIGINT
         is_stopped_at_start = bool(self.requests) and not self.has_begun and statuses != {DONE}  # nothing is lost
         table = (
             (self._second_interrupt() is not None, INTERRUPTED),
             (WRONG_CONFIG in statuses, WRONG_CONFIG),
             (is_saved, STOPPED_EARLY),
-            (is_stopped_at_start and is_interrupted, INTERRUPTED),
-            (is_stopped_at_start, STOPPED_EARLY),
+            (is_stopped_at_start, INTERRUPTED if is_interrupted else STOPPED_EARLY),
             (not statuses <= {DONE, STOPPED_EARLY, INTERRUPTED}, FAILED),
-            (not statuses, FAILED),
         )
         return next((status for holds, status in table if holds), max(statuses, default=FAILED))
 
-    def _why_none(self, raised: BaseException | None) -> str:
-        """Why no rank was started, or not again."""
-        kind = type(raised).__name__
-        text = NO_RENDEZVOUS[kind].format(**self.site._asdict()) if kind in NO_RENDEZVOUS else f"{kind}: {raised}"
-        return f"dtrain launch: {one_line(text)}"
-
-    def _first_failure(self) -> list[str]:
-        """Which rank failed first, how, where its output is, and its traceback."""
+    def _first_failure(self) -> str:
+        """Which rank failed first, how, where its output is, and its traceback; or why there was none, or not again."""
+        if not self.ends:
+            kind = type(self.raised).__name__
+            text = NO_RENDEZVOUS.get(kind, "{kind}: {raised}")
+            text = text.format(kind=kind, raised=self.raised, **self.site._asdict())
+            return f"dtrain launch: {one_line(text)}"
         card = read_json(RunFolder(self.folder).failure)
         if card.get("time", 0.0) < self.start_began:  # of another start, or of another machine's disk
             card = {}
@@ -259,20 +251,13 @@ class NodeRun:
         if facts and not (rank == 0 and self.is_terminal):
             facts.append(f"its output: {self.console.log_folder}/rank-{rank}.log")
         details = f" ({'; '.join(facts)})" if facts else ""
-        return [f"dtrain launch: rank {rank} failed first{error}{details}", *trace.rstrip().splitlines()]
+        return "\n".join([f"dtrain launch: rank {rank} failed first{error}{details}", *trace.rstrip().splitlines()])
 
 
 def _likelihood(end: End) -> tuple[int, float]:
     """The likelier cause first: a rank that loses another one raises, and has status 1."""
-    if end.status == -signal.SIGTERM:
-        order = 4
-    elif end.status < 0:
-        order = 0
-    elif end.status == DONE:
-        order = 5 if end.is_reported else 1
-    else:
-        order = 3 if end.status == FAILED else 2
-    return order, end.reported_at
+    orders = {FAILED: 3, -signal.SIGTERM: 4, DONE: 5 if end.is_reported else 1}
+    return orders.get(end.status, 0 if end.status < 0 else 2), end.reported_at
 
 
 def _how(end: End) -> str:

@@ -42,14 +42,12 @@ def is_held_here(host: str, port: int, nodes: int) -> bool:
         if nodes == 1:
             raise ConfigError(f"--rdzv-endpoint {host}:{port} is on another machine; one node alone needs none")
         return False
-    with socket.socket() as probe:
+    with suppress(OSError), socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-            return True
-        except OSError:
-            if nodes > 1 and is_rendezvous(host, port):  # held by another node's launcher on this machine
-                return False
+        probe.bind(("", port))
+        return True
+    if nodes > 1 and is_rendezvous(host, port):  # held by another node's launcher on this machine
+        return False
     raise ConfigError(f"--rdzv-endpoint {host}:{port}: port {port} is in use{_owner_of(port)}; take another one")
 
 
@@ -89,12 +87,8 @@ def address_towards(host: str, port: int) -> str:
 
 
 def set_gloo_interface(address: str) -> None:
-    """Gloo would take the interface of the machine's name, which is often the loopback (127.0.1.1 in /etc/hosts).
-
-    Args:
-        address: This machine's; where it is a name, the interface that leads to other machines is taken.
-    """
-    if address.strip("0123456789.") and ":" not in address:
+    """Gloo would take the interface of the machine's name, which is often the loopback (127.0.1.1 in /etc/hosts)."""
+    if address.strip("0123456789.") and ":" not in address:  # a name: the interface that leads to other machines
         address = address_towards(_UNUSED_ADDRESS, 1)
     for name, found in psutil.net_if_addrs().items():
         if any(each.address.partition("%")[0] == address for each in found):

@@ -1,7 +1,4 @@
-"""The text of a SLURM batch script, in which no value can become a command.
-
-Directives hold nothing but plain words, everything else is quoted for bash.
-"""
+"""The text of a SLURM batch script. No value can become a command: directives hold plain words, all else is quoted."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -25,8 +25,7 @@ from dtrain.launch.sbatch import Job, is_word, script
 from dtrain.tracking.git_state import capture_code_for_later
 from dtrain.tracking.secrets import keep_secret
 
-# Settings of the queue that are plain words, with sbatch's names for them.
-WORDS = ("partition", "account", "qos", "constraint")
+WORDS = ("partition", "account", "qos", "constraint")  # settings of the queue, named as sbatch has them
 
 
 def cluster_settings(  # noqa: PLR0913
@@ -62,7 +61,7 @@ def submit(path: str, overrides: Sequence[str], options: Mapping[str, Any], dry_
         return DONE
     try:
         number = _submitted(job, modules)
-    except (OSError, _SubmissionError) as error:
+    except OSError as error:
         print(f"dtrain submit: {error}", file=sys.stderr)
         return FAILED
     jobs, logs = (f", {len(job.configs)} jobs", f"{number}_*.log") if len(job.configs) > 1 else ("", f"{number}.log")
@@ -79,29 +78,28 @@ def _plan(path: str, overrides: Sequence[str]) -> tuple[Job, set[str]]:
     config = _checked(path, overrides)
     settings = cluster_settings(**to_plain(config.get("cluster") or {}))
     directives = _directives(config, settings)
-    array = _array(config, settings)
+    try:  # the overrides of each job; one job without any where there is no array
+        array = [shlex.split(text) for text in settings["array"] or [""]]
+    except ValueError as error:
+        raise ConfigError(mistake(config, ("cluster", "array"), f"{error}; expected KEY=VALUE words")) from None
     base = Path.cwd() / run_folder(config)
-    texts, run_folders, modules = [], [], set[str]()
+    folder = base.with_name(f"{base.name}.jobs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    configs, run_folders, modules = {}, [], set[str]()
     for index, words in enumerate(array):
+        number = f"-{index}" if len(array) > 1 else ""
         own = _checked(path, [*overrides, *words]) if words else config
         folder_of_run = Path.cwd() / run_folder(own)
-        if len(array) > 1 and folder_of_run == base:
-            folder_of_run = folder_of_run.with_name(f"{folder_of_run.name}-{index}")
-        texts.append(_config_text(path, [*overrides, *words], folder_of_run))
+        if folder_of_run == base:
+            folder_of_run = base.with_name(f"{base.name}{number}")
+        configs[folder / f"config{number}.yaml"] = _config_text(path, [*overrides, *words], folder_of_run)
         run_folders.append(folder_of_run)
         modules |= named_modules(to_plain(own))
-    _expect_unique(config, run_folders)
-    folder = base.with_name(f"{base.name}.jobs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-    names = [f"config-{index}.yaml" for index in range(len(array))] if len(array) > 1 else ["config.yaml"]
-    job = Job(
-        name=config.get("run_name") or config.get("experiment") or "dtrain",
-        directives=directives,
-        ranks=settings["nproc_per_node"] or settings["gpus_per_node"] or 1,
-        python=sys.executable,
-        folder=folder,
-        configs={folder / name: text for name, text in zip(names, texts, strict=True)},
-        run_folders=run_folders,
-    )
+    if shared := [folder for folder in run_folders if run_folders.count(folder) > 1]:
+        text = f"several jobs would write {shared[0]}; leave trainer.checkpoint_dir to dtrain, or give each its own"
+        raise ConfigError(mistake(config, ("cluster", "array"), text))
+    name = config.get("run_name") or config.get("experiment") or "dtrain"
+    ranks = settings["nproc_per_node"] or settings["gpus_per_node"] or 1
+    job = Job(name, directives, ranks, sys.executable, folder, configs, run_folders)
     try:
         script(job)
     except ValueError as error:
@@ -124,27 +122,8 @@ def _config_text(path: str, overrides: Sequence[str], folder_of_run: Path) -> st
     return dump(values)
 
 
-def _array(config: ConfigDict, settings: Mapping[str, Any]) -> list[list[str]]:
-    """The overrides of each job; one job without any where there is no array."""
-    try:
-        return [shlex.split(text) for text in settings["array"] or [""]]
-    except ValueError as error:
-        raise ConfigError(mistake(config, ("cluster", "array"), f"{error}; expected KEY=VALUE words")) from None
-
-
-def _expect_unique(config: ConfigDict, run_folders: Sequence[Path]) -> None:
-    shared = [folder for folder in run_folders if run_folders.count(folder) > 1]
-    if shared:
-        text = f"several jobs would write {shared[0]}; leave trainer.checkpoint_dir to dtrain, or give each its own"
-        raise ConfigError(mistake(config, ("cluster", "array"), text))
-
-
 def _directives(config: ConfigDict, settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The options of sbatch.
-
-    Raises:
-        ConfigError: Those that no batch script could hold, or SLURM would read otherwise.
-    """
+    """The options of sbatch; what no batch script could hold, or SLURM would read otherwise, is a mistake."""
     wrong: list[Mistake] = []
 
     def refuse(key: str, text: str) -> None:
@@ -184,14 +163,6 @@ def _is_range(nodes: int | str) -> bool:
     return least.isdecimal() and int(least) > 0 and (not dash or (most.isdecimal() and int(most) >= int(least)))
 
 
-class _SubmissionError(Exception):
-    """The job is not in the queue."""
-
-
-class _UncertainError(_SubmissionError):
-    """It may be in the queue all the same."""
-
-
 def _submitted(job: Job, modules: set[str]) -> str:
     """The job's number; its folder is for its owner alone: what is copied may hold what others are not to see."""
     folder = job.folder
@@ -203,26 +174,23 @@ def _submitted(job: Job, modules: set[str]) -> str:
         copy_code({"dtrain", *modules}, folder / "code")
         capture_code_for_later(folder / "code-state")
         (folder / "job.sbatch").write_text(script(job), encoding="utf-8")
-        return _sbatch(folder, "%A_%a.log" if len(job.configs) > 1 else "%j.log")
-    except _UncertainError:
-        raise
+        done = _sbatch(folder, "%A_%a.log" if len(job.configs) > 1 else "%j.log")
+        error = done.stderr.strip() or f"sbatch ended with exit status {done.returncode}"
+        if done.returncode and "timed out" not in error:
+            raise ChildProcessError(error)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)  # what was never submitted needs nothing
         raise
+    if done.returncode:
+        check_queue = f"it may be queued all the same: look with squeue --me, and remove {folder} if it is not"
+        raise ChildProcessError(f"{error}; {check_queue}")
+    return done.stdout.strip().partition(";")[0]
 
 
-def _sbatch(folder: Path, log: str) -> str:
-    """The job's number."""
+def _sbatch(folder: Path, log: str) -> subprocess.CompletedProcess[str]:
     output = f"{folder}/".replace("%", "%%") + log  # where a % begins a pattern
     command = ["sbatch", "--parsable", f"--chdir={Path.cwd()}", f"--output={output}", str(folder / "job.sbatch")]
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     except FileNotFoundError:
-        raise _SubmissionError("no sbatch on this machine; --dry-run prints the script for one that has it") from None
-    error = done.stderr.strip() or f"sbatch ended with exit status {done.returncode}"
-    if done.returncode and "timed out" in error:
-        check_queue = f"it may be queued all the same: look with squeue --me, and remove {folder} if it is not"
-        raise _UncertainError(f"{error}; {check_queue}")
-    if done.returncode:
-        raise _SubmissionError(error)
-    return done.stdout.strip().partition(";")[0]
+        raise OSError("no sbatch on this machine; --dry-run prints the script for one that has it") from None

@@ -258,4 +258,4 @@ def test_mlflow_is_written_to_and_left_as_it_was(uri: str) -> None:
 def test_the_worst_node_speaks_for_all() -> None:
     good, bad = Finding("disk", "ok", "90 MB/s"), Finding("disk", "warn", "3 MB/s", "choose another")
     (found,) = _merged([("node1", [good]), ("node2", [bad]), ("node3", [good])])
-    assert _as_text([found], as_json=False) == ["warn  disk  3 MB/s (node2; 1 of 3 nodes); choose another"]
+    assert _as_text([found], as_json=False) == "warn  disk  3 MB/s (node2; 1 of 3 nodes); choose another"

@@ -606,7 +606,7 @@ def test_the_likelier_cause_comes_first() -> None:
 def test_the_status_of_a_job(tmp_path: Path, ends: list[Any], asked: list[str], has_begun: bool, status: int) -> None:
     node = launcher.NodeRun(None, tmp_path, None, False)
     node.ends = [End(rank, code, float("inf") if reported is None else reported) for rank, code, reported in ends]
-    node.requests = [launcher.Request(signal.Signals[f"SIG{name}"], 0.0) for name in asked]
+    node.requests = [(signal.Signals[f"SIG{name}"], 0.0) for name in asked]
     node.has_begun = has_begun
     assert node._status() == status
 
@@ -615,7 +615,7 @@ def test_who_stops_a_job_that_waits_to_resume_has_stopped_it_early(tmp_path: Pat
     """A node was lost and is waited for: all that there was is saved, and nothing runs."""
     node = launcher.NodeRun(SimpleNamespace(max_restarts=2), tmp_path, None, False)
     assert node._ended([End(0, -9, float("inf")), End(1, 1, 1.0)], has_begun=True, can_restart=True)
-    node.requests = [launcher.Request(signal.SIGTERM, 0.0)]
+    node.requests = [(signal.SIGTERM, 0.0)]
     assert node._status() == 75
 
 
