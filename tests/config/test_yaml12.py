@@ -327,10 +327,10 @@ def test_nearest_names_ignore_case_and_come_best_first() -> None:
         (True, "found bool true"),
         (3, "found int 3"),
         (0.5, "found float 0.5"),
-        ("x", "found text 'x'"),
+        ("x", "found string 'x'"),
         ([1, {"a": None}], "found list [1, {'a': None}]"),
         ({"a": 1}, "found mapping {'a': 1}"),
-        ("x" * 200, f"found text '{'x' * 56}..."),
+        ("x" * 200, f"found string '{'x' * 56}..."),
     ],
 )
 def test_a_value_in_a_message(thing: Any, expected: str) -> None:
