@@ -41,15 +41,14 @@ def own_parameters(node: ast.FunctionDef | ast.AsyncFunctionDef, method: bool) -
     takes = node.args
     positional = [*takes.posonlyargs, *takes.args]
     defaults = [None] * (len(positional) - len(takes.defaults)) + takes.defaults
-    result = [
-        Parameter(item.arg, item.annotation, _source(default), keyword=item not in takes.posonlyargs)
-        for item, default in zip(positional, defaults, strict=True)
-    ]
-    by_name = [
-        Parameter(item.arg, item.annotation, _source(default), positional=False)
-        for item, default in zip(takes.kwonlyargs, takes.kw_defaults, strict=True)
-    ]
-    return (*result[int(method) :], *by_name)
+    pairs = [*zip(positional, defaults, strict=True)][int(method) :]
+    pairs += zip(takes.kwonlyargs, takes.kw_defaults, strict=True)
+    return tuple(
+        Parameter(
+            item.arg, item.annotation, _source(default), item not in takes.kwonlyargs, item not in takes.posonlyargs
+        )
+        for item, default in pairs
+    )
 
 
 def _source(node: ast.expr | None) -> str | None:
@@ -62,10 +61,8 @@ def is_record(node: ast.stmt) -> bool:
         return False
     if any(ast.unparse(item).rpartition(".")[2] == "NamedTuple" for item in node.bases):
         return True
-    decorators = map(ast.unparse, node.decorator_list)
-    return any(
-        one.partition("(")[0].rpartition(".")[2] == "dataclass" and "init=False" not in one for one in decorators
-    )
+    decorators = [ast.unparse(item) for item in node.decorator_list if "init=False" not in ast.unparse(item)]
+    return any(item.partition("(")[0].rpartition(".")[2] == "dataclass" for item in decorators)
 
 
 def record_fields(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[Parameter]:

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from dtrain.config.annotations import Parameter, takes_mappings, wanted_as
 from dtrain.config.check import Use, argument_mistakes, call_mistakes, is_own, supplied, use_of
-from dtrain.config.errors import ConfigError, KeyPath, is_mapping, syntax_error, to_plain
+from dtrain.config.errors import ConfigError, KeyPath, bad_syntax, is_mapping, to_plain
 from dtrain.config.load import to_config_dict
 from dtrain.config.resolve import STANDARD
 from dtrain.config.schema import Call, calls, is_component, refused
@@ -195,7 +195,7 @@ def _annotation(item: inspect.Parameter) -> ast.expr | None:
 def _explained(error: BaseException) -> str:
     """`ValueError: text (file:line)`: the last line of the user's own code, and the one that raised."""
     if isinstance(error, SyntaxError):
-        return syntax_error(error)
+        return bad_syntax(error)
     frames = [item for item in traceback.extract_tb(error.__traceback__) if not item.filename.startswith("<frozen")]
     frames = [item for item in frames if item.filename not in (__file__, importlib.__file__)]
     own = [item for item in frames if not item.filename.startswith(_library_folders())]

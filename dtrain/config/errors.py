@@ -47,7 +47,7 @@ def one_line(text: str) -> str:
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
-def syntax_error(error: SyntaxError) -> str:
+def bad_syntax(error: SyntaxError) -> str:
     """What is wrong with a Python file, and where."""
     return f"SyntaxError: {error.msg} ({error.filename}:{error.lineno})"
 

@@ -9,24 +9,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dtrain.config.errors import (
-    ConfigError,
-    KeyPath,
-    Mistake,
-    Place,
-    did_you_mean,
-    dotted,
-    found,
-    is_mapping,
-    shown,
-    to_plain,
-    type_name,
-)
+from dtrain.config.errors import ConfigError, KeyPath, Mistake, Place, dotted, found, is_mapping, shown, type_name
 from dtrain.config.pytorch3dunet import canonical_key, canonical_names, translate
 from dtrain.config.variables import escaped, expand
-from dtrain.config.yaml12 import MAX_DEPTH, dump, key_mistake, parse
+from dtrain.config.yaml12 import MAX_DEPTH, dump, key_mistake, parse, read_text
 
-MAX_BYTES = 1_000_000  # no hand-written config is larger; a data file given by mistake is refused before it is parsed
 MAX_FILES = 100  # under `_base_`, counted as often as they are read
 
 
@@ -128,19 +115,19 @@ def place_of(config: ConfigDict, path: Sequence[str | int]) -> Place | None:
     return places.get(path)
 
 
-def to_config_dict(value: Any) -> Any:
-    """A deep copy with unlocked ConfigDicts for mappings, also inside lists, in the order written."""
+def to_config_dict(value: Any, locked: bool = False) -> Any:
+    """A deep copy with ConfigDicts for mappings, also inside lists, in the order written."""
     if is_mapping(value):
         result = ConfigDict(sort_keys=False)
         for key in value:
-            result[key] = to_config_dict(value[key])
-        return result
-    return [to_config_dict(item) for item in value] if isinstance(value, list | tuple) else value
+            result[key] = to_config_dict(value[key], locked)
+        return result.lock() if locked else result
+    return [to_config_dict(item, locked) for item in value] if isinstance(value, list | tuple) else value
 
 
 def to_yaml(config: Mapping[str, Any] | ConfigDict) -> str:
     """The config as YAML that load_config reads back to the same values."""
-    return dump(escaped(to_plain(config)))
+    return dump(escaped(config))
 
 
 @dataclass
@@ -171,15 +158,15 @@ def _read_file(
     left = iter(range(MAX_FILES)) if left is None else left
     if next(left, None) is None:
         raise ConfigError(f"more than {MAX_FILES} files under '_base_'", Place(ancestors[0].name, 1, 1))
-    text = _read_text(path, place)
+    text = read_text(path, place)
     if path.resolve() in ancestors:
         raise ConfigError(f"circular reference in '_base_': {path} is already being read", place)
     values, places = parse(text, str(path))
+    start = Place(str(path), 1, 1)
     if not isinstance(values, dict):
         what = "is empty" if values is None else f"holds a {type_name(values)}"
-        text = f"the file {what}; a config is a mapping of sections (model, loaders, ...)"
-        raise ConfigError(text, Place(str(path), 1, 1))
-    own = _Tree(values, places | {(): Place(str(path), 1, 1)}, {path.name: text})
+        raise ConfigError(f"the file {what}; a config is a mapping of sections (model, loaders, ...)", start)
+    own = _Tree(values, places | {(): start}, {path.name: text})
     result = _Tree({}, {})
 
     def read_base(index: int) -> None:
@@ -194,36 +181,6 @@ def _read_file(
     canonical_names(own.values, own.places)
     _merge(result, own)
     return result
-
-
-def _read_text(path: Path, place: Place | None) -> str:
-    """The file's text; every reason why there is none is one mistake."""
-    try:
-        if path.is_dir():
-            raise ConfigError(f"{path} is a folder, expected a YAML file", place)
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise ConfigError(f"{path} is larger than {MAX_BYTES // 1_000_000} MB; this is not a config", place)
-        return data.decode("utf-8-sig")
-    except FileNotFoundError:
-        raise ConfigError(f"there is no file {path}{_similar_file(path)}", place) from None
-    except UnicodeDecodeError as error:
-        before = error.object[: error.start].split(b"\n")
-        text = f"not UTF-8 text: byte {error.object[error.start]:#x}"
-        raise ConfigError(text, Place(str(path), len(before), len(before[-1]) + 1)) from None
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}", place) from None
-    except ValueError as error:  # a NUL byte in the name
-        raise ConfigError(f"cannot read {str(path)!r}: {error}", place) from None
-
-
-def _similar_file(path: Path) -> str:
-    folder = path.parent if path.parent.is_dir() else Path()
-    try:
-        return did_you_mean(str(path), [str(folder / item.name) for item in folder.glob("*.y*ml")])
-    except OSError:
-        return ""
 
 
 def _merge(into: _Tree, other: _Tree) -> None:
@@ -296,17 +253,9 @@ def _step(parent: Any, part: str, done: KeyPath, place: Place) -> Any:
 def _to_config(tree: _Tree) -> ConfigDict:
     values = expand(tree.values, tree.places, tree.values)
     notes = translate(values, tree.places)
-    config = to_config_dict(values)
-    _lock(config)
+    config = to_config_dict(values, locked=True)
     # Places are kept beside the fields: they are not settings, and a copy of a section needs none.
     object.__setattr__(config, "_places", tree.places)
     object.__setattr__(config, "_texts", tree.texts)
     object.__setattr__(config, "_notes", notes)
     return config
-
-
-def _lock(value: Any) -> None:
-    if isinstance(value, ConfigDict):
-        value.lock()
-    for item in value.values() if isinstance(value, ConfigDict) else value if isinstance(value, list) else ():
-        _lock(item)

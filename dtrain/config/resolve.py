@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlparse
 
-from dtrain.config.errors import did_you_mean, found, shown, syntax_error
+from dtrain.config.errors import bad_syntax, did_you_mean, found, shown
 from dtrain.config.signatures import SOURCE, Callee, Dynamic, is_standard, module_file, spec_folders
 
 STANDARD = "from the standard library, which a config may not name"
@@ -52,15 +52,9 @@ def locate(name: Any, modules: Sequence[str], libraries: Sequence[str], nested: 
     (`nested`) in those of the other sections, too.
 
     Raises:
-        ResolveError: There is no such name, it may not be used, or one of the user's modules is not Python.
+        ResolveError: There is no such name, or it may not be used.
+        SyntaxError: One of the user's modules is not Python.
     """
-    try:
-        return _located(name, modules, libraries, nested)
-    except SyntaxError as error:
-        raise ResolveError(syntax_error(error)) from None
-
-
-def _located(name: Any, modules: Sequence[str], libraries: Sequence[str], nested: bool) -> Found:
     if not isinstance(name, str) or not name:
         raise ResolveError(f"expected the name of a class or a function, {found(name)}")
     parts = re.split(r"[.:]", name)
@@ -97,7 +91,7 @@ def module_mistake(name: Any) -> str:
         if all(SOURCE.module(item) for item in (*parents, name)):
             return ""
     except SyntaxError as error:
-        return syntax_error(error)
+        return bad_syntax(error)
     if "/" in name or name.endswith(".py"):
         module = ".".join(part for part in Path(name).with_suffix("").parts if part not in (".", "/"))
         return f"{shown(name)} is a path; a module is named as in Python, such as {module}"
@@ -133,8 +127,7 @@ def _check_package(name: str, parts: Sequence[str], modules: Sequence[str]) -> N
     path = f"{'.'.join(parts)}."
     if not any(path.startswith(f"{module}.") for module in modules) and not is_installed(package):
         module = name.partition(":")[0] if ":" in name else ".".join(parts[:-1])
-        text = f"'{package}' is neither installed nor under 'modules'; add it there: modules: [{module}]"
-        raise ResolveError(text)
+        raise ResolveError(f"'{package}' is neither installed nor under 'modules'; add it there: modules: [{module}]")
 
 
 def _follow_path(name: str, parts: Sequence[str]) -> Callee | Dynamic:

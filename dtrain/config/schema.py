@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from dtrain.config.errors import ConfigError, KeyPath, Mistake, dotted, found, is_mapping, nearest, to_plain
+from dtrain.config.errors import ConfigError, KeyPath, Mistake, bad_syntax, dotted, found, is_mapping, nearest, to_plain
 from dtrain.config.load import place_of
 from dtrain.config.resolve import LIBRARIES, Found, ResolveError, locate
 from dtrain.config.signatures import SOURCE, Callee, Dynamic
@@ -80,8 +80,9 @@ class Call:
         """What the name leads to, looked up once; a ConfigError where it leads nowhere or may not be used."""
         try:
             return locate(self.name, user_modules(self.config), self.slot.libraries, self.slot.nested)
-        except ResolveError as error:
-            raise refused(self.config, self.path_of("name"), str(error)) from None
+        except (ResolveError, SyntaxError) as error:
+            text = bad_syntax(error) if isinstance(error, SyntaxError) else str(error)
+            raise refused(self.config, self.path_of("name"), text) from None
 
     @property
     def target(self) -> Callee | Dynamic:

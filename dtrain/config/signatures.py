@@ -9,7 +9,7 @@ import re
 import sys
 import tokenize
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -106,11 +106,9 @@ class Module:
                     self.stars.append(origin)
                 else:
                     self.bindings[item.asname or item.name] = (origin, item.name)
-        elif isinstance(node, ast.Assign):
-            for target in node.targets:
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                 self._assign(target, node.value)
-        elif isinstance(node, ast.AnnAssign):
-            self._assign(node.target, node.value)
 
     def _assign(self, target: ast.expr, value: ast.expr | None) -> None:
         if isinstance(target, ast.Name):
@@ -231,17 +229,16 @@ _HARMLESS = {  # decorators that leave the arguments as they are written
 
 
 class Source:
-    """Follows names through source files. `find` tells where a module's file is, without importing it."""
+    """Follows names through source files."""
 
-    def __init__(self, find: Callable[[str], ModuleFile | None]) -> None:
-        self.find = find
+    def __init__(self) -> None:
         self._modules: dict[str, Module] = {}
         self._callees: dict[ast.stmt, Callee | Dynamic] = {}
         self._in_progress: set[ast.stmt] = set()  # functions whose `**kwargs` are being followed: some call themselves
 
     def module(self, name: str) -> Module | None:
         """The parsed module, or None when there is none of that name; a SyntaxError where the file is not Python."""
-        if name not in self._modules and (file := self.find(name)):
+        if name not in self._modules and (file := module_file(name)):
             self._modules[name] = Module(name, file)
         return self._modules.get(name)
 
@@ -250,13 +247,10 @@ class Source:
         module = self.module(module_name)
         if module is None or module_name in seen:
             return set()
-        names = {
-            name
-            for name, value in module.bindings.items()
-            if not isinstance(value, tuple) or (value[1] and not is_standard(value[0]))
-        }
-        for star in module.stars:
-            names |= self.names(star, seen | {module_name})
+        names = set().union(*(self.names(star, seen | {module_name}) for star in module.stars))
+        for name, value in module.bindings.items():
+            if not isinstance(value, tuple) or (value[1] and not is_standard(value[0])):
+                names.add(name)
         return {name for name in names if not name.startswith("_")}
 
     def lookup(self, module_name: str, name: str) -> Callee | Dynamic | str | None:
@@ -293,7 +287,7 @@ class Source:
             if meaning and not _is_uncertain(meaning):
                 return meaning
             may_be_hidden |= meaning is not None
-        if module.file.is_package and self.find(f"{module.name}.{name}"):
+        if module.file.is_package and module_file(f"{module.name}.{name}"):
             return f"{module.name}.{name}"
         return Dynamic(module.name, name, certain=False) if may_be_hidden else None
 
@@ -301,12 +295,12 @@ class Source:
         origin, attribute = imported
         if attribute is None:
             return origin
-        if not is_standard(origin) and not self.find(origin.partition(".")[0]):
+        if not is_standard(origin) and not module_file(origin.partition(".")[0]):
             return Dynamic(module.name, name)  # its import will say what is missing, and where it is asked for
         meaning = self._lookup(origin, attribute, visited)
         if _is_uncertain(meaning):
             return Dynamic(module.name, name)
-        return f"{origin}.{attribute}" if meaning is None and self.find(f"{origin}.{attribute}") else meaning
+        return f"{origin}.{attribute}" if meaning is None and module_file(f"{origin}.{attribute}") else meaning
 
     def _follow(self, module: Module, dotted_name: str, visited: Visited = frozenset()) -> Meaning:
         """What a dotted name means inside a module."""
@@ -320,8 +314,7 @@ class Source:
     def _callee(self, module: Module, node: ast.ClassDef | Function) -> Callee | Dynamic:
         if node in self._callees:
             return self._callees[node]
-        is_class = isinstance(node, ast.ClassDef)
-        if isinstance(node, ast.ClassDef):
+        if is_class := isinstance(node, ast.ClassDef):
             takes = self._constructor(self._lineage(module, node))
         else:
             takes = self._takes(module, node, (), method=False)
@@ -339,13 +332,12 @@ class Source:
             text = ast.unparse(base).partition("[")[0]
             if text.rpartition(".")[2] in _NO_PARAMETERS:
                 continue
-            meaning = self._follow(module, text)
-            above = meaning.node if isinstance(meaning, Definition) else None
-            if isinstance(meaning, Definition) and isinstance(above, ast.ClassDef) and above not in seen | {node}:
-                further = self._lineage(meaning.module, above, seen | {node})
-                result = [item for item in result if item is None or item not in further] + list(further)
-            else:
-                result.append(None)
+            match self._follow(module, text):
+                case Definition(base_module, ast.ClassDef() as above) if above not in seen | {node}:
+                    further = self._lineage(base_module, above, seen | {node})
+                    result = [item for item in result if item is None or item not in further] + list(further)
+                case _:
+                    result.append(None)
         metaclass = any(item.arg == "metaclass" and "ABCMeta" not in ast.unparse(item.value) for item in node.keywords)
         return (None if metaclass else Definition(module, node), *result)
 
@@ -400,14 +392,13 @@ class Source:
         try:
             result: dict[str, Parameter] = {}
             for use in _uses(node, kwargs):
-                if use.key is not None:
-                    result.setdefault(use.key, Parameter(use.key, default="...", positional=False, through=True))
-                elif not use.harmless:
-                    passed = self._passed_on(module, use.call, behind) if use.call else None
-                    if passed is None:
-                        return None
-                    for item in passed:
-                        result.setdefault(item.name, replace(item, positional=False, through=True))
+                passed = [Parameter(use, default="...")] if isinstance(use, str) else None
+                if isinstance(use, ast.Call):
+                    passed = self._passed_on(module, use, behind)
+                if passed is None:
+                    return None
+                for item in passed:
+                    result.setdefault(item.name, replace(item, positional=False, through=True))
             return tuple(result.values())
         finally:
             self._in_progress.discard(node)
@@ -416,14 +407,10 @@ class Source:
         """What the callee of `f(..., **kwargs)` still takes beyond the arguments written in that call."""
         text = ast.unparse(call.func)
         bound = re.fullmatch(r"super\(.*\)\.(__init__|__new__)", text)
-        takes: _Takes | Callee | None
-        if bound:
-            takes = self._constructor(behind)
-        else:
-            meaning = self._follow(module, text.removesuffix(".__init__"))
-            callee = self._callee(*meaning) if isinstance(meaning, Definition) else None
-            takes = callee if isinstance(callee, Callee) else None
-        if takes is None or takes.open:
+        meaning = None if bound else self._follow(module, text.removesuffix(".__init__"))
+        callee = self._callee(*meaning) if isinstance(meaning, Definition) else None
+        takes = self._constructor(behind) if bound else callee
+        if not isinstance(takes, _Takes | Callee) or takes.open:
             return None
         by_keyword = {item.arg for item in call.keywords if item.arg}
         stars = (index for index, item in enumerate(call.args) if isinstance(item, ast.Starred))
@@ -443,44 +430,37 @@ def _changes_arguments(node: ast.ClassDef | Function) -> bool:
     return not names <= _HARMLESS
 
 
-class _Use(NamedTuple):
-    """One place where a function uses its `**kwargs`; without any of these, what it does with them is unknown."""
-
-    harmless: bool = False  # asks whether it is empty, lists its names, adds to it
-    key: str | None = None  # reads this key
-    call: ast.Call | None = None  # hands all of it on
+_EMPTINESS_TESTS = (
+    ast.If | ast.BoolOp | ast.UnaryOp | ast.FormattedValue | ast.Compare | ast.Assert | ast.IfExp | ast.Delete
+)
 
 
-_EMPTINESS_TESTS = ast.If | ast.BoolOp | ast.UnaryOp | ast.FormattedValue | ast.Compare | ast.Assert | ast.IfExp
-_COUNTING = ("len", "sorted", "bool", "list", "iter")
+def _uses(node: Function, name: str) -> Iterator[str | ast.Call | None]:
+    """What a function does with `name`, its `**kwargs`: the key that it reads, or the call that it hands all of it to.
 
-
-def _uses(node: Function, name: str) -> Iterator[_Use]:
-    """Every use of `name` in the body of a function."""
+    Harmless uses are left out (asking whether it is empty, listing its names, adding to it); None: not understood.
+    """
     parents = {child: parent for parent in ast.walk(node) for child in ast.iter_child_nodes(parent)}
     for item in ast.walk(node):
-        if isinstance(item, ast.Name) and item.id == name:
-            yield _use(parents[item], parents.get(parents[item]))
+        if not isinstance(item, ast.Name) or item.id != name:
+            continue
+        match parents[item], parents.get(parents[item]):
+            case ast.keyword(arg=None), ast.Call() as call:  # f(**kwargs)
+                yield call
+            case (
+                (ast.Subscript(slice=ast.Constant(value=str()), ctx=ast.Store()), _)  # kwargs["key"] = ...
+                | (ast.Attribute(attr="update" | "keys" | "__len__"), ast.Call())
+                | (ast.Call(func=ast.Name(id="len" | "sorted" | "bool" | "list" | "iter")), _)
+            ):
+                continue
+            case (
+                (ast.Subscript(slice=ast.Constant(value=str(key))), _)  # kwargs["key"]
+                | (ast.Attribute(attr="pop" | "get" | "setdefault"), ast.Call(args=[ast.Constant(value=str(key)), *_]))
+                | (ast.Compare(left=ast.Constant(value=str(key))), _)  # "key" in kwargs
+            ):
+                yield key
+            case parent, _ if not isinstance(parent, _EMPTINESS_TESTS):
+                yield None
 
 
-def _use(parent: ast.AST, above: ast.AST | None) -> _Use:
-    """What is done with a name, by the expression that it stands in, and the one around that."""
-    match parent, above:
-        case ast.keyword(arg=None), ast.Call():  # f(**kwargs)
-            return _Use(call=above)
-        case ast.Subscript(slice=ast.Constant(value=str()), ctx=ast.Store()), _:  # kwargs["key"] = ...
-            return _Use(harmless=True)
-        case ast.Subscript(slice=ast.Constant(value=str(key))), _:  # kwargs["key"]
-            return _Use(key=key)
-        case ast.Attribute(attr="pop" | "get" | "setdefault"), ast.Call(args=[ast.Constant(value=str(key)), *_]):
-            return _Use(key=key)
-        case ast.Attribute(attr="update" | "keys" | "__len__"), ast.Call():
-            return _Use(harmless=True)
-        case ast.Compare(left=ast.Constant(value=str(key))), _:  # "key" in kwargs
-            return _Use(key=key)
-        case ast.Call(func=ast.Name(id=function)), _:
-            return _Use(harmless=function in _COUNTING)
-    return _Use(harmless=isinstance(parent, _EMPTINESS_TESTS | ast.Delete))
-
-
-SOURCE = Source(module_file)
+SOURCE = Source()

@@ -5,7 +5,17 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dtrain.config.errors import ConfigError, KeyPath, Mistake, Place, did_you_mean, dotted, shown, type_name
+from dtrain.config.errors import (
+    ConfigError,
+    KeyPath,
+    Mistake,
+    Place,
+    did_you_mean,
+    dotted,
+    is_mapping,
+    shown,
+    type_name,
+)
 from dtrain.config.yaml12 import MAX_DEPTH, MAX_VALUES, scalar
 
 _REFERENCE = re.compile(r"(?P<literal>\$\$\{)|\$\{(?P<name>[^{}]*)\}|(?P<broken>\$\{)")
@@ -29,10 +39,10 @@ def expand(values: Mapping[str, Any], places: Mapping[KeyPath, Place], value: An
 
 
 def escaped(value: Any) -> Any:
-    """A copy of a plain value that `expand` turns back into it."""
-    if isinstance(value, dict):
-        return {key: escaped(item) for key, item in value.items()}
-    if isinstance(value, list):
+    """A plain copy of a value that `expand` turns back into it."""
+    if is_mapping(value):
+        return {key: escaped(value[key]) for key in value}
+    if isinstance(value, list | tuple):
         return [escaped(item) for item in value]
     return value.replace("${", "$${") if isinstance(value, str) else value
 
@@ -93,8 +103,13 @@ class _Expansion:
             return scalar(set_to) if typed else set_to
         if is_key or not has_default:  # `${seed}` without a default may be a key of the top level
             keys: KeyPath = tuple(int(part) if part.isdecimal() else part for part in name.split("."))
-            exists, value = _look_up(self.values, keys)
-            if exists:
+            value: Any = self.values
+            try:
+                for key in keys:
+                    value = value[key]
+            except (LookupError, TypeError):
+                pass  # there is no such key
+            else:
                 return self.value(value, keys, (*chain, path))
         if has_default:
             return scalar(default) if typed else default
@@ -106,13 +121,3 @@ class _Expansion:
 
     def wrong(self, path: KeyPath, text: str) -> None:
         self.mistakes.append(Mistake(f"{dotted(path)}: {text}", self.places.get(path)))
-
-
-def _look_up(values: Any, path: KeyPath) -> tuple[bool, Any]:
-    """Whether there is such a key, and its value."""
-    try:
-        for key in path:
-            values = values[key]
-        return True, values
-    except (LookupError, TypeError):
-        return False, None

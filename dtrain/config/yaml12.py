@@ -1,13 +1,15 @@
-"""YAML 1.2 text to plain values with the place of every key, and back."""
+"""YAML 1.2 files and texts to plain values with the place of every key, and back."""
 
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dtrain.config.errors import ConfigError, KeyPath, Mistake, Place, dotted, shown
+from dtrain.config.errors import ConfigError, KeyPath, Mistake, Place, did_you_mean, dotted, shown
 
+MAX_BYTES = 1_000_000  # no hand-written config is larger; a data file given by mistake is refused before it is parsed
 MAX_VALUES = 20_000  # counted after aliases are expanded, so that an 'alias bomb' is refused too
 MAX_DEPTH = 50
 MAX_DIGITS = 100  # a longer number is a text: Python refuses to print integers of thousands of digits
@@ -189,6 +191,36 @@ def key_mistake(key: str) -> str:
         return f"the key {shown(key)} contains a dot; nest the keys instead (dots are for the command line)"
     bad = not key or not key.isprintable() or key.startswith("__") or len(key) > MAX_DIGITS
     return f"{shown(key)} cannot be a key" if bad else ""
+
+
+def read_text(path: Path, place: Place | None) -> str:
+    """The file's text; every reason why there is none is one mistake."""
+    try:
+        if path.is_dir():
+            raise ConfigError(f"{path} is a folder, expected a YAML file", place)
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise ConfigError(f"{path} is larger than {MAX_BYTES // 1_000_000} MB; this is not a config", place)
+        return data.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"there is no file {path}{_similar_file(path)}", place) from None
+    except UnicodeDecodeError as error:
+        before = error.object[: error.start].split(b"\n")
+        text = f"not UTF-8 text: byte {error.object[error.start]:#x}"
+        raise ConfigError(text, Place(str(path), len(before), len(before[-1]) + 1)) from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}", place) from None
+    except ValueError as error:  # a NUL byte in the name
+        raise ConfigError(f"cannot read {str(path)!r}: {error}", place) from None
+
+
+def _similar_file(path: Path) -> str:
+    folder = path.parent if path.parent.is_dir() else Path()
+    try:
+        return did_you_mean(str(path), [str(folder / item.name) for item in folder.glob("*.y*ml")])
+    except OSError:
+        return ""
 
 
 def parse(text: str, file: str, fixed_place: Place | None = None) -> tuple[Any, dict[KeyPath, Place]]:

@@ -17,7 +17,8 @@ import yaml
 from conftest import RunCli
 
 from dtrain.checkpoint.contents import CheckpointError
-from dtrain.checkpoint.weights import fitted, load_weights, misfits_of
+from dtrain.checkpoint.store import Checkpoints
+from dtrain.checkpoint.weights import fitted, load_for_use, load_weights, misfits_of
 from dtrain.components.models.pidnet import PIDNet
 from dtrain.components.models.unet import ResidualUNet2D, ResidualUNet3D, ResidualUNetSE3D, UNet2D, UNet3D
 from dtrain.components.models.vit import ViT
@@ -25,9 +26,9 @@ from dtrain.config.check import check
 from dtrain.config.errors import ConfigError, to_plain
 from dtrain.config.load import from_mapping, load_config, notes_on, place_of, to_yaml
 from dtrain.dataloader import get_train_loaders
+from dtrain.distributed.ranks import Ranks
 from dtrain.loss import get_loss_criterion
 from dtrain.modelloader import get_model
-from dtrain.predict import run as inference
 
 # ----------------------------------------------------------------------------------------------- foreign checkpoints
 
@@ -88,7 +89,8 @@ def test_a_published_pidnet_loads_from_beside_its_loss(tmp_path: Path) -> None:
 def test_a_prediction_takes_such_a_file_too(tmp_path: Path) -> None:
     model, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     torch.save({f"model.{name}": value for name, value in model.state_dict().items()}, tmp_path / "weights.pt")
-    other.load_state_dict(inference._weights_for(other, tmp_path / "weights.pt"))
+    ranks = Ranks(0, 0, 1, torch.device("cpu"))
+    load_for_use(other, ranks, Checkpoints(tmp_path), tmp_path / "weights.pt")
     assert torch.equal(other.weight, model.weight)
 
 
@@ -292,7 +294,7 @@ def test_null_where_pytorch3dunet_means_none(tmp_path: Path) -> None:
     ("old", "new", "expected"),
     [
         ("max_num_epochs: 2", "resume: x/last_checkpoint.pytorch", "train.yml:2:30: trainer.resume: a checkpoint of pytorch-3dunet lacks"),
-        ("max_num_epochs: 2", "validate_iters: 5", "train.yml:2:30: trainer.validate_iters: a validation here is always over all of loaders.val"),
+        ("max_num_epochs: 2", "validate_iters: 5", "train.yml:2:30: trainer.validate_iters: a validation always covers all of loaders.val"),
         ("{name: BCEDiceLoss}", "{name: BCEWithLogitsLoss, weight: [1, 2]}", "train.yml:4:33: loss.weight: pytorch-3dunet does not use it"),
         ("{name: BCEDiceLoss}", "{name: BCEWithLogitsLoss, pos_weight: [1, 2]}", "train.yml:4:33: loss.pos_weight: torch applies 2 weights along the last axis"),
         ("{name: MeanIoU}", "{name: BlobsAveragePrecision, metric: iou}", "train.yml:5:44: metrics.metric: 'iou' is not a metric of instances; possible: ap, acc"),

@@ -42,7 +42,7 @@ def public_classes(library: str) -> dict[str, type]:
 @pytest.fixture(scope="module")
 def source() -> Source:
     """One reader for the tests about libraries: what it has parsed, it keeps."""
-    return Source(module_file)
+    return Source()
 
 
 def test_every_class_of_the_libraries_takes_what_inspect_says(source: Source) -> None:
@@ -118,7 +118,7 @@ def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Read:
             path = tmp_path / file
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(textwrap.dedent(content), encoding="utf-8")
-        return Source(module_file).lookup("mine", name)
+        return Source().lookup("mine", name)
 
     return look
 
@@ -235,7 +235,7 @@ def test_a_class_or_function_takes(read: Read, body: str, expected: str) -> None
 def test_what_is_not_there_is_nothing(read: Read) -> None:
     assert read("class D: pass") is None
     assert read("") is None
-    assert Source(module_file).lookup("no_such_module_at_all", "C") is None
+    assert Source().lookup("no_such_module_at_all", "C") is None
 
 
 def test_the_standard_library_is_named_but_not_followed(read: Read) -> None:
@@ -287,7 +287,7 @@ def test_a_file_that_is_no_python_is_a_syntax_error_of_that_file(
 ) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "broken.py").write_bytes(content)
-    source = Source(module_file)
+    source = Source()
     if expected is None:
         assert isinstance(source.lookup("broken", "D"), Callee)
         return
@@ -303,7 +303,7 @@ def test_modules_are_found_where_python_finds_them(tmp_path: Path, monkeypatch: 
     with zipfile.ZipFile(tmp_path / "zipped.zip", "w") as archive:
         archive.writestr("inzip.py", "class C: pass")
     monkeypatch.syspath_prepend(str(tmp_path / "zipped.zip"))
-    source = Source(module_file)
+    source = Source()
     assert module_file("space") == (None, True)
     assert module_file("space.leaf") == (tmp_path / "space" / "leaf.py", False)
     assert module_file("space.no") is None

@@ -15,7 +15,7 @@ from hostile import HOSTILE, bomb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dtrain.config.errors import ConfigError, Mistake, Place, did_you_mean, found, nearest, one_line
+from dtrain.config.errors import ConfigError, Place
 from dtrain.config.yaml12 import dump, parse, scalar
 
 
@@ -308,41 +308,3 @@ def test_a_number_is_never_made_of_something_else(text: str) -> None:
     read = scalar(text)
     if isinstance(read, int | float) and "x" not in text and "o" not in text and not text.strip("+-").startswith("."):
         assert float(text) == read
-
-
-# --------------------------------------------------------------------------------------------------------------- words
-
-
-def test_nearest_names_ignore_case_and_come_best_first() -> None:
-    assert nearest("crossentropyloss", ["BCELoss", "CrossEntropyLoss", "NLLLoss"])[0] == "CrossEntropyLoss"
-    assert nearest("xyz", ["CrossEntropyLoss"]) == []
-    assert did_you_mean("lrr", ["lr", "eps"]) == "; did you mean 'lr'?"
-    assert did_you_mean("lr", []) == ""
-
-
-@pytest.mark.parametrize(
-    ("thing", "expected"),
-    [
-        (None, "found null"),
-        (True, "found bool true"),
-        (3, "found int 3"),
-        (0.5, "found float 0.5"),
-        ("x", "found text 'x'"),
-        ([1, {"a": None}], "found list [1, {'a': None}]"),
-        ({"a": 1}, "found mapping {'a': 1}"),
-        ("x" * 200, f"found text '{'x' * 56}..."),
-    ],
-)
-def test_a_value_in_a_message(thing: Any, expected: str) -> None:
-    assert found(thing) == expected
-
-
-def test_a_mistake_is_one_line_that_no_terminal_obeys() -> None:
-    assert str(Mistake("a\n b\x1b[31m\u202e", Place("f\n.yaml", 3, 4))) == "f .yaml:3:4: a b\\x1b[31m\\u202e"
-    assert one_line("\udcff") == "\\udcff"
-
-
-def test_the_same_mistake_is_told_once() -> None:
-    error = ConfigError([Mistake("a"), Mistake("b"), Mistake("a")])
-    assert str(error) == "a\nb"
-    assert ConfigError("text").mistakes == [Mistake("text")]
