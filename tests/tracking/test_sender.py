@@ -581,16 +581,6 @@ def server(server_process: Server) -> Iterator[Server]:
     server_process.silent.clear()
 
 
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pauses of a twentieth of a second between attempts, of which there are more for it."""
-    monkeypatch.setattr(file_queue, "_PAUSE_SECONDS", 0.02)
-    monkeypatch.setattr(file_queue, "_TRIES_AT_END", 40)
-    monkeypatch.setattr(delivery, "_FIRST_PAUSE_SECONDS", 0.02)
-    monkeypatch.setattr(delivery, "_LONGEST_PAUSE_SECONDS", 0.05)
-    monkeypatch.setattr(delivery, "_LOOK_EVERY_SECONDS", 0.01)
-
-
 @pytest.mark.usefixtures("quiet_journal", "impatient")
 @pytest.mark.parametrize("fault", ["lost", "refused"])
 def test_a_lossy_server_gets_each_row_once_and_one_run(tmp_path: Path, server: Server, fault: str) -> None:
