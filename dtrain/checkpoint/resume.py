@@ -42,10 +42,10 @@ def find_start(
 
     Args:
         folder: The run folder (`trainer.checkpoint_dir`).
-        resume: auto | none | a checkpoint or a run folder | an MLflow run id.
+        resume: auto | none | a checkpoint or a run folder | an MLflow run id, looked up at `tracking_uri`.
         run_name: The name for a new run.
         limits: max_epochs and max_steps, to see whether they were raised since a finished training.
-        tracking_uri: Where to look an MLflow run id up.
+        tracking_uri: See `resolve_tracking_uri`.
         is_restart: The launcher starts this training again, and it continues, whatever it once began from.
 
     Raises:

@@ -23,10 +23,10 @@ def load_for_use(
     """Give every rank the weights to be used: the averaged ones where a checkpoint has them.
 
     Args:
-        module: The bare model, which gets them.
+        module: The bare model.
         ranks: All of them call this; the main rank reads.
-        checkpoints: Those of the run.
-        path: A checkpoint folder or a weight file. Default: the best of the checkpoints, else the last.
+        checkpoints: Of the run, of which the best is used, else the last, where there is no path.
+        path: A checkpoint folder or a weight file.
         is_required: Refuse to use the model as it is.
 
     Raises:
@@ -62,9 +62,6 @@ def load_weights(path: Path, averaged: bool = False, is_verified: bool = False) 
         path: The folder or file.
         averaged: Of a checkpoint folder, the averaged weights where it has some.
         is_verified: The folder has just been compared with its manifest.
-
-    Returns:
-        A state_dict, with what `get_extra_state` gave for modules that have it.
 
     Raises:
         CheckpointError: No such file, damaged, without weights, or one that could only be read by running code in it.
@@ -141,7 +138,9 @@ def renamed(weights: Mapping[str, Any], rename: Mapping[str, str], leave_out: It
     for pattern, replacement in rename.items():
         new = {name: _sub("rename", pattern, replacement, now) for name, now in names.items()}
         if new == names:
-            raise ValueError(f"rename: {pattern!r} matches none of the file's names, such as {_some(names.values())}")
+            raise ValueError(
+                f"rename: {pattern!r} matches none of the file's names, such as {', '.join(list(names.values())[:5])}"
+            )
         names = new
     kept: dict[str, Any] = {}
     for name, now in names.items():
@@ -151,7 +150,7 @@ def renamed(weights: Mapping[str, Any], rename: Mapping[str, str], leave_out: It
     for pattern in leave_out:
         left = {name: value for name, value in kept.items() if not _matches(pattern, name)}
         if len(left) == len(kept):
-            raise ValueError(f"leave_out: {pattern!r} matches none of the names, such as {_some(kept)}")
+            raise ValueError(f"leave_out: {pattern!r} matches none of the names, such as {', '.join(list(kept)[:5])}")
         kept = left
     return kept
 
@@ -167,10 +166,6 @@ def _matches(pattern: str, name: str) -> bool:
     return _sub("leave_out", pattern, "", name) != name
 
 
-def _some(names: Iterable[str]) -> str:
-    return ", ".join(list(names)[:5])
-
-
 def take_over(
     model: torch.nn.Module,
     weights: dict[str, Any],
@@ -178,17 +173,7 @@ def take_over(
     leave_out: list[str] | None = None,
     partial: bool = False,
 ) -> list[str]:
-    """Load weights into a model, and say what was not loaded.
-
-    Args:
-        model: Its parameters and buffers are overwritten.
-        weights: A state_dict.
-        rename: See `weight_settings`.
-        leave_out: See `weight_settings`.
-        partial: See `weight_settings`.
-
-    Returns:
-        One line for each name that was not loaded.
+    """Load weights into a model, by the rules of `weight_settings`; returns one line for each name not loaded.
 
     Raises:
         ValueError: The weights do not fit; nothing was loaded then.
@@ -207,13 +192,7 @@ def take_over(
 
 
 def misfits_of(model: torch.nn.Module, weights: Mapping[str, Any], spared: Collection[str] = ()) -> list[str]:
-    """What keeps weights from being this model's, one line each; none when they fit exactly.
-
-    Args:
-        model: Whose weights they are to be.
-        weights: A state_dict.
-        spared: Names that the weights need not have.
-    """
+    """What keeps weights from being this model's, one line each; they need not have the spared names."""
     own = model.state_dict()
     missing = own.keys() - weights.keys() - set(spared)
     return [

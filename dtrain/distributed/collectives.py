@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+Forward = Callable[[torch.nn.Module, Any], Any]
 T = TypeVar("T")
 
 

@@ -71,9 +71,8 @@ def export_srun_variables(found: Environment) -> None:
     job = int(os.environ.get("SLURM_JOB_ID", 0)) * 7 + int(os.environ.get("SLURM_STEP_ID", 0) or 0)
     os.environ.setdefault("MASTER_ADDR", _first_host(os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1")))
     os.environ.setdefault("MASTER_PORT", str(20000 + job % 20000))  # jobs on one node must not meet on a port
-    names = {"RANK": found.rank, "LOCAL_RANK": found.local_rank, "WORLD_SIZE": found.world_size}
-    os.environ.update({name: str(value) for name, value in names.items()})
-    os.environ["LOCAL_WORLD_SIZE"] = str(found.local_world_size)
+    for name in ("rank", "local_rank", "world_size", "local_world_size"):
+        os.environ[name.upper()] = str(getattr(found, name))
 
 
 def export_local_rank(number: int) -> None:

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 
 from dtrain.config.errors import ConfigError
-from dtrain.distributed.collectives import Collectives
+from dtrain.distributed.collectives import Collectives, Forward
 
 MIN_PARAMETERS = 1_000_000  # smaller parts are not worth a message of their own
-Forward = Callable[[torch.nn.Module, Any], Any]
 
 
 def fsdp_options(
@@ -80,12 +79,8 @@ def local_part(value: Any) -> Any:
 class FSDP:
     """Every rank has a part of each weight; all ranks call the model equally often, since each call gathers weights.
 
-    Its methods are those of `DDP`. All ranks call them in the same order.
-
-    Args:
-        ranks: What the ranks do together.
-        options: See `fsdp_options`.
-        syncs_buffers: Whether every step begins with the main rank's buffers.
+    Its methods are those of `DDP`. All ranks call them in the same order. See `fsdp_options`; with `syncs_buffers`,
+    every step begins with the main rank's buffers.
     """
 
     is_sharded = True
@@ -151,8 +146,7 @@ class FSDP:
     def whole(self, tree: Any) -> Any:
         """The same nested containers with whole tensors in host memory, which nobody else changes, on the main rank.
 
-        Args:
-            tree: Such as a state_dict; of the same form on all ranks. The other ranks get empty tensors.
+        They have the same form on all ranks; the other ranks get empty tensors.
         """
         from torch.utils._pytree import tree_map_only
 
@@ -181,10 +175,8 @@ class FSDP:
         found = module.state_dict()
         for name in names:
             value, own = None if weights is None else weights[name], found[name]
-            if is_shard(own):
-                found[name] = self._divided(value, own, own.placements)
-            else:
-                found[name] = self._ranks.broadcast(value)
+            is_divided = is_shard(own)
+            found[name] = self._divided(value, own, own.placements) if is_divided else self._ranks.broadcast(value)
         module.load_state_dict(found)
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any] | None) -> None:

@@ -1,6 +1,7 @@
 """This process takes its place among the ranks: process group, device, threads."""
 
 import os
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -34,9 +35,9 @@ def set_up(
 
     Args:
         device: The config's `device`.
-        ddp: DistributedDataParallel's options, and `backend` (gloo lets ranks share a GPU) and `timeout_seconds`.
+        ddp: See `ddp_options`.
         deterministic: Ask torch for deterministic algorithms.
-        fsdp: The options of the strategy fsdp; None: the strategy is ddp.
+        fsdp: See `fsdp_options`; None: the strategy is ddp.
 
     Raises:
         ConfigError: The device does not exist, or there are fewer GPUs than ranks.
@@ -103,7 +104,9 @@ def _alone_by_mistake(found: Environment) -> list[str]:
     """
     if found.world_size > 1:
         return []
-    words = _parent_command()
+    words: list[str] = []
+    with suppress(psutil.Error):
+        words = psutil.Process(os.getppid()).cmdline()
     if any("accelerate" in word for word in words[:3]) and "--num_processes" in words:
         asked = words[words.index("--num_processes") + 1 :][:1]
         if asked and asked[0].isdigit() and int(asked[0]) > 1:
@@ -116,13 +119,6 @@ def _alone_by_mistake(found: Environment) -> list[str]:
     return []
 
 
-def _parent_command() -> list[str]:
-    try:
-        return psutil.Process(os.getppid()).cmdline()
-    except psutil.Error:
-        return []
-
-
 def _share_cores(found: Environment) -> None:
     """Give each of several ranks its share of the cores, unless the user chose.
 
@@ -131,14 +127,10 @@ def _share_cores(found: Environment) -> None:
     """
     if found.world_size == 1:
         return
-    if "OMP_NUM_THREADS" in os.environ:
-        try:
-            chosen_by_user = found.launcher == "srun" or "OMP_NUM_THREADS" in psutil.Process(os.getppid()).environ()
-        except psutil.Error:
-            chosen_by_user = True
-        if chosen_by_user:
-            torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-            return
-    threads = max(1, cores() // found.local_world_size)
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    torch.set_num_threads(threads)
+    chosen_by_user = "OMP_NUM_THREADS" in os.environ
+    if chosen_by_user and found.launcher != "srun":
+        with suppress(psutil.Error):
+            chosen_by_user = "OMP_NUM_THREADS" in psutil.Process(os.getppid()).environ()
+    if not chosen_by_user:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, cores() // found.local_world_size))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

@@ -78,11 +78,7 @@ class StopRequest:
                     signal.signal(number, signal.default_int_handler)
 
     def waiting(self, items: Iterable[T]) -> Iterator[T]:
-        """The same items; while the next one is waited for, a request raises.
-
-        Raises:
-            StopWaiting: From within the wait.
-        """
+        """The same items; while the next one is waited for, a request raises StopWaiting."""
         iterator = iter(items)
         while True:
             self._wait_number += 1

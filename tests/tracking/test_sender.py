@@ -815,7 +815,7 @@ def test_a_problem_that_cannot_be_written_down_ends_no_sender(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("dtrain.tracking.memory.Memory.save", full)
+        patch.setattr("dtrain.tracking.run_folder.Memory.save", full)
         assert deliver(folder, uri) == 1
     assert deliver(folder, uri) == 0
     assert len(rows_of(folder, uri, "train/loss")) == 10
