@@ -74,8 +74,8 @@ class Snapshot:
 
     def is_finite(self) -> bool:
         """Whether no weight, averaged ones included, is nan or infinite."""
-        parts = [self.weights] if self.ema is None else [self.weights, self.ema]
-        return all(_is_finite(tensor) for part in parts for tensor in part.tensors.values())
+        parts = [part.tensors for part in (self.weights, self.ema) if part is not None]
+        return all(_is_finite(tensor) for tensors in parts for tensor in tensors.values())
 
 
 def take_snapshot(

@@ -64,10 +64,7 @@ class Checkpoints:
     ) -> None:
         """Raise, before the first step, what `save` would raise: types, a folder that cannot be written, a full disk.
 
-        A checkpoint of one number is written there and removed.
-
-        Raises:
-            CheckpointError: as `save`. The space for what an optimizer adds at its first step cannot be foreseen here.
+        A checkpoint of one number is written there and removed. What an optimizer adds at its first step comes on top.
         """
         snapshot = take_snapshot(weights, state, ema)
         trial = take_snapshot({"weight": torch.zeros(1)}, {})

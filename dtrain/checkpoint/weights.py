@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,8 @@ def load_for_use(
 ) -> None:
     """Give every rank the weights to be used: the averaged ones where a checkpoint has them.
 
-    Args:
-        module: The bare model.
-        ranks: All of them call this; the main rank reads.
-        checkpoints: Of the run, of which the best is used, else the last, where there is no path.
-        path: A checkpoint folder or a weight file.
-        is_required: Refuse to use the model as it is.
+    They are those of a checkpoint folder or weight file; without a path, the best checkpoint's, else the last one's,
+    else the model's own, which are refused where weights are required.
 
     Raises:
         ConfigError: There are no weights, or they do not fit the model.
@@ -58,10 +55,7 @@ def load_weights(path: Path, averaged: bool = False, is_verified: bool = False) 
     In a torch file the weights may lie under 'model_state_dict', 'state_dict' or 'model'. 'module.' (DDP) before all
     names and '_orig_mod.' (torch.compile) anywhere are taken out of a file's names; a checkpoint folder's are kept.
 
-    Args:
-        path: The folder or file.
-        averaged: Of a checkpoint folder, the averaged weights where it has some.
-        is_verified: The folder has just been compared with its manifest.
+    A checkpoint folder that was just verified is not read twice; `averaged` weights are taken where it has some.
 
     Raises:
         CheckpointError: No such file, damaged, without weights, or one that could only be read by running code in it.
@@ -134,19 +128,15 @@ def renamed(weights: Mapping[str, Any], rename: Mapping[str, str], leave_out: It
     Raises:
         ValueError: A rule is not a regular expression or matches nothing, or two weights get one name.
     """
-    names = {name: name for name in weights}
+    names = list(weights)
     for pattern, replacement in rename.items():
-        new = {name: _sub("rename", pattern, replacement, now) for name, now in names.items()}
+        new = [_sub("rename", pattern, replacement, name) for name in names]
         if new == names:
-            raise ValueError(
-                f"rename: {pattern!r} matches none of the file's names, such as {', '.join(list(names.values())[:5])}"
-            )
+            raise ValueError(f"rename: {pattern!r} matches none of the file's names, such as {', '.join(names[:5])}")
         names = new
-    kept: dict[str, Any] = {}
-    for name, now in names.items():
-        if now in kept:
-            raise ValueError(f"rename: {now!r} would be the name of several weights")
-        kept[now] = weights[name]
+    if several := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"rename: {several[0]!r} would be the name of several weights")
+    kept = dict(zip(names, weights.values(), strict=True))
     for pattern in leave_out:
         left = {name: value for name, value in kept.items() if not _matches(pattern, name)}
         if len(left) == len(kept):
@@ -193,10 +183,9 @@ def take_over(
 
 def misfits_of(model: torch.nn.Module, weights: Mapping[str, Any], spared: Collection[str] = ()) -> list[str]:
     """What keeps weights from being this model's, one line each; they need not have the spared names."""
-    own = model.state_dict()
-    missing = own.keys() - weights.keys() - set(spared)
+    own, present = model.state_dict(), {*weights, *spared}
     return [
-        *(f"missing in the file: {name} {_shape(own[name])}" for name in own if name in missing),
+        *(f"missing in the file: {name} {_shape(own[name])}" for name in own if name not in present),
         *(f"not in the model: {name} {_shape(value)}" for name, value in weights.items() if name not in own),
         *(
             f"other shape: {name} is {_shape(weights[name])} in the file, {_shape(value)} in the model"

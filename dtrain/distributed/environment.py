@@ -22,10 +22,7 @@ def environment() -> Environment:
     """Read this process's place from torchrun's or accelerate's variables, else from srun's.
 
     Inside torchrun, SLURM's variables are those of the node's one task, and in a batch script they are set although
-    srun started nothing; so they count only where srun itself started several tasks.
-
-    Raises:
-        ConfigError: The variables contradict one another.
+    srun started nothing; so they count only where srun itself started several tasks. ConfigError: for contradictions.
     """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:

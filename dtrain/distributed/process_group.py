@@ -31,13 +31,7 @@ def set_up(
     deterministic: bool = False,
     fsdp: dict[str, Any] | None = None,
 ) -> Ranks:
-    """Join the process group, choose the device, set the threads.
-
-    Args:
-        device: The config's `device`.
-        ddp: See `ddp_options`.
-        deterministic: Ask torch for deterministic algorithms.
-        fsdp: See `fsdp_options`; None: the strategy is ddp.
+    """Join the process group, choose the device, set the threads; with options of fsdp, that is the strategy.
 
     Raises:
         ConfigError: The device does not exist, or there are fewer GPUs than ranks.
@@ -60,11 +54,9 @@ def set_up(
     ranks = Ranks(found.rank, found.local_rank, found.world_size, chosen, found.launcher, notes=notes + device_notes)
     if found.world_size > 1:
         accelerator = _join(found, chosen, backend, timeout_seconds, options)
-        ranks.mailbox = Mailbox(found.rank, found.world_size, torch.distributed.distributed_c10d._get_default_store())
-        if fsdp is None:
-            ranks.strategy = DDP(ranks, accelerator)
-        else:
-            ranks.strategy = FSDP(ranks, fsdp, options.get("broadcast_buffers") is not False)
+        ranks.mailbox = Mailbox(found.rank, found.world_size, dist.distributed_c10d._get_default_store())
+        syncs_buffers = options.get("broadcast_buffers") is not False
+        ranks.strategy = DDP(ranks, accelerator) if fsdp is None else FSDP(ranks, fsdp, syncs_buffers)
     elif fsdp is not None:
         ranks.notes.append("trainer.strategy: fsdp shards the model over several ranks; one process holds all of it")
     return ranks
@@ -97,11 +89,7 @@ def _join(found: Environment, device: Any, backend: str | None, timeout_seconds:
 
 
 def _alone_by_mistake(found: Environment) -> list[str]:
-    """A line where more processes were asked for than there are.
-
-    Raises:
-        ConfigError: `accelerate launch --cpu --num_processes N` starts one process and says nothing.
-    """
+    """A line where more processes were asked for than there are; ConfigError where accelerate was, and says nothing."""
     if found.world_size > 1:
         return []
     words: list[str] = []

@@ -30,12 +30,9 @@ class StopRequest:
     """True once a signal has come or the time is over; `reason` says which. A second Ctrl-C ends at once.
 
     Args:
-        time_limit: How long this process may train, from now: see `seconds_of`.
+        time_limit: How long this process may train, from now: see `seconds_of`, also for errors.
         job_ends_at: When a batch system ends it, in unix seconds.
         alone: Nobody else needs what this process waits for; else it continues to wait for a while.
-
-    Raises:
-        ValueError: The time limit is not a duration.
     """
 
     def __init__(

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from dtrain.tracking.secrets import redact
 from dtrain.tracking.sqlite_template import begin_store
 from dtrain.tracking.uri import sqlite_file
@@ -207,12 +209,7 @@ def _long_timeout() -> Iterator[None]:
 
 
 def connect(uri: str) -> Any:
-    """MLflow's client. One process at a time: of four that make the same sqlite store together, three die.
-
-    Raises:
-        ImportError: mlflow is not installed.
-    """
-    from filelock import FileLock
+    """MLflow's client. One process at a time: of four that make the same sqlite store together, three die."""
     from mlflow import MlflowClient, __version__
 
     def open_store(uri: str) -> Any:

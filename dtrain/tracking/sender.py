@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tracking-uri", metavar="URI", help="default: run.json's, else MLFLOW_TRACKING_URI")
     parser.add_argument("--wait", action="store_true", help="get ready, then read the command line from stdin, as JSON")
     parser.add_argument("--find", metavar="RUN_ID", help="print what MLflow knows of a run, as one JSON line")
-    parser.add_argument("--probe", metavar="EXPERIMENT", help="print whether it can be written to, as one JSON line")
+    parser.add_argument("--probe", metavar="EXPERIMENT", help="print whether MLflow can be written to, as JSON")
     options = parser.parse_args(arguments)
     os.environ.update(mlflow_store.CLIENT_SETTINGS)
     with contextlib.redirect_stderr(Redacted(sys.stderr)), contextlib.redirect_stdout(Redacted(sys.stdout)):
