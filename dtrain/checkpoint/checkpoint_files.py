@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dtrain.checkpoint.contents import CheckpointError, Snapshot
-from dtrain.tracking.whole_file import fsync
+from dtrain.tracking.whole_file import fsync, write_bytes
 
 MODEL, EMA, STATE, MANIFEST = "model.safetensors", "ema.safetensors", "state.pt", "manifest.json"
 FORMAT = 1
@@ -47,8 +47,7 @@ class Loaded:
 def load(path: Path, is_verified: bool = False) -> Loaded:
     """Verify a checkpoint folder, unless that was just done, and read it into host memory; nothing in it is executed.
 
-    Raises:
-        CheckpointError: the folder is not a checkpoint or is damaged; the message names the files.
+    Raises CheckpointError where the folder is not a checkpoint or is damaged; the message names the files.
     """
     manifest = require_whole(path, is_verified)
     state = read_torch_file(path / STATE)
@@ -93,8 +92,7 @@ def write_files(folder: Path, snapshot: Snapshot, facts: Manifest) -> None:
             path.chmod(mode)  # safetensors makes its files unreadable for others, whatever the umask says
         fsync(path)
         files[path.name] = _seal(path)
-    (folder / MANIFEST).write_bytes(_render({**facts, "files": files}))
-    fsync(folder / MANIFEST)
+    write_bytes(folder / MANIFEST, _render({**facts, "files": files}), durable=True)
     fsync(folder)
 
 

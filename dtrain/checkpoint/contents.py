@@ -88,10 +88,8 @@ def take_snapshot(
 
     With `copies`, all tensors are copied, into the memory of those of the last snapshot that it was given to, which
     must be written by now: new memory costs four times the copy. Without it, only tensors of a device are copied, and
-    those on the CPU must not change until the snapshot is written.
-
-    Raises:
-        CheckpointError: values of other types, each with its key path, its type and what to give instead.
+    those on the CPU must not change until the snapshot is written. Raises CheckpointError for values of other types,
+    each with its key path, its type and what to give instead.
     """
     walk = _Walk(copies)
     snapshot = Snapshot(

@@ -42,10 +42,7 @@ def find_start(
 
     What to resume from is auto, none, a checkpoint, a run folder or an MLflow run id. The limits are max_epochs and
     max_steps, to see whether they were raised since a finished training. A restart by the launcher continues, whatever
-    the training once began from.
-
-    Raises:
-        ResumeError: What `resume` names is not there.
+    the training once began from. Raises ResumeError where what `resume` names is not there.
     """
     if is_restart and (resume == "none" or (RunFolder(folder).checkpoints / "last").exists()):
         resume = "auto"

@@ -95,8 +95,7 @@ class Checkpoints:
             score: what `best` goes by; None and nan never win.
 
         Raises:
-            CheckpointError: a value of a type that could not be loaded again, or a failed write, of which nothing is
-                left. Older checkpoints are untouched in both cases.
+            CheckpointError: as `take_snapshot`, or a failed write, of which nothing is left. Older ones are untouched.
         """
         return self.write(step, take_snapshot(weights, state, ema), score)
 

@@ -24,10 +24,7 @@ def load_for_use(
     """Give every rank the weights to be used: the averaged ones where a checkpoint has them.
 
     They are those of a checkpoint folder or weight file; without a path, the best checkpoint's, else the last one's,
-    else the model's own, which are refused where weights are required.
-
-    Raises:
-        ConfigError: There are no weights, or they do not fit the model.
+    else the model's own. Raises ConfigError where these are not enough (`is_required`), or weights do not fit.
     """
     weights: dict[str, Any] | None = None
 
@@ -56,9 +53,7 @@ def load_weights(path: Path, averaged: bool = False, is_verified: bool = False) 
     names and '_orig_mod.' (torch.compile) anywhere are taken out of a file's names; a checkpoint folder's are kept.
 
     A checkpoint folder that was just verified is not read twice; `averaged` weights are taken where it has some.
-
-    Raises:
-        CheckpointError: No such file, damaged, without weights, or one that could only be read by running code in it.
+    Raises CheckpointError where there is no such file or no weights in it, or it is damaged or holds code.
     """
     if path.is_dir():
         manifest = require_whole(path, is_verified)
@@ -125,8 +120,7 @@ def weight_settings(
 def renamed(weights: Mapping[str, Any], rename: Mapping[str, str], leave_out: Iterable[str]) -> dict[str, Any]:
     """The weights under their new names, without those that are left out.
 
-    Raises:
-        ValueError: A rule is not a regular expression or matches nothing, or two weights get one name.
+    Raises ValueError where a rule is not a regular expression or matches nothing, or two weights get one name.
     """
     names = list(weights)
     for pattern, replacement in rename.items():
@@ -165,8 +159,7 @@ def take_over(
 ) -> list[str]:
     """Load weights into a model, by the rules of `weight_settings`; returns one line for each name not loaded.
 
-    Raises:
-        ValueError: The weights do not fit; nothing was loaded then.
+    Raises ValueError where they do not fit; nothing was loaded then.
     """
     own = model.state_dict()
     weights = renamed(fitted(model, weights), rename or {}, leave_out or [])

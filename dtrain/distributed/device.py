@@ -14,8 +14,7 @@ def choose_device(
 ) -> "tuple[torch.device, list[str]]":
     """The device of this rank, given the config's and the number of GPUs, and what is worth saying about it.
 
-    Raises:
-        ConfigError: There is no such device, or fewer GPUs than ranks.
+    Raises ConfigError where there is no such device, or fewer GPUs than ranks.
     """
     import torch
 

@@ -31,10 +31,9 @@ def set_up(
     deterministic: bool = False,
     fsdp: dict[str, Any] | None = None,
 ) -> Ranks:
-    """Join the process group, choose the device, set the threads; with options of fsdp, that is the strategy.
+    """Join the process group, choose the device (see `choose_device`), set the threads.
 
-    Raises:
-        ConfigError: The device does not exist, or there are fewer GPUs than ranks.
+    The options are those of `ddp_options` and, where that is the strategy, `fsdp_options`.
     """
     found = environment()
     if found.launcher == "srun":

@@ -100,11 +100,7 @@ class Delivery:
         self._files.add([[code_folder, code_folder]])
 
     def step(self) -> None:
-        """Sends what is due, one batch at most.
-
-        Raises:
-            Exception: whatever the store raised; the next call starts anew with what was not acknowledged.
-        """
+        """Sends what is due, one batch at most; after an error of the store, the next call sends the same again."""
         self._batch.fill(self._journal)
         if self.done:
             return
@@ -216,10 +212,8 @@ class Delivery:
 def follow(delivery: Delivery, parent: int | None = None, patience_seconds: float = PATIENCE_SECONDS) -> int:
     """Delivers until the run has ended and all of it is there; returns 0, or 1 when something is left.
 
-    Args:
-        delivery: what to drive.
-        parent: rank 0's process id; None: nobody writes any more, deliver what is there.
-        patience_seconds: how long to try without success once nobody writes any more.
+    The parent is rank 0's process id; without it, or once it has gone, nobody writes any more: what is there is
+    delivered, and the patience is how long to try that without success.
     """
     retry = Retry(_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
     exit_status = None

@@ -78,11 +78,8 @@ class Journal:
         Args:
             params: see `flatten`. Secrets in them are masked.
             tags: they win over the ones that every run gets.
-            artifacts: pairs (path in the run folder, folder in MLflow).
+            artifacts: see `artifact`.
             **run_facts: what else run.json shall hold, such as world_size.
-
-        Raises:
-            OSError: the run folder cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         attempt, self._last_steps = _read_earlier(self._files.journal)
@@ -121,11 +118,8 @@ class Journal:
         """Writes the figures of one step: one line, a few tens of microseconds, no waiting.
 
         A figure that is not a number costs one warning per key. A step that the journal already holds for a key is
-        dropped: a resumed training repeats the steps after its checkpoint, and MLflow would store them twice.
-
-        Args:
-            step: number of optimizer steps done.
-            figures: name -> number; one-element tensors and arrays will do.
+        dropped: a resumed training repeats the steps after its checkpoint, and MLflow would store them twice. A step is
+        the number of optimizer steps done; one-element tensors and arrays will do as figures.
         """
         values: dict[str, float | str] = {}
         for key, figure in figures.items():
@@ -140,18 +134,14 @@ class Journal:
     def artifact(self, path: str, to: str = "") -> None:
         """Has a file or folder of the run folder, relative to it or absolute, sent to a folder of the run's artifacts.
 
-        Raises:
-            ValueError: the path, or the place in MLflow, leaves its folder.
+        Raises ValueError where the path, or the place in MLflow, leaves its folder.
         """
         self._write("artifact", path=self._relative(path, to), to=to)
 
     def image(self, path: str, key: str, step: int) -> None:
         """Has a PNG file of the run folder sent to MLflow as the image of a key at a step, once for each step.
 
-        MLflow shows the images of one key, such as val/confusion, as a sequence.
-
-        Raises:
-            ValueError: the path leaves the run folder.
+        MLflow shows the images of one key, such as val/confusion, as a sequence. For the path see `artifact`.
         """
         relative = self._relative(path, "")
         if step > self._last_steps.get(key, step - 1):
@@ -171,10 +161,8 @@ class Journal:
     def finish(self, status: Status, reason: str = "", exit_status: int = 0) -> str:
         """Writes how the run ended and waits, at most `exit_timeout_seconds`, until MLflow has everything.
 
-        A second call does nothing, so that an error path may call it without knowing what happened before.
-
-        Returns:
-            '' when MLflow has everything, else one line that says why not and how to send the rest.
+        A second call does nothing, so that an error path may call it without knowing what happened before. It returns
+        '' when MLflow has everything, else one line that says why not and how to send the rest.
         """
         if status not in get_args(Status):
             raise ValueError(f"status {status!r}: a run ends as one of {', '.join(get_args(Status))}")

@@ -50,10 +50,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def update_run(folder: Path, *, when: Mapping[str, Any] | None = None, **changes: Any) -> bool:
-    """Changes facts in run.json, one process at a time, whole or not at all, if those in `when` still hold.
-
-    Returns whether they did. OSError: the file cannot be written.
-    """
+    """Changes facts in run.json, one process at a time, whole or not at all, if `when` still holds: True."""
     from filelock import FileLock, Timeout
 
     file = RunFolder(folder).run
@@ -84,7 +81,7 @@ def read_line(line: bytes) -> dict[str, Any]:
 def close_run_of(folder: Path, pid: int) -> bool:
     """Writes into run.json how a rank 0 that is gone ended: as the journal's last line says, else FAILED.
 
-    False: the run folder belongs to another process by now.
+    Returns False where the run folder belongs to another process by now.
     """
     with RunFolder(folder).journal.open("rb") as journal:
         journal.seek(max(0, os.fstat(journal.fileno()).st_size - 65536))

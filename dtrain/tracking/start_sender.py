@@ -53,9 +53,7 @@ def deliver_rest(folder: str) -> int:
 def find_run(run_id: str, uri: str | None = None, timeout_seconds: float = 60.0) -> dict[str, Any]:
     """A run's run_id, status, lifecycle ('active' or 'deleted') and tags; importing mlflow for it takes 3 seconds.
 
-    Raises:
-        LookupError: there is no such run, or MLflow does not answer; the text says which.
-        ValueError: see `resolve_tracking_uri`.
+    Raises LookupError where there is no such run or MLflow does not answer; for ValueError see `resolve_tracking_uri`.
     """
     uri = resolve_tracking_uri(uri)
     answer = _ask(uri, "--find", run_id, timeout_seconds)

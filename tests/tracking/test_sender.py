@@ -909,7 +909,7 @@ def test_only_while_a_training_runs_the_sender_stands_back(
 @pytest.mark.usefixtures("quiet_journal")
 def test_a_new_store_is_made_under_its_lock_whoever_needs_it_first(tmp_path: Path) -> None:
     database = tmp_path / "new" / "mlflow.db"
-    assert sender._system_metrics(f"sqlite:///{database}", time.time()) is not None
+    assert mlflow_store.system_monitor(f"sqlite:///{database}") is not None
     assert database.exists() and database.with_name(".mlflow.db.lock").exists()
 
 
