@@ -270,10 +270,10 @@ def _without_effect(method: Method) -> Method:
 
 
 class NoJournal(Journal):
-    """What the other ranks hold: a journal whose methods do nothing."""
+    """What the other ranks hold: a journal whose methods do nothing, with no tracking URI."""
 
     def __init__(self) -> None:
-        pass
+        self.tracking_uri = ""
 
     start = _without_effect(Journal.start)
     log = _without_effect(Journal.log)

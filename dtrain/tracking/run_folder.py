@@ -50,7 +50,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def update_run(folder: Path, *, when: Mapping[str, Any] | None = None, **changes: Any) -> bool:
-    """Changes facts in run.json, one process at a time, whole or not at all, if `when` still holds: True."""
+    """Changes facts in run.json, one process at a time, whole or not at all, if `when` still holds; returns that."""
     from filelock import FileLock, Timeout
 
     file = RunFolder(folder).run

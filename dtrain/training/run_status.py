@@ -141,7 +141,7 @@ class Recorder:
         table = summary_table(
             ending.status, ending.reason, best, ending.test_figures, seconds, state.step, self.run.folder
         )
-        if isinstance(self.journal, Journal):
+        if self.journal.tracking_uri:
             table |= {"MLflow": ui_command(self.journal.tracking_uri)}
         self.progress.summary(table)
         if hint:

@@ -344,7 +344,7 @@ def _table(
         + (", the model sharded (fsdp)" if ranks.strategy.is_sharded else ""),
         "run folder": str(start.folder),
     }
-    if isinstance(journal, Journal):
+    if journal.tracking_uri:
         table["tracking"] = redact(journal.tracking_uri)
     if start.checkpoint:
         table["resumes from"] = str(start.checkpoint.resolve())
