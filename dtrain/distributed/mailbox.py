@@ -13,8 +13,8 @@ _POLL_SECONDS = 0.05
 class Mailbox:
     """Notes by name and rank. It outlives every rank but the store's own, and works where a collective would hang.
 
-    Nothing here raises: whoever leaves or looks for a note is in trouble already, and the store may be gone. That is
-    the process group's (a torch.distributed.Store); None for a process on its own.
+    Nothing here raises: whoever leaves or looks for a note is in trouble already, and the store may be gone. The
+    store is the process group's (a torch.distributed.Store); None for a process on its own.
     """
 
     def __init__(self, rank: int = 0, world_size: int = 1, store: Any = None) -> None:

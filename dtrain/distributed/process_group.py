@@ -41,7 +41,7 @@ def set_up(
     options = {key: value for key, value in ddp_options(**(ddp or {})).items() if value is not None}
     backend = options.pop("backend", None)
     timeout_seconds = options.pop("timeout_seconds", None)
-    notes = _alone_by_mistake(found)
+    notes = _alone_by_mistake() if found.world_size == 1 else []
     _share_cores(found)
     chosen, device_notes = choose_device(device, found, torch.cuda.device_count(), backend)
     if deterministic:
@@ -87,10 +87,8 @@ def _join(found: Environment, device: Any, backend: str | None, timeout_seconds:
     return accelerator
 
 
-def _alone_by_mistake(found: Environment) -> list[str]:
-    """A line where more processes were asked for than there are; ConfigError where accelerate was, and says nothing."""
-    if found.world_size > 1:
-        return []
+def _alone_by_mistake() -> list[str]:
+    """A line where more processes were asked for than there are; ConfigError where accelerate started one, without a hint."""
     words: list[str] = []
     with suppress(psutil.Error):
         words = psutil.Process(os.getppid()).cmdline()

@@ -14,7 +14,7 @@ class SystemMetrics:
     """Figures of this machine that wait to be sent; their step is the number of sampling intervals since the start.
 
     Of mlflow's SystemMetricsMonitor only the sampling is used: its own thread ends for good at the first request that
-    fails, and stores nothing of a run shorter than ten seconds. When the run started is in unix seconds.
+    fails, and stores nothing of a run shorter than ten seconds. `started` is in unix seconds.
     """
 
     def __init__(self, monitor: Any, started: float) -> None:
