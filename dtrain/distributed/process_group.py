@@ -88,7 +88,7 @@ def _join(found: Environment, device: Any, backend: str | None, timeout_seconds:
 
 
 def _alone_by_mistake() -> list[str]:
-    """A line where more processes were asked for than there are; ConfigError where accelerate started one, without a hint."""
+    """A line where more processes were asked for than there are; ConfigError where accelerate was."""
     words: list[str] = []
     with suppress(psutil.Error):
         words = psutil.Process(os.getppid()).cmdline()
