@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dtrain.checkpoint.contents import CheckpointError, Snapshot
-from dtrain.tracking.whole_file import fsync
+from dtrain.tracking.whole_file import fsync, write_bytes
 
 MODEL, EMA, STATE, MANIFEST = "model.safetensors", "ema.safetensors", "state.pt", "manifest.json"
 FORMAT = 1
@@ -36,31 +36,18 @@ _CURES = {
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """What `load` returns; all tensors lie on the CPU.
+    """What `load` returns, as it was given to `save`; all tensors lie on the CPU."""
 
-    Attributes:
-        weights: the model's state_dict as it was given to `save`, `get_extra_state` entries and tied tensors included.
-        state: everything else that resuming needs, as it was given to `save`.
-        ema: the averaged weights, or None where none were saved.
-        manifest: step, score (None, a number, or a number's text if nan or infinite), finite, serial, time (unix
-            seconds), versions, files.
-    """
-
-    weights: dict[str, Any]
+    weights: dict[str, Any]  # with `get_extra_state` entries and tied tensors
     state: dict[str, Any]
     ema: dict[str, Any] | None
-    manifest: Manifest
+    manifest: Manifest  # step, score (a number, its text if not finite), finite, serial, time, versions, files
 
 
 def load(path: Path, is_verified: bool = False) -> Loaded:
-    """Verify a checkpoint folder and read it into host memory; nothing in it is executed.
+    """Verify a checkpoint folder, unless that was just done, and read it into host memory; nothing in it is executed.
 
-    Args:
-        path: the folder.
-        is_verified: it has just been, by `verify` or `Checkpoints`: its files are not read for that a second time.
-
-    Raises:
-        CheckpointError: the folder is not a checkpoint or is damaged; the message names the files.
+    Raises CheckpointError where the folder is not a checkpoint or is damaged; the message names the files.
     """
     manifest = require_whole(path, is_verified)
     state = read_torch_file(path / STATE)
@@ -82,11 +69,9 @@ def verify(path: Path) -> list[str]:
     except OSError as error:
         return [f"{MANIFEST}: {error}"]
     files: dict[str, dict[str, Any]] = manifest["files"]
-    problems = [f"{name}: a foreign file, not in the manifest" for name in sorted(present - set(files))]
-    for name, sealed in files.items():
-        if problem := _compare(path / name, sealed):
-            problems.append(f"{name}: {problem}")
-    return problems
+    problems = dict.fromkeys(sorted(present - set(files)), "a foreign file, not in the manifest")
+    problems |= {name: _compare(path / name, sealed) for name, sealed in files.items()}
+    return [f"{name}: {problem}" for name, problem in problems.items() if problem]
 
 
 def write_files(folder: Path, snapshot: Snapshot, facts: Manifest) -> None:
@@ -107,8 +92,7 @@ def write_files(folder: Path, snapshot: Snapshot, facts: Manifest) -> None:
             path.chmod(mode)  # safetensors makes its files unreadable for others, whatever the umask says
         fsync(path)
         files[path.name] = _seal(path)
-    (folder / MANIFEST).write_bytes(_render({**facts, "files": files}))
-    fsync(folder / MANIFEST)
+    write_bytes(folder / MANIFEST, _render({**facts, "files": files}), durable=True)
     fsync(folder)
 
 
@@ -187,11 +171,7 @@ def _compare(path: Path, sealed: dict[str, Any]) -> str:
 
 
 def require_whole(path: Path, is_verified: bool) -> Manifest:
-    """The manifest of a checkpoint folder that is whole.
-
-    Raises:
-        CheckpointError: it is not; the message names the files.
-    """
+    """The manifest of a checkpoint folder; CheckpointError where it is not whole, which names the files."""
     if not is_verified and (problems := verify(path)):
         raise CheckpointError(f"{path} is not a whole checkpoint: {'; '.join(problems)}")
     return read_manifest(path)

@@ -56,17 +56,11 @@ class CheckpointError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """One state_dict, split by what can hold it.
+    """One state_dict, split by what can hold it."""
 
-    Attributes:
-        tensors: tensors in host memory that share none of it, for safetensors.
-        aliases: the tied names: name -> the name in `tensors` that has the same elements.
-        rest: all other entries (`get_extra_state`, sparse tensors), in plain types.
-    """
-
-    tensors: dict[str, Tensor]
-    aliases: dict[str, str]
-    rest: dict[str, Any]
+    tensors: dict[str, Tensor]  # in host memory, of which they share none, for safetensors
+    aliases: dict[str, str]  # the tied names: name -> the name in `tensors` that has the same elements
+    rest: dict[str, Any]  # all other entries (`get_extra_state`, sparse tensors), in plain types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +74,8 @@ class Snapshot:
 
     def is_finite(self) -> bool:
         """Whether no weight, averaged ones included, is nan or infinite."""
-        parts = [self.weights] if self.ema is None else [self.weights, self.ema]
-        return all(_is_finite(tensor) for part in parts for tensor in part.tensors.values())
+        parts = [part.tensors for part in (self.weights, self.ema) if part is not None]
+        return all(_is_finite(tensor) for tensors in parts for tensor in tensors.values())
 
 
 def take_snapshot(
@@ -92,16 +86,10 @@ def take_snapshot(
 ) -> Snapshot:
     """Bring everything to host memory and check that it can be loaded again with `weights_only=True`.
 
-    Args:
-        weights: The model's state_dict.
-        state: Tensors and plain types, nested.
-        ema: Averaged weights, as `weights`.
-        copies: Where given, all tensors are copied, into the memory of those of the last snapshot that it was given to,
-            which must be written by now: new memory costs four times the copy. Without it, only tensors of a device are
-            copied, and those on the CPU must not change until the snapshot is written.
-
-    Raises:
-        CheckpointError: values of other types, each with its key path, its type and what to give instead.
+    With `copies`, all tensors are copied, into the memory of those of the last snapshot that it was given to, which
+    must be written by now: new memory costs four times the copy. Without it, only tensors of a device are copied, and
+    those on the CPU must not change until the snapshot is written. Raises CheckpointError for values of other types,
+    each with its key path, its type and what to give instead.
     """
     walk = _Walk(copies)
     snapshot = Snapshot(
@@ -127,7 +115,7 @@ class _Walk:
     over: an address says who is who only as long as its owner lives.
     """
 
-    def __init__(self, copies: dict[str, Tensor] | None = None) -> None:
+    def __init__(self, copies: dict[str, Tensor] | None) -> None:
         self.problems: list[str] = []
         self.need_bytes = 0
         self._copies = copies

@@ -40,16 +40,9 @@ def find_start(
 ) -> Start:
     """Look at the run folder and decide; nothing is touched.
 
-    Args:
-        folder: The run folder (`trainer.checkpoint_dir`).
-        resume: auto | none | a checkpoint or a run folder | an MLflow run id.
-        run_name: The name for a new run.
-        limits: max_epochs and max_steps, to see whether they were raised since a finished training.
-        tracking_uri: Where to look an MLflow run id up.
-        is_restart: The launcher starts this training again, and it continues, whatever it once began from.
-
-    Raises:
-        ResumeError: What `resume` names is not there.
+    What to resume from is auto, none, a checkpoint, a run folder or an MLflow run id. The limits are max_epochs and
+    max_steps, to see whether they were raised since a finished training. A restart by the launcher continues, whatever
+    the training once began from. Raises ResumeError where what `resume` names is not there.
     """
     if is_restart and (resume == "none" or (RunFolder(folder).checkpoints / "last").exists()):
         resume = "auto"

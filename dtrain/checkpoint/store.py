@@ -64,15 +64,11 @@ class Checkpoints:
     ) -> None:
         """Raise, before the first step, what `save` would raise: types, a folder that cannot be written, a full disk.
 
-        A checkpoint of one number is written there and removed.
-
-        Raises:
-            CheckpointError: as `save`. The space for what an optimizer adds at its first step cannot be foreseen here.
+        A checkpoint of one number is written there and removed. What an optimizer adds at its first step comes on top.
         """
         snapshot = take_snapshot(weights, state, ema)
         trial = take_snapshot({"weight": torch.zeros(1)}, {})
         with self._writing(self.folder, snapshot.need_bytes, LOCK_TIMEOUT_SECONDS):
-            _require_space(self.folder, snapshot.need_bytes)
             try:  # it is also the first use of much native code, which in a thread must not meet with a fork
                 write_files(self.folder / ".tmp-step-trial", trial, {"finite": trial.is_finite()})
             finally:
@@ -98,18 +94,13 @@ class Checkpoints:
             ema: averaged weights, as `weights`.
             score: what `best` goes by; None and nan never win.
 
-        Returns:
-            The checkpoint's folder, complete and on the disk.
-
         Raises:
-            CheckpointError: a value of a type that could not be loaded again, or a failed write, of which nothing is
-                left. Older checkpoints are untouched in both cases.
-            ValueError: the step is negative.
+            CheckpointError: as `take_snapshot`, or a failed write, of which nothing is left. Older ones are untouched.
         """
         return self.write(step, take_snapshot(weights, state, ema), score)
 
     def write(self, step: int, snapshot: Snapshot, score: float | None = None) -> Path:
-        """The second half of `save`; a thread's, where the snapshot holds copies."""
+        """The second half of `save`, also in a thread: returns the checkpoint's folder, complete and on the disk."""
         if step < 0:
             raise ValueError(f"step is {step}; it counts optimizer steps and is never negative")
         target = self.folder / f"step-{step:08d}"
@@ -139,15 +130,15 @@ class Checkpoints:
 
     @contextmanager
     def _writing(self, target: Path, need_bytes: int, timeout_seconds: float) -> Iterator[None]:
-        """Be the only writer in the folder; a failed write becomes one sentence.
-
-        What is temporary while the lock is held is a dead writer's, of whatever host, and is cleared.
-        """
+        """Be the only writer in the folder; a failed write becomes one sentence."""
         lock = FileLock(self.folder / ".lock")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             _acquire(lock, timeout_seconds)
-            self._clear_leftovers()
+            self._clear_leftovers()  # with the lock held, they are a dead writer's, of whatever host
+            usage = shutil.disk_usage(self.folder)
+            if usage.total and usage.free < need_bytes:  # some network file systems report 0 of 0
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # rather than begin what cannot end
             yield
         except WRITE_ERRORS as error:
             raise failure_of(target, need_bytes, error) from error
@@ -166,7 +157,6 @@ class Checkpoints:
                 shutil.rmtree(left, ignore_errors=True)
 
     def _write(self, target: Path, snapshot: Snapshot, facts: Manifest) -> None:
-        _require_space(self.folder, snapshot.need_bytes)
         readable, _ = self._scan()
         # The newest has neither always the highest step (a run may go back) nor the latest time (clocks jump).
         serial = 1 + max((manifest["serial"] for _, manifest in readable), default=0)
@@ -225,11 +215,11 @@ class Checkpoints:
     def _ranked(self, readable: list[tuple[Path, Manifest]]) -> list[Path]:
         """Those with a score, best first: finite weights before others, the older of two equals first."""
         sign = -1 if self._mode == "max" else 1
-        ranks = []
-        for path, manifest in readable:
-            score = math.nan if manifest["score"] is None else float(manifest["score"])
-            if math.isfinite(score):
-                ranks.append((not manifest["finite"], sign * score, manifest["serial"], path))
+        ranks = [
+            (not manifest["finite"], sign * float(manifest["score"]), manifest["serial"], path)
+            for path, manifest in readable
+            if manifest["score"] is not None and math.isfinite(float(manifest["score"]))
+        ]
         return [path for *_, path in sorted(ranks)]
 
 
@@ -246,10 +236,3 @@ def _acquire(lock: FileLock, timeout_seconds: float) -> None:
 
 def _leftovers(folder: Path) -> list[Path]:
     return [path for name in (".old-step-*", ".tmp-step-*", ".tmp-last", ".tmp-best") for path in folder.glob(name)]
-
-
-def _require_space(folder: Path, need_bytes: int) -> None:
-    """Refuse to begin what cannot end; the system's own error, should it come later, is handled as well."""
-    usage = shutil.disk_usage(folder)
-    if usage.total and usage.free < need_bytes:  # some network file systems report 0 of 0
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,8 @@ def load_for_use(
 ) -> None:
     """Give every rank the weights to be used: the averaged ones where a checkpoint has them.
 
-    Args:
-        module: The bare model, which gets them.
-        ranks: All of them call this; the main rank reads.
-        checkpoints: Those of the run.
-        path: A checkpoint folder or a weight file. Default: the best of the checkpoints, else the last.
-        is_required: Refuse to use the model as it is.
-
-    Raises:
-        ConfigError: There are no weights, or they do not fit the model.
+    They are those of a checkpoint folder or weight file; without a path, the best checkpoint's, else the last one's,
+    else the model's own. Raises ConfigError where these are not enough (`is_required`), or weights do not fit.
     """
     weights: dict[str, Any] | None = None
 
@@ -58,16 +52,8 @@ def load_weights(path: Path, averaged: bool = False, is_verified: bool = False) 
     In a torch file the weights may lie under 'model_state_dict', 'state_dict' or 'model'. 'module.' (DDP) before all
     names and '_orig_mod.' (torch.compile) anywhere are taken out of a file's names; a checkpoint folder's are kept.
 
-    Args:
-        path: The folder or file.
-        averaged: Of a checkpoint folder, the averaged weights where it has some.
-        is_verified: The folder has just been compared with its manifest.
-
-    Returns:
-        A state_dict, with what `get_extra_state` gave for modules that have it.
-
-    Raises:
-        CheckpointError: No such file, damaged, without weights, or one that could only be read by running code in it.
+    A checkpoint folder that was just verified is not read twice; `averaged` weights are taken where it has some.
+    Raises CheckpointError where there is no such file or no weights in it, or it is damaged or holds code.
     """
     if path.is_dir():
         manifest = require_whole(path, is_verified)
@@ -134,24 +120,21 @@ def weight_settings(
 def renamed(weights: Mapping[str, Any], rename: Mapping[str, str], leave_out: Iterable[str]) -> dict[str, Any]:
     """The weights under their new names, without those that are left out.
 
-    Raises:
-        ValueError: A rule is not a regular expression or matches nothing, or two weights get one name.
+    Raises ValueError where a rule is not a regular expression or matches nothing, or two weights get one name.
     """
-    names = {name: name for name in weights}
+    names = list(weights)
     for pattern, replacement in rename.items():
-        new = {name: _sub("rename", pattern, replacement, now) for name, now in names.items()}
+        new = [_sub("rename", pattern, replacement, name) for name in names]
         if new == names:
-            raise ValueError(f"rename: {pattern!r} matches none of the file's names, such as {_some(names.values())}")
+            raise ValueError(f"rename: {pattern!r} matches none of the file's names, such as {', '.join(names[:5])}")
         names = new
-    kept: dict[str, Any] = {}
-    for name, now in names.items():
-        if now in kept:
-            raise ValueError(f"rename: {now!r} would be the name of several weights")
-        kept[now] = weights[name]
+    if several := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"rename: {several[0]!r} would be the name of several weights")
+    kept = dict(zip(names, weights.values(), strict=True))
     for pattern in leave_out:
         left = {name: value for name, value in kept.items() if not _matches(pattern, name)}
         if len(left) == len(kept):
-            raise ValueError(f"leave_out: {pattern!r} matches none of the names, such as {_some(kept)}")
+            raise ValueError(f"leave_out: {pattern!r} matches none of the names, such as {', '.join(list(kept)[:5])}")
         kept = left
     return kept
 
@@ -167,10 +150,6 @@ def _matches(pattern: str, name: str) -> bool:
     return _sub("leave_out", pattern, "", name) != name
 
 
-def _some(names: Iterable[str]) -> str:
-    return ", ".join(list(names)[:5])
-
-
 def take_over(
     model: torch.nn.Module,
     weights: dict[str, Any],
@@ -178,20 +157,9 @@ def take_over(
     leave_out: list[str] | None = None,
     partial: bool = False,
 ) -> list[str]:
-    """Load weights into a model, and say what was not loaded.
+    """Load weights into a model, by the rules of `weight_settings`; returns one line for each name not loaded.
 
-    Args:
-        model: Its parameters and buffers are overwritten.
-        weights: A state_dict.
-        rename: See `weight_settings`.
-        leave_out: See `weight_settings`.
-        partial: See `weight_settings`.
-
-    Returns:
-        One line for each name that was not loaded.
-
-    Raises:
-        ValueError: The weights do not fit; nothing was loaded then.
+    Raises ValueError where they do not fit; nothing was loaded then.
     """
     own = model.state_dict()
     weights = renamed(fitted(model, weights), rename or {}, leave_out or [])
@@ -207,17 +175,10 @@ def take_over(
 
 
 def misfits_of(model: torch.nn.Module, weights: Mapping[str, Any], spared: Collection[str] = ()) -> list[str]:
-    """What keeps weights from being this model's, one line each; none when they fit exactly.
-
-    Args:
-        model: Whose weights they are to be.
-        weights: A state_dict.
-        spared: Names that the weights need not have.
-    """
-    own = model.state_dict()
-    missing = own.keys() - weights.keys() - set(spared)
+    """What keeps weights from being this model's, one line each; they need not have the spared names."""
+    own, present = model.state_dict(), {*weights, *spared}
     return [
-        *(f"missing in the file: {name} {_shape(own[name])}" for name in own if name in missing),
+        *(f"missing in the file: {name} {_shape(own[name])}" for name in own if name not in present),
         *(f"not in the model: {name} {_shape(value)}" for name, value in weights.items() if name not in own),
         *(
             f"other shape: {name} is {_shape(weights[name])} in the file, {_shape(value)} in the model"

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+Forward = Callable[[torch.nn.Module, Any], Any]
 T = TypeVar("T")
 
 
@@ -48,11 +49,7 @@ class Collectives:
         return values[0]
 
     def decide(self, function: Callable[[], T]) -> T:
-        """What `function` returns on the main rank, on every rank; the others do not call it.
-
-        Raises:
-            Exception: What it raised there, on every rank alike; as RuntimeError where that cannot be pickled.
-        """
+        """What `function` returns or raises on the main rank, on every rank; the others do not call it."""
         if self.world_size == 1:
             return function()
         result: Any = None
@@ -82,7 +79,7 @@ class Collectives:
 
 
 def _picklable(error: Exception) -> Exception:
-    """The error itself, or its text where another process could not read it."""
+    """The error itself, or a RuntimeError of its text where another process could not read it."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

@@ -6,9 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from dtrain.distributed.collectives import Collectives
-
-Forward = Callable[[torch.nn.Module, Any], Any]
+from dtrain.distributed.collectives import Collectives, Forward
 
 
 def ddp_options(  # noqa: PLR0913
@@ -40,11 +38,8 @@ def ddp_options(  # noqa: PLR0913
 class DDP:
     """Every rank has the whole model and the ranks average its gradients; also one process on its own.
 
-    Its methods are those of `FSDP`. All ranks call them in the same order.
-
-    Args:
-        ranks: What the ranks do together.
-        accelerator: accelerate's, which wraps the model; None: it is trained as it is.
+    Its methods are those of `FSDP`. All ranks call them in the same order. The model is wrapped by accelerate's
+    `accelerator`, or trained as it is where there is none.
     """
 
     is_sharded = False

@@ -12,16 +12,9 @@ if TYPE_CHECKING:
 def choose_device(
     wish: str, found: Environment, gpus: int, backend: str | None = None
 ) -> "tuple[torch.device, list[str]]":
-    """The device of this rank, and what is worth saying about it.
+    """The device of this rank, given the config's and the number of GPUs, and what is worth saying about it.
 
-    Args:
-        wish: The config's `device`.
-        found: This process among the ranks.
-        gpus: How many torch sees.
-        backend: With gloo, ranks may share a GPU.
-
-    Raises:
-        ConfigError: There is no such device, or fewer GPUs than ranks.
+    Raises ConfigError where there is no such device, or fewer GPUs than ranks.
     """
     import torch
 

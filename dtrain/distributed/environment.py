@@ -22,10 +22,7 @@ def environment() -> Environment:
     """Read this process's place from torchrun's or accelerate's variables, else from srun's.
 
     Inside torchrun, SLURM's variables are those of the node's one task, and in a batch script they are set although
-    srun started nothing; so they count only where srun itself started several tasks.
-
-    Raises:
-        ConfigError: The variables contradict one another.
+    srun started nothing; so they count only where srun itself started several tasks. ConfigError: for contradictions.
     """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
@@ -71,9 +68,8 @@ def export_srun_variables(found: Environment) -> None:
     job = int(os.environ.get("SLURM_JOB_ID", 0)) * 7 + int(os.environ.get("SLURM_STEP_ID", 0) or 0)
     os.environ.setdefault("MASTER_ADDR", _first_host(os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1")))
     os.environ.setdefault("MASTER_PORT", str(20000 + job % 20000))  # jobs on one node must not meet on a port
-    names = {"RANK": found.rank, "LOCAL_RANK": found.local_rank, "WORLD_SIZE": found.world_size}
-    os.environ.update({name: str(value) for name, value in names.items()})
-    os.environ["LOCAL_WORLD_SIZE"] = str(found.local_world_size)
+    for name in ("rank", "local_rank", "world_size", "local_world_size"):
+        os.environ[name.upper()] = str(getattr(found, name))
 
 
 def export_local_rank(number: int) -> None:

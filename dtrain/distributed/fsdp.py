@@ -14,10 +14,9 @@ from typing import Any
 import torch
 
 from dtrain.config.errors import ConfigError
-from dtrain.distributed.collectives import Collectives
+from dtrain.distributed.collectives import Collectives, Forward
 
 MIN_PARAMETERS = 1_000_000  # smaller parts are not worth a message of their own
-Forward = Callable[[torch.nn.Module, Any], Any]
 
 
 def fsdp_options(
@@ -40,11 +39,7 @@ def launcher_strategy() -> str | None:
 
 
 def settings_of_accelerate() -> dict[str, Any]:
-    """What accelerate's FSDP settings say, as `fsdp_options`.
-
-    Raises:
-        ConfigError: They ask for what is not done here.
-    """
+    """What accelerate's FSDP settings say, as `fsdp_options`; ConfigError where they ask for what is not done here."""
     from accelerate.utils import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import CPUOffloadPolicy
     from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
@@ -80,12 +75,8 @@ def local_part(value: Any) -> Any:
 class FSDP:
     """Every rank has a part of each weight; all ranks call the model equally often, since each call gathers weights.
 
-    Its methods are those of `DDP`. All ranks call them in the same order.
-
-    Args:
-        ranks: What the ranks do together.
-        options: See `fsdp_options`.
-        syncs_buffers: Whether every step begins with the main rank's buffers.
+    Its methods are those of `DDP`. All ranks call them in the same order. See `fsdp_options`; with `syncs_buffers`,
+    every step begins with the main rank's buffers.
     """
 
     is_sharded = True
@@ -112,11 +103,7 @@ class FSDP:
         self._is_amid_step = False
 
     def divide(self, module: torch.nn.Module) -> torch.nn.Module:
-        """Leave this rank its part of the main rank's weights, in place.
-
-        Raises:
-            ConfigError: A parameter has no dimension to be divided along, or there is no such layer.
-        """
+        """Leave this rank its part of the main rank's weights, in place; ConfigError for what cannot be divided."""
         from torch.distributed.fsdp import fully_shard
 
         self._ranks.share_weights(module)
@@ -151,8 +138,7 @@ class FSDP:
     def whole(self, tree: Any) -> Any:
         """The same nested containers with whole tensors in host memory, which nobody else changes, on the main rank.
 
-        Args:
-            tree: Such as a state_dict; of the same form on all ranks. The other ranks get empty tensors.
+        They have the same form on all ranks; the other ranks get empty tensors.
         """
         from torch.utils._pytree import tree_map_only
 
@@ -190,8 +176,7 @@ class FSDP:
     def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any] | None) -> None:
         """Give every rank's optimizer its part of this state, which only the main rank has.
 
-        Each tensor is divided as its parameter is. What has another shape than its parameter (Adafactor's rows and
-        columns) is left whole on every rank.
+        Each tensor is divided as its parameter is; one of another shape (Adafactor's rows and columns) is left whole.
         """
         from torch.distributed.tensor import Replicate
         from torch.utils._pytree import tree_map_only
@@ -220,8 +205,7 @@ class FSDP:
     def rounds(self, loader: Iterable[Any], stop: Callable[[], bool]) -> Iterator[tuple[Any, bool, bool]]:
         """This rank's batches, each with whether it counts, and whether to stop before it, which all ranks then do.
 
-        A rank without a batch of its own joins the collectives of the others' forward with a dummy batch: the main
-        rank's, which does not count.
+        A rank without a batch joins the others' collectives with a dummy batch: the main rank's, which does not count.
         """
         batches = iter(loader)
         while True:
@@ -248,10 +232,7 @@ def units(module: torch.nn.Module, layers: list[str] | None, min_parameters: int
     """The parts of a model that are gathered one at a time, inner ones first; the rest goes with the whole.
 
     By size, only elements of containers are such parts: they are called as modules, while other parts may have their
-    weights taken by the module around them, which would find shards.
-
-    Raises:
-        ConfigError: No part is of such a class.
+    weights taken by the module around them, which would find shards. ConfigError where no part is of such a class.
     """
     parts = list(module.modules())[:0:-1]  # without the model itself, those within others before them
     if layers:

@@ -15,19 +15,12 @@ LAUNCH_VARIABLE = "DTRAIN_LAUNCH"  # in a rank's environment: what follows, as J
 
 
 class Launch(NamedTuple):
-    """What a launcher tells its ranks.
+    """What a launcher tells its ranks."""
 
-    Attributes:
-        pid: The launcher's process.
-        folder: Where launcher and ranks leave files for one another; on this machine, for one start of the ranks.
-        starts: How often the ranks of this job were started, this time included.
-        log_folder: Where the launcher writes what the ranks print; '' where it does not.
-    """
-
-    pid: int
-    folder: str
-    starts: int
-    log_folder: str
+    pid: int  # the launcher's process
+    folder: str  # where launcher and ranks leave files for one another; on this machine, for one start of the ranks
+    starts: int  # of the ranks of this job, this time included
+    log_folder: str  # where the launcher writes what the ranks print; '' where it does not
 
     def pipe(self, local_rank: int) -> Path:
         """Where a rank's output goes, if it is there."""
@@ -53,11 +46,10 @@ _is_read = False  # whether the launcher reads what this rank prints; of rank 0 
 
 
 def as_rank(main: Callable[[], int]) -> int:
-    """Run `main` as one rank of a launcher.
+    """Run `main` as one rank of a launcher; returns the exit status for torchrun's agent.
 
-    Returns:
-        The exit status for torchrun's agent, which takes all but 0 for a failure, and ends the other ranks, perhaps in
-        the middle of their saving: so a rank that stopped early says 0. The true status is left for the launcher.
+    It takes all but 0 for a failure, and ends the other ranks, perhaps in the middle of their saving: so a rank that
+    stopped early says 0. The true status is left for the launcher.
     """
     global _launch, _first_step, _is_read
     launch = Launch(**json.loads(os.environ.pop(LAUNCH_VARIABLE)))

@@ -13,17 +13,12 @@ _POLL_SECONDS = 0.05
 class Mailbox:
     """Notes by name and rank. It outlives every rank but the store's own, and works where a collective would hang.
 
-    Nothing here raises: whoever leaves or looks for a note is in trouble already, and the store may be gone.
-
-    Args:
-        rank: This rank.
-        world_size: How many ranks there are.
-        store: The process group's (a torch.distributed.Store); None for a process on its own.
+    Nothing here raises: whoever leaves or looks for a note is in trouble already, and the store may be gone. The
+    store is the process group's (a torch.distributed.Store); None for a process on its own.
     """
 
     def __init__(self, rank: int = 0, world_size: int = 1, store: Any = None) -> None:
-        self.rank, self.world_size = rank, world_size
-        self._store = store
+        self.rank, self.world_size, self._store = rank, world_size, store
         self._own: dict[str, Any] = {}
         self._looked: dict[str, float] = {}
 
@@ -31,8 +26,7 @@ class Mailbox:
         """Leave this rank's note."""
         self._own[name] = value
         with suppress(Exception):
-            if self._store is not None:
-                self._store.set(f"dtrain/{name}/{self.rank}", base64.b64encode(pickle.dumps(value)).decode())
+            self._store.set(f"dtrain/{name}/{self.rank}", base64.b64encode(pickle.dumps(value)).decode())
 
     def notes(self, name: str, timeout_seconds: float = 0.0) -> dict[int, Any]:
         """The ranks' notes that are there, by rank; waits until all are, or the time is over."""
@@ -51,8 +45,7 @@ class Mailbox:
     def raise_flag(self, name: str) -> None:
         """Raise a flag that no rank can take down."""
         with suppress(Exception):
-            if self._store is not None:
-                self._store.set(f"dtrain/flag/{name}", "1")
+            self._store.set(f"dtrain/flag/{name}", "1")
 
     def is_raised(self, name: str, wish: bool = False) -> bool:
         """Whether a rank has raised a flag, which this one does with a wish; looked up once a second at most."""

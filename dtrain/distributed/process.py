@@ -43,20 +43,16 @@ def run_to_end(run: Callable[[], int]) -> int:
 
 
 def end_with(parent: int) -> None:
-    """Have this process killed when its parent ends, however that one ends.
+    """Have this process killed when its parent ends, however that one ends; 0 for a parent that is unknown."""
 
-    Args:
-        parent: Its process; 0 where that is unknown.
-    """
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(LOOK_SECONDS)
+        os._exit(FAILED)
+
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     elif parent:
-        threading.Thread(target=_watch_parent, args=(parent,), daemon=True).start()
+        threading.Thread(target=watch, daemon=True).start()
     if parent and os.getppid() != parent:  # it died before it was watched
         os._exit(FAILED)
-
-
-def _watch_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(LOOK_SECONDS)
-    os._exit(FAILED)

@@ -1,6 +1,7 @@
 """This process takes its place among the ranks: process group, device, threads."""
 
 import os
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -30,16 +31,9 @@ def set_up(
     deterministic: bool = False,
     fsdp: dict[str, Any] | None = None,
 ) -> Ranks:
-    """Join the process group, choose the device, set the threads.
+    """Join the process group, choose the device (see `choose_device`), set the threads.
 
-    Args:
-        device: The config's `device`.
-        ddp: DistributedDataParallel's options, and `backend` (gloo lets ranks share a GPU) and `timeout_seconds`.
-        deterministic: Ask torch for deterministic algorithms.
-        fsdp: The options of the strategy fsdp; None: the strategy is ddp.
-
-    Raises:
-        ConfigError: The device does not exist, or there are fewer GPUs than ranks.
+    The options are those of `ddp_options` and, where that is the strategy, `fsdp_options`.
     """
     found = environment()
     if found.launcher == "srun":
@@ -47,7 +41,7 @@ def set_up(
     options = {key: value for key, value in ddp_options(**(ddp or {})).items() if value is not None}
     backend = options.pop("backend", None)
     timeout_seconds = options.pop("timeout_seconds", None)
-    notes = _alone_by_mistake(found)
+    notes = _alone_by_mistake() if found.world_size == 1 else []
     _share_cores(found)
     chosen, device_notes = choose_device(device, found, torch.cuda.device_count(), backend)
     if deterministic:
@@ -59,11 +53,9 @@ def set_up(
     ranks = Ranks(found.rank, found.local_rank, found.world_size, chosen, found.launcher, notes=notes + device_notes)
     if found.world_size > 1:
         accelerator = _join(found, chosen, backend, timeout_seconds, options)
-        ranks.mailbox = Mailbox(found.rank, found.world_size, torch.distributed.distributed_c10d._get_default_store())
-        if fsdp is None:
-            ranks.strategy = DDP(ranks, accelerator)
-        else:
-            ranks.strategy = FSDP(ranks, fsdp, options.get("broadcast_buffers") is not False)
+        ranks.mailbox = Mailbox(found.rank, found.world_size, dist.distributed_c10d._get_default_store())
+        syncs_buffers = options.get("broadcast_buffers") is not False
+        ranks.strategy = DDP(ranks, accelerator) if fsdp is None else FSDP(ranks, fsdp, syncs_buffers)
     elif fsdp is not None:
         ranks.notes.append("trainer.strategy: fsdp shards the model over several ranks; one process holds all of it")
     return ranks
@@ -95,15 +87,11 @@ def _join(found: Environment, device: Any, backend: str | None, timeout_seconds:
     return accelerator
 
 
-def _alone_by_mistake(found: Environment) -> list[str]:
-    """A line where more processes were asked for than there are.
-
-    Raises:
-        ConfigError: `accelerate launch --cpu --num_processes N` starts one process and says nothing.
-    """
-    if found.world_size > 1:
-        return []
-    words = _parent_command()
+def _alone_by_mistake() -> list[str]:
+    """A line where more processes were asked for than there are; ConfigError where accelerate was."""
+    words: list[str] = []
+    with suppress(psutil.Error):
+        words = psutil.Process(os.getppid()).cmdline()
     if any("accelerate" in word for word in words[:3]) and "--num_processes" in words:
         asked = words[words.index("--num_processes") + 1 :][:1]
         if asked and asked[0].isdigit() and int(asked[0]) > 1:
@@ -116,13 +104,6 @@ def _alone_by_mistake(found: Environment) -> list[str]:
     return []
 
 
-def _parent_command() -> list[str]:
-    try:
-        return psutil.Process(os.getppid()).cmdline()
-    except psutil.Error:
-        return []
-
-
 def _share_cores(found: Environment) -> None:
     """Give each of several ranks its share of the cores, unless the user chose.
 
@@ -131,14 +112,10 @@ def _share_cores(found: Environment) -> None:
     """
     if found.world_size == 1:
         return
-    if "OMP_NUM_THREADS" in os.environ:
-        try:
-            chosen_by_user = found.launcher == "srun" or "OMP_NUM_THREADS" in psutil.Process(os.getppid()).environ()
-        except psutil.Error:
-            chosen_by_user = True
-        if chosen_by_user:
-            torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-            return
-    threads = max(1, cores() // found.local_world_size)
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    torch.set_num_threads(threads)
+    chosen_by_user = "OMP_NUM_THREADS" in os.environ
+    if chosen_by_user and found.launcher != "srun":
+        with suppress(psutil.Error):
+            chosen_by_user = "OMP_NUM_THREADS" in psutil.Process(os.getppid()).environ()
+    if not chosen_by_user:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, cores() // found.local_world_size))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

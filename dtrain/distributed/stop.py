@@ -30,12 +30,9 @@ class StopRequest:
     """True once a signal has come or the time is over; `reason` says which. A second Ctrl-C ends at once.
 
     Args:
-        time_limit: How long this process may train, from now: see `seconds_of`.
+        time_limit: How long this process may train, from now: see `seconds_of`, also for errors.
         job_ends_at: When a batch system ends it, in unix seconds.
         alone: Nobody else needs what this process waits for; else it continues to wait for a while.
-
-    Raises:
-        ValueError: The time limit is not a duration.
     """
 
     def __init__(
@@ -78,11 +75,7 @@ class StopRequest:
                     signal.signal(number, signal.default_int_handler)
 
     def waiting(self, items: Iterable[T]) -> Iterator[T]:
-        """The same items; while the next one is waited for, a request raises.
-
-        Raises:
-            StopWaiting: From within the wait.
-        """
+        """The same items; while the next one is waited for, a request raises StopWaiting."""
         iterator = iter(items)
         while True:
             self._wait_number += 1
@@ -135,8 +128,7 @@ def end_at_once(say: Callable[[str], object]) -> None:
 def seconds_of(time_limit: float | str) -> float:
     """A duration in seconds: 5400, '90m', '1.5h', '01:30:00' or '1-12:00:00' (days-hours:minutes:seconds).
 
-    Raises:
-        ValueError: It is none of these, or not positive.
+    Raises ValueError where it is none of these, or not positive.
     """
     text = str(time_limit).strip()
     seconds = 0.0

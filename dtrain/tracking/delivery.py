@@ -6,15 +6,13 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import IO, Any
 
 from dtrain.tracking.file_queue import FileQueue
-from dtrain.tracking.memory import Memory
 from dtrain.tracking.mlflow_store import MlflowRun, MlflowStore, Row, describe_error
 from dtrain.tracking.retry import Retry
-from dtrain.tracking.run_folder import RunFolder, close_run_of, read_line, read_run, update_run
+from dtrain.tracking.run_folder import Memory, RunFolder, close_run_of, read_line, read_run, update_run
 from dtrain.tracking.secrets import redact
 from dtrain.tracking.system_metrics import SystemMetrics
 
@@ -24,15 +22,6 @@ _SEND_EVERY_SECONDS = 1.0  # a batch to the store, as long as the run lasts
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 10.0  # after a failure; doubled each time
 _ROWS_PER_BATCH = 1000
 _log = logging.getLogger(__name__)
-
-
-class Outcome(Enum):
-    """What came of a step of a delivery."""
-
-    MORE = "there is more to be sent at once"
-    LATER = "nothing can be sent now"
-    COMPLETE = "the run has ended and MLflow has everything"
-    GIVEN_UP = "what is left will not be tried again"
 
 
 @dataclass
@@ -110,33 +99,31 @@ class Delivery:
         self._code_tags = dict(code_tags)
         self._files.add([[code_folder, code_folder]])
 
-    def step(self) -> bool:
-        """Sends what is due, one batch at most.
-
-        Returns:
-            whether there is more to be sent at once.
-
-        Raises:
-            Exception: whatever the store raised; the next call starts anew with what was not acknowledged.
-        """
+    def step(self) -> None:
+        """Sends what is due, one batch at most; after an error of the store, the next call sends the same again."""
         self._batch.fill(self._journal)
         if self.done:
-            return False
+            return
         try:
             run = self._run or self._open()
             if self._system is not None:
                 self._system.sample()
             if not (self.is_draining or self._batch.full) and time.monotonic() < self._send_at:
-                return False
+                return
             if self._batch.lines or (self._system and self._system.waiting):
                 self._send_batch(run)
                 self._send_at = time.monotonic() + _SEND_EVERY_SECONDS
             if self.is_draining and not self._batch.lines:
                 self._send_ending(run)
-            self._send_files(run)
+            if not self._files.send(run, self.is_draining or (self._has_ended and not self._batch.lines)):
+                self._run = None  # as after any failure
         except Exception:
             self._run = None  # it may be deleted, or in a database that was replaced: look it up again
             raise
+
+    @property
+    def has_more(self) -> bool:
+        """Whether another batch is ready to be sent at once."""
         return self._batch.full
 
     @property
@@ -196,7 +183,7 @@ class Delivery:
         run.log_metrics(batch.metrics)
         batch.metrics = []
         if self._system is not None:
-            run.log_metrics(list(self._system.waiting))
+            run.log_metrics(self._system.waiting)
             self._system.waiting.clear()
         if batch.end:
             self._set_status(run, batch.end, batch.time_ms)
@@ -221,51 +208,39 @@ class Delivery:
             run.log_tags({"dtrain.reason": str(facts.get("reason", ""))})
             self._set_status(run, facts["state"], round((facts.get("ended") or time.time()) * 1000))
 
-    def _send_files(self, run: MlflowRun) -> None:
-        run_has_ended = self.is_draining or (self._has_ended and not self._batch.lines)
-        if not self._files.send(run, run_has_ended):
-            self._run = None  # as after any failure
-
 
 def follow(delivery: Delivery, parent: int | None = None, patience_seconds: float = PATIENCE_SECONDS) -> int:
-    """Delivers until the run has ended and all of it is there.
+    """Delivers until the run has ended and all of it is there; returns 0, or 1 when something is left.
 
-    Args:
-        delivery: what to drive.
-        parent: rank 0's process id; None: nobody writes any more, deliver what is there.
-        patience_seconds: how long to try without success once nobody writes any more.
-
-    Returns:
-        0, or 1 when something is left.
+    The parent is rank 0's process id; without it, or once it has gone, nobody writes any more: what is there is
+    delivered, and the patience is how long to try that without success.
     """
     retry = Retry(_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
-    while True:
+    exit_status = None
+    while exit_status is None:
         if not delivery.is_draining and (parent is None or os.getppid() != parent):
             if parent is not None and not close_run_of(delivery.folder, parent):
                 return 1  # a new rank 0 has taken the run over, and its own sender continues from here
             delivery.is_draining = True
             retry.give_up_after(patience_seconds)
-        outcome = _try_step(delivery, retry) if retry.is_due() else Outcome.LATER
-        if outcome in (Outcome.COMPLETE, Outcome.GIVEN_UP):
-            return 0 if outcome is Outcome.COMPLETE else 1
+        exit_status = _try_step(delivery, retry) if retry.is_due() else None
         if delivery.is_draining and not (retry.failures or delivery.problem):
             retry.give_up_after(patience_seconds)
-        if outcome is Outcome.LATER:
+        if exit_status is None and (retry.failures or not delivery.has_more):
             time.sleep(_LOOK_EVERY_SECONDS)
+    return exit_status
 
 
-def _try_step(delivery: Delivery, retry: Retry) -> Outcome:
+def _try_step(delivery: Delivery, retry: Retry) -> int | None:
+    """The exit status of a delivery that is over, with everything there (0) or not (1); None while it continues."""
     try:
         with retry.attempt():
-            has_more = delivery.step()
+            delivery.step()
     except Exception as error:
         delivery.report(describe_error(error))
-        if isinstance(error, ImportError):  # waiting installs neither mlflow nor a database's driver
-            return Outcome.GIVEN_UP
-        return Outcome.GIVEN_UP if retry.is_over else Outcome.LATER
+        is_hopeless = isinstance(error, ImportError)  # waiting installs neither mlflow nor a database's driver
+        return 1 if is_hopeless or retry.is_over else None
     delivery.report(delivery.problem)
     if delivery.done:
-        return Outcome.GIVEN_UP if delivery.memory.artifacts else Outcome.COMPLETE
-    if delivery.problem and retry.is_over:
-        return Outcome.GIVEN_UP
-    return Outcome.MORE if has_more else Outcome.LATER
+        return 1 if delivery.memory.artifacts else 0
+    return 1 if delivery.problem and retry.is_over else None

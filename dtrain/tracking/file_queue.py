@@ -1,13 +1,14 @@
 """The files and pictures of a run on their way to MLflow, which hold up neither figures nor one another."""
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dtrain.tracking.memory import Memory
 from dtrain.tracking.mlflow_store import MlflowRun, describe_error
 from dtrain.tracking.retry import Retry
+from dtrain.tracking.run_folder import Memory
 
 # After a file has failed, others are tried in a second, and where none is left, it in half a minute; or after ten times
 # as long as that took, so that figures have their turn. At the run's end so many failures in a row are the last ones.
@@ -21,7 +22,7 @@ class FileQueue:
     def __init__(self, folder: Path, memory: Memory) -> None:
         self._folder = folder
         self._memory = memory
-        self._failures: dict[str, int] = {}  # of each path, in this process
+        self._failures: Counter[str] = Counter()  # of each path, in this process
         self._reason = ""  # of the last failure
         self._retry = Retry(_PAUSE_SECONDS, _PAUSE_SECONDS)
         self._run_has_ended = False
@@ -48,25 +49,20 @@ class FileQueue:
             self._run_has_ended, self._retry = run_has_ended, Retry(_PAUSE_SECONDS, _PAUSE_SECONDS)
         if not self._is_due():
             return True
-        waiting = sorted(self._memory.artifacts, key=lambda item: self._failures.get(item[0], 0))
+        waiting = sorted(self._memory.artifacts, key=lambda item: self._failures[item[0]])
         for item in waiting:
-            if not self._try(run, item):
+            try:
+                with self._retry.attempt():
+                    self._send_one(run, *item)
+            except Exception as error:
+                self._failures[item[0]] += 1
+                self._reason = describe_error(error)
                 break
+            self._failures.pop(item[0], None)
             self._memory.artifacts.remove(item)
         if len(self._memory.artifacts) < len(waiting):
             self._memory.save()
         return self._retry.failures == 0
-
-    def _try(self, run: MlflowRun, item: list[Any]) -> bool:
-        try:
-            with self._retry.attempt():
-                self._send_one(run, *item)
-        except Exception as error:
-            self._failures[item[0]] = self._failures.get(item[0], 0) + 1
-            self._reason = describe_error(error)
-            return False
-        self._failures.pop(item[0], None)
-        return True
 
     def _is_due(self) -> bool:
         if self._run_has_ended:
@@ -78,8 +74,7 @@ class FileQueue:
     def _send_one(self, run: MlflowRun, name: str, *where: Any) -> None:
         path, is_picture = self._folder / name, len(where) > 1
         if path.exists() and path.resolve().is_relative_to(self._folder.resolve()):
-            send = run.log_image if is_picture else run.log_file
-            send(path, *where)
+            (run.log_image if is_picture else run.log_file)(path, *where)
             return
         _log.warning("%s is not there, or not in the run folder, and is not sent", name)
         if is_picture:  # the newest pictures are kept, and there were many in the meantime

@@ -1,6 +1,7 @@
 """The run's journal on disk: figures, params, artifacts, status; rank 0 writes it."""
 
 import contextlib
+import functools
 import itertools
 import json
 import logging
@@ -11,17 +12,18 @@ import socket
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 from dtrain.tracking.run_folder import RunFolder, read_line, read_run, update_run
-from dtrain.tracking.secrets import is_secret, redact
+from dtrain.tracking.secrets import is_secret, leaves, redact
 from dtrain.tracking.start_sender import assign_run, start_sender
 from dtrain.tracking.uri import resolve_tracking_uri
 from dtrain.tracking.whole_file import read_json
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
+Method = TypeVar("Method", bound=Callable[..., Any])
 _log = logging.getLogger(__name__)
 _UNWRITTEN_BYTES = 16 * 2**20  # what is kept in memory while the disk takes nothing
 
@@ -34,15 +36,10 @@ class Journal:
 
     Args:
         folder: the run folder; made when it is not there.
-        experiment: MLflow's experiment.
-        run_name: MLflow's name of the run.
-        tracking_uri: see `resolve_tracking_uri`.
+        tracking_uri: see `resolve_tracking_uri`, also for errors.
         system_metrics: whether CPU, memory and GPU figures of this machine go to MLflow too.
         exit_timeout_seconds: how long `finish` waits at most until MLflow has everything.
         sender: from `prepare_sender`. Default: one is started when the run starts.
-
-    Raises:
-        ValueError: the tracking URI is one that MLflow cannot write to; the text holds the cure.
     """
 
     def __init__(
@@ -59,17 +56,15 @@ class Journal:
         self.folder = Path(folder).absolute()
         self._files = RunFolder(self.folder)
         self.tracking_uri = resolve_tracking_uri(tracking_uri)
-        self._experiment = experiment
-        self._run_name = run_name
+        self._experiment, self._run_name = experiment, run_name
         self._system_metrics = system_metrics
         self._exit_timeout_seconds = exit_timeout_seconds
+        self._sender = sender
         self._file: int | None = None
         self._unwritten = b""
-        self._disk_is_full = False
+        self._disk_is_full = self._ended = False
         self._last_steps: dict[str, int] = {}
         self._bad_keys: set[str] = set()
-        self._sender = sender
-        self._ended = False
 
     def start(
         self,
@@ -81,17 +76,13 @@ class Journal:
         """Opens the journal, or continues the one that is there, and starts the sender.
 
         Args:
-            params: the flattened config, see `flatten`. Secrets in it are masked.
-            tags: for MLflow; they win over the ones that every run gets.
-            artifacts: pairs (path in the run folder, folder in MLflow).
+            params: see `flatten`. Secrets in them are masked.
+            tags: they win over the ones that every run gets.
+            artifacts: see `artifact`.
             **run_facts: what else run.json shall hold, such as world_size.
-
-        Raises:
-            OSError: the run folder cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        starts, self._last_steps = _read_earlier(self._files.journal)
-        attempt = 1 + starts
+        attempt, self._last_steps = _read_earlier(self._files.journal)
         self._file = os.open(self._files.journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         known = read_run(self.folder)
         host, now = socket.gethostname(), round(time.time(), 3)
@@ -127,11 +118,8 @@ class Journal:
         """Writes the figures of one step: one line, a few tens of microseconds, no waiting.
 
         A figure that is not a number costs one warning per key. A step that the journal already holds for a key is
-        dropped: a resumed training repeats the steps after its checkpoint, and MLflow would store them twice.
-
-        Args:
-            step: number of optimizer steps done.
-            figures: name -> number; one-element tensors and arrays will do.
+        dropped: a resumed training repeats the steps after its checkpoint, and MLflow would store them twice. A step is
+        the number of optimizer steps done; one-element tensors and arrays will do as figures.
         """
         values: dict[str, float | str] = {}
         for key, figure in figures.items():
@@ -144,27 +132,16 @@ class Journal:
             self._write("metrics", step=int(step), values=values)
 
     def artifact(self, path: str, to: str = "") -> None:
-        """Has a file or folder of the run folder sent to MLflow.
+        """Has a file or folder of the run folder, relative to it or absolute, sent to a folder of the run's artifacts.
 
-        Args:
-            path: in the run folder, relative to it or absolute.
-            to: folder among the run's artifacts; empty: their top folder.
-
-        Raises:
-            ValueError: the path, or the place in MLflow, leaves its folder.
+        Raises ValueError where the path, or the place in MLflow, leaves its folder.
         """
         self._write("artifact", path=self._relative(path, to), to=to)
 
     def image(self, path: str, key: str, step: int) -> None:
         """Has a PNG file of the run folder sent to MLflow as the image of a key at a step, once for each step.
 
-        Args:
-            path: in the run folder, relative to it or absolute.
-            key: such as val/confusion; MLflow shows the images of one key as a sequence.
-            step: number of optimizer steps done.
-
-        Raises:
-            ValueError: the path leaves the run folder.
+        MLflow shows the images of one key, such as val/confusion, as a sequence. For the path see `artifact`.
         """
         relative = self._relative(path, "")
         if step > self._last_steps.get(key, step - 1):
@@ -184,13 +161,8 @@ class Journal:
     def finish(self, status: Status, reason: str = "", exit_status: int = 0) -> str:
         """Writes how the run ended and waits, at most `exit_timeout_seconds`, until MLflow has everything.
 
-        A second call does nothing, so that an error path may call it without knowing what happened before.
-
-        Returns:
-            '' when MLflow has everything, else one line that says why not and how to send the rest.
-
-        Raises:
-            ValueError: the status is not one of `Status`.
+        A second call does nothing, so that an error path may call it without knowing what happened before. It returns
+        '' when MLflow has everything, else one line that says why not and how to send the rest.
         """
         if status not in get_args(Status):
             raise ValueError(f"status {status!r}: a run ends as one of {', '.join(get_args(Status))}")
@@ -211,15 +183,11 @@ class Journal:
         return hint
 
     def deliver_later(self, folder: Path) -> None:
-        """Has a process of its own send what MLflow lacks of a run that nobody continues, its true status included.
-
-        Args:
-            folder: its run folder; where its store had a password, only this run's own is known.
-        """
+        """Has a process of its own send what MLflow lacks of a run that nobody continues, its true status included."""
         facts, sent = read_run(folder), read_json(RunFolder(folder).delivery)
         known = str(facts.get("tracking_uri"))
         whole = facts.get("state") == sent.get("status") and not sent.get("artifacts")
-        has_password_of_another = "***" in known and known != redact(self.tracking_uri)
+        has_password_of_another = "***" in known and known != redact(self.tracking_uri)  # of which none is stored
         if RunFolder(folder).journal.is_file() and not whole and not has_password_of_another:
             with contextlib.suppress(OSError):
                 start_sender(folder, self.tracking_uri)
@@ -255,9 +223,8 @@ class Journal:
         except Exception as error:  # whatever a foreign number type raises, the loop must not see it
             if key not in self._bad_keys:
                 self._bad_keys.add(key)
-                _log.warning(
-                    "%s is not logged: a single number is needed, found %s (%s)", key, type(figure).__name__, error
-                )
+                kind = type(figure).__name__
+                _log.warning("%s is not logged: a single number is needed, found %s (%s)", key, kind, error)
             return None
 
     def _start_sender(self) -> None:
@@ -294,36 +261,27 @@ class Journal:
         )
 
 
-class NoJournal:
-    """What the other ranks hold: a Journal's methods, with the same signatures, that do nothing."""
-
-    def start(
-        self,
-        params: Mapping[str, Any],
-        tags: Mapping[str, str],
-        artifacts: Sequence[tuple[str, str]] = (),
-        **run_facts: Any,
-    ) -> None:
-        """Does nothing."""
-
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Does nothing."""
-
-    def artifact(self, path: str, to: str = "") -> None:
-        """Does nothing."""
-
-    def image(self, path: str, key: str, step: int) -> None:
-        """Does nothing."""
-
-    def finish(self, status: Status, reason: str = "", exit_status: int = 0) -> str:
-        """Does nothing; returns ''."""
+def _without_effect(method: Method) -> Method:
+    @functools.wraps(method)
+    def does_nothing(*_: Any, **__: Any) -> str:
         return ""
 
-    def deliver_later(self, folder: Path) -> None:
-        """Does nothing."""
+    return cast(Method, does_nothing)
 
-    def close(self) -> None:
-        """Does nothing."""
+
+class NoJournal(Journal):
+    """What the other ranks hold: a journal whose methods do nothing, with no tracking URI."""
+
+    def __init__(self) -> None:
+        self.tracking_uri = ""
+
+    start = _without_effect(Journal.start)
+    log = _without_effect(Journal.log)
+    artifact = _without_effect(Journal.artifact)
+    image = _without_effect(Journal.image)
+    finish = _without_effect(Journal.finish)
+    deliver_later = _without_effect(Journal.deliver_later)
+    close = _without_effect(Journal.close)
 
 
 def flatten(config: Mapping[Any, Any]) -> dict[str, Any]:
@@ -332,31 +290,15 @@ def flatten(config: Mapping[Any, Any]) -> dict[str, Any]:
     Empty sections and lists are kept as they are, and two ways to one key are kept apart, so that no value is lost.
     """
     flat: dict[str, Any] = {}
-    for key, value in _leaves(config):
+    for key, value in leaves(config):
         names = itertools.chain([key], (f"{key}#{count}" for count in itertools.count(2)))
         flat[next(name for name in names if name not in flat)] = value
     return flat
 
 
-def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if hasattr(value, "items") and len(value):
-        inner = value.items()
-    elif isinstance(value, list | tuple) and value:
-        inner = enumerate(value)
-    else:
-        yield prefix, value
-        return
-    for key, item in inner:
-        yield from _leaves(item, f"{prefix}.{key}" if prefix else str(key))
-
-
 def _read_earlier(path: Path) -> tuple[int, dict[str, int]]:
-    """Learns what an earlier journal holds, and cuts off a last line that was torn by a kill.
-
-    Returns:
-        how often the run was started, and the last step of each figure.
-    """
-    starts = whole = 0
+    """Cuts off a last line that was torn by a kill; returns which start this is, and the last step of each figure."""
+    attempt, whole = 1, 0
     steps: dict[str, int] = {}
     with path.open("a+b") as file:
         file.seek(0)
@@ -366,13 +308,11 @@ def _read_earlier(path: Path) -> tuple[int, dict[str, int]]:
                 break
             whole += len(line)
             entry = read_line(line)
-            starts += entry.get("kind") == "start"
-            if entry.get("kind") == "metrics":
-                for key in entry["values"]:
-                    steps[key] = max(entry["step"], steps.get(key, entry["step"]))
-            if entry.get("kind") == "image":
-                steps[entry["key"]] = entry["step"]
-    return starts, steps
+            kind = str(entry.get("kind"))
+            attempt += kind == "start"
+            for key in {"metrics": entry.get("values", ()), "image": [entry.get("key")]}.get(kind, ()):
+                steps[key] = max(entry["step"], steps.get(key, entry["step"]))
+    return attempt, steps
 
 
 def _as_text(key: str, value: Any) -> str:

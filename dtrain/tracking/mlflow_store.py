@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from dtrain.tracking.secrets import redact
 from dtrain.tracking.sqlite_template import begin_store
 from dtrain.tracking.uri import sqlite_file
@@ -66,7 +68,10 @@ class MlflowStore:
         found = self.client.search_runs([experiment], f"tags.`dtrain.id` = '{facts['id']}'", max_results=1)
         if found:
             return MlflowRun(self.client, found[0])
-        tags = {"dtrain.id": str(facts["id"]), "dtrain.checkpoint_dir": str(folder), "mlflow.user": _user()}
+        user = "unknown"
+        with contextlib.suppress(KeyError, OSError):  # in a container a user may have no name
+            user = getpass.getuser()
+        tags = {"dtrain.id": str(facts["id"]), "dtrain.checkpoint_dir": str(folder), "mlflow.user": user}
         if facts.get("run_id"):
             tags["dtrain.replaces"] = facts["run_id"]
         started_ms = round(facts["started"] * 1000)
@@ -81,8 +86,8 @@ class MlflowStore:
                 try:
                     return str(self.client.create_experiment(candidate, tags=_KIND))
                 except Exception as error:
-                    if _code_of(error) != "RESOURCE_ALREADY_EXISTS":  # else another training was faster: look again
-                        raise
+                    if getattr(error, "error_code", "") != "RESOURCE_ALREADY_EXISTS":
+                        raise  # else another training was faster: look again
             elif known.lifecycle_stage == "active":
                 return str(known.experiment_id)
             else:
@@ -173,19 +178,18 @@ class MlflowRun:
         try:
             self._client.log_batch(self.id, synchronous=True, **{kind: items})
         except Exception as error:
-            if _code_of(error) not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
+            if getattr(error, "error_code", "") not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
                 raise
             if _get_run(self._client, self.id) is None:  # refused for this reason: all of it is to be sent again
                 raise RunIsGoneError(f"MLflow run {self.id} was deleted") from error
             if len(items) == 1:
-                known, new = self._tags.get(_REFUSED, ""), f"{kind[:-1]} {items[0].key}"
+                known, one, key = self._tags.get(_REFUSED, ""), kind[:-1], items[0].key
+                new = f"{one} {key}"
                 text = known if new in known.split(", ") else _clean(f"{known}, {new}" if known else new, _LONGEST_TAG)
                 # This raises where nothing at all can be written, as in a database that is read-only for a while.
                 self._client.set_tag(self.id, _REFUSED, text)
                 self._tags[_REFUSED] = text
-                _log.warning(
-                    "MLflow refuses %s %r; it stays in the journal: %s", kind[:-1], items[0].key, describe_error(error)
-                )
+                _log.warning("MLflow refuses %s %r; it stays in the journal: %s", one, key, describe_error(error))
                 return
             half = len(items) // 2
             self._log_or_halve(kind, items[:half])
@@ -205,12 +209,7 @@ def _long_timeout() -> Iterator[None]:
 
 
 def connect(uri: str) -> Any:
-    """MLflow's client. One process at a time: of four that make the same sqlite store together, three die.
-
-    Raises:
-        ImportError: mlflow is not installed.
-    """
-    from filelock import FileLock
+    """MLflow's client. One process at a time: of four that make the same sqlite store together, three die."""
     from mlflow import MlflowClient, __version__
 
     def open_store(uri: str) -> Any:
@@ -227,13 +226,6 @@ def connect(uri: str) -> Any:
         if not database.exists():
             begin_store(database, __version__, lambda file: open_store(f"sqlite:///{file}"))
         return open_store(uri)
-
-
-def warm_up(uri: str) -> None:
-    """Does what takes long at first: imports mlflow with its system metrics, and makes the store."""
-    import mlflow.system_metrics.system_metrics_monitor  # noqa: F401  for its import
-
-    connect(uri)
 
 
 def system_monitor(uri: str) -> Any:
@@ -291,14 +283,10 @@ def _get_run(client: Any, run_id: str) -> Any:
     try:
         run = client.get_run(run_id)
     except Exception as error:
-        if _code_of(error) == "RESOURCE_DOES_NOT_EXIST":
+        if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
             return None
         raise
     return run if run.info.lifecycle_stage == "active" else None
-
-
-def _code_of(error: Exception) -> str:
-    return str(getattr(error, "error_code", ""))
 
 
 def mlflow_key(name: str) -> str:
@@ -315,10 +303,3 @@ def mlflow_key(name: str) -> str:
 def _clean(text: str, longest: int) -> str:
     """Text that every database takes: no NUL, no half of a surrogate pair, not too long."""
     return text.encode("utf-8", "replace").decode().replace("\x00", "\\0")[:longest]
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # in a container a user may have no name
-        return "unknown"

@@ -8,9 +8,7 @@ from collections.abc import Iterator
 class Retry:
     """Counts failures in a row, and tells from them when the next try is due and when it would come too late.
 
-    Args:
-        first_pause_seconds: after the first failure; doubled with each further one in a row.
-        longest_pause_seconds: what it is doubled up to.
+    The pause after the first is doubled with each further one, up to the longest pause.
     """
 
     def __init__(self, first_pause_seconds: float, longest_pause_seconds: float) -> None:

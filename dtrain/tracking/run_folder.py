@@ -1,10 +1,11 @@
-"""A run folder: its files by name, and run.json, which says what became of the run."""
+"""A run folder: its files by name, and the records in it of what became of the run and of what MLflow has."""
 
 import json
 import logging
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,19 +50,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def update_run(folder: Path, *, when: Mapping[str, Any] | None = None, **changes: Any) -> bool:
-    """Changes facts in run.json, one process at a time, whole or not at all.
-
-    Args:
-        folder: the run folder.
-        when: do so only if these facts still hold.
-        **changes: the facts and their new values, JSON types.
-
-    Returns:
-        whether it was done.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Changes facts in run.json, one process at a time, whole or not at all, if `when` still holds; returns that."""
     from filelock import FileLock, Timeout
 
     file = RunFolder(folder).run
@@ -92,8 +81,7 @@ def read_line(line: bytes) -> dict[str, Any]:
 def close_run_of(folder: Path, pid: int) -> bool:
     """Writes into run.json how a rank 0 that is gone ended: as the journal's last line says, else FAILED.
 
-    Returns:
-        False when the run folder belongs to another process by now.
+    Returns False where the run folder belongs to another process by now.
     """
     with RunFolder(folder).journal.open("rb") as journal:
         journal.seek(max(0, os.fstat(journal.fileno()).st_size - 65536))
@@ -115,3 +103,28 @@ def lives(facts: Mapping[str, Any]) -> bool:
         return bool(process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= facts["attempt_started"])
     except psutil.NoSuchProcess:
         return False
+
+
+@dataclass
+class Memory:
+    """mlflow.json of a run folder: what MLflow has acknowledged. Losing it costs a replay, which adds no rows."""
+
+    path: Path
+    run_id: str = ""  # the run that the rest is about
+    offset: int = 0  # in bytes, in the journal
+    status: str = ""  # RUNNING, FINISHED, FAILED or KILLED, as MLflow has it
+    # Not sent yet: of a file its path in the run folder and its folder in MLflow; of a picture its path, key, step and
+    # time in ms.
+    artifacts: list[list[Any]] = field(default_factory=list)
+    problem: str = ""  # why MLflow does not have everything: for the hint that rank 0 prints
+    note: str = ""  # what else rank 0 should print
+
+    @classmethod
+    def read(cls, path: Path) -> "Memory":
+        """Reads it back, without the problem and the note of an earlier time."""
+        known = read_json(path)
+        return cls(path, **{key: known[key] for key in ("run_id", "offset", "status", "artifacts") if key in known})
+
+    def save(self) -> None:
+        """Writes it, whole or not at all."""
+        write_json(self.path, {key: value for key, value in vars(self).items() if key != "path"})

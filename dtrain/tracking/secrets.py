@@ -4,6 +4,7 @@ import functools
 import io
 import os
 import re
+from collections.abc import Iterator
 from typing import IO, Any
 
 _NAMED = r"(?:password|passwd|secret|(?:api|secret|access)_?key|(?:auth|access|api)_?token)"
@@ -49,17 +50,25 @@ def is_secret(key: str, value: Any) -> bool:
     return isinstance(value, str) and value != "" and _SECRET_NAME.search(key) is not None
 
 
-def keep_secret(value: Any, key: str = "") -> None:
+def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values in a nest of mappings and lists with their keys, such as optimizer.lr and a.0; empty ones included."""
+    if hasattr(value, "items") and len(value):
+        inner = value.items()
+    elif isinstance(value, list | tuple) and value:
+        inner = enumerate(value)
+    else:
+        yield prefix, value
+        return
+    for key, item in inner:
+        yield from leaves(item, f"{prefix}.{key}" if prefix else str(key))
+
+
+def keep_secret(config: Any) -> None:
     """From now on `redact` masks the secrets of this nest of mappings and lists wherever they stand."""
-    if isinstance(value, dict):
-        for name, item in value.items():
-            keep_secret(item, str(name))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            keep_secret(item, key)
-    elif is_secret(key, value):
+    for key, value in leaves(config):
         text = str(value)  # of `cls_token: learnable` the word is not to be taken out of everything
-        if re.fullmatch(_TOKEN, text) or (_SECRET_NUMBER.search(key) and len(text) >= _LEAST_LETTERS):
+        is_long = re.fullmatch(_TOKEN, text) or (_SECRET_NUMBER.search(key) and len(text) >= _LEAST_LETTERS)
+        if is_long and is_secret(key, value):
             _known.add(text)
 
 

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from dtrain.tracking import mlflow_store
 from dtrain.tracking.delivery import PATIENCE_SECONDS, Delivery, follow
 from dtrain.tracking.git_state import capture_code
@@ -28,23 +30,16 @@ _SILENCE_SECONDS = 3600.0  # twice the time after which a training without progr
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command `python -m dtrain.tracking.sender`.
-
-    Returns:
-        0 when all is delivered or found, else 1; a wrong command line exits with 2.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m dtrain.tracking.sender", description="Feeds MLflow from a run's journal."
-    )
+    """The command; returns 0 when all is delivered or found, else 1; a wrong command line exits with 2."""
+    prog = "python -m dtrain.tracking.sender"
+    parser = argparse.ArgumentParser(prog=prog, description="Feeds MLflow from a run's journal.")
     parser.add_argument("folder", nargs="?", type=Path, metavar="RUN_FOLDER")
     parser.add_argument("--parent", type=int, metavar="PID", help="rank 0, whose journal is followed until it ends")
     parser.add_argument("--no-system-metrics", action="store_true")
     parser.add_argument("--tracking-uri", metavar="URI", help="default: run.json's, else MLFLOW_TRACKING_URI")
     parser.add_argument("--wait", action="store_true", help="get ready, then read the command line from stdin, as JSON")
     parser.add_argument("--find", metavar="RUN_ID", help="print what MLflow knows of a run, as one JSON line")
-    parser.add_argument(
-        "--probe", metavar="EXPERIMENT", help="print whether MLflow can be written to, as one JSON line"
-    )
+    parser.add_argument("--probe", metavar="EXPERIMENT", help="print whether MLflow can be written to, as JSON")
     options = parser.parse_args(arguments)
     os.environ.update(mlflow_store.CLIENT_SETTINGS)
     with contextlib.redirect_stderr(Redacted(sys.stderr)), contextlib.redirect_stdout(Redacted(sys.stdout)):
@@ -81,7 +76,7 @@ def _wait_for_a_run(uri: str) -> int:
     """The sender of a training that is still being built: does what takes long, then what stdin says, if it does."""
     _run_in_background(_NICENESS_AT_FIRST)
     with contextlib.suppress(Exception):  # it shows again, and is reported, when there is a run
-        mlflow_store.warm_up(uri)
+        mlflow_store.system_monitor(uri)  # imports mlflow with its system metrics, and makes the store
     line = sys.stdin.readline()
     if not line:
         return 0
@@ -101,13 +96,16 @@ def _run_in_background(niceness: int) -> None:
 
 def _feed(folder: Path, parent: int, uri: str, system_metrics: bool) -> int:
     """The sender of a training that runs."""
-    from filelock import FileLock
-
     facts = read_run(folder)
     _run_in_background(_NICENESS if facts["state"] == "RUNNING" else 0)  # of a run that has ended, rank 0 waits for it
     code = RunFolder(folder).code(facts["attempt"])
     code_tags = capture_code(code)  # first of all, before anybody edits a file
-    system = _system_metrics(uri, facts["started"]) if system_metrics else None
+    system = None
+    if system_metrics:
+        try:
+            system = SystemMetrics(mlflow_store.system_monitor(uri), facts["started"])
+        except Exception as error:
+            _log.warning("no system metrics: %s", mlflow_store.describe_error(error))
     # The sender of a rank 0 that exited may still deliver the rest.
     with FileLock(RunFolder(folder).sender_lock, timeout=2 * PATIENCE_SECONDS):
         delivery = Delivery(folder, mlflow_store.MlflowStore(uri), system)
@@ -115,18 +113,8 @@ def _feed(folder: Path, parent: int, uri: str, system_metrics: bool) -> int:
         return follow(delivery, parent)
 
 
-def _system_metrics(uri: str, started: float) -> SystemMetrics | None:
-    try:
-        return SystemMetrics(mlflow_store.system_monitor(uri), started)
-    except Exception as error:
-        _log.warning("no system metrics: %s", mlflow_store.describe_error(error))
-        return None
-
-
 def _deliver_rest(folder: Path, uri: str) -> int:
     """`dtrain sync`: sends what is left of a run that nobody writes any more."""
-    from filelock import FileLock, Timeout
-
     try:
         with FileLock(RunFolder(folder).sender_lock, timeout=5):
             facts = read_run(folder)

@@ -11,14 +11,10 @@ from dtrain.tracking.whole_file import write_bytes
 
 
 def begin_store(database: Path, mlflow_version: str, make: Callable[[Path], object]) -> None:
-    """Write a new store, whole or not at all: a kill amid MLflow's migrations would leave one that it cannot use.
+    """Writes a new store, whole or not at all: a kill amid MLflow's migrations would leave one that it cannot use.
 
-    The empty one is kept in the user's cache folder. What does not work here, MLflow's own way will show.
-
-    Args:
-        database: The file; not there yet.
-        mlflow_version: Each has its own tables.
-        make: Has MLflow make a store in a file.
+    An empty one, made by `make` once for each version of MLflow, is kept in the user's cache folder. What does not work
+    here, MLflow's own way will show.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     kept = cache / "dtrain" / f"mlflow-{mlflow_version}.db"
@@ -51,12 +47,7 @@ def _whole(kept: Path) -> bytes | None:
 
 def _without_rows(database: Path) -> bytes:
     """A store that was just made without its only row: that names a folder for artifacts beside it."""
-    with (
-        contextlib.closing(sqlite3.connect(database)) as source,
-        contextlib.closing(sqlite3.connect(":memory:")) as copy,
-    ):
-        source.backup(copy)
-        copy.execute("DELETE FROM experiments")
-        copy.commit()
-        copy.execute("VACUUM")
-        return copy.serialize()
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as store:
+        store.execute("DELETE FROM experiments")
+        store.execute("VACUUM")
+        return store.serialize()

@@ -39,11 +39,7 @@ def assign_run(prepared: subprocess.Popen[bytes] | None, folder: Path, options: 
 
 
 def start_sender(folder: Path, uri: str, options: Sequence[str] = ()) -> subprocess.Popen[bytes]:
-    """Starts a sender for a run folder, which without options delivers what is there; what it prints is logged there.
-
-    Raises:
-        OSError: it could not be started, or its log not be written.
-    """
+    """Starts a sender for a run folder, where its output is logged; without options it delivers what is there."""
     RunFolder(folder).logs.mkdir(exist_ok=True)
     with RunFolder(folder).sender_log.open("ab") as output:
         return _start([str(folder), *options], uri, subprocess.DEVNULL, output)
@@ -55,14 +51,9 @@ def deliver_rest(folder: str) -> int:
 
 
 def find_run(run_id: str, uri: str | None = None, timeout_seconds: float = 60.0) -> dict[str, Any]:
-    """Asks MLflow about a run; importing mlflow takes 3 seconds of it.
+    """A run's run_id, status, lifecycle ('active' or 'deleted') and tags; importing mlflow for it takes 3 seconds.
 
-    Returns:
-        run_id, status, lifecycle ('active' or 'deleted') and tags, of which `dtrain.checkpoint_dir` is the run folder.
-
-    Raises:
-        LookupError: there is no such run, or MLflow does not answer; the text says which.
-        ValueError: see `resolve_tracking_uri`.
+    Raises LookupError where there is no such run or MLflow does not answer; for ValueError see `resolve_tracking_uri`.
     """
     uri = resolve_tracking_uri(uri)
     answer = _ask(uri, "--find", run_id, timeout_seconds)
@@ -79,13 +70,9 @@ def probe_store(uri: str, experiment: str, timeout_seconds: float) -> str:
 def _ask(uri: str, option: str, value: str, timeout_seconds: float) -> dict[str, Any]:
     """What a sender answers; where it does not, why, as {'error': ...}."""
     try:
+        command, environment = _sender_command(option, value), _sender_environment(uri)
         done = subprocess.run(
-            _sender_command(option, value),
-            env=_sender_environment(uri),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=timeout_seconds,
+            command, env=environment, input="", capture_output=True, text=True, timeout=timeout_seconds
         )
         return dict(json.loads(done.stdout.strip().splitlines()[-1]))
     except subprocess.TimeoutExpired:
@@ -99,14 +86,8 @@ def _start(arguments: Sequence[str], uri: str, stdin: int, output: int | IO[byte
 
     Not in its own session: Linux divides processors between sessions first, so its low priority would mean nothing.
     """
-    return subprocess.Popen(
-        _sender_command(*arguments),
-        env=_sender_environment(uri),
-        stdin=stdin,
-        stdout=output,
-        stderr=output,
-        process_group=0,
-    )
+    command, environment = _sender_command(*arguments), _sender_environment(uri)
+    return subprocess.Popen(command, env=environment, stdin=stdin, stdout=output, stderr=output, process_group=0)
 
 
 def _sender_command(*arguments: str) -> list[str]:

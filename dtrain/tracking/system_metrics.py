@@ -13,10 +13,8 @@ _log = logging.getLogger(__name__)
 class SystemMetrics:
     """Figures of this machine that wait to be sent; their step is the number of sampling intervals since the start.
 
-    Args:
-        monitor: mlflow's SystemMetricsMonitor, of which only the sampling is used: its own thread ends for good at the
-            first request that fails, and stores nothing of a run shorter than ten seconds.
-        started: when the run began, unix seconds.
+    Of mlflow's SystemMetricsMonitor only the sampling is used: its own thread ends for good at the first request that
+    fails, and stores nothing of a run shorter than ten seconds. `started` is in unix seconds.
     """
 
     def __init__(self, monitor: Any, started: float) -> None:

@@ -12,11 +12,11 @@ _SERVERS = ("http", "https", "postgresql", "mysql", "mssql", "databricks", "data
 
 
 def resolve_tracking_uri(uri: str | None) -> str:
-    """Says where MLflow's data are, as an address that is good from any folder.
+    """Where MLflow's data are, as an address that is good from any folder.
 
     Args:
-        uri: the address of a server or a database, or a folder: a sqlite database and its artifacts are put in there;
-            None: MLFLOW_TRACKING_URI, else sqlite in the current folder, as MLflow does.
+        uri: of a server or a database, or a folder: a sqlite database and its artifacts are put in there. Default:
+            MLFLOW_TRACKING_URI, else sqlite in the current folder, as MLflow does.
 
     Raises:
         ValueError: `file:` (MLflow 3 refuses it), an unknown scheme or a database in memory; the text holds the cure.
@@ -33,7 +33,13 @@ def resolve_tracking_uri(uri: str | None) -> str:
         return f"sqlite:///{folder}/mlflow.db"
     scheme = match[1].lower()
     if scheme == "sqlite":
-        return _absolute_sqlite(text)
+        head, _, rest = text.partition(":///")
+        path, mark, query = rest.partition("?")
+        if path in ("", ":memory:"):
+            raise ValueError(
+                f"tracking URI {text!r}: the sender is a process of its own, name a file: sqlite:///mlflow.db"
+            )
+        return f"{head}:///{_absolute(path)}{mark}{query}"
     if scheme == "file":
         folder = _absolute(re.sub(r"^file:(//(localhost(?=/))?)?", "", text, flags=re.IGNORECASE))
         raise ValueError(
@@ -44,14 +50,6 @@ def resolve_tracking_uri(uri: str | None) -> str:
         known = ", ".join(("a folder", "sqlite", *_SERVERS))
         raise ValueError(f"{what} {redact(text)!r}: unknown kind {scheme!r}; possible are {known}")
     return text
-
-
-def _absolute_sqlite(uri: str) -> str:
-    head, slashes, rest = uri.partition(":///")
-    path, mark, query = rest.partition("?")
-    if not slashes or path in ("", ":memory:"):
-        raise ValueError(f"tracking URI {uri!r}: the sender is a process of its own, name a file: sqlite:///mlflow.db")
-    return f"{head}:///{_absolute(path)}{mark}{query}"
 
 
 def _absolute(path: str) -> str:

@@ -17,11 +17,8 @@ def whole_file(path: Path, durable: bool = False) -> Iterator[Path]:
     """Gives a temporary path to write to; at the end of the block, what is there gets the file's own name.
 
     Until then an older file of that name is untouched; after an error it still is, and nothing is left of the new one.
-    The temporary name has the file's own ending, which some libraries choose a format by.
-
-    Args:
-        path: the file; its folder exists.
-        durable: whether the content must also survive a power failure.
+    The temporary name has the file's own ending, which some libraries choose a format by. What is `durable` survives a
+    power failure, too.
     """
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
@@ -48,7 +45,7 @@ def fsync(path: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes, durable: bool = False) -> None:
-    """Writes a file whole or not at all; arguments and errors: see `whole_file`."""
+    """Writes a file whole or not at all; see `whole_file`."""
     with whole_file(path, durable) as temporary:
         temporary.write_bytes(content)
 
@@ -71,5 +68,5 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     except ValueError as error:
         _log.warning("%s is damaged and is taken as empty: %s", path, error)
-        return {}
+        value = None
     return value if isinstance(value, dict) else {}

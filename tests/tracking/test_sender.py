@@ -581,16 +581,6 @@ def server(server_process: Server) -> Iterator[Server]:
     server_process.silent.clear()
 
 
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pauses of a twentieth of a second between attempts, of which there are more for it."""
-    monkeypatch.setattr(file_queue, "_PAUSE_SECONDS", 0.02)
-    monkeypatch.setattr(file_queue, "_TRIES_AT_END", 40)
-    monkeypatch.setattr(delivery, "_FIRST_PAUSE_SECONDS", 0.02)
-    monkeypatch.setattr(delivery, "_LONGEST_PAUSE_SECONDS", 0.05)
-    monkeypatch.setattr(delivery, "_LOOK_EVERY_SECONDS", 0.01)
-
-
 @pytest.mark.usefixtures("quiet_journal", "impatient")
 @pytest.mark.parametrize("fault", ["lost", "refused"])
 def test_a_lossy_server_gets_each_row_once_and_one_run(tmp_path: Path, server: Server, fault: str) -> None:
@@ -825,7 +815,7 @@ def test_a_problem_that_cannot_be_written_down_ends_no_sender(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("dtrain.tracking.memory.Memory.save", full)
+        patch.setattr("dtrain.tracking.run_folder.Memory.save", full)
         assert deliver(folder, uri) == 1
     assert deliver(folder, uri) == 0
     assert len(rows_of(folder, uri, "train/loss")) == 10
@@ -919,7 +909,7 @@ def test_only_while_a_training_runs_the_sender_stands_back(
 @pytest.mark.usefixtures("quiet_journal")
 def test_a_new_store_is_made_under_its_lock_whoever_needs_it_first(tmp_path: Path) -> None:
     database = tmp_path / "new" / "mlflow.db"
-    assert sender._system_metrics(f"sqlite:///{database}", time.time()) is not None
+    assert mlflow_store.system_monitor(f"sqlite:///{database}") is not None
     assert database.exists() and database.with_name(".mlflow.db.lock").exists()
 
 
