@@ -76,13 +76,9 @@ class TrainLoader:
         """Samples per optimizer step, over all ranks."""
         return self.shard.global_batch * self.accumulate
 
-    def end(self, start: int = 0) -> int:
-        """The position at which an epoch that begins at `start` ends."""
-        return self.shard.end(start)
-
     def steps(self, start: int = 0) -> int:
         """Optimizer steps from a position to the end of the epoch."""
-        return -(-(self.end(start) - start) // self.global_batch)
+        return -(-(self.shard.end(start) - start) // self.global_batch)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[MicroBatch]:
         """The batches of an epoch from position `start` on; nothing before it is loaded."""

@@ -30,11 +30,6 @@ class Metrics:
         self._metrics: dict[str, Any] | None = None
         self.names = list(makers)  # the labels under which they are logged
 
-    @property
-    def ready(self) -> bool:
-        """Whether they are made."""
-        return self._metrics is not None
-
     def prepare(self) -> dict[str, Any]:
         """Make the metrics, once.
 

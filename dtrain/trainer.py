@@ -234,7 +234,7 @@ class Trainer:
     def train_epoch(self) -> None:
         """One pass over the training data, or what is left of it. All ranks call it, equally often."""
         loader, state, activity = self.train_loader, self.state, self.activity
-        end, global_batch = loader.end(state.position), loader.shard.global_batch
+        end, global_batch = loader.shard.end(state.position), loader.shard.global_batch
         self.progress.start_epoch(state.epoch + 1, *self._extent())
         self.model.train()
         self.throughput.restart()

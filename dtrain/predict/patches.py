@@ -32,11 +32,12 @@ class Grid:
 
     def __init__(self, shape: Sequence[int], patch: Sequence[int], stride: Sequence[int], blend: Blend) -> None:
         self.shape, self.patch = tuple(shape), tuple(patch)
-        self.starts = [_starts(*axis) for axis in zip(shape, patch, stride, strict=True)]
+        axes = zip(shape, patch, stride, strict=True)
+        self.starts = [[*range(0, extent - side, step), max(0, extent - side)] for extent, side, step in axes]
         self._counts = tuple(map(len, self.starts))
         self._weights = [_shares(*axis, blend) for axis in zip(shape, patch, self.starts, strict=True)]
-        axes = zip(self.patch, self.starts, strict=True)
-        self.overlaps = any(later - start < side for side, starts in axes for start, later in pairwise(starts))
+        sides = zip(self.patch, self.starts, strict=True)
+        self.overlaps = any(later - start < side for side, starts in sides for start, later in pairwise(starts))
 
     def __len__(self) -> int:
         return math.prod(self._counts)
@@ -71,10 +72,6 @@ class Grid:
             if start - cuts[-1] >= least_planes and self.shape[0] - start >= least_planes:
                 cuts.append(start)
         return list(zip(cuts, [*cuts[1:], self.shape[0]], strict=True))
-
-
-def _starts(extent: int, patch: int, stride: int) -> list[int]:
-    return [*range(0, extent - patch, stride), max(0, extent - patch)]
 
 
 def _shares(extent: int, patch: int, starts: list[int], blend: Blend) -> list[np.ndarray]:

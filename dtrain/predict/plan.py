@@ -51,7 +51,9 @@ def plan(inference: Inference, source: Source, folder: Path, overwrite: bool) ->
     formats = [_format(predictor, volume) for volume in source.volumes]
     files = []
     for number, volume in enumerate(source.volumes):
-        _check_label(predictor, volume)
+        if predictor.performance_metric and not predictor.gt_internal_path and not volume.has_label:
+            text = f"{volume.path} is read without labels; name their dataset: predictor.gt_internal_path"
+            raise ConfigError(f"predictor.performance_metric: {text}")
         name = volume.name.replace(os.sep, "-") + "_predictions" + ENDINGS[formats[number]]
         files.append(PredictionFile(folder / name, _stamp(inference, source, number)))
     tasks = []
@@ -75,12 +77,6 @@ def _format(predictor: Predictor, volume: Volume) -> Format:
         text = f"png holds one plane, {volume.path} is {volume.shape}; possible: hdf5, tiff, npy"
         raise ConfigError(f"predictor.format: {text}")
     return file_format or "hdf5"
-
-
-def _check_label(predictor: Predictor, volume: Volume) -> None:
-    if predictor.performance_metric and not predictor.gt_internal_path and not volume.has_label:
-        text = f"{volume.path} is read without labels; name their dataset: predictor.gt_internal_path"
-        raise ConfigError(f"predictor.performance_metric: {text}")
 
 
 def _stamp(inference: Inference, source: Source, number: int) -> dict[str, Any]:

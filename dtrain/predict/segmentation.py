@@ -64,21 +64,15 @@ def classes_of(planes: np.ndarray, threshold: float) -> np.ndarray:
     return planes.argmax(0).astype(np.min_scalar_type(len(planes) - 1))
 
 
-def instances(
-    chunks: Iterable[np.ndarray], depth: int, connectivity: int, min_size: int, scratch: Path
-) -> Iterator[np.ndarray]:
+def instances(chunks: Iterable[np.ndarray], connectivity: int, min_size: int, scratch: Path) -> Iterator[np.ndarray]:
     """Number the connected components of a mask, from 1 on in the order of their first plane; 0 elsewhere.
 
     Each plane is labelled on its own; what touches between planes is one component. So the numbers do not depend on how
     the volume is cut, and memory is bounded by a plane and by the number of components in all planes. The labels
-    wait in a file, 4 bytes per voxel, until all planes have been seen.
+    wait in a scratch file, 4 bytes per voxel, until all planes have been seen.
 
-    Args:
-        chunks: The mask, (planes, ...) each.
-        depth: How many planes there are.
-        connectivity: How many axes two neighbouring voxels may differ in, by one each: 1 up to the dimensions.
-        min_size: Components with fewer voxels become background.
-        scratch: The file, removed at the end.
+    The mask's chunks are (planes, ...) each. `connectivity` is how many axes two neighbouring voxels may differ in, by
+    one each: 1 up to the dimensions. Components with fewer voxels than `min_size` become background.
 
     Yields:
         The numbers, (planes, ...) each, in the smallest unsigned type that holds them.
@@ -102,10 +96,8 @@ def instances(
         number = _numbers(np.concatenate(sizes), np.concatenate(pairs, axis=1), min_size)
         labels.seek(0)
         step = max(1, CHUNK_BYTES // (4 * previous.size))
-        for low in range(0, depth, step):
-            planes = min(step, depth - low)
-            chunk = np.frombuffer(labels.read(4 * previous.size * planes), np.uint32)
-            yield number[chunk.reshape(planes, *previous.shape)]
+        while chunk := labels.read(4 * previous.size * step):
+            yield number[np.frombuffer(chunk, np.uint32).reshape(-1, *previous.shape)]
 
 
 def _touching(previous: np.ndarray, plane: np.ndarray, connectivity: int) -> np.ndarray:

@@ -38,15 +38,10 @@ def stitched(
 ) -> Iterator[tuple[Run, Iterator[tuple[int, np.ndarray]]]]:
     """Predict runs, one after another.
 
-    Patches are read ahead across the borders of runs. Small images are predicted several at once; the batches of a
-    volume with several patches are the same whatever part of it a run is, so its result is, too, bit for bit.
-
-    Args:
-        source: Where patches come from.
-        runs: Each volume's in ascending order.
-        inference: After each batch it may raise `StoppedError`.
-        batch_size: Patches that the model gets at once.
-        activation: Logits (N, K, ...) -> predictions. Default: the logits themselves.
+    Patches are read ahead across the borders of runs, which are each volume's in ascending order. Small images are
+    predicted several at once; the batches of a volume with several patches are the same whatever part of it a run is,
+    so its result is, too, bit for bit. `activation` makes predictions of logits (N, K, ...), which stay without it.
+    After each batch, the inference may raise `StoppedError`.
 
     Yields:
         Each run and its finished planes: the first one's position, and the planes, float32 (K, planes, ...). They are

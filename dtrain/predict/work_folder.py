@@ -32,9 +32,7 @@ class PredictionError(RuntimeError):
 class PredictionFile:
     """One file of predictions, and in the hidden folder its record and, until it is finished, its parts.
 
-    Args:
-        path: The file.
-        stamp: What it is made with; two alike give the same file.
+    The stamp is what it is made with; two alike give the same file.
     """
 
     def __init__(self, path: Path, stamp: Mapping[str, Any]) -> None:

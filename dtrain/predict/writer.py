@@ -22,9 +22,7 @@ class VolumeWriter:
         self.finished = {task.volume for task in tasks if task.is_finished}
 
     def write_run(self, run: Run, slabs: list[Slab], planes: Iterator[tuple[int, np.ndarray]]) -> None:
-        """Write what was predicted in one run, which consists of slabs: a whole file, or parts of one.
-
-        `planes` has positions and predictions, (K, planes, ...), from the first plane to the last.
+        """Write what was predicted in one run of slabs, a whole file or parts of one: positions and (K, planes, ...).
 
         Raises:
             PredictionError: A file cannot be written.
@@ -66,7 +64,7 @@ class VolumeWriter:
             agreement = Agreement(predictor.performance_metric, predictor.choice)
             chunks = self._compared(agreement, volume, chunks)
         if predictor.choice.instances:
-            chunks = instances(chunks, volume.shape[0], predictor.connectivity, predictor.min_size, task.file.scratch)
+            chunks = instances(chunks, predictor.connectivity, predictor.min_size, task.file.scratch)
         spec = predictor.file_spec(task.file.path, volume.shape, not predictor.choice.labels, volume.path)
         with task.file.replaced() as temporary:
             write(temporary, task.format, chunks, spec)

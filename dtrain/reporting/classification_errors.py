@@ -76,7 +76,11 @@ def confusion_matrix(pairs: Mapping[tuple[int, int], int], classes: int) -> tupl
     """
     shown, note = list(range(classes)), ""
     if classes > _MOST_CLASSES:
-        shown = _classes_with_most_errors(pairs, classes, _MOST_CLASSES - 1)
+        errors: Counter[int] = Counter(shown)  # each class once, so that all are there
+        for labels, times in pairs.items():
+            if labels[0] != labels[1]:
+                errors.update(dict.fromkeys(labels, times))
+        shown = sorted(number for number, _ in errors.most_common(_MOST_CLASSES - 1))
         note = f"the {len(shown)} classes with the most errors; the other {classes - len(shown)} as one class"
     names = [*map(str, shown), *(["other"] if note else [])]
     rows = {number: row for row, number in enumerate(shown)}
@@ -84,11 +88,3 @@ def confusion_matrix(pairs: Mapping[tuple[int, int], int], classes: int) -> tupl
     for (truth, guess), count in pairs.items():
         counts[rows.get(truth, len(shown)), rows.get(guess, len(shown))] += count
     return counts, names, note
-
-
-def _classes_with_most_errors(pairs: Mapping[tuple[int, int], int], classes: int, count: int) -> list[int]:
-    errors: Counter[int] = Counter(range(classes))  # each once, so that all are there
-    for (truth, guess), times in pairs.items():
-        if truth != guess:
-            errors.update({truth: times, guess: times})
-    return sorted(number for number, _ in errors.most_common(count))

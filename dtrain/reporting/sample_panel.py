@@ -1,6 +1,7 @@
 """The panel of one sample of a dense task: input, target, prediction and error as tiles, from numpy arrays."""
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -85,8 +86,8 @@ def compared(target: np.ndarray, output: np.ndarray) -> list[View]:
         return [_of_classes("", target[0], output.argmax(axis=0), len(output))]
     if len(target) != len(output):
         raise ValueError(f"{shapes} do not fit together")
-    names = [f"channel {number}" if several else "" for number in range(len(output))]
-    return [_of_channel(name, target[number], output[number]) for number, name in enumerate(names)]
+    channels = enumerate(zip(target, output, strict=True))
+    return [_of_channel(f"channel {number}" if several else "", *channel) for number, channel in channels]
 
 
 def _are_integers(values: np.ndarray) -> bool:
@@ -122,18 +123,15 @@ def _planes(views: Sequence[View]) -> list[tuple[str, tuple[int | slice, ...]]]:
     shape = views[0].target.shape
     if len(shape) == 2:
         return [("", (slice(None), slice(None)))]
-    foreground = np.zeros(shape, dtype=bool)
-    for view in views:
-        if view.ignored is not None:
-            foreground |= view.target > 0
+    labels = (view.target > 0 for view in views if view.ignored is not None)
+    foreground = reduce(np.logical_or, labels, np.zeros(shape, dtype=bool))
     planes = []
     for axis, name in enumerate(_AXES):
         voxels = np.moveaxis(foreground, axis, 0).sum(axis=(1, 2))
         fullest = np.flatnonzero(voxels == voxels.max())
         chosen = int(fullest[np.abs(fullest - shape[axis] // 2).argmin()])
-        index: list[int | slice] = [slice(None)] * len(shape)
-        index[axis] = chosen
-        planes.append((f"{name} {chosen} of {shape[axis]}", tuple(index)))
+        index: tuple[int | slice, ...] = (*[slice(None)] * axis, chosen, *[slice(None)] * (2 - axis))
+        planes.append((f"{name} {chosen} of {shape[axis]}", index))
     return planes
 
 
@@ -194,18 +192,18 @@ def _input(
     return [tile], np.repeat(ground, 3, axis=-1).astype(np.uint8)
 
 
-def _fitted(plane: np.ndarray, shape: tuple[int, ...], reduce: Callable | None = np.mean) -> np.ndarray:
+def _fitted(plane: np.ndarray, shape: tuple[int, ...], pooled: Callable | None = np.mean) -> np.ndarray:
     """A plane (H, W) in its size on the sheet: by a whole factor, the same for all planes of a volume of this shape.
 
-    `reduce` makes one pixel of several: np.mean, np.max; None: takes the first of them.
+    `pooled` makes one pixel of several: np.mean, np.max; None: takes the first of them.
     """
     step = -(-max(shape) // _LONGEST)
-    if reduce is None:
+    if pooled is None:
         plane = plane[::step, ::step]
     elif step > 1:
         padded = np.pad(plane, [(0, -size % step) for size in plane.shape], mode="edge")
         blocks = padded.reshape(padded.shape[0] // step, step, padded.shape[1] // step, step)
-        plane = reduce(blocks, axis=(1, 3))
+        plane = pooled(blocks, axis=(1, 3))
     return enlarged(plane, max(1, _SIDES[len(shape)] // max(shape)))
 
 

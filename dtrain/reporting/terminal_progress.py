@@ -4,14 +4,11 @@ import os
 import sys
 from collections.abc import Mapping
 from time import perf_counter
-from typing import TYPE_CHECKING, TextIO
+from typing import Any, TextIO
 
 from dtrain.reporting.number_text import count_text, duration_text, figure_text, figure_texts, without_phase
 from dtrain.reporting.progress import REFRESH_SECONDS, Progress
 from dtrain.reporting.safe_stream import SafeStream
-
-if TYPE_CHECKING:
-    from rich.text import Text
 
 BAR_COLUMNS = (6, 40)  # at least, at most
 
@@ -179,7 +176,7 @@ class TerminalProgress(Progress):
     def _row_seconds(self) -> float:
         return perf_counter() - self._row_start[0]
 
-    def _bar(self) -> "Text":
+    def _bar(self) -> Any:
         from rich.text import Text
 
         clock, console = self._clock, self._console

@@ -76,10 +76,8 @@ class Pictures:
 
     def album(self, step: int, journal: Any, note: Callable[[str], None]) -> "Album | None":
         """What takes in one validation, after so many optimizer steps; None where it is not to be drawn."""
-        if not self.settings:
-            return None
         self._validations += 1
-        if (self._validations - 1) % self.settings["every_validations"]:
+        if not self.settings or (self._validations - 1) % self.settings["every_validations"]:
             return None
         return Album(self, step, journal, note)
 

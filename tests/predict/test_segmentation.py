@@ -59,7 +59,7 @@ def test_instances_are_the_connected_components(
     kept = [label for label in range(1, count + 1) if sizes[label] >= min_size]
     for chunk in (1, 3, 100):
         pieces = (mask[low : low + chunk] for low in range(0, shape[0], chunk))
-        found = np.concatenate(list(instances(pieces, shape[0], connectivity, min_size, tmp_path / "scratch")))
+        found = np.concatenate(list(instances(pieces, connectivity, min_size, tmp_path / "scratch")))
         assert not (tmp_path / "scratch").exists()
         pairs = {(int(a), int(b)) for a, b in zip(expected.ravel(), found.ravel(), strict=True) if a in kept or b}
         assert len(pairs) == len(kept) == found.max()  # one to one
