@@ -20,12 +20,8 @@ MAX_FILES = 100  # under `_base_`, counted as often as they are read
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
     """Read a YAML file, the files under its `_base_`, and `KEY=VALUE` overrides into one config.
 
-    Args:
-        path: The YAML file.
-        overrides: `KEY=VALUE` texts; dotted keys, list indices as numbers, values in YAML.
-
-    Returns:
-        A locked ConfigDict with canonical key names; mappings inside lists are ConfigDicts too.
+    Overrides have dotted keys, list indices as numbers, and values in YAML. The result is a locked ConfigDict with
+    canonical key names; mappings inside lists are ConfigDicts too.
 
     Raises:
         ConfigError: With every mistake that reading can find.
@@ -42,7 +38,7 @@ def merged(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _read(path: str | Path, overrides: Sequence[str]) -> "_Tree":
-    tree = _read_file(Path(path), ())
+    tree = _read_file(Path(path), (), None, iter(range(MAX_FILES)))
     _apply_all(overrides, lambda text: _override(tree, text))
     if tree.values.get("experiment") is None:
         tree.values["experiment"] = Path(path).stem
@@ -109,10 +105,7 @@ def run_folder(config: ConfigDict) -> Path:
 def place_of(config: ConfigDict, path: Sequence[str | int]) -> Place | None:
     """Where the key `path` of `config` was written; the nearest key above it that has a place otherwise."""
     places = getattr(config, "_places", {})
-    path = tuple(path)
-    while path and path not in places:
-        path = path[:-1]
-    return places.get(path)
+    return next((places[above] for end in range(len(path), -1, -1) if (above := tuple(path[:end])) in places), None)
 
 
 def to_config_dict(value: Any, locked: bool = False) -> Any:
@@ -151,11 +144,8 @@ def _apply_all(items: Sequence[Any], action: Callable[[Any], None]) -> None:
         raise ConfigError(mistakes)
 
 
-def _read_file(
-    path: Path, ancestors: tuple[Path, ...], place: Place | None = None, left: Iterator[int] | None = None
-) -> _Tree:
+def _read_file(path: Path, ancestors: tuple[Path, ...], place: Place | None, left: Iterator[int]) -> _Tree:
     """A file merged over the files under its `_base_`. `left` counts down the files that may still be read."""
-    left = iter(range(MAX_FILES)) if left is None else left
     if next(left, None) is None:
         raise ConfigError(f"more than {MAX_FILES} files under '_base_'", Place(ancestors[0].name, 1, 1))
     text = read_text(path, place)

@@ -113,12 +113,7 @@ def value_mistakes(config: ConfigDict) -> Iterator[Mistake]:
 
 
 def strategy_mistakes(config: ConfigDict, options: Any) -> list[Mistake]:
-    """What cannot be combined with `trainer.strategy`.
-
-    Args:
-        config: The whole config.
-        options: What it has under `trainer`, and what came from elsewhere.
-    """
+    """What cannot be combined with `trainer.strategy`; `options` may come from elsewhere than the config."""
     strategy = _at(options, "strategy")
     wrong: dict[KeyPath, str] = {}
     if strategy == "ddp" and _set_keys(options, "fsdp"):

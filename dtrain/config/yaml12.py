@@ -164,16 +164,14 @@ class _Reader:
         return result
 
     def key(self, node: Any) -> str | None:
+        value = self.scalar(node) if isinstance(node, yaml.ScalarNode) else None
         if not isinstance(node, yaml.ScalarNode):
-            self.wrong(node, f"a key must be a string, found a {'list' if _tag(node) == 'seq' else 'mapping'}")
-            return None
-        value = self.scalar(node)
-        if not isinstance(value, str):
-            self.wrong(node, f"a key must be a string; put {shown(node.value)} in quotes")
-        elif wrong := key_mistake(value):
-            self.wrong(node, wrong)
-        else:
+            wrong = f"a key must be a string, found a {'list' if _tag(node) == 'seq' else 'mapping'}"
+        elif not isinstance(value, str):
+            wrong = f"a key must be a string; put {shown(node.value)} in quotes"
+        elif not (wrong := key_mistake(value)):
             return value
+        self.wrong(node, wrong)
         return None
 
 
