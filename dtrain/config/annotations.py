@@ -80,7 +80,7 @@ def record_fields(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -
 
 
 def wrong_type(value: object, annotation: ast.expr | None) -> str:
-    """`expected int, found string '3'; write 3 without quotes`, or nothing where the value fits or the type is not known."""
+    """`expected int, found string '3'; write 3 without quotes`, or nothing where it fits or the type is not known."""
     if annotation is None or _admits(value, annotation):
         return ""
     return f"expected {_described(annotation)}, {found(value)}{correction(value, annotation)}"

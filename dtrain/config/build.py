@@ -31,7 +31,7 @@ MAX_ERROR = 2000  # characters of a component's own error; some hold whole tenso
 def build(config: ConfigDict, key: str, *given: Any, **given_names: Any) -> Any:
     """The object that one of the config's calls describes; `key` as in `calls`.
 
-    `given` is the object that dtrain supplies to this section, if any: parameters, optimizer, ...
+    `given` and `given_names` are what dtrain supplies to this section: parameters, optimizer, ...
 
     Raises:
         ConfigError: The name or an argument is wrong, a module cannot be imported, or the constructor raised.

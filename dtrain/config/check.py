@@ -22,9 +22,7 @@ def check(config: ConfigDict, purpose: str | None = "train") -> None:
 
     What its names lead to stays on the config, so that whatever is built from it afterwards need not look again.
     `purpose` is train, test or predict: what must be there; None: whichever the phases under `loaders` are for.
-
-    Raises:
-        ConfigError: Every mistake, each with its place.
+    A ConfigError has every mistake, each with its place.
     """
     reading = read(config)
     mistakes = [*reading.mistakes]

@@ -21,15 +21,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
     """Read a YAML file, the files under its `_base_`, and `KEY=VALUE` overrides into one config.
 
     Overrides have dotted keys, list indices as numbers, and values in YAML. The result is a locked ConfigDict with
-    canonical key names; mappings inside lists are ConfigDicts too.
-
-    Raises:
-        ConfigError: With every mistake that reading can find.
+    canonical key names; mappings inside lists are ConfigDicts too. A ConfigError has every mistake that reading can
+    find.
     """
-    tree = _read(path, overrides)
-    if overrides:
-        tree.texts["overrides.txt"] = "\n".join([*overrides, ""])
-    return _to_config(tree)
+    return _to_config(_read(path, overrides))
 
 
 def merged(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -40,6 +35,8 @@ def merged(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 def _read(path: str | Path, overrides: Sequence[str]) -> "_Tree":
     tree = _read_file(Path(path), (), None, iter(range(MAX_FILES)))
     _apply_all(overrides, lambda text: _override(tree, text))
+    if overrides:
+        tree.texts["overrides.txt"] = "\n".join([*overrides, ""])
     if tree.values.get("experiment") is None:
         tree.values["experiment"] = Path(path).stem
     return tree
@@ -53,8 +50,7 @@ def sources(config: ConfigDict) -> dict[str, str]:
 def from_mapping(values: Mapping[str, Any] | ConfigDict) -> ConfigDict:
     """The same for a mapping made in Python: a locked deep copy with canonical key names (no places).
 
-    Raises:
-        ConfigError: It is not a mapping, or holds more than plain values, lists and mappings with text keys.
+    It may hold plain values, lists and mappings with text keys only; else a ConfigError.
     """
     if isinstance(values, ConfigDict) and hasattr(values, "_places"):
         return values
@@ -245,7 +241,6 @@ def _to_config(tree: _Tree) -> ConfigDict:
     notes = translate(values, tree.places)
     config = to_config_dict(values, locked=True)
     # Places are kept beside the fields: they are not settings, and a copy of a section needs none.
-    object.__setattr__(config, "_places", tree.places)
-    object.__setattr__(config, "_texts", tree.texts)
-    object.__setattr__(config, "_notes", notes)
+    for name, kept in (("_places", tree.places), ("_texts", tree.texts), ("_notes", notes)):
+        object.__setattr__(config, name, kept)
     return config

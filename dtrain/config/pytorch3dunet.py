@@ -10,8 +10,7 @@ from typing import Any
 from dtrain.config.errors import ConfigError, KeyPath, Mistake, Place, dotted, found, shown
 
 _ANYWHERE: tuple[KeyPath, ...] = (("trainer",), ("mlflow",), ())
-# pytorch-3dunet's and its forks' names for the same settings. One table, applied to files and overrides alike, so that
-# everything behind load_config knows one name for each thing.
+# pytorch-3dunet's and its forks' names for the same settings, replaced in files and overrides alike.
 RENAMES: dict[KeyPath, KeyPath] = {
     ("manual_seed",): ("seed",),
     ("eval_metric",): ("metrics",),
@@ -96,7 +95,7 @@ _PHASES = ("train", "val", "test")
 _TRANSFORMS = "dtrain.components.transforms.pytorch3dunet.paired"
 
 # What pytorch-3dunet takes where a file says nothing, and dtrain takes otherwise.
-_DEFAULTS: dict[KeyPath, Any] = {
+_DEFAULTS: dict[tuple[str, str], Any] = {
     ("loaders", "name"): "StandardHDF5Dataset",
     ("loaders", "num_workers"): 1,
     ("optimizer", "name"): "Adam",
@@ -132,10 +131,8 @@ def translate(values: Values, places: Places) -> list[str]:
     """Turn a train or test file of pytorch-3dunet, in place, into the settings of dtrain that do the same.
 
     A file is taken for one of pytorch-3dunet's if a phase of its `loaders` has a `transformer` and the dataset is one
-    of pytorch-3dunet's. Returns lines about what was filled in and what has no effect here.
-
-    Raises:
-        ConfigError: With every key that cannot be supported.
+    of pytorch-3dunet's. Returns lines about what was filled in and what has no effect here; a ConfigError has every key
+    that cannot be supported.
     """
     work = _Translation(values, places)
     phases = [work.section("loaders", phase) for phase in _PHASES]
@@ -157,10 +154,7 @@ class _Translation:
 
     def run(self) -> None:
         """All sections."""
-        filled = [path for path in _DEFAULTS if self._filled(path)]
-        if filled:
-            said = ", ".join(f"{dotted(path)}: {shown(_DEFAULTS[path])}" for path in filled)
-            self.notes.append(f"pytorch-3dunet's defaults, where the file sets nothing: {said}")
+        self._fill()
         self._trainer()
         self._loaders()
         self._loss()
@@ -177,14 +171,17 @@ class _Translation:
         where = next((self.places[path[:end]] for end in range(len(path), -1, -1) if path[:end] in self.places), None)
         self.mistakes.append(Mistake(f"{dotted(path)}: {text}", where))
 
-    def _filled(self, path: KeyPath) -> bool:
-        section = _mapping_at(self.values, path[:-1])
-        if section is None or path[-1] in section:
-            return False
-        if path == ("optimizer", "weight_decay") and section.get("name") != "AdamW":
-            return False  # the one of torch's optimizers whose own default is not 0
-        section[path[-1]] = _DEFAULTS[path]
-        return True
+    def _fill(self) -> None:
+        filled = []
+        for (name, key), value in _DEFAULTS.items():
+            section = _mapping_at(self.values, (name,))
+            # AdamW is the one of torch's optimizers whose own weight decay is not 0.
+            if section is None or key in section or (key == "weight_decay" and section.get("name") != "AdamW"):
+                continue
+            section[key] = value
+            filled.append(f"{name}.{key}: {shown(value)}")
+        if filled:
+            self.notes.append(f"pytorch-3dunet's defaults, where the file sets nothing: {', '.join(filled)}")
 
     def _trainer(self) -> None:
         trainer = self.section("trainer")
@@ -312,8 +309,7 @@ class _Translation:
         if isinstance(segments, bool):
             predictor.pop("save_segmentation", None)
         if segments is True:
-            for key, value in {"instances": "foreground", "connectivity": 2, "output_dataset": "segmentation"}.items():
-                predictor.setdefault(key, value)
+            predictor |= {"instances": "foreground", "connectivity": 2, "output_dataset": "segmentation"} | predictor
             text = "DSB2018Predictor writes the numbered instances alone; for probabilities: save_segmentation: false"
             self.notes.append(f"predictor.name: {text}")
 

@@ -89,8 +89,7 @@ def module_mistake(name: Any) -> str:
     if is_standard(name):
         return f"'{name}' is {STANDARD}"
     try:
-        parents = [name.rpartition(".")[0]] if "." in name else []
-        if all(SOURCE.module(item) for item in (*parents, name)):
+        if all(SOURCE.module(item) for item in (name.rpartition(".")[0] or name, name)):
             return ""
     except SyntaxError as error:
         return bad_syntax(error)

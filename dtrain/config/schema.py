@@ -25,8 +25,7 @@ class Slot:
     given: str = ""  # the argument that dtrain supplies: of this name, else the first one
     given_names: frozenset[str] = NONE  # keyword arguments that dtrain supplies
     pairs: bool = False  # a function of (output, target) is itself what is wanted
-    nested: bool = False  # inside another call: any section's library will do, and a function that lacks arguments is
-    # itself what is wanted
+    nested: bool = False  # inside another call: any section's library will do, a function may itself be what is wanted
 
 
 SLOTS = {
@@ -52,8 +51,7 @@ OWN_SETTINGS = {
     "pre_trained": "dtrain.checkpoint.weights:weight_settings",
     "schedule": "dtrain.training.schedule:schedule_settings",
 }
-# The schedules whose length dtrain fills in where the config leaves it out: it knows it, and PolynomialLR's default
-# of 5 is hardly ever wanted.
+# The schedules whose length dtrain knows and fills in; PolynomialLR's own default of 5 is hardly ever wanted.
 FILLED = {"CosineAnnealingLR": "T_max", "OneCycleLR": "total_steps", "PolynomialLR": "total_iters"}
 
 
@@ -78,8 +76,10 @@ class Call:
     @functools.cached_property
     def found(self) -> Found:
         """What the name leads to, looked up once; a ConfigError where it leads nowhere or may not be used."""
+        value = self.config.get("modules")
+        modules = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
         try:
-            return locate(self.name, user_modules(self.config), self.slot.libraries, self.slot.nested)
+            return locate(self.name, modules, self.slot.libraries, self.slot.nested)
         except (ResolveError, SyntaxError) as error:
             text = bad_syntax(error) if isinstance(error, SyntaxError) else str(error)
             raise refused(self.config, self.path_of("name"), text) from None
@@ -95,12 +95,6 @@ class Call:
         slot = Slot(self.slot.libraries, given=self.slot.given, nested=True)
         inner = (item for key, value in self.arguments.items() for item in _components(self.path_of(key), value))
         return {path: _call_at(self.config, path, values, slot) for path, values in inner}
-
-
-def user_modules(config: ConfigDict) -> list[str]:
-    """The names under `modules`, which are searched first."""
-    value = config.get("modules")
-    return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
 
 
 def is_component(value: Any) -> bool:

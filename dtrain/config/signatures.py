@@ -131,9 +131,8 @@ def _read(path: Path) -> tuple[str, list[ast.stmt]]:
     except (SyntaxError, OSError, ValueError, RecursionError, MemoryError) as error:
         if isinstance(error, SyntaxError) and error.filename:
             raise
-        wrong = SyntaxError(f"cannot be read: {error}")  # its encoding, a NUL byte, brackets without end
-        wrong.filename, wrong.lineno = str(path), 1
-        raise wrong from None
+        # Its encoding, a NUL byte, brackets without end.
+        raise SyntaxError(f"cannot be read: {error}", (str(path), 1, None, None)) from None
 
 
 def _statements(body: list[ast.stmt], conditional: bool = False) -> Iterator[tuple[ast.stmt, bool]]:
@@ -417,9 +416,7 @@ def _changes_arguments(node: ast.ClassDef | Function) -> bool:
     return not names <= _HARMLESS
 
 
-_EMPTINESS_TESTS = (
-    ast.If | ast.BoolOp | ast.UnaryOp | ast.FormattedValue | ast.Compare | ast.Assert | ast.IfExp | ast.Delete
-)
+_EMPTINESS_TESTS = ast.If | ast.BoolOp | ast.UnaryOp | ast.FormattedValue | ast.Compare | ast.Assert | ast.IfExp
 
 
 def _uses_of_kwargs(node: Function) -> Iterator[str | ast.Call | None]:
@@ -446,7 +443,7 @@ def _uses_of_kwargs(node: Function) -> Iterator[str | ast.Call | None]:
                 | (ast.Compare(left=ast.Constant(value=str(key))), _)  # "key" in kwargs
             ):
                 yield key
-            case parent, _ if not isinstance(parent, _EMPTINESS_TESTS):
+            case parent, _ if not isinstance(parent, _EMPTINESS_TESTS | ast.Delete):
                 yield None
 
 
