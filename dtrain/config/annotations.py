@@ -80,16 +80,10 @@ def record_fields(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -
 
 
 def wrong_type(value: object, annotation: ast.expr | None) -> str:
-    """`expected int, found string '3'; write 3 without quotes`, or nothing where the value fits."""
-    expected = expectation(value, annotation)
-    return f"expected {expected}, {found(value)}{correction(value, annotation)}" if expected else ""
-
-
-def expectation(value: object, annotation: ast.expr | None) -> str | None:
-    """What was expected instead of a YAML value, or None when the annotation admits it or cannot be understood."""
+    """`expected int, found string '3'; write 3 without quotes`, or nothing where it fits or the type is not known."""
     if annotation is None or _admits(value, annotation):
-        return None
-    return _described(annotation)
+        return ""
+    return f"expected {_described(annotation)}, {found(value)}{correction(value, annotation)}"
 
 
 def correction(value: object, annotation: ast.expr | None) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dtrain.config.annotations import Parameter, takes_mappings, wanted_as
-from dtrain.config.check import Use, argument_mistakes, call_mistakes, is_own, supplied, use_of
+from dtrain.config.check import argument_mistakes, call_mistakes, is_own, is_passed_on, supplied, takes_config
 from dtrain.config.errors import ConfigError, KeyPath, bad_syntax, is_mapping, to_plain
 from dtrain.config.load import to_config_dict
 from dtrain.config.resolve import STANDARD
@@ -29,13 +29,9 @@ MAX_ERROR = 2000  # characters of a component's own error; some hold whole tenso
 
 
 def build(config: ConfigDict, key: str, *given: Any, **given_names: Any) -> Any:
-    """The object that one of the config's calls describes.
+    """The object that one of the config's calls describes; `key` as in `calls`.
 
-    Args:
-        config: The whole config.
-        key: Which call, as `calls` names them.
-        given: The object that dtrain supplies to this section, if any: parameters, optimizer, ...
-        given_names: Keyword arguments that dtrain supplies.
+    `given` and `given_names` are what dtrain supplies to this section: parameters, optimizer, ...
 
     Raises:
         ConfigError: The name or an argument is wrong, a module cannot be imported, or the constructor raised.
@@ -67,10 +63,10 @@ def _made(call: Call, given: tuple[Any, ...], given_names: dict[str, Any]) -> An
     """Build the components inside a call, then call it."""
     imported = _imported(call)
     callee = call.target if isinstance(call.target, Callee) else _inspected(imported, call.target)
-    use, parameter = use_of(call, callee), supplied(call, callee) if given else None
+    parameter = supplied(call, callee) if given else None
     positional = given if parameter and not parameter.keyword else ()
     by_name = {parameter.name: given[0]} if parameter and parameter.keyword else {}
-    if use is Use.CALL_WITH_CONFIG:
+    if takes_config(call, callee):
         positional = (*positional, to_config_dict({"name": call.name, **call.arguments}))
         return _called(call, imported, positional, by_name | given_names)
     if isinstance(call.target, Dynamic) and (mistakes := list(argument_mistakes(call, callee))):
@@ -81,7 +77,7 @@ def _made(call: Call, given: tuple[Any, ...], given_names: dict[str, Any]) -> An
         for key, value in call.arguments.items()
         if key not in call.shared or callee.open or key in callee.keywords
     }
-    if use is Use.PASS_ON:
+    if is_passed_on(call, callee):
         return functools.partial(imported, **arguments) if arguments else imported
     return _called(call, imported, positional, arguments | by_name | given_names)
 
@@ -145,43 +141,33 @@ def _imported(call: Call) -> Callable[..., Any]:
         for name in set(sys.modules) - modules_before:
             if f"{name}.".startswith(f"{package}."):
                 del sys.modules[name]  # else a second try finds the half that was imported, and succeeds
-        text = f"importing {target.module} failed: {_explained(error)}"
-        raise refused(call.config, path, text) from error
+        raise refused(call.config, path, f"importing {target.module} failed: {_explained(error)}") from error
     if not (inspect.isclass(imported) or inspect.isroutine(imported)):
         text = f"'{call.name}' is a {type(imported).__name__}; expected a class or a function"
         raise refused(call.config, path, text)
-    if is_standard(_origin(imported)):
+    of = getattr(imported, "__objclass__", None) or getattr(imported, "__self__", None)
+    # What hangs on an object that is of no module is taken for Python's own.
+    if is_standard(str(getattr(imported, "__module__", None) or getattr(of, "__module__", None) or "builtins")):
         raise refused(call.config, path, f"'{call.name}' is {STANDARD}")
     return imported
 
 
-def _origin(imported: Any) -> str:
-    """The module that an object is of; what hangs on an object without one is taken for Python's own."""
-    of = getattr(imported, "__objclass__", None) or getattr(imported, "__self__", None)
-    return str(getattr(imported, "__module__", None) or getattr(of, "__module__", None) or "builtins")
-
-
 def _inspected(imported: Callable[..., Any], target: Dynamic) -> Callee:
     """A callee whose source cannot be read, described by its signature at run time."""
-    is_class = inspect.isclass(imported)
+    where = (target.module, target.name, "", 0, inspect.isclass(imported))
     try:
         items = inspect.signature(imported).parameters.values()
     except (TypeError, ValueError):
-        return Callee(target.module, target.name, "", 0, is_class, open=True, variadic=True)
+        return Callee(*where, open=True, variadic=True)
     kinds = {item.kind for item in items}
-    parameters = tuple(
-        Parameter(
-            item.name,
-            _annotation(item),
-            None if item.default is item.empty else repr(item.default),
-            positional=item.kind != item.KEYWORD_ONLY,
-            keyword=item.kind != item.POSITIONAL_ONLY,
-        )
-        for item in items
-        if item.kind not in (item.VAR_POSITIONAL, item.VAR_KEYWORD)
-    )
+    parameters = []
+    for item in items:
+        default = None if item.default is item.empty else repr(item.default)
+        positional, keyword = item.kind != item.KEYWORD_ONLY, item.kind != item.POSITIONAL_ONLY
+        if item.kind not in (item.VAR_POSITIONAL, item.VAR_KEYWORD):
+            parameters.append(Parameter(item.name, _annotation(item), default, positional, keyword))
     is_open, variadic = inspect.Parameter.VAR_KEYWORD in kinds, inspect.Parameter.VAR_POSITIONAL in kinds
-    return Callee(target.module, target.name, "", 0, is_class, parameters, is_open, variadic)
+    return Callee(*where, tuple(parameters), is_open, variadic)
 
 
 def _annotation(item: inspect.Parameter) -> ast.expr | None:
@@ -196,17 +182,11 @@ def _explained(error: BaseException) -> str:
     """`ValueError: text (file:line)`: the last line of the user's own code, and the one that raised."""
     if isinstance(error, SyntaxError):
         return bad_syntax(error)
-    frames = [item for item in traceback.extract_tb(error.__traceback__) if not item.filename.startswith("<frozen")]
-    frames = [item for item in frames if item.filename not in (__file__, importlib.__file__)]
-    own = [item for item in frames if not item.filename.startswith(_library_folders())]
+    ours = ("<frozen", __file__, str(importlib.__file__))
+    frames = [item for item in traceback.extract_tb(error.__traceback__) if not item.filename.startswith(ours)]
+    installed = [item for item in sys.path if item.endswith(("site-packages", "dist-packages"))]
+    libraries = (*installed, *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib")))
+    own = [item for item in frames if not item.filename.startswith(libraries)]
     where = ", in ".join(dict.fromkeys(f"{item.filename}:{item.lineno}" for item in [*own[-1:], *frames[-1:]]))
     text = str(error) if len(str(error)) <= MAX_ERROR else f"{str(error)[:MAX_ERROR]}..."
     return f"{type(error).__name__}: {text}" + (f" ({where})" if where else "")
-
-
-@functools.cache
-def _library_folders() -> tuple[str, ...]:
-    """Folders of code that no user wrote."""
-    paths = sysconfig.get_paths()
-    installed = [item for item in sys.path if item.endswith(("site-packages", "dist-packages"))]
-    return (*installed, paths["stdlib"], paths["platstdlib"], paths["purelib"])

@@ -1,8 +1,8 @@
 """Compares every call in a config with the signature of what it names, all at once; imports and calls nothing."""
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
-from enum import Enum, auto
 from itertools import takewhile
 from typing import Any
 
@@ -21,13 +21,8 @@ def check(config: ConfigDict, purpose: str | None = "train") -> None:
     """Compare the whole config with the signatures of what it names, importing nothing.
 
     What its names lead to stays on the config, so that whatever is built from it afterwards need not look again.
-
-    Args:
-        config: The whole config.
-        purpose: train, test or predict: what must be there. None: whichever the phases under `loaders` are for.
-
-    Raises:
-        ConfigError: Every mistake, each with its place.
+    `purpose` is train, test or predict: what must be there; None: whichever the phases under `loaders` are for.
+    A ConfigError has every mistake, each with its place.
     """
     reading = read(config)
     mistakes = [*reading.mistakes]
@@ -74,7 +69,7 @@ def call_mistakes(call: Call) -> list[Mistake]:
             own += error.mistakes
     else:
         if isinstance(target, Callee):
-            if use_of(call, target) is Use.CALL_WITH_CONFIG:  # what it reads from the config, only the class knows
+            if takes_config(call, target):  # what it reads from the config, only the class knows
                 return list(_shadowed(call.config, call.path, call.arguments))
             own += argument_mistakes(call, target)
             unbuilt = [call.path_of(item.name) for item in target.parameters if takes_mappings(item.annotation)]
@@ -155,21 +150,6 @@ def _shared_mistakes(config: ConfigDict, described: Mapping[str, Call]) -> Itera
             yield mistake(config, ("metrics", key), text)
 
 
-class Use(Enum):
-    """What is done with what a name leads to."""
-
-    CALL = auto()  # with the section's keys as its arguments
-    CALL_WITH_CONFIG = auto()  # with the whole section as one ConfigDict
-    PASS_ON = auto()  # a function that is itself what is wanted; its first arguments come when it is used
-
-
-def use_of(call: Call, callee: Callee) -> Use:
-    """How a call uses its callee."""
-    if _takes_config(call, callee):
-        return Use.CALL_WITH_CONFIG
-    return Use.PASS_ON if _is_passed_on(call, callee) else Use.CALL
-
-
 def supplied(call: Call, callee: Callee) -> Parameter | None:
     """The parameter by which dtrain supplies an object; by position where its `keyword` is false.
 
@@ -187,9 +167,9 @@ def supplied(call: Call, callee: Callee) -> Parameter | None:
 
 def _given(call: Call, callee: Callee) -> frozenset[str]:
     """The names of the arguments that dtrain supplies, now or when a function is used."""
+    later = _left_open(call, callee) if is_passed_on(call, callee) else []
     now = supplied(call, callee)
-    later = _left_open(call, callee) if _is_passed_on(call, callee) else []
-    return frozenset({*([now.name] if now else []), *later}) | call.slot.given_names
+    return call.slot.given_names.union(later, [now.name] if now else [])
 
 
 def _left_open(call: Call, callee: Callee) -> list[str]:
@@ -201,7 +181,7 @@ def _left_open(call: Call, callee: Callee) -> list[str]:
     return [item.name for item in callee.positional[:2] if item in left_out]
 
 
-def _is_passed_on(call: Call, callee: Callee) -> bool:
+def is_passed_on(call: Call, callee: Callee) -> bool:
     """Whether a function is itself what is wanted.
 
     In a section of losses or metrics, that is a function whose first two arguments the config leaves open; inside a
@@ -222,7 +202,7 @@ def _is_passed_on(call: Call, callee: Callee) -> bool:
     return takes_pair and first.default is None and not is_plain
 
 
-def _takes_config(call: Call, callee: Callee) -> bool:
+def takes_config(call: Call, callee: Callee) -> bool:
     """Whether the callee wants the whole section as one ConfigDict: its arguments do not fit, and one is called so."""
     given = _given(call, callee)
     rest = [item for item in callee.parameters if item.name not in given]
@@ -232,10 +212,6 @@ def _takes_config(call: Call, callee: Callee) -> bool:
     fits = needed <= set(call.arguments) and (callee.open or set(call.arguments) <= callee.keywords | call.shared)
     if fits or not needed <= {rest[0].name}:
         return False
-    annotation = ast.unparse(rest[0].annotation) if rest[0].annotation else ""
-    name = rest[0].name.lower()
-    return (
-        name.endswith(("config", "cfg", "conf"))
-        or name in ("opt", "opts", "args", "hparams")
-        or "ConfigDict" in annotation
-    )
+    if re.fullmatch(r".*(config|cfg|conf)|opts?|args|hparams", rest[0].name.lower()):
+        return True
+    return rest[0].annotation is not None and "ConfigDict" in ast.unparse(rest[0].annotation)

@@ -20,20 +20,11 @@ MAX_FILES = 100  # under `_base_`, counted as often as they are read
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
     """Read a YAML file, the files under its `_base_`, and `KEY=VALUE` overrides into one config.
 
-    Args:
-        path: The YAML file.
-        overrides: `KEY=VALUE` texts; dotted keys, list indices as numbers, values in YAML.
-
-    Returns:
-        A locked ConfigDict with canonical key names; mappings inside lists are ConfigDicts too.
-
-    Raises:
-        ConfigError: With every mistake that reading can find.
+    Overrides have dotted keys, list indices as numbers, and values in YAML. The result is a locked ConfigDict with
+    canonical key names; mappings inside lists are ConfigDicts too. A ConfigError has every mistake that reading can
+    find.
     """
-    tree = _read(path, overrides)
-    if overrides:
-        tree.texts["overrides.txt"] = "\n".join([*overrides, ""])
-    return _to_config(tree)
+    return _to_config(_read(path, overrides))
 
 
 def merged(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -42,8 +33,10 @@ def merged(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _read(path: str | Path, overrides: Sequence[str]) -> "_Tree":
-    tree = _read_file(Path(path), ())
+    tree = _read_file(Path(path), (), None, iter(range(MAX_FILES)))
     _apply_all(overrides, lambda text: _override(tree, text))
+    if overrides:
+        tree.texts["overrides.txt"] = "\n".join([*overrides, ""])
     if tree.values.get("experiment") is None:
         tree.values["experiment"] = Path(path).stem
     return tree
@@ -57,8 +50,7 @@ def sources(config: ConfigDict) -> dict[str, str]:
 def from_mapping(values: Mapping[str, Any] | ConfigDict) -> ConfigDict:
     """The same for a mapping made in Python: a locked deep copy with canonical key names (no places).
 
-    Raises:
-        ConfigError: It is not a mapping, or holds more than plain values, lists and mappings with text keys.
+    It may hold plain values, lists and mappings with text keys only; else a ConfigError.
     """
     if isinstance(values, ConfigDict) and hasattr(values, "_places"):
         return values
@@ -109,10 +101,7 @@ def run_folder(config: ConfigDict) -> Path:
 def place_of(config: ConfigDict, path: Sequence[str | int]) -> Place | None:
     """Where the key `path` of `config` was written; the nearest key above it that has a place otherwise."""
     places = getattr(config, "_places", {})
-    path = tuple(path)
-    while path and path not in places:
-        path = path[:-1]
-    return places.get(path)
+    return next((places[above] for end in range(len(path), -1, -1) if (above := tuple(path[:end])) in places), None)
 
 
 def to_config_dict(value: Any, locked: bool = False) -> Any:
@@ -151,11 +140,8 @@ def _apply_all(items: Sequence[Any], action: Callable[[Any], None]) -> None:
         raise ConfigError(mistakes)
 
 
-def _read_file(
-    path: Path, ancestors: tuple[Path, ...], place: Place | None = None, left: Iterator[int] | None = None
-) -> _Tree:
+def _read_file(path: Path, ancestors: tuple[Path, ...], place: Place | None, left: Iterator[int]) -> _Tree:
     """A file merged over the files under its `_base_`. `left` counts down the files that may still be read."""
-    left = iter(range(MAX_FILES)) if left is None else left
     if next(left, None) is None:
         raise ConfigError(f"more than {MAX_FILES} files under '_base_'", Place(ancestors[0].name, 1, 1))
     text = read_text(path, place)
@@ -255,7 +241,6 @@ def _to_config(tree: _Tree) -> ConfigDict:
     notes = translate(values, tree.places)
     config = to_config_dict(values, locked=True)
     # Places are kept beside the fields: they are not settings, and a copy of a section needs none.
-    object.__setattr__(config, "_places", tree.places)
-    object.__setattr__(config, "_texts", tree.texts)
-    object.__setattr__(config, "_notes", notes)
+    for name, kept in (("_places", tree.places), ("_texts", tree.texts), ("_notes", notes)):
+        object.__setattr__(config, name, kept)
     return config

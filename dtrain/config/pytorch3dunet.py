@@ -9,8 +9,8 @@ from typing import Any
 
 from dtrain.config.errors import ConfigError, KeyPath, Mistake, Place, dotted, found, shown
 
-# pytorch-3dunet's and its forks' names for the same settings. One table, applied to files and overrides alike, so that
-# everything behind load_config knows one name for each thing.
+_ANYWHERE: tuple[KeyPath, ...] = (("trainer",), ("mlflow",), ())
+# pytorch-3dunet's and its forks' names for the same settings, replaced in files and overrides alike.
 RENAMES: dict[KeyPath, KeyPath] = {
     ("manual_seed",): ("seed",),
     ("eval_metric",): ("metrics",),
@@ -26,12 +26,8 @@ RENAMES: dict[KeyPath, KeyPath] = {
     ("trainer", "validate_after_iters"): ("trainer", "validate_every_steps"),
     ("trainer", "log_after_iters"): ("trainer", "log_every_steps"),
     ("trainer", "eval_score_higher_is_better"): ("trainer", "mode"),
-    ("trainer", "mlflow_path"): ("mlflow", "tracking_uri"),
-    ("trainer", "experiment_name"): ("experiment",),
-    ("mlflow", "mlflow_path"): ("mlflow", "tracking_uri"),
-    ("mlflow", "experiment_name"): ("experiment",),
-    ("mlflow_path",): ("mlflow", "tracking_uri"),
-    ("experiment_name",): ("experiment",),
+    **{(*section, "mlflow_path"): ("mlflow", "tracking_uri") for section in _ANYWHERE},
+    **{(*section, "experiment_name"): ("experiment",) for section in _ANYWHERE},
 }
 MODES = {True: "max", False: "min"}  # of eval_score_higher_is_better
 
@@ -49,11 +45,7 @@ def canonical_key(path: KeyPath, value: Any) -> tuple[KeyPath, Any]:
 
 
 def canonical_names(values: Values, places: Places) -> None:
-    """Rename, in place, what another dialect calls otherwise.
-
-    Raises:
-        ConfigError: A setting has both names.
-    """
+    """Rename, in place, what another dialect calls otherwise; a ConfigError where a setting has both names."""
     mistakes = [wrong for old, new in RENAMES.items() for wrong in _rename(values, places, old, new)]
     if mistakes:
         raise ConfigError(mistakes)
@@ -68,11 +60,10 @@ def _rename(values: Values, places: Places, old: KeyPath, new: KeyPath) -> Itera
     if parent is None or old[-1] not in parent:
         return
     target = _mapping_at(values, new[:-1], create=True)
+    text = f"'{dotted(old)}' and '{dotted(new)}' are two names for one setting; keep one of them"
     if target is None:
         text = f"{dotted(old)}: stands for '{dotted(new)}', but '{dotted(new[:-1])}' is not a mapping"
-        yield Mistake(text, places.get(old))
-    elif new[-1] in target:
-        text = f"'{dotted(old)}' and '{dotted(new)}' are two names for one setting; keep one of them"
+    if target is None or new[-1] in target:
         yield Mistake(text, places.get(old))
     else:
         target[new[-1]] = _canonical_value(old, parent.pop(old[-1]))
@@ -104,7 +95,7 @@ _PHASES = ("train", "val", "test")
 _TRANSFORMS = "dtrain.components.transforms.pytorch3dunet.paired"
 
 # What pytorch-3dunet takes where a file says nothing, and dtrain takes otherwise.
-_DEFAULTS: dict[KeyPath, Any] = {
+_DEFAULTS: dict[tuple[str, str], Any] = {
     ("loaders", "name"): "StandardHDF5Dataset",
     ("loaders", "num_workers"): 1,
     ("optimizer", "name"): "Adam",
@@ -140,20 +131,14 @@ def translate(values: Values, places: Places) -> list[str]:
     """Turn a train or test file of pytorch-3dunet, in place, into the settings of dtrain that do the same.
 
     A file is taken for one of pytorch-3dunet's if a phase of its `loaders` has a `transformer` and the dataset is one
-    of pytorch-3dunet's.
-
-    Returns:
-        Lines about what was filled in and what has no effect here.
-
-    Raises:
-        ConfigError: With every key that cannot be supported.
+    of pytorch-3dunet's. Returns lines about what was filled in and what has no effect here; a ConfigError has every key
+    that cannot be supported.
     """
-    loaders = _mapping_at(values, ("loaders",)) or {}
-    phases = [_mapping_at(loaders, (phase,)) or {} for phase in _PHASES]
-    if loaders.get("name", _DATASETS[0]) not in _DATASETS or not any("transformer" in phase for phase in phases):
-        return []
     work = _Translation(values, places)
-    work.run()
+    phases = [work.section("loaders", phase) for phase in _PHASES]
+    is_its_own = work.section("loaders").get("name", _DATASETS[0]) in _DATASETS
+    if is_its_own and any("transformer" in phase for phase in phases):
+        work.run()
     if work.mistakes:
         raise ConfigError(work.mistakes)
     return work.notes
@@ -169,63 +154,61 @@ class _Translation:
 
     def run(self) -> None:
         """All sections."""
-        filled = [path for path in _DEFAULTS if self._filled(path)]
-        if filled:
-            said = ", ".join(f"{dotted(path)}: {shown(_DEFAULTS[path])}" for path in filled)
-            self.notes.append(f"pytorch-3dunet's defaults, where the file sets nothing: {said}")
+        self._fill()
         self._trainer()
         self._loaders()
         self._loss()
         self._metrics()
         self._predictor()
 
+    def section(self, *path: str) -> Values:
+        """The settings at a path; where there are none, a mapping that nobody else sees."""
+        settings = _mapping_at(self.values, path)
+        return {} if settings is None else settings
+
     def wrong(self, path: KeyPath, text: str) -> None:
         """A key that cannot be supported."""
         where = next((self.places[path[:end]] for end in range(len(path), -1, -1) if path[:end] in self.places), None)
         self.mistakes.append(Mistake(f"{dotted(path)}: {text}", where))
 
-    def note(self, path: KeyPath, text: str) -> None:
-        """A key that has no effect on the result."""
-        self.notes.append(f"{dotted(path)}: has no effect: {text}")
-
-    def _filled(self, path: KeyPath) -> bool:
-        section = _mapping_at(self.values, path[:-1])
-        if section is None or path[-1] in section:
-            return False
-        if path == ("optimizer", "weight_decay") and section.get("name") != "AdamW":
-            return False  # the one of torch's optimizers whose own default is not 0
-        section[path[-1]] = _DEFAULTS[path]
-        return True
+    def _fill(self) -> None:
+        filled = []
+        for (name, key), value in _DEFAULTS.items():
+            section = _mapping_at(self.values, (name,))
+            # AdamW is the one of torch's optimizers whose own weight decay is not 0.
+            if section is None or key in section or (key == "weight_decay" and section.get("name") != "AdamW"):
+                continue
+            section[key] = value
+            filled.append(f"{name}.{key}: {shown(value)}")
+        if filled:
+            self.notes.append(f"pytorch-3dunet's defaults, where the file sets nothing: {', '.join(filled)}")
 
     def _trainer(self) -> None:
-        trainer = _mapping_at(self.values, ("trainer",))
-        if trainer is None:
-            return
+        trainer = self.section("trainer")
         _drop_nulls(trainer, ("resume", "validate_iters", *_NOTES))
         if str(trainer.get("resume", "")).endswith(_FOREIGN):
-            text = (
-                "a checkpoint of pytorch-3dunet lacks what a training needs to resume (the schedule's state, the "
+            text = "a checkpoint of pytorch-3dunet lacks what a training needs to resume (the schedule's state, the "
+            text += (
                 f"random numbers', the place in the epoch); to start from its weights: pre_trained: {trainer['resume']}"
             )
             self.wrong(("trainer", "resume"), text)
         if "validate_iters" in trainer:
             self.wrong(("trainer", "validate_iters"), "a validation always covers all of loaders.val; remove it")
         for key in [key for key in _NOTES if key in trainer]:
-            self.note(("trainer", key), _NOTES[key])
+            self.notes.append(f"trainer.{key}: has no effect: {_NOTES[key]}")
             del trainer[key]
 
     def _loaders(self) -> None:
         loaders = self.values["loaders"]
         for phase in _PHASES:
-            own = _mapping_at(loaders, (phase,))
-            if own is None:
-                continue
+            own = self.section("loaders", phase)
             if "transformer" in own:
                 self._transformer(own, ("loaders", phase))
             if phase == "test" and loaders["name"] != "DSB2018Dataset":
                 own |= {"label_internal_path": None, "weight_internal_path": None}
         if loaders["name"] == "DSB2018Dataset" and loaders.pop("expand_dims", None) is not None:
-            self.note(("loaders", "expand_dims"), "an image is (C, H, W) here, and a 2-D network takes it as it is")
+            text = "an image is (C, H, W) here, and a 2-D network takes it as it is"
+            self.notes.append(f"loaders.expand_dims: has no effect: {text}")
 
     def _transformer(self, phase: Values, path: KeyPath) -> None:
         """The lists for image and label become one transform of both; what is in them is checked where it is built."""
@@ -246,9 +229,7 @@ class _Translation:
 
     def _loss(self) -> None:
         """What pytorch-3dunet wraps around torch's losses is a loss around them here as well."""
-        loss = _mapping_at(self.values, ("loss",))
-        if loss is None:
-            return
+        loss = self.section("loss")
         _drop_nulls(loss, ("weight", "pos_weight", *_MASK_KEYS))
         name = loss.get("name")
         if name == "BCEWithLogitsLoss":
@@ -271,15 +252,11 @@ class _Translation:
         if isinstance(weight, int | float) and not isinstance(weight, bool):
             loss["pos_weight"] = [weight]
         elif isinstance(weight, list) and len(weight) != 1:
-            text = (
-                f"torch applies {len(weight)} weights along the last axis of a volume, not along its channels; give one"
-            )
-            self.wrong(("loss", "pos_weight"), text)
+            text = "weights along the last axis of a volume, not along its channels; give one"
+            self.wrong(("loss", "pos_weight"), f"torch applies {len(weight)} {text}")
 
     def _metrics(self) -> None:
-        metrics = _mapping_at(self.values, ("metrics",))
-        if metrics is None:
-            return
+        metrics = self.section("metrics")
         _drop_nulls(metrics, list(metrics))
         name = metrics.get("name")
         if not isinstance(name, str) or name not in _METRICS:
@@ -290,8 +267,7 @@ class _Translation:
 
     def _activation(self) -> str:
         """What pytorch-3dunet's model does to its logits; its metrics are given that."""
-        model = _mapping_at(self.values, ("model",)) or {}
-        loss = _mapping_at(self.values, ("loss",)) or {}
+        model, loss = self.section("model"), self.section("loss")
         if model.get("is_segmentation", True) is False:
             return "none"
         classes = model.get("final_sigmoid", True) is False or loss.get("name") in _CROSS_ENTROPIES
@@ -313,15 +289,13 @@ class _Translation:
         """What the phase `test` is for there is prediction, with a file's own place for weights and outputs."""
         if self.values.get("model_path") is not None:
             self.mistakes += _rename(self.values, self.places, ("model_path",), ("predictor", "checkpoint"))
-        loaders = _mapping_at(self.values, ("loaders",)) or {}
+        loaders = self.section("loaders")
         if loaders.get("output_dir") is not None:
             self.mistakes += _rename(self.values, self.places, ("loaders", "output_dir"), ("predictor", "output_dir"))
         loaders.pop("output_dir", None)
-        if "test" in loaders:
-            self.mistakes += _rename(self.values, self.places, ("loaders", "test"), ("loaders", "predict"))
-        predictor = _mapping_at(self.values, ("predictor",), create="predict" in loaders)
-        if predictor is None:
-            return
+        self.mistakes += _rename(self.values, self.places, ("loaders", "test"), ("loaders", "predict"))
+        _mapping_at(self.values, ("predictor",), create="predict" in loaders)
+        predictor = self.section("predictor")
         _drop_nulls(predictor, list(predictor))
         predictor.setdefault("activation", self._activation())
         if predictor.get("name") == "DSB2018Predictor":
@@ -335,8 +309,7 @@ class _Translation:
         if isinstance(segments, bool):
             predictor.pop("save_segmentation", None)
         if segments is True:
-            for key, value in {"instances": "foreground", "connectivity": 2, "output_dataset": "segmentation"}.items():
-                predictor.setdefault(key, value)
+            predictor |= {"instances": "foreground", "connectivity": 2, "output_dataset": "segmentation"} | predictor
             text = "DSB2018Predictor writes the numbered instances alone; for probabilities: save_segmentation: false"
             self.notes.append(f"predictor.name: {text}")
 

@@ -65,7 +65,9 @@ def locate(name: Any, modules: Sequence[str], libraries: Sequence[str], nested: 
         return Found(_follow_path(name, parts))
     hits = {module: SOURCE.lookup(module, name) for module in modules}
     searched = dict.fromkeys((*libraries, *(ALL_LIBRARIES if nested else ())))
-    hits |= {module: _in_library(module, name) for module in searched}
+    for module in searched:
+        with contextlib.suppress(SyntaxError):  # an optional library for another Python is as good as none
+            hits[module] = SOURCE.lookup(module, name)
     targets = list(dict.fromkeys(item for item in hits.values() if isinstance(item, Callee | Dynamic)))
     if targets:
         certain = [item for item in targets if isinstance(item, Callee) or item.certain]
@@ -87,8 +89,7 @@ def module_mistake(name: Any) -> str:
     if is_standard(name):
         return f"'{name}' is {STANDARD}"
     try:
-        parents = [name.rpartition(".")[0]] if "." in name else []
-        if all(SOURCE.module(item) for item in (*parents, name)):
+        if all(SOURCE.module(item) for item in (name.rpartition(".")[0] or name, name)):
             return ""
     except SyntaxError as error:
         return bad_syntax(error)
@@ -97,13 +98,6 @@ def module_mistake(name: Any) -> str:
         return f"{shown(name)} is a path; a module is named as in Python, such as {module}"
     local = [item.stem for item in Path().iterdir() if item.suffix == ".py" or item.is_dir()]
     return f"there is no module {shown(name)} here or installed{did_you_mean(name, local)}"
-
-
-def _in_library(module: str, name: str) -> Callee | Dynamic | str | None:
-    try:
-        return SOURCE.lookup(module, name)
-    except SyntaxError:  # an optional library for another Python is as good as none; the user's own mistakes are shown
-        return None
 
 
 def _similar(name: str, searched: Sequence[str]) -> str:

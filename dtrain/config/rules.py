@@ -47,9 +47,7 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # where the type alone ad
     },
     "lr_scheduler": {"warmup_steps": _ANY, "warmup_start": _ANY},
     "mlflow": {"exit_timeout_seconds": _ANY},
-    "cluster": {
-        "gpus_per_node": _ANY, "nproc_per_node": _SOME, "cpus_per_node": _SOME, "signal_seconds": _SOME,
-    },
+    "cluster": {"gpus_per_node": _ANY, "nproc_per_node": _SOME, "cpus_per_node": _SOME, "signal_seconds": _SOME},
     "predictor": {
         "batch_size": _SOME, "prediction_channel": _ANY, "connectivity": (1, 3), "min_size": _ANY, "slab_planes": _SOME,
     },
@@ -113,12 +111,7 @@ def value_mistakes(config: ConfigDict) -> Iterator[Mistake]:
 
 
 def strategy_mistakes(config: ConfigDict, options: Any) -> list[Mistake]:
-    """What cannot be combined with `trainer.strategy`.
-
-    Args:
-        config: The whole config.
-        options: What it has under `trainer`, and what came from elsewhere.
-    """
+    """What cannot be combined with `trainer.strategy`; `options` may come from elsewhere than the config."""
     strategy = _at(options, "strategy")
     wrong: dict[KeyPath, str] = {}
     if strategy == "ddp" and _set_keys(options, "fsdp"):

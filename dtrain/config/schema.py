@@ -4,7 +4,7 @@ import functools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -25,8 +25,7 @@ class Slot:
     given: str = ""  # the argument that dtrain supplies: of this name, else the first one
     given_names: frozenset[str] = NONE  # keyword arguments that dtrain supplies
     pairs: bool = False  # a function of (output, target) is itself what is wanted
-    nested: bool = False  # inside another call: any section's library will do, and a function that lacks arguments is
-    # itself what is wanted
+    nested: bool = False  # inside another call: any section's library will do, a function may itself be what is wanted
 
 
 SLOTS = {
@@ -52,8 +51,7 @@ OWN_SETTINGS = {
     "pre_trained": "dtrain.checkpoint.weights:weight_settings",
     "schedule": "dtrain.training.schedule:schedule_settings",
 }
-# The schedules whose length dtrain fills in where the config leaves it out: it knows it, and PolynomialLR's default
-# of 5 is hardly ever wanted.
+# The schedules whose length dtrain knows and fills in; PolynomialLR's own default of 5 is hardly ever wanted.
 FILLED = {"CosineAnnealingLR": "T_max", "OneCycleLR": "total_steps", "PolynomialLR": "total_iters"}
 
 
@@ -78,8 +76,10 @@ class Call:
     @functools.cached_property
     def found(self) -> Found:
         """What the name leads to, looked up once; a ConfigError where it leads nowhere or may not be used."""
+        value = self.config.get("modules")
+        modules = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
         try:
-            return locate(self.name, user_modules(self.config), self.slot.libraries, self.slot.nested)
+            return locate(self.name, modules, self.slot.libraries, self.slot.nested)
         except (ResolveError, SyntaxError) as error:
             text = bad_syntax(error) if isinstance(error, SyntaxError) else str(error)
             raise refused(self.config, self.path_of("name"), text) from None
@@ -95,12 +95,6 @@ class Call:
         slot = Slot(self.slot.libraries, given=self.slot.given, nested=True)
         inner = (item for key, value in self.arguments.items() for item in _components(self.path_of(key), value))
         return {path: _call_at(self.config, path, values, slot) for path, values in inner}
-
-
-def user_modules(config: ConfigDict) -> list[str]:
-    """The names under `modules`, which are searched first."""
-    value = config.get("modules")
-    return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
 
 
 def is_component(value: Any) -> bool:
@@ -135,37 +129,24 @@ def refused(config: ConfigDict, path: KeyPath, text: str) -> ConfigError:
     return ConfigError(mistake(config, path, text))
 
 
-class Reading(NamedTuple):
-    """The calls of a config by section, and what is wrong with the shape of others."""
-
-    calls: dict[str, Call]
-    mistakes: list[Mistake]
-    text: str  # the config's values when it was read
-
-
 def calls(config: ConfigDict) -> dict[str, Call]:
-    """Every call that the config's sections describe, by section: 'model', 'loaders.train', 'metrics.Accuracy', ...
-
-    Raises:
-        ConfigError: A section does not have the shape of a call.
-    """
+    """Every call of the config's sections ('model', 'loaders.train', 'metrics.Accuracy', ...); else a ConfigError."""
     reading = read(config)
     if reading.mistakes:
         raise ConfigError(reading.mistakes)
     return reading.calls
 
 
-def read(config: ConfigDict) -> Reading:
-    """The sections as calls, which know where their names lead.
+def read(config: ConfigDict) -> "_Reader":
+    """The sections as calls, kept on the config, so that one start reads and looks up everything once.
 
-    They are kept on the config, so that one start reads and looks up everything once. A locked config still takes
-    other values for the keys it has; then it is read anew.
+    A locked config still takes other values for the keys it has; then it is read anew.
     """
     text = repr(to_plain(config))
-    reading: Reading | None = getattr(config, "_reading", None)
+    reading: _Reader | None = getattr(config, "_reading", None)
     if reading is None or reading.text != text:
-        reader = _Reader(config)
-        reading = Reading(reader.all_calls(), reader.mistakes, text)
+        reading = _Reader(config, text)
+        reading.all_calls()
         object.__setattr__(config, "_reading", reading)
     return reading
 
@@ -173,11 +154,12 @@ def read(config: ConfigDict) -> Reading:
 class _Reader:
     """Reads every section of one config into calls; collects the mistakes in the shape of those that cannot be read."""
 
-    def __init__(self, config: ConfigDict) -> None:
-        self.config = config
+    def __init__(self, config: ConfigDict, text: str) -> None:
+        self.config, self.text = config, text
+        self.calls: dict[str, Call] = {}
         self.mistakes: list[Mistake] = []
 
-    def all_calls(self) -> dict[str, Call]:
+    def all_calls(self) -> None:
         """Those of every section, in the order in which a training needs them."""
         readers = {
             "model": self.component,
@@ -189,15 +171,14 @@ class _Reader:
             "trainer": self.trainer,
             **dict.fromkeys(("mlflow", "predictor", "cluster"), self.settings),
         }
-        result: dict[str, Call] = {}
         for section, reader in readers.items():
             value = self.config.get(section)
             if section == "metrics" and isinstance(value, list):
-                result |= self.listed_metrics(value)
-            elif value is not None or section in OWN_SETTINGS:
-                values = self.mapping((section,), value)
-                result |= {} if values is None else reader(section, values)
-        return result
+                self.listed_metrics(value)
+            elif value is None and section not in OWN_SETTINGS:
+                continue
+            elif (values := self.mapping((section,), value)) is not None:
+                reader(section, values)
 
     def wrong(self, path: KeyPath, text: str) -> None:
         self.mistakes.append(mistake(self.config, path, text))
@@ -219,89 +200,79 @@ class _Reader:
         self.wrong(path, f"has no 'name', so nothing says what to build (found: {known}){hint}")
         return False
 
-    def component(self, section: str, values: Mapping[str, Any]) -> dict[str, Call]:
-        if not self.has_name((section,), values):
-            return {}
-        return {section: _call_at(self.config, (section,), values, SLOTS[section])}
+    def component(self, section: str, values: Mapping[str, Any]) -> None:
+        if self.has_name((section,), values):
+            self.calls[section] = _call_at(self.config, (section,), values, SLOTS[section])
 
-    def settings(self, section: str, values: Mapping[str, Any]) -> dict[str, Call]:
-        return {section: self.own_call((section,), section, values)}
+    def settings(self, section: str, values: Mapping[str, Any]) -> None:
+        self.calls[section] = self.own_call((section,), section, values)
 
     def own_call(self, path: KeyPath, settings: str, values: Mapping[str, Any]) -> Call:
         """A call of the function whose arguments are dtrain's own settings."""
         return Call(self.config, path, SLOTS.get(settings, Slot()), OWN_SETTINGS[settings], dict(values))
 
-    def trainer(self, section: str, values: Mapping[str, Any]) -> dict[str, Call]:
+    def trainer(self, section: str, values: Mapping[str, Any]) -> None:
         """The trainer's settings; `name` may name another trainer than dtrain's."""
         own = self.own_call((section,), section, {key: values[key] for key in values if key != "name"})
-        result = {section: own if values.get("name") is None else replace(own, name=values["name"])}
-        inner = {key: values.get(key) or {} for key in ("ddp", "fsdp", "pictures")}
-        if is_mapping(values.get("pre_trained")):  # a path alone, else
-            inner["pre_trained"] = values["pre_trained"]
-        for key, settings in inner.items():
-            if is_mapping(settings):
-                result[f"{section}.{key}"] = self.own_call((section, key), key, settings)
-        return result
+        self.calls[section] = own if values.get("name") is None else replace(own, name=values["name"])
+        for key in ("ddp", "fsdp", "pictures", "pre_trained"):
+            settings: Any = values.get(key) if key == "pre_trained" else values.get(key) or {}
+            if is_mapping(settings):  # `pre_trained` may be a path alone
+                self.calls[f"{section}.{key}"] = self.own_call((section, key), key, settings)
 
-    def loaders(self, section: str, values: Mapping[str, Any]) -> dict[str, Call]:
+    def loaders(self, section: str, values: Mapping[str, Any]) -> None:
         """For each phase its dataset and its loader; keys beside the phases go to all of them."""
         phases = {phase: values[phase] for phase in PHASES if values.get(phase) is not None}
         shared = {key: values[key] for key in values if key not in PHASES}
         some_phase_has_a_name = any(map(is_component, phases.values()))
-        result: dict[str, Call] = {}
         for phase, value in phases.items():
             path = (section, phase)
-            own = self.mapping(path, value)
-            if own is None:
+            if (own := self.mapping(path, value)) is None:
                 continue
             merged = _phase_values(shared, own)
             paths = {key: (*path, key) if key in own else (section, key) for key in merged}
-            for_loader = {key: merged[key] for key in merged if key in _names_of("loader")}
-            for_dataset = {key: merged[key] for key in merged if key not in for_loader}
-            result[f"loaders.{phase}.loader"] = replace(self.own_call(path, "loader", for_loader), paths=paths)
+            for_loader, for_dataset = _split(merged, "loader")
+            self.calls[f"loaders.{phase}.loader"] = replace(self.own_call(path, "loader", for_loader), paths=paths)
             if self.has_name(path, for_dataset) if some_phase_has_a_name else self.has_name((section,), values):
                 dataset = _call_at(self.config, path, for_dataset, SLOTS[section])
-                result[f"loaders.{phase}"] = replace(dataset, paths=paths, others=_names_of("loader"))
-        return result
+                self.calls[f"loaders.{phase}"] = replace(dataset, paths=paths, others=_names_of("loader"))
 
-    def scheduler(self, section: str, values: Mapping[str, Any]) -> dict[str, Call]:
+    def scheduler(self, section: str, values: Mapping[str, Any]) -> None:
         """The scheduler, and when and from where it moves the rate."""
-        settings = {key: values[key] for key in values if key in _names_of("schedule")}
-        result = {f"{section}.schedule": self.own_call((section,), "schedule", settings)}
+        settings, rest = _split(values, "schedule")
+        self.calls[f"{section}.schedule"] = self.own_call((section,), "schedule", settings)
         if self.has_name((section,), values):
-            rest = {key: values[key] for key in values if key not in settings}
             call = _call_at(self.config, (section,), rest, SLOTS[section])
             filled = FILLED.get(_short_name(call.name))
             others = _names_of("schedule")
-            result[section] = replace(call, others=others, filled=frozenset({filled} if filled else ()))
-        return result
+            self.calls[section] = replace(call, others=others, filled=frozenset({filled} if filled else ()))
 
-    def metrics(self, section: str, values: Mapping[str, Any]) -> dict[str, Call]:
+    def metrics(self, section: str, values: Mapping[str, Any]) -> None:
         """`{name: A}`, `{name: [A, B], shared: 1, B: {own: 2}}` or `{label: {name: A}}`."""
         if "name" in values:
-            return self.metrics_by_name(section, values)
-        if values and not any(map(is_component, values.values())):
+            self.metrics_by_name(section, values)
+        elif values and not any(map(is_component, values.values())):
             self.has_name((section,), values)
-            return {}
-        return {f"metrics.{label}": call for label, call in self.labelled_metrics(values).items()}
+        else:
+            self.calls |= {f"metrics.{label}": call for label, call in self.labelled_metrics(values).items()}
 
-    def listed_metrics(self, values: list[Any]) -> dict[str, Call]:
+    def listed_metrics(self, values: list[Any]) -> None:
         """`[{name: A}, {name: B}]`; the index is in the label where two have the same name."""
         listed = self.labelled_metrics(dict(enumerate(values)))
         names = {index: _short_name(call.name) for index, call in listed.items()}
         labels = {index: f"{name}_{index}" for index, name in names.items() if [*names.values()].count(name) > 1}
-        return {f"metrics.{labels.get(index, names[index])}": call for index, call in listed.items()}
+        self.calls |= {f"metrics.{labels.get(index, names[index])}": call for index, call in listed.items()}
 
     def labelled_metrics(self, values: Mapping[Any, Any]) -> dict[Any, Call]:
         """One call for each label of a mapping, or index of a list."""
         result: dict[Any, Call] = {}
         for key, item in values.items():
-            own = self.mapping(("metrics", key), item)
-            if own is not None and self.has_name(("metrics", key), own):
-                result[key] = _call_at(self.config, ("metrics", key), own, SLOTS["metrics"])
+            path = ("metrics", key)
+            if (own := self.mapping(path, item)) is not None and self.has_name(path, own):
+                result[key] = _call_at(self.config, path, own, SLOTS["metrics"])
         return result
 
-    def metrics_by_name(self, section: str, values: Mapping[str, Any]) -> dict[str, Call]:
+    def metrics_by_name(self, section: str, values: Mapping[str, Any]) -> None:
         """One name or a list of them; keys beside `name` go to those that take them, a metric's own mapping wins."""
         several = isinstance(values["name"], list)
         names = dict(enumerate(values["name"])) if several else {None: values["name"]}
@@ -309,24 +280,21 @@ class _Reader:
             self.wrong((section, "name"), "the list is empty; remove 'metrics', or name some")
         labels = {_short_name(name) for name in names.values()}
         shared = {key: values[key] for key in values if key != "name" and key not in labels}
-        result: dict[str, Call] = {}
         for index, name in names.items():
             label = _short_name(name)
             where: KeyPath = (section, "name") if index is None else (section, "name", index)
-            if f"metrics.{label}" in result:
+            if f"metrics.{label}" in self.calls:
                 cure = "to tell them apart, label them: metrics: {first: {name: ...}, second: ...}"
                 self.wrong(where, f"a second '{label}'; {cure}")
                 continue
-            own = self.mapping((section, label), values.get(label))
-            if own is None:
+            if (own := self.mapping((section, label), values.get(label))) is None:
                 continue
             arguments = {**shared, **own}
             paths = {key: (section, label, key) if key in own else (section, key) for key in arguments}
             dropped = frozenset(shared) - set(own) if several else NONE
             path = where if several else (section,)
             call = Call(self.config, path, SLOTS[section], name, arguments, paths | {"name": where}, dropped)
-            result[f"metrics.{label}"] = call
-        return result
+            self.calls[f"metrics.{label}"] = call
 
 
 def _phase_values(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
@@ -336,6 +304,12 @@ def _phase_values(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str
         if own.get(key) is not None and other not in own:
             merged.pop(other, None)
     return merged
+
+
+def _split(values: Mapping[str, Any], settings: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The keys of one of the groups of dtrain's own settings, and the others."""
+    own = {key: values[key] for key in values if key in _names_of(settings)}
+    return own, {key: values[key] for key in values if key not in own}
 
 
 @functools.cache

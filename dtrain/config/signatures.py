@@ -74,11 +74,7 @@ _UNKNOWN = ast.Constant(None)  # the value of a name that is bound in a way not 
 
 
 class Module:
-    """One parsed source file: what its top level binds.
-
-    Raises:
-        SyntaxError: The file cannot be read as Python.
-    """
+    """One parsed source file: what its top level binds; a SyntaxError where it cannot be read as Python."""
 
     def __init__(self, name: str, file: ModuleFile) -> None:
         self.name, self.file = name, file
@@ -120,9 +116,8 @@ class Module:
         if not node.level:
             return node.module or ""
         package = self.name if self.file.is_package else self.name.rpartition(".")[0]
-        parts = package.split(".")
-        base = parts[: len(parts) - (node.level - 1)]
-        return ".".join([*base, node.module] if node.module else base)
+        base = package.rsplit(".", node.level - 1)[0]
+        return f"{base}.{node.module}" if node.module else base
 
 
 def _read(path: Path) -> tuple[str, list[ast.stmt]]:
@@ -136,9 +131,8 @@ def _read(path: Path) -> tuple[str, list[ast.stmt]]:
     except (SyntaxError, OSError, ValueError, RecursionError, MemoryError) as error:
         if isinstance(error, SyntaxError) and error.filename:
             raise
-        wrong = SyntaxError(f"cannot be read: {error}")  # its encoding, a NUL byte, brackets without end
-        wrong.filename, wrong.lineno = str(path), 1
-        raise wrong from None
+        # Its encoding, a NUL byte, brackets without end.
+        raise SyntaxError(f"cannot be read: {error}", (str(path), 1, None, None)) from None
 
 
 def _statements(body: list[ast.stmt], conditional: bool = False) -> Iterator[tuple[ast.stmt, bool]]:
@@ -183,14 +177,12 @@ def module_file(name: str) -> ModuleFile | None:
     for part in rest[:-1]:
         folders = [folder / part for folder in folders if (folder / part).is_dir()]
     for place in (folder / rest[-1] for folder in folders):
-        if (place / "__init__.py").is_file():
-            return ModuleFile(place / "__init__.py", True)
-        if place.with_suffix(".py").is_file():
-            return ModuleFile(place.with_suffix(".py"), False)
-        if any(place.parent.glob(f"{rest[-1]}.*.so")):
-            return ModuleFile(None, False)
-        if place.is_dir():
-            return ModuleFile(None, True)
+        for file, is_package in ((place / "__init__.py", True), (place.with_suffix(".py"), False)):
+            if file.is_file():
+                return ModuleFile(file, is_package)
+        is_compiled = any(place.parent.glob(f"{rest[-1]}.*.so"))
+        if is_compiled or place.is_dir():
+            return ModuleFile(None, not is_compiled)
     return None
 
 
@@ -254,10 +246,7 @@ class Source:
         return {name for name in names if not name.startswith("_")}
 
     def lookup(self, module_name: str, name: str) -> Callee | Dynamic | str | None:
-        """What `name` means in a module: a callee, something only an import can tell, or nothing.
-
-        A text is the name of a module, or of anything in the standard library, which is not followed.
-        """
+        """What `name` means in a module: a callee, what only an import can tell, a text (see `Meaning`), nothing."""
         meaning = self._lookup(module_name, name, frozenset())
         return self._callee(*meaning) if isinstance(meaning, Definition) else meaning
 
@@ -318,9 +307,8 @@ class Source:
             takes = self._constructor(self._lineage(module, node))
         else:
             takes = self._takes(module, node, (), method=False)
-        callee: Callee | Dynamic = Dynamic(module.name, node.name)
-        if takes is not None:
-            callee = Callee(module.name, node.name, str(module.file.path), node.lineno, is_class, *takes)
+        where = (module.name, node.name, str(module.file.path), node.lineno, is_class)
+        callee = Dynamic(module.name, node.name) if takes is None else Callee(*where, *takes)
         if not self._in_progress:  # else it may lack what is being followed just now
             self._callees[node] = callee
         return callee
@@ -377,21 +365,19 @@ class Source:
         own, variadic = own_parameters(node, method), node.args.vararg is not None
         if node.args.kwarg is None:
             return _Takes(own, False, variadic)
-        further = self._through_kwargs(module, node, node.args.kwarg.arg, behind)
+        further = self._through_kwargs(module, node, behind)
         names = {item.name for item in own}
         added = tuple(item for item in further or () if item.name not in names)
         return _Takes(own + added, further is None, variadic)
 
-    def _through_kwargs(
-        self, module: Module, node: Function, kwargs: str, behind: Lineage
-    ) -> tuple[Parameter, ...] | None:
+    def _through_kwargs(self, module: Module, node: Function, behind: Lineage) -> tuple[Parameter, ...] | None:
         """The keys that a function reads out of its `**kwargs` or hands on; None when that cannot be known."""
         if node in self._in_progress:
             return ()
         self._in_progress.add(node)
         try:
             result: dict[str, Parameter] = {}
-            for use in _uses(node, kwargs):
+            for use in _uses_of_kwargs(node):
                 passed = [Parameter(use, default="...")] if isinstance(use, str) else None
                 if isinstance(use, ast.Call):
                     passed = self._passed_on(module, use, behind)
@@ -430,19 +416,17 @@ def _changes_arguments(node: ast.ClassDef | Function) -> bool:
     return not names <= _HARMLESS
 
 
-_EMPTINESS_TESTS = (
-    ast.If | ast.BoolOp | ast.UnaryOp | ast.FormattedValue | ast.Compare | ast.Assert | ast.IfExp | ast.Delete
-)
+_EMPTINESS_TESTS = ast.If | ast.BoolOp | ast.UnaryOp | ast.FormattedValue | ast.Compare | ast.Assert | ast.IfExp
 
 
-def _uses(node: Function, name: str) -> Iterator[str | ast.Call | None]:
-    """What a function does with `name`, its `**kwargs`: the key that it reads, or the call that it hands all of it to.
+def _uses_of_kwargs(node: Function) -> Iterator[str | ast.Call | None]:
+    """What a function does with its `**kwargs`: the key that it reads, or the call that it hands all of it to.
 
     Harmless uses are left out (asking whether it is empty, listing its names, adding to it); None: not understood.
     """
     parents = {child: parent for parent in ast.walk(node) for child in ast.iter_child_nodes(parent)}
     for item in ast.walk(node):
-        if not isinstance(item, ast.Name) or item.id != name:
+        if not isinstance(item, ast.Name) or not node.args.kwarg or item.id != node.args.kwarg.arg:
             continue
         match parents[item], parents.get(parents[item]):
             case ast.keyword(arg=None), ast.Call() as call:  # f(**kwargs)
@@ -459,7 +443,7 @@ def _uses(node: Function, name: str) -> Iterator[str | ast.Call | None]:
                 | (ast.Compare(left=ast.Constant(value=str(key))), _)  # "key" in kwargs
             ):
                 yield key
-            case parent, _ if not isinstance(parent, _EMPTINESS_TESTS):
+            case parent, _ if not isinstance(parent, _EMPTINESS_TESTS | ast.Delete):
                 yield None
 
 

@@ -26,10 +26,8 @@ _TEXTS = {("experiment",), ("run_name",)}  # the environment's `12345` is a name
 def expand(values: Mapping[str, Any], places: Mapping[KeyPath, Place], value: Any, path: KeyPath = ()) -> Any:
     """A copy of `value`, which stands at `path` of the whole config, with its variables replaced.
 
-    The config's own `values` stay as they are, so the order of keys does not matter.
-
-    Raises:
-        ConfigError: With every reference that leads nowhere.
+    The config's own `values` stay as they are, so the order of keys does not matter. A ConfigError has every reference
+    that leads nowhere.
     """
     expansion = _Expansion(values, places)
     result = expansion.value(value, path)

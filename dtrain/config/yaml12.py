@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ MAX_BYTES = 1_000_000  # no hand-written config is larger; a data file given by 
 MAX_VALUES = 20_000  # counted after aliases are expanded, so that an 'alias bomb' is refused too
 MAX_DEPTH = 50
 MAX_DIGITS = 100  # a longer number is a text: Python refuses to print integers of thousands of digits
-_NULL = {"", "~", "null", "Null", "NULL"}
-_BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+_WORDS: dict[str, bool | None] = dict.fromkeys(("", "~", "null", "Null", "NULL"))
+_WORDS |= {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _INT = re.compile(r"[-+]?[0-9]+")
 _BASED_INT = re.compile(r"0x[0-9a-fA-F]+|0o[0-7]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
@@ -26,10 +27,8 @@ def scalar(text: str) -> Any:
 
     What no float can hold (`1e999`) and what has more digits than any setting stay texts.
     """
-    if text in _NULL:
-        return None
-    if text in _BOOL:
-        return _BOOL[text]
+    if text in _WORDS:
+        return _WORDS[text]
     if len(text) > MAX_DIGITS:
         return text
     if _INT.fullmatch(text):
@@ -43,21 +42,18 @@ def scalar(text: str) -> Any:
     return text
 
 
-class _TooMuchError(yaml.MarkedYAMLError):
-    """Valid YAML, but not a config."""
-
-
 class _Loader(yaml.SafeLoader):
     """PyYAML's scanner and parser; plain scalars are tagged as such, and get their type from `scalar`."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, place: Callable[[Any], Place]) -> None:
         super().__init__(text)
+        self.place = place
         self.count = self.depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         self.count, self.depth = self.count + 1, self.depth + 1
         if too_much := _too_much(self.count, self.depth - 1):
-            raise _TooMuchError(problem=too_much, problem_mark=self.peek_event().start_mark)
+            raise ConfigError(too_much, self.place(self.peek_event()))
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -164,16 +160,14 @@ class _Reader:
         return result
 
     def key(self, node: Any) -> str | None:
+        value = self.scalar(node) if isinstance(node, yaml.ScalarNode) else None
         if not isinstance(node, yaml.ScalarNode):
-            self.wrong(node, f"a key must be a string, found a {'list' if _tag(node) == 'seq' else 'mapping'}")
-            return None
-        value = self.scalar(node)
-        if not isinstance(value, str):
-            self.wrong(node, f"a key must be a string; put {shown(node.value)} in quotes")
-        elif wrong := key_mistake(value):
-            self.wrong(node, wrong)
-        else:
+            wrong = f"a key must be a string, found a {'list' if _tag(node) == 'seq' else 'mapping'}"
+        elif not isinstance(value, str):
+            wrong = f"a key must be a string; put {shown(node.value)} in quotes"
+        elif not (wrong := key_mistake(value)):
             return value
+        self.wrong(node, wrong)
         return None
 
 
@@ -233,22 +227,22 @@ def parse(text: str, file: str, fixed_place: Place | None = None) -> tuple[Any, 
     """
     reader = _Reader(file, fixed_place)
     try:
-        node = _Loader(text).get_single_node()
+        node = _Loader(text, reader.place).get_single_node()
         value = None if node is None else reader.value(node)
-    except yaml.YAMLError as error:
+    except (yaml.reader.ReaderError, yaml.MarkedYAMLError) as error:
         raise ConfigError(_syntax_mistake(error, text, file, fixed_place)) from None
     if reader.mistakes:
         raise ConfigError(reader.mistakes)
     return value, reader.places
 
 
-def _syntax_mistake(error: yaml.YAMLError, text: str, file: str, fixed_place: Place | None) -> Mistake:
+def _syntax_mistake(error: Any, text: str, file: str, fixed_place: Place | None) -> Mistake:
     line, column = 1, 1
     if isinstance(error, yaml.reader.ReaderError):
         before = text[: error.position].split("\n")
         line, column = len(before), len(before[-1]) + 1
         problem = f"the character {chr(error.character)!a} is not allowed"
-    elif isinstance(error, yaml.MarkedYAMLError):
+    else:
         if mark := error.problem_mark or error.context_mark:
             line, column = mark.line + 1, mark.column + 1
         begun = error.context_mark.line + 1 if error.context_mark else line
@@ -259,10 +253,7 @@ def _syntax_mistake(error: yaml.YAMLError, text: str, file: str, fixed_place: Pl
             problem += "; inside {...} or [...] a reference needs quotes: '${...}'"
         if "found character '\\t'" in problem:
             problem += "; indent with spaces"
-    else:
-        problem = str(error)
-    prefix = "" if isinstance(error, _TooMuchError) else "not valid YAML: "
-    return Mistake(prefix + problem, fixed_place or Place(file, line, column))
+    return Mistake(f"not valid YAML: {problem}", fixed_place or Place(file, line, column))
 
 
 class _Dumper(yaml.SafeDumper):

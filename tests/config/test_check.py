@@ -19,7 +19,7 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from dtrain.config.annotations import correction, expectation, wanted_as
+from dtrain.config.annotations import correction, wanted_as, wrong_type
 from dtrain.config.check import check, notes
 from dtrain.config.errors import ConfigError, to_plain
 from dtrain.config.load import from_mapping, load_config
@@ -1003,9 +1003,9 @@ def test_a_type_admits(annotation: str, fitting: str, unfitting: str) -> None:
     words = re.compile(r"\[.*?\](?=\s|$)|\{.*?\}|\S+")
     node = ast.parse(annotation, mode="eval").body
     for text in words.findall(fitting):
-        assert expectation(parse(text, "x")[0], node) is None, text
+        assert wrong_type(parse(text, "x")[0], node) == "", text
     for text in words.findall(unfitting):
-        assert expectation(parse(text, "x")[0], node) is not None, text
+        assert wrong_type(parse(text, "x")[0], node) != "", text
 
 
 JSON = st.recursive(
@@ -1020,7 +1020,7 @@ JSON = st.recursive(
 def test_plain_types_are_strict(thing: Any, name: str, optional: bool) -> None:
     node = ast.parse(f"{name} | None" if optional else name, mode="eval").body
     allowed = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}[name]
-    assert (expectation(thing, node) is None) == (type(thing) in allowed or (optional and thing is None))
+    assert (wrong_type(thing, node) == "") == (type(thing) in allowed or (optional and thing is None))
 
 
 @pytest.mark.parametrize(
