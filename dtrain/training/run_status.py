@@ -12,7 +12,7 @@ from dtrain.data.loader_workers import end_workers
 from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EARLY
 from dtrain.distributed.launched_rank import is_written_by_launcher
 from dtrain.reporting.summary import summary_table
-from dtrain.tracking.journal import Journal, Status
+from dtrain.tracking.journal import Status
 from dtrain.tracking.run_folder import RunFolder
 from dtrain.tracking.secrets import Redacted
 from dtrain.tracking.uri import ui_command
@@ -100,7 +100,7 @@ def _close(parts: Parts, ending: Ending, state: TrainState, seconds: float) -> N
     hint = _finish_journal(parts, ending) if parts.ranks.is_main else ""
     best = "" if state.best is None else f"{parts.monitor} {state.best:.4g}"
     table = summary_table(ending.status, ending.reason, best, ending.test_figures, seconds, state.step, folder)
-    if isinstance(parts.journal, Journal):
+    if parts.journal.tracking_uri:
         table |= {"MLflow": ui_command(parts.journal.tracking_uri)}
     progress.summary(table)
     if hint:

@@ -71,7 +71,7 @@ class Parts:
     record: Mapping[str, Any]  # what the journal is given at the start
     places: Mapping[str, str]  # where each section of the config stands, as file:line
     texts: Mapping[str, str]  # what goes into the run folder as it is: the config, resolved and as written
-    journal: Journal | NoJournal = field(default_factory=NoJournal)
+    journal: Journal = field(default_factory=NoJournal)
     table: Mapping[str, str] = field(default_factory=dict)  # what is shown before the first step
     loaded: Loaded | None = None  # the checkpoint to resume from, on the main rank
 
@@ -321,7 +321,7 @@ def _table(config: ConfigDict, options: Mapping[str, Any], parts: Parts, steps: 
         + (", the model sharded (fsdp)" if ranks.strategy.is_sharded else ""),
         "run folder": str(start.folder),
     }
-    if isinstance(parts.journal, Journal):
+    if parts.journal.tracking_uri:
         table["tracking"] = redact(parts.journal.tracking_uri)
     if start.checkpoint:
         table["resumes from"] = str(start.checkpoint.resolve())
