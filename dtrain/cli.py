@@ -13,7 +13,7 @@ from dtrain.config.errors import ConfigError, one_line, to_plain
 from dtrain.distributed.environment import environment, is_main
 from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EARLY, WRONG_CONFIG
 from dtrain.distributed.process import run_to_end
-from dtrain.distributed.stop import end_at_once
+from dtrain.distributed.stop_request import end_at_once
 
 # torchrun ends all ranks as soon as one has ended, and rank 0 may be the last to find a mistake.
 MAIN_RANK_SPEAKS_SECONDS = 10.0

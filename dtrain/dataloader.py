@@ -16,7 +16,7 @@ from dtrain.config.errors import mark_section
 from dtrain.config.schema import PHASES, refused
 from dtrain.data.loader_workers import fork_when_native_threads_are_idle
 from dtrain.data.samplers import EvaluationShard, ShuffledShard
-from dtrain.data.seeded_batches import batch_loader
+from dtrain.data.seeded_samples import batch_loader
 
 
 def loader_settings(  # noqa: PLR0913

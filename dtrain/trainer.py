@@ -23,7 +23,7 @@ from dtrain.config.load import from_mapping
 from dtrain.data import rng
 from dtrain.dataloader import MicroBatch
 from dtrain.distributed.launched_rank import mark_first_step
-from dtrain.distributed.stop import StopWaiting
+from dtrain.distributed.stop_request import StopWaiting
 from dtrain.distributed.vote import Vote
 from dtrain.predict.inference import Result
 from dtrain.predict.run import logits, predict

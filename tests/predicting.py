@@ -18,7 +18,7 @@ from dtrain.components.datasets.patches import PatchDataset
 from dtrain.components.datasets.slices import SliceBuilder
 from dtrain.components.datasets.volumes import ArrayVolume
 from dtrain.data.samplers import EvaluationShard
-from dtrain.data.seeded_batches import batch_loader
+from dtrain.data.seeded_samples import batch_loader
 from dtrain.dataloader import loader_settings
 from dtrain.distributed.ranks import Ranks
 from dtrain.modelloader import Forward

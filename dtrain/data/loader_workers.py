@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dtrain.distributed.process import end_with
-from dtrain.distributed.stop import SIGNALS
+from dtrain.distributed.stop_request import SIGNALS
 
 # ------------------------------------------------------------------------------------------- forks and native threads
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from dtrain.distributed.exit_status import FAILED, status_of
-from dtrain.distributed.stop import SIGNALS
+from dtrain.distributed.stop_request import SIGNALS
 
 LOOK_SECONDS = 0.5  # how often a process looks after its parent, where the system cannot tell it
 PR_SET_PDEATHSIG = 1  # linux/prctl.h

@@ -23,7 +23,7 @@ from dtrain.distributed.device import choose_device
 from dtrain.distributed.environment import Environment, cores
 from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EARLY, WRONG_CONFIG
 from dtrain.distributed.launched_rank import Launch
-from dtrain.distributed.stop import REPEAT_SECONDS, stop_signals
+from dtrain.distributed.stop_request import REPEAT_SECONDS, stop_signals
 from dtrain.launch.agent import Agent, End, Site
 from dtrain.launch.console import Console
 from dtrain.launch.rendezvous import address_towards, is_held_here, set_gloo_interface

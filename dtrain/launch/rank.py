@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from dtrain.checkpoint.saver import WRITER
 from dtrain.config.errors import ConfigError
 from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EARLY
-from dtrain.distributed.stop import StopWaiting
+from dtrain.distributed.stop_request import StopWaiting
 from dtrain.predict.work_folder import PredictionError
 from dtrain.reporting.summary import prediction_lines
 from dtrain.tracking.journal import NoJournal

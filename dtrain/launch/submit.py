@@ -19,7 +19,7 @@ from dtrain.config.load import load_config, merged, run_folder
 from dtrain.config.schema import mistake
 from dtrain.config.yaml12 import dump
 from dtrain.distributed.exit_status import DONE, FAILED
-from dtrain.distributed.stop import seconds_of
+from dtrain.distributed.stop_request import seconds_of
 from dtrain.launch.code_copy import copy_code, named_modules
 from dtrain.launch.sbatch import Job, is_word, script
 from dtrain.tracking.git_state import capture_code_for_later

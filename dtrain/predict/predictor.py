@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dtrain.config.errors import ConfigError
 from dtrain.predict.formats import FileSpec
-from dtrain.predict.patches import Grid
+from dtrain.predict.patch_grid import Grid
 from dtrain.predict.segmentation import Choice
 from dtrain.predict.source import Source, Volume
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtrain.predict.patches import Grid, Region
+from dtrain.predict.patch_grid import Grid, Region
 
 READING = Lock()  # files are read by one thread at a time: not every kind of volume allows more
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dtrain.predict.inference import Inference
-from dtrain.predict.patches import Grid
+from dtrain.predict.patch_grid import Grid
 from dtrain.predict.source import Source
 
 AHEAD = 2  # batches that are read while one is predicted

@@ -7,7 +7,7 @@ from torch import Tensor
 from dtrain.data import rng
 from dtrain.distributed.launched_rank import is_closed_for_another
 from dtrain.distributed.ranks import is_lost_rank, lost_rank
-from dtrain.distributed.stop import StopWaiting
+from dtrain.distributed.stop_request import StopWaiting
 from dtrain.training.setup import Parts
 from dtrain.training.state import TrainState, capture
 

@@ -28,7 +28,7 @@ from dtrain.distributed.environment import batch_job, environment, job_ends_at, 
 from dtrain.distributed.fsdp import launcher_strategy, settings_of_accelerate
 from dtrain.distributed.process_group import set_up
 from dtrain.distributed.ranks import Ranks
-from dtrain.distributed.stop import StopRequest
+from dtrain.distributed.stop_request import StopRequest
 from dtrain.loss import get_loss_criterion
 from dtrain.metrics import Metrics, get_evaluation_metric
 from dtrain.modelloader import Forward, get_model, parameter_count

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from dtrain import create_trainer, load_config
 from dtrain.config.errors import ConfigError
 from dtrain.data.samplers import EvaluationShard
-from dtrain.data.seeded_batches import batch_loader
+from dtrain.data.seeded_samples import batch_loader
 from dtrain.dataloader import loader_settings
 from dtrain.modelloader import Outcome
 from dtrain.reporting import png_drawing, sample_panel, validation_pictures

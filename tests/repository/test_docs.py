@@ -307,7 +307,7 @@ def test_all_that_one_sees_on_opening_the_package_has_one_caption() -> None:
 
 @pytest.mark.parametrize("page", ["design", "contributing"])
 def test_modules_that_a_page_names_are_there(page: str) -> None:
-    """`config.load`, `distributed/stop.py`, and what is in a module: `training.optimizer.get_optimizer`."""
+    """`config.load`, `distributed/stop_request.py`, and what is in a module: `training.optimizer.get_optimizer`."""
     package = REPOSITORY / "dtrain"
     packages = "|".join(path.name for path in package.iterdir() if path.is_dir())
     text = (REPOSITORY / "docs" / f"{page}.md").read_text()

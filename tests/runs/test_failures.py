@@ -396,7 +396,7 @@ def test_a_batch_systems_limit_is_kept_clear_of(place: Place) -> None:
 
 
 def test_a_signal_before_the_first_step_ends_at_once_and_asks_for_another_start(place: Place) -> None:
-    code = "import os, signal, sys; sys.path.insert(0, '.'); import dtrain.distributed.stop as i; i.end_at_once(print)"
+    code = "import os, signal, sys; sys.path.insert(0, '.'); import dtrain.distributed.stop_request as i; i.end_at_once(print)"
     code += "; os.kill(os.getpid(), signal.SIGTERM)"
     done = place.start(launcher=[sys.executable, "-c", code + " #"])[0].result(30)
     assert done.rc == 75 and "signal SIGTERM before the first step" in done.stdout

@@ -12,7 +12,7 @@ from predicting import (
     grids,
 )
 
-from dtrain.predict.patches import Grid
+from dtrain.predict.patch_grid import Grid
 
 
 @given(grids(), st.sampled_from(["gaussian", "constant"]))

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from dtrain.distributed import stop as interrupt
-from dtrain.distributed.stop import SIGNALS, StopRequest, StopWaiting
+from dtrain.distributed import stop_request as interrupt
+from dtrain.distributed.stop_request import SIGNALS, StopRequest, StopWaiting
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_a_failure_that_a_signal_follows_is_not_taken_for_an_early_stop():
     """Others that fail have a launcher end this one; the moment is that in which the signals are given back."""
     code = """
 import os, signal, sys
-from dtrain.distributed.stop import SIGNALS, StopRequest, end_at_once
+from dtrain.distributed.stop_request import SIGNALS, StopRequest, end_at_once
 from dtrain.distributed.process import run_to_end
 def work():
     end_at_once(print)
