@@ -2,8 +2,7 @@
 
 import ast
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from dtrain.config.errors import found, is_mapping, shown
 from dtrain.config.yaml12 import scalar
@@ -19,8 +18,7 @@ _MAPPINGS = {"dict", "Dict", "Mapping", "MutableMapping", "ConfigDict"}
 _OTHER_SPELLINGS = {"none": None, "nil": None, "yes": True, "on": True, "no": False, "off": False}
 
 
-@dataclass(frozen=True)
-class Parameter:
+class Parameter(NamedTuple):
     """One argument that a callee takes."""
 
     name: str
@@ -36,23 +34,16 @@ class Parameter:
         return text if self.default is None else f"{text}{equals}{self.default}"
 
 
-def own_parameters(node: ast.FunctionDef | ast.AsyncFunctionDef, method: bool) -> tuple[Parameter, ...]:
+def own_parameters(node: ast.FunctionDef | ast.AsyncFunctionDef, method: bool) -> Iterator[Parameter]:
     """What a `def` names itself; of a method without `self`."""
     takes = node.args
     positional = [*takes.posonlyargs, *takes.args]
     defaults = [None] * (len(positional) - len(takes.defaults)) + takes.defaults
     pairs = [*zip(positional, defaults, strict=True)][int(method) :]
     pairs += zip(takes.kwonlyargs, takes.kw_defaults, strict=True)
-    return tuple(
-        Parameter(
-            item.arg, item.annotation, _source(default), item not in takes.kwonlyargs, item not in takes.posonlyargs
-        )
-        for item, default in pairs
-    )
-
-
-def _source(node: ast.expr | None) -> str | None:
-    return ast.unparse(node) if node else None
+    for item, default in pairs:
+        source = ast.unparse(default) if default else None
+        yield Parameter(item.arg, item.annotation, source, item not in takes.kwonlyargs, item not in takes.posonlyargs)
 
 
 def is_record(node: ast.stmt) -> bool:
@@ -70,7 +61,7 @@ def record_fields(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -
     for item in node.body:
         if not isinstance(item, ast.AnnAssign) or not isinstance(item.target, ast.Name):
             continue
-        options, default = {}, _source(item.value)
+        options, default = {}, ast.unparse(item.value) if item.value else None
         if isinstance(item.value, ast.Call) and ast.unparse(item.value.func).rpartition(".")[2] == "field":
             options = {option.arg: ast.unparse(option.value) for option in item.value.keywords}
             factory = options.get("default_factory")
@@ -139,29 +130,22 @@ def _admits(value: object, annotation: ast.expr) -> bool:
 def _fits(value: object, annotation: ast.expr) -> bool:
     """Whether a value fits an annotation that is not a union."""
     name = _name(annotation)
-    if isinstance(annotation, ast.Subscript):
-        return _fits_generic(value, name, _items(annotation))
+    items = _items(annotation) if isinstance(annotation, ast.Subscript) else []
+    if name == "Literal" and items:
+        return any(shown(value) == _literal(item) for item in items)
     if name in _SCALARS:
         return isinstance(value, _SCALARS[name]) and (name == "bool" or not isinstance(value, bool))
     if name in _LISTS:
-        return isinstance(value, list)
+        if not items or not isinstance(value, list):
+            return isinstance(value, list)
+        if name in _TUPLES and ast.unparse(items[-1]) != "...":
+            return len(value) == len(items) and all(_admits(*pair) for pair in zip(value, items, strict=True))
+        return all(_admits(item, items[0]) for item in value)
     if name in _MAPPINGS:
         return is_mapping(value)
     if name == "Tensor":
         return _is_numbers(value)
     return value is None if name == "None" else name not in _OBJECTS
-
-
-def _fits_generic(value: object, name: str, items: list[ast.expr]) -> bool:
-    if name == "Literal":
-        return any(shown(value) == _literal(item) for item in items)
-    if name in _LISTS:
-        if not isinstance(value, list):
-            return False
-        if name in _TUPLES and ast.unparse(items[-1]) != "...":
-            return len(value) == len(items) and all(_admits(*pair) for pair in zip(value, items, strict=True))
-        return all(_admits(item, items[0]) for item in value)
-    return is_mapping(value) if name in _MAPPINGS else name not in _OBJECTS
 
 
 def _is_numbers(value: object) -> bool:

@@ -5,6 +5,7 @@ schema (schema.py reads the calls, resolve.py follows the names, check.py compar
 """
 
 import ast
+import contextlib
 import functools
 import importlib
 import inspect
@@ -31,10 +32,8 @@ MAX_ERROR = 2000  # characters of a component's own error; some hold whole tenso
 def build(config: ConfigDict, key: str, *given: Any, **given_names: Any) -> Any:
     """The object that one of the config's calls describes; `key` as in `calls`.
 
-    `given` and `given_names` are what dtrain supplies to this section: parameters, optimizer, ...
-
-    Raises:
-        ConfigError: The name or an argument is wrong, a module cannot be imported, or the constructor raised.
+    `given` and `given_names` are what dtrain supplies to this section: parameters, optimizer, ... A ConfigError where
+    the name or an argument is wrong, a module cannot be imported, or the constructor raised.
     """
     return make(calls(config)[key], *given, **given_names)
 
@@ -163,19 +162,15 @@ def _inspected(imported: Callable[..., Any], target: Dynamic) -> Callee:
     parameters = []
     for item in items:
         default = None if item.default is item.empty else repr(item.default)
+        annotation: ast.expr | None = None
+        if item.annotation is not item.empty:
+            with contextlib.suppress(SyntaxError):
+                annotation = ast.parse(inspect.formatannotation(item.annotation), mode="eval").body
         positional, keyword = item.kind != item.KEYWORD_ONLY, item.kind != item.POSITIONAL_ONLY
         if item.kind not in (item.VAR_POSITIONAL, item.VAR_KEYWORD):
-            parameters.append(Parameter(item.name, _annotation(item), default, positional, keyword))
+            parameters.append(Parameter(item.name, annotation, default, positional, keyword))
     is_open, variadic = inspect.Parameter.VAR_KEYWORD in kinds, inspect.Parameter.VAR_POSITIONAL in kinds
     return Callee(*where, tuple(parameters), is_open, variadic)
-
-
-def _annotation(item: inspect.Parameter) -> ast.expr | None:
-    try:
-        text = inspect.formatannotation(item.annotation)
-        return None if item.annotation is item.empty else ast.parse(text, mode="eval").body
-    except SyntaxError:
-        return None
 
 
 def _explained(error: BaseException) -> str:

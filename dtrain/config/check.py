@@ -174,11 +174,10 @@ def _given(call: Call, callee: Callee) -> frozenset[str]:
 
 def _left_open(call: Call, callee: Callee) -> list[str]:
     """The first arguments of a function, as far as the config leaves them out."""
-    left_out = [item for item in callee.positional if item.name not in call.arguments]
+    first = callee.positional[:2]
     if call.slot.nested:
-        required = takewhile(lambda item: item.default is None and item in left_out, callee.positional)
-        return [item.name for item in required]
-    return [item.name for item in callee.positional[:2] if item in left_out]
+        first = [*takewhile(lambda item: item.default is None and item.name not in call.arguments, callee.positional)]
+    return [item.name for item in first if item.name not in call.arguments]
 
 
 def is_passed_on(call: Call, callee: Callee) -> bool:

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from dtrain.config.errors import ConfigError, KeyPath, Mistake, Place, dotted, found, is_mapping, shown, type_name
 from dtrain.config.pytorch3dunet import canonical_key, canonical_names, translate
-from dtrain.config.variables import escaped, expand
+from dtrain.config.variables import expand
 from dtrain.config.yaml12 import MAX_DEPTH, dump, key_mistake, parse, read_text
 
 MAX_FILES = 100  # under `_base_`, counted as often as they are read
@@ -116,7 +116,16 @@ def to_config_dict(value: Any, locked: bool = False) -> Any:
 
 def to_yaml(config: Mapping[str, Any] | ConfigDict) -> str:
     """The config as YAML that load_config reads back to the same values."""
-    return dump(escaped(config))
+    return dump(_escaped(config))
+
+
+def _escaped(value: Any) -> Any:
+    """A plain copy of a value that `expand` turns back into it."""
+    if is_mapping(value):
+        return {key: _escaped(value[key]) for key in value}
+    if isinstance(value, list | tuple):
+        return [_escaped(item) for item in value]
+    return value.replace("${", "$${") if isinstance(value, str) else value
 
 
 @dataclass

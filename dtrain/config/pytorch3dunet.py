@@ -138,7 +138,8 @@ def translate(values: Values, places: Places) -> list[str]:
     phases = [work.section("loaders", phase) for phase in _PHASES]
     is_its_own = work.section("loaders").get("name", _DATASETS[0]) in _DATASETS
     if is_its_own and any("transformer" in phase for phase in phases):
-        work.run()
+        for step in (work.fill, work.trainer, work.loaders, work.loss, work.metrics, work.predictor):
+            step()
     if work.mistakes:
         raise ConfigError(work.mistakes)
     return work.notes
@@ -152,15 +153,6 @@ class _Translation:
         self.notes: list[str] = []
         self.mistakes: list[Mistake] = []
 
-    def run(self) -> None:
-        """All sections."""
-        self._fill()
-        self._trainer()
-        self._loaders()
-        self._loss()
-        self._metrics()
-        self._predictor()
-
     def section(self, *path: str) -> Values:
         """The settings at a path; where there are none, a mapping that nobody else sees."""
         settings = _mapping_at(self.values, path)
@@ -171,7 +163,7 @@ class _Translation:
         where = next((self.places[path[:end]] for end in range(len(path), -1, -1) if path[:end] in self.places), None)
         self.mistakes.append(Mistake(f"{dotted(path)}: {text}", where))
 
-    def _fill(self) -> None:
+    def fill(self) -> None:
         filled = []
         for (name, key), value in _DEFAULTS.items():
             section = _mapping_at(self.values, (name,))
@@ -183,14 +175,13 @@ class _Translation:
         if filled:
             self.notes.append(f"pytorch-3dunet's defaults, where the file sets nothing: {', '.join(filled)}")
 
-    def _trainer(self) -> None:
+    def trainer(self) -> None:
         trainer = self.section("trainer")
         _drop_nulls(trainer, ("resume", "validate_iters", *_NOTES))
-        if str(trainer.get("resume", "")).endswith(_FOREIGN):
+        resume = str(trainer.get("resume", ""))
+        if resume.endswith(_FOREIGN):
             text = "a checkpoint of pytorch-3dunet lacks what a training needs to resume (the schedule's state, the "
-            text += (
-                f"random numbers', the place in the epoch); to start from its weights: pre_trained: {trainer['resume']}"
-            )
+            text += f"random numbers', the place in the epoch); to start from its weights: pre_trained: {resume}"
             self.wrong(("trainer", "resume"), text)
         if "validate_iters" in trainer:
             self.wrong(("trainer", "validate_iters"), "a validation always covers all of loaders.val; remove it")
@@ -198,7 +189,7 @@ class _Translation:
             self.notes.append(f"trainer.{key}: has no effect: {_NOTES[key]}")
             del trainer[key]
 
-    def _loaders(self) -> None:
+    def loaders(self) -> None:
         loaders = self.values["loaders"]
         for phase in _PHASES:
             own = self.section("loaders", phase)
@@ -227,7 +218,7 @@ class _Translation:
         phase["transforms"] = {"name": _TRANSFORMS, "label": None} | lists
         _move_places(self.places, path, (*path[:-1], "transforms"))
 
-    def _loss(self) -> None:
+    def loss(self) -> None:
         """What pytorch-3dunet wraps around torch's losses is a loss around them here as well."""
         loss = self.section("loss")
         _drop_nulls(loss, ("weight", "pos_weight", *_MASK_KEYS))
@@ -255,26 +246,16 @@ class _Translation:
             text = "weights along the last axis of a volume, not along its channels; give one"
             self.wrong(("loss", "pos_weight"), f"torch applies {len(weight)} {text}")
 
-    def _metrics(self) -> None:
+    def metrics(self) -> None:
         metrics = self.section("metrics")
         _drop_nulls(metrics, list(metrics))
         name = metrics.get("name")
         if not isinstance(name, str) or name not in _METRICS:
             return
         self.values["metrics"] = metrics = _METRICS[name] | {"activation": self._activation()} | metrics
-        if name == "BlobsAveragePrecision":
-            self._blobs(metrics)
-
-    def _activation(self) -> str:
-        """What pytorch-3dunet's model does to its logits; its metrics are given that."""
-        model, loss = self.section("model"), self.section("loss")
-        if model.get("is_segmentation", True) is False:
-            return "none"
-        classes = model.get("final_sigmoid", True) is False or loss.get("name") in _CROSS_ENTROPIES
-        return "softmax" if classes else "sigmoid"
-
-    def _blobs(self, metrics: Values) -> None:
-        """The average precision of insides: that of boundaries, with the probabilities the other way round."""
+        if name != "BlobsAveragePrecision":
+            return
+        # The average precision of insides is that of boundaries, with the probabilities the other way round.
         kind = metrics.pop("metric", "ap")
         if kind not in ("ap", "acc"):
             self.wrong(("metrics", "metric"), f"{shown(kind)} is not a metric of instances; possible: ap, acc")
@@ -285,25 +266,29 @@ class _Translation:
             _move_places(self.places, ("metrics", key), ("metrics", label, key))
         self.values["metrics"] = {label: metrics | {"name": "BoundaryAveragePrecision"}}
 
-    def _predictor(self) -> None:
+    def _activation(self) -> str:
+        """What pytorch-3dunet's model does to its logits; its metrics are given that."""
+        model, loss = self.section("model"), self.section("loss")
+        if model.get("is_segmentation", True) is False:
+            return "none"
+        classes = model.get("final_sigmoid", True) is False or loss.get("name") in _CROSS_ENTROPIES
+        return "softmax" if classes else "sigmoid"
+
+    def predictor(self) -> None:
         """What the phase `test` is for there is prediction, with a file's own place for weights and outputs."""
         if self.values.get("model_path") is not None:
             self.mistakes += _rename(self.values, self.places, ("model_path",), ("predictor", "checkpoint"))
         loaders = self.section("loaders")
-        if loaders.get("output_dir") is not None:
-            self.mistakes += _rename(self.values, self.places, ("loaders", "output_dir"), ("predictor", "output_dir"))
-        loaders.pop("output_dir", None)
+        _drop_nulls(loaders, ("output_dir",))
+        self.mistakes += _rename(self.values, self.places, ("loaders", "output_dir"), ("predictor", "output_dir"))
         self.mistakes += _rename(self.values, self.places, ("loaders", "test"), ("loaders", "predict"))
         _mapping_at(self.values, ("predictor",), create="predict" in loaders)
         predictor = self.section("predictor")
         _drop_nulls(predictor, list(predictor))
         predictor.setdefault("activation", self._activation())
-        if predictor.get("name") == "DSB2018Predictor":
-            self._images(predictor)
-
-    def _images(self, predictor: Values) -> None:
-        """One HDF5 file for each image, as DSB2018Predictor means to write."""
-        del predictor["name"]
+        if predictor.get("name") != "DSB2018Predictor":
+            return
+        del predictor["name"]  # it means to write one HDF5 file for each image
         predictor.setdefault("format", "hdf5")
         segments = predictor.get("save_segmentation", True)
         if isinstance(segments, bool):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlparse
 
-from dtrain.config.errors import bad_syntax, did_you_mean, found, shown
+from dtrain.config.errors import ConfigError, bad_syntax, did_you_mean, found, shown
 from dtrain.config.signatures import SOURCE, Callee, Dynamic, is_standard, module_file, spec_folders
 
 STANDARD = "from the standard library, which a config may not name"
@@ -34,10 +34,6 @@ LIBRARIES = {  # where a section's bare names are searched, after the user's mod
 ALL_LIBRARIES = tuple(dict.fromkeys(library for libraries in LIBRARIES.values() for library in libraries))
 
 
-class ResolveError(Exception):
-    """There is no such name, or a config may not use it."""
-
-
 class Found(NamedTuple):
     """What a name leads to, and where else the same bare name would have been found."""
 
@@ -49,17 +45,14 @@ def locate(name: Any, modules: Sequence[str], libraries: Sequence[str], nested: 
     """What a bare name or a full path (`package.module:Name` or `package.module.Name`) leads to.
 
     A bare name is searched in the user's `modules` first, then in the section's `libraries`; inside another call
-    (`nested`) in those of the other sections, too.
-
-    Raises:
-        ResolveError: There is no such name, or it may not be used.
-        SyntaxError: One of the user's modules is not Python.
+    (`nested`) in those of the other sections, too. A ConfigError where there is no such name or it may not be used, a
+    SyntaxError where one of the user's modules is not Python.
     """
     if not isinstance(name, str) or not name:
-        raise ResolveError(f"expected the name of a class or a function, {found(name)}")
+        raise ConfigError(f"expected the name of a class or a function, {found(name)}")
     parts = re.split(r"[.:]", name)
     if not all(part.isidentifier() and not part.startswith("__") for part in parts) or name.count(":") > 1:
-        raise ResolveError(f"{shown(name)} is not a valid name of a class or a function")
+        raise ConfigError(f"{shown(name)} is not a valid name of a class or a function")
     if len(parts) > 1:
         _check_package(name, parts, modules)
         return Found(_follow_path(name, parts))
@@ -75,11 +68,11 @@ def locate(name: Any, modules: Sequence[str], libraries: Sequence[str], nested: 
         return Found(first, tuple(f"{item.module}.{item.name}" for item in others))
     for module, item in hits.items():
         if isinstance(item, str) and is_standard(item):
-            raise ResolveError(f"'{name}' of {module} is '{item}' {STANDARD}")
+            raise ConfigError(f"'{name}' of {module} is '{item}' {STANDARD}")
     places = [*modules, *filter(module_file, libraries)]
     others_too = " and the other sections' libraries" if nested else ""
     hint = _similar(name, [*modules, *libraries])
-    raise ResolveError(f"there is no '{name}'{hint}; searched {', '.join(places)}{others_too}")
+    raise ConfigError(f"there is no '{name}'{hint}; searched {', '.join(places)}{others_too}")
 
 
 def module_mistake(name: Any) -> str:
@@ -114,14 +107,14 @@ def _check_package(name: str, parts: Sequence[str], modules: Sequence[str]) -> N
     """Refuse a full path whose package is not there or may not be used."""
     package = parts[0]
     if is_standard(package):
-        raise ResolveError(f"'{name}' is {STANDARD}")
+        raise ConfigError(f"'{name}' is {STANDARD}")
     if module_file(package) is None:
         known = [*modules, *(library.partition(".")[0] for library in ALL_LIBRARIES)]
-        raise ResolveError(f"there is no package '{package}'{did_you_mean(package, known)}")
+        raise ConfigError(f"there is no package '{package}'{did_you_mean(package, known)}")
     path = f"{'.'.join(parts)}."
     if not any(path.startswith(f"{module}.") for module in modules) and not is_installed(package):
         module = name.partition(":")[0] if ":" in name else ".".join(parts[:-1])
-        raise ResolveError(f"'{package}' is neither installed nor under 'modules'; add it there: modules: [{module}]")
+        raise ConfigError(f"'{package}' is neither installed nor under 'modules'; add it there: modules: [{module}]")
 
 
 def _follow_path(name: str, parts: Sequence[str]) -> Callee | Dynamic:
@@ -130,23 +123,19 @@ def _follow_path(name: str, parts: Sequence[str]) -> Callee | Dynamic:
     for index, part in enumerate(parts[1:], 1):
         meaning = SOURCE.lookup(module, part)
         if meaning is None:
-            raise ResolveError(f"'{module}' has no '{part}'{did_you_mean(part, SOURCE.names(module))}")
+            raise ConfigError(f"'{module}' has no '{part}'{did_you_mean(part, SOURCE.names(module))}")
         if isinstance(meaning, str) and is_standard(meaning):
-            raise ResolveError(f"'{name}' leads to '{meaning}' {STANDARD}")
+            raise ConfigError(f"'{name}' leads to '{meaning}' {STANDARD}")
         if not isinstance(meaning, str):
             rest = parts[index + 1 :]
             return Dynamic(meaning.module, ".".join([meaning.name, *rest])) if rest else meaning
         module = meaning
-    raise ResolveError(f"'{name}' is a module; expected a class or a function in it")
+    raise ConfigError(f"'{name}' is a module; expected a class or a function in it")
 
 
 @functools.cache
 def is_installed(package: str) -> bool:
-    """Whether a top-level module was installed, also as editable, rather than merely lying in the current folder.
-
-    It is, where it is dtrain itself, or its folder holds other installations' records, is one of those, or is on a
-    `.pth` file's list.
-    """
+    """Whether a top-level module was installed, also as editable, rather than merely lying in the current folder."""
     if package == __name__.partition(".")[0]:  # a checkout on PYTHONPATH is as good as installed
         return True
     origin, folders = spec_folders(package)

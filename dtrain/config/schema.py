@@ -4,26 +4,24 @@ import functools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from dtrain.config.errors import ConfigError, KeyPath, Mistake, bad_syntax, dotted, found, is_mapping, nearest, to_plain
 from dtrain.config.load import place_of
-from dtrain.config.resolve import LIBRARIES, Found, ResolveError, locate
+from dtrain.config.resolve import LIBRARIES, Found, locate
 from dtrain.config.signatures import SOURCE, Callee, Dynamic
 
-NONE: frozenset[str] = frozenset()
 PHASES = ("train", "val", "test", "predict")
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """What a section of one kind may name: where bare names are searched, and what dtrain itself supplies."""
 
     libraries: tuple[str, ...] = ()
     given: str = ""  # the argument that dtrain supplies: of this name, else the first one
-    given_names: frozenset[str] = NONE  # keyword arguments that dtrain supplies
+    given_names: frozenset[str] = frozenset()  # keyword arguments that dtrain supplies
     pairs: bool = False  # a function of (output, target) is itself what is wanted
     nested: bool = False  # inside another call: any section's library will do, a function may itself be what is wanted
 
@@ -65,9 +63,9 @@ class Call:
     name: Any
     arguments: Mapping[str, Any] = field(default_factory=dict)
     paths: Mapping[str, KeyPath] = field(default_factory=dict)
-    shared: frozenset[str] = NONE  # arguments meant for several calls: dropped where the callee takes none
-    others: frozenset[str] = NONE  # what else may stand in this section; for 'did you mean'
-    filled: frozenset[str] = NONE  # arguments that dtrain fills where the config leaves them out
+    shared: frozenset[str] = frozenset()  # arguments meant for several calls: dropped where the callee takes none
+    others: frozenset[str] = frozenset()  # what else may stand in this section; for 'did you mean'
+    filled: frozenset[str] = frozenset()  # arguments that dtrain fills where the config leaves them out
 
     def path_of(self, argument: str) -> KeyPath:
         """Where an argument stands in the config."""
@@ -80,8 +78,8 @@ class Call:
         modules = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
         try:
             return locate(self.name, modules, self.slot.libraries, self.slot.nested)
-        except (ResolveError, SyntaxError) as error:
-            text = bad_syntax(error) if isinstance(error, SyntaxError) else str(error)
+        except (ConfigError, SyntaxError) as error:
+            text = bad_syntax(error) if isinstance(error, SyntaxError) else error.mistakes[0].text
             raise refused(self.config, self.path_of("name"), text) from None
 
     @property
@@ -291,7 +289,7 @@ class _Reader:
                 continue
             arguments = {**shared, **own}
             paths = {key: (section, label, key) if key in own else (section, key) for key in arguments}
-            dropped = frozenset(shared) - set(own) if several else NONE
+            dropped = frozenset(shared) - set(own) if several else frozenset()
             path = where if several else (section,)
             call = Call(self.config, path, SLOTS[section], name, arguments, paths | {"name": where}, dropped)
             self.calls[f"metrics.{label}"] = call

@@ -10,7 +10,6 @@ import sys
 import tokenize
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,8 +34,7 @@ class Dynamic(NamedTuple):
     certain: bool = True  # that there is such a name at all
 
 
-@dataclass(frozen=True)
-class Callee:
+class Callee(NamedTuple):
     """A class or a function: where it is written and what it takes."""
 
     module: str
@@ -273,9 +271,10 @@ class Source:
         may_be_hidden = module.hides
         for star in [] if name.startswith("_") else [item for item in module.stars if not is_standard(item)]:
             meaning = self._lookup(star, name, visited)
-            if meaning and not _is_uncertain(meaning):
+            if isinstance(meaning, Dynamic) and not meaning.certain:
+                may_be_hidden = True
+            elif meaning:
                 return meaning
-            may_be_hidden |= meaning is not None
         if module.file.is_package and module_file(f"{module.name}.{name}"):
             return f"{module.name}.{name}"
         return Dynamic(module.name, name, certain=False) if may_be_hidden else None
@@ -287,7 +286,7 @@ class Source:
         if not is_standard(origin) and not module_file(origin.partition(".")[0]):
             return Dynamic(module.name, name)  # its import will say what is missing, and where it is asked for
         meaning = self._lookup(origin, attribute, visited)
-        if _is_uncertain(meaning):
+        if isinstance(meaning, Dynamic) and not meaning.certain:
             return Dynamic(module.name, name)
         return f"{origin}.{attribute}" if meaning is None and module_file(f"{origin}.{attribute}") else meaning
 
@@ -362,13 +361,11 @@ class Source:
         """What a function takes, with what it hands on through `**kwargs` to the constructors `behind` it."""
         if _changes_arguments(node):
             return None
-        own, variadic = own_parameters(node, method), node.args.vararg is not None
-        if node.args.kwarg is None:
-            return _Takes(own, False, variadic)
-        further = self._through_kwargs(module, node, behind)
+        own = tuple(own_parameters(node, method))
+        further = self._through_kwargs(module, node, behind) if node.args.kwarg else ()
         names = {item.name for item in own}
         added = tuple(item for item in further or () if item.name not in names)
-        return _Takes(own + added, further is None, variadic)
+        return _Takes(own + added, further is None, node.args.vararg is not None)
 
     def _through_kwargs(self, module: Module, node: Function, behind: Lineage) -> tuple[Parameter, ...] | None:
         """The keys that a function reads out of its `**kwargs` or hands on; None when that cannot be known."""
@@ -384,7 +381,7 @@ class Source:
                 if passed is None:
                     return None
                 for item in passed:
-                    result.setdefault(item.name, replace(item, positional=False, through=True))
+                    result.setdefault(item.name, item._replace(positional=False, through=True))
             return tuple(result.values())
         finally:
             self._in_progress.discard(node)
@@ -404,10 +401,6 @@ class Source:
         by_position = max(next(stars, len(call.args)) - takes_self, 0)
         positional = [item for item in takes.parameters if item.positional][:by_position]
         return [item for item in takes.parameters if item.name not in by_keyword and item not in positional]
-
-
-def _is_uncertain(meaning: Meaning) -> bool:
-    return isinstance(meaning, Dynamic) and not meaning.certain
 
 
 def _changes_arguments(node: ast.ClassDef | Function) -> bool:

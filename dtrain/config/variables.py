@@ -5,17 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dtrain.config.errors import (
-    ConfigError,
-    KeyPath,
-    Mistake,
-    Place,
-    did_you_mean,
-    dotted,
-    is_mapping,
-    shown,
-    type_name,
-)
+from dtrain.config.errors import ConfigError, KeyPath, Mistake, Place, did_you_mean, dotted, shown, type_name
 from dtrain.config.yaml12 import MAX_DEPTH, MAX_VALUES, scalar
 
 _REFERENCE = re.compile(r"(?P<literal>\$\$\{)|\$\{(?P<name>[^{}]*)\}|(?P<broken>\$\{)")
@@ -34,15 +24,6 @@ def expand(values: Mapping[str, Any], places: Mapping[KeyPath, Place], value: An
     if expansion.mistakes:
         raise ConfigError(expansion.mistakes)
     return result
-
-
-def escaped(value: Any) -> Any:
-    """A plain copy of a value that `expand` turns back into it."""
-    if is_mapping(value):
-        return {key: escaped(value[key]) for key in value}
-    if isinstance(value, list | tuple):
-        return [escaped(item) for item in value]
-    return value.replace("${", "$${") if isinstance(value, str) else value
 
 
 class _Expansion:

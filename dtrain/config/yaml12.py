@@ -220,10 +220,8 @@ def _similar_file(path: Path) -> str:
 def parse(text: str, file: str, fixed_place: Place | None = None) -> tuple[Any, dict[KeyPath, Place]]:
     """The value of one YAML document (None for an empty one), and the place of every key in it.
 
-    Places are in `file`, or all at `fixed_place`, such as an argument of the command line.
-
-    Raises:
-        ConfigError: Not YAML, or more than plain values, lists and mappings with text keys.
+    Places are in `file`, or all at `fixed_place`, such as an argument of the command line. A ConfigError where it is
+    not YAML, or more than plain values, lists and mappings with text keys.
     """
     reader = _Reader(file, fixed_place)
     try:
