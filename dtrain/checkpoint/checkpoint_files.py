@@ -1,7 +1,5 @@
 """The files of one checkpoint: write, verify, load."""
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import hashlib
@@ -45,10 +43,7 @@ class Loaded:
 
 
 def load(path: Path, is_verified: bool = False) -> Loaded:
-    """Verify a checkpoint folder, unless that was just done, and read it into host memory; nothing in it is executed.
-
-    Raises CheckpointError where the folder is not a checkpoint or is damaged; the message names the files.
-    """
+    """Verify a checkpoint, unless just done, and read it, running no code; CheckpointError where it is damaged."""
     manifest = require_whole(path, is_verified)
     state = read_torch_file(path / STATE)
     ema = read_tensors(path / EMA, state["ema"]) if EMA in manifest["files"] else None

@@ -1,7 +1,5 @@
 """What a checkpoint holds: state_dicts and plain values, copied to host memory and checked."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
@@ -199,7 +197,8 @@ class _Walk:
         if depth > _MAX_DEPTH:
             return None
         if not isinstance(value, dict):
-            if _all_short_ints(value):
+            # Short ints need no look one by one: the state of a generator holds 625 of them, on each rank.
+            if set(map(type, value)) == {int} and min(value) >= -(1 << 63) and max(value) < 1 << 63:
                 return kind(value)
             return kind(self.value(item, f"{place}[{index}]", depth) for index, item in enumerate(value))
         copy = kind()
@@ -215,11 +214,6 @@ class _Walk:
 
     def _refuse(self, value: Any, place: str, reason: str) -> None:
         self.problems.append(f"{place} is a {_name(type(value))}: {reason}")
-
-
-def _all_short_ints(values: Any) -> bool:
-    """Whether there is nothing to look at one by one: the state of a generator holds 625 of them, on each rank."""
-    return set(map(type, values)) == {int} and min(values) >= -(1 << 63) and max(values) < 1 << 63
 
 
 def _fits_safetensors(name: Any, value: Any) -> bool:

@@ -22,7 +22,6 @@ class Saver:
     """Saves a training: the loop waits for the copy to host memory, and for the last write where that is not done.
 
     Args:
-        checkpoints: What writes.
         every_minutes: Minutes between checkpoints that `is_due` asks for; None: it never does.
         say: Is given a line for what could not be written.
         reuses_memory: A checkpoint's copies go where those of the last one were: not for tensors that nobody else has.
@@ -65,10 +64,7 @@ class Saver:
         ema: dict[str, Any] | None,
         score: float | None,
     ) -> None:
-        """Copy what is given and have it written. For the main rank.
-
-        Plain values, whole state_dicts, and the score of this very step's validation, by which the best is known.
-        """
+        """Copy plain values and whole state_dicts and have them written, on the main rank; the score is this step's."""
         self.mark_saved(place)
         self.wait()  # its copies are about to be overwritten
         future: Future[Path] = Future()
@@ -88,11 +84,7 @@ class Saver:
             self.wait()
 
     def wait(self) -> bool:
-        """Wait until what is in progress is written, and report what the disk, or the lack of memory, prevented.
-
-        Returns:
-            Whether the last write succeeded.
-        """
+        """Wait for the write in progress and report what prevented it; whether the last one succeeded."""
         if self._in_progress is not None:
             (step, future), self._in_progress = self._in_progress, None
             try:
@@ -104,11 +96,7 @@ class Saver:
         return not self._failure
 
     def finish(self) -> None:
-        """Wait for the last checkpoint. For the main rank.
-
-        Raises:
-            CheckpointError: It could not be written, so that what was trained since the one before is lost.
-        """
+        """Wait for the last checkpoint, on the main rank; CheckpointError where it is lost."""
         if not self.wait():
             raise CheckpointError(self._failure)
 

@@ -1,7 +1,5 @@
 """The folder of a run's checkpoints: write, rotate, find."""
 
-from __future__ import annotations
-
 import errno
 import math
 import os
@@ -85,7 +83,8 @@ class Checkpoints:
     ) -> Path:
         """Write one checkpoint, whole or not at all, then remove those that need not be kept.
 
-        Tensors of a device are copied to host memory first. Those on the CPU are written from where they lie.
+        Tensors of a device are copied to host memory first. Those on the CPU are written from where they lie. Raises
+        CheckpointError as `take_snapshot`, or for a failed write, which leaves nothing behind and older ones untouched.
 
         Args:
             step: optimizer steps done. A checkpoint of the same step is replaced, whole or not at all.
@@ -93,9 +92,6 @@ class Checkpoints:
             state: tensors and plain types, nested: whatever `torch.load(weights_only=True)` takes.
             ema: averaged weights, as `weights`.
             score: what `best` goes by; None and nan never win.
-
-        Raises:
-            CheckpointError: as `take_snapshot`, or a failed write, of which nothing is left. Older ones are untouched.
         """
         return self.write(step, take_snapshot(weights, state, ema), score)
 

@@ -40,7 +40,7 @@ def load_for_use(
         except (CheckpointError, OSError) as error:
             raise ConfigError(str(error)) from error
         if misfits := misfits_of(module, weights):
-            raise ConfigError(f"{chosen} {does_not_fit(misfits)}")
+            raise ConfigError(f"{chosen} does not fit the model: {first_few(misfits, 10, '; ')}")
 
     ranks.decide(read)
     ranks.strategy.load_weights(module, weights)
@@ -99,11 +99,7 @@ def fitted(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> dict[str
 
 
 def weight_settings(
-    *,
-    path: str,
-    rename: dict[str, str] | None = None,
-    leave_out: list[str] | None = None,
-    partial: bool = False,
+    *, path: str, rename: dict[str, str] | None = None, leave_out: list[str] | None = None, partial: bool = False
 ) -> dict[str, Any]:
     """The keys under `trainer.pre_trained`, where it is more than a path.
 
@@ -118,10 +114,7 @@ def weight_settings(
 
 
 def renamed(weights: Mapping[str, Any], rename: Mapping[str, str], leave_out: Iterable[str]) -> dict[str, Any]:
-    """The weights under their new names, without those that are left out.
-
-    Raises ValueError where a rule is not a regular expression or matches nothing, or two weights get one name.
-    """
+    """The weights under new names, less those left out; ValueError for a bad or useless rule, or one name for two."""
     names = list(weights)
     for pattern, replacement in rename.items():
         new = [_sub("rename", pattern, replacement, name) for name in names]
@@ -157,16 +150,14 @@ def take_over(
     leave_out: list[str] | None = None,
     partial: bool = False,
 ) -> list[str]:
-    """Load weights into a model, by the rules of `weight_settings`; returns one line for each name not loaded.
-
-    Raises ValueError where they do not fit; nothing was loaded then.
-    """
+    """Load weights by the rules of `weight_settings`, or none (ValueError); returns a line for each name not loaded."""
     own = model.state_dict()
     weights = renamed(fitted(model, weights), rename or {}, leave_out or [])
     spared = [name for name in own if any(_matches(pattern, name) for pattern in leave_out or [])]
     misfits = misfits_of(model, weights, spared)
     if misfits and not partial:
-        raise ValueError(f"{does_not_fit(misfits)}; pre_trained has rename, leave_out and partial for that")
+        found = first_few(misfits, 10, "; ")
+        raise ValueError(f"does not fit the model: {found}; pre_trained has rename, leave_out and partial for that")
     fits = {name: value for name, value in weights.items() if name in own and not _differ(value, own[name])}
     if not fits:
         raise ValueError("has nothing that fits the model")
@@ -186,11 +177,6 @@ def misfits_of(model: torch.nn.Module, weights: Mapping[str, Any], spared: Colle
             if name in weights and _differ(weights[name], value)
         ),
     ]
-
-
-def does_not_fit(misfits: list[str]) -> str:
-    """What is wrong with a file whose weights are not the model's, in one text; see `misfits_of`."""
-    return f"does not fit the model: {first_few(misfits, 10, '; ')}"
 
 
 def _differ(value: Any, own: Any) -> bool:

@@ -12,10 +12,7 @@ if TYPE_CHECKING:
 def choose_device(
     wish: str, found: Environment, gpus: int, backend: str | None = None
 ) -> "tuple[torch.device, list[str]]":
-    """The device of this rank, given the config's and the number of GPUs, and what is worth saying about it.
-
-    Raises ConfigError where there is no such device, or fewer GPUs than ranks.
-    """
+    """The device of this rank, and notes on it; ConfigError where there is no such device, or fewer GPUs than ranks."""
     import torch
 
     kind = wish.partition(":")[0]

@@ -51,22 +51,15 @@ def is_main() -> bool:
 
 def _tasks_per_node(text: str) -> list[int]:
     """SLURM's '2(x3),1' -> [2, 2, 2, 1]."""
-    result: list[int] = []
-    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
-        result += [int(count)] * int(times or 1)
-    return result
-
-
-def _first_host(nodelist: str) -> str:
-    """SLURM's 'node[03-07,9],other' -> 'node03'."""
-    match = re.match(r"([^,\[]+)(?:\[(\d+))?", nodelist)
-    return (match[1] + (match[2] or "")) if match else "127.0.0.1"
+    groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [int(count) for count, times in groups for _ in range(int(times or 1))]
 
 
 def export_srun_variables(found: Environment) -> None:
     """Give torch the variables that it reads, since srun sets only its own."""
     job = int(os.environ.get("SLURM_JOB_ID", 0)) * 7 + int(os.environ.get("SLURM_STEP_ID", 0) or 0)
-    os.environ.setdefault("MASTER_ADDR", _first_host(os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1")))
+    node = re.match(r"([^,\[]+)(?:\[(\d+))?", os.environ.get("SLURM_STEP_NODELIST", ""))  # 'n[03-07,9],x' -> n03
+    os.environ.setdefault("MASTER_ADDR", node[1] + (node[2] or "") if node else "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(20000 + job % 20000))  # jobs on one node must not meet on a port
     for name in ("rank", "local_rank", "world_size", "local_world_size"):
         os.environ[name.upper()] = str(getattr(found, name))

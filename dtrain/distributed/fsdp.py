@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from dtrain.config.errors import ConfigError
 from dtrain.distributed.collectives import Collectives, Forward
@@ -140,8 +141,6 @@ class FSDP:
 
         They have the same form on all ranks; the other ranks get empty tensors.
         """
-        from torch.utils._pytree import tree_map_only
-
         kept: dict[tuple[Any, ...], torch.Tensor] = {}
 
         def whole(part: Any) -> torch.Tensor:
@@ -167,10 +166,7 @@ class FSDP:
         found = module.state_dict()
         for name in names:
             value, own = None if weights is None else weights[name], found[name]
-            if is_shard(own):
-                found[name] = self._divided(value, own, own.placements)
-            else:
-                found[name] = self._ranks.broadcast(value)
+            found[name] = self._divided(value, own, own.placements) if is_shard(own) else self._ranks.broadcast(value)
         module.load_state_dict(found)
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any] | None) -> None:
@@ -179,7 +175,6 @@ class FSDP:
         Each tensor is divided as its parameter is; one of another shape (Adafactor's rows and columns) is left whole.
         """
         from torch.distributed.tensor import Replicate
-        from torch.utils._pytree import tree_map_only
 
         def outline(value: torch.Tensor) -> torch.Tensor:
             return value.to("meta") if value.dim() else value

@@ -31,10 +31,7 @@ def set_up(
     deterministic: bool = False,
     fsdp: dict[str, Any] | None = None,
 ) -> Ranks:
-    """Join the process group, choose the device (see `choose_device`), set the threads.
-
-    The options are those of `ddp_options` and, where that is the strategy, `fsdp_options`.
-    """
+    """Join the process group, choose the device, set threads; see `choose_device`, `ddp_options`, `fsdp_options`."""
     found = environment()
     if found.launcher == "srun":
         export_srun_variables(found)

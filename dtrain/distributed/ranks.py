@@ -36,8 +36,3 @@ def is_lost_rank(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in lost)
     )
-
-
-def lost_rank() -> Exception:
-    """The error for a rank that is told of it before it sees it."""
-    return dist.DistError("another rank has failed")

@@ -126,10 +126,7 @@ def end_at_once(say: Callable[[str], object]) -> None:
 
 
 def seconds_of(time_limit: float | str) -> float:
-    """A duration in seconds: 5400, '90m', '1.5h', '01:30:00' or '1-12:00:00' (days-hours:minutes:seconds).
-
-    Raises ValueError where it is none of these, or not positive.
-    """
+    """Seconds of 5400, '90m', '1.5h', '01:30:00' or '1-12:00:00' (days-hours:...); ValueError for others and 0."""
     text = str(time_limit).strip()
     seconds = 0.0
     if clock := re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text):

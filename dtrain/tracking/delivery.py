@@ -91,7 +91,7 @@ class Delivery:
         self._journal = RunFolder(folder).journal.open("rb")
         if os.fstat(self._journal.fileno()).st_size < self.memory.offset:  # it is not the journal that it once was
             self.memory.offset = 0
-        self._batch = Batch(self.memory.offset)
+        self.batch = Batch(self.memory.offset)  # the next to be sent
 
     def begin(self, code_tags: Mapping[str, str], code_folder: str) -> None:
         """For a training that starts: whatever an earlier one ended as, this one has not ended, and runs this code."""
@@ -101,35 +101,30 @@ class Delivery:
 
     def step(self) -> None:
         """Sends what is due, one batch at most; after an error of the store, the next call sends the same again."""
-        self._batch.fill(self._journal)
+        self.batch.fill(self._journal)
         if self.done:
             return
         try:
             run = self._run or self._open()
             if self._system is not None:
                 self._system.sample()
-            if not (self.is_draining or self._batch.full) and time.monotonic() < self._send_at:
+            if not (self.is_draining or self.batch.full) and time.monotonic() < self._send_at:
                 return
-            if self._batch.lines or (self._system and self._system.waiting):
+            if self.batch.lines or (self._system and self._system.waiting):
                 self._send_batch(run)
                 self._send_at = time.monotonic() + _SEND_EVERY_SECONDS
-            if self.is_draining and not self._batch.lines:
+            if self.is_draining and not self.batch.lines:
                 self._send_ending(run)
-            if not self._files.send(run, self.is_draining or (self._has_ended and not self._batch.lines)):
+            if not self._files.send(run, self.is_draining or (self._has_ended and not self.batch.lines)):
                 self._run = None  # as after any failure
         except Exception:
             self._run = None  # it may be deleted, or in a database that was replaced: look it up again
             raise
 
     @property
-    def has_more(self) -> bool:
-        """Whether another batch is ready to be sent at once."""
-        return self._batch.full
-
-    @property
     def done(self) -> bool:
         """Whether nothing is left that could be sent now, nor will be."""
-        if self._batch.lines or (self.memory.artifacts and not self._files.is_given_up):
+        if self.batch.lines or (self.memory.artifacts and not self._files.is_given_up):
             return False
         return not self._unsent_ending() if self.is_draining else self._has_ended
 
@@ -160,8 +155,8 @@ class Delivery:
                 self.memory.note = f"run {old} is not in {redact(self._store.uri)} any more; its successor is {run.id}"
                 _log.warning(self.memory.note)
         if self.memory.run_id not in ("", run.id):  # what another run has acknowledged, this one has not
-            self.memory.offset, self.memory.status, self._batch = 0, "", Batch(0)
-            self._batch.fill(self._journal)
+            self.memory.offset, self.memory.status, self.batch = 0, "", Batch(0)
+            self.batch.fill(self._journal)
         self.memory.run_id = run.id
         run.log_tags(self._code_tags)
         self.memory.save()
@@ -170,7 +165,7 @@ class Delivery:
 
     def _send_batch(self, run: MlflowRun) -> None:
         """Figures first, then the status; what may take long, files, is queued."""
-        batch = self._batch
+        batch = self.batch
         os.fsync(self._journal.fileno())  # no training waits for it here; the store never knows more than the disk
         if batch.started and self.memory.status != "RUNNING":
             self._set_status(run, "RUNNING", batch.time_ms)
@@ -190,8 +185,8 @@ class Delivery:
         self._files.add(batch.artifacts)
         self.memory.offset = batch.offset
         self.memory.save()
-        self._batch = Batch(batch.offset)
-        self._batch.fill(self._journal)
+        self.batch = Batch(batch.offset)
+        self.batch.fill(self._journal)
 
     def _set_status(self, run: MlflowRun, status: str, time_ms: int) -> None:
         run.set_status(status, time_ms)
@@ -226,7 +221,7 @@ def follow(delivery: Delivery, parent: int | None = None, patience_seconds: floa
         exit_status = _try_step(delivery, retry) if retry.is_due() else None
         if delivery.is_draining and not (retry.failures or delivery.problem):
             retry.give_up_after(patience_seconds)
-        if exit_status is None and (retry.failures or not delivery.has_more):
+        if exit_status is None and (retry.failures or not delivery.batch.full):
             time.sleep(_LOOK_EVERY_SECONDS)
     return exit_status
 

@@ -35,7 +35,6 @@ class Journal:
     flushes it to the disk before it tells MLflow. Nothing here waits for MLflow, except `finish`, and that is bounded.
 
     Args:
-        folder: the run folder; made when it is not there.
         tracking_uri: see `resolve_tracking_uri`, also for errors.
         system_metrics: whether CPU, memory and GPU figures of this machine go to MLflow too.
         exit_timeout_seconds: how long `finish` waits at most until MLflow has everything.
@@ -75,11 +74,8 @@ class Journal:
     ) -> None:
         """Opens the journal, or continues the one that is there, and starts the sender.
 
-        Args:
-            params: see `flatten`. Secrets in them are masked.
-            tags: they win over the ones that every run gets.
-            artifacts: see `artifact`.
-            **run_facts: what else run.json shall hold, such as world_size.
+        For the params see `flatten`, for `artifacts` `artifact`; secrets are masked. The tags win over the ones that
+        every run gets; `run_facts` is what else run.json shall hold, such as world_size.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         attempt, self._last_steps = _read_earlier(self._files.journal)
@@ -262,11 +258,7 @@ class Journal:
 
 
 def _without_effect(method: Method) -> Method:
-    @functools.wraps(method)
-    def does_nothing(*_: Any, **__: Any) -> str:
-        return ""
-
-    return cast(Method, does_nothing)
+    return cast(Method, functools.wraps(method)(lambda *_, **__: ""))
 
 
 class NoJournal(Journal):

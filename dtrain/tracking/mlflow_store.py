@@ -60,10 +60,7 @@ class MlflowStore:
         return MlflowRun(self.client, run) if run else None
 
     def create(self, folder: Path, facts: Mapping[str, Any]) -> "MlflowRun":
-        """Creates the run of a run folder with the facts of its run.json.
-
-        Their `id` is a tag, by which the run is found where the answer to an earlier attempt was lost.
-        """
+        """Creates a run from its folder's run.json; by its `id`, a tag, it is found if an earlier answer was lost."""
         experiment = self._active_experiment(str(facts["experiment"]))
         found = self.client.search_runs([experiment], f"tags.`dtrain.id` = '{facts['id']}'", max_results=1)
         if found:
@@ -238,8 +235,7 @@ def system_monitor(uri: str) -> Any:
 
 def find(run_id: str, uri: str) -> dict[str, Any]:
     """What MLflow knows of a run, or why not, as {'error': ...}."""
-    database = sqlite_file(uri)
-    if database is not None and not database.exists():
+    if (database := sqlite_file(uri)) and not database.exists():
         return {"error": f"there is no {database}"}
     try:
         run = connect(uri).get_run(run_id)

@@ -6,10 +6,7 @@ from collections.abc import Iterator
 
 
 class Retry:
-    """Counts failures in a row, and tells from them when the next try is due and when it would come too late.
-
-    The pause after the first is doubled with each further one, up to the longest pause.
-    """
+    """Counts failures in a row, which double the pause up to the longest; tells when to try again, when to give up."""
 
     def __init__(self, first_pause_seconds: float, longest_pause_seconds: float) -> None:
         self.failures = 0  # since the last success

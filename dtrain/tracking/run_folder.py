@@ -79,10 +79,7 @@ def read_line(line: bytes) -> dict[str, Any]:
 
 
 def close_run_of(folder: Path, pid: int) -> bool:
-    """Writes into run.json how a rank 0 that is gone ended: as the journal's last line says, else FAILED.
-
-    Returns False where the run folder belongs to another process by now.
-    """
+    """Writes how a gone rank 0 ended: as the journal's last line says, else FAILED; False if another has the folder."""
     with RunFolder(folder).journal.open("rb") as journal:
         journal.seek(max(0, os.fstat(journal.fileno()).st_size - 65536))
         whole = [line for line in journal if line.endswith(b"\n")]

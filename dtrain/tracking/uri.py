@@ -14,12 +14,9 @@ _SERVERS = ("http", "https", "postgresql", "mysql", "mssql", "databricks", "data
 def resolve_tracking_uri(uri: str | None) -> str:
     """Where MLflow's data are, as an address that is good from any folder.
 
-    Args:
-        uri: of a server or a database, or a folder: a sqlite database and its artifacts are put in there. Default:
-            MLFLOW_TRACKING_URI, else sqlite in the current folder, as MLflow does.
-
-    Raises:
-        ValueError: `file:` (MLflow 3 refuses it), an unknown scheme or a database in memory; the text holds the cure.
+    It is a server's or a database's, or a folder: a sqlite database and its artifacts are put in there. Default:
+    MLFLOW_TRACKING_URI, else sqlite in the current folder, as MLflow does. Raises ValueError for `file:` (MLflow 3
+    refuses it), an unknown scheme or a database in memory; the text holds the cure.
     """
     what = "tracking URI" if uri else "MLFLOW_TRACKING_URI"
     text = str(uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db")

@@ -3,10 +3,11 @@
 from typing import Any
 
 from torch import Tensor
+from torch.distributed import DistError
 
 from dtrain.data import rng
 from dtrain.distributed.launched_rank import is_closed_for_another
-from dtrain.distributed.ranks import is_lost_rank, lost_rank
+from dtrain.distributed.ranks import is_lost_rank
 from dtrain.distributed.stop_request import StopWaiting
 from dtrain.training.setup import Parts
 from dtrain.training.state import TrainState, capture
@@ -51,7 +52,7 @@ def rescue(error: BaseException, parts: Parts, last: LastStep, state: TrainState
         Exception: Another rank has failed, and the launcher ends this one for it.
     """
     if is_closed_for_another():
-        raise error if isinstance(error, Exception) else lost_rank() from None
+        raise error if isinstance(error, Exception) else DistError("another rank has failed") from None
     if not isinstance(error, StopWaiting) and not (parts.stop and is_lost_rank(error)):
         return False
     ranks, saver = parts.ranks, parts.saver
