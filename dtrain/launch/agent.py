@@ -148,8 +148,3 @@ class Agent(LocalElasticAgent):
         with suppress(OSError, ValueError):
             status, reported_at = int(report.read_text()), report.stat().st_mtime
         return End(worker.global_rank, failure.exitcode if failure else status, reported_at)
-
-    def leave(self) -> None:
-        """Leave the rendezvous."""
-        with suppress(Exception):
-            self._worker_group.spec.rdzv_handler.shutdown()

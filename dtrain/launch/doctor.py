@@ -67,10 +67,8 @@ def judged(probe: str, found: str, *checks: tuple[bool, str, str]) -> Finding:
 def examine(config: Mapping[str, Any], as_json: bool = False) -> int:
     """Run all probes and print what they find, as lines or one JSON object; every rank calls it, rank 0 prints.
 
-    The run folder and the MLflow that are probed are those of `config`, which may be empty.
-
-    Returns:
-        The exit status, the same on every rank: 0 where nothing failed, else 1.
+    The run folder and the MLflow that are probed are those of `config`, which may be empty. Returns the exit status,
+    the same on every rank: 0 where nothing failed, else 1.
     """
     here = environment()
     node, mlflow = _alone(here, config)
@@ -301,11 +299,9 @@ def _merged(nodes: Sequence[tuple[str, Sequence[Finding]]]) -> list[Finding]:
     """One line per probe of all nodes: the first one's, or the worst with its host."""
     merged = []
     for probes in zip(*(findings for _, findings in nodes), strict=True):
-        worst = max(
-            range(len(nodes)), key=lambda number: (("ok", "warn", "fail").index(probes[number].status), -number)
-        )
-        finding = probes[worst]
-        count = sum(probe.status == finding.status for probe in probes)
+        levels = [("ok", "warn", "fail").index(probe.status) for probe in probes]
+        worst = levels.index(max(levels))
+        finding, count = probes[worst], levels.count(levels[worst])
         where = f" ({nodes[worst][0]}; {count} of {len(nodes)} nodes)" if len(nodes) > 1 else ""
         merged.append(finding._replace(found=finding.found + where))
     return merged

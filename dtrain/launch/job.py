@@ -34,10 +34,8 @@ def run_job(run_folder: Path, command: Sequence[str], requeue: str, stopped_stat
     """Run the step of a batch job: a command that takes dtrain's KEY=VALUE arguments at its end.
 
     `requeue` is the command that requeues the job, '' where the exit status alone does; `stopped_status` is the exit
-    status of a job that is to start again.
-
-    Returns:
-        The job's exit status: the training's, or 1 where another start would get no further.
+    status of a job that is to start again. Returns the job's exit status: the training's, or 1 where another start
+    would get no further.
     """
     step = Step()
     file = _starts_file(run_folder)

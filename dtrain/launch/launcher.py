@@ -141,7 +141,8 @@ class NodeRun:
         except BaseException as error:
             self.raised = error
         if self.agent:
-            self.agent.leave()
+            with suppress(Exception):
+                self.agent.get_worker_group().spec.rdzv_handler.shutdown()
 
     def shutdown_seconds(self) -> float:
         """How long ranks may take to save and end: by the last save's time, where that is known."""

@@ -104,10 +104,9 @@ def _one_batch_of_each_phase(trainer: Trainer) -> Iterator[str]:
 
 
 def _run(config: ConfigDict, action: Callable[[Trainer], bool], **options: Any) -> int:
-    """Make a trainer with these options and do something with it, which returns whether it was stopped early.
+    """Make a trainer and do something with it, which returns whether it was stopped early; returns the exit status.
 
-    Returns:
-        The exit status. After an error nothing here waits for other ranks: they may be gone.
+    After an error nothing here waits for other ranks: they may be gone.
     """
     try:
         trainer = create_trainer(config, **options)

@@ -28,11 +28,7 @@ def endpoint_of(option: str | None, nodes: int) -> tuple[str, int]:
 
 
 def is_held_here(host: str, port: int, nodes: int) -> bool:
-    """Whether the rendezvous is to be held by this process.
-
-    Raises:
-        ConfigError: By this one, but the port is taken; or there is no such host.
-    """
+    """Whether this process is to hold the rendezvous; a ConfigError where its port is taken or no such host exists."""
     try:
         addresses = {found[4][0] for found in socket.getaddrinfo(host, None)}
     except OSError as error:

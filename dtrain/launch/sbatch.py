@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-WORD = re.compile(r"[A-Za-z0-9][\w.,:@+*/()\[\]&|=-]{0,199}", re.ASCII)
-
 # The same lines stand in scripts/cluster/slurm-nodes.sbatch.
 BODY = """\
 export MLFLOW_DISABLE_TELEMETRY=true PYTHONUNBUFFERED=1
@@ -43,19 +41,17 @@ class Job(NamedTuple):
 
 
 def script(job: Job) -> str:
-    """The script.
-
-    Raises:
-        ValueError: A path that no script could hold.
-    """
+    """The script; a ValueError names a value or path that no script could hold."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", job.name).lstrip("-_.")[:60] or "dtrain"
     directives = [("job-name", name), *job.directives]
     if len(job.configs) > 1:
         directives.append(("array", f"0-{len(job.configs) - 1}"))
+    if wrong := [value for _, value in directives if not is_word(value)]:
+        raise ValueError(f"{wrong[0]!r} cannot stand in a batch script")
     lines = [
         "#!/bin/bash",
         "# Written by `dtrain submit`, for the code and the config beside it.",
-        *(f"#SBATCH --{key}={_word(value)}" for key, value in directives),
+        *(f"#SBATCH --{key}={value}" for key, value in directives),
         "#SBATCH --requeue",
         "#SBATCH --open-mode=append",
         "set -euo pipefail",
@@ -75,13 +71,7 @@ def script(job: Job) -> str:
 
 def is_word(value: Any) -> bool:
     """Whether a value can stand in a directive."""
-    return WORD.fullmatch(str(value)) is not None
-
-
-def _word(value: Any) -> str:
-    if not is_word(value):
-        raise ValueError(f"{value!r} cannot stand in a batch script")
-    return str(value)
+    return re.fullmatch(r"[A-Za-z0-9][\w.,:@+*/()\[\]&|=-]{0,199}", str(value), re.ASCII) is not None
 
 
 def _quoted(path: str | Path) -> str:

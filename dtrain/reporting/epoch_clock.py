@@ -26,11 +26,6 @@ class EpochClock:
         self._before += self.done - done
         self.epoch, self.epochs, self.steps, self.done = epoch, epochs, steps, done
 
-    def start_patches(self, patches: int) -> None:
-        """Count patches instead of steps."""
-        self.start_epoch(1, 1, patches, 0)
-        self.of_patches = True
-
     def epoch_text(self) -> str:
         """3/20, of equal length in all epochs."""
         return str(self.epoch) if self.epochs is None else f"{self.epoch:>{len(str(self.epochs))}}/{self.epochs}"

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,18 +13,10 @@ from dtrain.reporting.number_text import short_count
 Colour = tuple[int, int, int]
 
 # Okabe & Ito, "Color Universal Design", 2008: distinct for colour-blind people, too; then lighter, then darker ones.
-_DISTINCT: tuple[Colour, ...] = (
-    (230, 159, 0),
-    (86, 180, 233),
-    (0, 158, 115),
-    (240, 228, 66),
-    (0, 114, 178),
-    (204, 121, 167),
-    (213, 94, 0),
-)
-BACKGROUND: Colour = (48, 48, 48)  # class 0
+_HEX = ("e69f00", "56b4e9", "009e73", "f0e442", "0072b2", "cc79a7", "d55e00")
+_DISTINCT = [(red, green, blue) for red, green, blue in map(bytes.fromhex, _HEX)]
 PALETTE: tuple[Colour, ...] = (
-    BACKGROUND,
+    (48, 48, 48),  # class 0, mostly the background
     *_DISTINCT,
     *((round(127 + r / 2), round(127 + g / 2), round(127 + b / 2)) for r, g, b in _DISTINCT),
     *((round(r * 0.55), round(g * 0.55), round(b * 0.55)) for r, g, b in _DISTINCT),
@@ -92,7 +85,8 @@ def extent(values: np.ndarray) -> tuple[float, float]:
 
 def sheet(title: str, rows: Sequence[Sequence[Tile]], legend: Sequence[Key] = (), notes: Sequence[str] = ()) -> Any:
     """A PIL image, RGB: tiles in rows and columns under a title of one line, over a legend and notes."""
-    widths, heights = _column_widths(rows), [max(_tile_size(tile)[1] for tile in row) for row in rows]
+    widths = [max(_tile_size(tile)[0] for tile in column if tile) for column in zip_longest(*rows)]
+    heights = [max(_tile_size(tile)[1] for tile in row) for row in rows]
     inner_width = max(sum(widths) + _GAP * (len(widths) - 1), _LEAST_WIDTH - 2 * _MARGIN)
     keys = _flowed(legend, inner_width)
     lines = _TEXT_HEIGHT * (len(keys) + len(notes)) + (_GAP if keys or notes else 0)
@@ -118,9 +112,8 @@ def matrix(title: str, counts: np.ndarray, names: Sequence[str], notes: Sequence
     left = _MARGIN + 2 * _TEXT_HEIGHT + round(max(_width(name, _SMALL) for name in names))
     top = _TOP + 2 * _TEXT_HEIGHT
     side = cell * len(names)
-    below = _TEXT_HEIGHT * (1 + len(notes))
     width = max(left + side + 2 * _GAP + 100 + _MARGIN, _LEAST_WIDTH)
-    paper = _Paper(width, top + side + _GAP + below + _MARGIN, title)
+    paper = _Paper(width, top + side + _GAP + _TEXT_HEIGHT * (1 + len(notes)) + _MARGIN, title)
     paper.write((left + side / 2, top - 1.5 * _TEXT_HEIGHT), "predicted", ink=_FAINT, anchor="mm")
     paper.write_upright("true", (_MARGIN + _TEXT_HEIGHT // 2, top + side // 2))
     for row, name in enumerate(names):
@@ -233,11 +226,6 @@ def _tile_size(tile: Tile) -> tuple[int, int]:
     height, width = (0, 0) if tile.pixels is None else (tile.pixels.shape[0] + 2, tile.pixels.shape[1] + 2)
     lines = tile.title.split("\n")
     return max(width, round(_width(tile.title, _TEXT) + 0.5)), _TEXT_HEIGHT * len(lines) + 4 + height
-
-
-def _column_widths(rows: Sequence[Sequence[Tile]]) -> list[int]:
-    count = max((len(row) for row in rows), default=0)
-    return [max(_tile_size(row[column])[0] for row in rows if column < len(row)) for column in range(count)]
 
 
 def _flowed(legend: Sequence[Key], width: float) -> list[list[tuple[float, Key]]]:

@@ -1,6 +1,7 @@
 """What a person is told of a run while it lasts: lines in pipes and log files; `terminal_progress` adds a bar."""
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator, Mapping
 from time import perf_counter
@@ -8,17 +9,45 @@ from typing import TextIO
 
 from dtrain.reporting.epoch_clock import EpochClock
 from dtrain.reporting.number_text import figure_texts, without_phase
-from dtrain.reporting.safe_stream import SafeStream
 
 REFRESH_SECONDS = 0.5  # between two looks at the clock by `step`
 LINE_SECONDS = 30.0  # between two lines of a prediction
 
 
-class Progress:
-    """Lines with a time stamp, one per log step, evaluation and note; without a stream it is silent.
+class SafeStream:
+    """Writes to a stream, and drops what it refuses: a full disk, a reader that has gone away, a missing letter."""
 
-    Each is flushed, so a kill loses none.
-    """
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.encoding = stream.encoding or "utf-8"
+
+    def write(self, text: str) -> int:
+        """Writes what the stream's encoding can express, and the rest as escapes."""
+        with self._errors_dropped():
+            self._stream.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        """Write out what is buffered."""
+        with self._errors_dropped():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _errors_dropped(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            # The reader has gone (`| head`). Python would fail once more when it flushes at exit: exit status 120.
+            with contextlib.suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)
+        except (OSError, ValueError):
+            pass  # no space left for a log, a terminal that hung up, a closed stream
+
+
+class Progress:
+    """Lines with a time stamp, each flushed so that a kill loses none; without a stream it is silent."""
 
     def __init__(self, *streams: TextIO) -> None:
         self._streams = [SafeStream(stream) for stream in streams]
@@ -40,15 +69,13 @@ class Progress:
         self._write_facts(facts)
 
     def start_epoch(self, epoch: int, epochs: int | None, steps: int, done: int = 0) -> None:
-        """Count the optimizer steps of an epoch, from 1 on, of which an earlier run has done some.
-
-        `epochs` is how many there will be; None if something else ends the training.
-        """
+        """Count the steps of an epoch (from 1 on), some of them done; `epochs` None: something else ends the run."""
         self._clock.start_epoch(epoch, epochs, steps, done)
 
     def start_patches(self, patches: int) -> None:
         """Count the patches of a prediction rather than steps; a line now and then says how many are done."""
-        self._clock.start_patches(patches)
+        self._clock.start_epoch(1, 1, patches, 0)
+        self._clock.of_patches = True
         self._next_line = perf_counter() + LINE_SECONDS
 
     def step(self) -> None:
@@ -76,7 +103,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """A text of one line or several, with a time stamp before each of them."""
-        self._write_lines(text)
+        self._write(text)
 
     def end_epoch(self) -> None:
         """The epoch is over; its last figures have been written."""
@@ -89,14 +116,11 @@ class Progress:
         """Give back what is held of the terminal; may be called again, and notes may follow."""
 
     def _write_facts(self, facts: Mapping[str, str]) -> None:
-        self._write_lines("\n".join(f"{name}: {value}" for name, value in facts.items()))
-
-    def _write_lines(self, text: str) -> None:
-        for line in text.splitlines():
-            self._write(line)
+        self._write("\n".join(f"{name}: {value}" for name, value in facts.items()))
 
     def _write(self, *texts: str) -> None:
-        line = "  ".join([time.strftime("%Y-%m-%d %H:%M:%S"), *filter(None, texts)]) + "\n"
-        for stream in self._streams:
-            stream.write(line)
-            stream.flush()
+        for line in "  ".join(filter(None, texts)).splitlines():
+            stamped = "  ".join(filter(None, (time.strftime("%Y-%m-%d %H:%M:%S"), line))) + "\n"
+            for stream in self._streams:
+                stream.write(stamped)
+                stream.flush()

@@ -12,7 +12,6 @@ _SIDES = {2: 320, 3: 208}  # the longest side of a tile, in pixels, that small i
 _LONGEST = 512  # larger images are made smaller
 _MOST_CHANNELS = 4  # of a target, that are drawn
 _MOST_CLASSES = 24  # in a legend
-_AXES = ("z", "y", "x")
 _WHITE = (255, 255, 255)
 _CONTRAST = 0.35  # how much of the input's is left under the errors
 _ERROR_PIXEL, _LIGHT_GRAY = np.array(ERROR, dtype=np.uint8), np.uint8(245)
@@ -80,8 +79,8 @@ def compared(target: np.ndarray, output: np.ndarray) -> list[View]:
     if len(target) == len(output) + 1:  # a label that rides along behind the targets, for metrics
         target = target[:-1]
     several = len(output) > 1
-    if several and len(target) == len(output) and _is_one_hot(target):
-        target = target.argmax(axis=0)[None]
+    if several and len(target) == len(output) and np.isin(target, (0, 1)).all() and (target.sum(axis=0) == 1).all():
+        target = target.argmax(axis=0)[None]  # it was one-hot
     if several and len(target) == 1 and _are_integers(target):
         return [_of_classes("", target[0], output.argmax(axis=0), len(output))]
     if len(target) != len(output):
@@ -92,10 +91,6 @@ def compared(target: np.ndarray, output: np.ndarray) -> list[View]:
 
 def _are_integers(values: np.ndarray) -> bool:
     return not np.issubdtype(values.dtype, np.floating) or np.array_equal(values, np.round(values))
-
-
-def _is_one_hot(target: np.ndarray) -> bool:
-    return bool(np.isin(target, (0, 1)).all() and (target.sum(axis=0) == 1).all())
 
 
 def _of_classes(name: str, target: np.ndarray, prediction: np.ndarray, classes: int) -> View:
@@ -126,7 +121,7 @@ def _planes(views: Sequence[View]) -> list[tuple[str, tuple[int | slice, ...]]]:
     labels = (view.target > 0 for view in views if view.ignored is not None)
     foreground = reduce(np.logical_or, labels, np.zeros(shape, dtype=bool))
     planes = []
-    for axis, name in enumerate(_AXES):
+    for axis, name in enumerate("zyx"):
         voxels = np.moveaxis(foreground, axis, 0).sum(axis=(1, 2))
         fullest = np.flatnonzero(voxels == voxels.max())
         chosen = int(fullest[np.abs(fullest - shape[axis] // 2).argmin()])
@@ -142,12 +137,11 @@ def _row(name: str, image: np.ndarray | None, view: View, index: tuple[int | sli
     title = ", ".join(filter(None, ("target", view.name, "" if input_tiles else name)))
     plane = view.at(index)
     if plane.ignored is None:
-        return [*input_tiles, *_value_tiles(title, plane, extent(view.target), shape)]
+        return [*input_tiles, *_value_tiles(title, plane, shape, *extent(view.target))]
     return [*input_tiles, *_class_tiles(title, plane, ground, shape)]
 
 
-def _value_tiles(title: str, plane: View, limits: tuple[float, float], shape: tuple[int, ...]) -> list[Tile]:
-    low, high = limits
+def _value_tiles(title: str, plane: View, shape: tuple[int, ...], low: float, high: float) -> list[Tile]:
     highest = float(np.max(plane.error, initial=0.0, where=np.isfinite(plane.error)))
     return [
         Tile(f"{title} [{low:.3g}, {high:.3g}]", gray(_fitted(plane.target, shape), low, high)),

@@ -1,7 +1,6 @@
 """What is said about a run before its first and after its last step, in words; `progress` shows it."""
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,11 +10,6 @@ from dtrain.reporting.number_text import duration_text
 def model_line(name: str, total: int, trained: int) -> str:
     """'ViT, 68,946 parameters'; with how many of them are trained, unless all are."""
     return f"{name}, {total:,} parameters" + (f" ({trained:,} trained)" if trained != total else "")
-
-
-def data_line(sizes: Mapping[str, int]) -> str:
-    """'train 1,257, val 270, test 270 samples'."""
-    return ", ".join(f"{phase} {size:,}" for phase, size in sizes.items()) + " samples"
 
 
 def summary_table(
@@ -46,8 +40,3 @@ def prediction_lines(
     where = str(files[0]) if len(files) == 1 else f"{len(files):,} files in {files[0].parent}"
     earlier = len(files) - made
     return [*lines, f"predictions: {where}" + (f" ({earlier:,} of them from an earlier start)" if earlier else "")]
-
-
-def default_run_name(experiment: str) -> str:
-    """The experiment and a time stamp."""
-    return f"{experiment}-{time.strftime('%Y%m%d-%H%M%S')}"

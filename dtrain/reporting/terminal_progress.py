@@ -7,8 +7,7 @@ from time import perf_counter
 from typing import Any, TextIO
 
 from dtrain.reporting.number_text import count_text, duration_text, figure_text, figure_texts, without_phase
-from dtrain.reporting.progress import REFRESH_SECONDS, Progress
-from dtrain.reporting.safe_stream import SafeStream
+from dtrain.reporting.progress import REFRESH_SECONDS, Progress, SafeStream
 
 BAR_COLUMNS = (6, 40)  # at least, at most
 
@@ -77,7 +76,7 @@ class TerminalProgress(Progress):
         self._step = step
         self._trained.update(figures)
         # So that a long evaluation stands under a full bar; an epoch shorter than a refresh needs no such care.
-        if self._clock.done >= self._clock.steps and self._row_seconds() > REFRESH_SECONDS:
+        if self._clock.done >= self._clock.steps and perf_counter() - self._row_start[0] > REFRESH_SECONDS:
             self._live.refresh()
 
     def evaluation(self, phase: str, step: int, figures: Mapping[str, float], best: bool = False) -> None:
@@ -145,7 +144,9 @@ class TerminalProgress(Progress):
             self._print_row(dict.fromkeys(self._evaluated, ""))
 
     def _print_row(self, evaluated: Mapping[str, str], best: bool = False) -> None:
-        """What has happened since the last row."""
+        """What has happened since the last row, and above it the columns' names when they have changed."""
+        from rich.text import Text
+
         trained = self._trained
         cells = {"epoch": self._clock.epochs_done_text(), "step": f"{self._step:,}"}
         if "train/loss" in trained:
@@ -153,15 +154,7 @@ class TerminalProgress(Progress):
         cells |= evaluated
         if "samples_per_second" in trained:
             cells["samples/s"] = count_text(trained["samples_per_second"])
-        cells |= {"time": duration_text(self._row_seconds()), "": "best" if best else ""}
-        self._print_cells(cells)
-        self._row_is_due = False
-        self._row_start = (perf_counter(), self._clock.counted)
-
-    def _print_cells(self, cells: Mapping[str, str]) -> None:
-        """A row of the table, and above it the columns' names when they are not those of the row before."""
-        from rich.text import Text
-
+        cells |= {"time": duration_text(perf_counter() - self._row_start[0]), "": "best" if best else ""}
         columns = _fitting_columns(cells, self._console.width)
         if columns != self._columns:
             self._columns = columns
@@ -172,9 +165,8 @@ class TerminalProgress(Progress):
             row.append("  " if row else "")
             row.append(_aligned(name, cells[name], cells[name]), _style(name, cells[name]))
         self._console.print(row)
-
-    def _row_seconds(self) -> float:
-        return perf_counter() - self._row_start[0]
+        self._row_is_due = False
+        self._row_start = (perf_counter(), self._clock.counted)
 
     def _bar(self) -> Any:
         from rich.text import Text

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -222,7 +223,7 @@ def _start(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks, package
     """Where to begin, decided by rank 0: what one rank sees on a disk, another may not yet."""
     base = Path(package or ".")
     folder = (base.parent if base.is_file() else base) / run_folder(config)
-    run_name = config.get("run_name") or report.default_run_name(config.get("experiment") or "run")
+    run_name = config.get("run_name") or f"{config.get('experiment') or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
     uri = config.mlflow.get("tracking_uri") if config.get("mlflow") else None
     is_restart = environment().restarts > 0
     try:
@@ -312,7 +313,7 @@ def _table(config: ConfigDict, options: Mapping[str, Any], parts: Parts, steps: 
              for phase, loader in parts.loaders._asdict().items() if loader is not None}  # fmt: skip
     table = {
         "model": report.model_line(str(config.model.name), *parameter_count(parts.trainables.module)),
-        "data": report.data_line(sizes),
+        "data": ", ".join(f"{phase} {size:,}" for phase, size in sizes.items()) + " samples",
         "global batch": f"{train.global_batch} = {train.shard.batch_size} x {ranks.world_size} rank(s)"
         + (f" x {train.accumulate} accumulated" if train.accumulate > 1 else ""),
         "steps": f"{train.steps():,} per epoch, {steps:,} in all",
