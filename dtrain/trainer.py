@@ -374,22 +374,17 @@ class Trainer:
                 return False
             state.validated_step, state.score = state.step, figures.get(self.monitor)
             if state.score is None:
-                known = ", ".join(figures)
-                raise KeyError(f"trainer.monitor is {self.monitor!r}, but the validation gives {known}")
-            is_best = self._count_score(state.score)
+                raise KeyError(f"trainer.monitor is {self.monitor!r}, but the validation gives {', '.join(figures)}")
+            better = state.best is None or (
+                state.score > state.best if self.mode == "max" else state.score < state.best
+            )
+            is_best = better and math.isfinite(state.score)
+            state.bad_validations = 0 if is_best else state.bad_validations + 1
+            state.best = state.score if is_best else state.best
             self.progress.evaluation("val", state.step, figures, is_best)
             self.schedule.tick("validation", state.score)
             self._judge_patience()
         return True
-
-    def _count_score(self, score: float) -> bool:
-        """Whether it is the best so far; how many validations were not."""
-        state = self.state
-        better = state.best is None or (score > state.best if self.mode == "max" else score < state.best)
-        is_best = better and math.isfinite(score)
-        state.bad_validations = 0 if is_best else state.bad_validations + 1
-        state.best = score if is_best else state.best
-        return is_best
 
     def _judge_patience(self) -> None:
         """End the training where too many validations have brought no new best."""
@@ -500,12 +495,7 @@ class Trainer:
                 saver.mark_saved(state.place)
 
     def _check_that_it_can_be_saved(self) -> None:
-        """A full disk, or a state that could not be loaded again, should show now rather than after the first epoch.
-
-        Raises:
-            CheckpointError: It would not work.
-            RuntimeError: The ranks' weights are not the same.
-        """
+        """A full disk, or a state that could not be loaded again, should show now rather than after the first epoch."""
         with self.activity.during("saving"):
             values, weights, ema = capture(self.state, self.trainables, self.ranks, self.parts.seed)
             if self.ranks.is_main:

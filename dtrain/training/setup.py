@@ -142,10 +142,8 @@ def _ranks(config: ConfigDict, options: Mapping[str, Any], purpose: str) -> tupl
 
 def _tests_volumes(config: ConfigDict, loaders: Loaders) -> bool:
     """Whether a test measures whole volumes."""
-    if config.get("predictor") is None or loaders.test is None:
-        return False
-    dataset: Any = loaders.test.dataset  # wraps the user's own
-    return hasattr(dataset.dataset, "volumes")
+    test: Any = loaders.test  # its dataset wraps the user's own
+    return config.get("predictor") is not None and test is not None and hasattr(test.dataset.dataset, "volumes")
 
 
 def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, sender: "Popen[bytes] | None") -> None:
@@ -176,11 +174,7 @@ def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, 
 
 
 def _fsdp(config: ConfigDict, options: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The options of sharding the model; None where it is not.
-
-    Raises:
-        ConfigError: They, or other settings, do not go with it.
-    """
+    """The options of sharding the model; None where it is not. A ConfigError says what does not go with it."""
     asked_by_launcher = launcher_strategy()
     strategy = options["strategy"] or asked_by_launcher or "ddp"
     if mistakes := strategy_mistakes(config, {**options, "strategy": strategy}):
