@@ -63,10 +63,8 @@ def reported(evidence: Evidence) -> Iterator[None]:
     """Tell an error that comes from inside as a card; a second Ctrl-C is none."""
     try:
         yield
-    except KeyboardInterrupt:
-        raise
     except BaseException as error:
-        for line in report(evidence, error):
+        for line in [] if isinstance(error, KeyboardInterrupt) else report(evidence, error):
             evidence.parts.progress.note(line)
         raise
 

@@ -5,7 +5,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from subprocess import Popen
+from typing import Any, Literal
 
 import torch
 from ml_collections import ConfigDict
@@ -46,9 +47,6 @@ from dtrain.training.optimizer import get_optimizer
 from dtrain.training.schedule import end_points, get_lr_scheduler
 from dtrain.training.state import FORMAT, Trainables
 
-if TYPE_CHECKING:
-    from subprocess import Popen
-
 
 @dataclass
 class Parts:
@@ -79,7 +77,7 @@ class Parts:
 def make_parts(
     config: ConfigDict,
     package: str | Path | None,
-    sender: "Popen[bytes] | None",
+    sender: Popen[bytes] | None,
     purpose: Literal["train", "test", "predict"],
 ) -> Parts:
     """Build model, loaders, loss, metrics, optimizer and scheduler as the config, already checked, names them.
@@ -146,7 +144,7 @@ def _tests_volumes(config: ConfigDict, loaders: Loaders) -> bool:
     return config.get("predictor") is not None and test is not None and hasattr(test.dataset.dataset, "volumes")
 
 
-def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, sender: "Popen[bytes] | None") -> None:
+def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, sender: Popen[bytes] | None) -> None:
     """Add what only a training needs: what is trained, the journal, and the checkpoint to resume from."""
     ranks, start, train = parts.ranks, parts.start, parts.loaders.train
     assert train is not None
@@ -250,10 +248,9 @@ def _load_pre_trained(
     path = rules.pop("path")
     try:
         lines = take_over(module, load_weights(Path(path)), **rules)
-    except (CheckpointError, OSError) as error:
-        raise refused(config, ("trainer", "pre_trained"), str(error)) from error
-    except ValueError as error:
-        raise refused(config, ("trainer", "pre_trained"), f"{path} {error}") from error
+    except (CheckpointError, OSError, ValueError) as error:
+        text = str(error) if isinstance(error, CheckpointError | OSError) else f"{path} {error}"
+        raise refused(config, ("trainer", "pre_trained"), text) from error
     for line in [f"{path}: {len(lines)} entries were not taken over", *lines] if lines else []:
         say(line)
 
