@@ -38,8 +38,7 @@ class Metrics:
         """
         if self._metrics is None:
             with rng.untouched():  # a metric with a network of its own draws weights; when it is made must not matter
-                metrics = {name: make_one() for name, make_one in self._makers.items()}
-            self._metrics = {name: self._adapted(name, metric) for name, metric in metrics.items()}
+                self._metrics = {name: self._adapted(name, make_one()) for name, make_one in self._makers.items()}
         return self._metrics
 
     def higher_is_better(self, name: str) -> bool | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +13,6 @@ from dtrain.config.build import build
 from dtrain.config.errors import mark_section
 from dtrain.config.schema import refused
 from dtrain.data import batch as batches
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def get_model(config: ConfigDict) -> torch.nn.Module:
@@ -37,32 +36,22 @@ class Outcome(NamedTuple):
     target: Any
 
 
+@dataclass(eq=False)
 class Forward:
-    """How a model is called with a batch of any form, in the precision asked for.
+    """How a model is called with a batch of any form, in the precision asked for; the weights stay float32."""
 
-    Args:
-        module: The bare model, whose signature tells how inputs are passed.
-        device: Where the batch is moved.
-        precision: fp32 | bf16 | fp16: of the forward pass and the loss, by torch.autocast; weights stay float32.
-        input_key: Which entry of a dict batch is the input; see `data.batch.split`.
-        target_key: Which entry of a dict batch is the target.
-        criterion: `criterion(output, target)` gives the loss and its terms; not needed to predict.
-    """
+    module: nn.Module  # the bare model, whose signature tells how inputs are passed
+    device: torch.device  # where the batch is moved
+    precision: str = "fp32"  # fp32 | bf16 | fp16: of the forward pass and the loss, by torch.autocast
+    input_key: str | None = None  # which entry of a dict batch is the input; see `data.batch.split`
+    target_key: str | None = None  # which is the target
+    # Of output and target: the loss and its terms; not needed to predict.
+    criterion: Callable[[Any, Any], tuple[Tensor, Mapping[str, Tensor]]] | None = None
 
-    def __init__(
-        self,
-        module: nn.Module,
-        device: torch.device,
-        precision: str = "fp32",
-        input_key: str | None = None,
-        target_key: str | None = None,
-        criterion: Callable[[Any, Any], tuple[Tensor, Mapping[str, Tensor]]] | None = None,
-    ) -> None:
-        self.module, self.device, self.criterion = module, device, criterion
-        self.input_key, self.target_key = input_key, target_key
-        self._is_on_cpu = device.type == "cpu"
-        dtype = DTYPES.get(precision)
-        self._autocast: Any = nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+    def __post_init__(self) -> None:
+        self._is_on_cpu = self.device.type == "cpu"
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        self._autocast: Any = nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
         self._form: batches.Form | None = None  # of the inputs, once a batch was seen
 
     def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, Mapping[str, Tensor], Outcome]:

@@ -7,7 +7,8 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from subprocess import Popen
+from typing import Any, Literal
 
 import torch
 from ml_collections import ConfigDict
@@ -39,16 +40,13 @@ from dtrain.training.state import Activity, TrainState, capture, restore
 from dtrain.training.throughput import Throughput
 from dtrain.training.watchdog import watchdog
 
-if TYPE_CHECKING:
-    from subprocess import Popen
-
 _tensor = functools.lru_cache(torch.tensor)  # of a batch's weight, of which there are few different ones
 
 
 def create_trainer(
     config: ConfigDict | Mapping[str, Any],
     package: str | Path | None = None,
-    sender: "Popen[bytes] | None" = None,
+    sender: Popen[bytes] | None = None,
     purpose: Literal["train", "test", "predict"] = "train",
 ) -> "Trainer":
     """Build model, loaders, loss, metrics, optimizer and scheduler as the config names them, and a trainer of them.
@@ -372,24 +370,18 @@ class Trainer:
             figures = self.evaluate("val")
             if state.stopped:
                 return False
-            state.validated_step, state.score = state.step, figures.get(self.monitor)
-            if state.score is None:
-                known = ", ".join(figures)
-                raise KeyError(f"trainer.monitor is {self.monitor!r}, but the validation gives {known}")
-            is_best = self._count_score(state.score)
+            score = figures.get(self.monitor)
+            state.validated_step, state.score = state.step, score
+            if score is None:
+                raise KeyError(f"trainer.monitor is {self.monitor!r}, but the validation gives {', '.join(figures)}")
+            better = state.best is None or (score > state.best if self.mode == "max" else score < state.best)
+            is_best = better and math.isfinite(score)
+            state.bad_validations = 0 if is_best else state.bad_validations + 1
+            state.best = score if is_best else state.best
             self.progress.evaluation("val", state.step, figures, is_best)
-            self.schedule.tick("validation", state.score)
+            self.schedule.tick("validation", score)
             self._judge_patience()
         return True
-
-    def _count_score(self, score: float) -> bool:
-        """Whether it is the best so far; how many validations were not."""
-        state = self.state
-        better = state.best is None or (score > state.best if self.mode == "max" else score < state.best)
-        is_best = better and math.isfinite(score)
-        state.bad_validations = 0 if is_best else state.bad_validations + 1
-        state.best = score if is_best else state.best
-        return is_best
 
     def _judge_patience(self) -> None:
         """End the training where too many validations have brought no new best."""
@@ -500,12 +492,7 @@ class Trainer:
                 saver.mark_saved(state.place)
 
     def _check_that_it_can_be_saved(self) -> None:
-        """A full disk, or a state that could not be loaded again, should show now rather than after the first epoch.
-
-        Raises:
-            CheckpointError: It would not work.
-            RuntimeError: The ranks' weights are not the same.
-        """
+        """A full disk, or a state that could not be loaded again, should show now rather than after the first epoch."""
         with self.activity.during("saving"):
             values, weights, ema = capture(self.state, self.trainables, self.ranks, self.parts.seed)
             if self.ranks.is_main:

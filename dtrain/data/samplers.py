@@ -41,10 +41,6 @@ class ShuffledShard:
     def __len__(self) -> int:
         return -(-(self.end(self.start) - self.start) // self.global_batch)
 
-    def for_rank(self, rank: int, world_size: int, batch_size: int) -> "ShuffledShard":
-        """The shard of the same data that another rank, of another number of ranks, has or had."""
-        return replace(self, rank=rank, world_size=world_size, batch_size=batch_size)
-
     def batches_from(self, epoch: int, start: int, count: int) -> list[list[int]]:
         """The samples of this rank's next few batches, from a position of an epoch on."""
         shard = replace(self, epoch=epoch, start=start)

@@ -56,10 +56,8 @@ class SeededBatches(Dataset):
 
     def __init__(self, dataset: Any, seed: int, collate: Callable[[list[Any]], Any] | None) -> None:
         self.dataset, self.seed, self.collate = dataset, seed, collate or default_collate
-        declared = getattr(dataset, "random", None)
-        self.random: bool | None = declared if isinstance(declared, bool) else None
-        if collate is not None and self.random is False:
-            self.random = None  # the dataset speaks for its items alone
+        declared = getattr(dataset, "random", None)  # the dataset speaks for its items alone, not for `collate`
+        self.random: bool | None = declared if declared is True or (declared is False and collate is None) else None
         # A class derived from TensorDataset may well transform its items.
         self.tensors = dataset.tensors if type(dataset) is TensorDataset and collate is None else None
 

@@ -24,7 +24,6 @@ class Grid:
 
     Args:
         shape: Extent of the volume, (D, H, W) or (H, W).
-        patch: Extent of a patch.
         stride: From one start to the next, at most the patch's extent.
         blend: How a patch counts: `constant`: everywhere alike; `gaussian`: by exp(-x^2 / 2 sigma^2) along each axis,
             x voxels from its middle, sigma an eighth of its length (Isensee et al., nnU-Net, Nature Methods 2021).

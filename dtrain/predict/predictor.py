@@ -72,17 +72,14 @@ class Predictor:
 
     def __post_init__(self) -> None:
         labels, dtype = self.choice.labels, self.dtype or ""
+        has_integer_logits = not labels and "uint" in dtype and self.activation == "none"
+        measures_instances = self.instances and self.performance_metric
+        lacks_lzf = self.compression == "lzf" and self.format not in (None, "hdf5")
         contradictions = {
             "dtype: labels need an integer type; possible: uint8, uint16, uint32": labels and "float" in dtype,
-            "dtype: an integer type can hold probabilities, but not what activation: none gives": (
-                not labels and "uint" in dtype and self.activation == "none"
-            ),
-            "performance_metric: compares classes, not numbered instances; remove one of them": (
-                self.instances and self.performance_metric
-            ),
-            "compression: lzf is for HDF5 only; possible for other formats: gzip": (
-                self.compression == "lzf" and self.format not in (None, "hdf5")
-            ),
+            "dtype: an integer type can hold probabilities, but not what activation: none gives": has_integer_logits,
+            "performance_metric: compares classes, not numbered instances; remove one of them": measures_instances,
+            "compression: lzf is for HDF5 only; possible for other formats: gzip": lacks_lzf,
         }
         for message, applies in contradictions.items():
             if applies:

@@ -39,12 +39,10 @@ class Choice(NamedTuple):
         Raises:
             ConfigError: There is no such channel, or several channels where one is needed.
         """
+        if self.channel is not None and self.channel >= len(planes):
+            text = f"is {self.channel}, but the model has {len(planes)} channel(s); possible: 0 to {len(planes) - 1}"
+            raise ConfigError(f"predictor.prediction_channel {text}")
         if self.channel is not None:
-            if self.channel >= len(planes):
-                text = (
-                    f"is {self.channel}, but the model has {len(planes)} channel(s); possible: 0 to {len(planes) - 1}"
-                )
-                raise ConfigError(f"predictor.prediction_channel {text}")
             planes = planes[self.channel : self.channel + 1]
         if self.instances == "inverted":
             if len(planes) > 1:

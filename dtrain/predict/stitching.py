@@ -27,20 +27,17 @@ class Run(NamedTuple):
 
 
 Patch = tuple[Run, int]  # for which run, and the patch's index in the volume's grid
+Activation = Callable[[Tensor], Tensor]  # makes predictions of logits (N, K, ...)
 
 
 def stitched(
-    source: Source,
-    runs: Iterable[Run],
-    inference: Inference,
-    batch_size: int,
-    activation: Callable[[Tensor], Tensor] | None = None,
+    source: Source, runs: Iterable[Run], inference: Inference, batch_size: int, activation: Activation | None = None
 ) -> Iterator[tuple[Run, Iterator[tuple[int, np.ndarray]]]]:
     """Predict runs, one after another.
 
     Patches are read ahead across the borders of runs, which are each volume's in ascending order. Small images are
     predicted several at once; the batches of a volume with several patches are the same whatever part of it a run is,
-    so its result is, too, bit for bit. `activation` makes predictions of logits (N, K, ...), which stay without it.
+    so its result is, too, bit for bit. Without `activation` logits stay as they are.
     After each batch, the inference may raise `StoppedError`.
 
     Yields:
@@ -109,11 +106,7 @@ def _delayed(items: Iterable[Any], count: int) -> Iterator[Any]:
 
 @torch.inference_mode()
 def _predicted(
-    images: Tensor,
-    request: list[Patch],
-    source: Source,
-    inference: Inference,
-    activation: Callable[[Tensor], Tensor] | None,
+    images: Tensor, request: list[Patch], source: Source, inference: Inference, activation: Activation | None
 ) -> tuple[Tensor, Any]:
     """A batch's predictions on the CPU without their halos; from a GPU they have arrived at the event beside them."""
     volume = request[0][0].volume

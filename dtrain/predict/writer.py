@@ -92,10 +92,9 @@ class VolumeWriter:
     def result(self, stopped: bool) -> Result:
         """What there is at the end; how many files are new is known to the main rank."""
         files = [task.file for task in self.tasks if task.file.path.exists()]
-        scores = {file.path.name: file.record().get("scores") for file in files}
+        scores = {file.path.name: values for file in files if (values := file.record().get("scores"))}
         made = len(self.finished) - sum(task.is_finished for task in self.tasks)
-        measured = {name: values for name, values in scores.items() if values}
-        return Result([file.path for file in files], made, stopped, measured, self.predictor.performance_metric or "")
+        return Result([file.path for file in files], made, stopped, scores, self.predictor.performance_metric or "")
 
 
 def cut(chunks: Iterator[tuple[int, np.ndarray]], slabs: list[Slab]) -> Iterator[Iterator[np.ndarray]]:

@@ -37,12 +37,8 @@ class Evidence:
     def keep_step(self, exact: bool, timeout_seconds: float) -> str:
         """Keep the step at work, to be replayed: every rank leaves its random numbers, rank 0 writes.
 
-        Args:
-            exact: Whether the weights are those of before the step.
-            timeout_seconds: How long to wait for the others' random numbers.
-
-        Returns:
-            Why the step cannot be replayed; empty where it can, or where rank 0 says it.
+        `exact`: the weights are those of before the step. `timeout_seconds`: to wait for the others' random numbers.
+        Returns why the step cannot be replayed; empty where it can, or where rank 0 says it.
         """
         ranks, loader = self.parts.ranks, self.parts.loaders.train
         if ranks.strategy.is_sharded:

@@ -27,38 +27,32 @@ OTHERS_SECONDS = 3.0  # so long rank 0 waits for the word of the rank that faile
 NUMBERS_SECONDS = 2.0  # and for the others' random numbers, where it failed itself
 _MOST_SAMPLES = 64
 STEP_PHASES = ("forward", "backward", "optimizer step", "logging")  # these can be repeated
-_CURES = (
-    (r"out of memory|OutOfMemory", "lower loaders.batch_size and raise trainer.accumulate; trainer.precision=bf16"),
-    (
-        r"can't allocate memory|Cannot allocate memory|MemoryError|bad_alloc",
-        "out of host memory: lower loaders.num_workers, loaders.prefetch_factor or loaders.batch_size",
+_CURES = {  # by what the error says; the first that applies
+    r"out of memory|OutOfMemory": "lower loaders.batch_size and raise trainer.accumulate; trainer.precision=bf16",
+    r"can't allocate memory|Cannot allocate memory|MemoryError|bad_alloc": (
+        "out of host memory: lower loaders.num_workers, loaders.prefetch_factor or loaders.batch_size"
     ),
-    (
-        r"killed by signal: Killed|killed by signal: Terminated|(?s:multiprocessing.*(ConnectionResetError|EOFError))",
-        "a loader worker was killed, most often for lack of memory: lower loaders.num_workers or prefetch_factor",
+    r"killed by signal: Killed|killed by signal: Terminated|(?s:multiprocessing.*(ConnectionResetError|EOFError))": (
+        "a loader worker was killed, most often for lack of memory: lower loaders.num_workers or prefetch_factor"
     ),
-    (
-        r"shared memory|Bus error|/dev/shm",
-        "too little shared memory for loader workers: docker run --shm-size=8g, or loaders.num_workers=0",
+    r"shared memory|Bus error|/dev/shm": (
+        "too little shared memory for loader workers: docker run --shm-size=8g, or loaders.num_workers=0"
     ),
-    (
-        r"DataLoader worker .* exited|killed by signal",  # torch does not always see the signal
-        "a loader worker died: lower loaders.num_workers if memory was short; loaders.num_workers=0 shows other causes",
+    r"DataLoader worker .* exited|killed by signal": (  # torch does not always see the signal
+        "a loader worker died: lower loaders.num_workers if memory was short; loaders.num_workers=0 shows other causes"
     ),
-    (r"Expected to have finished reduction", "trainer.ddp.find_unused_parameters=true, or use these parameters"),
-    (
-        r"NonFiniteError|not finite",
+    r"Expected to have finished reduction": "trainer.ddp.find_unused_parameters=true, or use these parameters",
+    r"NonFiniteError|not finite": (
         "dtrain replay RUN_FOLDER repeats the step; a lower optimizer.lr, trainer.clip_grad_norm=1, "
-        "trainer.on_nonfinite=skip",
+        "trainer.on_nonfinite=skip"
     ),
-    (r"Expected more than 1 value per channel", "BatchNorm needs 2 samples per rank: loaders.train.drop_last=true"),
-    (
-        r"device-side assert|out of bounds|Target \d+ is out",
-        "a label is outside the model's classes: compare the labels with the number of outputs",
+    r"Expected more than 1 value per channel": "BatchNorm needs 2 samples per rank: loaders.train.drop_last=true",
+    r"device-side assert|out of bounds|Target \d+ is out": (
+        "a label is outside the model's classes: compare the labels with the number of outputs"
     ),
-    (r"No space left", "the disk is full: free some space and start again"),
-    (r"Timed out|[Tt]imeout", "another rank did not come: look at its log; trainer.ddp.timeout_seconds"),
-)
+    r"No space left": "the disk is full: free some space and start again",
+    r"Timed out|[Tt]imeout": "another rank did not come: look at its log; trainer.ddp.timeout_seconds",
+}
 _CURE_OF_SILENCE = (
     "a process that is killed says nothing: most often the machine's memory was full (dmesg), or a node is gone"
 )
@@ -69,10 +63,8 @@ def reported(evidence: Evidence) -> Iterator[None]:
     """Tell an error that comes from inside as a card; a second Ctrl-C is none."""
     try:
         yield
-    except KeyboardInterrupt:
-        raise
     except BaseException as error:
-        for line in report(evidence, error):
+        for line in [] if isinstance(error, KeyboardInterrupt) else report(evidence, error):
             evidence.parts.progress.note(line)
         raise
 
@@ -80,8 +72,7 @@ def reported(evidence: Evidence) -> Iterator[None]:
 def report(evidence: Evidence, error: BaseException) -> list[str]:
     """Tell the other ranks how this one failed; on rank 0 write failure.json for the first that did.
 
-    Returns:
-        The lines of the card, on rank 0; else none. Nothing is raised: the error itself must be seen.
+    Returns the card's lines on rank 0, none elsewhere. Nothing is raised: the error itself must be seen.
     """
     ranks, mailbox, folder = evidence.parts.ranks, evidence.parts.ranks.mailbox, evidence.parts.start.folder
     problem = ""
@@ -170,7 +161,7 @@ def _note(evidence: Evidence, error: BaseException, consequence: bool) -> dict[s
         "config": f"{section} ({place})" if place else "",
         "samples": evidence.samples(error)[:_MOST_SAMPLES],
         "memory": memory_text(),
-        "cure": next((cure for pattern, cure in _CURES if re.search(pattern, text)), ""),
+        "cure": next((cure for pattern, cure in _CURES.items() if re.search(pattern, text)), ""),
         "traceback": text,
         "consequence": consequence,
         "bad_loss": not bool(torch.isfinite(state.sums["loss"])),

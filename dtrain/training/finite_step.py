@@ -46,8 +46,7 @@ class FiniteStep:
     def take(self, norm: Tensor) -> None:
         """optimizer.step(), unless the norm of the reduced gradients, equal on all ranks, is not finite.
 
-        Raises:
-            NonFiniteError: It is not, the host knows, and on_nonfinite is stop.
+        Where the host knows of it, `judge` follows.
         """
         try:
             if self.scaler:  # skips a step that overflowed, and lowers its scale
@@ -70,11 +69,7 @@ class FiniteStep:
             self._keep_or_put_back(norm)
 
     def judge(self) -> None:
-        """Stop for the steps that were skipped since the last look, or count them; the same on every rank.
-
-        Raises:
-            NonFiniteError: There are some, and on_nonfinite is stop.
-        """
+        """Count the steps skipped since the last look, or raise NonFiniteError for them; the same on every rank."""
         bad = int(self._bad_steps.item())
         if not bad:
             return
@@ -83,9 +78,8 @@ class FiniteStep:
         norm = float(self.state.grad_norm)
         text = f"step {self.state.step + 1}: loss or gradient not finite (gradient norm {norm})"
         if self.on_nonfinite == "stop":
-            raise NonFiniteError(
-                f"{text}; the weights are those of before it. trainer.on_nonfinite=skip would continue"
-            )
+            cure = "trainer.on_nonfinite=skip would continue"
+            raise NonFiniteError(f"{text}; the weights are those of before it. {cure}")
         self._say(f"{text}; skipped, {self.state.skipped} so far")
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def replay(forward: Forward, module: torch.nn.Module, loader: TrainLoader, folde
 def _of_rank(
     forward: Forward, module: torch.nn.Module, loader: TrainLoader, state: dict[str, Any], rank: int
 ) -> Iterator[str]:
-    shard = loader.shard.for_rank(rank, state["world_size"], state["batch_size"])
+    shard = replace(loader.shard, rank=rank, world_size=state["world_size"], batch_size=state["batch_size"])
     if rank in state["rng"]:
         rng.set_state(state["rng"][rank])
     else:
@@ -58,7 +59,7 @@ def _of_rank(
 
 def _examined(forward: Forward, module: torch.nn.Module, batch: Any, ids: list[int]) -> tuple[list[str], float]:
     """What is not finite in one forward and backward: in the samples, after which module, in which gradients."""
-    found = [f"sample {ids[index]}: {count} values are not finite" for index, count in _bad_samples(batch, len(ids))]
+    found = list(_bad_samples(batch, ids))
     names = {part: name or "the model" for name, part in module.named_modules()}
     bad_outputs: list[str] = []  # the modules, in the order of their calls, that gave something that is not finite
 
@@ -81,23 +82,18 @@ def _examined(forward: Forward, module: torch.nn.Module, batch: Any, ids: list[i
     return found, float(loss.detach())
 
 
-def _bad_samples(batch: Any, count: int) -> Iterator[tuple[int, int]]:
-    tensors = [item for item in _tensors(batch) if len(item) == count and item.is_floating_point()]
-    for index in range(count):
-        bad = sum(int((~torch.isfinite(tensor[index])).sum()) for tensor in tensors)
-        if bad:
-            yield index, bad
+def _bad_samples(batch: Any, ids: list[int]) -> Iterator[str]:
+    tensors = [item for item in _tensors(batch) if len(item) == len(ids) and item.is_floating_point()]
+    for index, sample in enumerate(ids):
+        if bad := sum(int((~torch.isfinite(tensor[index])).sum()) for tensor in tensors):
+            yield f"sample {sample}: {bad} values are not finite"
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        if value.dim():
-            yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
+    if isinstance(value, torch.Tensor) and value.dim():
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
             yield from _tensors(item)
 
 

@@ -43,10 +43,8 @@ def rescue(error: BaseException, parts: Parts, last: LastStep, state: TrainState
 
     The other ranks, or this one, are stuck in the next step. Each rank leaves what only it knows in the mailbox; rank 0
     writes. Where a note is missing, what follows is the same training, but with other random numbers. Of a sharded
-    model, no rank has the weights: there, the next start resumes from the last checkpoint.
-
-    Returns:
-        Whether it was such an error, and this rank has done what it could.
+    model, no rank has the weights: there, the next start resumes from the last checkpoint. True says that this rank has
+    done what it could.
 
     Raises:
         Exception: Another rank has failed, and the launcher ends this one for it.

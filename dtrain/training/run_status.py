@@ -57,12 +57,10 @@ def session(parts: Parts, state: TrainState) -> Iterator[Ending]:
 @contextlib.contextmanager
 def _logged(parts: Parts) -> Iterator[None]:
     """Have all that is said written to logs/rank-0.log of the run folder, too, and what an error leaves behind."""
-    if not parts.ranks.is_main:
-        yield
-        return
-    _lay_out_folder(parts)
+    if parts.ranks.is_main:
+        _lay_out_folder(parts)
     path = RunFolder(parts.start.folder).rank_log(0)
-    if is_written_by_launcher(path):
+    if not parts.ranks.is_main or is_written_by_launcher(path):
         yield
         return
     path.parent.mkdir(exist_ok=True)

@@ -4,7 +4,7 @@ import copy
 import json
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Literal
 
 import torch
@@ -107,14 +107,12 @@ class Schedule:
         Where the plan has changed (another length, another rate in the config), the new one holds: the schedule is run
         through to the point that was reached, as if it had been so from the start.
         """
-        reached = state["ticks"]
+        reached, scheduler = state["ticks"], state["scheduler"]
         if self.plan == state["plan"]:
             if self.scheduler is not None:
-                self.scheduler.load_state_dict(state["scheduler"])
+                self.scheduler.load_state_dict(scheduler)
         elif isinstance(self.scheduler, ReduceLROnPlateau):  # what it did follows from scores that are gone
-            self.scheduler.load_state_dict(
-                {key: state["scheduler"][key] for key in _LEARNED & state["scheduler"].keys()}
-            )
+            self.scheduler.load_state_dict({key: scheduler[key] for key in _LEARNED & scheduler.keys()})
         else:
             for group, settings in zip(self.optimizer.param_groups, self._settings_at_start, strict=True):
                 group.update(settings)
@@ -126,15 +124,11 @@ class Schedule:
 def get_lr_scheduler(
     config: ConfigDict, optimizer: Optimizer, steps: int, epochs: int, mode: str | None = None
 ) -> Schedule:
-    """Build `lr_scheduler`.
+    """Build `lr_scheduler`, which drives the optimizer.
 
-    Args:
-        config: The whole config.
-        optimizer: What it drives.
-        steps: Optimizer steps of the whole training.
-        epochs: Epochs of the whole training. T_max, total_steps and PolynomialLR's total_iters are filled with one of
-            the two, by `interval`, where the config leaves them out.
-        mode: min | max, what a good validation score is; ReduceLROnPlateau's, where the config leaves it out.
+    `steps` and `epochs` are those of the whole training: T_max, total_steps and PolynomialLR's total_iters are filled
+    with one of the two, by `interval`, and ReduceLROnPlateau's mode with `mode`, min | max, which is what a good
+    validation score is; all of them where the config leaves them out.
 
     Raises:
         ConfigError: The name or an argument is wrong, or nothing drives the scheduler.
@@ -179,16 +173,14 @@ def end_points(config: ConfigDict, optimizer: Optimizer, schedule: Schedule, ste
     ticks = {"step": steps, "epoch": epochs}.get(schedule.interval, 0)
     if schedule.scheduler is None:
         return f"{first:.3g}" + (f" to {schedule.rate(steps - 1):.3g}" if schedule.warmup_steps else "")
-    if not 0 < ticks <= 20_000:
-        return f"{first:.3g}, then by {type(schedule.scheduler).__name__}"
-    rate = float(optimizer.param_groups[0]["initial_lr"])
-    probe = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate, momentum=0.9)
-    try:
-        probed = get_lr_scheduler(config, probe, steps, epochs)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for _ in range(ticks - 1):
-                probed.tick(schedule.interval)
-        return f"{first:.3g} to {probed.rate(steps - 1):.3g}"
-    except Exception:  # a scheduler that wants this very optimizer; the table can do without
-        return f"{first:.3g}, then by {type(schedule.scheduler).__name__}"
+    if 0 < ticks <= 20_000:
+        rate = float(optimizer.param_groups[0]["initial_lr"])
+        probe = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate, momentum=0.9)
+        with suppress(Exception):  # a scheduler may want this very optimizer; the table can do without
+            probed = get_lr_scheduler(config, probe, steps, epochs)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                for _ in range(ticks - 1):
+                    probed.tick(schedule.interval)
+            return f"{first:.3g} to {probed.rate(steps - 1):.3g}"
+    return f"{first:.3g}, then by {type(schedule.scheduler).__name__}"

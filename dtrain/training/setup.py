@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from subprocess import Popen
+from typing import Any, Literal
 
 import torch
 from ml_collections import ConfigDict
@@ -47,9 +48,6 @@ from dtrain.training.optimizer import get_optimizer
 from dtrain.training.schedule import end_points, get_lr_scheduler
 from dtrain.training.state import FORMAT, Trainables
 
-if TYPE_CHECKING:
-    from subprocess import Popen
-
 
 @dataclass
 class Parts:
@@ -80,7 +78,7 @@ class Parts:
 def make_parts(
     config: ConfigDict,
     package: str | Path | None,
-    sender: "Popen[bytes] | None",
+    sender: Popen[bytes] | None,
     purpose: Literal["train", "test", "predict"],
 ) -> Parts:
     """Build model, loaders, loss, metrics, optimizer and scheduler as the config, already checked, names them.
@@ -143,13 +141,11 @@ def _ranks(config: ConfigDict, options: Mapping[str, Any], purpose: str) -> tupl
 
 def _tests_volumes(config: ConfigDict, loaders: Loaders) -> bool:
     """Whether a test measures whole volumes."""
-    if config.get("predictor") is None or loaders.test is None:
-        return False
-    dataset: Any = loaders.test.dataset  # wraps the user's own
-    return hasattr(dataset.dataset, "volumes")
+    test: Any = loaders.test  # its dataset wraps the user's own
+    return config.get("predictor") is not None and test is not None and hasattr(test.dataset.dataset, "volumes")
 
 
-def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, sender: "Popen[bytes] | None") -> None:
+def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, sender: Popen[bytes] | None) -> None:
     """Add what only a training needs: what is trained, the journal, and the checkpoint to resume from."""
     ranks, start, train = parts.ranks, parts.start, parts.loaders.train
     assert train is not None
@@ -177,11 +173,7 @@ def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, 
 
 
 def _fsdp(config: ConfigDict, options: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The options of sharding the model; None where it is not.
-
-    Raises:
-        ConfigError: They, or other settings, do not go with it.
-    """
+    """The options of sharding the model; None where it is not. A ConfigError says what does not go with it."""
     asked_by_launcher = launcher_strategy()
     strategy = options["strategy"] or asked_by_launcher or "ddp"
     if mistakes := strategy_mistakes(config, {**options, "strategy": strategy}):
@@ -257,10 +249,9 @@ def _load_pre_trained(
     path = rules.pop("path")
     try:
         lines = take_over(module, load_weights(Path(path)), **rules)
-    except (CheckpointError, OSError) as error:
-        raise refused(config, ("trainer", "pre_trained"), str(error)) from error
-    except ValueError as error:
-        raise refused(config, ("trainer", "pre_trained"), f"{path} {error}") from error
+    except (CheckpointError, OSError, ValueError) as error:
+        text = str(error) if isinstance(error, CheckpointError | OSError) else f"{path} {error}"
+        raise refused(config, ("trainer", "pre_trained"), text) from error
     for line in [f"{path}: {len(lines)} entries were not taken over", *lines] if lines else []:
         say(line)
 

@@ -157,11 +157,7 @@ def capture(
 
 
 def _generators_of_all(module: Module, ranks: Ranks) -> list[Any] | None:
-    """The ranks' generators, on the main rank; on the way the ranks' weights are compared.
-
-    Raises:
-        RuntimeError: They differ, as after a wrong collective, a bad GPU, or a model that is not the same everywhere.
-    """
+    """The ranks' generators, on the main rank; a wrong collective, or a bad GPU, shows: their weights are compared."""
     if ranks.world_size == 1:
         return [rng.get_state()]
     gathered = ranks.gather((rng.get_state(), fingerprint(module)))
