@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dtrain.checkpoint.checkpoint_files import MANIFEST
-from dtrain.checkpoint.store import Checkpoints
+from dtrain.checkpoint.checkpoint_folder import Checkpoints
 from dtrain.tracking.run_folder import RunFolder, lives, read_run
 from dtrain.tracking.start_sender import find_run
 

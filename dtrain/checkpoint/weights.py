@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from dtrain.checkpoint.checkpoint_files import EMA, MODEL, STATE, read_tensors, read_torch_file, require_whole
+from dtrain.checkpoint.checkpoint_folder import Checkpoints
 from dtrain.checkpoint.contents import CheckpointError
-from dtrain.checkpoint.store import Checkpoints
 from dtrain.config.errors import ConfigError, first_few
 from dtrain.distributed.ranks import Ranks
 

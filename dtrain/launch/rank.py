@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
-from dtrain.checkpoint.saver import WRITER
+from dtrain.checkpoint.background_saver import WRITER
 from dtrain.config.errors import ConfigError
 from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EARLY
 from dtrain.distributed.stop_request import StopWaiting

@@ -20,8 +20,8 @@ from dtrain.config.schema import mistake
 from dtrain.config.yaml12 import dump
 from dtrain.distributed.exit_status import DONE, FAILED
 from dtrain.distributed.stop_request import seconds_of
+from dtrain.launch.batch_script import Job, is_word, script
 from dtrain.launch.code_copy import copy_code, named_modules
-from dtrain.launch.sbatch import Job, is_word, script
 from dtrain.tracking.git_state import capture_code_for_later
 from dtrain.tracking.secrets import keep_secret
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtrain.checkpoint.store import Checkpoints
+from dtrain.checkpoint.checkpoint_folder import Checkpoints
 from dtrain.checkpoint.weights import load_for_use
 from dtrain.config.errors import ConfigError
 from dtrain.data import rng

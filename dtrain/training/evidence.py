@@ -4,8 +4,8 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
+from dtrain.checkpoint.checkpoint_folder import Checkpoints
 from dtrain.checkpoint.contents import CheckpointError
-from dtrain.checkpoint.store import Checkpoints
 from dtrain.tracking.run_folder import RunFolder
 from dtrain.training.rescue import LastStep
 from dtrain.training.setup import Parts

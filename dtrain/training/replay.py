@@ -10,7 +10,7 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook
 
 from dtrain.checkpoint.checkpoint_files import load
-from dtrain.checkpoint.store import Checkpoints
+from dtrain.checkpoint.checkpoint_folder import Checkpoints
 from dtrain.config.errors import ConfigError
 from dtrain.data import rng
 from dtrain.dataloader import TrainLoader

@@ -12,11 +12,11 @@ from typing import Any, Literal
 import torch
 from ml_collections import ConfigDict
 
+from dtrain.checkpoint.background_saver import Saver
 from dtrain.checkpoint.checkpoint_files import Loaded, load
+from dtrain.checkpoint.checkpoint_folder import Checkpoints
 from dtrain.checkpoint.contents import CheckpointError
 from dtrain.checkpoint.resume import ResumeError, Start, find_start
-from dtrain.checkpoint.saver import Saver
-from dtrain.checkpoint.store import Checkpoints
 from dtrain.checkpoint.weights import load_weights, misfits_of, take_over
 from dtrain.config.build import build, defaults
 from dtrain.config.check import notes

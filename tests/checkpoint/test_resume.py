@@ -9,8 +9,8 @@ import torch
 
 from dtrain.checkpoint import checkpoint_files
 from dtrain.checkpoint.checkpoint_files import load
+from dtrain.checkpoint.checkpoint_folder import Checkpoints
 from dtrain.checkpoint.resume import ResumeError, find_start, move_aside
-from dtrain.checkpoint.store import Checkpoints
 from dtrain.tracking.run_folder import update_run
 
 EPOCHS = {"max_epochs": 10, "max_steps": None}

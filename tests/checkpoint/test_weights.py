@@ -6,8 +6,8 @@ from torch import nn
 
 from dtrain.checkpoint import checkpoint_files
 from dtrain.checkpoint.checkpoint_files import load
+from dtrain.checkpoint.checkpoint_folder import Checkpoints
 from dtrain.checkpoint.contents import CheckpointError
-from dtrain.checkpoint.store import Checkpoints
 from dtrain.checkpoint.weights import load_for_use, load_weights, misfits_of
 from dtrain.config.errors import ConfigError
 from dtrain.distributed.ranks import Ranks

@@ -16,8 +16,8 @@ import torch
 import yaml
 from conftest import RunCli
 
+from dtrain.checkpoint.checkpoint_folder import Checkpoints
 from dtrain.checkpoint.contents import CheckpointError
-from dtrain.checkpoint.store import Checkpoints
 from dtrain.checkpoint.weights import fitted, load_for_use, load_weights, misfits_of
 from dtrain.components.models.pidnet import PIDNet
 from dtrain.components.models.unet import ResidualUNet2D, ResidualUNet3D, ResidualUNetSE3D, UNet2D, UNet3D

@@ -251,7 +251,7 @@ def test_mlflow_is_written_to_and_left_as_it_was(uri: str) -> None:
     client = sender.connect(uri)
     client.create_experiment("mine")
     before = {one.name: one.tags for one in client.search_experiments()}
-    assert sender.probe("mine", uri) == {"experiment": "mine"}
+    assert sender.probe("mine", uri) == {}
     assert {one.name: one.tags for one in client.search_experiments()} == before
 
 

@@ -26,7 +26,7 @@ from whole_runs import TOY, write_config
 from dtrain.config.errors import ConfigError
 from dtrain.config.load import load_config
 from dtrain.launch import submit as submitting
-from dtrain.launch.sbatch import BODY, Job
+from dtrain.launch.batch_script import BODY, Job
 from dtrain.launch.submit import submit
 from dtrain.tracking.git_state import capture_code
 
@@ -438,7 +438,7 @@ def test_of_an_array_one_task_is_asked_for_and_requeued(batch: Batch, monkeypatc
     assert batch.status(SAVES) == 75
     asked = (batch.workspace / "asked").read_text()
     assert "squeue -h -j 7_3 -o %e\n" in asked and "scontrol -o show job 7_3\n" in asked
-    for file in [*REPOSITORY.glob("scripts/cluster/*.sbatch"), REPOSITORY / "dtrain" / "launch" / "sbatch.py"]:
+    for file in [*REPOSITORY.glob("scripts/cluster/*.sbatch"), REPOSITORY / "dtrain" / "launch" / "batch_script.py"]:
         text = file.read_text()
         (line,) = re.findall("^job=.*$", text, re.M)
         assert '--requeue "scontrol requeue $job"' in text

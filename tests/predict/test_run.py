@@ -23,7 +23,7 @@ from predicting import (
 )
 from torch import Tensor, nn
 
-from dtrain.checkpoint.store import Checkpoints
+from dtrain.checkpoint.checkpoint_folder import Checkpoints
 from dtrain.dataloader import Loaders
 from dtrain.distributed.ranks import Ranks
 from dtrain.modelloader import Forward

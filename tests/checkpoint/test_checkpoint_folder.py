@@ -38,8 +38,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dtrain.checkpoint.checkpoint_files import _render, _seal, load, verify
+from dtrain.checkpoint.checkpoint_folder import Checkpoints
 from dtrain.checkpoint.contents import CheckpointError
-from dtrain.checkpoint.store import Checkpoints
 from dtrain.checkpoint.weights import load_weights
 
 
@@ -1127,7 +1127,7 @@ def test_a_start_does_not_disturb_a_writer_at_work_but_clears_up_after_a_dead_on
 
 
 def test_a_writer_that_never_ends_is_not_waited_for_without_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("dtrain.checkpoint.store.LOCK_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr("dtrain.checkpoint.checkpoint_folder.LOCK_TIMEOUT_SECONDS", 0.2)
     with FileLock(tmp_path / ".lock"), pytest.raises(CheckpointError, match="another process has been writing there"):
         Checkpoints(tmp_path).save(1, weights_of(1), {})
 

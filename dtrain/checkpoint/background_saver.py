@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from dtrain.checkpoint.checkpoint_folder import Checkpoints
 from dtrain.checkpoint.contents import CheckpointError, Snapshot, take_snapshot
-from dtrain.checkpoint.store import Checkpoints
 from dtrain.tracking.run_folder import update_run
 
 WRITER = "checkpoint"  # the thread's name

@@ -13,8 +13,8 @@ import torch
 from whole_runs import EXACT, Place, figures, last, same_training
 
 from dtrain.checkpoint.checkpoint_files import load, verify
+from dtrain.checkpoint.checkpoint_folder import Checkpoints
 from dtrain.checkpoint.contents import CheckpointError, take_snapshot
-from dtrain.checkpoint.store import Checkpoints
 from dtrain.tracking.run_folder import read_run, update_run
 
 pytestmark = pytest.mark.timeout(600)
@@ -178,7 +178,7 @@ def test_the_writer_has_written_all_when_the_training_has_ended(here: Here, monk
         time.sleep(0.3)
         update_run(folder, **facts)
 
-    monkeypatch.setattr("dtrain.checkpoint.saver.update_run", slow)
+    monkeypatch.setattr("dtrain.checkpoint.background_saver.update_run", slow)
     run = here("written")
     ended = read_run(run)
     time.sleep(0.6)
@@ -284,7 +284,7 @@ def test_a_copy_that_fails_ends_the_training_and_is_not_waited_for(here: Here, m
     def failing(*_: Any) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr("dtrain.checkpoint.saver.take_snapshot", failing)
+    monkeypatch.setattr("dtrain.checkpoint.background_saver.take_snapshot", failing)
     with pytest.raises(RuntimeError, match="can't allocate"):
         here("no-copy")
 
