@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dtrain.tracking import delivery, file_queue, mlflow_store, start_sender
+from dtrain.tracking import delivery, file_queue, mlflow_store, retry, start_sender
 from dtrain.tracking.delivery import Delivery, follow
 from dtrain.tracking.journal import Journal
 from dtrain.tracking.mlflow_store import MlflowStore, connect
@@ -94,6 +94,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pauses of a twentieth of a second between attempts, of which there are more for it."""
     monkeypatch.setattr(file_queue, "_PAUSE_SECONDS", 0.02)
     monkeypatch.setattr(file_queue, "_TRIES_AT_END", 40)
-    monkeypatch.setattr(delivery, "_FIRST_PAUSE_SECONDS", 0.02)
-    monkeypatch.setattr(delivery, "_LONGEST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(retry, "FIRST_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(retry, "LONGEST_PAUSE_SECONDS", 0.05)
     monkeypatch.setattr(delivery, "_LOOK_EVERY_SECONDS", 0.01)

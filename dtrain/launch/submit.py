@@ -14,36 +14,16 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dtrain.config.check import check
-from dtrain.config.errors import ConfigError, Mistake, found, to_plain
+from dtrain.config.errors import ConfigError, to_plain
 from dtrain.config.load import load_config, merged, run_folder
 from dtrain.config.schema import mistake
 from dtrain.config.yaml12 import dump
 from dtrain.distributed.exit_status import DONE, FAILED
-from dtrain.distributed.stop_request import seconds_of
-from dtrain.launch.batch_script import Job, is_word, script
+from dtrain.launch.batch_script import Job, script
+from dtrain.launch.cluster_settings import cluster_settings, directives
 from dtrain.launch.code_copy import copy_code, named_modules
 from dtrain.tracking.git_state import capture_code_for_later
 from dtrain.tracking.secrets import keep_secret
-
-WORDS = ("partition", "account", "qos", "constraint")  # settings of the queue, named as sbatch has them
-
-
-def cluster_settings(  # noqa: PLR0913
-    nodes: int | str = 1,
-    gpus_per_node: int | None = None,
-    nproc_per_node: int | None = None,
-    cpus_per_node: int | None = None,
-    mem_per_node: str | None = None,
-    time: str | None = None,
-    partition: str | None = None,
-    account: str | None = None,
-    qos: str | None = None,
-    constraint: str | None = None,
-    signal_seconds: int = 180,
-    array: list[str] | None = None,
-) -> dict[str, Any]:
-    """What a job asks the batch system for: configfiles/reference.yaml says what each key means."""
-    return dict(locals())
 
 
 def submit(path: str, overrides: Sequence[str], options: Mapping[str, Any], dry_run: bool = False) -> int:
@@ -77,7 +57,7 @@ def _plan(path: str, overrides: Sequence[str]) -> tuple[Job, set[str]]:
     """The job, of which nothing is written yet, and the top-level modules that its configs name."""
     config = _checked(path, overrides)
     settings = cluster_settings(**to_plain(config.get("cluster") or {}))
-    directives = _directives(config, settings)
+    asked_for = directives(config, settings)
     try:  # the overrides of each job; one job without any where there is no array
         array = [shlex.split(text) for text in settings["array"] or [""]]
     except ValueError as error:
@@ -99,7 +79,7 @@ def _plan(path: str, overrides: Sequence[str]) -> tuple[Job, set[str]]:
         raise ConfigError(mistake(config, ("cluster", "array"), text))
     name = config.get("run_name") or config.get("experiment") or "dtrain"
     ranks = settings["nproc_per_node"] or settings["gpus_per_node"] or 1
-    job = Job(name, directives, ranks, sys.executable, folder, configs, run_folders)
+    job = Job(name, asked_for, ranks, sys.executable, folder, configs, run_folders)
     try:
         script(job)
     except ValueError as error:
@@ -120,47 +100,6 @@ def _config_text(path: str, overrides: Sequence[str], folder_of_run: Path) -> st
     values.pop("cluster", None)  # says where, not what: the training is the same wherever it runs
     values.setdefault("trainer", {})["checkpoint_dir"] = str(folder_of_run).replace("${", "$${")
     return dump(values)
-
-
-def _directives(config: ConfigDict, settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The options of sbatch; what no batch script could hold, or SLURM would read otherwise, is a mistake."""
-    wrong: list[Mistake] = []
-
-    def refuse(key: str, text: str) -> None:
-        wrong.append(mistake(config, ("cluster", key), f"{text}, {found(settings[key])}"))
-
-    if not _is_range(settings["nodes"]):
-        refuse("nodes", "expected a number of nodes, or a range such as 1-2")
-    for key in (*WORDS, "mem_per_node"):
-        if settings[key] is not None and not is_word(settings[key]):
-            refuse(key, "expected a plain word, as the cluster's administrators use it")
-    limit, minutes = settings["time"], 0
-    if limit is not None:
-        try:
-            minutes = -(-int(seconds_of(limit)) // 60)
-        except ValueError:
-            refuse("time", "expected 12:00:00, 90m, 1.5h, 2d or 1-12:00:00")
-        if limit.isdigit():  # seconds to trainer.time_limit, minutes to SLURM
-            refuse("time", "expected a unit, such as 90m or 01:30:00")
-    if wrong:
-        raise ConfigError(wrong)
-    # Of a short job only a part, or it would be warned when it starts.
-    warning = min(settings["signal_seconds"], minutes * 60 // 3) if minutes else settings["signal_seconds"]
-    values = {
-        "nodes": settings["nodes"],  # without a number of tasks, which srun has: of a range SLURM would give the least
-        "gpus-per-node": settings["gpus_per_node"],
-        "cpus-per-task": settings["cpus_per_node"],
-        "mem": settings["mem_per_node"],
-        "time": minutes and f"{minutes // 1440}-{minutes // 60 % 24:02}:{minutes % 60:02}:00",
-        **{key: settings[key] for key in WORDS},
-        "signal": f"B:USR1@{warning}",
-    }
-    return [(key, value) for key, value in values.items() if value]
-
-
-def _is_range(nodes: int | str) -> bool:
-    least, dash, most = str(nodes).partition("-")
-    return least.isdecimal() and int(least) > 0 and (not dash or (most.isdecimal() and int(most) >= int(least)))
 
 
 def _submitted(job: Job, modules: set[str]) -> str:

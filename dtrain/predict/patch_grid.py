@@ -1,18 +1,16 @@
-"""Where the patches of a prediction lie, and how much each counts at each place."""
+"""Where the patches of a prediction lie."""
 
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from functools import reduce
 from itertools import pairwise
-from typing import Literal
 
 import numpy as np
 
-Blend = Literal["gaussian", "constant"]
-Region = tuple[slice, ...]
+from dtrain.predict.blending import Blend, shares
 
-SIGMAS = 8  # a patch's length in standard deviations of its Gaussian
+Region = tuple[slice, ...]
 
 
 class Grid:
@@ -34,7 +32,7 @@ class Grid:
         axes = zip(shape, patch, stride, strict=True)
         self.starts = [[*range(0, extent - side, step), max(0, extent - side)] for extent, side, step in axes]
         self._counts = tuple(map(len, self.starts))
-        self._weights = [_shares(*axis, blend) for axis in zip(shape, patch, self.starts, strict=True)]
+        self._weights = [shares(*axis, blend) for axis in zip(shape, patch, self.starts, strict=True)]
         sides = zip(self.patch, self.starts, strict=True)
         self.overlaps = any(later - start < side for side, starts in sides for start, later in pairwise(starts))
 
@@ -54,8 +52,8 @@ class Grid:
     def weight(self, index: int) -> np.ndarray:
         """A patch's share in each of its voxels that lie in the volume, float64."""
         places = np.unravel_index(index, self._counts)
-        shares = [weights[place] for weights, place in zip(self._weights, places, strict=True)]
-        return reduce(np.multiply.outer, shares)
+        own = [weights[place] for weights, place in zip(self._weights, places, strict=True)]
+        return reduce(np.multiply.outer, own)
 
     def touching(self, begin: int, end: int) -> range:
         """The patches that cover any of the planes [begin, end) of the first axis."""
@@ -71,13 +69,3 @@ class Grid:
             if start - cuts[-1] >= least_planes and self.shape[0] - start >= least_planes:
                 cuts.append(start)
         return list(zip(cuts, [*cuts[1:], self.shape[0]], strict=True))
-
-
-def _shares(extent: int, patch: int, starts: list[int], blend: Blend) -> list[np.ndarray]:
-    """Each start's share along one axis, cut to the volume."""
-    away = np.arange(patch) - (patch - 1) / 2
-    own = np.exp(-0.5 * (away * SIGMAS / patch) ** 2) if blend == "gaussian" else np.ones(patch)
-    total = np.zeros(extent)
-    for start in starts:
-        total[start : start + patch] += own[: extent - start]
-    return [own[: extent - start] / total[start : start + patch] for start in starts]

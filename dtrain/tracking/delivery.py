@@ -11,15 +11,13 @@ from typing import IO, Any
 
 from dtrain.tracking.file_queue import FileQueue
 from dtrain.tracking.mlflow_store import MlflowRun, MlflowStore, Row, describe_error
-from dtrain.tracking.retry import Retry
+from dtrain.tracking.retry import PATIENCE_SECONDS, Retry
 from dtrain.tracking.run_folder import Memory, RunFolder, close_run_of, read_line, read_run, update_run
 from dtrain.tracking.secrets import redact
 from dtrain.tracking.system_metrics import SystemMetrics
 
-PATIENCE_SECONDS = 30.0  # without any success, once no rank 0 is there any more
 _LOOK_EVERY_SECONDS = 0.1  # a read at the journal's end
 _SEND_EVERY_SECONDS = 1.0  # a batch to the store, as long as the run lasts
-_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 10.0  # after a failure; doubled each time
 _ROWS_PER_BATCH = 1000
 _log = logging.getLogger(__name__)
 
@@ -210,7 +208,7 @@ def follow(delivery: Delivery, parent: int | None = None, patience_seconds: floa
     The parent is rank 0's process id; without it, or once it has gone, nobody writes any more: what is there is
     delivered, and the patience is how long to try that without success.
     """
-    retry = Retry(_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
+    retry = Retry()
     exit_status = None
     while exit_status is None:
         if not delivery.is_draining and (parent is None or os.getppid() != parent):

@@ -4,16 +4,19 @@ import contextlib
 import time
 from collections.abc import Iterator
 
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 10.0  # after a failure; doubled each time
+PATIENCE_SECONDS = 30.0  # without any success, once no rank 0 is there any more
+
 
 class Retry:
     """Counts failures in a row, which double the pause up to the longest; tells when to try again, when to give up."""
 
-    def __init__(self, first_pause_seconds: float, longest_pause_seconds: float) -> None:
+    def __init__(self, first_pause_seconds: float | None = None, longest_pause_seconds: float | None = None) -> None:
         self.failures = 0  # since the last success
         self.took_seconds = 0.0  # by the last try that failed
-        self._first_pause_seconds = first_pause_seconds
-        self._longest_pause_seconds = longest_pause_seconds
-        self._pause_seconds = first_pause_seconds
+        self._first_pause_seconds = first_pause_seconds or FIRST_PAUSE_SECONDS
+        self._longest_pause_seconds = longest_pause_seconds or LONGEST_PAUSE_SECONDS
+        self._pause_seconds = self._first_pause_seconds
         self._failed_at = float("-inf")
         self._give_up_at = float("inf")
 

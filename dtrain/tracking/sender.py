@@ -16,8 +16,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dtrain.tracking import mlflow_store
-from dtrain.tracking.delivery import PATIENCE_SECONDS, Delivery, follow
+from dtrain.tracking.delivery import Delivery, follow
 from dtrain.tracking.git_state import capture_code
+from dtrain.tracking.retry import PATIENCE_SECONDS
 from dtrain.tracking.run_folder import RunFolder, close_run_of, lives, read_run
 from dtrain.tracking.secrets import Redacted, redact
 from dtrain.tracking.system_metrics import SystemMetrics
