@@ -7,7 +7,7 @@ schema (schema.py reads the calls, resolve.py follows the names, check.py compar
 import ast
 import contextlib
 import functools
-import importlib
+import importlib.metadata
 import inspect
 import re
 import sys
@@ -36,6 +36,14 @@ def build(config: ConfigDict, key: str, *given: Any, **given_names: Any) -> Any:
     the name or an argument is wrong, a module cannot be imported, or the constructor raised.
     """
     return make(calls(config)[key], *given, **given_names)
+
+
+def version_of(package: str) -> str:
+    """The version of an installed package, which is not imported; '' if there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def defaults(config: ConfigDict, key: str) -> dict[str, Any]:

@@ -4,7 +4,6 @@ Every probe has a time limit: a disk or a server that does not answer is a findi
 ranks meet: each node is probed, their clocks are compared, and the all-reduce is theirs.
 """
 
-import importlib.metadata
 import json
 import math
 import os
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 
+from dtrain.config.build import version_of
 from dtrain.config.errors import ConfigError, one_line
 from dtrain.config.load import run_folder
 from dtrain.distributed.environment import Environment, environment
@@ -139,11 +139,6 @@ def versions() -> Finding:
         if tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit()) < least:
             missing.append(f"{name}>={'.'.join(map(str, least))}")
     return judged("versions", ", ".join(found), (bool(missing), "fail", f"pip install {shlex.join(missing)}"))
-
-
-def version_of(package: str) -> str:
-    """The version of an installed package, which is not imported; '' if there is none."""
-    return next((found.version for found in importlib.metadata.distributions(name=package)), "")
 
 
 def gpus() -> Finding:

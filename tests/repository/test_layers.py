@@ -290,7 +290,7 @@ def importers(name: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for file in all_sources():
         for one in imports(file):
-            if one.is_of(name) and not one.is_of("importlib.metadata"):  # which reads versions, and imports nothing
+            if one.is_of(name):
                 found.setdefault(file.module, []).append(file.at(one.line))
     return found
 
