@@ -41,7 +41,7 @@ OWN_SETTINGS = {
     "trainer": "dtrain.trainer:Trainer",
     "mlflow": "dtrain.tracking.journal:Journal",
     "predictor": "dtrain.predict.predictor:Predictor",
-    "cluster": "dtrain.launch.cluster_settings:cluster_settings",
+    "cluster": "dtrain.launch.batch_script:cluster_settings",
     "loader": "dtrain.dataloader:loader_settings",
     "ddp": "dtrain.distributed.ddp:ddp_options",
     "fsdp": "dtrain.distributed.fsdp:fsdp_options",

@@ -19,8 +19,7 @@ from dtrain.config.load import load_config, merged, run_folder
 from dtrain.config.schema import mistake
 from dtrain.config.yaml12 import dump
 from dtrain.distributed.exit_status import DONE, FAILED
-from dtrain.launch.batch_script import Job, script
-from dtrain.launch.cluster_settings import cluster_settings, directives
+from dtrain.launch.batch_script import Job, cluster_settings, directives, script
 from dtrain.launch.code_copy import copy_code, named_modules
 from dtrain.tracking.git_state import capture_code_for_later
 from dtrain.tracking.secrets import keep_secret

@@ -35,7 +35,7 @@ from dtrain.config.yaml12 import scalar
 from dtrain.dataloader import loader_settings
 from dtrain.distributed.ddp import ddp_options
 from dtrain.distributed.fsdp import fsdp_options
-from dtrain.launch.cluster_settings import cluster_settings
+from dtrain.launch.batch_script import cluster_settings
 from dtrain.predict.predictor import Predictor
 from dtrain.reporting.validation_pictures import picture_settings
 from dtrain.tracking.journal import Journal
