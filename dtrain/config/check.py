@@ -9,7 +9,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dtrain.config.annotations import Parameter, takes_mappings, wrong_type
-from dtrain.config.errors import ConfigError, KeyPath, Mistake, did_you_mean, dotted, is_mapping
+from dtrain.config.did_you_mean import did_you_mean
+from dtrain.config.errors import ConfigError, KeyPath, Mistake, dotted, is_mapping
 from dtrain.config.load import notes_on
 from dtrain.config.resolve import module_mistake
 from dtrain.config.rules import monitor_mistakes, rule_mistakes, value_mistakes

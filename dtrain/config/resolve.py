@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlparse
 
-from dtrain.config.errors import ConfigError, bad_syntax, did_you_mean, found, shown
+from dtrain.config.did_you_mean import did_you_mean
+from dtrain.config.errors import ConfigError, bad_syntax, found, shown
 from dtrain.config.signatures import SOURCE, Callee, Dynamic, is_standard, module_file, spec_folders
 
 STANDARD = "from the standard library, which a config may not name"

@@ -10,7 +10,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dtrain.config.annotations import wrong_type
-from dtrain.config.errors import KeyPath, Mistake, did_you_mean, found, is_mapping, shown
+from dtrain.config.did_you_mean import did_you_mean
+from dtrain.config.errors import KeyPath, Mistake, found, is_mapping, shown
 from dtrain.config.schema import PHASES, SLOTS, Call, mistake
 
 MAX_NAME_BYTES = 200  # a moved-aside run folder has a time stamp, too, and file systems take 255; MLflow 250

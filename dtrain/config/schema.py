@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from dtrain.config.errors import ConfigError, KeyPath, Mistake, bad_syntax, dotted, found, is_mapping, nearest, to_plain
+from dtrain.config.did_you_mean import nearest
+from dtrain.config.errors import ConfigError, KeyPath, Mistake, bad_syntax, dotted, found, is_mapping, to_plain
 from dtrain.config.load import place_of
 from dtrain.config.resolve import LIBRARIES, Found, locate
 from dtrain.config.signatures import SOURCE, Callee, Dynamic

@@ -5,7 +5,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dtrain.config.errors import ConfigError, KeyPath, Mistake, Place, did_you_mean, dotted, shown, type_name
+from dtrain.config.did_you_mean import did_you_mean
+from dtrain.config.errors import ConfigError, KeyPath, Mistake, Place, dotted, shown, type_name
 from dtrain.config.yaml12 import MAX_DEPTH, MAX_VALUES, scalar
 
 _REFERENCE = re.compile(r"(?P<literal>\$\$\{)|\$\{(?P<name>[^{}]*)\}|(?P<broken>\$\{)")

@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from dtrain.config.errors import ConfigError, KeyPath, Mistake, Place, did_you_mean, dotted, shown
+from dtrain.config.did_you_mean import did_you_mean
+from dtrain.config.errors import ConfigError, KeyPath, Mistake, Place, dotted, shown
 
 MAX_BYTES = 1_000_000  # no hand-written config is larger; a data file given by mistake is refused before it is parsed
 MAX_VALUES = 20_000  # counted after aliases are expanded, so that an 'alias bomb' is refused too

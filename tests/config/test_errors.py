@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from dtrain.config.errors import ConfigError, Mistake, Place, did_you_mean, first_few, found, nearest, one_line
+from dtrain.config.did_you_mean import did_you_mean, nearest
+from dtrain.config.errors import ConfigError, Mistake, Place, first_few, found, one_line
 
 
 @pytest.mark.parametrize(
