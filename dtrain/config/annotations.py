@@ -9,7 +9,9 @@ from dtrain.config.yaml12 import scalar
 
 # What a YAML value can never be, so that such an annotation neither accepts nor excuses it. A component (a mapping with
 # a `name`) is built into an object and is not looked at here.
-_OBJECTS = {"Tensor", "Module", "Optimizer", "Dataset", "Generator", "ndarray", "Callable", "Metric", "LRScheduler"}
+_CALLABLES = {"Callable", "type", "Type"}  # of these, a bare name stands for the function or class itself
+_NAMED = {"Module", "Dataset", "Metric", *_CALLABLES}
+_OBJECTS = {"Tensor", "Optimizer", "Generator", "ndarray", "LRScheduler", *_NAMED}
 _SCALARS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "str": (str,), "bool": (bool,)}
 _TUPLES = {"tuple", "Tuple"}
 _LISTS = {"list", "List", "Sequence", "Iterable", "Collection", "set", "Set", *_TUPLES}
@@ -95,6 +97,32 @@ def wanted_as(value: object, annotation: ast.expr | None) -> str:
     return "Tensor" if fitting == {"Tensor"} else "tuple" if fitting and fitting <= _TUPLES else ""
 
 
+def takes_objects(annotation: ast.expr | None) -> bool:
+    """Whether objects are taken and no text, so that a text can only be the name of one: `collate_fn: padded`."""
+    return annotation is not None and not _admits("", annotation) and bool(_object_names(annotation) & _NAMED)
+
+
+def takes_callables(annotation: ast.expr | None) -> bool:
+    """Whether a function or class itself is taken, not what it makes."""
+    return annotation is not None and bool(_object_names(annotation) & _CALLABLES)
+
+
+def _object_names(annotation: ast.expr) -> set[str]:
+    """The kinds of objects in an annotation, also as items of a list."""
+    members = list(_members(annotation))
+    items = [_items(item)[0] for item in members if isinstance(item, ast.Subscript) and _name(item) in _LISTS]
+    return {_name(item) for item in members if _name(item) in _OBJECTS}.union(*map(_object_names, items))
+
+
+def takes_mapping(annotation: ast.expr | None) -> bool:
+    """Whether a mapping is taken and no object, such as dict[str, int] | None: then one with a `name` is data."""
+    members = [item for item in _members(annotation) if _name(item) != "None"] if annotation else []
+    return bool(members) and all(
+        _name(item) in _MAPPINGS and not (isinstance(item, ast.Subscript) and _object_names(_items(item)[-1]))
+        for item in members
+    )
+
+
 def takes_mappings(annotation: ast.expr | None) -> bool:
     """Whether a list of mappings is what is wanted, such as list[dict] | None: then nothing inside it is built."""
     members = [item for item in _members(annotation) if _name(item) != "None"] if annotation else []
@@ -144,13 +172,13 @@ def _fits(value: object, annotation: ast.expr) -> bool:
     if name in _MAPPINGS:
         return is_mapping(value)
     if name == "Tensor":
-        return _is_numbers(value)
+        return is_numbers(value)
     return value is None if name == "None" else name not in _OBJECTS
 
 
-def _is_numbers(value: object) -> bool:
+def is_numbers(value: object) -> bool:
     """A list of numbers, or of such lists: what stands for a tensor in YAML."""
-    return isinstance(value, list) and all(_is_numbers(item) or type(item) in (int, float) for item in value)
+    return isinstance(value, list) and all(is_numbers(item) or type(item) in (int, float) for item in value)
 
 
 def _items(annotation: ast.Subscript) -> list[ast.expr]:

@@ -18,12 +18,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dtrain.config.annotations import Parameter, takes_mappings, wanted_as
+from dtrain.config.annotations import Parameter, is_numbers, takes_mapping, takes_mappings, wanted_as
 from dtrain.config.check import argument_mistakes, call_mistakes, is_own, is_passed_on, supplied, takes_config
 from dtrain.config.errors import ConfigError, KeyPath, bad_syntax, is_mapping, to_plain
 from dtrain.config.load import to_config_dict
 from dtrain.config.resolve import STANDARD
-from dtrain.config.schema import Call, calls, is_component, refused
+from dtrain.config.schema import Call, calls, is_component, is_data, refused
 from dtrain.config.signatures import Callee, Dynamic, is_standard
 
 MAX_ERROR = 2000  # characters of a component's own error; some hold whole tensors
@@ -84,6 +84,8 @@ def _made(call: Call, given: tuple[Any, ...], given_names: dict[str, Any]) -> An
         for key, value in call.arguments.items()
         if key not in call.shared or callee.open or key in callee.keywords
     }
+    if any(item.name == "name" and item.default is None for item in callee.parameters):
+        arguments.setdefault("name", call.name)
     if is_passed_on(call, callee):
         return functools.partial(imported, **arguments) if arguments else imported
     return _called(call, imported, positional, arguments | by_name | given_names)
@@ -119,10 +121,13 @@ def _value(call: Call, path: KeyPath, value: Any, given: tuple[Any, ...], annota
     """An argument with the components inside it built; a list becomes a tensor or tuple where only that is taken."""
     if takes_mappings(annotation) and isinstance(value, list):
         return to_plain(value)
-    if is_component(value):
+    if path in call.components:
         return _made(call.components[path], given, {})
+    if is_data(value) or (is_component(value) and takes_mapping(annotation)):
+        plain = to_plain(value)
+        return {key: plain[key] for key in plain if key != "_data_"}
     if isinstance(value, list):
-        wanted = wanted_as(value, annotation)
+        wanted = "Tensor" if annotation is None and _is_weight(call, path, value) else wanted_as(value, annotation)
         if wanted == "Tensor":
             torch = importlib.import_module("torch")
             return torch.tensor(value, dtype=torch.float32)
@@ -134,6 +139,11 @@ def _value(call: Call, path: KeyPath, value: Any, given: tuple[Any, ...], annota
             result[key] = _value(call, (*path, key), value[key], given)
         return result
     return value
+
+
+def _is_weight(call: Call, path: KeyPath, value: list[Any]) -> bool:
+    """Whether a loss wants a tensor without saying so: its classes' weights by the names that torch's losses have."""
+    return call.path[0] == "loss" and path[-1] in ("weight", "pos_weight") and bool(value) and is_numbers(value)
 
 
 def _imported(call: Call) -> Callable[..., Any]:

@@ -8,14 +8,16 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dtrain.config.annotations import Parameter, takes_mappings, wrong_type
+from dtrain.config.annotations import Parameter, takes_mapping, takes_mappings, takes_objects, wrong_type
 from dtrain.config.did_you_mean import did_you_mean
 from dtrain.config.errors import ConfigError, KeyPath, Mistake, dotted, is_mapping
 from dtrain.config.load import notes_on
+from dtrain.config.pytorch3dunet import OTHER_NAMES
 from dtrain.config.resolve import module_mistake
 from dtrain.config.rules import monitor_mistakes, rule_mistakes, value_mistakes
-from dtrain.config.schema import Call, calls, is_component, mistake, read
-from dtrain.config.signatures import Callee
+from dtrain.config.schema import Call, calls, is_component, listed_modules, mistake, read
+from dtrain.config.signatures import Callee, module_file
+from dtrain.config.yaml12 import HAS_DOT
 
 
 def check(config: ConfigDict, purpose: str | None = "train") -> None:
@@ -52,11 +54,14 @@ def notes(config: ConfigDict) -> list[str]:
 
 
 def _module_mistakes(config: ConfigDict) -> Iterator[Mistake]:
-    """The entries of `modules` that cannot be read."""
-    value = config.get("modules")
-    for index, module in enumerate(value if isinstance(value, list) else () if value is None else [value]):
+    """The entries of `modules` that cannot be read; those of `optional_modules` may be missing."""
+    for path, module in listed_modules(config, "modules"):
         if wrong := module_mistake(module):
-            yield mistake(config, ("modules", index) if isinstance(value, list) else ("modules",), wrong)
+            yield mistake(config, path, wrong)
+    for path, module in listed_modules(config, "optional_modules"):
+        is_missing = isinstance(module, str) and module_file(module) is None
+        if not is_missing and (wrong := module_mistake(module)):
+            yield mistake(config, path, wrong)
 
 
 def call_mistakes(call: Call) -> list[Mistake]:
@@ -82,23 +87,27 @@ def call_mistakes(call: Call) -> list[Mistake]:
 
 def argument_mistakes(call: Call, callee: Callee) -> Iterator[Mistake]:
     """What is wrong with a call's own arguments: unexpected, missing, of the wrong type."""
-    given = _given(call, callee)
+    given, written = _given(call, callee), {*call.arguments, "name"}
     taken = {item.name: item for item in callee.parameters if item.keyword and item.name not in given}
     for key, value in call.arguments.items():
         if key in given:
             text = f"'{key}' is supplied by dtrain; remove it"
+        elif "." in key:
+            text = f"the key '{key}' {HAS_DOT}"
         elif key in taken and (wrong := _wrong_argument(value, taken[key])):
             text = wrong if is_own(callee) else f"{wrong}; {callee.signature}"
         elif key not in taken and key not in call.shared and not callee.open:
             hint = did_you_mean(key, {*taken, *call.others})
+            if OTHER_NAMES.get(key) in written:
+                hint = f"; '{key}' and '{OTHER_NAMES[key]}' are two names for one setting, keep one of them"
             subject = dotted(call.path) if is_own(callee) else callee.name
             text = f"{subject} got an unexpected argument '{key}'{hint}; {_possible(callee, given)}"
         else:
             continue
         yield mistake(call.config, call.path_of(key), text)
-    present = {*call.arguments, *call.filled}
+    present = {*call.arguments, *call.filled, "name"}  # a class that requires a name is given the one written
     missing = [f"'{key}'" for key, item in taken.items() if item.default is None and key not in present]
-    if missing:
+    if missing and not call.is_partial:
         required = f"required argument{'s' if len(missing) > 1 else ''} {' and '.join(missing)}"
         yield mistake(call.config, call.path, f"{callee.name} is missing {required}; {_possible(callee, given)}")
 
@@ -116,9 +125,16 @@ def is_own(callee: Callee) -> bool:
 
 def _wrong_argument(value: Any, parameter: Parameter) -> str:
     """What is wrong with a value's type; components, once built, may be anything."""
-    if is_component(value) or (isinstance(value, list) and any(map(is_component, value))):
+    is_built = is_component(value) and not takes_mapping(parameter.annotation)
+    if is_built or (isinstance(value, list) and any(map(is_component, value))):
         return ""
+    if takes_objects(parameter.annotation) and (isinstance(value, str) or _are_texts(value)):
+        return ""  # names, which `Call.components` follows
     return "" if value is None and parameter.default == "None" else wrong_type(value, parameter.annotation)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
 
 
 def _shadowed(config: ConfigDict, path: KeyPath, values: Mapping[str, Any]) -> Iterator[Mistake]:
@@ -188,6 +204,8 @@ def is_passed_on(call: Call, callee: Callee) -> bool:
     section, any function that lacks one. A factory is called: its first argument has a default, is in the config, or
     is a plain number or text.
     """
+    if call.is_partial:
+        return True
     if callee.is_class or not (call.slot.pairs or call.slot.nested):
         return False
     positional = callee.positional

@@ -71,7 +71,7 @@ def _checked(value: Any, path: KeyPath, mistakes: list[Mistake]) -> Any:
         return None
     if is_mapping(value):
         for key in value:
-            if wrong := key_mistake(key) if isinstance(key, str) else f"a key must be a string, {found(key)}":
+            if wrong := key_mistake(key, path) if isinstance(key, str) else f"a key must be a string, {found(key)}":
                 mistakes.append(Mistake(f"{dotted(path)}: {wrong}" if path else wrong))
         return {key: _checked(value[key], (*path, key), mistakes) for key in value}
     if isinstance(value, list | tuple):
@@ -107,7 +107,7 @@ def place_of(config: ConfigDict, path: Sequence[str | int]) -> Place | None:
 def to_config_dict(value: Any, locked: bool = False) -> Any:
     """A deep copy with ConfigDicts for mappings, also inside lists, in the order written."""
     if is_mapping(value):
-        result = ConfigDict(sort_keys=False)
+        result = ConfigDict(sort_keys=False, allow_dotted_keys=True)  # keys of data may be regular expressions
         for key in value:
             result[key] = to_config_dict(value[key], locked)
         return result.lock() if locked else result
@@ -214,7 +214,7 @@ def _override(tree: _Tree, text: str) -> None:
     if not equals or not all(key.split(".")):
         raise ConfigError("expected KEY=VALUE with dots between keys, such as optimizer.lr=1e-3", place)
     value, places = parse(value_text, text, place)
-    path, value = canonical_key(tuple(key.split(".")), value)
+    path, value = canonical_key(tuple(key.split(".")), value, tree.values)
     parent: Any = tree.values
     done: KeyPath = ()
     for part in path[:-1]:
@@ -233,7 +233,7 @@ def _override(tree: _Tree, text: str) -> None:
 def _step(parent: Any, part: str, done: KeyPath, place: Place) -> Any:
     """The key or the list index that `part` means inside `parent`."""
     if isinstance(parent, dict):
-        if wrong := key_mistake(part):
+        if wrong := key_mistake(part, done):
             raise ConfigError(wrong, place)
         return part
     if isinstance(parent, list):

@@ -29,16 +29,17 @@ RENAMES: dict[KeyPath, KeyPath] = {
     **{(*section, "mlflow_path"): ("mlflow", "tracking_uri") for section in _ANYWHERE},
     **{(*section, "experiment_name"): ("experiment",) for section in _ANYWHERE},
 }
+OTHER_NAMES = {"dataset": "name", "names": "name", "learning_rate": "lr"}  # which a class may take, too
 MODES = {True: "max", False: "min"}  # of eval_score_higher_is_better
 
 Values = dict[str, Any]
 Places = dict[KeyPath, Place]
 
 
-def canonical_key(path: KeyPath, value: Any) -> tuple[KeyPath, Any]:
-    """The key path and the value that an override of another dialect stands for."""
+def canonical_key(path: KeyPath, value: Any, values: Values) -> tuple[KeyPath, Any]:
+    """The key path and the value that an override of another dialect stands for, in a config with these values."""
     for old, new in RENAMES.items():
-        if path[: len(old)] == old:
+        if path[: len(old)] == old and not _is_argument(values, old, new, value if path == old else None):
             value = _canonical_value(old, value) if path == old else value
             path = (*new, *path[len(old) :])
     return path, value
@@ -57,7 +58,7 @@ def canonical_names(values: Values, places: Places) -> None:
 def _rename(values: Values, places: Places, old: KeyPath, new: KeyPath) -> Iterator[Mistake]:
     """Move a setting, unless something stands in its new place."""
     parent = _mapping_at(values, old[:-1])
-    if parent is None or old[-1] not in parent:
+    if parent is None or old[-1] not in parent or _is_argument(values, old, new, parent[old[-1]]):
         return
     target = _mapping_at(values, new[:-1], create=True)
     text = f"'{dotted(old)}' and '{dotted(new)}' are two names for one setting; keep one of them"
@@ -68,6 +69,20 @@ def _rename(values: Values, places: Places, old: KeyPath, new: KeyPath) -> Itera
     else:
         target[new[-1]] = _canonical_value(old, parent.pop(old[-1]))
         _move_places(places, old, new)
+
+
+def _is_argument(values: Values, old: KeyPath, new: KeyPath, value: Any) -> bool:
+    """Whether a key that looks like another name of ours is meant for the class, such as the dataset of a Subset.
+
+    `valid` is a phase where it is a mapping, `dataset` a name where it is a text; beside `name` or `lr` both names of
+    the same setting belong to whoever takes them.
+    """
+    if old[-1] == "valid":
+        return not isinstance(value, dict | None)
+    if old[-1] == "dataset" and isinstance(value, dict | list):
+        return True
+    parent = _mapping_at(values, old[:-1]) or {}
+    return old[-1] in OTHER_NAMES and old[:-1] == new[:-1] and new[-1] in parent and old[-1] in parent
 
 
 def _move_places(places: Places, old: KeyPath, new: KeyPath) -> None:

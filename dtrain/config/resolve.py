@@ -91,7 +91,8 @@ def module_mistake(name: Any) -> str:
         module = ".".join(part for part in Path(name).with_suffix("").parts if part not in (".", "/"))
         return f"{shown(name)} is a path; a module is named as in Python, such as {module}"
     local = [item.stem for item in Path().iterdir() if item.suffix == ".py" or item.is_dir()]
-    return f"there is no module {shown(name)} here or installed{did_you_mean(name, local)}"
+    cure = "; one that may be missing is listed under optional_modules"
+    return f"there is no module {shown(name)} here or installed{did_you_mean(name, local)}{cure}"
 
 
 def _similar(name: str, searched: Sequence[str]) -> str:

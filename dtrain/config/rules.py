@@ -21,6 +21,7 @@ TOP_LEVEL = {  # the keys of a config with their types; those without one are ch
     "seed": "int | None",
     "device": "str",
     "modules": "",
+    "optional_modules": "",
     **dict.fromkeys((*SLOTS, "predictor", "cluster"), ""),
 }
 REQUIRED = {  # what training needs, and an example of each

@@ -1,5 +1,6 @@
 """From a config's sections to the calls that they describe: what is called, with what, and where each key stands."""
 
+import ast
 import functools
 import re
 from collections.abc import Iterator, Mapping
@@ -8,11 +9,12 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from dtrain.config.annotations import takes_callables, takes_mapping, takes_objects
 from dtrain.config.did_you_mean import nearest
 from dtrain.config.errors import ConfigError, KeyPath, Mistake, bad_syntax, dotted, found, is_mapping, to_plain
 from dtrain.config.load import place_of
 from dtrain.config.resolve import LIBRARIES, Found, locate
-from dtrain.config.signatures import SOURCE, Callee, Dynamic
+from dtrain.config.signatures import SOURCE, Callee, Dynamic, module_file
 
 PHASES = ("train", "val", "test", "predict")
 
@@ -67,6 +69,7 @@ class Call:
     shared: frozenset[str] = frozenset()  # arguments meant for several calls: dropped where the callee takes none
     others: frozenset[str] = frozenset()  # what else may stand in this section; for 'did you mean'
     filled: frozenset[str] = frozenset()  # arguments that dtrain fills where the config leaves them out
+    is_partial: bool = False  # the class or function itself is wanted, with these arguments fixed
 
     def path_of(self, argument: str) -> KeyPath:
         """Where an argument stands in the config."""
@@ -75,10 +78,8 @@ class Call:
     @functools.cached_property
     def found(self) -> Found:
         """What the name leads to, looked up once; a ConfigError where it leads nowhere or may not be used."""
-        value = self.config.get("modules")
-        modules = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
         try:
-            return locate(self.name, modules, self.slot.libraries, self.slot.nested)
+            return locate(self.name, own_modules(self.config), self.slot.libraries, self.slot.nested)
         except (ConfigError, SyntaxError) as error:
             text = bad_syntax(error) if isinstance(error, SyntaxError) else error.mistakes[0].text
             raise refused(self.config, self.path_of("name"), text) from None
@@ -92,13 +93,61 @@ class Call:
     def components(self) -> dict[KeyPath, "Call"]:
         """The calls written among the arguments, by path; those inside a component are the component's own."""
         slot = Slot(self.slot.libraries, given=self.slot.given, nested=True)
-        inner = (item for key, value in self.arguments.items() for item in _components(self.path_of(key), value))
-        return {path: _call_at(self.config, path, values, slot) for path, values in inner}
+        annotations = self.annotations
+        result: dict[KeyPath, Call] = {}
+        for key, value in self.arguments.items():
+            annotation, path = annotations.get(key), self.path_of(key)
+            if is_component(value) and takes_mapping(annotation):
+                continue
+            for where, values in _components(path, value):
+                result[where] = _call_at(self.config, where, values, slot)
+            if takes_objects(annotation):
+                for where, name in _texts(path, value):
+                    named = Call(self.config, where, slot, name, paths={"name": where})
+                    result[where] = replace(named, is_partial=takes_callables(annotation))
+        return result
+
+    @property
+    def annotations(self) -> dict[str, ast.expr | None]:
+        """What the callee says of its arguments' types; nothing where that cannot be read."""
+        try:
+            target = self.target
+        except ConfigError:
+            return {}
+        return {item.name: item.annotation for item in target.parameters} if isinstance(target, Callee) else {}
+
+
+def own_modules(config: ConfigDict) -> list[str]:
+    """The modules of the user's own, searched first; of `optional_modules` those that are there."""
+    listed = [item for _, item in listed_modules(config, "modules") if isinstance(item, str)]
+    optional = [item for _, item in listed_modules(config, "optional_modules") if isinstance(item, str)]
+    return [*listed, *filter(module_file, optional)]
+
+
+def listed_modules(config: ConfigDict, key: str) -> list[tuple[KeyPath, Any]]:
+    """What `modules` or `optional_modules` lists, one or several, each with its path."""
+    value = config.get(key)
+    if isinstance(value, list):
+        return [((key, index), item) for index, item in enumerate(value)]
+    return [] if value is None else [((key,), value)]
 
 
 def is_component(value: Any) -> bool:
-    """A mapping with a `name`: a call inside a call."""
-    return is_mapping(value) and "name" in value
+    """A mapping with a `name`: a call inside a call, unless it says that it is data."""
+    return is_mapping(value) and "name" in value and not is_data(value)
+
+
+def is_data(value: Any) -> bool:
+    """A mapping with `_data_: true`: passed on as it is, without this key."""
+    return is_mapping(value) and value.get("_data_") is True
+
+
+def _texts(path: KeyPath, value: Any) -> Iterator[tuple[KeyPath, str]]:
+    """A text, or the texts in a list."""
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, list):
+        yield from (((*path, index), item) for index, item in enumerate(value) if isinstance(item, str))
 
 
 def _components(path: KeyPath, value: Any) -> Iterator[tuple[KeyPath, Mapping[str, Any]]]:
@@ -108,14 +157,17 @@ def _components(path: KeyPath, value: Any) -> Iterator[tuple[KeyPath, Mapping[st
     elif isinstance(value, list):
         for index, item in enumerate(value):
             yield from _components((*path, index), item)
-    elif is_mapping(value):
+    elif is_mapping(value) and not is_data(value):
         for key in value:
             yield from _components((*path, key), value[key])
 
 
 def _call_at(config: ConfigDict, path: KeyPath, values: Mapping[str, Any], slot: Slot) -> Call:
-    """The call that a mapping with a `name` describes."""
-    return Call(config, path, slot, values["name"], {key: values[key] for key in values if key != "name"})
+    """The call that a mapping with a `name` describes; inside another call `_partial_` may leave it uncalled."""
+    is_partial = slot.nested and values.get("_partial_") is True
+    read_here = {"name", "_partial_"} if slot.nested and isinstance(values.get("_partial_"), bool) else {"name"}
+    arguments = {key: values[key] for key in values if key not in read_here}
+    return Call(config, path, slot, values["name"], arguments, is_partial=is_partial)
 
 
 def mistake(config: ConfigDict, path: KeyPath, text: str) -> Mistake:
@@ -201,7 +253,8 @@ class _Reader:
 
     def component(self, section: str, values: Mapping[str, Any]) -> None:
         if self.has_name((section,), values):
-            self.calls[section] = _call_at(self.config, (section,), values, SLOTS[section])
+            call = _call_at(self.config, (section,), values, SLOTS[section])
+            self.calls[section] = _with_own_rate(call) if section == "optimizer" else call
 
     def settings(self, section: str, values: Mapping[str, Any]) -> None:
         self.calls[section] = self.own_call((section,), section, values)
@@ -294,6 +347,15 @@ class _Reader:
             path = where if several else (section,)
             call = Call(self.config, path, SLOTS[section], name, arguments, paths | {"name": where}, dropped)
             self.calls[f"metrics.{label}"] = call
+
+
+def _with_own_rate(call: Call) -> Call:
+    """The same for an optimizer whose rate is `learning_rate`, which reading takes for another name of `lr`."""
+    names = call.annotations
+    if "lr" not in call.arguments or "lr" in names or "learning_rate" not in names:
+        return call
+    arguments = {"learning_rate" if key == "lr" else key: value for key, value in call.arguments.items()}
+    return replace(call, arguments=arguments, paths={"learning_rate": call.path_of("lr")})
 
 
 def _phase_values(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

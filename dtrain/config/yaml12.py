@@ -14,6 +14,7 @@ from dtrain.config.errors import ConfigError, KeyPath, Mistake, Place, dotted, s
 MAX_BYTES = 1_000_000  # no hand-written config is larger; a data file given by mistake is refused before it is parsed
 MAX_VALUES = 20_000  # counted after aliases are expanded, so that an 'alias bomb' is refused too
 MAX_DEPTH = 50
+HAS_DOT = "contains a dot; nest the keys instead (dots are for the command line)"
 MAX_DIGITS = 100  # a longer number is a text: Python refuses to print integers of thousands of digits
 _WORDS: dict[str, bool | None] = dict.fromkeys(("", "~", "null", "Null", "NULL"))
 _WORDS |= {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
@@ -134,7 +135,7 @@ class _Reader:
                 result |= self.merged(value_node, path)
         first: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key = None if _is_merge(key_node) else self.key(key_node)
+            key = None if _is_merge(key_node) else self.key(key_node, path)
             if key is None:
                 continue
             if key in first:
@@ -160,13 +161,13 @@ class _Reader:
                 self.wrong(item, "'<<' takes a mapping or a list of mappings")
         return result
 
-    def key(self, node: Any) -> str | None:
+    def key(self, node: Any, path: KeyPath) -> str | None:
         value = self.scalar(node) if isinstance(node, yaml.ScalarNode) else None
         if not isinstance(node, yaml.ScalarNode):
             wrong = f"a key must be a string, found a {'list' if _tag(node) == 'seq' else 'mapping'}"
         elif not isinstance(value, str):
             wrong = f"a key must be a string; put {shown(node.value)} in quotes"
-        elif not (wrong := key_mistake(value)):
+        elif not (wrong := key_mistake(value, path, is_override=self.fixed_place is not None)):
             return value
         self.wrong(node, wrong)
         return None
@@ -180,10 +181,14 @@ def _is_merge(node: Any) -> bool:
     return node.tag == "plain" and node.value == "<<"
 
 
-def key_mistake(key: str) -> str:
-    """Why a text cannot be a key; empty if it can."""
-    if "." in key:
-        return f"the key {shown(key)} contains a dot; nest the keys instead (dots are for the command line)"
+def key_mistake(key: str, path: KeyPath, is_override: bool = False) -> str:
+    """Why a text cannot be a key of the mapping at `path`; empty if it can.
+
+    Sections and their keys have no dots; what lies deeper may be data, such as regular expressions. Where the value of
+    an override lies is known to its caller alone; the keys of calls are checked once more by `check`.
+    """
+    if "." in key and len(path) < 2 and not is_override:
+        return f"the key {shown(key)} {HAS_DOT}"
     bad = not key or not key.isprintable() or key.startswith("__") or len(key) > MAX_DIGITS
     return f"{shown(key)} cannot be a key" if bad else ""
 

@@ -22,8 +22,9 @@ MAX_FILES = 5000
 def named_modules(value: Any) -> set[str]:
     """The top-level modules that a config's values name, under `modules` or as `package.module:Name`."""
     if is_mapping(value):
-        listed = value.get("modules")
-        found = {str(name).partition(".")[0] for name in (listed if isinstance(listed, list) else [listed])}
+        listed = [value.get(key) for key in ("modules", "optional_modules")]
+        names = [name for item in listed for name in (item if isinstance(item, list) else [item])]
+        found = {str(name).partition(".")[0] for name in names}
         return found.union(*(named_modules(value[key]) for key in value))
     if isinstance(value, list):
         return set[str]().union(*map(named_modules, value))

@@ -213,8 +213,7 @@ def _are_paths(value: Any) -> bool:
 
 def _start(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks, package: str | Path | None) -> Start:
     """Where to begin, decided by rank 0: what one rank sees on a disk, another may not yet."""
-    base = Path(package or ".")
-    folder = (base.parent if base.is_file() else base) / run_folder(config)
+    folder = _base_folder(package) / run_folder(config)
     run_name = config.get("run_name") or f"{config.get('experiment') or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
     uri = config.mlflow.get("tracking_uri") if config.get("mlflow") else None
     is_restart = environment().restarts > 0
@@ -222,6 +221,13 @@ def _start(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks, package
         return ranks.decide(lambda: find_start(folder, options["resume"], run_name, options, uri, is_restart))
     except (ResumeError, CheckpointError, OSError) as error:
         raise refused(config, ("trainer", "resume"), str(error)) from error
+
+
+def _base_folder(package: str | Path | None) -> Path:
+    """What a relative run folder resolves against; never where packages are installed: an upgrade would remove it."""
+    base = Path(package or ".")
+    folder = base.parent if base.is_file() else base
+    return Path() if {"site-packages", "dist-packages"} & set(folder.resolve().parts) else folder
 
 
 def _prepared_model(

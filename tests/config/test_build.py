@@ -114,6 +114,18 @@ def test_a_class_and_a_function_of_a_module_in_the_current_folder(write: Write) 
     assert made("model", "{name: mine.Outer.Inner, size: 6}").size == 6
 
 
+def test_a_module_that_may_be_missing(write: Write) -> None:
+    write(mine=PARTS)
+    values = {"optional_modules": ["not_here", "mine"], "model": {"name": "Net"}}
+    assert type(build(from_mapping(values), "model")).__module__ == "mine"
+    check_only = from_mapping({"modules": "not_here", "model": {"name": "Net"}})
+    with pytest.raises(ConfigError, match=r"no module 'not_here' .*may be missing is listed under optional_modules"):
+        check(check_only, None)
+    write(broken="def (")
+    with pytest.raises(ConfigError, match="optional_modules: SyntaxError"):
+        check(from_mapping({"optional_modules": "broken", "model": {"name": "torch.nn.ReLU"}}), None)
+
+
 def test_a_package_in_the_current_folder(write: Write) -> None:
     write(**{"pack/__init__": "from .nets import Net", "pack/nets": PARTS, "pack/more": "class More: ..."})
     assert made("model", "{name: Net, dim: 4}", modules="pack").dim == 4
@@ -188,6 +200,102 @@ def test_numbers_become_a_tensor_or_a_tuple_where_only_that_is_taken(write: Writ
     assert loss(torch.ones(2, 3), torch.tensor([0, 1])) > 0
     pair = made("model", "{name: Pair, sizes: [1, 2], rest: [3]}")
     assert (pair.sizes, pair.rest) == ((1, 2), [3])
+
+
+def test_a_list_of_weights_becomes_a_tensor_where_a_loss_does_not_say_what_it_takes(write: Write) -> None:
+    write(
+        mine="""
+        import torch
+        class Weighted(torch.nn.Module):
+            def __init__(self, weight=None, pos_weight=None, sizes=()):
+                super().__init__()
+                self.sizes = sizes
+                self.ce = torch.nn.CrossEntropyLoss(weight=weight)
+                self.bce = torch.nn.BCEWithLogitsLoss(pos_weight=pos_weight)
+        """
+    )
+    loss = made("loss", "{name: Weighted, weight: [1, 5, 1], pos_weight: [2], sizes: [3, 4]}")
+    assert torch.equal(loss.ce.weight, torch.tensor([1.0, 5.0, 1.0])) and loss.bce.pos_weight.tolist() == [2.0]
+    assert loss.sizes == [3, 4]
+    inner = made("loss", "{name: Weighted, sizes: [{name: Weighted, weight: [1, 2]}]}").sizes[0]
+    assert inner.ce.weight.tolist() == [1.0, 2.0]
+
+
+ARGUMENTS = """
+    from collections.abc import Callable
+    import torch
+    def padded(samples): return samples
+    def halve(epoch: int, by: float = 0.5) -> float: return by**epoch
+    def ready(by: float = 0.5): return by
+    class Norm(torch.nn.Module):
+        def __init__(self, features, eps=1e-5):
+            super().__init__()
+            self.features, self.eps = features, eps
+    class Net(torch.nn.Module):
+        def __init__(self, norm: Callable[[int], torch.nn.Module] | None = None, act: torch.nn.Module | None = None,
+                     kind: type[torch.nn.Module] = Norm, stages: list[Callable] = (), notes=None, table: dict | None = None):
+            super().__init__()
+            self.norm, self.act, self.kind, self.stages, self.notes, self.table = norm, act, kind, stages, notes, table
+    class Named(torch.nn.Module):
+        def __init__(self, name, names=None, dataset=None, valid=False, size=1):
+            super().__init__()
+            self.given = (name, names, dataset, valid, size)
+    class Rated(torch.optim.SGD):
+        def __init__(self, params, learning_rate): super().__init__(params, lr=learning_rate)
+"""
+
+
+def test_a_bare_name_where_only_a_function_or_an_object_is_taken(write: Write) -> None:
+    write(mine=ARGUMENTS)
+    net = made("model", "{name: Net, norm: Norm, act: torch.nn.ReLU, kind: LayerNorm, stages: [ready, gelu]}")
+    assert (net.norm.__name__, net.kind) == ("Norm", torch.nn.LayerNorm)  # the class itself, not what it makes
+    assert isinstance(net.act, torch.nn.ReLU)
+    assert [stage.__name__ for stage in net.stages] == ["ready", "gelu"]
+    schedule = made("lr_scheduler", "{name: LambdaLR, lr_lambda: halve}", torch.optim.SGD([torch.ones(1)], lr=8.0))
+    assert [schedule.optimizer.step(), schedule.step(), schedule.get_last_lr()][2] == [4.0]
+    assert refusal("model", "{name: Net, norm: Norrm}").startswith(
+        "model.norm: there is no 'Norrm'; did you mean 'Norm'?"
+    )
+
+
+def test_a_partial_fixes_some_arguments_and_calls_nothing(write: Write) -> None:
+    write(mine=ARGUMENTS)
+    net = made(
+        "model", "{name: Net, norm: {name: Norm, _partial_: true, eps: 0.1}, kind: {name: Norm, _partial_: true}}"
+    )
+    assert (net.norm(3).features, net.norm(3).eps) == (3, 0.1) and net.kind.__name__ == "Norm"
+    assert made("model", "{name: Net, act: {name: Norm, _partial_: false, features: 2}}").act.features == 2
+    wrong = refusal("model", "{name: Net, norm: {name: Norm, _partial_: true, epsilon: 1}}")
+    assert wrong.startswith("model.norm.epsilon: Norm got an unexpected argument 'epsilon'; did you mean 'eps'?")
+    assert "_partial_" in refusal("model", "{name: Net, norm: {name: Norm, _partial_: 3, features: 1}}")
+
+
+def test_a_mapping_that_is_data_keeps_its_name_and_its_dots(write: Write) -> None:
+    write(mine=ARGUMENTS)
+    notes = made("model", "{name: Net, notes: {_data_: true, name: me, '^net[.]': {name: Norm}}}").notes
+    assert notes == {"name": "me", "^net[.]": {"name": "Norm"}} and type(notes) is dict
+    assert made("model", "{name: Net, table: {name: me, a.b: 1}}").table == {"name": "me", "a.b": 1}
+    assert "contains a dot" in refusal("model", "{name: Net, act.inplace: true}")
+
+
+def test_arguments_whose_names_look_like_settings(write: Write) -> None:
+    write(mine=ARGUMENTS)
+    text = "{name: Named, names: [a], dataset: b, valid: true, size: 2}"
+    assert made("model", text).given == ("Named", ["a"], "b", True, 2)
+    config = from_mapping(
+        {"modules": ["mine"], "loaders": {"name": "Named", "dataset": {"name": "Named"}, "valid": 3, "val": {}}}
+    )
+    name, _, dataset, valid, _ = build(config, "loaders.val").given
+    assert (name, dataset.given[0], valid) == ("Named", "Named", 3)
+    for key in ("learning_rate", "lr"):
+        optimizer = made("optimizer", f"{{name: Rated, {key}: 0.5}}", [torch.ones(1)])
+        assert optimizer.param_groups[0]["lr"] == 0.5
+    assert "'names' and 'name' are two" in refusal("metrics.MSE", "{name: MSE, names: [Dice]}")
+    assert "'learning_rate' and 'lr' are two" in refusal("optimizer", "{name: SGD, lr: 1, learning_rate: 2}")
+    subset = from_mapping(
+        {"loaders": {"name": "Subset", "dataset": {"name": "Digits", "split": "val"}, "indices": [5, 7], "test": {}}}
+    )
+    assert len(build(subset, "loaders.test")) == 2
 
 
 def test_a_dataclass_and_a_named_tuple(write: Write) -> None:

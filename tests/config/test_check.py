@@ -293,7 +293,7 @@ MISTAKES: list[tuple[str, ...]] = [
     (
         "modules: [parts]",
         "modules: [part]",
-        "c.yaml:1:11: modules.0: there is no module 'part' here or installed; did you mean 'parts'?",
+        "c.yaml:1:11: modules.0: there is no module 'part' here or installed; did you mean 'parts'?; one that may be missing is listed under optional_modules",
     ),
     (
         "modules: [parts]",
@@ -356,7 +356,7 @@ MISTAKES: list[tuple[str, ...]] = [
     (
         "  batch_size: 4",
         "  transform: flip",
-        "c.yaml:6:3: loaders.transform: expected a component ({name: ...}) or null, found string 'flip'; <Shelf>",
+        "c.yaml:6:3: loaders.transform: there is no 'flip'; did you mean 'Flip'?; <searched loaders> and the other sections' libraries",
     ),
     (
         "  batch_size: 4",
@@ -380,8 +380,8 @@ MISTAKES: list[tuple[str, ...]] = [
     ),
     (
         "  batch_size: 4",
-        "  collate_fn: stack",
-        "c.yaml:6:3: loaders.collate_fn: expected a component ({name: ...}) or null, found string 'stack'",
+        "  collate_fn: padded_up",
+        "c.yaml:6:3: loaders.collate_fn: there is no 'padded_up'; did you mean 'Padd'?; searched parts and the other sections' libraries",
     ),
     (
         "{split: train}",
@@ -716,7 +716,7 @@ MISTAKES: list[tuple[str, ...]] = [
     (
         "  batch_size: 4",
         "  dataset: Shelf",
-        "c.yaml:6:3: 'loaders.dataset' and 'loaders.name' are two names for one setting; keep one of them",
+        "c.yaml:6:3: loaders.dataset: Shelf got an unexpected argument 'dataset'; 'dataset' and 'name' are two names for one setting, keep one of them; <Shelf>",
     ),
 ]
 
@@ -995,7 +995,7 @@ def test_a_module_that_may_have_any_name_wins_only_where_nothing_else_has_it(pro
         ("np.ndarray", "", "3"),
         ("_size_2_t", "3 [1,2] text", ""),  # an alias, which is not followed
         ("Annotated[int, 3]", "3 text", ""),
-        ("type[X]", "text", ""),
+        ("type[X]", "", "3"),
         ("'not an ( annotation'", "3 text", ""),
     ],
 )  # fmt: skip

@@ -494,7 +494,6 @@ def test_another_dialect_means(text: str, expected: dict[str, Any]) -> None:
     ("text", "expected"),
     [
         ("seed: 1\nmanual_seed: 2", "c.yaml:2:1: 'manual_seed' and 'seed' are two names for one setting; keep one of them"),
-        ("optimizer: {lr: 1, learning_rate: 2}", "c.yaml:1:20: 'optimizer.learning_rate' and 'optimizer.lr' are two names for one setting; keep one of them"),
         ("optimizer: {}\ntrainer: {optimizer: {}}", "c.yaml:2:11: 'trainer.optimizer' and 'optimizer' are two names for one setting; keep one of them"),
         ("mlflow: 3\nmlflow_path: x", "c.yaml:2:1: mlflow_path: stands for 'mlflow.tracking_uri', but 'mlflow' is not a mapping"),
     ],
@@ -504,7 +503,7 @@ def test_two_names_of_one_setting_are_a_mistake(text: str, expected: str) -> Non
 
 
 def test_all_double_names_are_told() -> None:
-    assert len(told("seed: 1\nmanual_seed: 2\nloaders: {name: a, dataset: b}\n")) == 2
+    assert len(told("seed: 1\nmanual_seed: 2\ntrainer: {max_epochs: 1, max_num_epochs: 2}\n")) == 2
 
 
 # --------------------------------------------------------------------------------------------------------------- places
