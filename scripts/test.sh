@@ -3,12 +3,14 @@
 #
 #   bash scripts/test.sh                           all tests: what CI runs
 #   bash scripts/test.sh --fast                    only tests that take little time: an answer in under 3 minutes
+#   bash scripts/test.sh --versions                the same on every Python that is here, and with the oldest packages
 #   bash scripts/test.sh [PYTEST ARGUMENTS ...]    tests/config/test_load.py -k override; --soak for the long repetitions
 #
 # The first start makes .venv (see venv.sh). pytest's summary is the last line.
 set -euo pipefail
 # shellcheck source=scripts/venv.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/venv.sh"
+if [[ ${1:-} == --versions ]]; then exec bash "$root/scripts/versions.sh" "${@:2}"; fi
 
 # Programs that some tests drive; a test without its program is skipped and says so. Each is PROGRAM, or PROGRAM=PACKAGE
 # where Debian's package has another name.

@@ -91,3 +91,15 @@ def test_a_state_of_another_version_is_refused_in_words(config, monkeypatch):
     monkeypatch.setattr(create, "FORMAT", create.FORMAT + 1)
     with pytest.raises(ConfigError, match=r"of another version of dtrain .*trainer.pre_trained takes over weights"):
         dtrain.create_trainer(config)
+
+
+def test_a_run_is_never_left_where_packages_are_installed(config, tmp_path, monkeypatch):
+    """As the seed calls it: create_trainer(config, package.__file__), of a package that pip installed."""
+    monkeypatch.chdir(tmp_path)
+    config["trainer"]["checkpoint_dir"] = "mine"
+    for folder, expected in (("project", tmp_path / "project" / "mine"), ("site-packages", tmp_path / "mine")):
+        package = tmp_path / folder / "package" / "__init__.py"
+        package.parent.mkdir(parents=True)
+        package.touch()
+        trainer = dtrain.create_trainer(config, str(package.parent.parent if folder == "project" else package))
+        assert trainer.parts.start.folder.resolve() == expected
