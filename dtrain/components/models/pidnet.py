@@ -22,7 +22,8 @@ class PIDNet(nn.Module):
     Xu, Xiong & Bhattacharyya, "PIDNet: A Real-time Semantic Segmentation Network Inspired by PID Controllers", CVPR
     2023, arXiv:2206.02066. Weights of the authors' models fit; those trained on Cityscapes carry `model.` before each
     name. All three outputs are the published ones: the heads of P and D read rectified features, since in the authors'
-    code a ReLU works in place after the features were put aside. The branches' outputs come main first, not second as there, since everything here takes the first as the main.
+    code a ReLU works in place after the features were put aside. The main output comes first, not second as there,
+    since everything here takes the first as the main.
 
     Args:
         m: Blocks of the early stages. 2 also chooses the lighter parts of PIDNet-S and -M, another number those of -L.
