@@ -71,7 +71,7 @@ class RandomGammaCorrection:
         self.keep_range = keep_range
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        """The sample with another image, float32 (C, *spatial); with keep_range, one of a single value stays as it is."""
+        """The sample with another image, float32 (C, *spatial); one of a single value keeps it, with keep_range."""
         if rng.random() >= self.probability:
             return sample
         image, gamma = sample["image"], np.float32(rng.uniform(*self.gamma))
