@@ -126,8 +126,8 @@ _BARE_LOSSES = ("BCEWithLogitsLoss", "CrossEntropyLoss", "MSELoss", "L1Loss", "S
 _MASK_KEYS = ("ignore_index", "skip_last_target", "squeeze_channel")
 _CROSS_ENTROPIES = ("CrossEntropyLoss", "WeightedCrossEntropyLoss")
 _METRICS: dict[str, Values] = {  # with what pytorch-3dunet takes where the file says nothing, and dtrain otherwise
-    "MeanIoU": {"skip_background": True, "aggregation": "sample"},
-    "DiceCoefficient": {},
+    "MeanIoU": {},
+    "DiceCoefficient": {"absent": "zero"},
     "AdaptedRandError": {"threshold": None, "use_last_target": False},
     "BoundaryAdaptedRandError": {"thresholds": [0.3, 0.4, 0.5, 0.6]},
     "BoundaryAveragePrecision": {"thresholds": [0.3, 0.4, 0.5, 0.6], "input_channel": 0},
@@ -268,6 +268,8 @@ class _Translation:
         if not isinstance(name, str) or name not in _METRICS:
             return
         self.values["metrics"] = metrics = _METRICS[name] | {"activation": self._activation()} | metrics
+        if name == "MeanIoU":  # how it reads an output depends on the target's form, unlike dtrain's of this name
+            metrics["name"] = "dtrain.components.metrics.pytorch3dunet.MeanIoU"
         if name != "BlobsAveragePrecision":
             return
         # The average precision of insides is that of boundaries, with the probabilities the other way round.

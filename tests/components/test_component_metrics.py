@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dtrain.components.losses.dice import DiceLoss
 from dtrain.components.metrics import Precision
+from dtrain.components.metrics import pytorch3dunet as moved
 from dtrain.components.metrics.instances import (
     AdaptedRandError,
     AveragePrecision,
@@ -392,6 +393,75 @@ def test_monai_gives_the_same(monai):
         close(value(DiceCoefficient(False, **keys), output, label)[first:], dice.aggregate().tolist())
 
 
+def test_a_class_that_the_target_lacks_is_judged_as_asked() -> None:
+    """By hand. Sample 0: class 1 right, class 2 only predicted; sample 1: background alone. Class 3 is nowhere."""
+    output, label = sure(torch.tensor([[1, 1, 0, 2], [0, 0, 0, 0]]), 4), torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0]])
+    iou = {
+        "zero": ((1 / 2 + 1 + 0) / 3 + 1) / 2,
+        "skip": ((1 / 2 + 1) / 2 + 1) / 2,
+        "one": ((1 / 2 + 1 + 0 + 1) / 4 + 1) / 2,
+    }
+    dice = {
+        "zero": ((2 / 3 + 1 + 0) / 3 + 1) / 2,
+        "skip": ((2 / 3 + 1) / 2 + 1) / 2,
+        "one": ((2 / 3 + 1 + 0 + 1) / 4 + 1) / 2,
+    }
+    for absent in iou:
+        keys = {"aggregation": "sample", "absent": absent}
+        close(value(MeanIoU(**keys), output, label), iou[absent])
+        close(in_batches(MeanIoU(**keys), output, label, (1, 1)), iou[absent])
+        close(value(DiceCoefficient(False, **keys), output, label), dice[absent])
+    close(value(MeanIoU(aggregation="sample"), output, label), iou["zero"])
+    of_set = {"zero": [5 / 6, 1, 0, nan], "skip": [5 / 6, 1, nan, nan], "one": [5 / 6, 1, 0, 1]}
+    for absent, expected in of_set.items():
+        close(value(MeanIoU(per_class=True, absent=absent), output, label), expected)
+    soft = {"zero": [10 / 11, 1, 0, 0], "skip": [10 / 11, 1, nan, nan], "one": [10 / 11, 1, 0, 0]}
+    for absent, expected in soft.items():
+        close(value(DiceCoefficient(per_class=True, absent=absent), output, label), expected, 1e-3)
+    close(value(DiceCoefficient(per_class=True), output, label), soft["skip"], 1e-3)
+
+
+@pytest.mark.parametrize("empty", [True, False], ids=["skip", "one"])
+def test_monai_gives_the_same_where_classes_are_absent(monai, empty):
+    for seed in range(6):
+        torch.manual_seed(seed)
+        output, label = logits((2, 3), channels=5), labels((2, 3), channels=5).clamp(max=3)
+        label[0] = 0
+        found, there = one_hot(output.argmax(1), 5), one_hot(label, 5)
+        keys = {"aggregation": "sample", "absent": "skip" if empty else "one"}
+        for include in (True, False):
+            iou = monai.MeanIoU(include_background=include, ignore_empty=empty)
+            dice = monai.DiceMetric(include_background=include, ignore_empty=empty)
+            iou(found, there), dice(found, there)
+            close(value(MeanIoU(include_background=include, **keys), output, label), float(iou.aggregate()))
+            hard = DiceCoefficient(False, include_background=include, **keys)
+            close(value(hard, output, label), float(dice.aggregate()))
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("form", ["labels", "channels"])
+@pytest.mark.parametrize("skip_background", [True, False])
+def test_a_mean_iou_that_is_moved_over_is_the_packages(published, activation, form, skip_background):
+    for seed in range(4):
+        torch.manual_seed(seed)
+        output, label = logits((2, 3, 4), channels=4, samples=3), labels((2, 3, 4), channels=4, samples=3)
+        label[0].clamp_(max=1)
+        output[1, 3] = -20  # a class that is in neither
+        label[1].clamp_(max=2)
+        target = label if form == "labels" else one_hot(label, 4)
+        p = output.sigmoid() if activation == "sigmoid" else output.softmax(1)
+        theirs = float(published.MeanIoU(skip_background=skip_background)(p, target))
+        metric = moved.MeanIoU(skip_background=skip_background, activation=activation)
+        close(value(metric, output, target), theirs)
+        close(in_batches(metric, output, target, (2, 1)), theirs)
+    one = logits((2, 3, 4), channels=1)
+    target = (torch.rand(one.shape) > 0.5).float()
+    close(value(moved.MeanIoU(), one, target), float(published.MeanIoU()(one.sigmoid(), target)))
+    dice = float(published.DiceCoefficient()(p, one_hot(label.clamp(max=2), 4)))
+    metric = DiceCoefficient(activation=activation, absent="zero")
+    close(value(metric, output, one_hot(label.clamp(max=2), 4)), dice, 1e-5)
+
+
 def test_pytorch_3dunet_gives_the_same_where_it_is_right(published):
     output, label = logits((4, 5, 6)), labels((4, 5, 6))
     p = output.softmax(1)
@@ -483,6 +553,7 @@ def test_a_mistake_in_the_data_is_told(metric: tm.Metric, output: Tensor, target
     ("make", "keys", "text"),
     [
         (MeanIoU, {"aggregation": "batch"}, "aggregation is 'batch'; possible: global, sample"),
+        (MeanIoU, {"absent": "half"}, "absent is 'half'; possible: zero, skip, one"),
         (MeanIoU, {"activation": "relu"}, "activation is 'relu'; possible: auto, softmax, sigmoid, none"),
         (MeanIoU, {"include_background": True, "skip_background": True}, "are both True; give one of them"),
         (BinaryIoU, {"threshold": 1.5}, "a threshold is 1.5; expected a probability between 0 and 1"),

@@ -96,6 +96,140 @@ def test_all_three_branches_reach_the_main_output(m):
     assert reached == {name.partition(".")[0] for name, _ in model.named_parameters()}
 
 
+class Published:
+    """The network as the authors' code computes it, from the weights alone: both heads, and ReLUs that work in place.
+
+    `statistics`: normalise by the running ones, as in evaluation; else by the batch's.
+    """
+
+    def __init__(self, model, statistics):
+        self.weights = {name: value.detach() for name, value in model.state_dict().items()}
+        self.statistics, self.light = statistics, "spp.scale_process.2.weight" in self.weights
+
+    def conv(self, x, name, stride=1, groups=1):
+        weight = self.weights[f"{name}.weight"]
+        bias = self.weights.get(f"{name}.bias")
+        return F.conv2d(x, weight, bias, stride, padding=weight.shape[-1] // 2, groups=groups)
+
+    def norm(self, x, name):
+        part = {key: self.weights[f"{name}.{key}"] for key in ("running_mean", "running_var", "weight", "bias")}
+        mean, var = part["running_mean"].clone(), part["running_var"].clone()
+        return F.batch_norm(x, mean, var, part["weight"], part["bias"], training=not self.statistics)
+
+    def conv_norm(self, x, name, stride=1):
+        return self.norm(self.conv(x, f"{name}.0", stride), f"{name}.1")
+
+    def norm_conv(self, x, name, at=0, groups=1):
+        return self.conv(F.relu(self.norm(x, f"{name}.{at}")), f"{name}.{at + 2}", groups=groups)
+
+    def block(self, x, name, stride=1, last_relu=True):
+        """A basic block, or a bottleneck where there is a third convolution."""
+        three = f"{name}.conv3.weight" in self.weights
+        out = F.relu(self.norm(self.conv(x, f"{name}.conv1", 1 if three else stride), f"{name}.bn1"))
+        out = self.norm(self.conv(out, f"{name}.conv2", stride if three else 1), f"{name}.bn2")
+        if three:
+            out = self.norm(self.conv(F.relu(out), f"{name}.conv3"), f"{name}.bn3")
+        short = f"{name}.downsample"
+        out = out + (self.conv_norm(x, short, stride) if f"{short}.0.weight" in self.weights else x)
+        return F.relu(out) if last_relu and not three else out
+
+    def layer(self, x, name, stride=1):
+        count = len({key.split(".")[1] for key in self.weights if key.startswith(f"{name}.")})
+        for number in range(count):  # the last block of several has no ReLU
+            x = self.block(x, f"{name}.{number}", stride if number == 0 else 1, number == 0 or number < count - 1)
+        return x
+
+    def head(self, x, name):
+        x = self.conv(F.relu(self.norm(x, f"{name}.bn1")), f"{name}.conv1")
+        return self.conv(F.relu(self.norm(x, f"{name}.bn2")), f"{name}.conv2")
+
+    def resize(self, x, like):
+        return F.interpolate(x, size=list(like.shape[-2:]), mode="bilinear", align_corners=False)
+
+    def pag(self, p, i, name):
+        similar = (self.conv_norm(p, f"{name}.f_x") * self.resize(self.conv_norm(i, f"{name}.f_y"), p)).sum(1)
+        share = torch.sigmoid(similar).unsqueeze(1)
+        return (1 - share) * p + share * self.resize(i, p)
+
+    def pool(self, x):
+        first = self.norm_conv(x, "spp.scale0")
+        up = []
+        for number in range(1, 5):
+            stride = 2**number
+            small = F.avg_pool2d(x, 2 * stride + 1, stride, stride) if number < 4 else x.mean((2, 3), keepdim=True)
+            up.append(self.resize(self.norm_conv(small, f"spp.scale{number}", at=1), x))
+        if self.light:
+            parts = [first, self.norm_conv(torch.cat([item + first for item in up], 1), "spp.scale_process", groups=4)]
+        else:
+            parts = [first]
+            for number, item in enumerate(up, 1):
+                parts.append(self.norm_conv(item + parts[-1], f"spp.process{number}"))
+        return self.norm_conv(torch.cat(parts, 1), "spp.compression") + self.norm_conv(x, "spp.shortcut")
+
+    def fuse(self, p, i, d):
+        edge = torch.sigmoid(d)
+        if self.light:
+            return self.conv_norm((1 - edge) * i + p, "dfm.conv_p") + self.conv_norm(i + edge * p, "dfm.conv_i")
+        return self.norm_conv(edge * p + (1 - edge) * i, "dfm.conv")
+
+    def __call__(self, x):
+        """Main, P and D."""
+        x = F.relu(self.conv_norm(x, "conv1", 2))
+        x = F.relu(self.norm(self.conv(x, "conv1.3", 2), "conv1.4"))
+        x = F.relu(self.layer(F.relu(self.layer(x, "layer1")), "layer2", 2))
+        p, d = self.layer(x, "layer3_"), self.block(x, "layer3_d", last_relu=False)
+        x = F.relu(self.layer(x, "layer3", 2))
+        p = for_p = self.pag(p, self.conv_norm(x, "compression3"), "pag3")
+        d = d + self.resize(self.conv_norm(x, "diff3"), d)
+        x = F.relu(self.layer(x, "layer4", 2))
+        p = self.layer(F.relu(p, inplace=True), "layer4_")  # in place: the head of P reads what is left
+        d = F.relu(d, inplace=True)
+        d = self.layer(d, "layer4_d") if self.light else self.block(d, "layer4_d", last_relu=False)
+        p = self.pag(p, self.conv_norm(x, "compression4"), "pag4")
+        d = for_d = d + self.resize(self.conv_norm(x, "diff4"), d)
+        p = self.layer(F.relu(p, inplace=True), "layer5_")
+        d = self.layer(F.relu(d, inplace=True), "layer5_d")
+        context = self.resize(self.pool(self.layer(x, "layer5", 2)), p)
+        return [
+            self.head(self.fuse(p, context, d), "final_layer"),
+            self.head(for_p, "seghead_p"),
+            self.head(for_d, "seghead_d"),
+        ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("m", [2, 3], ids=["light", "large"])
+def test_all_three_outputs_are_the_published_networks(m, dtype):
+    torch.manual_seed(4)
+    model, image = tiny(m).to(dtype), torch.randn(3, 3, 64, 96, dtype=dtype)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.3)
+            module.running_var.uniform_(0.5, 2)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, std=0.3)
+    close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    if dtype == torch.float64:
+        close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
+    with torch.no_grad():
+        by_running = Published(model.eval(), statistics=True)(image)
+        close(model(image), by_running[0])
+        model.training = True  # the heads, while each layer keeps normalising by the running statistics
+        close(model(image), by_running)
+        by_batch = Published(model, statistics=False)(image)
+        close(model.train()(image), by_batch)
+
+
+def test_the_heads_hand_no_gradient_back_where_the_next_stage_reads_nothing():
+    model, image = tiny(), torch.randn(2, 3, 32, 32)
+    read = []
+    hooks = [head.register_forward_pre_hook(lambda _, given: read.append(given[0]))
+             for head in (model.seghead_p, model.seghead_d)]  # fmt: skip
+    model(image)
+    assert len(hooks) == len(read) == 2
+    assert all((item >= 0).all() and (item == 0).any() for item in read)
+
+
 def test_the_smallest_image_works():
     assert tiny().eval()(torch.randn(1, 3, 8, 8)).shape == (1, 3, 1, 1)
     assert tiny()(torch.randn(2, 3, 8, 8))[0].shape == (2, 3, 1, 1)
@@ -292,6 +426,17 @@ def test_bfloat16_outputs_are_taken():
     exact = PIDNetLoss()(outputs, target)
     half = PIDNetLoss()([output.bfloat16() for output in outputs], target)
     assert half.item() == pytest.approx(exact.item(), rel=0.03)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_loss_is_computed_in_float32_at_least(dtype):
+    outputs, target = outputs_and_target(large=True)
+    weights = dict(class_weights=[0.5, 1.0, 2.0, 3.0])
+    given = [output.detach().to(dtype) for output in outputs]
+    found = PIDNetLoss(**weights)(given, target)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    expected = PIDNetLoss(**weights)([output.float() for output in given], target)
+    torch.testing.assert_close(found.float(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

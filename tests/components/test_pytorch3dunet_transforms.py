@@ -97,6 +97,22 @@ def test_the_image_is_what_the_package_makes_of_it(name: str, keys: dict) -> Non
     assert np.allclose(result, expected.reshape(result.shape), atol=1e-5)
 
 
+@pytest.mark.parametrize("value", [-3.0, 0.0, 0.1, 0.7, 1.5, 7.0, 12345.678])
+@pytest.mark.parametrize(
+    ("name", "keys"), [(name, keys) for name, several in RAW.items() for keys in several if name != "RandomContrast"]
+)
+def test_a_patch_of_one_value_is_what_the_package_makes_of_it(name: str, keys: dict, value: float) -> None:
+    image = np.full(SPACE, value, np.float32)
+    more = {"random_state": np.random.RandomState(0)} if name.startswith("Random") else {}
+    expected = np.asarray(getattr(theirs, name)(**keys, **more)(image.copy()))
+    if name == "Standardize" and not keys:
+        expected = np.zeros(SPACE)  # there the mean is rounded, and what it is off by is divided by eps: 0, 1 or -1
+    result = Pipeline(paired([{"name": name, **keys}], None))({"image": image[None]}, rng())["image"]
+    assert np.allclose(result, expected.reshape(result.shape), rtol=1e-6, atol=1e-6)
+    if name == "Normalize" and not keys:
+        assert (result == -1).all()
+
+
 @pytest.mark.parametrize("name", ["Standardize", "PercentileNormalizer"])
 def test_channels_are_normalized_by_themselves(name: str) -> None:
     image = np.stack([arrays(seed)[0] for seed in (1, 2)])
@@ -117,10 +133,17 @@ LABEL = {
         {"offsets": [1, 2, 3, 4]},
         {"offsets": [1, 4], "z_offsets": [1, 2], "append_label": True, "ignore_index": 1},
         {"offsets": [1, 5], "aggregate_affinities": True},
+        {"offsets": [1, 2, 3], "z_offsets": [1, 1, 2]},
     ],
     "LabelToZAffinities": [{"offsets": [1, 2, 3]}],
-    "LabelToBoundaryAndAffinities": [{"xy_offsets": [1, 2], "z_offsets": [1, 3], "append_label": True}],
-    "LabelToMaskAndAffinities": [{"xy_offsets": [1, 2], "z_offsets": [1, 3], "background": 1}],
+    "LabelToBoundaryAndAffinities": [
+        {"xy_offsets": [1, 2], "z_offsets": [1, 3], "append_label": True},
+        {"xy_offsets": [1, 2, 4], "z_offsets": [1, 1, 1]},
+    ],
+    "LabelToMaskAndAffinities": [
+        {"xy_offsets": [1, 2], "z_offsets": [1, 3], "background": 1},
+        {"xy_offsets": [1, 2], "z_offsets": [2, 2]},
+    ],
     "Relabel": [{}, {"run_cc": False}, {"append_original": True}, {"append_original": True, "ignore_label": 2}],
     "Normalize": [{}],
     "LabelToTensor": [{}],

@@ -254,9 +254,9 @@ def test_a_wrapped_loss_keeps_its_places(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ([], {"name": "MeanIoU", "skip_background": True, "aggregation": "sample", "activation": "sigmoid"}),
-        (["model.final_sigmoid=false", "eval_metric={name: DiceCoefficient}"], {"name": "DiceCoefficient", "activation": "softmax"}),
-        (["loss.name=CrossEntropyLoss", "eval_metric={name: DiceCoefficient, ignore_index: null}"], {"name": "DiceCoefficient", "activation": "softmax"}),
+        ([], {"name": "dtrain.components.metrics.pytorch3dunet.MeanIoU", "activation": "sigmoid"}),
+        (["model.final_sigmoid=false", "eval_metric={name: DiceCoefficient}"], {"name": "DiceCoefficient", "activation": "softmax", "absent": "zero"}),
+        (["loss.name=CrossEntropyLoss", "eval_metric={name: DiceCoefficient, ignore_index: null}"], {"name": "DiceCoefficient", "activation": "softmax", "absent": "zero"}),
         (["model.is_segmentation=false", "eval_metric={name: PSNR}"], {"name": "PSNR", "activation": "none"}),
         (
             ["eval_metric={name: BlobsAveragePrecision, metric: acc, thresholds: [0.5]}"],

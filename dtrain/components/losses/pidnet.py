@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dtrain.components.losses.targets import precise
+
 OHEM = {"threshold": 0.9, "min_kept": 131072}  # as for 1024 x 2048 pixels of Cityscapes
 TERMS = ("detail", "main", "boundary", "aware")
 
@@ -105,11 +107,12 @@ class PIDNetLoss(nn.Module):
 
     def _mean(self, logits: Tensor, label: Tensor) -> Tensor:
         """Cross entropy over the valid pixels, 0 without any; with class weights the weighted mean, as torch's."""
-        total = F.cross_entropy(logits, label, self.class_weights, ignore_index=self.ignore_index, reduction="sum")
+        weights = None if self.class_weights is None else self.class_weights.to(logits.dtype)
+        total = F.cross_entropy(logits, label, weights, ignore_index=self.ignore_index, reduction="sum")
         valid = label != self.ignore_index
-        if self.class_weights is None:
+        if weights is None:
             return total / valid.sum().clamp(min=1)
-        of_pixels = self.class_weights[torch.where(valid, label, 0)] * valid
+        of_pixels = weights[torch.where(valid, label, 0)] * valid
         return total / of_pixels.sum().clamp(min=torch.finfo(torch.float32).tiny)
 
     def _hard(self, logits: Tensor, label: Tensor) -> Tensor:
@@ -143,11 +146,13 @@ def ohem_cross_entropy(
     Returns:
         A scalar; 0 (with gradient 0) where no pixel is valid or hard. Nothing here waits for the device.
     """
+    logits = precise(logits)
+    class_weights = None if class_weights is None else class_weights.to(logits.dtype)
     losses = F.cross_entropy(logits, label, class_weights, ignore_index=ignore_index, reduction="none").flatten()
     valid = (label != ignore_index).flatten()
     with torch.no_grad():
         classes = torch.where(label == ignore_index, 0, label).unsqueeze(1)
-        probability = logits.float().softmax(dim=1).gather(1, classes).flatten()
+        probability = logits.softmax(dim=1).gather(1, classes).flatten()
         # Invalid pixels rank behind all others; the last valid pixel is the highest rank there is.
         ranked = torch.where(valid, probability, 2.0)
         rank = int(min_kept if min_kept >= 1 else min_kept * valid.numel())
@@ -180,8 +185,9 @@ def boundary_loss(logits: Tensor, boundary: Tensor) -> Tensor:
         )
     positive, negative = edges == 1, edges == 0
     pos, neg = positive.sum(), negative.sum()
-    weight = (positive * neg + negative * pos).float() / (pos + neg).clamp(min=1)
-    return F.binary_cross_entropy_with_logits(logits.float(), positive.float(), weight)
+    logits = precise(logits)
+    weight = (positive * neg + negative * pos).to(logits.dtype) / (pos + neg).clamp(min=1)
+    return F.binary_cross_entropy_with_logits(logits, positive.to(logits.dtype), weight)
 
 
 def _ohem_settings(ohem: Mapping[str, float] | None) -> tuple[float, float]:
@@ -214,7 +220,8 @@ def _target(target: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _as_large(logits: Tensor, label: Tensor) -> Tensor:
-    """Logits (N, K, h, w) at the label's size, bilinearly with aligned corners as in PIDNet's code."""
+    """Logits (N, K, h, w), float32 at least, at the label's size: bilinear, corners aligned as in PIDNet's code."""
+    logits = precise(logits)
     if logits.shape[-2:] == label.shape[-2:]:
         return logits
     return F.interpolate(logits, size=list(label.shape[-2:]), mode="bilinear", align_corners=True)

@@ -19,6 +19,7 @@ from dtrain.components.losses.targets import main_of
 from dtrain.components.metrics.reading import Activation, ClassReader, known, main_logits, probabilities, summed, wide
 
 Aggregation = Literal["global", "sample"]
+Absent = Literal["zero", "skip", "one"]
 
 
 class _Overlap(Metric):
@@ -35,9 +36,11 @@ class _Overlap(Metric):
         aggregation: str = "global",
         include_background: bool = True,
         per_class: bool = False,
+        absent: str = "zero",
     ) -> None:
         super().__init__()
         self.reader, self.per_class, self.include_background = reader, per_class, include_background
+        self.absent = known(absent, "absent", Absent)
         self.aggregation = known(aggregation, "aggregation", Aggregation)
         # A zero of no dimension: the number of classes is seen in the first batch, and 0 + x has x's shape and type.
         self.add_state("totals", torch.tensor(0), dist_reduce_fx="sum")
@@ -70,6 +73,12 @@ class _Overlap(Metric):
         """The score of B, P and T; nan where a class is to be left out."""
         raise NotImplementedError
 
+    def _with_absent(self, scores: Tensor, found: Tensor, there: Tensor) -> Tensor:
+        """The scores, with what `absent` says of a class that the target lacks; its score is 0 if it is predicted."""
+        if self.absent == "skip":
+            return scores.where(there > 0, torch.nan)
+        return scores.where(found + there > 0, 1.0 if self.absent == "one" else torch.nan)
+
 
 class MeanIoU(_Overlap):
     """Mean over the classes of B / (P + T - B), the intersection over union (Jaccard index).
@@ -78,8 +87,10 @@ class MeanIoU(_Overlap):
     (Pascal VOC, Cityscapes), equal to torchmetrics' JaccardIndex(average='macro') where all classes occur. 'sample':
     the mean over the samples of each sample's mean, as in pytorch-3dunet, MONAI and torchmetrics.segmentation.
 
-    A class that is in neither the prediction nor the target, of the set or of the sample, is left out of the mean (in
-    pytorch-3dunet it counts as 1, in JaccardIndex as 0). A sample without any class to measure is left out, too.
+    A class that the target lacks, of the set or of the sample, is judged in one of three ways (`absent`): 'zero': it
+    counts as 0 if it is predicted, and is left out if not; 'skip': it is left out, predicted or not (MONAI, with its
+    ignore_empty); 'one': it counts as 0 if it is predicted, and as 1 if not (pytorch-3dunet, and MONAI with
+    ignore_empty=False). JaccardIndex counts it as 0. A sample without any class to measure is left out.
 
     Args:
         num_classes: The number of channels, or 2 for one channel with the background as a class. Default: as found.
@@ -90,6 +101,7 @@ class MeanIoU(_Overlap):
         per_class: A vector with nan for classes left out; with 'sample', each class's mean over its samples.
         activation: auto (sigmoid for one channel, softmax for several), softmax, sigmoid or none.
         threshold: Probability above which a channel that stands for itself is there.
+        absent: zero, skip or one: what becomes of a class that the target lacks, see above.
 
     Raises:
         ValueError: An argument is none of the possible ones, or two contradict one another.
@@ -105,16 +117,17 @@ class MeanIoU(_Overlap):
         per_class: bool = False,
         activation: Activation = "auto",
         threshold: float = 0.5,
+        absent: Absent = "zero",
     ) -> None:
         if include_background is None:
             include_background = not skip_background
         elif skip_background is include_background:
             raise ValueError(f"include_background and skip_background are both {include_background}; give one of them")
         reader = ClassReader(num_classes, activation, threshold, ignore_index)
-        super().__init__(reader, aggregation, include_background, per_class)
+        super().__init__(reader, aggregation, include_background, per_class, absent)
 
     def _score(self, both: Tensor, found: Tensor, there: Tensor) -> Tensor:
-        return both / (found + there - both)
+        return self._with_absent(both / (found + there - both), found, there)
 
 
 class BinaryIoU(_Overlap):
@@ -161,8 +174,9 @@ class DiceCoefficient(_Overlap):
     aggregation 'global': sums over the whole data set (pytorch-3dunet: the mean over batches of each batch's).
     'sample': the mean over the samples of each sample's mean, as in MONAI's DiceMetric.
 
-    Left out of the mean is a class that the target does not have (soft, where p is never 0), or that neither prediction
-    nor target have (hard), in the set or in the sample. In pytorch-3dunet such a class counts as 0.
+    A class that the target lacks, in the set or in the sample, is judged as in MeanIoU (`absent`). For 'zero' and 'one'
+    the soft one counts it as 0, since p is never 0, so its default is 'skip'; that of the hard one is 'zero'. In MONAI
+    it is 'skip', or 'one' with ignore_empty=False; pytorch-3dunet counts such a class as 0, which is 'zero'.
 
     Args:
         soft: Whether of probabilities, or of classes.
@@ -174,6 +188,7 @@ class DiceCoefficient(_Overlap):
         per_class: A vector with nan for classes left out.
         activation: auto (sigmoid for one channel, softmax for several), softmax, sigmoid or none.
         threshold: Probability above which (hard) a channel that stands for itself is there.
+        absent: zero, skip or one: what becomes of a class that the target lacks. Default: skip if soft, zero if hard.
 
     Raises:
         ValueError: An argument is none of the possible ones.
@@ -190,18 +205,18 @@ class DiceCoefficient(_Overlap):
         per_class: bool = False,
         activation: Activation = "auto",
         threshold: float = 0.5,
+        absent: Absent | None = None,
     ) -> None:
         reader = ClassReader(num_classes, activation, threshold, ignore_index)
-        super().__init__(reader, aggregation, include_background, per_class)
+        super().__init__(reader, aggregation, include_background, per_class, absent or ("skip" if soft else "zero"))
         self.soft, self.epsilon = soft, epsilon
 
     def _counts(self, output: Any, target: Any) -> Tensor:
         return (self.reader.soft_sums if self.soft else self.reader.counts)(output, target)
 
     def _score(self, both: Tensor, found: Tensor, there: Tensor) -> Tensor:
-        if self.soft:
-            return (2 * both / (found + there).clamp(min=self.epsilon)).where(there > 0, torch.nan)
-        return 2 * both / (found + there)
+        whole = (found + there).clamp(min=self.epsilon) if self.soft else found + there
+        return self._with_absent(2 * both / whole, found, there)
 
 
 class _Foreground(_Overlap):

@@ -107,12 +107,19 @@ class ClassReader:
         """
         output, target = main_logits(output), main_of(target)
         self._check_channels(output)
-        if output.shape[1] > 1 and self.activation == "sigmoid":
-            read = self._channels(output, target)
-            found, there = read.output > self.threshold, read.target > 0.5
-            if read.valid is not None:
-                found = found & (read.valid > 0)
-            return _sums(found & there, found, there)
+        independent = output.shape[1] > 1 and self.activation == "sigmoid"
+        return (self.channel_counts if independent else self.label_counts)(output, target)
+
+    def channel_counts(self, output: Tensor, target: Tensor) -> Tensor:
+        """The same with each channel by itself, there above the threshold."""
+        read = self._channels(output, target)
+        found, there = read.output > self.threshold, read.target > 0.5
+        if read.valid is not None:
+            found = found & (read.valid > 0)
+        return _sums(found & there, found, there)
+
+    def label_counts(self, output: Tensor, target: Tensor) -> Tensor:
+        """The same with one class for each voxel: the largest channel, or of a single one what the threshold says."""
         if output.shape[1] > 1:
             return self._label_counts(output.argmax(dim=1), *self._labels(output, target), output.shape[1])
         read = TargetReader(self.ignore_index).read(output, target, labels=False)

@@ -21,7 +21,9 @@ class PIDNet(nn.Module):
 
     Xu, Xiong & Bhattacharyya, "PIDNet: A Real-time Semantic Segmentation Network Inspired by PID Controllers", CVPR
     2023, arXiv:2206.02066. Weights of the authors' models fit; those trained on Cityscapes carry `model.` before each
-    name. The branches' outputs come main first, not second as there, since everything here takes the first as the main.
+    name. All three outputs are the published ones: the heads of P and D read rectified features, since in the authors'
+    code a ReLU works in place after the features were put aside. The main output comes first, not second as there,
+    since everything here takes the first as the main.
 
     Args:
         m: Blocks of the early stages. 2 also chooses the lighter parts of PIDNet-S and -M, another number those of -L.
@@ -130,15 +132,16 @@ class PIDNet(nn.Module):
         x = self.relu(self.layer3(x))  # (N, 4C, H/16, W/16)
         detail = self.pag3(detail, self.compression3(x))
         boundary = boundary + _resize(self.diff3(x), size)
-        early_detail = detail
+        # The heads of P and D read what the next stage reads, rectified: the authors' ReLU works in place.
+        early_detail = F.relu(detail)
 
-        detail, boundary = self.layer4_(F.relu(detail)), self.layer4_d(F.relu(boundary))
+        detail, boundary = self.layer4_(early_detail), self.layer4_d(F.relu(boundary))
         x = self.relu(self.layer4(x))  # (N, 8C, H/32, W/32)
         detail = self.pag4(detail, self.compression4(x))
         boundary = boundary + _resize(self.diff4(x), size)
-        early_boundary = boundary
+        early_boundary = F.relu(boundary)
 
-        detail, boundary = self.layer5_(F.relu(detail)), self.layer5_d(F.relu(boundary))  # (N, 4C, H/8, W/8)
+        detail, boundary = self.layer5_(F.relu(detail)), self.layer5_d(early_boundary)  # (N, 4C, H/8, W/8)
         context = _resize(self.spp(self.layer5(x)), size)
         logits = self.final_layer(self.dfm(detail, context, boundary))
         if not (self.augment and self.training):

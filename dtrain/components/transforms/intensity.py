@@ -54,7 +54,8 @@ class RandomGammaCorrection:
     Args:
         gamma: The range of g; below 1 brightens.
         probability: How often it happens at all.
-        keep_range: Bring it back. pytorch-3dunet leaves it at 0..1, so that images differ in range by chance.
+        keep_range: Bring it back. pytorch-3dunet leaves it at 0..1, so that images differ in range by chance; an image
+            of a single value, which has no range, is then clipped to 0..1, as there.
 
     Raises:
         ValueError: A value out of range.
@@ -70,13 +71,13 @@ class RandomGammaCorrection:
         self.keep_range = keep_range
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        """The sample with another image, float32 (C, *spatial); one of a single value stays as it is."""
+        """The sample with another image, float32 (C, *spatial); one of a single value keeps it, with keep_range."""
         if rng.random() >= self.probability:
             return sample
         image, gamma = sample["image"], np.float32(rng.uniform(*self.gamma))
         low, span = image.min(), np.ptp(image)
         if not span > 0:
-            return sample
+            return sample if self.keep_range else sample | {"image": image.clip(0, 1) ** gamma}
         image = ((image - low) / span) ** gamma
         return sample | {"image": image * span + low if self.keep_range else image}
 

@@ -106,6 +106,8 @@ class PercentileNormalizer:
 class Normalize:
     """-1 .. 1 (or 0 .. 1) from min_value .. max_value; what lies beyond is clipped.
 
+    An array of a single value becomes -1 (or 0) throughout, whatever the value.
+
     Args:
         min_value: Becomes -1 (or 0); a number, or one per channel. Default: the file's least value if the sample tells
             it, else the array's own.
@@ -148,10 +150,10 @@ class Normalize:
         high: Any = self.max_value if self.max_value is not None else told.get("max")
         low = np.asarray(array.min(axes) if low is None else low, dtype=np.float64)
         high = np.asarray(array.max(axes) if high is None else high, dtype=np.float64)
-        span = high - low + self.eps
+        # In two steps: beside a large value float32 would round eps away, and what has one value would not become -1.
+        result = rescaled(sample, self.key, low, high - low + self.eps)
         if not self.norm01:
-            low, span = low + span / 2, span / 2
-        result = rescaled(sample, self.key, low, span)
+            result = rescaled(result, self.key, 0.5, 0.5)
         return result | {self.key: result[self.key].clip(0 if self.norm01 else -1, 1)}
 
 
