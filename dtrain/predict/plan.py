@@ -86,6 +86,7 @@ def _stamp(inference: Inference, source: Source, number: int) -> dict[str, Any]:
         "input": [volume.name, _version_of(volume.path)],
         "patches": [grid.shape, grid.patch, grid.starts, source.halos[number], predictor.blend],
         "activation": predictor.activation,
+        "blending": "of logits" if grid.is_averaged else None,  # once it was of probabilities
         "what is kept": list(predictor.choice),
         "instances": [predictor.connectivity, predictor.min_size] if predictor.choice.instances else None,
         "file": [predictor.output_dataset, predictor.compression, predictor.dtype],

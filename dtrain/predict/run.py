@@ -82,7 +82,7 @@ def volumes(inference: Inference, dataset: Any, batch_size: int, folder: Path, o
         patches = [len(source.grids[run.volume].touching(run.begin, run.end)) for run in own]
         inference.progress.start_patches(sum(patches))
         with contextlib.suppress(StoppedError):
-            for run, planes in stitched(source, own, inference, batch_size, inference.predictor.activated):
+            for run, planes in stitched(source, own, inference, batch_size):
                 writer.write_run(run, own[run], planes)
         return writer.result(stopped=writer.join_rest())
 
