@@ -71,6 +71,8 @@ def _format(predictor: Predictor, volume: Volume) -> Format:
         file_format = "nifti"
     if file_format is None and predictor.choice.labels and len(volume.shape) == 2 and name.endswith(IMAGES):
         file_format = "png"
+    if file_format == "nifti" and predictor.dtype == "float16":
+        raise ConfigError("predictor.dtype: NIfTI has no float16; possible: float32, and uint8 for probabilities")
     if file_format == "csv":
         raise ConfigError(f"predictor.format: csv is for datasets without volumes, and {volume.path} is a volume")
     if file_format == "png" and prod(volume.shape) != prod(volume.shape[-2:]):

@@ -23,7 +23,9 @@ class VolumeWriter:
         self.finished = {task.volume for task in tasks if task.is_finished}
 
     def write_run(self, run: Run, slabs: list[Slab], planes: Iterator[tuple[int, np.ndarray]]) -> None:
-        """Write what was predicted in one run of slabs, a whole file or parts of one: positions, logits (K, planes, ...).
+        """Write what was predicted in one run of slabs, a whole file or parts of one.
+
+        `planes` are positions of the first plane, and logits (K, planes, ...).
 
         Raises:
             PredictionError: A file cannot be written.
