@@ -27,7 +27,7 @@ from dtrain.distributed.launched_rank import mark_first_step
 from dtrain.distributed.stop_request import StopWaiting
 from dtrain.distributed.vote import Vote
 from dtrain.predict.inference import Result
-from dtrain.predict.run import logits, predict
+from dtrain.predict.run import compare_with_training, logits, predict
 from dtrain.tracking.secrets import keep_secret
 from dtrain.training.evaluate import evaluate, evaluate_volumes
 from dtrain.training.evidence import Evidence
@@ -427,6 +427,8 @@ class Trainer:
         with self.activity.during("test"):
             self.saver.wait()
             load_for_use(self.module, self.ranks, self.saver.checkpoints, checkpoint)
+            if self.train_loader is None:  # else all phases were compared at the start
+                compare_with_training(self.inference, self.loaders.test.dataset.dataset, checkpoint)
             figures = self.evaluate("test", self.trainables.compiled)
             if figures:
                 self.progress.evaluation("test", self.step, figures)

@@ -135,10 +135,31 @@ _METRICS: dict[str, Values] = {  # with what pytorch-3dunet takes where the file
     "PSNR": {},
     "MSE": {},
 }
-_NOTES = {  # settings of pytorch-3dunet's trainer that change no result
-    "skip_train_validation": "metrics are computed on validation data alone, never on training batches",
-    "max_val_images": "the number of samples drawn is set by trainer.pictures",
-    "tensorboard_formatter": "pictures go to MLflow, not to TensorBoard, and have one fixed form",
+_WEIGHTED = ("WeightedCrossEntropyLoss", "WeightedSmoothL1Loss")
+_LOSSES = (*_BARE_LOSSES, "BCEDiceLoss", "DiceLoss", "GeneralizedDiceLoss", *_WEIGHTED)
+_HALO = "what is read around a patch is slice_builder.halo_shape"
+_IGNORED: dict[KeyPath, str] = {  # published settings that change no result, there or here, and why
+    ("trainer", "skip_train_validation"): "metrics are computed on validation data alone, never on training batches",
+    ("trainer", "max_val_images"): "the number of samples drawn is set by trainer.pictures",
+    ("trainer", "tensorboard_formatter"): "pictures go to MLflow, not to TensorBoard, and have one fixed form",
+    ("loaders", "mirror_padding"): _HALO,
+    ("predictor", "patch_halo"): _HALO,
+}
+_PLOTS = "instances are not plotted; trainer.pictures draws the validation"
+_THRESHOLDS = "pytorch-3dunet reads thresholds, a list"
+_LAST = "the last channel of the target holds the instances, always"
+_IGNORED_BY_METRICS: dict[str, dict[str, str]] = {  # "": by all of them
+    "": {"use_first_input": "the channel is input_channel", "save_plots": _PLOTS, "plots_dir": _PLOTS},
+    "AdaptedRandError": {"threshold": "the output's classes are compared as they are"},
+    "BoundaryAdaptedRandError": {"threshold": _THRESHOLDS},
+    "BoundaryAveragePrecision": {
+        "threshold": _THRESHOLDS,
+        "use_last_target": _LAST,
+        "metric": "it is the average precision, always",
+    },
+    "BlobsAveragePrecision": {"threshold": _THRESHOLDS, "use_last_target": _LAST},
+    "PSNR": {"ignore_index": "all voxels count"},
+    "MSE": {"ignore_index": "all voxels count"},
 }
 
 
@@ -153,7 +174,7 @@ def translate(values: Values, places: Places) -> list[str]:
     phases = [work.section("loaders", phase) for phase in _PHASES]
     is_its_own = work.section("loaders").get("name", _DATASETS[0]) in _DATASETS
     if is_its_own and any("transformer" in phase for phase in phases):
-        for step in (work.fill, work.trainer, work.loaders, work.loss, work.metrics, work.predictor):
+        for step in (work.ignored, work.fill, work.trainer, work.loaders, work.loss, work.metrics, work.predictor):
             step()
     if work.mistakes:
         raise ConfigError(work.mistakes)
@@ -178,6 +199,23 @@ class _Translation:
         where = next((self.places[path[:end]] for end in range(len(path), -1, -1) if path[:end] in self.places), None)
         self.mistakes.append(Mistake(f"{dotted(path)}: {text}", where))
 
+    def ignore(self, path: KeyPath, why: str) -> None:
+        """Drop a key, if it is there, and say that it has no effect; null is no key."""
+        section = self.section(*map(str, path[:-1]))
+        if section.pop(path[-1], None) is not None:
+            self.notes.append(f"{dotted(path)}: has no effect: {why}")
+
+    def ignored(self) -> None:
+        """What pytorch-3dunet reads past."""
+        for path, why in _IGNORED.items():
+            self.ignore(path, why)
+        name = self.section("metrics").get("name")
+        if isinstance(name, str) and name in _METRICS:
+            for key, why in (_IGNORED_BY_METRICS[""] | _IGNORED_BY_METRICS.get(name, {})).items():
+                self.ignore(("metrics", key), why)
+        if self.section("loss").get("name") == "BCEDiceLoss":
+            self.ignore(("loss", "beta"), "alpha is the one weight that pytorch-3dunet reads")
+
     def fill(self) -> None:
         filled = []
         for (name, key), value in _DEFAULTS.items():
@@ -192,7 +230,10 @@ class _Translation:
 
     def trainer(self) -> None:
         trainer = self.section("trainer")
-        _drop_nulls(trainer, ("resume", "validate_iters", *_NOTES))
+        _drop_nulls(trainer, ("resume", "validate_iters"))
+        _drop_nulls(self.section("model"), ("num_groups",))
+        for old, new in (("epochs", "max_epochs"), ("iters", "max_steps")):  # in older files
+            self.mistakes += _rename(self.values, self.places, ("trainer", old), ("trainer", new))
         resume = str(trainer.get("resume", ""))
         if resume.endswith(_FOREIGN):
             text = "a checkpoint of pytorch-3dunet lacks what a training needs to resume (the schedule's state, the "
@@ -200,12 +241,10 @@ class _Translation:
             self.wrong(("trainer", "resume"), text)
         if "validate_iters" in trainer:
             self.wrong(("trainer", "validate_iters"), "a validation always covers all of loaders.val; remove it")
-        for key in [key for key in _NOTES if key in trainer]:
-            self.notes.append(f"trainer.{key}: has no effect: {_NOTES[key]}")
-            del trainer[key]
 
     def loaders(self) -> None:
         loaders = self.values["loaders"]
+        self._weights()
         for phase in _PHASES:
             own = self.section("loaders", phase)
             if "transformer" in own:
@@ -215,6 +254,20 @@ class _Translation:
         if loaders["name"] == "DSB2018Dataset" and loaders.pop("expand_dims", None) is not None:
             text = "an image is (C, H, W) here, and a 2-D network takes it as it is"
             self.notes.append(f"loaders.expand_dims: has no effect: {text}")
+
+    def _weights(self) -> None:
+        """Weights of voxels are read where a loss of one's own may take them; pytorch-3dunet's losses cannot."""
+        name = self.section("loss").get("name")
+        has_use = name is not None and name not in _LOSSES
+        for section in (("loaders",), *(("loaders", phase) for phase in _PHASES)):
+            _drop_nulls(self.section(*section), ("weight_internal_path",))
+            if not has_use:
+                self.ignore((*section, "weight_internal_path"), f"{name or 'a prediction'} takes no weights of voxels")
+        for phase in _PHASES:
+            own = self.section("loaders", phase)
+            if "weight_internal_path" not in {**self.section("loaders"), **own}:
+                why = "no weights of voxels are read"
+                self.ignore(("loaders", phase, "transformer", "weight"), why)
 
     def _transformer(self, phase: Values, path: KeyPath) -> None:
         """The lists for image and label become one transform of both; what is in them is checked where it is built."""
@@ -303,6 +356,14 @@ class _Translation:
         predictor = self.section("predictor")
         _drop_nulls(predictor, list(predictor))
         predictor.setdefault("activation", self._activation())
+        if "predict" in loaders and "blend" not in predictor and loaders["name"] != "DSB2018Dataset":
+            predictor["blend"] = "last"
+            text = (
+                "where patches overlap the later one wins, as in pytorch-3dunet; gaussian averages them, without seams"
+            )
+            self.notes.append(f"predictor.blend: 'last': {text}")
+        if predictor.get("save_segmentation") is True and "prediction_channel" in predictor:
+            self.ignore(("predictor", "prediction_channel"), "save_segmentation takes the largest of all channels")
         if predictor.get("name") != "DSB2018Predictor":
             return
         del predictor["name"]  # it means to write one HDF5 file for each image

@@ -4,13 +4,19 @@ from typing import Literal
 
 import numpy as np
 
-Blend = Literal["gaussian", "constant"]
+Blend = Literal["gaussian", "constant", "last"]
 
 SIGMAS = 8  # a patch's length in standard deviations of its Gaussian
 
 
 def shares(extent: int, patch: int, starts: list[int], blend: Blend) -> list[np.ndarray]:
-    """Each start's share along one axis, cut to the volume."""
+    """Each start's share along one axis, cut to the volume. With `last` it is 1 up to the next start, then 0."""
+    if blend == "last":
+        nexts = [*starts[1:], extent]
+        return [
+            (np.arange(start, min(start + patch, extent)) < end).astype(float)
+            for start, end in zip(starts, nexts, strict=True)
+        ]
     away = np.arange(patch) - (patch - 1) / 2
     own = np.exp(-0.5 * (away * SIGMAS / patch) ** 2) if blend == "gaussian" else np.ones(patch)
     total = np.zeros(extent)

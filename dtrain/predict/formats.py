@@ -25,7 +25,7 @@ class FileSpec(NamedTuple):
     dtype: str | None = None  # of the numbers in the file; None: the chunks' own
     dataset: str = "predictions"  # of an HDF5 file
     compression: str | None = None  # gzip, lzf (HDF5 only) or None
-    source: Path | None = None  # the file that the volume was read from, for NIfTI's affine
+    source: Path | None = None  # the file that the volume was read from, for NIfTI's header
 
 
 def write(target: Path, file_format: Format, chunks: Iterator[np.ndarray], spec: FileSpec) -> None:
@@ -176,17 +176,36 @@ def _png(path: Path, chunks: Iterator[np.ndarray], channels: tuple[int, ...], sp
 
 
 def _nifti(path: Path, chunks: Iterator[np.ndarray], channels: tuple[int, ...], spec: FileSpec) -> None:
-    """In memory. The affine is that of the file that was read, if it is NIfTI; channels are the last axis."""
+    """In memory. Several channels are the fourth axis, since the first three are space."""
+    array = _in_memory(chunks, channels, spec)
+    if channels == (1,):
+        array = array[0]
+    elif channels:
+        array = np.moveaxis(array.reshape(*channels, *spec.shape, *(1,) * (3 - len(spec.shape))), 0, -1)
+    image = _placed(array, spec)
+    path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=4, mtime=0))
+
+
+def _placed(array: np.ndarray, spec: FileSpec) -> Any:
+    """An image where the one that was read lies, if that is NIfTI: both affines with their codes, units, description.
+
+    What its header says of its values (type, scaling, intent, range to show, extensions) is not taken over.
+    """
     import nibabel
 
-    array = _in_memory(chunks, channels, spec)
-    if channels:
-        array = array[0] if channels == (1,) else np.moveaxis(array, 0, -1)
-    affine = np.eye(4)
-    if spec.source is not None and spec.source.name.endswith((".nii", ".nii.gz")):
-        affine = nibabel.load(spec.source).affine  # type: ignore[attr-defined]
-    image = nibabel.Nifti1Image(array, affine)
-    path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=4, mtime=0))
+    if spec.source is None or not spec.source.name.lower().endswith((".nii", ".nii.gz")):
+        return nibabel.Nifti1Image(array, np.eye(4))
+    source: Any = nibabel.load(spec.source)  # type: ignore[attr-defined]
+    header = source.header.copy()
+    header.extensions.clear()
+    header.set_data_dtype(array.dtype)
+    header.set_intent("none" if spec.has_channels else "label")
+    header["cal_min"] = header["cal_max"] = 0  # unknown
+    header["aux_file"] = b""
+    image = type(source)(array, source.affine, header)
+    if array.ndim == 4:  # instead of the seconds from one image of the source to the next
+        image.header.set_zooms((*image.header.get_zooms()[:3], 1))
+    return image
 
 
 WRITERS = {"hdf5": _hdf5, "tiff": _tiff, "png": _png, "nifti": _nifti, "npy": _npy}

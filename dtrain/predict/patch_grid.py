@@ -24,7 +24,8 @@ class Grid:
         shape: Extent of the volume, (D, H, W) or (H, W).
         stride: From one start to the next, at most the patch's extent.
         blend: How a patch counts: `constant`: everywhere alike; `gaussian`: by exp(-x^2 / 2 sigma^2) along each axis,
-            x voxels from its middle, sigma an eighth of its length (Isensee et al., nnU-Net, Nature Methods 2021).
+            x voxels from its middle, sigma an eighth of its length (Isensee et al., nnU-Net, Nature Methods 2021);
+            `last`: not at all where a later one lies, as in pytorch-3dunet.
     """
 
     def __init__(self, shape: Sequence[int], patch: Sequence[int], stride: Sequence[int], blend: Blend) -> None:
@@ -34,7 +35,8 @@ class Grid:
         self._counts = tuple(map(len, self.starts))
         self._weights = [shares(*axis, blend) for axis in zip(shape, patch, self.starts, strict=True)]
         sides = zip(self.patch, self.starts, strict=True)
-        self.overlaps = any(later - start < side for side, starts in sides for start, later in pairwise(starts))
+        overlap = any(later - start < side for side, starts in sides for start, later in pairwise(starts))
+        self.is_averaged = overlap and blend != "last"  # else a patch simply takes the place of those before it
 
     def __len__(self) -> int:
         return math.prod(self._counts)

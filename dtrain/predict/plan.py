@@ -71,6 +71,8 @@ def _format(predictor: Predictor, volume: Volume) -> Format:
         file_format = "nifti"
     if file_format is None and predictor.choice.labels and len(volume.shape) == 2 and name.endswith(IMAGES):
         file_format = "png"
+    if file_format == "nifti" and predictor.dtype == "float16":
+        raise ConfigError("predictor.dtype: NIfTI has no float16; possible: float32, and uint8 for probabilities")
     if file_format == "csv":
         raise ConfigError(f"predictor.format: csv is for datasets without volumes, and {volume.path} is a volume")
     if file_format == "png" and prod(volume.shape) != prod(volume.shape[-2:]):
@@ -86,6 +88,7 @@ def _stamp(inference: Inference, source: Source, number: int) -> dict[str, Any]:
         "input": [volume.name, _version_of(volume.path)],
         "patches": [grid.shape, grid.patch, grid.starts, source.halos[number], predictor.blend],
         "activation": predictor.activation,
+        "blending": "of logits" if grid.is_averaged else None,  # once it was of probabilities
         "what is kept": list(predictor.choice),
         "instances": [predictor.connectivity, predictor.min_size] if predictor.choice.instances else None,
         "file": [predictor.output_dataset, predictor.compression, predictor.dtype],

@@ -31,7 +31,7 @@ class Predictor:
         patch_shape: Voxels of a patch. Default: the dataset's, else the whole volume.
         stride_shape: From patch to patch. Default: the dataset's, else the patch's.
         halo_shape: Voxels read around a patch and cut off its prediction. Default: the dataset's.
-        blend: gaussian | constant: how overlapping patches are averaged.
+        blend: gaussian | constant | last: how overlapping patches are averaged; last: a later patch wins, none is.
         batch_size: Patches that the model gets at once. Default: the loader's.
         save_segmentation: Classes instead of probabilities.
         threshold: What counts as foreground where there is one channel.
@@ -58,7 +58,7 @@ class Predictor:
     patch_shape: list[int] | None = None
     stride_shape: list[int] | None = None
     halo_shape: list[int] | None = None
-    blend: Literal["gaussian", "constant"] = "gaussian"
+    blend: Literal["gaussian", "constant", "last"] = "gaussian"
     batch_size: int | None = None
     save_segmentation: bool = False
     threshold: float = 0.5
@@ -129,7 +129,7 @@ class Predictor:
         return FileSpec(path, shape, has_channels, self.dtype, self.output_dataset, self.compression, source)
 
     def activated(self, logits: Tensor) -> Tensor:
-        """Predictions from logits (N, K, ...)."""
+        """Predictions from logits (N, K, ...), of patches that were put together already."""
         activation = self.activation or ("sigmoid" if logits.shape[1] == 1 else "softmax")
         if activation == "softmax":
             return logits.softmax(1)

@@ -14,6 +14,7 @@ from dtrain.checkpoint.checkpoint_folder import Checkpoints
 from dtrain.checkpoint.weights import load_for_use
 from dtrain.config.errors import ConfigError
 from dtrain.data import rng
+from dtrain.data.space import difference, space_of
 from dtrain.dataloader import Loaders
 from dtrain.predict.inference import Inference, Result, StoppedError
 from dtrain.predict.items import predict_items
@@ -21,7 +22,7 @@ from dtrain.predict.plan import plan, share_of
 from dtrain.predict.stitching import Run, stitched
 from dtrain.predict.work_folder import opened
 from dtrain.predict.writer import VolumeWriter
-from dtrain.tracking.run_folder import RunFolder
+from dtrain.tracking.run_folder import RunFolder, read_run
 
 
 def predict(
@@ -55,11 +56,20 @@ def predict(
     inference = replace(inference, identity={"weights": weights, **inference.identity})
     folder = Path(output_dir or predictor.output_dir or RunFolder(inference.run_folder).predictions)
     dataset = loader.dataset.dataset  # the loader's own wraps it
+    compare_with_training(inference, dataset, Path(path) if path else None)
     with rng.untouched(), inference.channels_last():
         inference.model.eval()
         if not hasattr(dataset, "volumes"):
             return predict_items(inference, loader, folder, overwrite)
         return volumes(inference, dataset, predictor.batch_size or loader.batch_sampler.batch_size, folder, overwrite)
+
+
+def compare_with_training(inference: Inference, dataset: Any, checkpoint: Path | None) -> None:
+    """Say in one line how a dataset's files lie differently in space than those that the weights were trained on."""
+    folder = checkpoint.resolve().parent.parent if checkpoint else inference.run_folder
+    line = difference({"training": read_run(folder).get("space"), "now": space_of(dataset)})
+    if inference.ranks.is_main and line:
+        inference.progress.note(line)
 
 
 def _digest(weights: Mapping[str, Any]) -> str:
@@ -82,7 +92,7 @@ def volumes(inference: Inference, dataset: Any, batch_size: int, folder: Path, o
         patches = [len(source.grids[run.volume].touching(run.begin, run.end)) for run in own]
         inference.progress.start_patches(sum(patches))
         with contextlib.suppress(StoppedError):
-            for run, planes in stitched(source, own, inference, batch_size, inference.predictor.activated):
+            for run, planes in stitched(source, own, inference, batch_size):
                 writer.write_run(run, own[run], planes)
         return writer.result(stopped=writer.join_rest())
 

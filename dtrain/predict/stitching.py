@@ -27,18 +27,16 @@ class Run(NamedTuple):
 
 
 Patch = tuple[Run, int]  # for which run, and the patch's index in the volume's grid
-Activation = Callable[[Tensor], Tensor]  # makes predictions of logits (N, K, ...)
 
 
 def stitched(
-    source: Source, runs: Iterable[Run], inference: Inference, batch_size: int, activation: Activation | None = None
+    source: Source, runs: Iterable[Run], inference: Inference, batch_size: int
 ) -> Iterator[tuple[Run, Iterator[tuple[int, np.ndarray]]]]:
-    """Predict runs, one after another.
+    """Predict runs, one after another: what the model gives, logits as a rule, before any activation.
 
     Patches are read ahead across the borders of runs, which are each volume's in ascending order. Small images are
     predicted several at once; the batches of a volume with several patches are the same whatever part of it a run is,
-    so its result is, too, bit for bit. Without `activation` logits stay as they are.
-    After each batch, the inference may raise `StoppedError`.
+    so its result is, too, bit for bit. After each batch, the inference may raise `StoppedError`.
 
     Yields:
         Each run and its finished planes: the first one's position, and the planes, float32 (K, planes, ...). They are
@@ -53,7 +51,7 @@ def stitched(
 
     def outputs() -> Iterator[tuple[Run, int, Tensor]]:
         batches = _read_ahead(images, _requests(source.grids, runs, batch_size))
-        started = ((request, *_predicted(batch, request, source, inference, activation)) for request, batch in batches)
+        started = ((request, *_predicted(batch, request, source, inference)) for request, batch in batches)
         for request, output, copied in _delayed(started, int(on_gpu)):  # a GPU computes while the last batch is used
             if copied is not None:
                 copied.synchronize()
@@ -105,10 +103,8 @@ def _delayed(items: Iterable[Any], count: int) -> Iterator[Any]:
 
 
 @torch.inference_mode()
-def _predicted(
-    images: Tensor, request: list[Patch], source: Source, inference: Inference, activation: Activation | None
-) -> tuple[Tensor, Any]:
-    """A batch's predictions on the CPU without their halos; from a GPU they have arrived at the event beside them."""
+def _predicted(images: Tensor, request: list[Patch], source: Source, inference: Inference) -> tuple[Tensor, Any]:
+    """A batch's logits on the CPU without their halos; from a GPU they have arrived at the event beside them."""
     volume = request[0][0].volume
     output = inference.output(images)
     extent = tuple(images.shape[2:])
@@ -117,8 +113,6 @@ def _predicted(
         raise ValueError(f"{source.volumes[volume].path}: {shapes}; prediction needs (N, K, {str(extent)[1:]}")
     inner = tuple(slice(halo, length - halo) for halo, length in zip(source.halos[volume], extent, strict=True))
     output = output[(slice(None), slice(None), *inner)].float()
-    if activation is not None:
-        output = activation(output)
     if output.device.type != "cuda":
         return output.cpu(), None
     output = output.to("cpu", non_blocking=True)
@@ -140,7 +134,7 @@ def _blended(grid: Grid, run: Run, outputs: Iterator[tuple[int, Tensor]]) -> Ite
         first_plane = grid.corner(index)[0]
         if buffer is None:
             planes = min(grid.patch[0], run.end - run.begin)
-            dtype = torch.float64 if grid.overlaps else torch.float32
+            dtype = torch.float64 if grid.is_averaged else torch.float32
             buffer = torch.zeros((len(output), planes, *grid.shape[1:]), dtype=dtype)
         if first_plane > base:
             yield from _finished(buffer, base, first_plane)
@@ -162,7 +156,7 @@ def _add(buffer: Tensor, base: int, end: int, grid: Grid, index: int, output: Te
     in_buffer = (slice(first - base, last - base), *(slice(start, stop) for start, stop in across))
     in_patch = (slice(first - corner[0], last - corner[0]), *(slice(0, stop - start) for start, stop in across))
     target, added = buffer[(slice(None), *in_buffer)], output[(slice(None), *in_patch)]
-    if grid.overlaps:
+    if grid.is_averaged:
         target.addcmul_(added, torch.from_numpy(grid.weight(index)[in_patch]))
     else:
         target.copy_(added)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import torch
 
 from dtrain.predict.formats import write
 from dtrain.predict.inference import Inference, Result
@@ -22,13 +23,15 @@ class VolumeWriter:
         self.finished = {task.volume for task in tasks if task.is_finished}
 
     def write_run(self, run: Run, slabs: list[Slab], planes: Iterator[tuple[int, np.ndarray]]) -> None:
-        """Write what was predicted in one run of slabs, a whole file or parts of one: positions and (K, planes, ...).
+        """Write what was predicted in one run of slabs, a whole file or parts of one.
+
+        `planes` are positions of the first plane, and logits (K, planes, ...).
 
         Raises:
             PredictionError: A file cannot be written.
         """
         task = self.tasks[run.volume]
-        kept = ((low, self.predictor.choice.of(chunk)) for low, chunk in planes)
+        kept = ((low, self._kept(logits)) for low, logits in planes)
         if len(task.slabs) == 1:
             self._write(task, (chunk for _, chunk in kept))
             return
@@ -37,6 +40,10 @@ class VolumeWriter:
                 write_part(task.file.part(*slab), chunks, slab[1] - slab[0])
         if task.missing == slabs:  # no other rank has any of it
             self._write(task, read_parts(task.parts))
+
+    def _kept(self, logits: np.ndarray) -> np.ndarray:
+        """What is kept of (K, planes, ...), planes first. A test of whole volumes blends logits as well."""
+        return self.predictor.choice.of(self.predictor.activated(torch.from_numpy(logits)[None])[0].numpy())
 
     def join_rest(self) -> bool:
         """Join what several ranks have predicted of a volume; true if some is left to the next start. All call it."""

@@ -25,6 +25,7 @@ from dtrain.config.load import place_of, run_folder, sources, to_yaml
 from dtrain.config.rules import strategy_mistakes
 from dtrain.config.schema import PHASES, calls, refused
 from dtrain.data import rng
+from dtrain.data.space import difference, space_of
 from dtrain.dataloader import Loaders, get_train_loaders
 from dtrain.distributed.environment import batch_job, environment, job_ends_at, launcher_precision
 from dtrain.distributed.fsdp import launcher_strategy, settings_of_accelerate
@@ -100,6 +101,9 @@ def make_parts(
     loaders = get_train_loaders(
         config, ranks.rank, ranks.world_size, seed, ranks.device.type == "cuda", options["accumulate"], phases
     )
+    spaces = {phase: space_of(_dataset(loader)) for phase, loader in loaders._asdict().items() if loader is not None}
+    if ranks.is_main and purpose == "train" and (line := difference(spaces)):
+        progress.note(f"loaders: {line}")
     loss = get_loss_criterion(config).to(ranks.device) if config.get("loss") else None
     forward = Forward(module, ranks.device, options["precision"], options["input_key"], options["target_key"], loss)
     metrics = get_evaluation_metric(config, ranks, ranks.device)
@@ -119,7 +123,7 @@ def make_parts(
         Saver(checkpoints, options["checkpoint_every_minutes"], progress.note, not ranks.strategy.is_sharded),
         StopRequest(options["time_limit"], job_ends_at(), alone=ranks.world_size == 1),
         progress, _pictures(config, options, loaders, start), inference,
-        record=_record(config, options, ranks),
+        record=_record(config, options, ranks) | {"space": spaces.get("train")},
         places={key: str(place) for key in config if (place := place_of(config, (key,)))},
         texts={"config.yaml": to_yaml(redacted_tree(to_plain(config)))} | texts,
     )  # fmt: skip
@@ -139,10 +143,15 @@ def _ranks(config: ConfigDict, options: Mapping[str, Any], purpose: str) -> tupl
     return ranks, progress
 
 
+def _dataset(loader: Any) -> Any:
+    """The user's own dataset, which a loader wraps."""
+    return getattr(loader, "loader", loader).dataset.dataset
+
+
 def _tests_volumes(config: ConfigDict, loaders: Loaders) -> bool:
     """Whether a test measures whole volumes."""
-    test: Any = loaders.test  # its dataset wraps the user's own
-    return config.get("predictor") is not None and test is not None and hasattr(test.dataset.dataset, "volumes")
+    has_test = config.get("predictor") is not None and loaders.test is not None
+    return has_test and hasattr(_dataset(loaders.test), "volumes")
 
 
 def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, sender: Popen[bytes] | None) -> None:

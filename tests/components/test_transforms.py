@@ -409,6 +409,7 @@ def test_what_is_too_small_for_a_crop_is_padded_by_reflection() -> None:
         ),
         (lambda: LabelToAffinities(offsets=[1, 1]), "LabelToAffinities: offsets is"),
         (lambda: LabelToAffinities(offsets=[1], z_offsets=[1, 2]), "expected as many of both"),
+        (lambda: LabelToAffinities(offsets=[1, 2], z_offsets=[1, 0]), "z_offsets is .* expected whole numbers, 1 and"),
         (lambda: LabelToZAffinities(offsets=[1])(sample_of((4, 5)), rng()), r"expected \(D, H, W\)"),
         (lambda: RandomLabelToAffinities(max_offset=0), "RandomLabelToAffinities: max_offset is 0"),
         (lambda: Relabel(ignore_label=3), "Relabel: ignore_label needs append_original"),

@@ -290,6 +290,61 @@ def test_null_where_pytorch3dunet_means_none(tmp_path: Path) -> None:
     assert not any("has no effect" in note for note in notes_on(config))
 
 
+LABEL = "label: [{name: RandomFlip}, {name: ToTensor, expand_dims: true}]"
+WEIGHTS = LABEL + "\n      weight: [{name: RandomFlip}, {name: ToTensor, expand_dims: false}]"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ("{name: MeanIoU}", "{name: MeanIoU, use_first_input: true}", "metrics.use_first_input"),
+        ("{name: MeanIoU}", "{name: BoundaryAdaptedRandError, threshold: 0.4, use_last_target: true}", "metrics.threshold"),
+        ("{name: MeanIoU}", "{name: BlobsAveragePrecision, use_last_target: true}", "metrics.use_last_target"),
+        ("{name: MeanIoU}", "{name: BoundaryAveragePrecision, metric: ap}", "metrics.metric"),
+        ("{name: MeanIoU}", "{name: AdaptedRandError, save_plots: true}", "metrics.save_plots"),
+        ("{name: MeanIoU}", "{name: PSNR, ignore_index: 3}", "metrics.ignore_index"),
+        ("{name: BCEDiceLoss}", "{name: BCEDiceLoss, alpha: 1, beta: 2}", "loss.beta"),
+        ("  train:", "  mirror_padding: [16, 32, 32]\n  train:", "loaders.mirror_padding"),
+        ("  train:", "  weight_internal_path: /weight\n  train:", "loaders.weight_internal_path"),
+        (LABEL, WEIGHTS, "loaders.train.transformer.weight"),
+    ],
+)  # fmt: skip
+def test_what_pytorch3dunet_reads_past_is_noted_and_the_file_is_right(
+    old: str, new: str, key: str, tmp_path: Path
+) -> None:
+    assert SMALL.count(old) == 1
+    config = read(tmp_path, text=SMALL.replace(old, new))
+    check(config, None)
+    assert [note for note in notes_on(config) if note.startswith(f"{key}: has no effect: ")]
+    without = to_plain(read(tmp_path, text=SMALL.replace(old, new)))
+    *parents, last = key.split(".")
+    for name in parents:
+        without = without.get(name, {})
+    assert last not in without
+
+
+@pytest.mark.parametrize("dataset", ["StandardHDF5Dataset", "LazyHDF5Dataset", "DSB2018Dataset"])
+def test_null_weights_are_none_and_those_of_ones_own_loss_are_read(dataset: str, tmp_path: Path) -> None:
+    changes = [
+        f"loaders.dataset={dataset}",
+        "loaders.weight_internal_path=null",
+        "loaders.train.weight_internal_path=null",
+    ]
+    config = read(tmp_path, [*changes, "model.num_groups=null"])
+    assert "weight_internal_path" not in config.loaders and "weight_internal_path" not in config.loaders.train
+    assert "num_groups" not in config.model
+    assert not any("weight" in note for note in notes_on(config))
+    own = read(tmp_path, ["loss.name=my.package:Loss", "loaders.weight_internal_path=w"], SMALL.replace(LABEL, WEIGHTS))
+    assert own.loaders.weight_internal_path == "w" and not any("weight" in note for note in notes_on(own))
+
+
+def test_older_names_of_the_limits_are_known(tmp_path: Path) -> None:
+    config = read(tmp_path, text=SMALL.replace("max_num_epochs: 2, max_num_iterations", "epochs: 2, iters"))
+    assert (config.trainer.max_epochs, config.trainer.max_steps) == (2, 10)
+    (line,) = told(tmp_path, "max_num_epochs: 2", "max_num_epochs: 2, epochs: 3")
+    assert line.startswith("train.yml:2:49: 'trainer.epochs' and 'trainer.max_epochs' are two names for one setting")
+
+
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
@@ -514,15 +569,15 @@ def test_a_mistake_in_a_list_is_told_at_its_line(changes: list[str], expected: s
     assert mistake.place is not None and (mistake.place.line == 0 or ".raw.1" in expected)
 
 
-def predicted_by_pytorch3dunet(test: list[str], folder: Path) -> np.ndarray:
-    """What pytorch-3dunet itself makes of a test file with the same changes."""
+def predicted_by_pytorch3dunet(kind: str, test: list[str], folder: Path) -> tuple[np.ndarray, Any]:
+    """What pytorch-3dunet itself makes of a test file with the same changes, and its performance metric."""
     import h5py
     from pytorch3dunet.predict import get_predictor, get_test_loaders
     from pytorch3dunet.unet3d.config import TorchDevice
     from pytorch3dunet.unet3d.model import get_model as their_model
     from pytorch3dunet.unet3d.utils import load_checkpoint
 
-    values = yaml.safe_load((DATA / "boundary_test.yml").read_text()) | {"device": TorchDevice.CPU}
+    values = yaml.safe_load((DATA / f"{kind}_test.yml").read_text()) | {"device": TorchDevice.CPU}
     for change in test:
         path, _, value = change.partition("=")
         *parents, last = path.split(".")
@@ -534,29 +589,51 @@ def predicted_by_pytorch3dunet(test: list[str], folder: Path) -> np.ndarray:
     model = their_model(values["model"])
     load_checkpoint(values["model_path"], model)
     predictor = get_predictor(model, values)
-    for loader in get_test_loaders(values):
-        predictor(loader)
+    scores = [predictor(loader) for loader in get_test_loaders(values)]
     with h5py.File(folder / "cells_predictions.h5") as file:
-        return file["predictions"][:]
+        return file[predictor.output_dataset][:], scores[0]
 
 
-def test_a_test_file_predicts_what_pytorch3dunet_predicts(run_cli: RunCli, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("boundary", []),  # 10 x 36 x 36 is no multiple of 8 x 24 x 24: the last patches overlap
+        ("boundary", ["loaders.test.slice_builder.stride_shape=[3, 11, 10]", "model.final_sigmoid=false",
+                      "model.out_channels=3", "predictor.prediction_channel=1", "loaders.batch_size=3"]),
+        ("boundary", ["model.name=UNet2D", "loaders.test.slice_builder.patch_shape=[1, 24, 24]",
+                      "loaders.test.slice_builder.stride_shape=[1, 16, 16]",
+                      "loaders.test.slice_builder.halo_shape=[0, 4, 4]", "predictor.patch_halo=[0, 4, 4]"]),
+        ("multiclass", ["loaders.test.slice_builder.stride_shape=[5, 9, 24]", "predictor.prediction_channel=2"]),
+    ],
+    ids=["seams", "one channel of three", "2-D", "classes"],
+)  # fmt: skip
+def test_a_test_file_predicts_what_pytorch3dunet_predicts(
+    kind: str, changes: list[str], run_cli: RunCli, tmp_path: Path
+) -> None:
     import h5py
-    from pytorch3dunet.unet3d.model import UNet3D as Theirs
+    import pytorch3dunet.unet3d.model as theirs
 
     torch.manual_seed(0)
-    weights = saved_by_pytorch3dunet(tmp_path, Theirs(1, 1, f_maps=[4, 8], num_groups=2))
-    test = [*overrides("boundary", ("test",), tmp_path), f"model_path={weights}", "loaders.global_normalization=false"]
-    done = run_cli(["predict", DATA / "boundary_test.yml", *test, "loaders.output_dir=ours"])
+    test = [*overrides(kind, ("test",), tmp_path), "loaders.global_normalization=false", *changes]
+    model = load_config(DATA / f"{kind}_test.yml", test).model.to_dict()
+    weights = saved_by_pytorch3dunet(tmp_path, getattr(theirs, model.pop("name"))(**model))
+    test += [f"model_path={weights}"]
+    done = run_cli(["predict", DATA / f"{kind}_test.yml", *test, "loaders.output_dir=ours"])
     assert done.rc == 0, done.text
+    expected, scores = predicted_by_pytorch3dunet(kind, test, tmp_path / "theirs")
     with h5py.File(tmp_path / "ours" / "cells_predictions.h5") as file:
-        ours = file["predictions"][:]
-    theirs = predicted_by_pytorch3dunet(test, tmp_path / "theirs")
-    # The last patch of an axis overlaps the one before: there the last one wins, here they are averaged.
-    alone = (slice(None), slice(0, 2), slice(0, 12), slice(0, 12))
-    assert ours.shape == theirs.shape
-    np.testing.assert_allclose(ours[alone], theirs[alone], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(ours[:, -2:, -12:, -12:], theirs[:, -2:, -12:, -12:], rtol=1e-5, atol=1e-5)
+        found = file["segmentation" if kind == "multiclass" else "predictions"][:]
+    assert found.shape == expected.shape
+    if kind == "multiclass":
+        assert np.array_equal(found, expected)
+        assert all(f"{score:.4f}" in done.stdout for score in scores), (scores, done.text)
+        assert "predictor.prediction_channel: has no effect: save_segmentation takes the largest" in done.text
+    else:
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+        assert "predictor.blend: 'last': where patches overlap the later one wins" in done.text
+    assert ("predictor.patch_halo: has no effect: what is read around" in done.text) == any(
+        "halo=" in c for c in changes
+    )
 
 
 @pytest.mark.soak  # docs/moving-over.md does it in every run, for a boundary

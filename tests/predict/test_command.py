@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -175,7 +176,7 @@ def mistakes_of(text: str, folder: Path, purpose: str) -> list[str]:
             "predict",
             [
                 "predictor.batch_size: must be at least 1, found 0",
-                "predictor.blend: expected one of 'gaussian', 'constant', found string 'mean'",
+                "predictor.blend: expected one of 'gaussian', 'constant', 'last', found string 'mean'",
                 "predictor.patch_shap: predictor got an unexpected argument 'patch_shap'; did you mean 'patch_shape'",
             ],
         ),
@@ -217,6 +218,76 @@ def test_a_test_measures_whole_volumes_where_there_is_a_predictor(project: Path,
         a, b = expected(project, number)[0] > 0, expected(project, number)[0] > 0.1
         both, either = both + (a & b).sum(), either + (a | b).sum()
     assert whole == {"test/BinaryIoU": pytest.approx(both / either, abs=1e-3)}
+
+
+TWO_WAYS = """
+modules: [wide]
+model: {name: Wide}
+loaders:
+  name: LazyHDF5Dataset
+  batch_size: 2
+  slice_builder: {name: SliceBuilder, patch_shape: [8, 12, 12], stride_shape: [3, 5, 7]}
+  test: {file_paths: [cells0.h5, cells1.h5]}
+loss: {name: CrossEntropyLoss}
+metrics:
+  name: [MeanIoU, DiceCoefficient, MulticlassAccuracy]
+  MeanIoU: {num_classes: 3}
+  DiceCoefficient: {num_classes: 3}
+  MulticlassAccuracy: {num_classes: 3, average: micro}
+predictor: {}
+trainer: {checkpoint_dir: run}
+"""
+WIDE = """
+import torch
+
+class Wide(torch.nn.Conv3d):
+    def __init__(self):
+        super().__init__(1, 3, 5, padding=2)  # without a halo, patches disagree at their borders
+"""
+
+
+def test_a_test_gives_the_figures_of_what_a_prediction_wrote(tmp_path: Path, run_cli: RunCli) -> None:
+    """Each figure is computed here from the files; probabilities that were averaged would give others."""
+    (tmp_path / "wide.py").write_text(WIDE)
+    (tmp_path / "both.yaml").write_text(TWO_WAYS)
+    torch.manual_seed(1)
+    model = nn.Conv3d(1, 3, 5, padding=2)
+    model.weight.data *= 20  # sure of itself: the mean of logits is far from that of probabilities
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    for number, depth in enumerate((14, 9)):
+        with h5py.File(tmp_path / f"cells{number}.h5", "w") as file:
+            file["raw"] = random_volume(depth, 24, 26, seed=number)[0]
+            file["label"] = np.random.default_rng(number).integers(0, 3, (depth, 24, 26)).astype(np.uint8)
+    done = run_cli(["predict", "both.yaml", "--checkpoint", "weights.pt"])
+    assert done.rc == 0, done.text
+    both, found, there = (np.zeros(3) for _ in range(3))
+    products, squares, right, voxels = np.zeros(3), np.zeros(3), 0, 0
+    for number in range(2):
+        probabilities = read(tmp_path / f"run/predictions/cells{number}_predictions.h5").astype(np.float64)
+        assert np.allclose(probabilities.sum(0), 1, atol=1e-6)
+        with h5py.File(tmp_path / f"cells{number}.h5") as file:
+            label = np.asarray(file["label"])
+        truth, classes = np.stack([label == k for k in range(3)]), probabilities.argmax(0)
+        predicted = np.stack([classes == k for k in range(3)])
+        space = (1, 2, 3)
+        both, found, there = (
+            both + (truth & predicted).sum(space),
+            found + predicted.sum(space),
+            there + truth.sum(space),
+        )
+        products, squares = products + (probabilities * truth).sum(space), squares + (probabilities**2).sum(space)
+        right, voxels = right + (classes == label).sum(), voxels + label.size
+    expected = {
+        "MeanIoU": (both / (found + there - both)).mean(),
+        "DiceCoefficient": (2 * products / (squares + there)).mean(),
+        "MulticlassAccuracy": right / voxels,
+    }
+    for nproc in (1, 2):
+        done = run_cli(["test", "both.yaml", "--checkpoint", "weights.pt"], nproc=nproc)
+        assert done.rc == 0, done.text
+        line = next(line for line in done.stdout.splitlines() if "  test  step" in line)
+        figures = {name: float(value) for name, value in re.findall(r"([A-Z]\w+) ([0-9.]+)", line)}
+        assert figures == pytest.approx(expected, abs=6e-5), done.text  # four digits are printed
 
 
 @pytest.mark.soak

@@ -28,7 +28,7 @@ def test_the_patches_of_a_voxel_share_it_whole(sizes: Any, blend: Any) -> None:
         total[place] += weight
         most[place] += 1
     assert np.allclose(total, 1, atol=1e-14)
-    assert (most.max() > 1) == grid.overlaps
+    assert (most.max() > 1) == grid.is_averaged
 
 
 @given(grids(), st.data())
@@ -50,6 +50,21 @@ def test_slabs_cover_the_volume_once(sizes: Any, least: int) -> None:
     slabs = Grid(shape, patch, stride, "constant").slabs(least)
     assert [plane for begin, end in slabs for plane in range(begin, end)] == list(range(shape[0]))
     assert len(slabs) == 1 or min(end - begin for begin, end in slabs) >= least
+
+
+@given(grids())
+@settings(max_examples=60, deadline=None)
+def test_the_last_patch_of_a_voxel_may_have_it_alone(sizes: Any) -> None:
+    shape, patch, stride, _ = sizes
+    grid = Grid(shape, patch, stride, "last")
+    owner, total = np.zeros(shape, int), np.zeros(shape)
+    for index in range(len(grid)):
+        weight = grid.weight(index)
+        place = tuple(slice(at, at + side) for at, side in zip(grid.corner(index), weight.shape, strict=True))
+        total[place] += weight * index
+        owner[place] = index  # what is written last stays
+    assert np.array_equal(total, owner)
+    assert not grid.is_averaged
 
 
 def test_the_gaussian_is_the_published_one() -> None:

@@ -27,7 +27,7 @@ from dtrain.predict.predictor import Predictor
 from dtrain.predict.stitching import Run, stitched
 
 
-@given(grids(), st.sampled_from(["gaussian", "constant"]), st.integers(1, 5), st.integers(1, 3))
+@given(grids(), st.sampled_from(["gaussian", "constant", "last"]), st.integers(1, 5), st.integers(1, 3))
 @settings(max_examples=60, deadline=None)
 def test_what_the_model_passes_on_comes_out_exactly(sizes: Any, blend: Any, batch_size: int, channels: int) -> None:
     shape, patch, stride, halo = sizes
@@ -63,7 +63,7 @@ def test_a_run_is_the_same_as_those_planes_of_the_whole(sizes: Any, data: st.Dat
     assert np.array_equal(planes(Run(0, begin, end)), planes(Run(0, 0, shape[0]))[:, begin:end])
 
 
-@pytest.mark.parametrize("blend", ["gaussian", "constant"])
+@pytest.mark.parametrize("blend", ["gaussian", "constant", "last"])
 def test_with_halo_enough_patches_give_what_the_whole_volume_gives(tmp_path: Path, blend: str) -> None:
     model, image = convolutions(), random_volume(20, 24, 28)
     data = dataset_of(image, patch=[8, 10, 12], stride=[6, 10, 7], halo=[2, 2, 2])
@@ -74,7 +74,13 @@ def test_with_halo_enough_patches_give_what_the_whole_volume_gives(tmp_path: Pat
     assert np.abs(read(tmp_path / "volume-0_predictions.h5") - whole).max() < 1e-5
 
 
-def test_overlaps_are_averaged_by_weight_and_not_overwritten(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("blend", "expected"),
+    [("constant", [1, 1, 1.5, 1.5, 2.5, 2.5, 3, 3]), ("last", [1, 1, 2, 2, 3, 3, 3, 3])],
+)
+def test_overlaps_are_averaged_by_weight_or_the_last_one_wins(
+    tmp_path: Path, blend: str, expected: list[float]
+) -> None:
     """Each patch answers with a number of its own."""
     numbers = iter(range(1, 4))
 
@@ -82,9 +88,20 @@ def test_overlaps_are_averaged_by_weight_and_not_overwritten(tmp_path: Path) -> 
         return torch.stack([torch.full_like(image, float(next(numbers))) for image in images])
 
     data = dataset_of(random_volume(1, 8), patch=[1, 4], stride=[1, 2])
-    predicted(tmp_path, data, model, blend="constant")
-    found = read(tmp_path / "volume-0_predictions.h5")
-    assert found.tolist() == [[[1, 1, 1.5, 1.5, 2.5, 2.5, 3, 3]]]
+    predicted(tmp_path, data, model, blend=blend)
+    assert read(tmp_path / "volume-0_predictions.h5").tolist() == [[expected]]
+
+
+def test_logits_are_averaged_and_then_activated(tmp_path: Path) -> None:
+    numbers = iter([-2.0, 6.0])
+
+    def model(images: Tensor) -> Tensor:
+        return torch.stack([torch.full_like(image, next(numbers)) for image in images])
+
+    data = dataset_of(random_volume(1, 6), patch=[1, 4], stride=[1, 2])
+    predicted(tmp_path, data, model, blend="constant", activation="sigmoid")
+    expected = 1 / (1 + np.exp(-np.array([-2, -2, 2, 2, 6, 6])))  # not (0.12 + 0.998) / 2 in the middle
+    assert np.allclose(read(tmp_path / "volume-0_predictions.h5"), expected, atol=1e-6)
 
 
 def test_small_images_go_to_the_model_several_at_once(tmp_path: Path) -> None:
