@@ -41,9 +41,9 @@ class Metrics:
                 self._metrics = {name: self._adapted(name, make_one()) for name, make_one in self._makers.items()}
         return self._metrics
 
-    def higher_is_better(self, name: str) -> bool | None:
-        """What the metric says of itself; None when it says nothing."""
-        return getattr(self.prepare()[name].metric, "higher_is_better", None)
+    def higher_is_better(self, name: str, part: str = "") -> bool | None:
+        """What the metric says of itself, or of one part of its result; None when it says nothing."""
+        return _higher_is_better(self.prepare()[name].metric, part)
 
     def reset(self) -> None:
         """Forget all batches."""
@@ -189,6 +189,32 @@ def _torchmetrics_in(metric: Any) -> list[Any]:
     held += [item for value in held if isinstance(value, list | tuple) for item in value]
     held += [item for value in held if isinstance(value, dict) for item in value.values()]
     return [found for item in held if isinstance(item, torch.nn.Module) for found in _torchmetrics_in(item)]
+
+
+def _higher_is_better(metric: Any, part: str) -> bool | None:
+    """What a metric says of one part of its result ('': of all of it), for itself or by what it collects or wraps."""
+    metric = getattr(metric, "func", metric)  # with arguments, a function is a partial
+    said = getattr(metric, "higher_is_better", None)
+    if isinstance(said, Mapping):
+        said = said.get(part)
+    if said is not None:
+        return bool(said)
+    is_torchmetrics_own = type(metric).__module__.startswith("torchmetrics.")
+    if not isinstance(metric, torch.nn.Module) or not is_torchmetrics_own or part == "std":  # a spread is no quality
+        return None
+    members = dict(metric.items()) if hasattr(metric, "items") else {}
+    fitting = [name for name in members if part == name or part.startswith(f"{name}_")]
+    if fitting:
+        name = max(fitting, key=len)
+        return _higher_is_better(members[name], part[len(name) + 1 :])
+    answers = {_higher_is_better(item, part) for item in members.values() or _held(metric)}
+    return answers.pop() if len(answers) == 1 else None
+
+
+def _held(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The outermost metrics inside a wrapper."""
+    for child in module.children():
+        yield from [child] if hasattr(child, "higher_is_better") else _held(child)
 
 
 def _mean(weighted: list[tuple[int, Any]]) -> Any:

@@ -21,6 +21,7 @@ from dtrain.config.build import build
 from dtrain.config.check import check
 from dtrain.config.errors import ConfigError, to_plain
 from dtrain.config.load import from_mapping
+from dtrain.config.metric_rules import not_given
 from dtrain.data import rng
 from dtrain.dataloader import MicroBatch
 from dtrain.distributed.launched_rank import mark_first_step
@@ -86,7 +87,7 @@ class Trainer:
         resume: auto | none | a checkpoint | an MLflow run id.
         pre_trained: A checkpoint or weight file to start a new training from; or a mapping, to fit it to the model.
         monitor: The figure that 'best' means. Default: the first metric of the validation, else val/loss.
-        mode: min | max. Default: min for a loss or an ...Error, else max.
+        mode: min | max, what is better of it. Default: as the metric says (`higher_is_better`), min for a loss.
         precision: fp32 | bf16 | fp16. Default: accelerate's own setting, else fp32.
         accumulate: Batches per optimizer step.
         clip_grad_norm: The largest total gradient norm; larger ones are scaled down to it.
@@ -371,9 +372,10 @@ class Trainer:
             if state.stopped:
                 return False
             score = figures.get(self.monitor)
-            state.validated_step, state.score = state.step, score
             if score is None:
-                raise KeyError(f"trainer.monitor is {self.monitor!r}, but the validation gives {', '.join(figures)}")
+                self.save()  # what was trained must not be lost for a name; the next start validates it
+                raise ConfigError(not_given(self.monitor, figures))
+            state.validated_step, state.score = state.step, score
             better = state.best is None or (score > state.best if self.mode == "max" else score < state.best)
             is_best = better and math.isfinite(score)
             state.bad_validations = 0 if is_best else state.bad_validations + 1

@@ -161,7 +161,9 @@ def test_a_module_that_fails_is_one_line_with_the_users_own_line(
 
 
 def test_check_tries_the_modules_of_the_current_folder_and_writes_nothing(run_cli: RunCli, project: Path) -> None:
-    result = run_cli(["check", "c.yaml", "loaders.val={}", "metrics={name: parts.Net, dim: 3}"], timeout=120)
+    result = run_cli(
+        ["check", "c.yaml", "loaders.val={}", "metrics={name: parts.Net, dim: 3}", "trainer.mode=max"], timeout=120
+    )
     assert result.rc == 1, "a model is no metric"
     result = run_cli(["check", "c.yaml", "loaders.val={}"], timeout=120)
     assert result.rc == 0, result.text

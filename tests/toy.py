@@ -140,6 +140,8 @@ class Terms(nn.Module):
 class Right:
     """The share of right answers, without any library."""
 
+    higher_is_better = True
+
     def __init__(self) -> None:
         self.reset()
 

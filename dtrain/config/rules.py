@@ -3,7 +3,7 @@
 import ast
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from dtrain.config.annotations import wrong_type
 from dtrain.config.did_you_mean import did_you_mean
 from dtrain.config.errors import KeyPath, Mistake, found, is_mapping, shown
-from dtrain.config.schema import PHASES, SLOTS, Call, mistake
+from dtrain.config.schema import PHASES, SLOTS, mistake
 
 MAX_NAME_BYTES = 200  # a moved-aside run folder has a time stamp, too, and file systems take 255; MLflow 250
 TOP_LEVEL = {  # the keys of a config with their types; those without one are checked elsewhere
@@ -76,20 +76,6 @@ def _top_level_mistakes(config: ConfigDict) -> Iterator[Mistake]:
     if isinstance(device, str) and not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", device):
         text = f"{shown(device)} is not a device; possible: auto, cpu, cuda, cuda:N, mps"
         yield mistake(config, ("device",), text)
-
-
-def monitor_mistakes(config: ConfigDict, calls: Mapping[str, Call]) -> Iterator[Mistake]:
-    """A `trainer.monitor` that no validation gives, where that can be known without building a metric."""
-    monitor = _at(config.get("trainer"), "monitor")
-    if not isinstance(monitor, str):
-        return
-    labels = [key.removeprefix("metrics.") for key in calls if key.startswith("metrics.")]
-    known = [f"val/{label}" for label in (*labels, "loss")]
-    wanted = monitor if monitor.startswith("val/") else f"val/{monitor}"
-    if not any(wanted == name or wanted.startswith(f"{name}_") for name in known):  # of a vector, or a loss's term
-        hint = did_you_mean(wanted, known)
-        text = f"{shown(monitor)} is not a metric of the validation{hint}; possible: {', '.join(known)}"
-        yield mistake(config, ("trainer", "monitor"), text)
 
 
 def value_mistakes(config: ConfigDict) -> Iterator[Mistake]:

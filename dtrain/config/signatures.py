@@ -11,7 +11,7 @@ import tokenize
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dtrain.config.annotations import Parameter, is_record, own_parameters, record_fields
 from dtrain.config.errors import first_few
@@ -78,6 +78,7 @@ class Module:
         self.name, self.file = name, file
         text, body = _read(file.path) if file.path else ("", [])
         self.bindings: dict[str, Binding] = {}
+        self.attributes: dict[str, ast.expr] = {}  # what is set on what it binds: `function.higher_is_better = True`
         self.stars: list[str] = []
         for statement, conditional in _statements(body):
             self._bind(statement, conditional)
@@ -107,6 +108,8 @@ class Module:
     def _assign(self, target: ast.expr, value: ast.expr | None) -> None:
         if isinstance(target, ast.Name):
             self.bindings[target.id] = value or _UNKNOWN
+        elif isinstance(target, ast.Attribute):
+            self.attributes[ast.unparse(target)] = value or _UNKNOWN
         elif isinstance(target, ast.Tuple | ast.List):
             self.bindings |= {item.id: _UNKNOWN for item in ast.walk(target) if isinstance(item, ast.Name)}
 
@@ -247,6 +250,55 @@ class Source:
         """What `name` means in a module: a callee, what only an import can tell, a text (see `Meaning`), nothing."""
         meaning = self._lookup(module_name, name, frozenset())
         return self._callee(*meaning) if isinstance(meaning, Definition) else meaning
+
+    def attribute(self, module_name: str, name: str, attribute: str) -> Any:
+        """The plain value that a class or a function gives an attribute in its source text.
+
+        None where it has no such attribute; `...` where only the object itself can tell. Of a class that makes objects
+        of other classes (`__new__`), the value that all of these agree on.
+        """
+        meaning = self._lookup(module_name, name, frozenset())
+        if not isinstance(meaning, Definition):
+            return ...
+        module, node = meaning
+        if isinstance(node, ast.ClassDef):
+            return self._class_attribute(self._lineage(module, node), attribute)
+        written = module.attributes.get(f"{node.name}.{attribute}")
+        return None if written is None else _plain(written)
+
+    def _class_attribute(self, lineage: Lineage, attribute: str) -> Any:
+        for owner in lineage:
+            if owner is None:
+                return ...
+            body = [item for item, _ in _statements(owner.node.body)]
+            new = next((item for item in body if isinstance(item, ast.FunctionDef) and item.name == "__new__"), None)
+            if made := self._made_by(owner, new) if new else []:
+                values = [self._class_attribute(lineage, attribute) if lineage else ... for lineage in made]
+                return values[0] if all(value == values[0] for value in values) else ...
+            if _is_set_by_methods(owner.node, attribute):
+                return ...
+            for item in body:
+                targets = item.targets if isinstance(item, ast.Assign) else [getattr(item, "target", None)]
+                names = [target.id for target in targets if isinstance(target, ast.Name)]
+                if attribute in names and (value := getattr(item, "value", None)):
+                    return _plain(value)
+        return None
+
+    def _made_by(self, owner: Definition, new: ast.FunctionDef) -> list[Lineage]:
+        """The classes of the objects that a `__new__` returns, other than its own; an empty lineage: not known."""
+        made: list[Lineage] = []
+        for value in (item.value for item in ast.walk(new) if isinstance(item, ast.Return)):
+            text = ast.unparse(value.func if isinstance(value, ast.Call) else value or _UNKNOWN)
+            if (
+                isinstance(value, ast.Name | ast.Constant | None)
+                or text.startswith("super(")
+                or text == "object.__new__"
+            ):
+                continue
+            meaning = self._follow(owner.module, text)
+            is_class = isinstance(meaning, Definition) and isinstance(meaning.node, ast.ClassDef)
+            made.append(self._lineage(*meaning) if is_class and meaning.node is not owner.node else ())
+        return made
 
     def _lookup(self, module_name: str, name: str, visited: Visited) -> Meaning:
         if is_standard(module_name):
@@ -407,6 +459,23 @@ def _changes_arguments(node: ast.ClassDef | Function) -> bool:
     """Whether a decorator may make something else of it."""
     names = {ast.unparse(item).partition("(")[0].rpartition(".")[2].strip("_") for item in node.decorator_list}
     return not names <= _HARMLESS
+
+
+def _plain(value: ast.expr) -> Any:
+    """A literal's value; `...` for what must be computed."""
+    try:
+        return ast.literal_eval(value)
+    except ValueError:
+        return ...
+
+
+def _is_set_by_methods(node: ast.ClassDef, attribute: str) -> bool:
+    """Whether a property of a class, or a method that sets it, makes an attribute's value the object's own affair."""
+    return any(
+        (isinstance(item, ast.FunctionDef) and item.name == attribute)
+        or (isinstance(item, ast.Attribute) and item.attr == attribute and isinstance(item.ctx, ast.Store))
+        for item in ast.walk(node)
+    )
 
 
 _EMPTINESS_TESTS = ast.If | ast.BoolOp | ast.UnaryOp | ast.FormattedValue | ast.Compare | ast.Assert | ast.IfExp

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from dtrain.checkpoint.background_saver import WRITER
 from dtrain.config.errors import ConfigError
+from dtrain.config.metric_rules import not_given
 from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EARLY
 from dtrain.distributed.stop_request import StopWaiting
 from dtrain.predict.work_folder import PredictionError
@@ -101,6 +102,9 @@ def _one_batch_of_each_phase(trainer: Trainer) -> Iterator[str]:
             figures = evaluate(trainer.forward, parts.compiled, islice(loader, 1), trainer.metrics, trainer.ranks)
             texts = (f"{name} {value:.4g}" for name, value in (figures or {}).items())
             yield f"{phase}: one batch, {', '.join(texts)}"
+            given = [f"val/{name}" for name in figures or {}]
+            if phase == "val" and trainer.monitor not in given:
+                raise ConfigError(not_given(trainer.monitor, given))
 
 
 def _run(config: ConfigDict, action: Callable[[Trainer], bool], **options: Any) -> int:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import TextIO, cast
 
 from dtrain.checkpoint.resume import move_aside
+from dtrain.config.errors import ConfigError
 from dtrain.data.loader_workers import end_workers
-from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EARLY
+from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EARLY, WRONG_CONFIG
 from dtrain.distributed.launched_rank import is_written_by_launcher
 from dtrain.reporting.summary import summary_table
 from dtrain.tracking.journal import Status
@@ -49,6 +50,8 @@ def session(parts: Parts, state: TrainState) -> Iterator[Ending]:
             ending.reason = f"{type(error).__name__}: {error}"
             if isinstance(error, KeyboardInterrupt):
                 ending.status, ending.exit_status = "KILLED", INTERRUPTED
+            elif isinstance(error, ConfigError):
+                ending.exit_status = WRONG_CONFIG
             raise
         finally:
             _close(parts, ending, state, time.monotonic() - began)

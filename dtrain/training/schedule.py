@@ -143,7 +143,7 @@ def get_lr_scheduler(
         text = f"{config.lr_scheduler.name} made a {type(scheduler).__name__}; expected a scheduler of torch.optim"
         raise refused(config, ("lr_scheduler", "name"), text)
     on_plateau = isinstance(scheduler, ReduceLROnPlateau)
-    if on_plateau and mode and "mode" not in config.lr_scheduler:
+    if on_plateau and mode and "mode" not in call.arguments and "mode" in getattr(call.target, "keywords", {"mode"}):
         scheduler = build(config, "lr_scheduler", optimizer, mode=mode)
     options["interval"] = _interval(config, options["interval"], on_plateau)
     return Schedule(optimizer, scheduler, **options, plan=_plan(config, lengths))

@@ -22,6 +22,7 @@ from dtrain.config.build import build, defaults
 from dtrain.config.check import notes
 from dtrain.config.errors import ConfigError, first_few, to_plain
 from dtrain.config.load import place_of, run_folder, sources, to_yaml
+from dtrain.config.metric_rules import Monitored, higher_is_better, mode_text, monitored
 from dtrain.config.rules import strategy_mistakes
 from dtrain.config.schema import PHASES, calls, refused
 from dtrain.data import rng
@@ -107,8 +108,10 @@ def make_parts(
     loss = get_loss_criterion(config).to(ranks.device) if config.get("loss") else None
     forward = Forward(module, ranks.device, options["precision"], options["input_key"], options["target_key"], loss)
     metrics = get_evaluation_metric(config, ranks, ranks.device)
-    monitor = _monitor(config, options, metrics)
-    mode: Literal["min", "max"] = options["mode"] or ("min" if monitor.endswith(("loss", "Error")) else "max")
+    figure = _monitor(config, options, metrics)
+    monitor, mode = figure.figure, options["mode"]
+    if mode is None:
+        mode = _mode(config, figure, metrics, asks=purpose == "train" and loaders.val is not None)
     checkpoints = Checkpoints(
         RunFolder(start.folder).checkpoints, keep_last=options["keep_last"], keep_best=options["keep_best"], mode=mode
     )
@@ -278,16 +281,27 @@ def _compiled(module: torch.nn.Module, wish: bool | str | dict[str, Any]) -> tor
     return torch.compile(module, **options)  # type: ignore[return-value]
 
 
-def _monitor(config: ConfigDict, options: Mapping[str, Any], metrics: Metrics) -> str:
+def _monitor(config: ConfigDict, options: Mapping[str, Any], metrics: Metrics) -> Monitored:
     """The figure that 'best' means, known to be one that the validation gives."""
-    names = [f"val/{name}" for name in (*metrics.names, "loss")]
-    if options["monitor"] is None:
-        return names[0]
-    wish = f"val/{options['monitor'].removeprefix('val/')}"
-    if not any(wish == name or wish.startswith(f"{name}_") for name in names):
-        text = f"{options['monitor']!r} is not a metric of the validation; possible: {', '.join(names)}"
+    figure = monitored(options["monitor"], metrics.names)
+    if figure is None:
+        possible = ", ".join(f"val/{name}" for name in (*metrics.names, "loss"))
+        text = f"{options['monitor']!r} is not a metric of the validation; possible: {possible}"
         raise refused(config, ("trainer", "monitor"), text)
-    return wish
+    return figure
+
+
+def _mode(config: ConfigDict, figure: Monitored, metrics: Metrics, asks: bool) -> Literal["min", "max"]:
+    """What is best of a figure: as its metric's source says, else the metric itself, which is then made at once.
+
+    A ConfigError where neither says so and it `asks`: something will be validated.
+    """
+    higher = higher_is_better(calls(config), figure)
+    if higher is ... and asks:
+        higher = metrics.higher_is_better(figure.label, figure.part)
+        if higher is None:
+            raise refused(config, ("trainer", "mode"), mode_text(calls(config), figure))
+    return "max" if higher is True else "min"
 
 
 def _pictures(config: ConfigDict, options: Mapping[str, Any], loaders: Loaders, start: Start) -> Pictures:

@@ -56,6 +56,8 @@ class Opened:
 
 def soft(output, target, power: int = 1): ...
 
+soft.higher_is_better = False
+
 def factory(classes: int): ...
 
 def decorated(function):

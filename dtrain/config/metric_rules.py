@@ -1,0 +1,122 @@
+"""What the config says of metrics beyond their signatures: the one monitored, which way is better, task, classes."""
+
+import ast
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from dtrain.config.did_you_mean import did_you_mean
+from dtrain.config.errors import ConfigError, Mistake, first_few, is_mapping, shown
+from dtrain.config.schema import Call, mistake
+from dtrain.config.signatures import SOURCE, Callee
+
+
+class Monitored(NamedTuple):
+    """The figure that 'best' means: `val/<label>`, or with a part `val/<label>_<part>`."""
+
+    figure: str
+    label: str  # of a metric, or 'loss'
+    part: str  # of a vector, a dict or a loss's terms
+
+
+def monitored(wish: str | None, labels: list[str]) -> Monitored | None:
+    """What a `trainer.monitor` means where the metrics have these labels; None where no metric's name begins it.
+
+    Default: the first metric, else the loss.
+    """
+    name = [*labels, "loss"][0] if wish is None else wish.removeprefix("val/")
+    fitting = [label for label in (*labels, "loss") if name == label or name.startswith(f"{label}_")]
+    label = max(fitting, key=len, default=None)
+    return None if label is None else Monitored(f"val/{name}", label, name[len(label) + 1 :])
+
+
+def labels_of(calls: Mapping[str, Call]) -> list[str]:
+    """The names under which the metrics are logged."""
+    return [key.removeprefix("metrics.") for key in calls if key.startswith("metrics.")]
+
+
+def monitor_mistakes(config: ConfigDict, calls: Mapping[str, Call], trains: bool) -> Iterator[Mistake]:
+    """A `trainer.monitor` that no validation gives, or no `trainer.mode` where the metric does not say what is better.
+
+    As far as it can be known without building a metric.
+    """
+    wish, mode = (_of_trainer(calls, key) for key in ("monitor", "mode"))
+    if wish is not None and not isinstance(wish, str):
+        return  # a wrong type, which is reported, or a subclass's own affair
+    figure = monitored(wish, labels_of(calls))
+    if figure is None:
+        known = [f"val/{label}" for label in (*labels_of(calls), "loss")]
+        hint = did_you_mean(f"val/{str(wish).removeprefix('val/')}", known)
+        text = f"{shown(wish)} is not a metric of the validation{hint}; possible: {', '.join(known)}"
+        yield mistake(config, ("trainer", "monitor"), text)
+    elif mode is None and trains and higher_is_better(calls, figure) is None:
+        yield mistake(config, ("trainer", "mode"), mode_text(calls, figure))
+
+
+def mode_notes(config: ConfigDict, calls: Mapping[str, Call]) -> Iterator[str]:
+    """Where a `mode` of the config contradicts what the monitored metric says of itself; the config's holds."""
+    wish, mode = (_of_trainer(calls, key) for key in ("monitor", "mode"))
+    figure = monitored(wish, labels_of(calls)) if wish is None or isinstance(wish, str) else None
+    said = {True: "max", False: "min"}.get(higher_is_better(calls, figure)) if figure else None
+    if figure and said and mode in ("min", "max") and mode != said:
+        yield f"trainer.mode: {mode}, though by what the metric itself says it is {said} for {figure.figure}"
+    scheduler = config.get("lr_scheduler")
+    own = scheduler.get("mode") if is_mapping(scheduler) and scheduler.get("name") == "ReduceLROnPlateau" else None
+    best = mode if mode in ("min", "max") else said
+    if figure and own and best and own != best:
+        yield f"lr_scheduler.mode: {own}, though the best {figure.figure} is its {best}imum"
+
+
+def not_given(monitor: str, given: Iterable[str]) -> str:
+    """That a validation, which was made, does not give the figure that is monitored."""
+    names = list(given)
+    hint = did_you_mean(monitor, names)
+    return f"trainer.monitor: the validation gives no {monitor!r}{hint}; possible: {first_few(names, 30)}"
+
+
+def mode_text(calls: Mapping[str, Call], figure: Monitored) -> str:
+    """What is asked of the user where nothing says whether more of a figure is better."""
+    text = f"missing: {calls[f'metrics.{figure.label}'].name} does not say whether a higher or a lower {figure.figure}"
+    cure = "add mode: max or mode: min, give the metric higher_is_better = True or False"
+    return f"{text} is better; {cure}, or monitor another figure, such as monitor: val/loss"
+
+
+def higher_is_better(calls: Mapping[str, Call], figure: Monitored) -> Any:
+    """Whether more of a figure is better, from its metric's source; None: nothing says so.
+
+    `...` where only the metric itself can tell, once it is built.
+    """
+    if figure.label == "loss":
+        return False
+    call = calls[f"metrics.{figure.label}"]
+    try:
+        target = call.target
+    except ConfigError:
+        return ...  # reported elsewhere
+    said = SOURCE.attribute(target.module, target.name, "higher_is_better")
+    if isinstance(said, dict):  # of a metric that returns one
+        said = said.get(figure.part)
+    if said is None and (call.components or (isinstance(target, Callee) and _is_factory(call, target))):
+        return ...
+    if said is None and any(name.lower().endswith("loss") for name in (target.name, figure.label)):
+        return False
+    return said
+
+
+def _is_factory(call: Call, callee: Callee) -> bool:
+    """Whether a function makes a metric, rather than being one: a function of output and target has both left open."""
+    left_open = [item for item in callee.positional[:2] if item.default is None and item.name not in call.arguments]
+    return not callee.is_class and len(left_open) < 2
+
+
+def _of_trainer(calls: Mapping[str, Call], key: str) -> Any:
+    """A setting of the trainer, else its default, which a subclass may have changed; `...` where it cannot be read."""
+    call = calls.get("trainer")
+    if call is None or key in call.arguments:
+        return call.arguments[key] if call else None
+    with suppress(ConfigError, ValueError, SyntaxError):
+        found = (item for item in getattr(call.target, "parameters", ()) if item.name == key and item.default)
+        return next((ast.literal_eval(str(item.default)) for item in found), ...)
+    return ...
