@@ -39,7 +39,7 @@ class Loaded:
     weights: dict[str, Any]  # with `get_extra_state` entries and tied tensors
     state: dict[str, Any]
     ema: dict[str, Any] | None
-    manifest: Manifest  # step, score (a number, its text if not finite), finite, serial, time, versions, files
+    manifest: Manifest  # step, score (a number, its text if not finite), finite, serial, versions, files
 
 
 def load(path: Path, is_verified: bool = False) -> Loaded:
@@ -77,6 +77,7 @@ def write_files(folder: Path, snapshot: Snapshot, facts: Manifest) -> None:
         if weights is not None:
             metadata = {"format": "pt", "aliases": json.dumps(weights.aliases)}
             save_file({name: tensor.contiguous() for name, tensor in weights.tensors.items()}, folder / file, metadata)
+            _put_in_order(folder / file)
             rests[key] = weights.rest
     with open(folder / STATE, "wb") as stream:  # given a name instead, torch hides the errno of a failed write
         torch.save({"state": snapshot.state, **rests}, stream)
@@ -89,6 +90,19 @@ def write_files(folder: Path, snapshot: Snapshot, facts: Manifest) -> None:
         files[path.name] = _seal(path)
     write_bytes(folder / MANIFEST, _render({**facts, "files": files}), durable=True)
     fsync(folder)
+
+
+def _put_in_order(path: Path) -> None:
+    """Sort the metadata's keys in a safetensors file, whose order differs from process to process.
+
+    The header is JSON in UTF-8, behind its length in 8 bytes; in another order it is as long.
+    """
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
 
 
 def _render(facts: Manifest) -> bytes:

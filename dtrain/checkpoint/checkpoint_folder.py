@@ -4,7 +4,6 @@ import errno
 import math
 import os
 import shutil
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -106,7 +105,6 @@ class Checkpoints:
             "step": step,
             "score": score if score is None or math.isfinite(score) else str(score),  # JSON has no nan
             "finite": snapshot.is_finite(),
-            "time": time.time(),
             "versions": {"dtrain": getattr(dtrain, "__version__", "unknown"), "torch": str(torch.__version__)},
         }
         with self._writing(target, snapshot.need_bytes, LOCK_TIMEOUT_SECONDS):
@@ -155,7 +153,7 @@ class Checkpoints:
     def _write(self, target: Path, snapshot: Snapshot, facts: Manifest) -> None:
         readable, _ = self._scan()
         # The newest has neither always the highest step (a run may go back) nor the latest time (clocks jump).
-        serial = 1 + max((manifest["serial"] for _, manifest in readable), default=0)
+        serial = 1 + max((manifest["serial"] for path, manifest in readable if path != target), default=0)
         temporary = self.folder / f".tmp-{target.name}"
         try:
             write_files(temporary, snapshot, {**facts, "serial": serial})

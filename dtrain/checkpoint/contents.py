@@ -121,6 +121,7 @@ class _Walk:
         if copies is not None:
             copies.clear()  # what is not used again is freed
         self._done: dict[int, tuple[Any, Any]] = {}
+        self._texts: dict[str, str] = {}
         self._dtypes: dict[int, torch.dtype] = {}
 
     def value(self, value: Any, place: str, depth: int = 0) -> Any:
@@ -131,7 +132,8 @@ class _Walk:
         if kind in _SCALARS:
             if (kind is bytes and not value) or (kind is int and value.bit_length() > _MAX_INT_BITS):
                 self._refuse(value, place, f"empty bytes and ints of over {_MAX_INT_BITS} bits cannot be loaded again")
-            return value
+            # Equal texts become one object, or the file would tell which of them were one in this process.
+            return self._texts.setdefault(value, value) if kind is str else value
         if kind not in _CONTAINERS:
             self._refuse(value, place, next(cure for fits, cure in _PLAIN_FORMS if fits(value)))
             return None
@@ -206,8 +208,7 @@ class _Walk:
             if type(key) not in (*_SCALARS, tuple):
                 self._refuse(key, f"a key of {place}", "use text or a number as the key")
                 continue
-            self.value(key, f"a key of {place}", depth)
-            copy[key] = self.value(item, f"{place}[{key!r}]", depth)
+            copy[self.value(key, f"a key of {place}", depth)] = self.value(item, f"{place}[{key!r}]", depth)
         if kind is OrderedDict and vars(value):  # pickled with it: a state_dict's _metadata, for example
             vars(copy).update(self.value(vars(value), f"{place}.__dict__", depth) or {})
         return copy
