@@ -74,6 +74,17 @@ def by_head(output, target, head=None):
     return F.cross_entropy(head(output), target)
 
 
+class Steep(nn.Module):
+    """A finite value, whose gradient is infinite in the loss's own parameter alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(()))
+
+    def forward(self, output, target):
+        return F.cross_entropy(output, target) + self.scale.sqrt()
+
+
 class BestSoFar:
     """A metric that remembers over validations."""
 
@@ -160,3 +171,91 @@ def test_a_losss_parameters_are_trained_as_in_plain_torch(
     torch.testing.assert_close(of_model["layer.weight"], expected["weight"].detach(), rtol=1e-4, atol=1e-6)
     if count == 1:  # on several ranks it has rank 0's samples, as a model's running statistics
         assert torch.equal(found["counts"], expected["counts"]), "not one sample of the validation"
+
+
+STATEFUL: dict[str, Any] = EXACT | {
+    "loss": {"name": "Learned", "width": 3, "dropout": 0.2, "ramp": 9}, "metrics": {"name": "BestSoFar"},
+    "lr_scheduler": {"name": "CosineAnnealingLR", "interval": "step", "T_max": 30}, "trainer.max_epochs": None,
+    "trainer.monitor": "BestSoFar_best", "trainer.mode": "max", "trainer.validate_every_steps": 4,
+    "trainer.log_every_steps": 4, "loaders.num_workers": 0, "trainer.pictures": False, "modules": ["mine", "toy"],
+}  # fmt: skip
+
+
+def test_a_stop_changes_nothing_of_a_loss_or_metric_that_holds_state(train: Callable[..., Path]) -> None:
+    """Parameters, reassigned buffers, a counter, averages; a metric that remembers over validations."""
+    whole = train("whole", **STATEFUL, **{"trainer.max_steps": 20})
+    for steps in (4, 12, 20):  # each of them is logged, validated and saved in either
+        parts = train("parts", **STATEFUL, **{"trainer.max_steps": steps})
+    same_training(parts, whole)
+    found, expected = figures(parts), figures(whole)
+    assert expected["val/BestSoFar_validations"] == {step: step / 4 for step in (4, 8, 12, 16, 20)}
+    del found["test/BestSoFar_validations"], expected["test/BestSoFar_validations"]  # the parts tested at their ends
+    for key in ("train/loss", "train/loss_ce", "val/loss", "val/loss_variance", "val/BestSoFar_validations"):
+        assert found[key] == expected[key], key
+    weights = last(whole).others
+    assert set(weights) == {"loss", "loss-ema"}
+    assert not equal(weights["loss"]["prototypes"], weights["loss-ema"]["prototypes"])
+    assert int(weights["loss"]["counts"].sum()) == 20 * 4 - 2 * 3, "training samples alone; 29 an epoch are 8 steps"
+
+
+def test_two_ranks_resume_a_loss_with_state_bit_for_bit(ranks: Place) -> None:
+    for name, ends in {"stateful-whole": [8], "stateful-parts": [4, 8]}.items():
+        for steps in ends:
+            ranks.run(ranks.config(name, **STATEFUL), f"trainer.max_steps={steps}", ranks=2)
+    same_training(ranks.path("stateful-parts"), ranks.path("stateful-whole"))
+
+
+def test_what_is_tested_is_the_checkpoint_whole_with_its_loss(train: Callable[..., Path], tmp_path: Path) -> None:
+    """val/loss is that of the averaged model and the averaged loss, by hand; so are fit's test and `dtrain test`."""
+    import dtrain
+
+    run = train("tested", **{
+        "modules": ["mine", "toy"], "model": {"name": "Line"}, "loss": {"name": "Learned", "dropout": 0.5},
+        "trainer.ema_decay": 0.5, "metrics": None, "loaders.test": {"size": 7, "seed": 2},
+    })  # fmt: skip
+    folder = run / "checkpoints" / "best"
+    model, loss = load_file(folder / "ema.safetensors"), load_file(folder / "loss-ema.safetensors")
+    x = torch.randn(7, 8, generator=torch.Generator().manual_seed(2))
+    y = (x @ torch.randn(8, 3, generator=torch.Generator().manual_seed(99))).argmax(1)
+    scores = (x @ model["layer.weight"].T + model["layer.bias"]) @ loss["prototypes"].T
+    expected = float(torch.exp(-loss["log_variance"]) * F.cross_entropy(scores, y) + loss["log_variance"])
+    assert list(figures(run)["test/loss"].values()) == [pytest.approx(expected, rel=1e-5)]
+    config = dtrain.load_config(tmp_path / "tested.yaml")
+    assert dtrain.create_trainer(config, purpose="test").test()["test/loss"] == pytest.approx(expected, rel=1e-5)
+    assert json.loads((run / "run.json").read_text())["state"] == "FINISHED"
+
+
+@pytest.mark.parametrize(
+    ("loss", "names"),
+    [
+        ({"name": "Holder"}, {"parts_0.weight", "parts_0.bias", "factor_"}),
+        ({"name": "by_head", "head": {"name": "torch.nn:Linear", "in_features": 3, "out_features": 3}},
+         {"head_.weight", "head_.bias"}),
+        ({"name": "WeightedSum", "losses": [{"name": "Learned", "width": 3}, {"name": "CrossEntropyLoss", "weight": [1, 2, 1]}]},
+         {"parts.0.log_variance", "parts.0.prototypes", "parts.0.counts"}),
+    ],
+)  # fmt: skip
+def test_parameters_are_found_wherever_a_loss_holds_them(
+    train: Callable[..., Path], loss: dict[str, Any], names: set[str]
+) -> None:
+    run = train("held", loss=loss, **{"trainer.max_steps": 1})
+    first = last(run).others["loss"]
+    assert set(first) == names, "class weights are the config's"
+    train("held", loss=loss, **{"trainer.max_steps": 9})
+    later = last(run).others["loss"]
+    assert all(not torch.equal(first[name], later[name]) for name in names)
+
+
+def test_a_loss_without_state_costs_no_file_and_new_class_weights_hold(train: Callable[..., Path]) -> None:
+    run = train("weighted", loss={"name": "CrossEntropyLoss", "weight": [1.0, 2.0, 1.0]}, **{"trainer.max_steps": 3})
+    checkpoint = load(run / "checkpoints" / "last")
+    assert checkpoint.others == {} and not [*(run / "checkpoints" / "last").glob("loss*")]
+    assert checkpoint.state["kept"] == {"loss": {}, "metrics": {}}
+    assert len(checkpoint.state["optimizer"]["param_groups"]) == 1
+
+
+def test_a_gradient_of_the_loss_alone_that_is_not_finite_stops_the_training(train: Callable[..., Path]) -> None:
+    from dtrain.training.finite_step import NonFiniteError
+
+    with pytest.raises(NonFiniteError, match="step 1: loss or gradient not finite"):
+        train("steep", loss={"name": "Steep"}, **{"trainer.max_steps": 2})
