@@ -108,6 +108,16 @@ class Loaders(NamedTuple):
     predict: DataLoader | None = None
 
 
+def first_batch(loaders: Loaders) -> Any:
+    """A batch of the first phase that there is, loaded in this process."""
+    for loader in loaders:
+        if isinstance(loader, TrainLoader):
+            return loader.loader.dataset.__getitems__([0, *loader.shard.batches_from(0, 0, 1)[0]])  # type: ignore[attr-defined]
+        if loader is not None:
+            return loader.dataset.__getitems__([0, 0])  # type: ignore[attr-defined]
+    raise ValueError("there are no data")
+
+
 def get_train_loaders(
     config: ConfigDict,
     rank: int,

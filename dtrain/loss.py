@@ -7,7 +7,13 @@ import torch
 from ml_collections import ConfigDict
 
 from dtrain.config.build import build
+from dtrain.config.rules import SUMMED
+from dtrain.config.schema import refused
 from dtrain.data.batch import main_output
+from dtrain.data.kept_attributes import KeptAttributes
+
+# Buffers of their losses are constants that the config gives, such as class weights.
+_LIBRARIES = ("torch.", "monai.", "dtrain.components.")
 
 
 class Criterion:
@@ -15,6 +21,9 @@ class Criterion:
 
     A loss may return a tensor or a dict of terms; a dict is summed, and each of its terms is logged. PyTorch's own
     losses take tensors only, so of several outputs they are given the main one; other losses get all of them.
+
+    `module` holds what of it is trained, shared and saved as a model is: its parameters and buffers, also where a loss
+    that is not a module has them. It is None where there is nothing of the kind.
 
     Raises:
         TypeError: The loss returned something else, or more than one number.
@@ -25,6 +34,12 @@ class Criterion:
         function = getattr(loss, "func", loss)  # with arguments, a function is a partial
         self.name = getattr(function, "__name__", type(function).__name__)  # in messages
         self.main_only = (getattr(function, "__module__", None) or "").startswith("torch.")
+        self._modules = loss if isinstance(loss, torch.nn.Module) else _Held(loss)
+        for part in self._modules.modules():
+            if type(part).__module__.startswith(_LIBRARIES):
+                part._non_persistent_buffers_set.update(part._buffers)
+        self.module = self._modules if self._modules.state_dict() else None
+        self.kept = KeptAttributes(torch.device("cpu"))
 
     def __call__(self, output: Any, target: Any) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
         """The value to minimise (a scalar) and its named terms (none for a plain loss)."""
@@ -50,17 +65,53 @@ class Criterion:
         """Move the loss's own tensors, such as class weights."""
         arguments = getattr(self.loss, "keywords", {})  # of a function
         for name, value in arguments.items():
-            if isinstance(value, torch.nn.Module | torch.Tensor):
+            if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
                 arguments[name] = value.to(device)
-        if isinstance(self.loss, torch.nn.Module):
-            self.loss.to(device)
+        self._modules.to(device)
+        self.kept = KeptAttributes(device)
+        self.kept.begin({"loss": self.loss} | ({} if self._modules is self.loss else {"held": self._modules}))
         return self
+
+    def train(self, mode: bool = True) -> None:
+        """Put the loss into train mode, or into eval mode."""
+        self._modules.train(mode)
+
+
+class _Held(torch.nn.Module):
+    """The modules and parameters in a loss that is not a module: the arguments of a function, an object's attributes."""
+
+    def __init__(self, loss: Any) -> None:
+        super().__init__()
+        for name, value in (getattr(loss, "keywords", None) or getattr(loss, "__dict__", {})).items():
+            values = value.items() if isinstance(value, Mapping) else enumerate(value if _is_list(value) else [value])
+            for key, item in values:
+                own = f"{name}_{key}" if _is_list(value) or isinstance(value, Mapping) else f"{name}_"
+                if isinstance(item, torch.nn.Parameter):
+                    self.register_parameter(own, item)
+                elif isinstance(item, torch.nn.Module):
+                    self.add_module(own, item)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def _adds_up(loss: Any) -> bool:
+    """Whether a library's loss, or one within a sum of ours, is the sum over its samples."""
+    function = getattr(loss, "func", loss)
+    module = getattr(function, "__module__", None) or ""
+    reduction = getattr(loss, "keywords", {}).get("reduction") or getattr(loss, "reduction", None)
+    parts = [*getattr(loss, "losses", ()), getattr(loss, "loss", None)] if module.startswith("dtrain.") else []
+    return (module.startswith(_LIBRARIES) and reduction == "sum") or any(map(_adds_up, parts))
 
 
 def get_loss_criterion(config: ConfigDict) -> Criterion:
     """Build `loss`.
 
     Raises:
-        ConfigError: The name or an argument is wrong.
+        ConfigError: The name or an argument is wrong, or the loss is a sum over its samples.
     """
-    return Criterion(build(config, "loss"))
+    loss = build(config, "loss")
+    if _adds_up(loss):
+        raise refused(config, ("loss",), f"{config.loss.name} {SUMMED}")
+    return Criterion(loss)

@@ -16,6 +16,7 @@ from dtrain.config.build import make
 from dtrain.config.schema import calls, refused
 from dtrain.data import rng
 from dtrain.data.batch import main_output
+from dtrain.data.kept_attributes import KeptAttributes
 from dtrain.distributed.ranks import Ranks
 
 
@@ -29,6 +30,7 @@ class Metrics:
         self._makers, self._ranks, self._device = makers, ranks, device
         self._metrics: dict[str, Any] | None = None
         self.names = list(makers)  # the labels under which they are logged
+        self.kept = KeptAttributes(device, with_buffers=True)  # what they keep from one validation to the next
 
     def prepare(self) -> dict[str, Any]:
         """Make the metrics, once.
@@ -39,6 +41,7 @@ class Metrics:
         if self._metrics is None:
             with rng.untouched():  # a metric with a network of its own draws weights; when it is made must not matter
                 self._metrics = {name: self._adapted(name, make_one()) for name, make_one in self._makers.items()}
+            self.kept.begin({name: metric.metric for name, metric in self._metrics.items()})
         return self._metrics
 
     def higher_is_better(self, name: str, part: str = "") -> bool | None:

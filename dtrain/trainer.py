@@ -34,6 +34,7 @@ from dtrain.training.evaluate import evaluate, evaluate_volumes
 from dtrain.training.evidence import Evidence
 from dtrain.training.failure_card import reported
 from dtrain.training.finite_step import FiniteStep, NonFiniteError
+from dtrain.training.optimizer import require_trained
 from dtrain.training.rescue import LastStep, rescue
 from dtrain.training.run_status import session
 from dtrain.training.setup import Parts, make_parts
@@ -155,6 +156,7 @@ class Trainer:
         self.parts, self.ranks, self.loaders, self.metrics = parts, parts.ranks, parts.loaders, parts.metrics
         self.trainables, self.module, self.model = parts.trainables, given.module, given.model
         self.optimizer, self.schedule, self.ema, self.scaler = given.optimizer, given.schedule, given.ema, given.scaler
+        self.loss_ema = given.loss_ema
         self.forward, self.saver, self.stop_request = parts.forward, parts.saver, parts.stop
         self.journal, self.progress = parts.journal, parts.progress
         self.train_loader: Any = parts.loaders.train
@@ -171,7 +173,14 @@ class Trainer:
         self.inference = replace(parts.inference, asked_to_stop=self.asked_to_stop)
         self.last_step = LastStep(self.state, keeps_sums=accumulate > 1)
         self.vote, self.throughput = Vote(self.ranks), Throughput(self.ranks.rank, self.ranks.world_size)
-        self._parameters = [item for item in self.module.parameters() if item.requires_grad]
+        loss, several = parts.trainables.loss, self.ranks.world_size > 1
+        self._loss_parameters = [item for item in loss.parameters() if item.requires_grad] if loss else []
+        self._shares_loss = several and loss is not None  # no wrapper does it
+        self._shares_buffers = bool(loss and [*loss.buffers()]) and (ddp or {}).get("broadcast_buffers") is not False
+        parameters = [item for item in self.module.parameters() if item.requires_grad]
+        self._parameters = parameters + self._loss_parameters
+        # Of a sharded model, shards and the loss's own cannot be scaled in one call.
+        self._to_clip = [parameters, self._loss_parameters] if self._loss_parameters else [parameters]
         self._is_first_step = True  # of this start
         self.finite_step = FiniteStep(given.optimizer, given.scaler, self.state, on_nonfinite, self.progress.note)
 
@@ -222,7 +231,7 @@ class Trainer:
             # A validation during which an earlier start was stopped comes first.
             if self.step and self.step % self.validate_every_steps == 0 and self.validate():
                 self.save()
-            self.finite_step.begin(self.module)
+            self.finite_step.begin(self.trainables.all)
             while self.epoch < self.max_epochs and self.step < self.max_steps and not self.state.ended:
                 self.train_epoch()
             self.after_last_step()
@@ -283,7 +292,16 @@ class Trainer:
         self.state.add("loss", value, micro.samples)
         for name, term in terms.items():
             self.state.add(f"loss_{name}", term.detach(), micro.samples)
+        if self._shares_loss and micro.closes:
+            self._share_loss()
         self.throughput.exchanged()
+
+    def _share_loss(self) -> None:
+        """What the ranks' wrapper does for the model: the mean of the gradients, and the main rank's buffers."""
+        if self._loss_parameters:
+            self.ranks.average_gradients(self._loss_parameters)
+        if self._shares_buffers:
+            self.ranks.agree_on_buffers(self.trainables.loss)  # type: ignore[arg-type]
 
     def optimizer_step(self) -> None:
         """Clip, and step unless a gradient is not finite. Called on every rank after a step's last `backward`."""
@@ -292,7 +310,8 @@ class Trainer:
         gradients = [item.grad for item in self._parameters if item.grad is not None]
         self.state.grad_norm = norm = self.ranks.strategy.total_norm(gradients)
         if self.clip_grad_norm is not None:
-            clip_grads_with_norm_(self._parameters, self.clip_grad_norm, norm)
+            for parameters in self._to_clip:
+                clip_grads_with_norm_(parameters, self.clip_grad_norm, norm)
         with self.schedule.rate_of(self.state.step) as self.state.rate:
             self.finite_step.take(norm)
         self.optimizer.zero_grad()
@@ -309,6 +328,8 @@ class Trainer:
         state.step, state.position = state.step + 1, position
         if self.ema:
             self.ema.update(self.module)
+            if self.loss_ema:
+                self.loss_ema.update(self.trainables.loss)
         self.progress.step()
         if self._is_first_step:
             self._after_first_step()
@@ -409,7 +430,10 @@ class Trainer:
             means = evaluate_volumes(module, logits(self.inference, loader), self.metrics, self.ranks, stop)
         else:
             batches = loader if is_sharded else self.stop_request.waiting(loader)  # with shards all ranks wait
-            means = evaluate(self.forward, module, batches, self.metrics, self.ranks, stop, album)
+            if self._shares_loss:
+                self.ranks.agree_on_buffers(self.trainables.loss)  # type: ignore[arg-type]
+            with self.trainables.evaluating(module):
+                means = evaluate(self.forward, module, batches, self.metrics, self.ranks, stop, album)
         self.model.train()
         if means is None:
             self.stop()
@@ -428,7 +452,7 @@ class Trainer:
         """
         with self.activity.during("test"):
             self.saver.wait()
-            load_for_use(self.module, self.ranks, self.saver.checkpoints, checkpoint)
+            load_for_use(self.module, self.ranks, self.saver.checkpoints, checkpoint, criterion=self.trainables.criterion)
             if self.train_loader is None:  # else all phases were compared at the start
                 compare_with_training(self.inference, self.loaders.test.dataset.dataset, checkpoint)
             figures = self.evaluate("test", self.trainables.compiled)
@@ -488,7 +512,7 @@ class Trainer:
         if saver.is_saved(state.place):
             return
         with self.activity.during("saving"):
-            self.ranks.agree_on_buffers(self.module)
+            self.ranks.agree_on_buffers(self.trainables.all)
             captured = capture(state, self.trainables, self.ranks, self.parts.seed)
             if self.ranks.is_main:
                 saver.save(state.place, *captured, state.newest_score)
@@ -498,9 +522,9 @@ class Trainer:
     def _check_that_it_can_be_saved(self) -> None:
         """A full disk, or a state that could not be loaded again, should show now rather than after the first epoch."""
         with self.activity.during("saving"):
-            values, weights, ema = capture(self.state, self.trainables, self.ranks, self.parts.seed)
+            values, weights, ema, others = capture(self.state, self.trainables, self.ranks, self.parts.seed)
             if self.ranks.is_main:
-                self.saver.checkpoints.check(weights, values, ema=ema)
+                self.saver.checkpoints.check(weights, values, ema=ema, others=others)
 
     def resume(self, loaded: Loaded | None) -> None:
         """Resume from a checkpoint, which only the main rank has read (None elsewhere). All ranks call it."""
@@ -526,6 +550,7 @@ class Trainer:
     def _after_first_step(self) -> None:
         """Tell the launcher, and make the metrics: importing them takes seconds, but a mistake in them shows now."""
         self._is_first_step = False
+        require_trained(self.optimizer, self.module, self.trainables.loss)
         mark_first_step()
         with self.throughput.paused(), self.activity.during("making the metrics"):
             self.metrics.prepare()

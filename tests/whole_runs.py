@@ -211,6 +211,7 @@ def same_training(one: Path, other: Path) -> None:
     first, second = last(one), last(other)
     assert equal(first.weights, second.weights)
     assert equal(first.ema, second.ema)
+    assert equal(first.others, second.others)
     assert {key for key in first.state if not equal(first.state[key], second.state[key])} == set()
 
 

@@ -62,6 +62,7 @@ class Saver:
         state: dict[str, Any],
         weights: dict[str, Any],
         ema: dict[str, Any] | None,
+        others: dict[str, dict[str, Any]],
         score: float | None,
     ) -> None:
         """Copy plain values and whole state_dicts and have them written, on the main rank; the score is this step's."""
@@ -69,7 +70,7 @@ class Saver:
         self.wait()  # its copies are about to be overwritten
         future: Future[Path] = Future()
         try:
-            snapshot = take_snapshot(weights, state, ema, self._copies if self._reuses_memory else None)
+            snapshot = take_snapshot(weights, state, ema, self._copies if self._reuses_memory else None, others)
         except CheckpointError as error:
             future.set_exception(error)
         else:

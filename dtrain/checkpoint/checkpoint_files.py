@@ -16,10 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dtrain.checkpoint.contents import CheckpointError, Snapshot
+from dtrain.checkpoint.contents import CheckpointError, Snapshot, Weights
 from dtrain.tracking.whole_file import fsync, write_bytes
 
 MODEL, EMA, STATE, MANIFEST = "model.safetensors", "ema.safetensors", "state.pt", "manifest.json"
+LOSS, LOSS_EMA = "loss", "loss-ema"  # of a loss with weights: further files like the model's, without the ending
 FORMAT = 1
 Manifest = dict[str, Any]
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch and safetensors wrap the OSError they met
@@ -39,6 +40,7 @@ class Loaded:
     weights: dict[str, Any]  # with `get_extra_state` entries and tied tensors
     state: dict[str, Any]
     ema: dict[str, Any] | None
+    others: dict[str, dict[str, Any]]  # further weights, by the name of their file
     manifest: Manifest  # step, score (a number, its text if not finite), finite, serial, versions, files
 
 
@@ -47,7 +49,8 @@ def load(path: Path, is_verified: bool = False) -> Loaded:
     manifest = require_whole(path, is_verified)
     state = read_torch_file(path / STATE)
     ema = read_tensors(path / EMA, state["ema"]) if EMA in manifest["files"] else None
-    return Loaded(read_tensors(path / MODEL, state["weights"]), state["state"], ema, manifest)
+    others = {name: read_tensors(path / f"{name}.safetensors", rest) for name, rest in state.get("others", {}).items()}
+    return Loaded(read_tensors(path / MODEL, state["weights"]), state["state"], ema, others, manifest)
 
 
 def verify(path: Path) -> list[str]:
@@ -72,13 +75,14 @@ def verify(path: Path) -> list[str]:
 def write_files(folder: Path, snapshot: Snapshot, facts: Manifest) -> None:
     """Write all files of one checkpoint and force them to the disk, the manifest last."""
     folder.mkdir()
-    rests = {}
+    rests: dict[str, Any] = {}
     for file, key, weights in ((MODEL, "weights", snapshot.weights), (EMA, "ema", snapshot.ema)):
         if weights is not None:
-            metadata = {"format": "pt", "aliases": json.dumps(weights.aliases)}
-            save_file({name: tensor.contiguous() for name, tensor in weights.tensors.items()}, folder / file, metadata)
-            _put_in_order(folder / file)
+            _write_tensors(folder / file, weights)
             rests[key] = weights.rest
+    for name, weights in snapshot.others.items():
+        _write_tensors(folder / f"{name}.safetensors", weights)
+        rests.setdefault("others", {})[name] = weights.rest
     with open(folder / STATE, "wb") as stream:  # given a name instead, torch hides the errno of a failed write
         torch.save({"state": snapshot.state, **rests}, stream)
     files = {}
@@ -103,6 +107,10 @@ def _put_in_order(path: Path) -> None:
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         file.seek(8)
         file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
+def _write_tensors(path: Path, weights: Weights) -> None:
+    metadata = {"format": "pt", "aliases": json.dumps(weights.aliases)}
+    save_file({name: tensor.contiguous() for name, tensor in weights.tensors.items()}, path, metadata)
+    _put_in_order(path)
 
 
 def _render(facts: Manifest) -> bytes:

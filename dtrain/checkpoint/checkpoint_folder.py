@@ -57,13 +57,18 @@ class Checkpoints:
                 pass
 
     def check(
-        self, weights: Mapping[str, Any], state: Mapping[str, Any], *, ema: Mapping[str, Any] | None = None
+        self,
+        weights: Mapping[str, Any],
+        state: Mapping[str, Any],
+        *,
+        ema: Mapping[str, Any] | None = None,
+        others: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         """Raise, before the first step, what `save` would raise: types, a folder that cannot be written, a full disk.
 
         A checkpoint of one number is written there and removed. What an optimizer adds at its first step comes on top.
         """
-        snapshot = take_snapshot(weights, state, ema)
+        snapshot = take_snapshot(weights, state, ema, others=others)
         trial = take_snapshot({"weight": torch.zeros(1)}, {})
         with self._writing(self.folder, snapshot.need_bytes, LOCK_TIMEOUT_SECONDS):
             try:  # it is also the first use of much native code, which in a thread must not meet with a fork
@@ -79,6 +84,7 @@ class Checkpoints:
         *,
         ema: Mapping[str, Any] | None = None,
         score: float | None = None,
+        others: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> Path:
         """Write one checkpoint, whole or not at all, then remove those that need not be kept.
 
@@ -91,8 +97,9 @@ class Checkpoints:
             state: tensors and plain types, nested: whatever `torch.load(weights_only=True)` takes.
             ema: averaged weights, as `weights`.
             score: what `best` goes by; None and nan never win.
+            others: further state_dicts, each in a file of that name.
         """
-        return self.write(step, take_snapshot(weights, state, ema), score)
+        return self.write(step, take_snapshot(weights, state, ema, others=others), score)
 
     def write(self, step: int, snapshot: Snapshot, score: float | None = None) -> Path:
         """The second half of `save`, also in a thread: returns the checkpoint's folder, complete and on the disk."""

@@ -69,10 +69,11 @@ class Snapshot:
     ema: Weights | None
     state: dict[str, Any]
     need_bytes: int
+    others: dict[str, Weights] = dataclasses.field(default_factory=dict)  # further ones, by the name of their file
 
     def is_finite(self) -> bool:
         """Whether no weight, averaged ones included, is nan or infinite."""
-        parts = [part.tensors for part in (self.weights, self.ema) if part is not None]
+        parts = [part.tensors for part in (self.weights, self.ema, *self.others.values()) if part is not None]
         return all(_is_finite(tensor) for tensors in parts for tensor in tensors.values())
 
 
@@ -81,6 +82,7 @@ def take_snapshot(
     state: Mapping[str, Any],
     ema: Mapping[str, Any] | None = None,
     copies: dict[str, Tensor] | None = None,
+    others: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Snapshot:
     """Bring everything to host memory and check that it can be loaded again with `weights_only=True`.
 
@@ -90,12 +92,9 @@ def take_snapshot(
     each with its key path, its type and what to give instead.
     """
     walk = _Walk(copies)
-    snapshot = Snapshot(
-        walk.weights(weights, "weights"),
-        None if ema is None else walk.weights(ema, "ema"),
-        walk.value(dict(state), "state"),
-        walk.need_bytes,
-    )
+    own, averaged = walk.weights(weights, "weights"), None if ema is None else walk.weights(ema, "ema")
+    further = {name: walk.weights(each, name) for name, each in (others or {}).items()}
+    snapshot = Snapshot(own, averaged, walk.value(dict(state), "state"), walk.need_bytes, further)
     if walk.problems:
         shown, hidden = walk.problems[:10], len(walk.problems[10:])
         raise CheckpointError(

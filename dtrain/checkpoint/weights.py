@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -9,7 +10,16 @@ from typing import Any
 
 import torch
 
-from dtrain.checkpoint.checkpoint_files import EMA, MODEL, STATE, read_tensors, read_torch_file, require_whole
+from dtrain.checkpoint.checkpoint_files import (
+    EMA,
+    LOSS,
+    LOSS_EMA,
+    MODEL,
+    STATE,
+    read_tensors,
+    read_torch_file,
+    require_whole,
+)
 from dtrain.checkpoint.checkpoint_folder import Checkpoints
 from dtrain.checkpoint.contents import CheckpointError
 from dtrain.config.errors import ConfigError, first_few
@@ -19,17 +29,26 @@ WRAPPERS = ("model_state_dict", "state_dict", "model")  # the keys under which p
 
 
 def load_for_use(
-    module: torch.nn.Module, ranks: Ranks, checkpoints: Checkpoints, path: Path | None, is_required: bool = False
+    module: torch.nn.Module,
+    ranks: Ranks,
+    checkpoints: Checkpoints,
+    path: Path | None,
+    is_required: bool = False,
+    criterion: Any = None,
 ) -> None:
     """Give every rank the weights to be used: the averaged ones where a checkpoint has them.
 
     They are those of a checkpoint folder or weight file; without a path, the best checkpoint's, else the last one's,
-    else the model's own. Raises ConfigError where these are not enough (`is_required`), or weights do not fit.
+    else the model's own. A loss (`dtrain.loss.Criterion`) with a state gets its own from the same checkpoint. Raises
+    ConfigError where these are not enough (`is_required`), or weights do not fit.
     """
     weights: dict[str, Any] | None = None
+    of_loss: dict[str, Any] | None = None
+    kept: dict[str, Any] | None = None  # of the loss's attributes
+    loss: torch.nn.Module | None = criterion and criterion.module
 
     def read() -> None:
-        nonlocal weights
+        nonlocal weights, of_loss, kept
         chosen = path or checkpoints.best() or checkpoints.last()
         if chosen is None and is_required:
             raise ConfigError(f"{checkpoints.folder} holds no checkpoint; train first, or name one: --checkpoint")
@@ -37,13 +56,37 @@ def load_for_use(
             return
         try:
             weights = fitted(module, load_weights(chosen, averaged=True, is_verified=path is None))
+            if criterion is not None:
+                of_loss, kept = _state_of_loss(chosen, loss is not None)
         except (CheckpointError, OSError) as error:
             raise ConfigError(str(error)) from error
         if misfits := misfits_of(module, weights):
             raise ConfigError(f"{chosen} does not fit the model: {first_few(misfits, 10, '; ')}")
+        if of_loss is not None and loss is not None and (misfits := misfits_of(loss, of_loss)):
+            raise ConfigError(f"{chosen} does not fit the loss: {first_few(misfits, 10, '; ')}")
 
     ranks.decide(read)
     ranks.strategy.load_weights(module, weights)
+    if loss is not None:
+        ranks.strategy.load_weights(loss, of_loss)
+    if criterion is not None and (kept := ranks.broadcast(kept)) is not None:
+        criterion.kept.load_state_dict(kept)
+
+
+def _state_of_loss(path: Path, has_weights: bool) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """A loss's weights from a verified checkpoint folder, averaged where there are such, and its attributes.
+
+    The weights are None where it has none, or where they are not there: then a warning says so.
+    """
+    content = read_torch_file(path / STATE, mmap=True) if path.is_dir() else {}
+    kept = copy.deepcopy(content.get("state", {}).get("kept", {}).get("loss", {}))
+    rests = content.get("others", {})
+    name = next((name for name in (LOSS_EMA, LOSS) if name in rests), None)
+    if has_weights and name:
+        return read_tensors(path / f"{name}.safetensors", copy.deepcopy(rests[name])), kept
+    if has_weights:
+        warnings.warn(f"{path} has no weights of the loss: its figures are those of the loss as built", stacklevel=2)
+    return None, kept
 
 
 def load_weights(path: Path, averaged: bool = False, is_verified: bool = False) -> dict[str, Any]:

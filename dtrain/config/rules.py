@@ -35,6 +35,10 @@ PURPOSES = {  # what a config is used for: the sections that it needs, and one o
     "test": (("model", "loaders"), ("test",)),
     "predict": (("model", "loaders"), ("predict", "test")),
 }
+SUMMED = (  # of a loss
+    "adds its samples up, so that gradients would depend on trainer.accumulate, on the number of ranks and on the batch "
+    "size: use reduction: mean, with an optimizer.lr that is as many times as large"
+)
 _ANY, _SOME, _PART = (0, math.inf), (1, math.inf), (0, 1)
 RANGES: dict[str, dict[str, tuple[float, float]]] = {  # where the type alone admits more
     "": {"seed": _ANY},
@@ -92,6 +96,8 @@ def value_mistakes(config: ConfigDict) -> Iterator[Mistake]:
             if _at(mapping, "batch_size") is not None and _at(mapping, "global_batch_size") is not None:
                 text = "cannot be combined with 'batch_size'; keep one of them, or set the other to null"
                 yield mistake(config, (*where, "global_batch_size"), text)
+    if _at(config.get("loss"), "reduction") == "sum":
+        yield mistake(config, ("loss", "reduction"), f"sum {SUMMED}")
     uri = _at(config.get("mlflow"), "tracking_uri")
     if isinstance(uri, str) and uri.lower().startswith("file:"):
         text = f"MLflow 3 no longer writes to {shown(uri)}; name the folder alone (sqlite is put in it), or a server"
@@ -104,6 +110,9 @@ def strategy_mistakes(config: ConfigDict, options: Any) -> list[Mistake]:
     wrong: dict[KeyPath, str] = {}
     if strategy == "ddp" and _set_keys(options, "fsdp"):
         wrong["fsdp",] = "applies only with `trainer.strategy: fsdp`"
+    if _at(_at(options, "ddp"), "static_graph") and (_at(options, "accumulate") or 1) > 1:
+        why = "reduces wrong gradients together with `trainer.accumulate` (pytorch issue 143580)"
+        wrong["ddp", "static_graph"] = f"{why}; remove one of the two"
     if strategy == "fsdp":
         if _at(options, "compile"):
             wrong["compile",] = "is not possible with a sharded model (strategy: fsdp)"

@@ -71,6 +71,20 @@ class Collectives:
                 if isinstance(value, torch.Tensor):
                     dist.broadcast(value, src=0)
 
+    def average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Make gradients the mean over the ranks, where no strategy does: those of a loss's own parameters.
+
+        A rank without a gradient counts as one of zeros. Where no rank has one, it stays None.
+        """
+        owned = torch.tensor([float(item.grad is not None) for item in parameters], device=self.device)
+        dist.all_reduce(owned)
+        for number, parameter in enumerate(parameters):
+            had_one = parameter.grad is not None
+            gradient = parameter.grad.to_dense() if had_one else torch.zeros_like(parameter)  # type: ignore[union-attr]
+            dist.all_reduce(gradient.div_(self.world_size))
+            # The host waits for the device only where this rank cannot know.
+            parameter.grad = gradient if had_one or owned[number].item() else None
+
     def agree_on_buffers(self, model: torch.nn.Module) -> None:
         """Give every rank the main rank's buffers: BatchNorm's running statistics differ between ranks."""
         if self.world_size > 1:

@@ -35,6 +35,11 @@ def ddp_options(  # noqa: PLR0913
     return dict(locals())
 
 
+def dense(gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Gradients with the same norms, none of them sparse: of those the numbers that they store."""
+    return [item.coalesce().values() if item.layout == torch.sparse_coo else item for item in gradients]
+
+
 class DDP:
     """Every rank has the whole model and the ranks average its gradients; also one process on its own.
 
@@ -64,8 +69,11 @@ class DDP:
     def total_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         """The 2-norm of all gradients as one vector; torch's own function sorts them first, and takes twice as long."""
         if len({item.dtype for item in gradients}) > 1:
-            return torch.nn.utils.get_total_norm(gradients)
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+            return torch.nn.utils.get_total_norm(dense(gradients))
+        try:
+            return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        except NotImplementedError:  # of a sparse gradient there is no norm
+            return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(dense(gradients))))
 
     def whole(self, tree: Any) -> Any:
         """A state_dict or the like as one process has it: as it is."""

@@ -125,9 +125,11 @@ class FSDP:
         self._is_amid_step = True
 
     def total_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        """The 2-norm of all whole gradients as one vector, the same on every rank."""
-        norm: Any = torch.nn.utils.get_total_norm(gradients)
-        return norm.full_tensor() if is_shard(norm) else norm
+        """The 2-norm of all whole gradients as one vector, the same on every rank; a loss's own are not sharded."""
+        parts = [[item for item in gradients if is_shard(item) is sharded] for sharded in (True, False)]
+        norms: list[Any] = [torch.nn.utils.get_total_norm(part) for part in parts if part]
+        whole = [norm.full_tensor() if is_shard(norm) else norm for norm in norms]
+        return whole[0] if len(whole) == 1 else torch.linalg.vector_norm(torch.stack(whole))
 
     # torch.distributed.checkpoint.state_dict has functions for what follows. In torch 2.13 they do not do the same:
     # - get_model_state_dict gathers tied weights twice, drops _metadata, refuses sets, dtypes and complex numbers in an
@@ -172,7 +174,8 @@ class FSDP:
     def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any] | None) -> None:
         """Give every rank's optimizer its part of this state, which only the main rank has.
 
-        Each tensor is divided as its parameter is; one of another shape (Adafactor's rows and columns) is left whole.
+        Each tensor is divided as its parameter is, if that is; one of another shape (Adafactor's rows and columns) is
+        left whole.
         """
         from torch.distributed.tensor import Replicate
 
@@ -185,8 +188,11 @@ class FSDP:
             for name, value in values.items():
                 if isinstance(value, torch.Tensor) and value.dim():
                     parameter = parameters[number]
-                    placements = parameter.placements if value.shape == parameter.shape else [Replicate()]
                     whole = None if state is None else state["state"][number][name]
+                    if not is_shard(parameter):  # of the loss
+                        values[name] = self._ranks.broadcast(whole)
+                        continue
+                    placements = parameter.placements if value.shape == parameter.shape else [Replicate()]
                     values[name] = self._divided(whole, value, placements)
         optimizer.load_state_dict(found)
 

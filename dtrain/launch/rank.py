@@ -21,6 +21,7 @@ from dtrain.reporting.summary import prediction_lines
 from dtrain.tracking.journal import NoJournal
 from dtrain.trainer import Trainer, create_trainer
 from dtrain.training.evaluate import evaluate
+from dtrain.training.optimizer import require_trained
 from dtrain.training.replay import replay as repeated
 
 if TYPE_CHECKING:
@@ -95,11 +96,13 @@ def _one_batch_of_each_phase(trainer: Trainer) -> Iterator[str]:
     parts: Any = trainer.trainables
     loss, _ = trainer.training_step(next(iter(trainer.train_loader.epoch(0))).batch)
     loss.backward()
+    require_trained(parts.optimizer, parts.module, parts.loss)
     parts.optimizer.zero_grad()
     yield f"train: one batch forward and backward, loss {float(loss.detach()):.4g}"
     for phase in ("val", "test"):
         if (loader := getattr(trainer.loaders, phase)) is not None:
-            figures = evaluate(trainer.forward, parts.compiled, islice(loader, 1), trainer.metrics, trainer.ranks)
+            with parts.evaluating(parts.compiled):
+                figures = evaluate(trainer.forward, parts.compiled, islice(loader, 1), trainer.metrics, trainer.ranks)
             texts = (f"{name} {value:.4g}" for name, value in (figures or {}).items())
             yield f"{phase}: one batch, {', '.join(texts)}"
             given = [f"val/{name}" for name in figures or {}]

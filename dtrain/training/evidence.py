@@ -4,6 +4,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
+from dtrain.checkpoint.checkpoint_files import LOSS
 from dtrain.checkpoint.checkpoint_folder import Checkpoints
 from dtrain.checkpoint.contents import CheckpointError
 from dtrain.tracking.run_folder import RunFolder
@@ -59,7 +60,10 @@ class Evidence:
         }
         try:
             kept = Checkpoints(RunFolder(self.parts.start.folder).failed_step, keep_last=1, keep_best=0)
-            kept.save(self.state.step, self.parts.trainables.module.state_dict(), state)
+            own = self.parts.trainables
+            others = {LOSS: own.loss.state_dict()} if own.loss is not None else {}
+            state["kept"] = {name: each.state_dict() for name, each in own.kept.items()}
+            kept.save(self.state.step, own.module.state_dict(), state, others=others)
         except CheckpointError as error:
             return f"warning: the failed step cannot be replayed: {error}"
         return ""

@@ -1,17 +1,19 @@
 """get_optimizer: the optimizer over the parameters that are trained."""
 
 import inspect
+from typing import Any
 
 import torch
 from ml_collections import ConfigDict
 from torch.optim import Optimizer
 
 from dtrain.config.build import build
+from dtrain.config.errors import first_few
 from dtrain.config.schema import refused
 
 
-def get_optimizer(config: ConfigDict, model: torch.nn.Module) -> Optimizer:
-    """Build `optimizer` over the parameters that are trained.
+def get_optimizer(config: ConfigDict, model: torch.nn.Module, loss: torch.nn.Module | None = None) -> Optimizer:
+    """Build `optimizer` over the parameters that are trained; those of a loss are a group of their own.
 
     On a GPU, torch's fused kernels are used where the optimizer has them and the config says nothing: they are the
     fastest, and skip a step with a non-finite gradient without asking the host.
@@ -19,9 +21,11 @@ def get_optimizer(config: ConfigDict, model: torch.nn.Module) -> Optimizer:
     Raises:
         ConfigError: The name or an argument is wrong, or there is nothing to train.
     """
-    parameters = [item for item in model.parameters() if item.requires_grad]
-    if not parameters:
+    modules = [model] if loss is None else [model, loss]
+    groups = [group for module in modules if (group := [item for item in module.parameters() if item.requires_grad])]
+    if not groups:
         raise refused(config, ("model",), "has no parameters to train")
+    parameters: list[Any] = groups[0] if len(groups) == 1 else [{"params": group} for group in groups]
     optimizer = build(config, "optimizer", parameters)
     if not isinstance(optimizer, Optimizer):
         text = f"{config.optimizer.name} made a {type(optimizer).__name__}; expected a torch.optim.Optimizer"
@@ -29,12 +33,25 @@ def get_optimizer(config: ConfigDict, model: torch.nn.Module) -> Optimizer:
     if any(item.default is item.empty for item in inspect.signature(optimizer.step).parameters.values()):
         text = f"{config.optimizer.name} evaluates the loss itself, several times per step, which is not supported"
         raise refused(config, ("optimizer", "name"), text)
-    on_gpu = parameters[0].device.type == "cuda"
+    on_gpu = groups[0][0].device.type == "cuda"
     chosen = {"fused", "foreach", "capturable", "differentiable"} & set(config.optimizer)
     if on_gpu and not chosen and "fused" in optimizer.defaults and type(optimizer).__module__.startswith("torch."):
         optimizer = build(config, "optimizer", parameters, fused=True)
     _start_momentum(optimizer)
     return optimizer
+
+
+def require_trained(optimizer: Optimizer, module: torch.nn.Module, of_loss: torch.nn.Module | None = None) -> None:
+    """Called after a forward pass, which may have made parameters: RuntimeError for those the optimizer cannot know."""
+    known = {id(item) for group in optimizer.param_groups for item in group["params"]}
+    modules = {"": module} | ({"loss: ": of_loss} if of_loss is not None else {})
+    late = [f"{of}{name}" for of, part in modules.items() for name, item in part.named_parameters()
+            if item.requires_grad and id(item) not in known]  # fmt: skip
+    if late:
+        raise RuntimeError(
+            f"made after the optimizer, and so never trained: {first_few(late, 10)}. Make parameters in __init__, or "
+            "with torch's lazy modules (LazyLinear, ...) where shapes are not known before the first batch"
+        )
 
 
 def _start_momentum(optimizer: Optimizer) -> None:

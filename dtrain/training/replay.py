@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn.modules.module import register_module_forward_hook
 
-from dtrain.checkpoint.checkpoint_files import load
+from dtrain.checkpoint.checkpoint_files import LOSS, Loaded, load
 from dtrain.checkpoint.checkpoint_folder import Checkpoints
 from dtrain.config.errors import ConfigError
 from dtrain.data import rng
@@ -33,11 +33,19 @@ def replay(forward: Forward, module: torch.nn.Module, loader: TrainLoader, folde
     state = loaded.state
     module.load_state_dict(loaded.weights)
     module.train()
+    _restore_loss(forward.criterion, loaded)
     yield f"step {state['step'] + 1} in epoch {state['epoch'] + 1}, as on {state['world_size']} rank(s)"
     if not state["exact"]:
         yield "the weights are those at the last log point, some steps later: the device had skipped the bad step"
     for rank in range(state["world_size"]):
         yield from _of_rank(forward, module, loader, state, rank)
+
+
+def _restore_loss(criterion: Any, loaded: Loaded) -> None:
+    """The loss's own weights and attributes, as they were."""
+    if LOSS in loaded.others and criterion.module is not None:
+        criterion.module.load_state_dict(loaded.others[LOSS])
+    criterion.kept.load_state_dict(loaded.state.get("kept", {}).get("loss", {}))
 
 
 def _of_rank(

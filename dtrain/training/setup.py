@@ -11,9 +11,12 @@ from typing import Any, Literal
 
 import torch
 from ml_collections import ConfigDict
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.parameter import UninitializedTensorMixin
 
 from dtrain.checkpoint.background_saver import Saver
-from dtrain.checkpoint.checkpoint_files import Loaded, load
+from dtrain.checkpoint.checkpoint_files import LOSS, Loaded, load
 from dtrain.checkpoint.checkpoint_folder import Checkpoints
 from dtrain.checkpoint.contents import CheckpointError
 from dtrain.checkpoint.resume import ResumeError, Start, find_start
@@ -28,12 +31,13 @@ from dtrain.config.schema import PHASES, calls, refused
 from dtrain.data import rng
 from dtrain.data.space import difference, space_of
 from dtrain.dataloader import Loaders, get_train_loaders
+from dtrain.dataloader import Loaders, first_batch, get_train_loaders
 from dtrain.distributed.environment import batch_job, environment, job_ends_at, launcher_precision
 from dtrain.distributed.fsdp import launcher_strategy, settings_of_accelerate
 from dtrain.distributed.process_group import set_up
 from dtrain.distributed.ranks import Ranks
 from dtrain.distributed.stop_request import StopRequest
-from dtrain.loss import get_loss_criterion
+from dtrain.loss import Criterion, get_loss_criterion
 from dtrain.metrics import Metrics, get_evaluation_metric
 from dtrain.modelloader import Forward, get_model, parameter_count
 from dtrain.predict.inference import IDLE_SECONDS, Inference
@@ -97,14 +101,16 @@ def make_parts(
     start = _start(config, options, ranks, package)
 
     rng.seed_all(seed)
-    module = _prepared_model(config, options, ranks, start, progress.note)
-    compiled = _compiled(module, options["compile"])
+    module = get_model(config)
     loaders = get_train_loaders(
         config, ranks.rank, ranks.world_size, seed, ranks.device.type == "cuda", options["accumulate"], phases
     )
     spaces = {phase: space_of(_dataset(loader)) for phase, loader in loaders._asdict().items() if loader is not None}
     if ranks.is_main and purpose == "train" and (line := difference(spaces)):
         progress.note(f"loaders: {line}")
+    _make_lazy_parts(module, loaders, (options["input_key"], options["target_key"]))
+    module = _prepared_model(config, module, options, ranks, start, progress.note)
+    compiled = _compiled(module, options["compile"])
     loss = get_loss_criterion(config).to(ranks.device) if config.get("loss") else None
     forward = Forward(module, ranks.device, options["precision"], options["input_key"], options["target_key"], loss)
     metrics = get_evaluation_metric(config, ranks, ranks.device)
@@ -122,7 +128,7 @@ def make_parts(
     )  # fmt: skip
     texts = {f"config/{name}": redact(text) for name, text in sources(config).items()}
     parts = Parts(
-        ranks, start, seed, Trainables(module, compiled, compiled), forward, loaders, metrics, monitor, mode,
+        ranks, start, seed, _untrained(module, compiled, loss, metrics), forward, loaders, metrics, monitor, mode,
         Saver(checkpoints, options["checkpoint_every_minutes"], progress.note, not ranks.strategy.is_sharded),
         StopRequest(options["time_limit"], job_ends_at(), alone=ranks.world_size == 1),
         progress, _pictures(config, options, loaders, start), inference,
@@ -133,6 +139,25 @@ def make_parts(
     if purpose == "train":
         _add_training(config, options, parts, sender)
     return parts
+
+
+def _untrained(module: Module, compiled: Module, loss: Criterion | None, metrics: Metrics) -> Trainables:
+    """What has weights or a state of its own, before anything is trained."""
+    if loss is None:
+        return Trainables(module, compiled, compiled, kept={"metrics": metrics.kept})
+    kept = {"loss": loss.kept, "metrics": metrics.kept}
+    return Trainables(module, compiled, compiled, criterion=loss, loss=loss.module, kept=kept)
+
+
+def _make_lazy_parts(module: Module, loaders: Loaders, keys: tuple[str | None, str | None]) -> None:
+    """Give lazy modules their shapes, which one batch tells: before weights are loaded and the optimizer is made."""
+    if not any(isinstance(item, UninitializedTensorMixin) for item in (*module.parameters(), *module.buffers())):
+        return
+    forward = Forward(module, torch.device("cpu"), input_key=keys[0], target_key=keys[1])
+    is_training = module.training
+    with torch.no_grad():  # and no statistics
+        forward.predict(module.eval(), forward.inputs(first_batch(loaders)))
+    module.train(is_training)
 
 
 def _ranks(config: ConfigDict, options: Mapping[str, Any], purpose: str) -> tuple[Ranks, Progress]:
@@ -170,9 +195,12 @@ def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, 
 
     trainables, decay = parts.trainables, options["ema_decay"]
     if decay is not None:
-        trainables.ema = EMA(ranks.strategy.divide(copy.deepcopy(trainables.module)), decay)
+        trainables.ema = EMA(ranks.strategy.divide(_copied(trainables.module)), decay)
     trainables.model = ranks.strategy.wrap(trainables.compiled)
-    trainables.optimizer = optimizer = get_optimizer(config, trainables.module)
+    if (own := trainables.loss) is not None:
+        ranks.share_weights(own)
+        trainables.loss_ema = EMA(_copied(own), decay) if decay is not None else None
+    trainables.optimizer = optimizer = get_optimizer(config, trainables.module, own)
     trainables.schedule = get_lr_scheduler(config, optimizer, steps, epochs, parts.mode)
     if options["precision"] == "fp16":
         trainables.scaler = torch.amp.GradScaler(ranks.device.type)
@@ -182,6 +210,12 @@ def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, 
     rates = end_points(config, optimizer, trainables.schedule, steps, epochs)
     parts.table = _table(config, options, parts, steps, rates)
     parts.loaded = _loaded(config, trainables, ranks, start)
+
+
+def _copied(module: Module) -> Module:
+    """A deep copy, also of weights that are computed from others before each call (weight_norm): torch copies none."""
+    attributes = [value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor)]
+    return copy.deepcopy(module, {id(value): value.detach().clone() for value in attributes if not value.is_leaf})
 
 
 def _fsdp(config: ConfigDict, options: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -243,10 +277,14 @@ def _base_folder(package: str | Path | None) -> Path:
 
 
 def _prepared_model(
-    config: ConfigDict, options: Mapping[str, Any], ranks: Ranks, start: Start, say: Callable[[str], None]
-) -> torch.nn.Module:
+    config: ConfigDict,
+    module: Module,
+    options: Mapping[str, Any],
+    ranks: Ranks,
+    start: Start,
+    say: Callable[[str], None],
+) -> Module:
     """The bare model on its device, with pre-trained weights where a new training asks for them."""
-    module = get_model(config)
     if options["pre_trained"] and start.checkpoint is None:
         if ranks.is_main:
             _load_pre_trained(config, module, options["pre_trained"], say)
@@ -261,7 +299,7 @@ def _prepared_model(
 
 
 def _load_pre_trained(
-    config: ConfigDict, module: torch.nn.Module, wish: str | Mapping[str, Any], say: Callable[[str], None]
+    config: ConfigDict, module: Module, wish: str | Mapping[str, Any], say: Callable[[str], None]
 ) -> None:
     rules = {"path": wish} if isinstance(wish, str) else dict(wish)
     path = rules.pop("path")
@@ -274,7 +312,7 @@ def _load_pre_trained(
         say(line)
 
 
-def _compiled(module: torch.nn.Module, wish: bool | str | dict[str, Any]) -> torch.nn.Module:
+def _compiled(module: Module, wish: bool | str | dict[str, Any]) -> Module:
     if not wish:
         return module
     options = wish if isinstance(wish, dict) else {"mode": wish} if isinstance(wish, str) else {}
@@ -368,6 +406,8 @@ def _misfit(trainables: Trainables, loaded: Loaded) -> str:
     if (written := loaded.state.get("format")) != FORMAT:
         return f"of another version of dtrain (its state has the format {written}, here it is {FORMAT})"
     misfits = misfits_of(trainables.module, loaded.weights)
+    if (loss := trainables.loss) is not None and (LOSS in loaded.others or [*loss.parameters()]):
+        misfits += [f"of the loss, {line}" for line in misfits_of(loss, loaded.others.get(LOSS, {}))]
     before, now = loaded.state["optimizer_name"], type(trainables.optimizer).__name__
     if before != now:
         misfits.insert(0, f"its optimizer is {before}, the config's {now}")

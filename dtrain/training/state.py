@@ -1,6 +1,6 @@
 """What a training is at one step: TrainState, Trainables, Activity; into a checkpoint's plain values and back."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from dtrain.checkpoint.checkpoint_files import Loaded
+from dtrain.checkpoint.checkpoint_files import LOSS, LOSS_EMA, Loaded
 from dtrain.data import rng
+from dtrain.data.kept_attributes import KeptAttributes
 from dtrain.distributed.fsdp import is_shard
 from dtrain.distributed.ranks import Ranks
+from dtrain.loss import Criterion
 from dtrain.training.ema import EMA
 from dtrain.training.schedule import Schedule
 
@@ -90,7 +92,7 @@ class TrainState:
 
 @dataclass
 class Trainables:
-    """Everything with weights or a state of its own; the last four are None where nothing is trained."""
+    """Everything with weights or a state of its own; `ema` to `scaler` and `loss_ema` are None where not trained."""
 
     module: Module  # the bare model: what is saved
     compiled: Module  # the same, compiled if so configured: what is evaluated
@@ -99,11 +101,43 @@ class Trainables:
     optimizer: Optimizer | None = None
     schedule: Schedule | None = None  # the learning rate's
     scaler: torch.amp.GradScaler | None = None  # of the loss, with fp16
+    criterion: Criterion | None = None  # the loss
+    loss: Module | None = None  # its own parameters and buffers; None where it has none
+    loss_ema: EMA | None = None  # and their averages
+    kept: Mapping[str, KeptAttributes] = field(default_factory=dict)  # what loss and metrics keep in plain attributes
 
     @property
     def evaluated(self) -> Module:
         """The averaged weights where there are some, else the model."""
         return self.ema.module if self.ema else self.compiled
+
+    @property
+    def all(self) -> Module:
+        """The bare model, together with the loss where that has weights."""
+        return self.module if self.loss is None else torch.nn.ModuleDict({"model": self.module, "loss": self.loss})
+
+    @contextmanager
+    def evaluating(self, module: Module) -> Iterator[None]:
+        """The loss is in eval mode meanwhile; beside the averaged model it has its own averages, too."""
+        pairs: list[tuple[Tensor, Tensor]] = []
+        if self.ema and module is self.ema.module and self.loss is not None and self.loss_ema is not None:
+            averages = self.loss_ema.module
+            pairs += zip(self.loss.parameters(), averages.parameters(), strict=True)
+            pairs += zip(self.loss.buffers(), averages.buffers(), strict=True)
+        _swap(pairs)
+        if self.criterion:
+            self.criterion.train(False)
+        try:
+            yield
+        finally:
+            _swap(pairs)
+            if self.criterion:
+                self.criterion.train()
+
+
+def _swap(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    for one, other in pairs:
+        one.data, other.data = other.data, one.data
 
 
 @dataclass
@@ -124,8 +158,8 @@ class Activity:
 
 def capture(
     state: TrainState, trainables: Trainables, ranks: Ranks, seed: int, generators: dict[int, Any] | None = None
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
-    """What a checkpoint holds, as one process has it: state, weights, averaged weights. All ranks call it.
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None, dict[str, dict[str, Any]]]:
+    """What a checkpoint holds, as one process has it: state, weights, averaged weights, the loss's. All ranks call it.
 
     The result is complete on the main rank alone. The state of the ranks' generators is given where they cannot be
     asked; then this rank's sums are taken for the sums of all, and no other rank is needed.
@@ -138,7 +172,7 @@ def capture(
     if generators is None:
         sums = ranks.sum_(torch.stack(list(state.sums.values())))
         values["sums"] = dict(zip(state.sums, sums.tolist(), strict=True))
-        generator_states = _generators_of_all(trainables.module, ranks)
+        generator_states = _generators_of_all(trainables.all, ranks)
     else:
         generator_states = list(generators.values())
     ema = trainables.ema
@@ -149,11 +183,19 @@ def capture(
         "schedule": trainables.schedule.state_dict(),
         "scaler": trainables.scaler.state_dict() if trainables.scaler else {},
         "averaged": ema.updates if ema else 0,
+        "kept": {name: kept.state_dict() for name, kept in trainables.kept.items()},
         "seed": seed,
         "rng": generator_states,
     }
     averaged = ranks.strategy.whole(ema.module.state_dict()) if ema else None
-    return values, ranks.strategy.whole(trainables.module.state_dict()), averaged
+    of_loss = {name: ranks.strategy.whole(part.state_dict()) for name, part in _parts_of_loss(trainables).items()}
+    return values, ranks.strategy.whole(trainables.module.state_dict()), averaged, of_loss
+
+
+def _parts_of_loss(trainables: Trainables) -> dict[str, Module]:
+    """What a checkpoint holds of the loss, by the name of its file."""
+    own, ema = trainables.loss, trainables.loss_ema
+    return ({LOSS: own} if own is not None else {}) | ({LOSS_EMA: ema.module} if ema is not None else {})
 
 
 def _generators_of_all(module: Module, ranks: Ranks) -> list[Any] | None:
@@ -190,6 +232,8 @@ def restore(loaded: Loaded | None, state: TrainState, trainables: Trainables, ra
     ranks.strategy.load_weights(trainables.module, loaded.weights if loaded else None)
     if trainables.ema:
         ranks.strategy.load_weights(trainables.ema.module, loaded.ema if loaded else None)
+    for name, part in _parts_of_loss(trainables).items():
+        ranks.strategy.load_weights(part, loaded.others.get(name) if loaded else None)
     values = dict(loaded.state) if loaded else {}
     ranks.strategy.load_optimizer(trainables.optimizer, values.pop("optimizer", None))
     values = ranks.broadcast(values)
@@ -201,6 +245,10 @@ def restore(loaded: Loaded | None, state: TrainState, trainables: Trainables, ra
         trainables.scaler.load_state_dict(values["scaler"])
     if trainables.ema:
         trainables.ema.updates = values["averaged"]
+    if trainables.loss_ema:
+        trainables.loss_ema.updates = values["averaged"]
+    for name, kept in trainables.kept.items():
+        kept.load_state_dict(values.get("kept", {}).get(name, {}))
     if len(values["rng"]) == ranks.world_size:
         rng.set_state(values["rng"][ranks.rank])
     else:  # another number of ranks: new streams, that no earlier start has used
