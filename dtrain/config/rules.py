@@ -19,7 +19,7 @@ TOP_LEVEL = {  # the keys of a config with their types; those without one are ch
     "experiment": "str | None",
     "run_name": "str | None",
     "seed": "int | None",
-    "device": "str",
+    "device": "str | list[str]",
     "modules": "",
     "optional_modules": "",
     **dict.fromkeys((*SLOTS, "predictor", "cluster"), ""),
@@ -77,9 +77,11 @@ def _top_level_mistakes(config: ConfigDict) -> Iterator[Mistake]:
         elif wrong := TOP_LEVEL[key] and wrong_type(config[key], ast.parse(TOP_LEVEL[key], mode="eval").body):
             yield mistake(config, (key,), wrong)
     device = config.get("device", "auto")
-    if isinstance(device, str) and not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", device):
-        text = f"{shown(device)} is not a device; possible: auto, cpu, cuda, cuda:N, mps"
-        yield mistake(config, ("device",), text)
+    devices = [device] if isinstance(device, str) else device if isinstance(device, list | tuple) else ["auto"]
+    for each in devices or [""]:
+        if isinstance(each, str) and not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", each):
+            text = f"{shown(each)} is not a device; possible: auto, cpu, cuda, cuda:N, mps, or a list of them"
+            yield mistake(config, ("device",), text)
 
 
 def value_mistakes(config: ConfigDict) -> Iterator[Mistake]:

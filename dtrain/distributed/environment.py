@@ -2,6 +2,7 @@
 
 import os
 import re
+import zlib
 from typing import NamedTuple
 
 from dtrain.config.errors import ConfigError
@@ -18,27 +19,113 @@ class Environment(NamedTuple):
     restarts: int = 0  # of all ranks, by the launcher, without which this would be the first start
 
 
-def environment() -> Environment:
-    """Read this process's place from torchrun's or accelerate's variables, else from srun's.
+class Names(NamedTuple):
+    """The variables by which one kind of launcher numbers its processes; '' for one that it does not set."""
 
-    Inside torchrun, SLURM's variables are those of the node's one task, and in a batch script they are set although
-    srun started nothing; so they count only where srun itself started several tasks. ConfigError: for contradictions.
+    launcher: str
+    rank: str
+    world_size: str
+    local_rank: str = ""
+    local_world_size: str = ""
+
+
+TORCH = Names("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+# mpirun's come before srun's: its daemons on other nodes may be started by srun, whose variables ranks inherit.
+_OWN_LOCAL_RANKS = (
+    Names("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
+          "OMPI_COMM_WORLD_LOCAL_SIZE"),  # Open MPI, and IBM's
+    Names("mpirun", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK",
+          "MV2_COMM_WORLD_LOCAL_SIZE"),  # MVAPICH2
+    Names("mpirun", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH, Intel MPI
+    Names("mpirun", "PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),  # Cray's PALS
+)  # fmt: skip
+# srun with PMI-2 or PMIx sets these beside its own; where nothing else is set, they say too little.
+_INCOMPLETE = (Names("mpirun", "PMI_RANK", "PMI_SIZE"), Names("mpirun", "PMIX_RANK", ""))
+_JOB_NAMES = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PALS_APID", "PMI_JOBID")  # what tells jobs of mpirun apart
+_SET_ALL = "set RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE in each process, or start with torchrun"
+
+
+def environment() -> Environment:
+    """Read this process's place from torchrun's or accelerate's variables, else from mpirun's, else from srun's.
+
+    Inside torchrun, SLURM's and MPI's variables are those of the node's one task, and in a batch script SLURM's are set
+    although srun started nothing; so they count only where srun itself started several tasks.
+    ConfigError: for what is no number or contradicts itself; where others were started beside this process, but nothing
+    says which of them it is, so that each would train alone; and where nothing says where they meet.
     """
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        world = int(env["WORLD_SIZE"])
-        local_world = int(env.get("LOCAL_WORLD_SIZE", world))
-        restarts = int(env.get("TORCHELASTIC_RESTART_COUNT", 0))
-        found = Environment(int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), world, local_world, "torchrun", restarts)
-    elif int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in env:
-        world, node = int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_NODEID", 0))
-        local_world = _tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", str(world)))[node]
-        found = Environment(int(env["SLURM_PROCID"]), int(env.get("SLURM_LOCALID", 0)), world, local_world, "srun")
-    else:
-        found = Environment()
-    if not 0 <= found.rank < found.world_size:
-        raise ConfigError(f"RANK is {found.rank}, but WORLD_SIZE is {found.world_size}")
+    found = _found()
+    if found.world_size > 1 and found.launcher != "srun":
+        _refuse_unknown_meeting_place(found)
     return found
+
+
+def _found() -> Environment:
+    if _is_set(TORCH.rank) and _is_set(TORCH.world_size):
+        return _place(TORCH)._replace(restarts=_number("TORCHELASTIC_RESTART_COUNT", 0))
+    for names in _OWN_LOCAL_RANKS:
+        if all(map(_is_set, names[1:])) and _number(names.world_size) > 1:
+            return _place(names)
+    if _number("SLURM_STEP_NUM_TASKS", 1) > 1 and _is_set("SLURM_PROCID"):
+        return _place_in_srun()
+    _refuse_half_a_place()
+    return Environment()
+
+
+def _place(names: Names) -> Environment:
+    """This process's place by one launcher's variables. Those of the node may be missing: then all ranks share one."""
+    rank, world = _number(names.rank), _number(names.world_size)
+    local_rank, local_world = _number(names.local_rank, 0), _number(names.local_world_size, world)
+    for name, number, of, size in (
+        (names.rank, rank, names.world_size, world),
+        (names.local_rank, local_rank, names.local_world_size, local_world),
+    ):
+        if size < 1:
+            raise ConfigError(f"{of} is {size}: expected 1 or more")
+        if not 0 <= number < size:
+            raise ConfigError(f"{name} is {number}, but {of} is {size}: expected 0 to {size - 1}")
+    if local_world > world:
+        raise ConfigError(f"{names.local_world_size} is {local_world}, but {names.world_size} is {world}")
+    return Environment(rank, local_rank, world, local_world, names.launcher)
+
+
+def _place_in_srun() -> Environment:
+    rank, world, node = _number("SLURM_PROCID"), _number("SLURM_STEP_NUM_TASKS"), _number("SLURM_NODEID", 0)
+    if not 0 <= rank < world:
+        raise ConfigError(f"SLURM_PROCID is {rank}, but SLURM_STEP_NUM_TASKS is {world}")
+    tasks = _tasks_per_node(os.environ.get("SLURM_STEP_TASKS_PER_NODE", str(world)))
+    if not 0 <= node < len(tasks):
+        raise ConfigError(f"SLURM_NODEID is {node}, but SLURM_STEP_TASKS_PER_NODE names {len(tasks)} nodes")
+    return Environment(rank, _number("SLURM_LOCALID", 0), world, tasks[node], "srun")
+
+
+def _refuse_half_a_place() -> None:
+    """Raise where a variable says that this is one of several processes, and another one that is needed is missing."""
+    for names in (TORCH, *_INCOMPLETE):
+        is_numbered = _is_set(names.rank) and _number(names.rank) > 0
+        if names.world_size and _is_set(names.world_size) and _number(names.world_size) > 1:
+            if not _is_set(names.rank):
+                raise ConfigError(f"{names.world_size} is {_number(names.world_size)}, but {names.rank} is not set; "
+                                  f"{_SET_ALL}, or unset {names.world_size} for one process")  # fmt: skip
+            is_numbered = True
+        if is_numbered:
+            missing = "the number of ranks" if not _is_set(names.world_size) else "the rank's number on its node"
+            raise ConfigError(f"{names.rank} is {_number(names.rank)}, but {missing} is in no variable that is known; "
+                              f"{_SET_ALL}, or unset {names.rank} for one process")  # fmt: skip
+
+
+def _is_set(name: str) -> bool:
+    """Whether a variable has a value: templates of batch systems leave some empty."""
+    return bool(name and os.environ.get(name, "").strip())
+
+
+def _number(name: str, default: int | None = None) -> int:
+    """A variable that holds a whole number; `default` where it is not set."""
+    text = os.environ.get(name, "").strip() if name else ""
+    if not text and default is not None:
+        return default
+    if not re.fullmatch(r"-?[0-9]{1,18}", text):
+        raise ConfigError(f"{name} is {text!r}, which is not an integer; a launcher such as torchrun sets it")
+    return int(text)
 
 
 def is_main() -> bool:
@@ -55,14 +142,49 @@ def _tasks_per_node(text: str) -> list[int]:
     return [int(count) for count, times in groups for _ in range(int(times or 1))]
 
 
-def export_srun_variables(found: Environment) -> None:
-    """Give torch the variables that it reads, since srun sets only its own."""
-    job = int(os.environ.get("SLURM_JOB_ID", 0)) * 7 + int(os.environ.get("SLURM_STEP_ID", 0) or 0)
-    node = re.match(r"([^,\[]+)(?:\[(\d+))?", os.environ.get("SLURM_STEP_NODELIST", ""))  # 'n[03-07,9],x' -> n03
-    os.environ.setdefault("MASTER_ADDR", node[1] + (node[2] or "") if node else "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", str(20000 + job % 20000))  # jobs on one node must not meet on a port
-    for name in ("rank", "local_rank", "world_size", "local_world_size"):
-        os.environ[name.upper()] = str(getattr(found, name))
+def _refuse_unknown_meeting_place(found: Environment) -> None:
+    """Raise where nothing says where the ranks meet. On one node mpirun's can do without an address."""
+    if _is_set("MASTER_PORT"):
+        _number("MASTER_PORT")
+    if found.launcher == "mpirun" and not _is_set("MASTER_ADDR") and found.local_world_size < found.world_size:
+        raise ConfigError(
+            f"mpirun started {found.world_size} ranks on several nodes, and MASTER_ADDR is not set, which says where "
+            "they meet: the host of rank 0, by a name that all nodes know. Open MPI: mpirun -x MASTER_ADDR=node1 -x "
+            "MASTER_PORT=29500 ...; MPICH, Intel MPI: mpiexec -genv MASTER_ADDR node1 -genv MASTER_PORT 29500 ..."
+        )
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not _is_set(name)]
+    if found.launcher == "torchrun" and missing:
+        raise ConfigError(
+            f"RANK is {found.rank} of WORLD_SIZE {found.world_size}, but {missing[0]} is not set, which says where the "
+            "ranks meet; start with torchrun, or unset RANK and WORLD_SIZE for one process"
+        )
+
+
+def export_rank_variables(found: Environment) -> list[str]:
+    """Give torch the variables that it reads, among them where the ranks meet; returns notes on that."""
+    notes = []
+    if found.launcher == "srun":
+        job = _number("SLURM_JOB_ID", 0) * 7 + _number("SLURM_STEP_ID", 0)
+        node = re.match(r"([^,\[]+)(?:\[(\d+))?", os.environ.get("SLURM_STEP_NODELIST", ""))  # 'n[03-07,9],x' -> n03
+        _set_default("MASTER_ADDR", node[1] + (node[2] or "") if node else "127.0.0.1")
+        _set_default("MASTER_PORT", str(20000 + job % 20000))  # jobs on one node must not meet on a port
+    elif found.launcher == "mpirun":
+        is_one_node = found.local_world_size == found.world_size
+        job_name = next(
+            (os.environ[name] for name in _JOB_NAMES if _is_set(name)), str(os.getppid())
+        )  # the ranks' parent
+        _set_default("MASTER_ADDR", "127.0.0.1")
+        _set_default("MASTER_PORT", str(20000 + zlib.crc32(job_name.encode()) % 10000) if is_one_node else "29500")
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        notes.append(f"{found.world_size} ranks of mpirun meet at {place}; MASTER_ADDR and MASTER_PORT choose another")
+    for field in ("rank", "local_rank", "world_size", "local_world_size") if found.world_size > 1 else ():
+        os.environ[field.upper()] = str(getattr(found, field))
+    return notes
+
+
+def _set_default(name: str, value: str) -> None:
+    if not _is_set(name):
+        os.environ[name] = value
 
 
 def export_local_rank(number: int) -> None:

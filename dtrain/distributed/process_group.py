@@ -1,6 +1,7 @@
 """This process takes its place among the ranks: process group, device, threads."""
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -11,36 +12,39 @@ import torch.distributed as dist
 
 from dtrain.config.errors import ConfigError
 from dtrain.distributed.ddp import DDP, ddp_options
-from dtrain.distributed.device import choose_device
+from dtrain.distributed.device import choose_device, gpus_are_bound
 from dtrain.distributed.environment import (
     Environment,
     cores,
     environment,
     export_local_rank,
-    export_srun_variables,
+    export_rank_variables,
     tasks_of_job,
 )
 from dtrain.distributed.fsdp import FSDP
 from dtrain.distributed.mailbox import Mailbox
 from dtrain.distributed.ranks import Ranks
 
+GPUS_SECONDS = 60.0  # so long a rank waits for the others' word on their GPUs, where that is doubtful
+
 
 def set_up(
-    device: str = "auto",
+    device: str | Sequence[str] = "auto",
     ddp: dict[str, Any] | None = None,
     deterministic: bool = False,
     fsdp: dict[str, Any] | None = None,
 ) -> Ranks:
     """Join the process group, choose the device, set threads; see `choose_device`, `ddp_options`, `fsdp_options`."""
     found = environment()
-    if found.launcher == "srun":
-        export_srun_variables(found)
+    notes = export_rank_variables(found)
     options = {key: value for key, value in ddp_options(**(ddp or {})).items() if value is not None}
     backend = options.pop("backend", None)
     timeout_seconds = options.pop("timeout_seconds", None)
-    notes = _alone_by_mistake() if found.world_size == 1 else []
+    if found.world_size == 1:
+        notes += _alone_by_mistake()
     _share_cores(found)
-    chosen, device_notes = choose_device(device, found, torch.cuda.device_count(), backend)
+    gpus = torch.cuda.device_count()
+    chosen, device_notes = choose_device(device, found, gpus, backend)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -51,6 +55,8 @@ def set_up(
     if found.world_size > 1:
         accelerator = _join(found, chosen, backend, timeout_seconds, options)
         ranks.mailbox = Mailbox(found.rank, found.world_size, dist.distributed_c10d._get_default_store())
+        if chosen.type == "cuda" and backend != "gloo" and gpus_are_bound(found, gpus):
+            _refuse_shared_gpus(ranks)
         syncs_buffers = options.get("broadcast_buffers") is not False
         ranks.strategy = DDP(ranks, accelerator) if fsdp is None else FSDP(ranks, fsdp, syncs_buffers)
     elif fsdp is not None:
@@ -82,6 +88,18 @@ def _join(found: Environment, device: Any, backend: str | None, timeout_seconds:
             "every rank would train alone"
         )
     return accelerator
+
+
+def _refuse_shared_gpus(ranks: Ranks) -> None:
+    """Raise where two ranks that each see one GPU see the same one, which NCCL refuses in words of its own."""
+    own = str(getattr(torch.cuda.get_device_properties(ranks.device), "uuid", ranks.rank))
+    ranks.mailbox.post("gpu", own)
+    same = [rank for rank, other in ranks.mailbox.notes("gpu", GPUS_SECONDS).items() if other == own]
+    if len(same) > 1:
+        raise ConfigError(
+            f"device: ranks {', '.join(map(str, same))} have the same GPU; give each its own (--gpus-per-task=1), "
+            "or let ranks share with trainer.ddp.backend=gloo"
+        )
 
 
 def _alone_by_mistake() -> list[str]:

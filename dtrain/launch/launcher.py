@@ -63,10 +63,11 @@ def launch(config: Mapping[str, Any], options: argparse.Namespace, host: str, po
 
 def _ranks_here(options: argparse.Namespace, config: Mapping[str, Any]) -> int:
     """How many ranks this node gets, known to have their devices."""
-    gpus, device = torch.cuda.device_count(), str(config.get("device") or "auto")
+    gpus, device = torch.cuda.device_count(), config.get("device") or "auto"
     given = options.nproc_per_node
     if given == "auto":
-        ranks = max(1, gpus) if device in ("auto", "cuda") else 1
+        first = device if isinstance(device, str) else device[0]
+        ranks = max(1, gpus) if first in ("auto", "cuda") else 1
     elif given.isdigit() and int(given) > 0:
         ranks = int(given)
     else:

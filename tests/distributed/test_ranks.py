@@ -8,23 +8,29 @@ from pathlib import Path
 
 import pytest
 import torch
+from whole_runs import Place, close, figures
 
 from dtrain.config.errors import ConfigError
 from dtrain.distributed.device import choose_device
-from dtrain.distributed.environment import Environment, environment
+from dtrain.distributed.environment import Environment, environment, export_rank_variables
 from dtrain.distributed.process_group import set_up
 from dtrain.distributed.ranks import Ranks
 from dtrain.distributed.vote import Vote
+from dtrain.tracking.run_folder import read_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RANK_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.fixture(autouse=True)
-def no_ranks(monkeypatch):
-    for name in [*os.environ]:
-        if name.startswith("SLURM_") or name in RANK_NAMES:
-            monkeypatch.delenv(name)
+def no_ranks():
+    before = dict(os.environ)
+    for name in before:
+        if name.startswith(("SLURM_", "OMPI_", "PMI")) or name in RANK_NAMES:
+            del os.environ[name]
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.mark.parametrize(
@@ -53,19 +59,135 @@ def no_ranks(monkeypatch):
              "SLURM_STEP_TASKS_PER_NODE": "2(x2),1"},
             Environment(4, 0, 5, 1, "srun"),
         ),
+        # as Open MPI 5.0.11 and MPICH's Hydra set them (seen); mpirun may have started its daemons by srun
+        (
+            {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+             "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_NODE_RANK": "1", "PMIX_RANK": "3",
+             "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_NODEID": "1"},
+            Environment(3, 1, 4, 2, "mpirun"),
+        ),
+        (
+            {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"},
+            Environment(1, 1, 2, 2, "mpirun"),
+        ),
+        (
+            {"PMI_RANK": "5", "PMI_SIZE": "8", "PMI_LOCAL_RANK": "1", "PMI_LOCAL_SIZE": "4"},
+            Environment(5, 1, 8, 4, "mpirun"),
+        ),
+        # srun with PMI-2 or PMIx; its own variables say more
+        (
+            {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "1", "PMI_RANK": "1", "PMI_SIZE": "2",
+             "PMIX_RANK": "1"},
+            Environment(1, 1, 2, 2, "srun"),
+        ),
+        # torchrun inside of mpirun, whose one task on the node it is
+        (
+            {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1",
+             "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"},
+            Environment(3, 1, 4, 2, "torchrun"),
+        ),
+        ({"PMI_RANK": "0", "PMI_SIZE": "1", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "1"}, Environment()),
+        ({"RANK": "", "WORLD_SIZE": ""}, Environment()),  # a template's
+        ({"RANK": "0"}, Environment()),
+        ({"WORLD_SIZE": "1"}, Environment()),
     ],
 )  # fmt: skip
 def test_a_rank_finds_its_place(monkeypatch, variables, expected):
+    monkeypatch.setenv("MASTER_ADDR", "node1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert environment() == expected
 
 
-def test_variables_that_contradict_one_another_are_refused(monkeypatch):
-    monkeypatch.setenv("RANK", "4")
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ConfigError, match="RANK is 4, but WORLD_SIZE is 4"):
+ALL = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "4", "WORLD_SIZE": "4"}, "RANK is 4, but WORLD_SIZE is 4: expected 0 to 3"),
+        ({"RANK": "-1", "WORLD_SIZE": "4"}, "RANK is -1, but WORLD_SIZE is 4"),
+        ({"RANK": "zero", "WORLD_SIZE": "2"}, "RANK is 'zero', which is not an integer"),
+        ({"RANK": "zero"}, "RANK is 'zero', which is not an integer"),
+        ({"RANK": "0", "WORLD_SIZE": "2.0"}, "WORLD_SIZE is '2.0', which is not an integer"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE is 0: expected 1 or more"),
+        ({"RANK": "0", "WORLD_SIZE": "-2"}, "WORLD_SIZE is -2: expected 1 or more"),
+        ({**ALL, "LOCAL_RANK": "2"}, "LOCAL_RANK is 2, but LOCAL_WORLD_SIZE is 2: expected 0 to 1"),
+        ({**ALL, "LOCAL_RANK": "x"}, "LOCAL_RANK is 'x', which is not an integer"),
+        ({**ALL, "LOCAL_WORLD_SIZE": "4"}, "LOCAL_WORLD_SIZE is 4, but WORLD_SIZE is 2"),
+        ({"RANK": "1"}, "RANK is 1, but the number of ranks is in no variable that is known; set RANK, WORLD_SIZE"),
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE is 4, but RANK is not set; set RANK, WORLD_SIZE, LOCAL_RANK"),
+        ({"PMIX_RANK": "3"}, "PMIX_RANK is 3, but the number of ranks is in no variable that is known"),
+        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "PMI_RANK is 0, but the rank's number on its node is in no variable"),
+        ({"SLURM_STEP_NUM_TASKS": "two", "SLURM_PROCID": "0"}, "SLURM_STEP_NUM_TASKS is 'two', which is not"),
+    ],
+)  # fmt: skip
+def test_variables_that_contradict_one_another_are_refused(monkeypatch, variables, message):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as error:
         environment()
+    assert message in str(error.value)
+
+
+MPI = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+
+
+def test_ranks_of_mpirun_meet_on_their_node_or_where_the_user_says(monkeypatch):
+    for name, value in (MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4", "PMIX_NAMESPACE": "prterun-vm-22602@1"}).items():
+        monkeypatch.setenv(name, value)
+    (note,) = export_rank_variables(environment())
+    port = int(os.environ["MASTER_PORT"])
+    assert os.environ["MASTER_ADDR"] == "127.0.0.1" and 20000 <= port < 30000
+    assert note.startswith(f"4 ranks of mpirun meet at 127.0.0.1:{port}; ")
+    monkeypatch.setenv("PMIX_NAMESPACE", "prterun-vm-22603@1")
+    monkeypatch.delenv("MASTER_PORT")
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name)
+    export_rank_variables(environment())
+    assert int(os.environ["MASTER_PORT"]) != port, "two jobs on one node"
+
+
+def test_ranks_of_mpirun_on_several_nodes_need_an_address(monkeypatch):
+    for name, value in (MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"4 ranks on several nodes, and MASTER_ADDR is not .*mpirun -x"):
+        environment()
+    monkeypatch.setenv("MASTER_ADDR", "node1")
+    assert "meet at node1:29500" in export_rank_variables(environment())[0]
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({}, "RANK is 1 of WORLD_SIZE 2, but MASTER_ADDR is not set, which says where the ranks meet"),
+        ({"MASTER_ADDR": "127.0.0.1"}, "MASTER_PORT is not set"),
+        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "http"}, "MASTER_PORT is 'http', which is not an integer"),
+    ],
+)  # fmt: skip
+def test_ranks_that_cannot_meet_are_one_line_and_status_2(place: Place, variables, message):
+    env = {"RANK": "1", "WORLD_SIZE": "2", **variables}
+    result = place.start(place.config("no-meeting"), env=env)[0].result(60)
+    assert result.rc == 2 and "Traceback" not in result.text, result.text
+    assert [message in line for line in result.stderr.splitlines()].count(True) == 1, result.text
+
+
+def test_the_processes_of_mpirun_are_one_training(place: Place):
+    """With the variables that Open MPI sets, and nothing else."""
+    file = place.config("mpirun", **{"trainer.max_epochs": 1})
+    alone = place.config("mpirun-alone", **{"trainer.max_epochs": 1, "loaders.batch_size": 8})
+    started = []
+    for rank in range(2):
+        env = {"OMPI_COMM_WORLD_RANK": rank, "OMPI_COMM_WORLD_SIZE": 2, "OMPI_COMM_WORLD_LOCAL_RANK": rank,
+               "OMPI_COMM_WORLD_LOCAL_SIZE": 2, "PMIX_NAMESPACE": f"test-{os.getpid()}@1"}  # fmt: skip
+        started += place.start(file, env={name: str(value) for name, value in env.items()})
+    results = [running.result(120) for running in started]
+    assert [result.rc for result in results] == [0, 0], "".join(result.text for result in results)
+    assert read_run(place.path("mpirun"))["world_size"] == 2
+    assert "2 ranks of mpirun meet at 127.0.0.1:" in results[0].text
+    place.run(alone)
+    close(figures(place.path("mpirun")), figures(place.path("mpirun-alone")))
 
 
 ONE, FOUR = Environment(), Environment(3, 3, 4, 4, "torchrun")
@@ -85,6 +207,34 @@ ONE, FOUR = Environment(), Environment(3, 3, 4, 4, "torchrun")
         ("cuda", FOUR, 1, "gloo", "cuda:0", "4 ranks share 1 GPU(s) over gloo: slower than one rank per GPU"),
         ("cuda", FOUR, 2, "gloo", "cuda:1", "4 ranks share 2 GPU(s) over gloo: slower than one rank per GPU"),
         ("cuda", Environment(3, 3, 4, 4, "srun"), 1, None, "cuda:0", None),  # a GPU bound to each task
+        ("cuda", Environment(3, 3, 4, 4, "mpirun"), 1, None, "cuda:0", None),
+        (["cuda:0", "cpu"], ONE, 1, None, "cuda:0", "one process on cuda:0"),
+        (
+            ["cuda:0", "cpu"],
+            ONE,
+            0,
+            None,
+            "cpu",
+            f"'cuda:0' was asked for, but torch {torch.__version__} sees no GPU; one process on the CPU",
+        ),
+        (
+            ["cuda:3", "cuda:1", "cpu"],
+            ONE,
+            2,
+            None,
+            "cuda:1",
+            "'cuda:3' was asked for, but there are 2 GPU(s): cuda:0 to cuda:1; one process on cuda:1; 1 more idle, "
+            "torchrun --nproc_per_node=2 uses all",
+        ),
+        (
+            ["cuda:0", "cpu"],
+            FOUR,
+            4,
+            None,
+            "cuda:3",
+            "device cuda:0: with several ranks each takes the GPU of its LOCAL_RANK",
+        ),
+        (["cuda:0", "cpu"], FOUR, 0, None, "cpu", f"'cuda:0' was asked for, but torch {torch.__version__} sees no GPU"),
     ],
 )
 def test_which_device_a_rank_takes(wish, found, gpus, backend, device, said):
@@ -100,12 +250,43 @@ def test_which_device_a_rank_takes(wish, found, gpus, backend, device, said):
         ("cuda:4", ONE, 4, r"'cuda:4' was asked for, but there are 4 GPU\(s\): cuda:0 to cuda:3"),
         ("cuda", FOUR, 2, r"4 ranks on this node, but 2 GPU\(s\); start 2, or let ranks share"),
         ("auto", FOUR, 1, r"4 ranks on this node, but 1 GPU\(s\); start 1, or let ranks share"),
+        (
+            ["cuda:0", "cpu"],
+            FOUR,
+            1,
+            r"4 ranks on this node, but 1 GPU\(s\)",
+        ),  # a mistake, not a device that is missing
+        (
+            ["cuda:1", "mps"],
+            ONE,
+            1,
+            r"'cuda:1' was asked for.*; 'mps' was asked for, but this torch sees none; possible",
+        ),
         ("mps", ONE, 0, "'mps' was asked for, but this torch sees none"),
     ],
 )
 def test_a_device_that_is_not_there_is_refused(wish, found, gpus, message):
     with pytest.raises(ConfigError, match=message):
         choose_device(wish, found, gpus)
+
+
+def test_a_script_between_launcher_and_rank_that_gives_each_a_gpu(monkeypatch):
+    """As `--gpu-bind=closest`, under launchers whose variables do not say so: LOCAL_RANK 3 is beyond what it sees."""
+    mine = os.environ.get("CUDA_VISIBLE_DEVICES")
+    code = """
+from dtrain.distributed.device import choose_device
+from dtrain.distributed.environment import Environment
+print(choose_device("cuda", Environment(3, 3, 4, 4, "torchrun"), 1))
+"""
+    for own, is_refused in ((mine or "0", True), ("GPU-3", False)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mine or "0")
+        runner = f"import os, subprocess, sys; os.environ['CUDA_VISIBLE_DEVICES'] = {own!r}; "
+        runner += f"sys.exit(subprocess.call([sys.executable, '-c', {code!r}]))"
+        done = subprocess.run(
+            [sys.executable, "-c", runner], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+        )
+        assert ("4 ranks on this node, but 1 GPU(s)" in done.stderr) is is_refused, done.stderr
+        assert ("(device(type='cuda', index=0), [])" in done.stdout) is not is_refused, done.stderr
 
 
 def test_one_process_needs_no_process_group():
