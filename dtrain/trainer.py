@@ -452,7 +452,9 @@ class Trainer:
         """
         with self.activity.during("test"):
             self.saver.wait()
-            load_for_use(self.module, self.ranks, self.saver.checkpoints, checkpoint, criterion=self.trainables.criterion)
+            load_for_use(
+                self.module, self.ranks, self.saver.checkpoints, checkpoint, criterion=self.trainables.criterion
+            )
             if self.train_loader is None:  # else all phases were compared at the start
                 compare_with_training(self.inference, self.loaders.test.dataset.dataset, checkpoint)
             figures = self.evaluate("test", self.trainables.compiled)

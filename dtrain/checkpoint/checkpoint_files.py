@@ -107,6 +107,8 @@ def _put_in_order(path: Path) -> None:
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         file.seek(8)
         file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
+
+
 def _write_tensors(path: Path, weights: Weights) -> None:
     metadata = {"format": "pt", "aliases": json.dumps(weights.aliases)}
     save_file({name: tensor.contiguous() for name, tensor in weights.tensors.items()}, path, metadata)
