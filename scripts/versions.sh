@@ -42,8 +42,8 @@ run_case() {
     interpreter=$(interpreter_of "$case")
     list=$folder/requirements.txt
     if ! "$folder/bin/python" -c '' 2>/dev/null; then "$interpreter" -m venv "$folder"; fi
-    if ! requirements "$interpreter" "$case" | cmp -s - "$list"; then
-        requirements "$interpreter" "$case" >"$folder/wanted.txt"
+    requirements "$interpreter" "$case" >"$folder/wanted.txt"
+    if ! cmp -s "$folder/wanted.txt" "$list"; then
         "$folder/bin/python" -m pip install -qq --no-compile -r "$folder/wanted.txt"
         "$folder/bin/python" -m pip install -qq --no-deps --no-build-isolation --editable "$root"
         "$folder/bin/python" -m pip install -qq --no-deps -r tests/requirements.lock

@@ -5,7 +5,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +12,13 @@ from ml_collections import ConfigDict
 
 from dtrain.checkpoint.background_saver import WRITER
 from dtrain.config.errors import ConfigError
-from dtrain.config.metric_rules import not_given
 from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EARLY
 from dtrain.distributed.stop_request import StopWaiting
+from dtrain.launch.rehearsal import rehearse as rehearsed
 from dtrain.predict.work_folder import PredictionError
 from dtrain.reporting.summary import prediction_lines
 from dtrain.tracking.journal import NoJournal
 from dtrain.trainer import Trainer, create_trainer
-from dtrain.training.evaluate import evaluate
-from dtrain.training.optimizer import require_trained
 from dtrain.training.replay import replay as repeated
 
 if TYPE_CHECKING:
@@ -70,8 +67,8 @@ def predict(
 
 
 def rehearse(config: ConfigDict) -> int:
-    """Build everything and try one batch of each phase; trains nothing, writes nothing."""
-    return _run_and_note(config, _one_batch_of_each_phase)
+    """Build everything and try each part once; trains nothing, writes nothing."""
+    return _run_and_note(config, lambda trainer: rehearsed(trainer, config))
 
 
 def replay(config: ConfigDict, folder: Path) -> int:
@@ -89,25 +86,6 @@ def _run_and_note(config: ConfigDict, action: Callable[[Trainer], Iterator[str]]
         return False
 
     return _run(config, note_all)
-
-
-def _one_batch_of_each_phase(trainer: Trainer) -> Iterator[str]:
-    """Try one batch of each phase, and the metrics; yields a line for each."""
-    parts: Any = trainer.trainables
-    loss, _ = trainer.training_step(next(iter(trainer.train_loader.epoch(0))).batch)
-    loss.backward()
-    require_trained(parts.optimizer, parts.module, parts.loss)
-    parts.optimizer.zero_grad()
-    yield f"train: one batch forward and backward, loss {float(loss.detach()):.4g}"
-    for phase in ("val", "test"):
-        if (loader := getattr(trainer.loaders, phase)) is not None:
-            with parts.evaluating(parts.compiled):
-                figures = evaluate(trainer.forward, parts.compiled, islice(loader, 1), trainer.metrics, trainer.ranks)
-            texts = (f"{name} {value:.4g}" for name, value in (figures or {}).items())
-            yield f"{phase}: one batch, {', '.join(texts)}"
-            given = [f"val/{name}" for name in figures or {}]
-            if phase == "val" and trainer.monitor not in given:
-                raise ConfigError(not_given(trainer.monitor, given))
 
 
 def _run(config: ConfigDict, action: Callable[[Trainer], bool], **options: Any) -> int:

@@ -121,3 +121,16 @@ def logits(inference: Inference, loader: Any) -> Iterator[tuple[int, Tensor, Ten
                 whole[0, :, low : low + chunk.shape[1]] = torch.from_numpy(chunk)
             assert whole is not None
             yield run.volume, whole, source.label(run.volume)
+
+
+def first_planes(inference: Inference, loader: Any) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The same for the first planes of the first volume alone, as far as one patch reaches."""
+    source = inference.predictor.source(loader.dataset.dataset)
+    batch_size = inference.predictor.batch_size or loader.batch_sampler.batch_size
+    shape = source.volumes[0].shape
+    depth = min(source.grids[0].patch[0], shape[0])
+    with inference.channels_last():
+        for _, planes in stitched(source, [Run(0, 0, depth)], inference, batch_size):
+            chunk = torch.cat([torch.from_numpy(chunk).clone() for _, chunk in planes], dim=1)
+            label = source.label(0)
+            yield 0, chunk[None], label.narrow(label.ndim - len(shape), 0, depth)

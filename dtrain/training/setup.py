@@ -30,7 +30,6 @@ from dtrain.config.rules import strategy_mistakes
 from dtrain.config.schema import PHASES, calls, refused
 from dtrain.data import rng
 from dtrain.data.space import difference, space_of
-from dtrain.dataloader import Loaders, get_train_loaders
 from dtrain.dataloader import Loaders, first_batch, get_train_loaders
 from dtrain.distributed.environment import batch_job, environment, job_ends_at, launcher_precision
 from dtrain.distributed.fsdp import launcher_strategy, settings_of_accelerate
@@ -108,7 +107,7 @@ def make_parts(
     spaces = {phase: space_of(_dataset(loader)) for phase, loader in loaders._asdict().items() if loader is not None}
     if ranks.is_main and purpose == "train" and (line := difference(spaces)):
         progress.note(f"loaders: {line}")
-    _make_lazy_parts(module, loaders, (options["input_key"], options["target_key"]))
+    make_lazy_parts(module, loaders, (options["input_key"], options["target_key"]))
     module = _prepared_model(config, module, options, ranks, start, progress.note)
     compiled = _compiled(module, options["compile"])
     loss = get_loss_criterion(config).to(ranks.device) if config.get("loss") else None
@@ -149,7 +148,7 @@ def _untrained(module: Module, compiled: Module, loss: Criterion | None, metrics
     return Trainables(module, compiled, compiled, criterion=loss, loss=loss.module, kept=kept)
 
 
-def _make_lazy_parts(module: Module, loaders: Loaders, keys: tuple[str | None, str | None]) -> None:
+def make_lazy_parts(module: Module, loaders: Loaders, keys: tuple[str | None, str | None]) -> None:
     """Give lazy modules their shapes, which one batch tells: before weights are loaded and the optimizer is made."""
     if not any(isinstance(item, UninitializedTensorMixin) for item in (*module.parameters(), *module.buffers())):
         return
