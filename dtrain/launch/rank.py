@@ -20,6 +20,7 @@ from dtrain.reporting.summary import prediction_lines
 from dtrain.tracking.journal import NoJournal
 from dtrain.trainer import Trainer, create_trainer
 from dtrain.training.evaluate import evaluate
+from dtrain.training.evidence import Evidence
 from dtrain.training.replay import replay as repeated
 
 if TYPE_CHECKING:
@@ -90,7 +91,15 @@ def _run_and_note(config: ConfigDict, action: Callable[[Trainer], Iterator[str]]
 
 
 def _one_batch_of_each_phase(trainer: Trainer) -> Iterator[str]:
-    """Try one batch of each phase, and the metrics; yields a line for each."""
+    """Try one batch of each phase, and the metrics; yields a line for each. An error says which sample it is about."""
+    try:
+        yield from _batches_of_phases(trainer)
+    except Exception as error:
+        Evidence(trainer.parts, trainer.activity, trainer.state, trainer.last_step).locate(error)
+        raise
+
+
+def _batches_of_phases(trainer: Trainer) -> Iterator[str]:
     parts: Any = trainer.trainables
     loss, _ = trainer.training_step(next(iter(trainer.train_loader.epoch(0))).batch)
     loss.backward()
@@ -98,6 +107,7 @@ def _one_batch_of_each_phase(trainer: Trainer) -> Iterator[str]:
     yield f"train: one batch forward and backward, loss {float(loss.detach()):.4g}"
     for phase in ("val", "test"):
         if (loader := getattr(trainer.loaders, phase)) is not None:
+            trainer.activity.phase = {"val": "validation", "test": "test"}[phase]
             figures = evaluate(trainer.forward, parts.compiled, islice(loader, 1), trainer.metrics, trainer.ranks)
             texts = (f"{name} {value:.4g}" for name, value in (figures or {}).items())
             yield f"{phase}: one batch, {', '.join(texts)}"

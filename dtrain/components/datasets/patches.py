@@ -99,6 +99,11 @@ class PatchDataset(Dataset[Any]):
             return image, label
         return image, (label, torch.from_numpy(sample["weight"].astype(np.float32, copy=False)))
 
+    def where(self, index: int) -> str:
+        """The file and the region of an item, for messages; transforms may have changed what lies where in it."""
+        number, region = self.places[index]
+        return f"{self.volumes[number].path} [{', '.join(f'{part.start}:{part.stop}' for part in region)}]"
+
     def sample(self, number: int, region: Region, *, only_image: bool = False) -> Sample:
         """What stands in a volume, before any transform.
 
