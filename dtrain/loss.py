@@ -40,6 +40,9 @@ class Criterion:
                 part._non_persistent_buffers_set.update(part._buffers)
         self.module = self._modules if self._modules.state_dict() else None
         self.kept = KeptAttributes(torch.device("cpu"))
+        binary = isinstance(loss, torch.nn.BCEWithLogitsLoss | torch.nn.BCELoss)
+        # Given output and target, refuses a target that the loss cannot mean; None: it takes any.
+        self.check_target = _refuse_no_share if binary else getattr(loss, "check_target", None)
 
     def __call__(self, output: Any, target: Any) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
         """The value to minimise (a scalar) and its named terms (none for a plain loss)."""
@@ -103,6 +106,25 @@ def _adds_up(loss: Any) -> bool:
     reduction = getattr(loss, "keywords", {}).get("reduction") or getattr(loss, "reduction", None)
     parts = [*getattr(loss, "losses", ()), getattr(loss, "loss", None)] if module.startswith("dtrain.") else []
     return (module.startswith(_LIBRARIES) and reduction == "sum") or any(map(_adds_up, parts))
+
+
+def _refuse_no_share(output: Any, target: Any) -> None:
+    """Binary cross entropies of torch go on with any target: for 255 in a mask the loss is far below 0.
+
+    Raises:
+        ValueError: A value is not from 0 to 1; its sample is the error's `sample_in_batch`.
+    """
+    if not isinstance(target, torch.Tensor) or target.device.type != "cpu" or not target.numel():
+        return  # a device is not waited for
+    low, high = target.aminmax()
+    if low.item() >= 0 and high.item() <= 1:
+        return
+    sample, *voxel = (~((target >= 0) & (target <= 1))).nonzero()[0].tolist()
+    value = target[(sample, *voxel)].item()
+    where = f"sample {sample} of the batch" + (f" at {tuple(voxel)}" if voxel else "")
+    error = ValueError(f"{where}: the target has the value {value:g}; expected 0 to 1")
+    error.sample_in_batch = sample  # type: ignore[attr-defined]
+    raise error
 
 
 def get_loss_criterion(config: ConfigDict) -> Criterion:

@@ -53,6 +53,7 @@ class Forward:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         self._autocast: Any = nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
         self._form: batches.Form | None = None  # of the inputs, once a batch was seen
+        self._check_target: Any = getattr(self.criterion, "check_target", None)
 
     def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, Mapping[str, Tensor], Outcome]:
         """The loss (mean over the batch), its terms, and what metrics look at.
@@ -60,6 +61,7 @@ class Forward:
         The model may be compiled or wrapped for the ranks, the batch of any form that `data.batch.split` takes.
         An error passes on with the config's section that it came from: model or loss.
         """
+        as_loaded = batch
         if not self._is_on_cpu:
             batch = batches.to_device(batch, self.device)
         inputs, target = batches.split(batch, self.input_key, self.target_key)
@@ -70,6 +72,8 @@ class Forward:
             try:
                 output = model(inputs) if self._form == "one" else batches.call(model, inputs, self._form)
                 section = "loss"
+                if self._check_target:  # on the CPU: to see the values on a device, each step would have to wait for it
+                    self._check_target(output, batches.split(as_loaded, self.input_key, self.target_key)[1])
                 loss, terms = self.criterion(output, target)  # type: ignore[misc]
             except Exception as error:
                 mark_section(error, section)

@@ -15,6 +15,7 @@ from dtrain.modelloader import get_model
 from dtrain.predict.run import first_planes
 from dtrain.trainer import Trainer
 from dtrain.training.evaluate import evaluate, evaluate_volumes
+from dtrain.training.evidence import Evidence
 from dtrain.training.optimizer import get_optimizer, require_trained
 from dtrain.training.setup import make_lazy_parts
 from dtrain.training.state import capture
@@ -23,11 +24,19 @@ from dtrain.training.state import capture
 def rehearse(trainer: Trainer, config: ConfigDict) -> Iterator[str]:
     """One optimizer step, the epoch's smallest batch, a batch of the other phases, and a state that can be resumed.
 
-    Yields a line for each.
+    Yields a line for each. An error says which sample it is about.
 
     Raises:
         ConfigError: What failed fails for the config's own reasons.
     """
+    try:
+        yield from _parts(trainer, config)
+    except Exception as error:
+        Evidence(trainer.parts, trainer.activity, trainer.state, trainer.last_step).locate(error)
+        raise
+
+
+def _parts(trainer: Trainer, config: ConfigDict) -> Iterator[str]:
     yield _first_step(trainer)
     if line := _smallest_batch(trainer, config):
         yield line
@@ -78,6 +87,7 @@ def _smallest_batch(trainer: Trainer, config: ConfigDict) -> str:
 def _evaluation(trainer: Trainer, phase: str) -> str:
     """One batch, or for a test of whole volumes the first planes of one, with all metrics."""
     parts, loader = trainer.trainables, getattr(trainer.loaders, phase)
+    trainer.activity.phase = {"val": "validation", "test": "test"}[phase]
     of_volumes = phase == "test" and trainer.inference.tests_volumes
     with parts.evaluating(parts.compiled):
         if of_volumes:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dtrain.checkpoint.checkpoint_files import LOSS
+from torch.utils.data import Subset
+
 from dtrain.checkpoint.checkpoint_folder import Checkpoints
 from dtrain.checkpoint.contents import CheckpointError
 from dtrain.tracking.run_folder import RunFolder
@@ -34,6 +36,23 @@ class Evidence:
             return []
         _epoch, *samples = next(itertools.islice(iter(loader.batch_sampler or ()), number, None), [0])
         return samples
+
+    def locate(self, error: BaseException) -> None:
+        """Add to an error that knows the sample in its batch, as a note, which one it is, and where the dataset has it.
+
+        A dataset says so with a method `where(index) -> str`.
+        """
+        number, samples = getattr(error, "sample_in_batch", None), self.samples(error)
+        if number is None or number >= len(samples):
+            return
+        loaders = self.parts.loaders
+        phase = {"validation": loaders.val, "test": loaders.test}.get(self.activity.phase)
+        loader: Any = phase or getattr(loaders.train, "loader", None)
+        dataset, index = loader.dataset.dataset, samples[number]
+        while isinstance(dataset, Subset):
+            dataset, index = dataset.dataset, dataset.indices[index]
+        where = getattr(dataset, "where", None)
+        error.add_note(f"sample {samples[number]}" + (f" is {where(index)}" if callable(where) else ""))
 
     def keep_step(self, exact: bool, timeout_seconds: float) -> str:
         """Keep the step at work, to be replayed: every rank leaves its random numbers, rank 0 writes.

@@ -78,6 +78,7 @@ def report(evidence: Evidence, error: BaseException) -> list[str]:
     problem = ""
     try:
         lost = ranks.world_size > 1 and is_lost_rank(error)
+        evidence.locate(error)
         note = _note(evidence, error, consequence=lost)
         mailbox.post("failure", note)
         if lost and ranks.is_main:

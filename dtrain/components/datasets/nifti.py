@@ -11,9 +11,9 @@ from dtrain.components.datasets.files import found_files, one_line, paired, stem
 from dtrain.components.datasets.patches import PatchDataset, whole
 from dtrain.components.datasets.slices import SliceBuilder
 from dtrain.components.datasets.volumes import ArrayVolume, Checks, Region, Volume, read_region
+from dtrain.components.transforms.pipeline import NEAR
 
 SUFFIXES = (".nii", ".nii.gz")
-NEAR = 1e-3  # by which two affines may differ, in millimetres per voxel or of origin
 
 
 class NiftiDataset(PatchDataset):
@@ -21,7 +21,8 @@ class NiftiDataset(PatchDataset):
 
     The axes are the file's: (x, y, z) as spatial shape, so that patch_shape counts along x, y and z; a fourth axis
     becomes the channels. Values are scaled as the header says. Nothing is resampled and no axis is flipped, whatever
-    the orientation. Each volume keeps the file's `affine` (4, 4) and `header`, with which a prediction is written.
+    the orientation, unless MONAI's Spacingd or Orientationd are among the transforms: these are given the affine. Each
+    volume keeps the file's `affine` (4, 4) and `header`, with which a prediction is written.
 
     Args:
         images: Files (*.nii, *.nii.gz), folders or patterns; one or a list.

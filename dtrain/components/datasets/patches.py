@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from dtrain.components.datasets.slices import Places, SliceBuilder
 from dtrain.components.datasets.statistics import Statistics
 from dtrain.components.datasets.volumes import Region, Volume
-from dtrain.components.transforms.pipeline import Pipeline
+from dtrain.components.transforms.pipeline import NEAR, Pipeline
 
 Sample = dict[str, Any]
 
@@ -99,6 +99,11 @@ class PatchDataset(Dataset[Any]):
             return image, label
         return image, (label, torch.from_numpy(sample["weight"].astype(np.float32, copy=False)))
 
+    def where(self, index: int) -> str:
+        """The file and the region of an item, for messages; transforms may have changed what lies where in it."""
+        number, region = self.places[index]
+        return f"{self.volumes[number].path} [{', '.join(f'{part.start}:{part.stop}' for part in region)}]"
+
     def sample(self, number: int, region: Region, *, only_image: bool = False) -> Sample:
         """What stands in a volume, before any transform.
 
@@ -108,10 +113,13 @@ class PatchDataset(Dataset[Any]):
             only_image: Leave out the label and the weight.
 
         Returns:
-            `image`, and where there are any `label`, `weight` and `stats`.
+            `image`, and where there are any `label`, `weight` and `stats`; and `affine`, from the patch's voxels to
+            millimetres, float64 (4, 4), where the file tells it.
         """
         volume = self.volumes[number]
         sample: Sample = {"image": volume.read(region)}
+        if (affine := getattr(volume, "affine", None)) is not None:
+            sample["affine"] = affine @ _shift([part.start for part in region])
         if volume.has_label and not only_image:
             sample["label"] = volume.read_label(region)
             if volume.has_weight:
@@ -121,8 +129,19 @@ class PatchDataset(Dataset[Any]):
         return sample
 
     def prepared(self, sample: Sample) -> Sample:
-        """A sample after the transforms that draw nothing; what prediction and pictures use."""
-        return self.still(sample, np.random.default_rng(0))
+        """A sample after the transforms that draw nothing; what prediction uses, which writes each voxel where it was.
+
+        Raises:
+            ValueError: A transform moved the voxels in space.
+        """
+        result = self.still(sample, np.random.default_rng(0))
+        before, after = sample.get("affine"), result.get("affine")
+        if before is not None and (after is None or not np.allclose(after, before, atol=NEAR)):
+            raise ValueError(
+                "the transforms move the voxels in space, as Spacingd and Orientationd do, but a prediction is written "
+                "where the file has them; leave such transforms out of this phase, and resample its files before"
+            )
+        return result
 
 
 def whole(volume: Volume) -> Region:
@@ -141,12 +160,22 @@ def resampled(sample: Sample, shape: tuple[int, ...]) -> Sample:
     if extent == shape:
         return sample
     result = sample | {"image": _linear(sample["image"], shape)}
+    if sample.get("affine") is not None:
+        steps = np.array([old / new for old, new in zip(extent, shape, strict=True)] + [1.0] * (3 - len(shape)))
+        result["affine"] = sample["affine"] @ _shift(list((steps - 1) / 2)) @ np.diag([*steps, 1.0])
     if "label" in sample:
         # The voxel in which the centre of the new one lies.
         nearest = [((np.arange(new) + 0.5) * old / new).astype(np.intp) for old, new in zip(extent, shape, strict=True)]
         result["label"] = sample["label"][(..., *np.ix_(*nearest))]
     if "weight" in sample:
         result["weight"] = _linear(sample["weight"][np.newaxis], shape)[0]
+    return result
+
+
+def _shift(voxels: Sequence[float]) -> np.ndarray:
+    """From the voxels of a part that starts there to those of the whole, (4, 4)."""
+    result = np.eye(4)
+    result[: len(voxels), 3] = voxels
     return result
 
 

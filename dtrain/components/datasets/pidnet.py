@@ -44,6 +44,11 @@ class PIDNetDatasetWrapper(Dataset[tuple[Tensor, tuple[Tensor, Tensor]]]):
     def __len__(self) -> int:
         return len(self.source)
 
+    def where(self, index: int) -> str:
+        """Where the source has an item, if it says so."""
+        where = getattr(self.source, "where", None)
+        return where(index) if callable(where) else f"item {index} of {type(self.source).__name__}"
+
     def __getitem__(self, index: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         item = self.source[index]
         if not isinstance(item, list | tuple) or len(item) != 2:

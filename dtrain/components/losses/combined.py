@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dtrain.components.losses.targets import TargetReader, main_of, mean
+from dtrain.components.losses.targets import Kind, TargetReader, main_of, mean
 
 Loss = Callable[[Any, Any], Any]
 
@@ -38,6 +38,12 @@ class WeightedSum(nn.Module):
         self.names = _names(losses)
         # So that their tensors, such as class weights, go to the device together with this loss.
         self.parts = nn.ModuleList(loss for loss in losses if isinstance(loss, nn.Module))
+
+    def check_target(self, output: Any, target: Any) -> None:
+        """What the losses would refuse of a target that has not been moved to the output's device yet."""
+        for loss in self.losses:
+            if check := getattr(loss, "check_target", None):
+                check(output, target)
 
     def forward(self, output: Any, target: Any) -> dict[str, Tensor]:
         """The weighted terms, each one number.
@@ -86,6 +92,7 @@ class MaskedLoss(nn.Module):
         super().__init__()
         self.target = TargetReader(ignore_index, skip_last_target, squeeze_channel)
         self.loss: Any = loss
+        self.kind: Kind = "shares" if isinstance(loss, nn.BCEWithLogitsLoss | nn.BCELoss) else "values"
         if ignore_index is not None:
             name = _name(loss)
             if hasattr(loss, "ignore_index"):
@@ -98,6 +105,13 @@ class MaskedLoss(nn.Module):
             self.loss = copy.deepcopy(loss)
             self.loss.reduction = "none"
 
+    def check_target(self, output: Any, target: Any) -> None:
+        """What `forward` would refuse of a target that has not been moved to the output's device yet."""
+        if check := getattr(self.loss, "check_target", None):
+            check(output, self.target.cut(main_of(target)))
+        elif self.kind == "shares":
+            self.target.check(output, target, self.kind)
+
     def forward(self, output: Any, target: Any) -> Tensor:
         """The loss, one number.
 
@@ -106,11 +120,14 @@ class MaskedLoss(nn.Module):
             target: (N, C, *), or (N, *) if C is 1; without an `ignore_index`: what the loss takes.
 
         Raises:
-            ValueError: The shapes do not fit, or the loss has not one value for each of the output's.
+            ValueError: The shapes do not fit, the loss has not one value for each of the output's, or the target of a
+                binary cross entropy is not from 0 to 1.
         """
-        if self.target.ignore_index is None:
+        if self.target.ignore_index is None and self.kind == "values":
             return self.loss(main_of(output), self.target.cut(main_of(target)))
-        read = self.target.read(output, target, labels=False)
+        read = self.target.read(output, target, self.kind)
+        if read.valid is None:
+            return self.loss(read.output, read.target)
         values = self.loss(read.output, read.target)
         if values.shape != read.output.shape:
             found = f"{tuple(values.shape)} of an output of {tuple(read.output.shape)}"

@@ -50,8 +50,13 @@ class CrossEntropyLossSq(nn.Module):
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing is {label_smoothing}; possible: 0 to 1")
         self.register_buffer("weight", class_weights(weight))
+        self.ignored = ignore_index
         self.ignore_index = _NEVER if ignore_index is None else ignore_index
         self.label_smoothing, self.index = label_smoothing, index
+
+    def check_target(self, output: Any, target: Any) -> None:
+        """What `forward` would refuse of a target that has not been moved to the output's device yet."""
+        as_label(main_of(target, self.index), main_of(output, self.index), self.ignored)
 
     def forward(self, output: Any, target: Any) -> Tensor:
         """The loss, one number.
@@ -61,10 +66,10 @@ class CrossEntropyLossSq(nn.Module):
             target: Labels or probabilities, or a sequence or mapping of such; see `as_label`.
 
         Raises:
-            ValueError: The shapes do not fit, there is no such element, or C is 1.
+            ValueError: The shapes do not fit, there is no such element, C is 1, or a label is none of the classes.
         """
         logits = precise(main_of(output, self.index))
-        label = as_label(main_of(target, self.index), logits)
+        label = as_label(main_of(target, self.index), logits, self.ignored)
         return _cross_entropy(logits, label, weights_for(logits, self.weight), self.ignore_index, self.label_smoothing)
 
 
@@ -87,8 +92,13 @@ class WeightedCrossEntropyLoss(nn.Module):
         self, ignore_index: int | None = -100, skip_last_target: bool = False, squeeze_channel: bool = False
     ) -> None:
         super().__init__()
+        self.ignored = ignore_index
         self.ignore_index = _NEVER if ignore_index is None else ignore_index
         self.target = TargetReader(None, skip_last_target, squeeze_channel)
+
+    def check_target(self, output: Any, target: Any) -> None:
+        """What `forward` would refuse of a target that has not been moved to the output's device yet."""
+        as_label(self.target.cut(main_of(target)), main_of(output), self.ignored)
 
     def forward(self, output: Any, target: Any) -> Tensor:
         """The loss, one number.
@@ -98,10 +108,11 @@ class WeightedCrossEntropyLoss(nn.Module):
             target: Labels (N, *) or (N, 1, *), or one-hot in the output's shape.
 
         Raises:
-            ValueError: The shapes do not fit, or the target is floating point in the output's shape.
+            ValueError: The shapes do not fit, the target is floating point in the output's shape, or a label is none
+                of the classes.
         """
         logits = precise(main_of(output))
-        label = as_label(self.target.cut(main_of(target)), logits)
+        label = as_label(self.target.cut(main_of(target)), logits, self.ignored)
         if label.is_floating_point():
             raise ValueError("WeightedCrossEntropyLoss needs labels; probabilities were found")
         weight = self._weights(logits.detach(), label != self.ignore_index)

@@ -52,6 +52,10 @@ class DiceLoss(nn.Module):
         self.normalization = _known(normalization)
         self.target = TargetReader(ignore_index, skip_last_target, squeeze_channel)
 
+    def check_target(self, output: Any, target: Any) -> None:
+        """What `forward` would refuse of a target that has not been moved to the output's device yet."""
+        self.target.check(output, target, "classes")
+
     def forward(self, output: Any, target: Any) -> Tensor:
         """The loss, one number.
 
@@ -60,9 +64,9 @@ class DiceLoss(nn.Module):
             target: (N, C, *); or labels (N, *) or (N, 1, *) if C > 1; or (N, *) if C is 1.
 
         Raises:
-            ValueError: The shapes do not fit.
+            ValueError: The shapes do not fit, or the target has a value outside its classes.
         """
-        read = self.target.read(output, target, labels=True)
+        read = self.target.read(output, target, "classes")
         scores = _dice(_normalized(read, self.normalization), read)
         weight = weights_for(read.output, self.weight)
         return 1 - (scores.mean() if weight is None else (scores * weight).sum() / weight.sum())
@@ -94,6 +98,10 @@ class BCEDiceLoss(nn.Module):
         self.alpha = alpha
         self.target = TargetReader(ignore_index, skip_last_target, squeeze_channel)
 
+    def check_target(self, output: Any, target: Any) -> None:
+        """What `forward` would refuse of a target that has not been moved to the output's device yet."""
+        self.target.check(output, target, "classes")
+
     def forward(self, output: Any, target: Any) -> Tensor:
         """The loss, one number.
 
@@ -102,9 +110,9 @@ class BCEDiceLoss(nn.Module):
             target: (N, C, *); or labels (N, *) or (N, 1, *) if C > 1; or (N, *) if C is 1.
 
         Raises:
-            ValueError: The shapes do not fit.
+            ValueError: The shapes do not fit, or the target has a value outside its classes.
         """
-        read = self.target.read(output, target, labels=True)
+        read = self.target.read(output, target, "classes")
         entropy = F.binary_cross_entropy_with_logits(read.output, read.target, reduction="none")
         return mean(entropy, read.valid) + self.alpha * (1 - _dice(_normalized(read, "sigmoid"), read).mean())
 
@@ -141,6 +149,10 @@ class GeneralizedDiceLoss(nn.Module):
         self.normalization = _known(normalization)
         self.target = TargetReader(ignore_index, skip_last_target, squeeze_channel)
 
+    def check_target(self, output: Any, target: Any) -> None:
+        """What `forward` would refuse of a target that has not been moved to the output's device yet."""
+        self.target.check(output, target, "classes")
+
     def forward(self, output: Any, target: Any) -> Tensor:
         """The loss, one number.
 
@@ -149,9 +161,9 @@ class GeneralizedDiceLoss(nn.Module):
             target: (N, C, *); or labels (N, *) or (N, 1, *) if C > 1; or (N, *) if C is 1.
 
         Raises:
-            ValueError: The shapes do not fit.
+            ValueError: The shapes do not fit, or the target has a value outside its classes.
         """
-        read = self.target.read(output, target, labels=True)
+        read = self.target.read(output, target, "classes")
         p, t = _normalized(read, self.normalization), read.target
         if p.shape[1] == 1:
             counted = torch.ones_like(p) if read.valid is None else read.valid

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dtrain.components.losses.targets import precise
+from dtrain.components.losses.targets import main_of, precise, refuse_other_values
 
 OHEM = {"threshold": 0.9, "min_kept": 131072}  # as for 1024 x 2048 pixels of Cityscapes
 TERMS = ("detail", "main", "boundary", "aware")
@@ -78,15 +78,31 @@ class PIDNetLoss(nn.Module):
             The sum of the weighted terms, a scalar; with `terms` the weighted terms by name.
 
         Raises:
-            ValueError: Neither one nor three outputs, no boundary, or shapes that do not fit.
+            ValueError: Neither one nor three outputs, no boundary, shapes that do not fit, or a value outside the
+                classes.
         """
         label, boundary = _target(target)
+        if label.device.type == "cpu":
+            self.check_target(output, target)
         if isinstance(output, Tensor):
             terms = {"main": self._hard(_as_large(output, label), label)}
         else:
             terms = self._terms(output, label, boundary)
         weighted = {name: self.weights[TERMS.index(name)] * term for name, term in terms.items()}
         return weighted if self.terms else torch.stack(list(weighted.values())).sum()
+
+    def check_target(self, output: Any, target: Any) -> None:
+        """What `forward` would refuse of a target that has not been moved to the output's device yet.
+
+        A boundary is 0 or 1, and may be `ignore_index` where the label is.
+        """
+        label, boundary = _target(target)
+        refuse_other_values(label, main_of(output).shape[1] - 1, self.ignore_index, whole=True, wait=False)
+        if boundary is not None and not isinstance(output, Tensor):
+            edges = boundary[:, 0] if boundary.dim() == 4 else boundary
+            if edges.shape == label.shape:
+                edges = edges.where((label != self.ignore_index) | (edges != self.ignore_index), 0)
+            refuse_other_values(edges, 1, None, whole=True, wait=False)
 
     def _terms(self, output: Any, label: Tensor, boundary: Tensor | None) -> dict[str, Tensor]:
         if not isinstance(output, list | tuple) or len(output) != 3:

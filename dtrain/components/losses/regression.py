@@ -53,7 +53,7 @@ class WeightedSmoothL1Loss(nn.Module):
         Raises:
             ValueError: The shapes do not fit.
         """
-        read = self.target.read(output, target, labels=False)
+        read = self.target.read(output, target, "values")
         values = F.smooth_l1_loss(read.output, read.target, reduction="none")
         chosen = (read.target < self.threshold) == self.apply_below_threshold
         return mean((values * self.initial_weight).where(chosen, values), read.valid)

@@ -5,12 +5,13 @@ Shapes: N samples, C channels or classes, any spatial dimensions *, such as (H, 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 MAIN_KEYS = ("out", "logits", "target", "label")
+Kind = Literal["values", "shares", "classes"]
 
 
 def main_of(value: Any, index: int | str = 0) -> Tensor:
@@ -43,36 +44,116 @@ def precise(output: Tensor) -> Tensor:
     return output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
 
 
-def as_label(target: Tensor, output: Tensor) -> Tensor:
+class OutsideClassesError(ValueError):
+    """A target holds a value that is none of its classes.
+
+    Attributes:
+        sample_in_batch: The number of the sample in its batch.
+    """
+
+    def __init__(self, message: str, sample_in_batch: int) -> None:
+        super().__init__(message)
+        self.sample_in_batch = sample_in_batch
+
+
+def refuse_other_values(target: Tensor, most: int, ignore_index: int | None, *, whole: bool, wait: bool) -> None:
+    """Whether a target lies within 0 to `most`.
+
+    A training must not wait for its GPU in each step, so what lies there is looked at only where `wait` says so. The
+    engine hands `check_target` of a loss the target as it came from the loader, before it is moved.
+
+    Args:
+        target: (N, *), any type.
+        most: The largest value that is possible.
+        ignore_index: One more value that is possible.
+        whole: Fractions are not possible.
+        wait: Look also at what lies on a device.
+
+    Raises:
+        OutsideClassesError: Another value is there, or NaN.
+    """
+    if not target.numel() or not (wait or target.device.type == "cpu"):
+        return
+    target = target.byte() if target.dtype == torch.bool else target
+    must_be_whole = whole and target.is_floating_point()
+    counted = target
+    if not must_be_whole:
+        if _is_within(target, most):
+            return
+        counted = target if ignore_index is None else target.where(target != ignore_index, 0)
+        if counted is not target and _is_within(counted, most):
+            return
+    wrong = ~((target >= 0) & (target <= most))
+    if must_be_whole:
+        wrong |= target != target.round()
+    if ignore_index is not None:
+        wrong &= target != ignore_index
+    if bool(wrong.any()):
+        kind = "value" if target.is_floating_point() and not whole else "label"
+        raise outside(target, wrong, kind, _expected(target[wrong][0].item(), most, ignore_index))
+
+
+def _is_within(target: Tensor, most: int) -> bool:
+    low, high = target.aminmax()
+    return low.item() >= 0 and high.item() <= most
+
+
+def outside(target: Tensor, wrong: Tensor, kind: str, expected: str) -> OutsideClassesError:
+    """The error for the first of the wrong values: where it is, what it is, and what was expected."""
+    sample, *voxel = wrong.nonzero()[0].tolist()
+    where = f"sample {sample} of the batch" + (f" at {tuple(voxel)}" if voxel else "")
+    text = f"{where}: the target has the {kind} {target[(sample, *voxel)].item():g}; expected {expected}"
+    return OutsideClassesError(text, sample)
+
+
+def _expected(value: float, most: int, ignore_index: int | None) -> str:
+    if ignore_index is not None:
+        return f"0 to {most}, or {ignore_index}, which is ignored"
+    cure = " (a mask of 0 and 255 needs mask_values: [0, 255] or a division by 255; a void label, ignore_index: 255)"
+    return f"0 to {most}" + cure * (value == 255 and most < 255)
+
+
+def as_label(target: Tensor, output: Tensor, ignore_index: int | None = None, *, wait: bool = False) -> Tensor:
     """A target as torch's cross entropy wants it.
 
     Args:
         target: Labels (N, *) or (N, 1, *) of any type; or of the output's shape, either floating point, the probability
-            of each class, or whole numbers, one-hot (to see whether they are, a GPU has to be waited for).
+            of each class, or whole numbers, one-hot.
         output: Logits (N, C, *).
+        ignore_index: A label that is possible beside 0 to C - 1.
+        wait: Look at the values also where they lie on a device; see `refuse_other_values`.
 
     Returns:
         Labels (N, *), int64, or probabilities (N, C, *) of the output's type.
 
     Raises:
-        ValueError: The output has one channel only, the shapes do not fit, or whole numbers are not one-hot.
+        ValueError: The output has one channel only, the shapes do not fit, whole numbers are not one-hot, or a value is
+            none of the classes.
     """
-    if output.shape[1] == 1:
+    classes = output.shape[1]
+    if classes == 1:
         raise ValueError("cross entropy of one channel is always 0; use BCEWithLogitsLoss, or one channel per class")
     if target.shape == output.shape:
         if target.is_floating_point():
+            refuse_other_values(target, 1, None, whole=False, wait=wait)
             return target.to(output.dtype)
-        if bool(((target == 0) | (target == 1)).all() & (target.sum(dim=1) == 1).all()):
-            return target.long().argmax(dim=1)
-        raise ValueError(
-            f"whole numbers in the output's shape {_text(output)} must be one-hot, and these are not; "
-            f"expected labels {_text(output[:, 0])}, or probabilities as floating point"
-        )
+        if wait or target.device.type == "cpu":
+            _refuse_what_is_not_one_hot(target, output)
+        return target.long().argmax(dim=1)
     labels = _labels(target, output)
     if labels is None:
         wanted = f"labels {_text(output[:, 0])} or {_text(output[:, :1])}, or probabilities {_text(output)}"
         raise ValueError(f"found a target of shape {_text(target)}; expected {wanted}")
+    refuse_other_values(labels, classes - 1, ignore_index, whole=True, wait=wait)
     return labels.long()
+
+
+def _refuse_what_is_not_one_hot(target: Tensor, output: Tensor) -> None:
+    if not bool(((target == 0) | (target == 1)).all() & (target.sum(dim=1) == 1).all()):
+        raise ValueError(
+            f"whole numbers in the output's shape {_text(output)} must be one-hot, and these are not; "
+            f"expected labels {_text(output[:, 0])}, or probabilities as floating point"
+        )
 
 
 def _labels(target: Tensor, output: Tensor) -> Tensor | None:
@@ -125,29 +206,52 @@ class TargetReader:
             target = target[:, 0]
         return target
 
-    def read(self, output: Any, target: Any, *, labels: bool) -> Read:
+    def read(self, output: Any, target: Any, kind: Kind, *, wait: bool = False) -> Read:
         """An output and its target in the same shape.
 
         Args:
             output: (N, C, *), or several, of which the main one counts; see `main_of`.
-            target: (N, C, *); (N, *) if C is 1; with `labels` also labels (N, *) or (N, 1, *), which become one-hot.
-            labels: Whether the channels are classes that labels could name.
+            target: (N, C, *); (N, *) if C is 1; of classes also labels (N, *) or (N, 1, *), which become one-hot.
+            kind: values: any numbers. shares: 0 to 1. classes: 0 to 1 in channels, or labels that name them.
+            wait: Look at the values also where they lie on a device; see `refuse_other_values`.
 
         Raises:
-            ValueError: The shapes do not fit.
+            ValueError: The shapes do not fit, or a value is none of the classes.
         """
         output, target = precise(main_of(output)), self.cut(main_of(target))
+        target, is_label = self._fitting(output, target, kind)
+        self._look_at(output, target, is_label, kind, wait)
+        if is_label:
+            return self._one_hot(output, target.long().unsqueeze(1))
+        valid = None if self.ignore_index is None else target != self.ignore_index
+        target = target.to(output.dtype)
+        return Read(output, target, None) if valid is None else _without(output, target, valid)
+
+    def check(self, output: Any, target: Any, kind: Kind) -> None:
+        """What `read` would refuse of a target that is still where the loader left it; the output may lie elsewhere.
+
+        Raises:
+            ValueError: See `read`.
+        """
+        output = main_of(output)
+        self._look_at(output, *self._fitting(output, self.cut(main_of(target)), kind), kind, wait=False)
+
+    def _fitting(self, output: Tensor, target: Tensor, kind: Kind) -> tuple[Tensor, bool]:
+        """The target in the output's shape, or labels (N, *), and whether they are labels."""
         one_of_each = _labels(target, output)
         if target.shape != output.shape and one_of_each is not None and output.shape[1] == 1:
             target = one_of_each.unsqueeze(1)
         if target.shape == output.shape:
-            valid = None if self.ignore_index is None else target != self.ignore_index
-            target = target.to(output.dtype)
-            return Read(output, target, None) if valid is None else _without(output, target, valid)
-        if not labels or one_of_each is None:
-            possible = f"; expected {_text(output)}" + (f" or labels {_text(output[:, 0])}" if labels else "")
+            return target, False
+        if kind != "classes" or one_of_each is None:
+            possible = f"; expected {_text(output)}" + (f" or labels {_text(output[:, 0])}" * (kind == "classes"))
             raise ValueError(f"a target of shape {_text(target)} for an output of {_text(output)}{possible}")
-        return self._one_hot(output, one_of_each.long().unsqueeze(1))
+        return one_of_each, True
+
+    def _look_at(self, output: Tensor, target: Tensor, is_label: bool, kind: Kind, wait: bool) -> None:
+        if kind != "values":
+            most = output.shape[1] - 1 if is_label else 1
+            refuse_other_values(target, most, self.ignore_index, whole=is_label, wait=wait)
 
     def _one_hot(self, output: Tensor, label: Tensor) -> Read:
         """Labels (N, 1, *) as channels."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from dtrain.components.losses.targets import main_of, precise
+from dtrain.components.losses.targets import main_of, outside, precise
 from dtrain.components.metrics.reading import Activation, known, probabilities, probability, summed
 
 IOU_THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))
@@ -140,11 +140,13 @@ class InstanceReader:
         for threshold in self.thresholds or ():
             probability(threshold)
 
-    def samples(self, output: Any, target: Any) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+    def samples(
+        self, output: Any, target: Any, background: int | None
+    ) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
         """For each sample: the true labels of the voxels that count, and those found with each threshold.
 
         Raises:
-            ValueError: The shapes do not fit, or several channels leave open which is meant.
+            ValueError: The shapes do not fit, several channels leave open which is meant, or a label is no instance's.
         """
         output, target = precise(main_of(output)), main_of(target)
         if self.thresholds is None and output.shape == target.shape and not output.is_floating_point():
@@ -158,6 +160,7 @@ class InstanceReader:
         if target.shape != values.shape:
             expected = f"instances of shape {tuple(values.shape)}, or (N, K, *)"
             raise ValueError(f"found a target of shape {tuple(target.shape)}; expected {expected}")
+        _refuse_no_instances(target, {self.ignore_index, background} - {None})
         truths = target.long().cpu().numpy()
         for truth, value in zip(truths, values.cpu().numpy(), strict=True):
             found = self._instances(value)
@@ -181,6 +184,15 @@ class InstanceReader:
             return [value.astype(np.int64)]
         masks = [value > threshold for threshold in self.thresholds]
         return [components(~mask if self.boundary else mask) for mask in masks]
+
+
+def _refuse_no_instances(target: Tensor, possible: set[Any]) -> None:
+    """Instances are whole numbers from 0 on, and what is ignored or background."""
+    wrong = (target < 0) | (target != target.round()) if target.is_floating_point() else target < 0
+    for value in possible:
+        wrong &= target != value
+    if bool(wrong.any()):
+        raise outside(target, wrong, "label", "the numbers of instances, from 0 on, or an ignore_index")
 
 
 def components(mask: np.ndarray) -> np.ndarray:
@@ -214,7 +226,7 @@ class _OfInstances(Metric):
         best = np.max if self.higher_is_better else np.min
         values = [
             best([self._value(truth, found) for found in partitions])
-            for truth, partitions in self.reader.samples(output, target)
+            for truth, partitions in self.reader.samples(output, target, self.background)
         ]
         self.totals = self.totals + summed(torch.tensor(values, dtype=torch.float32)[:, None].to(self.totals.device))
 

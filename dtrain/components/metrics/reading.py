@@ -122,7 +122,7 @@ class ClassReader:
         """The same with one class for each voxel: the largest channel, or of a single one what the threshold says."""
         if output.shape[1] > 1:
             return self._label_counts(output.argmax(dim=1), *self._labels(output, target), output.shape[1])
-        read = TargetReader(self.ignore_index).read(output, target, labels=False)
+        read = TargetReader(self.ignore_index).read(output, target, "shares", wait=True)
         label, valid = read.target[:, 0].round().long(), None if read.valid is None else read.valid[:, 0] > 0
         found = probabilities(output, self.activation)[:, 0] > self.threshold
         counts = self._label_counts(found.long(), label, valid, 2)
@@ -147,27 +147,25 @@ class ClassReader:
 
     def _channels(self, output: Tensor, target: Tensor) -> Read:
         """Probabilities and target, both (N, C, *), and what counts of them."""
-        if output.shape[1] > 1 and target.shape in (output[:, 0].shape, output[:, :1].shape):
-            self._check_labels(target, None, output.shape[1])
-        return TargetReader(self.ignore_index).read(probabilities(output, self.activation), target, labels=True)
+        p = probabilities(output, self.activation)
+        return TargetReader(self.ignore_index).read(p, target, "classes", wait=True)
 
     def _labels(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
         """The class of each voxel (N, *), and which voxels count."""
         if self.ignore_index is None:
-            label = as_label(target, output)
+            label = as_label(target, output, wait=True)
             return (label if label.dim() < output.dim() else label.argmax(dim=1)), None
         if target.shape == output.shape:
             void = (target == self.ignore_index).all(dim=1)
             first = torch.zeros_like(target[:1])
             first[:, 0] = 1
-            label = as_label(torch.where(void.unsqueeze(1), first, target), output)
+            label = as_label(torch.where(void.unsqueeze(1), first, target), output, wait=True)
             label = label if label.dim() < output.dim() else label.argmax(dim=1)
             return label, ~void & (label != self.ignore_index)
-        label = as_label(target, output)
+        label = as_label(target, output, self.ignore_index, wait=True)
         return label, label != self.ignore_index
 
     def _label_counts(self, found: Tensor, label: Tensor, valid: Tensor | None, classes: int) -> Tensor:
-        self._check_labels(label, valid, classes)
         samples = len(label)
         first = torch.arange(samples, device=label.device).view(-1, 1) * classes
         found, label = first + found.reshape(samples, -1), first + label.reshape(samples, -1)
@@ -178,18 +176,6 @@ class ClassReader:
         return torch.stack([torch.bincount(part, minlength=samples * classes) for part in parts], -1).view(
             -1, classes, 3
         )
-
-    def _check_labels(self, label: Tensor, valid: Tensor | None, classes: int) -> None:
-        wrong = (label < 0) | (label >= classes)
-        if valid is not None:
-            wrong &= valid
-        elif self.ignore_index is not None:
-            wrong &= label != self.ignore_index
-        if bool(wrong.any()):
-            raise ValueError(
-                f"the target has the label {int(label[wrong][0])}; expected 0 to {classes - 1}"
-                + ("" if self.ignore_index is None else f", or {self.ignore_index}, which is ignored")
-            )
 
 
 def _sums(*parts: Tensor) -> Tensor:

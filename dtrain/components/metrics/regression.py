@@ -28,7 +28,7 @@ class _Squares(Metric):
 
     def _read(self, output: Any, target: Any) -> tuple[Tensor, Tensor]:
         """Squared errors and target, both (N, values)."""
-        read = TargetReader().read(main_logits(output), target, labels=False)
+        read = TargetReader().read(main_logits(output), target, "values")
         target = read.target.flatten(1)
         return (probabilities(read.output, self.activation).flatten(1) - target).square(), target
 

@@ -80,6 +80,8 @@ class CropToFixed:
         dims = spatial_dims(sample)
         if len(self.size) > dims:
             raise ValueError(f"{type(self).__name__}: size is {list(self.size)} for {dims}-D data")
+        if not self.random and sample["image"].shape[-len(self.size) :] == self.size:
+            return sample
         window: list[Any] = [...]
         padding = [(0, 0)] * (1 + dims - len(self.size))
         for found, wanted in zip(sample["image"].shape[-len(self.size) :], self.size, strict=True):

@@ -9,6 +9,8 @@ import numpy as np
 
 from dtrain.components.transforms.sample import ARRAYS, Sample, spatial_dims
 
+NEAR = 1e-3  # by which two affines may differ, in millimetres per voxel or of origin
+
 
 class Step(NamedTuple):
     """One transform as the pipeline runs it."""
@@ -30,7 +32,9 @@ class Pipeline:
     - dtrain's own, and any other object with an attribute `random` (bool: does it draw?): `transform(sample, rng)`;
     - MONAI's dictionary transforms (`RandFlipd`, `keys: [image, label]`): called with the dict alone. One that draws is
       seeded from the generator each time. A label or weight without channels gets one for the call, as MONAI expects;
-      what comes back as a tensor becomes an array, the image float32, the label of the type that it had;
+      what comes back as a tensor becomes an array, the image float32, the label of the type that it had. Where the
+      sample has an `affine`, from voxels to millimetres (4, 4), the arrays are MetaTensors with it, and it becomes what
+      the transform made of it;
     - any other callable: `function(sample)`, taken to draw nothing, or `function(sample, rng)`, taken to draw.
 
     Args:
@@ -136,17 +140,59 @@ def _monai(transform: Any, sample: Sample, rng: np.random.Generator) -> Sample:
     arrays = {key: sample[key] for key in ARRAYS if key in sample}
     bare = [key for key, array in arrays.items() if array.ndim == dims]
     # Copies: MONAI may write into what it is given, and torch takes neither read-only nor mirrored arrays.
-    given = {key: np.array(array[None] if key in bare else array, order="C") for key, array in arrays.items()}
+    given: dict[str, Any] = {
+        key: np.array(array[None] if key in bare else array, order="C") for key, array in arrays.items()
+    }
+    if (affine := sample.get("affine")) is not None:
+        given = {key: _placed(array, affine) for key, array in given.items()}
+    elif _needs_a_place(transform):
+        why = (
+            "the transforms before it moved them: put it in front" if "affine" in sample else "only NIfTI files say so"
+        )
+        raise ValueError(f"{_name(transform)} must know where in space the voxels lie, in millimetres; {why}")
     result = transform({**sample, **given})
     if isinstance(result, list):
         if len(result) != 1:
             raise ValueError(f"{_name(transform)} returned {len(result)} samples; possible: num_samples: 1")
         result = result[0]
+    if affine is not None:
+        result["affine"] = _common_place({key: result[key] for key in arrays}, _name(transform))
     result = {key: _numpy(value) for key, value in result.items()}
     for key in arrays:
         array = result[key][0] if key in bare and len(result[key]) == 1 else result[key]
         result[key] = _as_before(array, arrays[key].dtype, key, transform)
     return result
+
+
+def _needs_a_place(transform: Any) -> bool:
+    """Whether one of MONAI's transforms, or one in it, means nothing without an affine: it counts in millimetres."""
+    monai = sys.modules["monai.transforms"]
+    kinds = (monai.Spacingd, monai.Orientationd, monai.SpatialResampled, monai.ResampleToMatchd)
+    return isinstance(transform, kinds) or any(map(_needs_a_place, getattr(transform, "transforms", ())))
+
+
+def _placed(array: np.ndarray, affine: np.ndarray) -> Any:
+    """An array (C, *spatial) with its place in space, as MONAI's transforms expect it."""
+    import torch
+    from monai.data.meta_tensor import MetaTensor
+
+    return MetaTensor(torch.from_numpy(array), affine=torch.as_tensor(affine, dtype=torch.float64))
+
+
+def _common_place(arrays: dict[str, Any], name: str) -> np.ndarray | None:
+    """Where in space the voxels of all arrays lie now; None where a transform did not keep it.
+
+    Raises:
+        ValueError: They no longer lie at the same place.
+    """
+    affines = {key: np.asarray(array.affine) for key, array in arrays.items() if hasattr(array, "affine")}
+    if len(affines) < len(arrays):
+        return None
+    first = next(iter(affines))
+    for key, affine in affines.items():
+        if affine.shape != affines[first].shape or not np.allclose(affine, affines[first], atol=NEAR):
+            raise ValueError(f"{name} moved the {first} and the {key} differently; name both: keys: [{first}, {key}]")
+    return affines[first]
 
 
 def _numpy(value: Any) -> Any:

@@ -33,10 +33,11 @@ def in_space(sample: Sample, change: Callable[[str, np.ndarray], np.ndarray]) ->
         change: Gets the key and an array that has a channel axis, (K, *spatial); returns an array that has one, too.
 
     Returns:
-        A new dict; what had no channel axis has none again.
+        A new dict; what had no channel axis has none again. Where in space its voxels lie, `affine`, becomes None if it
+        was known: it is not any more.
     """
     dims = spatial_dims(sample)
-    result = dict(sample)
+    result = dict(sample) | ({"affine": None} if "affine" in sample else {})
     for key in ARRAYS:
         if key in sample:
             bare = sample[key].ndim == dims
