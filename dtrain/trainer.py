@@ -428,7 +428,7 @@ class Trainer:
             self.saver.wait()
             load_for_use(self.module, self.ranks, self.saver.checkpoints, checkpoint)
             if self.train_loader is None:  # else all phases were compared at the start
-                compare_with_training(self.inference, self.loaders.test.dataset.dataset, checkpoint)
+                compare_with_training(self.inference, self.loaders.test, checkpoint)
             figures = self.evaluate("test", self.trainables.compiled)
             if figures:
                 self.progress.evaluation("test", self.step, figures)
