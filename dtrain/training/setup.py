@@ -152,7 +152,9 @@ def _predictor(config: ConfigDict, ranks: Ranks, progress: Progress, purpose: st
     if predictor.activation is not None or (known := activation_of(*sections)) is None:
         return predictor
     activation, key = known
-    if ranks.is_main and purpose == "predict" and activation != "softmax":
+    if activation == "softmax":  # which several channels get anyway
+        return predictor
+    if ranks.is_main and purpose == "predict":
         progress.note(f"predictor.activation: {activation}, as {key} has it")
     return replace(predictor, activation=activation)
 
