@@ -456,7 +456,7 @@ class Trainer:
                 self.module, self.ranks, self.saver.checkpoints, checkpoint, criterion=self.trainables.criterion
             )
             if self.train_loader is None:  # else all phases were compared at the start
-                compare_with_training(self.inference, self.loaders.test.dataset.dataset, checkpoint)
+                compare_with_training(self.inference, self.loaders.test, checkpoint)
             figures = self.evaluate("test", self.trainables.compiled)
             if figures:
                 self.progress.evaluation("test", self.step, figures)

@@ -200,9 +200,9 @@ class _Translation:
         self.mistakes.append(Mistake(f"{dotted(path)}: {text}", where))
 
     def ignore(self, path: KeyPath, why: str) -> None:
-        """Drop a key, if it is there, and say that it has no effect; null is no key."""
+        """Drop a key, if it is there, and say that it has no effect; null is the same as none."""
         section = self.section(*map(str, path[:-1]))
-        if section.pop(path[-1], None) is not None:
+        if section.pop(str(path[-1]), None) is not None:
             self.notes.append(f"{dotted(path)}: has no effect: {why}")
 
     def ignored(self) -> None:

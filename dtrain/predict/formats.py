@@ -195,7 +195,7 @@ def _placed(array: np.ndarray, spec: FileSpec) -> Any:
 
     if spec.source is None or not spec.source.name.lower().endswith((".nii", ".nii.gz")):
         return nibabel.Nifti1Image(array, np.eye(4))
-    source: Any = nibabel.load(spec.source)  # type: ignore[attr-defined]
+    source: Any = nibabel.load(spec.source)
     header = source.header.copy()
     header.extensions.clear()
     header.set_data_dtype(array.dtype)

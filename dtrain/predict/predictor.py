@@ -27,7 +27,8 @@ class Predictor:
         output_dataset: The dataset in an HDF5 file.
         compression: gzip | lzf. Default: none.
         dtype: Of the numbers in the files: float32 for probabilities, the smallest sufficient type for labels.
-        activation: softmax | sigmoid | none. Default: sigmoid for one channel, softmax for several.
+        activation: softmax | sigmoid | none. Default: what the metrics or the loss name, else sigmoid for one channel,
+            softmax for several.
         patch_shape: Voxels of a patch. Default: the dataset's, else the whole volume.
         stride_shape: From patch to patch. Default: the dataset's, else the patch's.
         halo_shape: Voxels read around a patch and cut off its prediction. Default: the dataset's.

@@ -56,7 +56,7 @@ def predict(
     inference = replace(inference, identity={"weights": weights, **inference.identity})
     folder = Path(output_dir or predictor.output_dir or RunFolder(inference.run_folder).predictions)
     dataset = loader.dataset.dataset  # the loader's own wraps it
-    compare_with_training(inference, dataset, Path(path) if path else None)
+    compare_with_training(inference, loader, Path(path) if path else None)
     with rng.untouched(), inference.channels_last():
         inference.model.eval()
         if not hasattr(dataset, "volumes"):
@@ -64,10 +64,10 @@ def predict(
         return volumes(inference, dataset, predictor.batch_size or loader.batch_sampler.batch_size, folder, overwrite)
 
 
-def compare_with_training(inference: Inference, dataset: Any, checkpoint: Path | None) -> None:
-    """Say in one line how a dataset's files lie differently in space than those that the weights were trained on."""
+def compare_with_training(inference: Inference, loader: Any, checkpoint: Path | None) -> None:
+    """Say in one line how a loader's files lie differently in space than those that the weights were trained on."""
     folder = checkpoint.resolve().parent.parent if checkpoint else inference.run_folder
-    line = difference({"training": read_run(folder).get("space"), "now": space_of(dataset)})
+    line = difference({"training": read_run(folder).get("space"), "now": space_of(loader.dataset.dataset)})
     if inference.ranks.is_main and line:
         inference.progress.note(line)
 

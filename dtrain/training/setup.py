@@ -4,7 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from subprocess import Popen
 from typing import Any, Literal
@@ -39,7 +39,9 @@ from dtrain.distributed.stop_request import StopRequest
 from dtrain.loss import Criterion, get_loss_criterion
 from dtrain.metrics import Metrics, get_evaluation_metric
 from dtrain.modelloader import Forward, get_model, parameter_count
+from dtrain.predict.activation import activation_of
 from dtrain.predict.inference import IDLE_SECONDS, Inference
+from dtrain.predict.predictor import Predictor
 from dtrain.predict.work_folder import digest
 from dtrain.reporting import summary as report
 from dtrain.reporting.progress import Progress
@@ -121,7 +123,7 @@ def make_parts(
         RunFolder(start.folder).checkpoints, keep_last=options["keep_last"], keep_best=options["keep_best"], mode=mode
     )
     inference = Inference(
-        build(config, "predictor"), forward, compiled, ranks, progress, start.folder,
+        _predictor(config, ranks, progress, purpose), forward, compiled, ranks, progress, start.folder,
         _identity(config, options, phases), has_weights=bool(options["pre_trained"]) and start.checkpoint is None,
         tests_volumes=_tests_volumes(config, loaders),
     )  # fmt: skip
@@ -168,6 +170,20 @@ def _ranks(config: ConfigDict, options: Mapping[str, Any], purpose: str) -> tupl
     for line in (ranks.notes + notes(config)) if ranks.is_main else ():
         progress.note(line)
     return ranks, progress
+
+
+def _predictor(config: ConfigDict, ranks: Ranks, progress: Progress, purpose: str) -> Predictor:
+    """The predictor; where its section names no activation, with the one that the training uses."""
+    predictor: Predictor = build(config, "predictor")
+    sections = (to_plain(config.get(key)) for key in ("loss", "metrics"))
+    if predictor.activation is not None or (known := activation_of(*sections)) is None:
+        return predictor
+    activation, key = known
+    if activation == "softmax":  # which several channels get anyway
+        return predictor
+    if ranks.is_main and purpose == "predict":
+        progress.note(f"predictor.activation: {activation}, as {key} has it")
+    return replace(predictor, activation=activation)
 
 
 def _dataset(loader: Any) -> Any:

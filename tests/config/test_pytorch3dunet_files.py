@@ -597,7 +597,7 @@ def predicted_by_pytorch3dunet(kind: str, test: list[str], folder: Path) -> tupl
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
-        ("boundary", []),  # 10 x 36 x 36 is no multiple of 8 x 24 x 24: the last patches overlap
+        ("boundary", []),  # 10 x 36 x 36 is not a multiple of 8 x 24 x 24: the last patches overlap
         ("boundary", ["loaders.test.slice_builder.stride_shape=[3, 11, 10]", "model.final_sigmoid=false",
                       "model.out_channels=3", "predictor.prediction_channel=1", "loaders.batch_size=3"]),
         ("boundary", ["model.name=UNet2D", "loaders.test.slice_builder.patch_shape=[1, 24, 24]",

@@ -290,6 +290,28 @@ def test_a_test_gives_the_figures_of_what_a_prediction_wrote(tmp_path: Path, run
         assert figures == pytest.approx(expected, abs=6e-5), done.text  # four digits are printed
 
 
+def test_a_regression_is_written_as_it_is_measured(project: Path, run_cli: RunCli) -> None:
+    """No sigmoid of what was trained with a squared error: the file gives the figure of the test."""
+    for number in range(2):
+        with h5py.File(project / f"cells{number}.h5", "a") as file:
+            file["clean"] = expected(project, number)[0] + 3
+    changes = ["loaders.test={file_paths: [cells0.h5, cells1.h5], label_internal_path: clean}", "predictor={}"]
+    changes += ["loss.name=MSELoss", "metrics.name=MSE", "loaders.slice_builder.halo_shape=[0, 0, 0]"]
+    done = run_cli([*COMMAND, *changes])
+    assert done.rc == 0, done.text
+    assert "predictor.activation: none, as loss has it" in done.stdout
+    errors = []
+    for number in range(2):
+        found = read(project / f"run/predictions/cells{number}_predictions.h5").astype(np.float64)
+        with h5py.File(project / f"cells{number}.h5") as file:
+            errors.append(((found[0] - file["clean"]) ** 2).ravel())
+    done = run_cli(["test", *COMMAND[1:], *changes])
+    assert done.rc == 0, done.text
+    figure = float(re.search(r"  test  step 0  MSE ([0-9.]+)", done.stdout)[1])
+    assert figure == pytest.approx(np.concatenate(errors).mean(), rel=1e-3)
+    assert figure == pytest.approx(9, abs=0.5)
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_4_gb_are_predicted_in_less_than_1_gb(tmp_path: Path, run_cli: RunCli) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,27 @@ def test_nifti_keeps_the_place_in_space_and_what_is_true_of_the_result(tmp_path:
         assert header["cal_max"] == 0 and header["aux_file"].item() == b""
         assert header.get_zooms()[:3] == source.header.get_zooms()[:3]
     assert nibabel.load(tmp_path / "labels" / "scan_predictions.nii.gz").get_data_dtype() == np.uint8
+
+
+@pytest.mark.parametrize(("sform", "qform"), [(0, 0), (0, 2), (3, 0), (2, 2)])
+def test_nifti_keeps_codes_that_say_nothing(tmp_path: Path, sform: int, qform: int) -> None:
+    import nibabel
+
+    from dtrain.components.datasets.nifti import NiftiDataset
+
+    image = random_volume(5, 6, 7)[0]
+    made = nibabel.Nifti1Image(image, np.diag([-2.0, 3, 4, 1]))
+    made.set_qform(made.affine, 1)
+    content = bytearray(made.to_bytes())
+    struct.pack_into("<hh", content, 252, qform, sform)  # nibabel itself would not write (0, 0)
+    (tmp_path / "scan.nii").write_bytes(content)
+    source = nibabel.load(tmp_path / "scan.nii")
+    predicted(tmp_path / "maps", NiftiDataset(str(tmp_path / "scan.nii")), lambda x: torch.cat([x, x], 1))
+    found = nibabel.load(tmp_path / "maps" / "scan_predictions.nii.gz")
+    assert found.shape == (5, 6, 7, 2)
+    codes = [(int(one.header["sform_code"]), int(one.header["qform_code"])) for one in (source, found)]
+    assert codes == [(sform, qform)] * 2
+    assert np.array_equal(found.affine, source.affine)
 
 
 def test_nifti_of_a_plane_has_its_channels_behind_three_axes_of_space(tmp_path: Path) -> None:
