@@ -13,20 +13,41 @@ import torch
 from ml_collections import ConfigDict
 
 from dtrain.config.build import make
+from dtrain.config.errors import ConfigError
 from dtrain.config.schema import calls, refused
 from dtrain.data import rng
-from dtrain.data.batch import main_output
+from dtrain.data.heads import main_pair
 from dtrain.distributed.ranks import Ranks
+
+
+def metric_settings(
+    *, output_key: str | int | list[str | int] | None = None, target_key: str | int | list[str | int] | None = None
+) -> dict[str, Any]:
+    """Dtrain's own keys of a metric; the other keys are the metric's.
+
+    Args:
+        output_key: Which of a model's several outputs is measured: a key of a dict, an index of a tuple, a field; a
+            list gives a dict of those. Default: what is under the key that outputs and targets share, else the main.
+        target_key: The same of the target. Default: output_key, where the target has it.
+    """
+    return dict(locals())
 
 
 class Metrics:
     """All metrics of a training, updated batch by batch and computed over every rank's batches at once.
 
     They are made when first needed: importing torchmetrics takes seconds, which the first step need not wait for.
+    `keys` says for some which output and target they compare; see `data.heads.main_pair`.
     """
 
-    def __init__(self, makers: Mapping[str, Callable[[], Any]], ranks: Ranks, device: torch.device) -> None:
-        self._makers, self._ranks, self._device = makers, ranks, device
+    def __init__(
+        self,
+        makers: Mapping[str, Callable[[], Any]],
+        ranks: Ranks,
+        device: torch.device,
+        keys: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        self._makers, self._ranks, self._device, self._keys = makers, ranks, device, keys or {}
         self._metrics: dict[str, Any] | None = None
         self.names = list(makers)  # the labels under which they are logged
 
@@ -50,12 +71,24 @@ class Metrics:
         for metric in self.prepare().values():
             metric.reset()
 
-    def update(self, output: Any, target: Any, number: int) -> None:
-        """Take in the main output and the main target of one batch, numbered over all ranks."""
-        output, target = _full_precision(main_output(output)), main_output(target)
+    def update(self, output: Any, target: Any, number: int, samples: int = 1) -> None:
+        """Take in outputs and targets of one batch of so many samples, numbered over all ranks.
+
+        Raises:
+            ConfigError: It takes a key to tell which of them a metric compares.
+        """
         for name, metric in self.prepare().items():
             with _named(name):
-                metric.update(output, target, number)
+                measured, wanted = self._pair(name, output, target, samples)
+                metric.update(measured, wanted, number)
+
+    def _pair(self, name: str, output: Any, target: Any, samples: int) -> tuple[Any, Any]:
+        """What a metric compares."""
+        try:
+            measured, wanted = main_pair(output, target, **self._keys.get(name, {}), samples=samples)
+        except ValueError as error:
+            raise ConfigError(f"metrics.{name}: {error}") from None
+        return _full_precision(measured), wanted
 
     def compute(self) -> dict[str, float]:
         """The figures over all ranks' batches, the same on every rank. A vector gives its mean and its elements."""
@@ -177,8 +210,11 @@ def _named(name: str) -> Iterator[None]:
 
 def _full_precision(value: Any) -> Any:
     """Half-precision outputs as float32: sums over a whole phase would lose them."""
-    half = isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16)
-    return value.float() if half else value
+    if isinstance(value, torch.Tensor):
+        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+    if isinstance(value, Mapping):
+        return {key: _full_precision(item) for key, item in value.items()}
+    return [_full_precision(item) for item in value] if type(value) in (list, tuple) else value
 
 
 def _torchmetrics_in(metric: Any) -> list[Any]:
@@ -269,4 +305,5 @@ def get_evaluation_metric(config: ConfigDict, ranks: Ranks, device: torch.device
     found = {key.removeprefix("metrics."): call for key, call in described if key.startswith("metrics.")}
     if "loss" in found:
         raise refused(config, ("metrics",), "'loss' is the loss's own name; give the metric another label")
-    return Metrics({label: functools.partial(make, call) for label, call in found.items()}, ranks, device)
+    keys = {key.removeprefix("metric."): make(call) for key, call in described if key.startswith("metric.")}
+    return Metrics({label: functools.partial(make, call) for label, call in found.items()}, ranks, device, keys)
