@@ -264,7 +264,9 @@ class _Reader:
         own, _ = _split(call.arguments, "metric")
         if own:
             with suppress(ConfigError):  # reported elsewhere
-                taken = call.target.keywords if isinstance(call.target, Callee) else frozenset()
+                taken = call.target.keywords if isinstance(call.target, Callee) else set()
+                if not call.target.module.startswith("monai."):
+                    taken |= {"activation"}
                 own = {name: own[name] for name in own if name not in taken}
         if own:
             settings = self.own_call(call.path, "metric", own)
