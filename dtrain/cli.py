@@ -221,7 +221,9 @@ def _config(options: argparse.Namespace) -> int:
     for line in notes_on(config):
         print(f"# {one_line(line)}")
     for name, call in calls(config).items():
-        if name.endswith((".loader", ".schedule", ".ddp", ".fsdp", ".pictures")) or name == "cluster":
+        if name.endswith((".loader", ".schedule", ".ddp", ".fsdp", ".pictures")) or name.startswith(
+            ("cluster", "metric.")
+        ):
             continue  # dtrain's own keys beside a component's, and what is not part of a training
         target = call.target
         where = f"  {target.file}:{target.line}" if isinstance(target, Callee) else ""

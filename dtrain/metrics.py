@@ -1,33 +1,61 @@
 """get_evaluation_metric: the metrics that the config names, exact over all ranks.
 
-Three forms: a torchmetrics.Metric (its states are gathered once and reduced as it says), any object with update,
-compute and reset (the main rank replays all batches in order), a plain function f(output, target) (mean over samples).
+Four forms: a torchmetrics.Metric (its states are gathered once and reduced as it says), a class of monai.metrics (its
+values of each sample are gathered), any object with update, compute and reset (the main rank replays all batches in
+order), a plain function f(output, target) (mean over samples).
 """
 
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from ml_collections import ConfigDict
 
 from dtrain.config.build import make
+from dtrain.config.errors import ConfigError
 from dtrain.config.schema import calls, refused
 from dtrain.data import rng
-from dtrain.data.batch import main_output
+from dtrain.data.heads import main_pair
 from dtrain.data.kept_attributes import KeptAttributes
+from dtrain.data.monai_inputs import Activation, kind_of, monai_inputs
 from dtrain.distributed.ranks import Ranks
+
+
+def metric_settings(
+    *,
+    output_key: str | int | list[str | int] | None = None,
+    target_key: str | int | list[str | int] | None = None,
+    activation: Literal["softmax", "sigmoid", "none"] | None = None,
+) -> dict[str, Any]:
+    """Dtrain's own keys of a metric; the other keys are the metric's.
+
+    Args:
+        output_key: Which of a model's several outputs is measured: a key of a dict, an index of a tuple, a field; a
+            list gives a dict of those. Default: what is under the key that outputs and targets share, else the main.
+        target_key: The same of the target. Default: output_key, where the target has it.
+        activation: For the classes of monai.metrics, which want probabilities or masks: what makes them of the output.
+            Default: sigmoid for one channel, softmax for several. 'none': the model gives probabilities.
+    """
+    return dict(locals())
 
 
 class Metrics:
     """All metrics of a training, updated batch by batch and computed over every rank's batches at once.
 
     They are made when first needed: importing torchmetrics takes seconds, which the first step need not wait for.
+    `settings` has the `metric_settings` of some of them.
     """
 
-    def __init__(self, makers: Mapping[str, Callable[[], Any]], ranks: Ranks, device: torch.device) -> None:
-        self._makers, self._ranks, self._device = makers, ranks, device
+    def __init__(
+        self,
+        makers: Mapping[str, Callable[[], Any]],
+        ranks: Ranks,
+        device: torch.device,
+        settings: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        self._makers, self._ranks, self._device, self._settings = makers, ranks, device, settings or {}
         self._metrics: dict[str, Any] | None = None
         self.names = list(makers)  # the labels under which they are logged
         self.kept = KeptAttributes(device, with_buffers=True)  # what they keep from one validation to the next
@@ -36,7 +64,8 @@ class Metrics:
         """Make the metrics, once.
 
         Raises:
-            TypeError: One of them has none of the three forms.
+            TypeError: One of them has none of the four forms.
+            ConfigError: One of MONAI's wants what is not known here.
         """
         if self._metrics is None:
             with rng.untouched():  # a metric with a network of its own draws weights; when it is made must not matter
@@ -53,12 +82,25 @@ class Metrics:
         for metric in self.prepare().values():
             metric.reset()
 
-    def update(self, output: Any, target: Any, number: int) -> None:
-        """Take in the main output and the main target of one batch, numbered over all ranks."""
-        output, target = _full_precision(main_output(output)), main_output(target)
+    def update(self, output: Any, target: Any, number: int, samples: int = 1) -> None:
+        """Take in outputs and targets of one batch of so many samples, numbered over all ranks.
+
+        Raises:
+            ConfigError: It takes a key to tell which of them a metric compares.
+        """
         for name, metric in self.prepare().items():
             with _named(name):
-                metric.update(output, target, number)
+                measured, wanted = self._pair(name, output, target, samples)
+                metric.update(measured, wanted, number)
+
+    def _pair(self, name: str, output: Any, target: Any, samples: int) -> tuple[Any, Any]:
+        """What a metric compares."""
+        try:
+            keys = self._settings.get(name, {})
+            measured, wanted = main_pair(output, target, keys.get("output_key"), keys.get("target_key"), samples)
+        except ValueError as error:
+            raise ConfigError(f"metrics.{name}: {error}") from None
+        return _full_precision(measured), wanted
 
     def compute(self) -> dict[str, float]:
         """The figures over all ranks' batches, the same on every rank. A vector gives its mean and its elements."""
@@ -72,8 +114,17 @@ class Metrics:
         lacking = [method for method in ("update", "compute", "reset") if not callable(getattr(metric, method, None))]
         for torchmetric in _torchmetrics_in(metric):
             torchmetric.distributed_available_fn = bool  # false: gathered here, once; its own would wait for all
+        for held in _held_by(metric):
+            if kind_of(held) is not None and hasattr(held, "get_buffer"):
+                held.get_buffer = functools.partial(_own_buffer, held)
         if hasattr(metric, "_reductions"):
             return _Reduced(metric.to(self._device))
+        kind = kind_of(metric)
+        if kind == "":
+            text = f"metrics.{name}: dtrain does not know what {_name_of(metric)} of monai.metrics wants of it"
+            raise ConfigError(f"{text}; call it in a class of your own with update, compute and reset")
+        if kind is not None:
+            return _OfMonai(metric, kind, self._settings.get(name, {}).get("activation"))
         if not lacking:
             return _Replayed(metric, at_once=self._ranks.world_size == 1)
         if not callable(metric) or lacking == ["reset"]:
@@ -143,6 +194,46 @@ class _Replayed:
         return ranks.broadcast(_plain(self.metric.compute()) if ranks.is_main else None)
 
 
+class _OfMonai:
+    """One of MONAI's: its values of each sample are gathered as they are, and aggregated by the main rank.
+
+    Its own buffer would be gathered by collectives of its own, in which every rank needs data. Numbers of values that
+    are not nan, which some return beside the figures (get_not_nans), are left out.
+    """
+
+    def __init__(self, metric: Any, kind: str, activation: Activation) -> None:
+        self.metric, self.kind, self.activation = metric, kind, activation
+        self.values: list[tuple[int, Any]] = []
+        if hasattr(metric, "get_not_nans"):
+            metric.get_not_nans = False
+
+    def reset(self) -> None:
+        self.metric.reset()
+        self.values = []
+
+    def update(self, output: Any, target: Any, number: int) -> None:
+        ignore_index = getattr(self.metric, "ignore_index", None)
+        made = self.metric(*monai_inputs(self.kind, output, target, self.activation, ignore_index))
+        self.metric.reset()
+        self.values.append((number, _moved(made, "cpu")))
+
+    def compute(self, ranks: Ranks) -> Any:
+        values = [value for _, value in _gathered_in_order(ranks, self.values)]
+        return ranks.broadcast(_plain(self._aggregated(values)) if ranks.is_main else None)
+
+    def _aggregated(self, values: list[Any]) -> Any:
+        columns = zip(*values, strict=True) if isinstance(values[0], list) else [values]
+        buffers = [torch.cat([torch.atleast_1d(item) for item in column]) for column in columns]
+        self.metric.get_buffer = lambda: buffers[0] if len(buffers) == 1 else buffers
+        result = self.metric.aggregate()
+        if not isinstance(result, list):
+            return result
+        # Of several quantities; 'mean' leaves an axis of one.
+        result = [item.squeeze() for item in result]
+        names = getattr(self.metric, "metric_name", ())
+        return dict(zip(names, result, strict=True)) if len(result) > 1 else result[0]
+
+
 class _Averaged:
     """A plain function of one batch: its mean over the samples."""
 
@@ -160,6 +251,12 @@ class _Averaged:
     def compute(self, ranks: Ranks) -> Any:
         values = _gathered_in_order(ranks, [(number, count, _plain(value)) for number, count, value in self.values])
         return ranks.broadcast(_mean([(count, value) for _, count, value in values]) if ranks.is_main else None)
+
+
+def _name_of(metric: Any) -> str:
+    """A function's or a class's name."""
+    metric = getattr(metric, "func", metric)
+    return str(getattr(metric, "__name__", type(metric).__name__))
 
 
 def _gathered_in_order(ranks: Ranks, numbered: list[tuple]) -> list[tuple]:
@@ -180,18 +277,31 @@ def _named(name: str) -> Iterator[None]:
 
 def _full_precision(value: Any) -> Any:
     """Half-precision outputs as float32: sums over a whole phase would lose them."""
-    half = isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16)
-    return value.float() if half else value
+    if isinstance(value, torch.Tensor):
+        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+    if isinstance(value, Mapping):
+        return {key: _full_precision(item) for key, item in value.items()}
+    return [_full_precision(item) for item in value] if type(value) in (list, tuple) else value
 
 
 def _torchmetrics_in(metric: Any) -> list[Any]:
     """The torchmetrics in a metric: itself, the members of a collection or wrapper, what an object holds."""
     if isinstance(metric, torch.nn.Module):
         return [module for module in metric.modules() if hasattr(module, "_reductions")]
+    return [found for item in _held_by(metric) if isinstance(item, torch.nn.Module) for found in _torchmetrics_in(item)]
+
+
+def _held_by(metric: Any) -> list[Any]:
+    """What an object's attributes are, and what is in those that are lists or dicts."""
     held = list(getattr(metric, "__dict__", {}).values())
     held += [item for value in held if isinstance(value, list | tuple) for item in value]
-    held += [item for value in held if isinstance(value, dict) for item in value.values()]
-    return [found for item in held if isinstance(item, torch.nn.Module) for found in _torchmetrics_in(item)]
+    return held + [item for value in held if isinstance(value, dict) for item in value.values()]
+
+
+def _own_buffer(metric: Any) -> Any:
+    """What a metric of MONAI has collected in this process; its own get_buffer waits for all ranks."""
+    buffers = [torch.stack(items) for items in metric._buffers or ()]
+    return buffers[0] if len(buffers) == 1 else buffers
 
 
 def _higher_is_better(metric: Any, part: str) -> bool | None:
@@ -272,4 +382,5 @@ def get_evaluation_metric(config: ConfigDict, ranks: Ranks, device: torch.device
     found = {key.removeprefix("metrics."): call for key, call in described if key.startswith("metrics.")}
     if "loss" in found:
         raise refused(config, ("metrics",), "'loss' is the loss's own name; give the metric another label")
-    return Metrics({label: functools.partial(make, call) for label, call in found.items()}, ranks, device)
+    settings = {key.removeprefix("metric."): make(call) for key, call in described if key.startswith("metric.")}
+    return Metrics({label: functools.partial(make, call) for label, call in found.items()}, ranks, device, settings)

@@ -44,7 +44,7 @@ class Forward:
     device: torch.device  # where the batch is moved
     precision: str = "fp32"  # fp32 | bf16 | fp16: of the forward pass and the loss, by torch.autocast
     input_key: str | None = None  # which entry of a dict batch is the input; see `data.batch.split`
-    target_key: str | None = None  # which is the target
+    target_key: batches.TargetKey = None  # which is the target
     # Of output and target: the loss and its terms; not needed to predict.
     criterion: Callable[[Any, Any], tuple[Tensor, Mapping[str, Tensor]]] | None = None
 

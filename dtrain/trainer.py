@@ -111,7 +111,7 @@ class Trainer:
         fsdp: Which parts of a sharded model are gathered at a time.
         hang_timeout_seconds: A rank that makes no progress for so long is named, and the job ends; 0: never.
         input_key: Which entry of a dict batch is the input.
-        target_key: Which entry of a dict batch is the target.
+        target_key: Which entry of a dict batch is the target; a list of several gives a dict of them.
 
     A subclass, named by `trainer.name`, may override the methods without a leading underscore. It may read `step`,
     `epoch`, `position`, `state`, `trainables`, `module`, `loaders`, `ranks`, `journal` and `progress`.
@@ -150,7 +150,7 @@ class Trainer:
         fsdp: dict | None = None,
         hang_timeout_seconds: float = 1800.0,
         input_key: str | None = None,
-        target_key: str | None = None,
+        target_key: str | list[str] | None = None,
     ) -> None:
         given: Any = parts.trainables  # the purpose at hand has what it takes
         self.parts, self.ranks, self.loaders, self.metrics = parts, parts.ranks, parts.loaders, parts.metrics

@@ -4,6 +4,7 @@ import ast
 import functools
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -51,6 +52,7 @@ OWN_SETTINGS = {
     "pictures": "dtrain.reporting.validation_pictures:picture_settings",
     "pre_trained": "dtrain.checkpoint.weights:weight_settings",
     "schedule": "dtrain.training.schedule:schedule_settings",
+    "metric": "dtrain.metrics:metric_settings",
 }
 # The schedules whose length dtrain knows and fills in; PolynomialLR's own default of 5 is hardly ever wanted.
 FILLED = {"CosineAnnealingLR": "T_max", "OneCycleLR": "total_steps", "PolynomialLR": "total_iters"}
@@ -230,6 +232,8 @@ class _Reader:
                 continue
             elif (values := self.mapping((section,), value)) is not None:
                 reader(section, values)
+        for key in [key for key in self.calls if key.startswith("metrics.")]:
+            self.metric_settings(key, self.calls[key])
 
     def wrong(self, path: KeyPath, text: str) -> None:
         self.mistakes.append(mistake(self.config, path, text))
@@ -307,6 +311,21 @@ class _Reader:
             self.has_name((section,), values)
         else:
             self.calls |= {f"metrics.{label}": call for label, call in self.labelled_metrics(values).items()}
+
+    def metric_settings(self, key: str, call: Call) -> None:
+        """Split off dtrain's own keys of a metric, as far as they are not the metric's."""
+        own, _ = _split(call.arguments, "metric")
+        if own:
+            with suppress(ConfigError):  # reported elsewhere
+                taken = call.target.keywords if isinstance(call.target, Callee) else set()
+                if not call.target.module.startswith("monai."):
+                    taken |= {"activation"}
+                own = {name: own[name] for name in own if name not in taken}
+        if own:
+            settings = self.own_call(call.path, "metric", own)
+            self.calls[f"metric.{key.removeprefix('metrics.')}"] = replace(settings, paths=call.paths)
+        rest = {name: call.arguments[name] for name in call.arguments if name not in own}
+        self.calls[key] = replace(call, arguments=rest, others=call.others | _names_of("metric"))
 
     def listed_metrics(self, values: list[Any]) -> None:
         """`[{name: A}, {name: B}]`; the index is in the label where two have the same name."""

@@ -6,20 +6,24 @@ from typing import Any, Literal
 
 import torch
 
+from dtrain.config.errors import ConfigError
+
 INPUT_KEYS = ("input", "image", "images", "x")
 TARGET_KEYS = ("target", "label", "labels", "mask", "y")
+TargetKey = str | list[str] | None
 
 
-def split(batch: Any, input_key: str | None = None, target_key: str | None = None) -> tuple[Any, Any]:
+def split(batch: Any, input_key: str | None = None, target_key: TargetKey = None) -> tuple[Any, Any]:
     """A batch as (input, target).
 
     Args:
         batch: A pair; a longer sequence, whose last element is the target and the others the inputs; or a dict.
         input_key: Which entry of a dict is the input. Default: one of INPUT_KEYS, else all but the target, as a dict.
-        target_key: Which entry of a dict is the target. Default: one of TARGET_KEYS.
+        target_key: Which entry of a dict is the target; of a list, a dict of these. Default: one of TARGET_KEYS.
 
     Raises:
         ValueError: The batch has no target.
+        ConfigError: Several entries of a dict have usual names, so that it takes a key to tell.
     """
     if isinstance(batch, Mapping):
         return _split_dict(batch, input_key, target_key)
@@ -28,32 +32,39 @@ def split(batch: Any, input_key: str | None = None, target_key: str | None = Non
     raise ValueError(f"a batch is (input, target) or a dict, found {_described(batch)}")
 
 
-def inputs(batch: Any, input_key: str | None = None, target_key: str | None = None) -> Any:
+def inputs(batch: Any, input_key: str | None = None, target_key: TargetKey = None) -> Any:
     """The input of a batch as for `split`, or without a target; a sequence of several is taken to end with one."""
     if isinstance(batch, Mapping):
-        if (target_key and target_key in batch) or _key(batch, TARGET_KEYS):
-            return _split_dict(batch, input_key, target_key)[0]
-        key = input_key or _key(batch, INPUT_KEYS)
-        return batch if key is None else batch[key]
+        key = input_key or _key(batch, INPUT_KEYS, "input_key")
+        targets = {target_key} if isinstance(target_key, str) else {*(target_key or TARGET_KEYS)}
+        return {key: batch[key] for key in batch if key not in targets} if key is None else batch[key]
     if isinstance(batch, list | tuple):
         return batch[0] if len(batch) == 1 else split(batch)[0]
     return batch
 
 
-def _split_dict(batch: Mapping[str, Any], input_key: str | None, target_key: str | None) -> tuple[Any, Any]:
-    target_key = target_key or _key(batch, TARGET_KEYS)
-    if target_key is None or target_key not in batch:
-        found, expected = ", ".join(map(repr, batch)), target_key or " or ".join(TARGET_KEYS)
+def _split_dict(batch: Mapping[str, Any], input_key: str | None, target_key: TargetKey) -> tuple[Any, Any]:
+    target_key = target_key or _key(batch, TARGET_KEYS, "target_key")
+    keys = target_key if isinstance(target_key, list) else [target_key]
+    if any(key not in batch for key in keys):
+        found, expected = ", ".join(map(repr, batch)), " and ".join(filter(None, keys)) or " or ".join(TARGET_KEYS)
         text = f"no target in a batch with the keys {found}: expected {expected}; name it with trainer.target_key"
         raise ValueError(text)
-    input_key = input_key or _key(batch, INPUT_KEYS)
+    target = {key: batch[key] for key in keys} if isinstance(target_key, list) else batch[keys[0]]
+    input_key = input_key or _key(batch, INPUT_KEYS, "input_key")
     if input_key is not None:
-        return batch[input_key], batch[target_key]
-    return {key: value for key, value in batch.items() if key != target_key}, batch[target_key]
+        return batch[input_key], target
+    return {key: value for key, value in batch.items() if key not in keys}, target
 
 
-def _key(batch: Mapping[str, Any], usual: Sequence[str]) -> str | None:
-    return next((key for key in usual if key in batch), None)
+def _key(batch: Mapping[str, Any], usual: Sequence[str], setting: str = "") -> str | None:
+    """The usual key that a batch has; with a `setting` of the trainer's, the only one, else a ConfigError names it."""
+    found = [key for key in usual if key in batch]
+    if setting and len(found) > 1:
+        keys, several = ", ".join(map(repr, batch)), " and ".join(map(repr, found))
+        text = f"trainer.{setting}: missing: of a batch with the keys {keys}, {several} may be meant; name one"
+        raise ConfigError(text + (", or a list of them" if setting == "target_key" else ""))
+    return found[0] if found else None
 
 
 def _described(batch: Any) -> str:

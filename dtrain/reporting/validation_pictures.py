@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch.utils.data import Subset
 
-from dtrain.data.batch import main_output, split
+from dtrain.data.batch import TargetKey, main_output, split
+from dtrain.data.heads import main_pair
 from dtrain.reporting.classification_errors import Error, Errors, confusion_matrix, errors_of, read, together
 from dtrain.reporting.png_drawing import Tile, extent, gray, matrix, png, sheet
 from dtrain.reporting.sample_panel import enlarged, panel
@@ -62,7 +63,7 @@ class Pictures:
         loader: Any,
         folder: Path,
         settings: Mapping[str, Any] | None,
-        keys: tuple[str | None, str | None] = (None, None),
+        keys: tuple[str | None, TargetKey] = (None, None),
     ) -> None:
         self.loader, self.folder, self.keys = loader, RunFolder(folder).pictures, keys
         self._validations = 0
@@ -104,7 +105,7 @@ class Album:
         if self._problem or self._kind == "dense":
             return
         try:
-            output, target = main_output(outcome.output), main_output(outcome.target)
+            output, target = main_pair(outcome.output, outcome.target)
             self._kind = kind_of(output, target)
             if self._kind == "classes":
                 self._classes = output.shape[1]
@@ -146,7 +147,7 @@ class Album:
         dataset = self._pictures.loader.dataset.dataset
         for index in self._pictures.samples:
             outcome = forward(module, self._batch_of(index))[2]
-            output, target = _first_of(outcome.output), _first_of(outcome.target)
+            output, target = map(_first_of, main_pair(outcome.output, outcome.target))
             assert output is not None and target is not None
             shown = panel(_first_of(outcome.inputs), target, output)
             title = "   ".join((f"sample {index}", f"step {self._step}", source_of(dataset, index))).rstrip()

@@ -52,7 +52,7 @@ def evaluate(
                 total, samples = sums.get(name, (0.0, 0))
                 sums[name] = (total + value.detach().to(_sum_dtype(value)) * count, samples + count)
             with _from_section("metrics"):
-                metrics.update(outcome.output, outcome.target, of_all_ranks)
+                metrics.update(outcome.output, outcome.target, of_all_ranks, count)
             if album:
                 album.see(outcome, of_all_ranks)
         except Exception as error:
@@ -89,7 +89,7 @@ def evaluate_volumes(
     for number, output, target in outcomes:
         output, target = output.to(ranks.device), target.to(ranks.device)
         with _from_section("metrics"):
-            metrics.update(output, target, number)
+            metrics.update(output, target, number, 1)
     everybody = ranks.gather(stop())
     result = None if ranks.broadcast(any(everybody or ())) else metrics.compute()
     metrics.reset()
