@@ -15,6 +15,7 @@ from dtrain.data import rng
 from dtrain.distributed.fsdp import is_shard
 from dtrain.distributed.ranks import Ranks
 from dtrain.training.ema import EMA
+from dtrain.training.optimizer import in_the_way_of, start_momentum
 from dtrain.training.schedule import Schedule
 
 FORMAT = 1  # raised when a state of before can no longer be restored
@@ -194,7 +195,9 @@ def restore(loaded: Loaded | None, state: TrainState, trainables: Trainables, ra
         averaged = loaded and (loaded.weights if loaded.ema is None else loaded.ema)  # an average may begin now
         ranks.strategy.load_weights(trainables.ema.module, averaged)
     values = dict(loaded.state) if loaded else {}
-    ranks.strategy.load_optimizer(trainables.optimizer, values.pop("optimizer", None))
+    optimizer = trainables.optimizer
+    ranks.strategy.load_optimizer(optimizer, in_the_way_of(optimizer, values.pop("optimizer", None)))
+    start_momentum(optimizer)
     values = ranks.broadcast(values)
     if not ranks.is_main:  # all ranks add up the same sums; what was summed so far is rank 0's
         values["sums"] = dict.fromkeys(values["sums"], 0.0)
