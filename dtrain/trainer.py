@@ -182,7 +182,9 @@ class Trainer:
         # Of a sharded model, shards and the loss's own cannot be scaled in one call.
         self._to_clip = [parameters, self._loss_parameters] if self._loss_parameters else [parameters]
         self._is_first_step = True  # of this start
-        self.finite_step = FiniteStep(given.optimizer, given.scaler, self.state, on_nonfinite, self.progress.note)
+        self.finite_step = FiniteStep(
+            given.optimizer, given.scaler, self.state, on_nonfinite, self.progress.note, self.ranks
+        )
 
     @property
     def step(self) -> int:
@@ -366,6 +368,7 @@ class Trainer:
         self.vote.settle()
         if not self.state.stopped:  # else the sums go into the checkpoint, and the next start logs what this one would
             self.log()
+            self.finite_step.finish()
             self.validate()
         self.save()
         with self.activity.during("saving"):
@@ -502,7 +505,8 @@ class Trainer:
         values = self.ranks.sum_(torch.cat([torch.stack(list(sums.values())), own])).tolist()
         if slow := self.throughput.judge(values[len(sums) :]):
             self.progress.note(f"warning: {slow}")
-        return {f"train/{name}": value / self.state.samples for name, value in zip(sums, values, strict=False)}
+        samples = self.state.samples - self.state.left_out
+        return {f"train/{name}": value / samples for name, value in zip(sums, values, strict=False)} if samples else {}
 
     def save(self) -> None:
         """Save all that the training is, unless nothing happened since the last time. All ranks call it.
@@ -513,6 +517,8 @@ class Trainer:
         state, saver = self.state, self.saver
         if saver.is_saved(state.place):
             return
+        with self.activity.during("logging"):
+            self.finite_step.judge()
         with self.activity.during("saving"):
             self.ranks.agree_on_buffers(self.trainables.all)
             captured = capture(state, self.trainables, self.ranks, self.parts.seed)
@@ -542,7 +548,8 @@ class Trainer:
         try:
             yield
         except (StopWaiting, Exception) as error:
-            if not rescue(error, self.parts, self.last_step, self.state):
+            judge = functools.partial(self.finite_step.judge, alone=True)
+            if not rescue(error, self.parts, self.last_step, self.state, judge):
                 raise
             self.stop()
             self.ranks.are_lost = self.ranks.world_size > 1

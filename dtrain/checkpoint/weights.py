@@ -6,7 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -26,6 +26,7 @@ from dtrain.config.errors import ConfigError, first_few
 from dtrain.distributed.ranks import Ranks
 
 WRAPPERS = ("model_state_dict", "state_dict", "model")  # the keys under which people save a state_dict
+AVERAGES = ("state_dict_ema", "ema_state_dict", "model_ema")  # and those of averaged weights beside it
 
 
 def load_for_use(
@@ -55,7 +56,7 @@ def load_for_use(
         if chosen is None:
             return
         try:
-            weights = fitted(module, load_weights(chosen, averaged=True, is_verified=path is None))
+            weights = fitted(module, load_weights(chosen, averaged=None, is_verified=path is None))
             if criterion is not None:
                 of_loss, kept = _state_of_loss(chosen, loss is not None)
         except (CheckpointError, OSError) as error:
@@ -89,43 +90,64 @@ def _state_of_loss(path: Path, has_weights: bool) -> tuple[dict[str, Any] | None
     return None, kept
 
 
-def load_weights(path: Path, averaged: bool = False, is_verified: bool = False) -> dict[str, Any]:
+def load_weights(path: Path, averaged: bool | None = False, is_verified: bool = False) -> dict[str, Any]:
     """Weights from a checkpoint folder, a .safetensors file or a torch file, on the CPU; nothing in it is executed.
 
-    In a torch file the weights may lie under 'model_state_dict', 'state_dict' or 'model'. 'module.' (DDP) before all
-    names and '_orig_mod.' (torch.compile) anywhere are taken out of a file's names; a checkpoint folder's are kept.
+    In a torch file the weights may lie under 'model_state_dict', 'state_dict' or 'model', averaged ones under the names
+    in AVERAGES. 'module.' (DDP) before all names and '_orig_mod.' (torch.compile) anywhere are taken out of a file's
+    names; a checkpoint folder's are kept.
 
-    A checkpoint folder that was just verified is not read twice; `averaged` weights are taken where it has some.
-    Raises CheckpointError where there is no such file or no weights in it, or it is damaged or holds code.
+    A checkpoint folder that was just verified is not read twice. `averaged`: whether the averaged weights are taken;
+    None: where there are some, since it is they that a training with averaged weights has validated and tested.
+    Raises CheckpointError where there is no such file or no such weights in it, or it is damaged or holds code.
     """
     if path.is_dir():
         manifest = require_whole(path, is_verified)
-        file, key = (EMA, "ema") if averaged and EMA in manifest["files"] else (MODEL, "weights")
+        has_averaged = EMA in manifest["files"]
+        if averaged and not has_averaged:
+            raise CheckpointError(f"{path} holds no averaged weights: it was trained without trainer.ema_decay")
+        file, key = (MODEL, "weights") if averaged is False or not has_averaged else (EMA, "ema")
         state = read_torch_file(path / STATE, mmap=True)  # of which the optimizer's part is then never read
         return read_tensors(path / file, copy.deepcopy(state[key]))
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
     if path.suffix == ".safetensors":
+        if averaged and path.name != EMA:
+            raise CheckpointError(
+                f"{path} holds one set of weights; the averaged ones of a checkpoint are in its {EMA}"
+            )
         return _unwrapped_names(read_tensors(path, {}))
-    return _unwrapped_names(_find_weights(path, read_torch_file(path)))
+    return _unwrapped_names(_find_weights(path, read_torch_file(path), averaged))
 
 
-def _find_weights(path: Path, content: Any) -> dict[str, Any]:
+def has_averaged(path: Path) -> bool:
+    """Whether a checkpoint folder has averaged weights beside the others."""
+    return (path / EMA).is_file()
+
+
+def _find_weights(path: Path, content: Any, averaged: bool | None) -> dict[str, Any]:
     """The state_dict in what people save: the content itself, or what lies in it under one of the usual keys."""
-    weights = content
-    while isinstance(weights, dict) and (inner := [weights[k] for k in WRAPPERS if isinstance(weights.get(k), dict)]):
-        weights = inner[0]
-    if isinstance(weights, dict) and any(isinstance(value, torch.Tensor) for value in weights.values()):
+    weights, keys = content, {False: WRAPPERS, None: (*AVERAGES, *WRAPPERS), True: AVERAGES}[averaged]
+    while isinstance(weights, dict) and (inner := [weights[k] for k in keys if isinstance(weights.get(k), dict)]):
+        weights, keys = inner[0], WRAPPERS
+    is_found = averaged is not True or keys is WRAPPERS
+    if is_found and isinstance(weights, dict) and any(isinstance(value, torch.Tensor) for value in weights.values()):
         return weights
     found = f"the keys {list(weights)[:10]}" if isinstance(weights, dict) else f"a {type(weights).__name__}"
+    what = "averaged weights" if averaged else "weights"
     raise CheckpointError(
-        f"{path} holds no weights but {found}. Possible: a state_dict, or one under {', '.join(WRAPPERS)}."
+        f"{path} holds no {what} but {found}. Possible: a state_dict, or one under {', '.join(keys)}."
     )
 
 
 def _unwrapped_names(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """The same weights without what DDP and torch.compile put into names, in whatever order they were applied."""
+    """The same weights without what DDP and torch.compile put into names, in whatever order they were applied.
+
+    torch's AveragedModel adds the number of averages to the module's weights.
+    """
     weights = {str(name).replace("_orig_mod.", ""): value for name, value in weights.items()}
+    if weights.keys() - {"n_averaged"} and all(name.startswith("module.") or name == "n_averaged" for name in weights):
+        weights.pop("n_averaged", None)
     while weights and all(name.startswith("module.") for name in weights):
         weights = {name.removeprefix("module."): value for name, value in weights.items()}
     return weights
@@ -142,12 +164,18 @@ def fitted(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> dict[str
 
 
 def weight_settings(
-    *, path: str, rename: dict[str, str] | None = None, leave_out: list[str] | None = None, partial: bool = False
+    *,
+    path: str,
+    weights: Literal["raw", "averaged"] | None = None,
+    rename: dict[str, str] | None = None,
+    leave_out: list[str] | None = None,
+    partial: bool = False,
 ) -> dict[str, Any]:
     """The keys under `trainer.pre_trained`, where it is more than a path.
 
     Args:
         path: A checkpoint or weight file.
+        weights: raw | averaged. Default: the averaged ones where there are some, to which the run's figures belong.
         rename: Regular expressions, each with what takes the place of what it finds in a name of the file (groups as
             in re.sub); one after another, in this order.
         leave_out: Regular expressions of names, as renamed, that are not loaded: the model's own begin as they are.

@@ -29,7 +29,9 @@ class Evidence:
         loaders = self.parts.loaders
         if error is None or self.activity.phase not in ("validation", "test"):
             shard: Any = loaders.train.shard if loaders.train else None
-            return next(iter(shard.batches_from(self.state.epoch, self.activity.batch_start, 1)), []) if shard else []
+            # What shows only where figures are logged, began with the step that the training now stands before.
+            begin = self.state.position if self.activity.phase == "logging" else self.activity.batch_start
+            return next(iter(shard.batches_from(self.state.epoch, begin, 1)), []) if shard else []
         loader: Any = loaders.test if self.activity.phase == "test" else loaders.val
         number = getattr(error, "batch_number", None)  # none where it was not the model, the loss or a metric
         if loader is None or number is None:

@@ -2,23 +2,41 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dtrain.config.errors import mark_section
+from dtrain.distributed.ranks import Ranks
 from dtrain.training.state import TrainState
+
+_MOST_STEPS = 1000  # after which the host looks at their norms, however seldom figures are logged
+_LEAST_SCALE = 1.0  # of fp16's loss: what is not finite at a smaller one is not so for its scale
+_MOST_NAMED = 8  # steps in a message
 
 
 class NonFiniteError(ArithmeticError):
     """The loss or a gradient became NaN or infinite; the weights are those of before that step."""
 
 
+class _Step(NamedTuple):
+    """A step that the host has not looked at."""
+
+    number: int
+    position: int  # in the epoch, where it begins
+    samples: int  # since figures were last logged, before it
+    norm: Tensor  # of its gradients, the same on all ranks
+    has_finite_loss: Tensor | None  # on this rank; with fp16
+
+
 class FiniteStep:
     """Steps unless a gradient is not finite; counts the steps that are skipped, or ends the training.
 
-    With fp16 it steps through the loss's scaler; `say` is given a line for skipped steps.
+    Where the device alone knows whether a step was taken (fused optimizers), `judge` finds out later, without a wait in
+    each step; if bad steps end the training, the device takes none after the first. With fp16 it steps through the
+    loss's scaler: a gradient that is too large for fp16 lowers the scale, and is an error only where no scale helps.
+    `say` is given a line for skipped steps.
     """
 
     def __init__(
@@ -28,64 +46,173 @@ class FiniteStep:
         state: TrainState,
         on_nonfinite: Literal["stop", "skip"],
         say: Callable[[str], None],
+        ranks: Ranks,
     ) -> None:
         self.optimizer, self.scaler, self.state = optimizer, scaler, state
-        self.on_nonfinite, self._say = on_nonfinite, say
-        self._bad_steps = torch.zeros((), device=state.device)  # since the last look at them
-        self._buffers: list[tuple[Tensor, Tensor]] = []  # of floating point, each with its copy of the last good step
+        self._skips, self._say, self._ranks = on_nonfinite == "skip", say, ranks
+        self._steps: list[_Step] = []  # since the last look at them
+        self._was_bad = torch.zeros((), device=state.device)  # 1 from the first bad step on
+        self._buffers: list[tuple[dict[str, Tensor | None], str]] = []  # their modules' own, each with a name
+        self._kept: list[Tensor | None] = []  # their copies of the last good step
+        self._sums: dict[str, tuple[Tensor, Tensor]] = {}  # of figures, each with its copy
 
     def begin(self, module: torch.nn.Module) -> None:
         """The module is about to be trained: where bad steps are skipped, its buffers are put back after them.
 
         A forward with NaN would leave it in running statistics for good. Sparse and expanded ones are constants.
         """
-        buffers = module.buffers() if self.on_nonfinite == "skip" else ()
-        plain = [buffer for buffer in buffers if buffer.is_floating_point() and buffer.layout == torch.strided]
-        self._buffers = [(buffer, buffer.detach().clone()) for buffer in plain if 0 not in buffer.stride()]
+        if self._skips:
+            owners = [part._buffers for part in module.modules()]
+            self._buffers = [(owner, name) for owner in owners for name in owner]
+            self._kept = [_copy(owner[name]) for owner, name in self._buffers]
+            self._sums = {name: (total, total.clone()) for name, total in self.state.sums.items()}
 
     def take(self, norm: Tensor) -> None:
         """optimizer.step(), unless the norm of the reduced gradients, equal on all ranks, is not finite.
 
-        Where the host knows of it, `judge` follows.
+        Where the host knows of it, and it may end the training, `judge` follows.
         """
+        state = self.state
+        if len(self._steps) == _MOST_STEPS:
+            self.judge()
+        loss = torch.isfinite(state.sums["loss"]) if self.scaler else None
+        self._steps.append(_Step(state.step + 1, state.position, state.samples, norm, loss))
+        is_good: bool | None = None  # known to the device alone
+        is_fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)
         try:
             if self.scaler:  # skips a step that overflowed, and lowers its scale
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
-            elif getattr(self.optimizer, "_step_supports_amp_scaling", False):  # fused: the device skips, nobody waits
+                is_good = None if is_fused else math.isfinite(norm.item())  # for which it has waited itself
+            elif is_fused:
                 bad = torch.isfinite(norm).logical_not().float()
-                self.optimizer.found_inf = bad
+                self.optimizer.found_inf = bad if self._skips else torch.maximum(self._was_bad, bad, out=self._was_bad)
                 self.optimizer.step()
-                self._bad_steps += bad
-            elif math.isfinite(norm.item()):
+            elif is_good := math.isfinite(norm.item()):
                 self.optimizer.step()
-            else:
-                self._bad_steps += 1
-                self.judge()
         except Exception as error:
             mark_section(error, "optimizer")
             raise
-        if self._buffers:
-            self._keep_or_put_back(norm)
+        if self._skips:
+            self._keep_or_put_back(torch.isfinite(norm) if is_good is None else is_good)
+        elif is_good is False:
+            self.judge()
 
-    def judge(self) -> None:
-        """Count the steps skipped since the last look, or raise NonFiniteError for them; the same on every rank."""
-        bad = int(self._bad_steps.item())
-        if not bad:
+    def judge(self, alone: bool = False) -> None:
+        """Look at the steps since the last time: count those that were not taken, or raise NonFiniteError for them.
+
+        All ranks call it, with the same result; `alone`: without the others, which may be gone.
+        """
+        steps, self._steps = self._steps, []
+        state = self.state
+        norms = torch.stack([step.norm for step in steps]).tolist() if steps else []
+        if all(map(math.isfinite, norms)):
+            state.overflows = 0 if steps else state.overflows
             return
-        self._bad_steps.zero_()
-        self.state.skipped += bad
-        norm = float(self.state.grad_norm)
-        text = f"step {self.state.step + 1}: loss or gradient not finite (gradient norm {norm})"
-        if self.on_nonfinite == "stop":
-            cure = "trainer.on_nonfinite=skip would continue"
-            raise NonFiniteError(f"{text}; the weights are those of before it. {cure}")
-        self._say(f"{text}; skipped, {self.state.skipped} so far")
+        ends = [*(step.samples for step in steps[1:]), state.samples]
+        bad, overflows = [], []
+        for step, end, norm, may_overflow in zip(steps, ends, norms, self._may_overflow(steps, alone), strict=True):
+            if math.isfinite(norm):
+                state.overflows = 0
+                continue
+            state.skipped += 1
+            state.overflows += may_overflow
+            state.left_out += end - step.samples if self._skips else 0  # their losses are no longer in the sums
+            (overflows if may_overflow else bad).append((step, norm))
+        if bad:
+            self._restore_scale(len(bad))
+            self._tell(bad, "loss or gradient not finite")
+        if overflows:
+            self._tell_overflows(overflows)
+
+    def finish(self) -> None:
+        """At a training's end: if none of its steps was taken, that is an error, or said where bad ones are skipped.
+
+        fp16's scale may have had no time to fall far enough.
+        """
+        if self.state.step and self.state.skipped == self.state.step:
+            text = f"none of {self.state.step} steps was taken, since loss or gradient was not finite in any"
+            if not self._skips:
+                raise NonFiniteError(text)
+            self._say(f"warning: {text}")
+
+    def _may_overflow(self, steps: list[_Step], alone: bool) -> list[bool]:
+        """Of each step, whether it may be an overflow: with fp16, where the loss is finite on all ranks."""
+        flags = [step.has_finite_loss for step in steps if step.has_finite_loss is not None]
+        if not flags:
+            return [False] * len(steps)
+        counts = torch.stack(flags).float()
+        world_size = 1 if alone else self._ranks.world_size
+        return [count == world_size for count in (counts if alone else self._ranks.sum_(counts)).tolist()]
+
+    def _tell_overflows(self, steps: list[tuple[_Step, float]]) -> None:
+        """Say that gradients were too large for fp16; where they still are at the least scale, it was not for that."""
+        assert self.scaler is not None
+        scale, count = self.scaler.get_scale(), self.state.overflows
+        if not count or scale >= _LEAST_SCALE:
+            self._say(f"{_named(steps)}: gradient too large for fp16, not taken; the loss's scale is {scale:g} now")
+            return
+        self.state.overflows = 0
+        self._restore_scale(count)
+        what = f"gradient not finite in {count} steps in a row, however small fp16's scale of the loss"
+        self._tell(steps, f"{what}; trainer.precision=bf16 has fp32's range")
+
+    def _restore_scale(self, count: int) -> None:
+        """Take so many of fp16's reductions back, which were for nothing: the scale grows once in 2,000 steps."""
+        if self.scaler:
+            scale = self.scaler.get_scale() / self.scaler.get_backoff_factor() ** count
+            self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": scale})
+
+    def _tell(self, steps: list[tuple[_Step, float]], what: str) -> None:
+        """Say that steps were skipped, or raise NonFiniteError for the first, which the training then stands before."""
+        state, (first, norm) = self.state, steps[0]
+        if self._skips:
+            self._say(f"{_named(steps)}: {what} (gradient norm {norm}); skipped, {state.skipped} so far")
+            return
+        if self.scaler is None:  # the device has taken no step since
+            state.step, state.position = first.number - 1, first.position
+        is_late = first.number <= state.step
+        weights = "later steps were taken" if is_late else "the weights are those of before it"
+        text = f"step {first.number}: {what} (gradient norm {norm}); {weights}"
+        raise NonFiniteError(f"{text}. trainer.on_nonfinite=skip would continue")
 
     @torch.no_grad()
-    def _keep_or_put_back(self, norm: Tensor) -> None:
-        """Keep the buffers, or put them back where the norm of the gradients is not finite; the host does not wait."""
-        is_good = torch.isfinite(norm)
-        for buffer, kept in self._buffers:
-            kept.copy_(torch.where(is_good, buffer, kept))
-            buffer.copy_(kept)
+    def _keep_or_put_back(self, is_good: bool | Tensor) -> None:
+        """Keep buffers and sums as they are, or put them back as they were; the host waits for no device."""
+        for number, (owner, name) in enumerate(self._buffers):
+            kept, buffer = self._kept[number], owner[name]
+            if kept is None or buffer is None or kept.shape != buffer.shape:  # one that was made, or grew, in a step
+                if bool(is_good):
+                    self._kept[number] = _copy(buffer)
+                elif kept is not None:
+                    owner[name] = kept.clone()
+            else:
+                _choose(is_good, buffer, kept)
+        for name, total in self.state.sums.items():
+            known, kept = self._sums.get(name, (None, total))
+            if known is not total:  # a new one, or one that begins again
+                self._sums[name] = total, (kept := torch.zeros_like(total))
+            _choose(is_good, total, kept)
+
+
+def _choose(is_good: bool | Tensor, value: Tensor, kept: Tensor) -> None:
+    """Make both of them the value, or what was kept."""
+    if isinstance(is_good, Tensor):
+        value.copy_(kept.copy_(torch.where(is_good, value, kept)))
+    elif is_good:
+        kept.copy_(value)
+    else:
+        value.copy_(kept)
+
+
+def _copy(buffer: Tensor | None) -> Tensor | None:
+    """A copy of a buffer that training may change."""
+    is_plain = buffer is not None and buffer.layout == torch.strided and 0 not in buffer.stride()
+    return buffer.detach().clone() if buffer is not None and is_plain else None
+
+
+def _named(steps: list[tuple[_Step, float]]) -> str:
+    numbers = [step.number for step, _ in steps]
+    if len(numbers) > _MOST_NAMED:
+        return f"{len(numbers)} steps from {numbers[0]} to {numbers[-1]}"
+    return f"step{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"

@@ -1,6 +1,7 @@
 """get_optimizer: the optimizer over the parameters that are trained."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def get_optimizer(config: ConfigDict, model: torch.nn.Module, loss: torch.nn.Mod
     chosen = {"fused", "foreach", "capturable", "differentiable"} & set(config.optimizer)
     if on_gpu and not chosen and "fused" in optimizer.defaults and type(optimizer).__module__.startswith("torch."):
         optimizer = build(config, "optimizer", parameters, fused=True)
-    _start_momentum(optimizer)
+    start_momentum(optimizer)
     return optimizer
 
 
@@ -54,7 +55,20 @@ def require_trained(optimizer: Optimizer, module: torch.nn.Module, of_loss: torc
         )
 
 
-def _start_momentum(optimizer: Optimizer) -> None:
+def in_the_way_of(optimizer: Optimizer, state: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """A saved state for an optimizer that may compute in another way: fused on a GPU what began on a CPU.
+
+    By these keys torch finds the way that it goes in a step, and the device of a step's number, while what the fused
+    way alone understands (`found_inf`) follows from how the optimizer was made.
+    """
+    if state is None or len(state["param_groups"]) != len(optimizer.param_groups):  # which torch refuses
+        return state
+    ways = ("fused", "foreach", "capturable", "differentiable")
+    own = [{key: group[key] for key in ways if key in group} for group in optimizer.param_groups]
+    return {**state, "param_groups": [saved | way for saved, way in zip(state["param_groups"], own, strict=True)]}
+
+
+def start_momentum(optimizer: Optimizer) -> None:
     """Let fused SGD's momentum begin at zero, from which the first step makes the gradient, as without it.
 
     torch leaves it as whatever lay in memory where the first step is skipped (torch/optim/sgd.py, _fused_sgd), as
@@ -67,4 +81,5 @@ def _start_momentum(optimizer: Optimizer) -> None:
             optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
             continue
         for parameter in group["params"]:
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            if optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

@@ -36,7 +36,7 @@ def replay(forward: Forward, module: torch.nn.Module, loader: TrainLoader, folde
     _restore_loss(forward.criterion, loaded)
     yield f"step {state['step'] + 1} in epoch {state['epoch'] + 1}, as on {state['world_size']} rank(s)"
     if not state["exact"]:
-        yield "the weights are those at the last log point, some steps later: the device had skipped the bad step"
+        yield "it was found some steps later: running statistics and dropout, with fp16 also weights, are those of then"
     for rank in range(state["world_size"]):
         yield from _of_rank(forward, module, loader, state, rank)
 

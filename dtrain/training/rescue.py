@@ -1,5 +1,6 @@
 """A step that is abandoned halfway: the last whole one is saved, without the other ranks' help."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -38,16 +39,17 @@ class LastStep:
         return rng.get_state() | self._generators
 
 
-def rescue(error: BaseException, parts: Parts, last: LastStep, state: TrainState) -> bool:
+def rescue(error: BaseException, parts: Parts, last: LastStep, state: TrainState, judge: Callable[[], None]) -> bool:
     """Save the last whole step, where an error is how a wait ends after a request to stop; False for any other error.
 
     The other ranks, or this one, are stuck in the next step. Each rank leaves what only it knows in the mailbox; rank 0
     writes. Where a note is missing, what follows is the same training, but with other random numbers. Of a sharded
     model, no rank has the weights: there, the next start resumes from the last checkpoint. True says that this rank has
-    done what it could.
+    done what it could. `judge` counts the steps that the device has skipped meanwhile.
 
     Raises:
         Exception: Another rank has failed, and the launcher ends this one for it.
+        NonFiniteError: From `judge`: the last whole step is none that may be saved.
     """
     if is_closed_for_another():
         raise error if isinstance(error, Exception) else DistError("another rank has failed") from None
@@ -63,6 +65,7 @@ def rescue(error: BaseException, parts: Parts, last: LastStep, state: TrainState
         return True
     notes = ranks.mailbox.notes("abandoned", NOTES_SECONDS)
     if not saver.is_saved(state.place):
+        judge()
         generators = {rank: its_generators for rank, (its_generators, _) in notes.items()}
         captured = capture(state, parts.trainables, ranks, parts.seed, generators)
         captured[0]["sums"] = {name: sum(each.get(name, 0.0) for _, each in notes.values()) for name in sums}

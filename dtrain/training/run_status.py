@@ -113,7 +113,8 @@ def _finish_journal(parts: Parts, ending: Ending) -> str:
     """Returns how to send what was not delivered, if anything was not."""
     folder = parts.saver.checkpoints.folder
     weights = next((link for link in (folder / "best", folder / "last") if link.exists()), None)
-    # By its name in the run folder, which may itself be a link to another disk.
-    for file in (folder.absolute() / weights.resolve().name).glob("*.safetensors") if weights else ():
-        parts.journal.artifact(str(file), "model")
+    # By its name in the run folder, which may itself be a link to another disk. First the averaged weights, if any.
+    files = sorted((folder.absolute() / weights.resolve().name).glob("*.safetensors")) if weights else []
+    for number, file in enumerate(files):
+        parts.journal.artifact(str(file), "model/raw" if number else "model")
     return parts.journal.finish(ending.status, ending.reason, ending.exit_status)

@@ -20,7 +20,7 @@ from dtrain.checkpoint.checkpoint_files import LOSS, Loaded, load
 from dtrain.checkpoint.checkpoint_folder import Checkpoints
 from dtrain.checkpoint.contents import CheckpointError
 from dtrain.checkpoint.resume import ResumeError, Start, find_start
-from dtrain.checkpoint.weights import load_weights, misfits_of, take_over
+from dtrain.checkpoint.weights import has_averaged, load_weights, misfits_of, take_over
 from dtrain.config.build import build, defaults
 from dtrain.config.check import notes
 from dtrain.config.errors import ConfigError, first_few, to_plain
@@ -317,12 +317,14 @@ def _load_pre_trained(
     config: ConfigDict, module: Module, wish: str | Mapping[str, Any], say: Callable[[str], None]
 ) -> None:
     rules = {"path": wish} if isinstance(wish, str) else dict(wish)
-    path = rules.pop("path")
+    path, averaged = rules.pop("path"), {"raw": False, "averaged": True}.get(rules.pop("weights", None))
     try:
-        lines = take_over(module, load_weights(Path(path)), **rules)
+        lines = take_over(module, load_weights(Path(path), averaged), **rules)
     except (CheckpointError, OSError, ValueError) as error:
         text = str(error) if isinstance(error, CheckpointError | OSError) else f"{path} {error}"
         raise refused(config, ("trainer", "pre_trained"), text) from error
+    if averaged is None and has_averaged(Path(path)):
+        say(f"{path}: its averaged weights, as it was validated and tested; pre_trained.weights: raw takes the others")
     for line in [f"{path}: {len(lines)} entries were not taken over", *lines] if lines else []:
         say(line)
 

@@ -17,12 +17,13 @@ from dtrain.distributed.fsdp import is_shard
 from dtrain.distributed.ranks import Ranks
 from dtrain.loss import Criterion
 from dtrain.training.ema import EMA
+from dtrain.training.optimizer import in_the_way_of, start_momentum
 from dtrain.training.schedule import Schedule
 
 FORMAT = 1  # raised when a state of before can no longer be restored
 PLAIN_FIELDS = (
     *("step", "epoch", "position", "best", "bad_validations", "validated_step", "score"),
-    *("rate", "skipped", "samples"),
+    *("rate", "skipped", "overflows", "samples", "left_out"),
 )
 
 
@@ -40,8 +41,10 @@ class TrainState:
     score: float | None = None  # of the last validation
     rate: float = 0.0  # the learning rate of the last step
     grad_norm: Tensor = field(init=False)  # of the last step's gradients, on the device
-    skipped: int = 0  # steps whose loss or gradient was not finite
+    skipped: int = 0  # steps that were not taken, since their loss or gradient was not finite
+    overflows: int = 0  # the last so many of them, in a row, which were perhaps too large for fp16
     samples: int = 0  # samples of all ranks since figures were last logged
+    left_out: int = 0  # those of them whose losses are not in the sums
     sums: dict[str, Tensor] = field(init=False)  # this rank's since then, on the device: of the loss, and loss_<term>
     stopped: bool = False  # all ranks agreed to stop early
     ended: str = ""  # why the training ended before its limits
@@ -70,7 +73,7 @@ class TrainState:
     def clear(self) -> None:
         """Begin new sums: the old ones were logged."""
         self.sums = {"loss": self._zero()}
-        self.samples = 0
+        self.samples = self.left_out = 0
 
     def _zero(self) -> Tensor:
         # Apple's GPUs have no float64.
@@ -85,7 +88,7 @@ class TrainState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         for name in PLAIN_FIELDS:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, getattr(self, name)))  # checkpoints of before lack some
         self.grad_norm.fill_(state["grad_norm"])
         self.sums = {name: self._zero().fill_(value) for name, value in state["sums"].items()}
 
@@ -231,11 +234,15 @@ def restore(loaded: Loaded | None, state: TrainState, trainables: Trainables, ra
     assert trainables.optimizer is not None and trainables.schedule is not None
     ranks.strategy.load_weights(trainables.module, loaded.weights if loaded else None)
     if trainables.ema:
-        ranks.strategy.load_weights(trainables.ema.module, loaded.ema if loaded else None)
+        averaged = loaded and (loaded.weights if loaded.ema is None else loaded.ema)  # an average may begin now
+        ranks.strategy.load_weights(trainables.ema.module, averaged)
     for name, part in _parts_of_loss(trainables).items():
-        ranks.strategy.load_weights(part, loaded.others.get(name) if loaded else None)
+        others = loaded.others if loaded else {}
+        ranks.strategy.load_weights(part, others.get(name, others.get(LOSS)))
     values = dict(loaded.state) if loaded else {}
-    ranks.strategy.load_optimizer(trainables.optimizer, values.pop("optimizer", None))
+    optimizer = trainables.optimizer
+    ranks.strategy.load_optimizer(optimizer, in_the_way_of(optimizer, values.pop("optimizer", None)))
+    start_momentum(optimizer)
     values = ranks.broadcast(values)
     if not ranks.is_main:  # all ranks add up the same sums; what was summed so far is rank 0's
         values["sums"] = dict.fromkeys(values["sums"], 0.0)

@@ -1,8 +1,12 @@
 """Weights for use: the averaged ones of the best checkpoint, or those of a file; what does not fit is one message."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
+from whole_runs import Place, figures, last
 
 from dtrain.checkpoint import checkpoint_files
 from dtrain.checkpoint.checkpoint_files import load
@@ -101,3 +105,57 @@ def test_an_entry_that_is_not_a_tensor_is_named_with_its_type():
         "missing in the file: _extra_state (dict)",
         "not in the model: more (2,)",
     ]
+
+
+AVERAGING = {"trainer.ema_decay": 0.95, "optimizer.lr": 0.5, "trainer.pictures": False}
+STILL = {"trainer.max_steps": 1, "optimizer.lr": 0.0, "trainer.max_epochs": None}
+
+
+def test_a_training_begins_with_the_weights_that_another_ones_figures_belong_to(place: Place) -> None:
+    place.run(place.config("averaging", **AVERAGING))
+    best = place.path("averaging") / "checkpoints" / "best"
+    step = json.loads((best / "manifest.json").read_text())["step"]
+    raw, averaged = (load_file(best / f"{name}.safetensors")["layers.0.weight"] for name in ("model", "ema"))
+    assert not torch.allclose(raw, averaged, atol=1e-3)
+
+    def begun(name: str, wish: object) -> str:
+        text = place.run(place.config(name, **STILL, **{"trainer.pre_trained": wish})).stdout
+        assert ("its averaged weights, as it was validated and tested" in text) is ("raw" not in name)
+        return text
+
+    begun("from-best", str(best))
+    assert torch.equal(last(place.path("from-best")).weights["layers.0.weight"], averaged)
+    # Nothing is learnt at a rate of 0, so that the validation is that of the best checkpoint.
+    figure = figures(place.path("averaging"))["val/loss"][step]
+    assert figures(place.path("from-best"))["val/loss"][1] == pytest.approx(figure, rel=1e-5)
+    begun("from-raw", {"path": str(best), "weights": "raw"})
+    assert figures(place.path("from-raw"))["val/loss"][1] != pytest.approx(figure, rel=1e-3)
+    assert torch.equal(last(place.path("from-raw")).weights["layers.0.weight"], raw)
+    sent = [json.loads(line) for line in (place.path("averaging") / "metrics.jsonl").read_text().splitlines()]
+    places = {line["path"].rpartition("/")[2]: line["to"] for line in sent if line["kind"] == "artifact"}
+    assert (places["ema.safetensors"], places["model.safetensors"]) == ("model", "model/raw")
+    config = place.config("from-none", **STILL)
+    wish = f"trainer.pre_trained={{path: {place.path('from-raw')}/checkpoints/last, weights: averaged}}"
+    text = place.run(config, wish, expect=2).stderr
+    assert "trainer.pre_trained" in text and "holds no averaged weights: it was trained without" in text
+    text = place.run(config, wish.replace("averaged}", "average}"), expect=2).stderr
+    assert "expected one of 'raw', 'averaged'" in text and "Traceback" not in text
+
+
+def test_averaged_weights_in_files_of_other_programs(tmp_path):
+    model = nn.Linear(2, 1)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    for file, content in {
+        "timm.pth": {"state_dict": filled(1), "state_dict_ema": filled(2)},
+        "torchvision.pth": {"model": filled(1), "model_ema": {f"module.{k}": v for k, v in filled(2).items()}},
+        "nested.pth": {"model": filled(1), "model_ema": {"state_dict": filled(2)}},
+    }.items():
+        torch.save(content, tmp_path / file)
+        found = [load_weights(tmp_path / file, averaged)["bias"].item() for averaged in (None, True, False)]
+        assert found == [2, 2, 1], file
+    torch.save({"model": filled(1)}, tmp_path / "plain.pth")
+    assert load_weights(tmp_path / "plain.pth", None)["bias"].item() == 1
+    with pytest.raises(CheckpointError, match="holds no averaged weights but the keys"):
+        load_weights(tmp_path / "plain.pth", averaged=True)
+    torch.save(average.state_dict(), tmp_path / "swa.pth")
+    assert load_weights(tmp_path / "swa.pth").keys() == model.state_dict().keys()

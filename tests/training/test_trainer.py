@@ -141,18 +141,25 @@ def test_a_training_of_before_the_new_layout_resumes_as_if_it_had_never_stopped(
     config["optimizer"] = {"name": "AdamW", "lr": 0.01}
     config["lr_scheduler"] = {"name": "ExponentialLR", "gamma": 0.9, "interval": "step", "warmup_steps": 3}
     config["trainer"] = {"max_steps": 9, "checkpoint_dir": str(tmp_path / "run"), "pictures": False, "ema_decay": 0.9,
-                         "accumulate": 2}  # fmt: skip
+                         "accumulate": 2, "checkpoint_every_steps": 1, "keep_last": 9}  # fmt: skip
     whole = copy.deepcopy(config)
     whole["trainer"]["checkpoint_dir"] = str(tmp_path / "whole")
     resumed = dtrain.create_trainer(config)
     assert (resumed.step, resumed.epoch, resumed.position) == (5, 0, 640)
     assert resumed.fit() == dtrain.create_trainer(whole).fit() == "FINISHED"
 
-    def weights(run: str, name: str) -> dict[str, torch.Tensor]:
-        return load_file(tmp_path / run / "checkpoints" / "last" / name)
+    def weights(run: str, step: int, name: str = "model") -> dict[str, torch.Tensor]:
+        return load_file(tmp_path / run / "checkpoints" / f"step-{step:08d}" / f"{name}.safetensors")
 
-    for name in ("model.safetensors", "ema.safetensors"):
-        for key, value in weights("whole", name).items():
-            torch.testing.assert_close(weights("run", name)[key], value, rtol=1e-4, atol=1e-6)
+    for key, value in weights("whole", 9).items():
+        torch.testing.assert_close(weights("run", 9)[key], value, rtol=1e-4, atol=1e-6)
+    # The average was written before it had a ramp, which it has from here on.
+    average = weights("run", 5, "ema")
+    for number in range(5, 9):
+        keeps = min(0.9, (1 + number) / (10 + number))
+        newest = weights("run", number + 1)
+        average = {key: keeps * value + (1 - keeps) * newest[key] for key, value in average.items()}
+    for key, value in weights("run", 9, "ema").items():
+        torch.testing.assert_close(average[key], value, rtol=1e-4, atol=1e-6)
     journal = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["attempt"] for line in journal if line["kind"] == "start"] == [1, 2]
