@@ -450,7 +450,9 @@ class Trainer:
         """
         with self.activity.during("test"):
             self.saver.wait()
-            load_for_use(self.module, self.ranks, self.saver.checkpoints, checkpoint, criterion=self.trainables.criterion)
+            load_for_use(
+                self.module, self.ranks, self.saver.checkpoints, checkpoint, criterion=self.trainables.criterion
+            )
             figures = self.evaluate("test", self.trainables.compiled)
             if figures:
                 self.progress.evaluation("test", self.step, figures)

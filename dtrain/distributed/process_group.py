@@ -72,6 +72,9 @@ def _join(found: Environment, device: Any, backend: str | None, timeout_seconds:
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # what it asks for is done here, and not where the config says ddp
     if device.type == "cuda":
         export_local_rank(device.index)  # where ranks share a GPU, accelerate must see the device's index
+    if options.get("comm_hook") == "bf16" and (backend or default) == "gloo":
+        possible = "no, fp16, power_sgd, batched_power_sgd"
+        raise ConfigError(f"trainer.ddp.comm_hook: bf16 needs NCCL, and these ranks use gloo; possible: {possible}")
     if "comm_hook" in options:
         options["comm_hook"] = DDPCommunicationHookType(options["comm_hook"])
     handlers = [DistributedDataParallelKwargs(**options)] if options else []

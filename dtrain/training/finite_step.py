@@ -32,16 +32,19 @@ class FiniteStep:
         self.optimizer, self.scaler, self.state = optimizer, scaler, state
         self.on_nonfinite, self._say = on_nonfinite, say
         self._bad_steps = torch.zeros((), device=state.device)  # since the last look at them
-        self._buffers: list[tuple[Tensor, Tensor]] = []  # of floating point, each with its copy of the last good step
+        # Of floating point, by the module that has it and its name, each with its copy of the last good step.
+        self._buffers: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
 
     def begin(self, module: torch.nn.Module) -> None:
         """The module is about to be trained: where bad steps are skipped, its buffers are put back after them.
 
-        A forward with NaN would leave it in running statistics for good. Sparse and expanded ones are constants.
+        A forward with NaN would leave it in running statistics for good. A forward may also put a new tensor in a
+        buffer's place, so they are looked up by name. Sparse and expanded ones are constants.
         """
-        buffers = module.buffers() if self.on_nonfinite == "skip" else ()
-        plain = [buffer for buffer in buffers if buffer.is_floating_point() and buffer.layout == torch.strided]
-        self._buffers = [(buffer, buffer.detach().clone()) for buffer in plain if 0 not in buffer.stride()]
+        owners = [part._buffers for part in module.modules()] if self.on_nonfinite == "skip" else []
+        named = [(owner, name, item) for owner in owners for name, item in owner.items() if item is not None]
+        plain = [each for each in named if each[2].is_floating_point() and each[2].layout == torch.strided]
+        self._buffers = [(*each, item.detach().clone()) for *each, item in plain if 0 not in item.stride()]  # type: ignore[misc]
 
     def take(self, norm: Tensor) -> None:
         """optimizer.step(), unless the norm of the reduced gradients, equal on all ranks, is not finite.
@@ -86,6 +89,12 @@ class FiniteStep:
     def _keep_or_put_back(self, norm: Tensor) -> None:
         """Keep the buffers, or put them back where the norm of the gradients is not finite; the host does not wait."""
         is_good = torch.isfinite(norm)
-        for buffer, kept in self._buffers:
-            kept.copy_(torch.where(is_good, buffer, kept))
-            buffer.copy_(kept)
+        for index, (owner, name, kept) in enumerate(self._buffers):
+            buffer = owner[name]
+            if buffer is not None and buffer.shape == kept.shape:
+                kept.copy_(torch.where(is_good, buffer, kept))
+                buffer.detach().copy_(kept)
+            elif is_good and buffer is not None:  # it has grown
+                self._buffers[index] = owner, name, buffer.detach().clone()
+            else:
+                owner[name] = kept.clone()

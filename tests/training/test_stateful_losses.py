@@ -1,7 +1,6 @@
 """Losses with parameters, buffers or counters: trained, shared by ranks, averaged, saved and resumed as models are."""
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from whole_runs import EXACT, Place, close, equal, figures, last, same_training
+from torch import Tensor
+from whole_runs import EXACT, Place, equal, figures, last, same_training
 
 from dtrain.checkpoint.checkpoint_files import load
 
@@ -231,7 +230,8 @@ def test_what_is_tested_is_the_checkpoint_whole_with_its_loss(train: Callable[..
         ({"name": "Holder"}, {"parts_0.weight", "parts_0.bias", "factor_"}),
         ({"name": "by_head", "head": {"name": "torch.nn:Linear", "in_features": 3, "out_features": 3}},
          {"head_.weight", "head_.bias"}),
-        ({"name": "WeightedSum", "losses": [{"name": "Learned", "width": 3}, {"name": "CrossEntropyLoss", "weight": [1, 2, 1]}]},
+        ({"name": "WeightedSum", "losses": [{"name": "Learned", "width": 3},
+                                            {"name": "CrossEntropyLoss", "weight": [1.0, 2.0, 1.0]}]},
          {"parts.0.log_variance", "parts.0.prototypes", "parts.0.counts"}),
     ],
 )  # fmt: skip
