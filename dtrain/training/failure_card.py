@@ -56,6 +56,10 @@ _CURES = {  # by what the error says; the first that applies
     r"device-side assert|out of bounds|Target \d+ is out": (
         "a label is outside the model's classes: compare the labels with the number of outputs"
     ),
+    r"ranks' weights are not the same": (
+        "some gradients were not averaged: trainer.ddp.static_graph=true where one forward uses parameters several "
+        "times, checkpoint(..., use_reentrant=False); and nothing may change weights on one rank alone"
+    ),
     r"target dtype to be Long|expected scalar type Long|expected Long but got": (
         "this loss takes class labels as integers: have the dataset return label.long() (int64)"
     ),
