@@ -81,7 +81,7 @@ class Criterion:
 
 
 class _Held(torch.nn.Module):
-    """The modules and parameters in a loss that is not a module: the arguments of a function, an object's attributes."""
+    """The modules and parameters in a loss that is not a module: a function's arguments, an object's attributes."""
 
     def __init__(self, loss: Any) -> None:
         super().__init__()

@@ -36,8 +36,8 @@ PURPOSES = {  # what a config is used for: the sections that it needs, and one o
     "predict": (("model", "loaders"), ("predict", "test")),
 }
 SUMMED = (  # of a loss
-    "adds its samples up, so that gradients would depend on trainer.accumulate, on the number of ranks and on the batch "
-    "size: use reduction: mean, with an optimizer.lr that is as many times as large"
+    "adds its samples up, so that gradients would depend on trainer.accumulate, on the number of ranks and on the "
+    "batch size: use reduction: mean, with an optimizer.lr that is as many times as large"
 )
 _ANY, _SOME, _PART = (0, math.inf), (1, math.inf), (0, 1)
 RANGES: dict[str, dict[str, tuple[float, float]]] = {  # where the type alone admits more

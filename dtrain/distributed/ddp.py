@@ -51,11 +51,15 @@ class DDP:
 
     def __init__(self, ranks: Collectives, accelerator: Any = None) -> None:
         self._ranks, self._accelerator = ranks, accelerator
+        self.parameters: dict[str, torch.nn.Parameter] = {}  # by name, in the order in which the wrapper numbers them
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
         """The model as the ranks train it: in DistributedDataParallel, where there are several."""
         if self._accelerator is None or not any(item.requires_grad for item in model.parameters()):
             return model
+        # Those of now: the wrapper keeps its list where some are frozen later.
+        named = model.named_parameters()
+        self.parameters = {name.replace("_orig_mod.", ""): item for name, item in named if item.requires_grad}
         return self._accelerator.prepare_model(model)
 
     def divide(self, module: torch.nn.Module) -> torch.nn.Module:

@@ -87,6 +87,7 @@ class FSDP:
 
         self._ranks, self._options, self._syncs_buffers = ranks, options, syncs_buffers
         self._is_amid_step = False  # the next forward is not the first of its step
+        self.parameters: dict[str, torch.nn.Parameter] = {}  # nothing numbers them
         self._mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:

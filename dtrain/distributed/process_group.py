@@ -73,6 +73,9 @@ def _join(found: Environment, device: Any, backend: str | None, timeout_seconds:
     from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
 
     default = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if options.get("comm_hook") == "bf16" and (backend or default) == "gloo":
+        possible = "no, fp16, power_sgd, batched_power_sgd"
+        raise ConfigError(f"trainer.ddp.comm_hook: bf16 needs NCCL, and these ranks use gloo; possible: {possible}")
     timeout = None if timeout_seconds is None else timedelta(seconds=timeout_seconds)
     dist.init_process_group(backend or default, timeout=timeout)
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # what it asks for is done here, and not where the config says ddp

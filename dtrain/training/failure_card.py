@@ -41,7 +41,13 @@ _CURES = {  # by what the error says; the first that applies
     r"DataLoader worker .* exited|killed by signal": (  # torch does not always see the signal
         "a loader worker died: lower loaders.num_workers if memory was short; loaders.num_workers=0 shows other causes"
     ),
-    r"Expected to have finished reduction": "trainer.ddp.find_unused_parameters=true, or use these parameters",
+    r"Expected to have finished reduction": (
+        "trainer.ddp.find_unused_parameters=true, or use these parameters; freeze others before the training begins"
+    ),
+    r"ready only once": (
+        "checkpoint(..., use_reentrant=False) where the model recomputes activations; for parameters that one forward "
+        "uses several times trainer.ddp.static_graph=true (with trainer.accumulate=1)"
+    ),
     r"NonFiniteError|not finite": (
         "dtrain replay RUN_FOLDER repeats the step; a lower optimizer.lr, trainer.clip_grad_norm=1, "
         "trainer.on_nonfinite=skip"
@@ -49,6 +55,50 @@ _CURES = {  # by what the error says; the first that applies
     r"Expected more than 1 value per channel": "BatchNorm needs 2 samples per rank: loaders.train.drop_last=true",
     r"device-side assert|out of bounds|Target \d+ is out": (
         "a label is outside the model's classes: compare the labels with the number of outputs"
+    ),
+    r"ranks' weights are not the same": (
+        "some gradients were not averaged: trainer.ddp.static_graph=true where one forward uses parameters several "
+        "times, checkpoint(..., use_reentrant=False); and nothing may change weights on one rank alone"
+    ),
+    r"target dtype to be Long|expected scalar type Long|expected Long but got": (
+        "this loss takes class labels as integers: have the dataset return label.long() (int64)"
+    ),
+    r"cast to the desired output type (Long|Int|Short|Char|Byte|Bool)|Found dtype \w+ but expected (Float|Double)|"
+    r"Expected floating point type for target": (
+        "this loss takes targets as floating point numbers of the output's shape: have the dataset return "
+        "target.float(); for integer labels of classes take CrossEntropyLoss"
+    ),
+    r"must have the same dtype, but got|Input type \(.*\) and (bias|weight) type|expected scalar type": (
+        "the model's weights are float32, its inputs are not: have the dataset return x.float() (NumPy's default is "
+        "float64, pictures are bytes)"
+    ),
+    r"must be the same as input size|different to the input size|multi-target not supported|match target batch_size": (
+        "output and target differ in shape: target.unsqueeze(1) adds the channel that an output of (N, 1) has, "
+        "target.squeeze(1) removes it for class labels; else compare the model's number of outputs with the data"
+    ),
+    r"stack expects each tensor to be equal size": (
+        "samples differ in size: crop, pad or resize them in the transforms, or name a loaders.collate_fn"
+    ),
+    r"shapes cannot be multiplied|expected input\[.*channels|The size of tensor a|Sizes of tensors must match|"
+    r"should contain \d+ elements not|expected input with shape|Expected \d+D|greater than actual input size|"
+    r"Output size is too small|is invalid for input of size|size mismatch": (
+        "two shapes do not fit: compare the shape of a sample with the model's arguments (channels, features, image "
+        "size, which most networks want as a multiple of what they divide it by)"
+    ),
+    r"all elements of input should be between 0 and 1": (
+        "BCELoss takes probabilities: for a model without a sigmoid at its end take BCEWithLogitsLoss"
+    ),
+    r"does not require grad and does not have a grad_fn": (
+        "the loss depends on no parameter that is trained: nothing on the way from them may detach (argmax, .item(), "
+        "no_grad), and not all may be frozen"
+    ),
+    r"backward through the graph a second time": "what the model keeps from step to step needs detach()",
+    r"modified by an inplace operation": (
+        "replace the operation in place (x += y, relu_(), inplace=True) by one that makes a new tensor; where a model "
+        "with running statistics is called twice in a step, trainer.ddp.broadcast_buffers=false"
+    ),
+    r"on the same device|not on the expected device": (
+        "what is made in forward goes to the input's device (device=x.device); constants belong into register_buffer"
     ),
     r"No space left": "the disk is full: free some space and start again",
     r"Timed out|[Tt]imeout": "another rank did not come: look at its log; trainer.ddp.timeout_seconds",
@@ -132,17 +182,28 @@ def memory_text() -> str:
     return text
 
 
-def unused_parameters(module: torch.nn.Module, message: str) -> list[str]:
-    """The names of the parameters that DistributedDataParallel knows by number: those that had no gradient."""
-    found = re.search(r"did not receive grad for rank \d+: ([\d\s,]+)", message)
-    names = [name for name, item in module.named_parameters() if item.requires_grad]
-    return [names[int(index)] for index in re.findall(r"\d+", found[1])] if found else []
+def unused_parameters(parameters: Mapping[str, torch.nn.Parameter], message: str) -> list[str]:
+    """Names for the parameters in an error of DistributedDataParallel's, which numbers those that it was made for."""
+    found = re.search(r"(?:did not receive grad for rank \d+:|Parameter at index) ([\d\s,]+)", message)
+    names = list(parameters)
+    numbers = map(int, re.findall(r"\d+", found[1])) if found else ()
+    return [names[number] for number in numbers if number < len(names)]
+
+
+def _about_parameters(parameters: Mapping[str, torch.nn.Parameter], message: str) -> str:
+    """The message, with the names of the parameters that it numbers."""
+    if not (names := unused_parameters(parameters, message)):
+        return message
+    if "ready only once" in message:
+        return f"this parameter had its gradient twice in one backward pass: {', '.join(names)}\n{message}"
+    frozen = [name for name in names if not parameters[name].requires_grad]
+    later = f"; frozen since the training began: {', '.join(frozen)}" if frozen else ""
+    return f"these parameters had no part in the loss: {', '.join(names)}{later}\n{message}"
 
 
 def _note(evidence: Evidence, error: BaseException, consequence: bool) -> dict[str, Any]:
     message = redact("\n".join([str(error), *getattr(error, "__notes__", [])]).strip())
-    if names := unused_parameters(evidence.parts.trainables.module, message):
-        message = f"these parameters had no part in the loss: {', '.join(names)}\n{message}"
+    message = _about_parameters(evidence.parts.ranks.strategy.parameters, message)
     text = redact("".join(traceback.format_exception(error)))
     # A number that is not finite shows in the optimizer's step, which is seldom its cause.
     section = "" if isinstance(error, ArithmeticError) else getattr(error, "section", "")

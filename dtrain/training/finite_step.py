@@ -59,7 +59,8 @@ class FiniteStep:
     def begin(self, module: torch.nn.Module) -> None:
         """The module is about to be trained: where bad steps are skipped, its buffers are put back after them.
 
-        A forward with NaN would leave it in running statistics for good. Sparse and expanded ones are constants.
+        A forward with NaN would leave it in running statistics for good. A forward may also put a new tensor in a
+        buffer's place, so they are looked up by name. Sparse and expanded ones are constants.
         """
         if self._skips:
             owners = [part._buffers for part in module.modules()]

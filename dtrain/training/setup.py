@@ -109,11 +109,13 @@ def make_parts(
     spaces = {phase: space_of(_dataset(loader)) for phase, loader in loaders._asdict().items() if loader is not None}
     if ranks.is_main and purpose == "train" and (line := difference(spaces)):
         progress.note(f"loaders: {line}")
-    make_lazy_parts(module, loaders, (options["input_key"], options["target_key"]))
+    loss = get_loss_criterion(config) if config.get("loss") else None
+    keys = options["input_key"], options["target_key"]
+    make_lazy_parts(Forward(module, torch.device("cpu"), "fp32", *keys, loss), loaders)
     module = _prepared_model(config, module, options, ranks, start, progress.note)
     compiled = _compiled(module, options["compile"])
-    loss = get_loss_criterion(config).to(ranks.device) if config.get("loss") else None
-    forward = Forward(module, ranks.device, options["precision"], options["input_key"], options["target_key"], loss)
+    loss = loss and loss.to(ranks.device)
+    forward = Forward(module, ranks.device, options["precision"], *keys, loss)
     metrics = get_evaluation_metric(config, ranks, ranks.device)
     figure = _monitor(config, options, metrics)
     monitor, mode = figure.figure, options["mode"]
@@ -150,15 +152,25 @@ def _untrained(module: Module, compiled: Module, loss: Criterion | None, metrics
     return Trainables(module, compiled, compiled, criterion=loss, loss=loss.module, kept=kept)
 
 
-def make_lazy_parts(module: Module, loaders: Loaders, keys: tuple[str | None, str | None]) -> None:
+def make_lazy_parts(forward: Forward, loaders: Loaders) -> None:
     """Give lazy modules their shapes, which one batch tells: before weights are loaded and the optimizer is made."""
-    if not any(isinstance(item, UninitializedTensorMixin) for item in (*module.parameters(), *module.buffers())):
+    criterion: Any = forward.criterion
+    of_loss = criterion is not None and criterion.module is not None and _is_lazy(criterion.module)
+    if not of_loss and not _is_lazy(forward.module):
         return
-    forward = Forward(module, torch.device("cpu"), input_key=keys[0], target_key=keys[1])
-    is_training = module.training
-    with torch.no_grad():  # and no statistics
-        forward.predict(module.eval(), forward.inputs(first_batch(loaders)))
-    module.train(is_training)
+    module = forward.module.eval()  # else it would begin with statistics of this batch
+    with torch.no_grad():
+        if of_loss:
+            criterion.train(False)
+            forward(module, first_batch(loaders))
+            criterion.train()
+        else:
+            forward.predict(module, forward.inputs(first_batch(loaders)))
+    module.train()
+
+
+def _is_lazy(module: Module) -> bool:
+    return any(isinstance(item, UninitializedTensorMixin) for item in (*module.parameters(), *module.buffers()))
 
 
 def _ranks(config: ConfigDict, options: Mapping[str, Any], purpose: str) -> tuple[Ranks, Progress]:
@@ -205,8 +217,9 @@ def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, 
         text = "tests whole volumes, which a sharded model cannot; train without, then `dtrain test`"
         raise refused(config, ("loaders", "test"), text)
     per_epoch = train.steps()
-    steps = int(min(options["max_steps"] or math.inf, (options["max_epochs"] or math.inf) * per_epoch))
-    epochs = -(-steps // per_epoch)
+    most, passes = (math.inf if options[key] is None else options[key] for key in ("max_steps", "max_epochs"))
+    steps = int(min(most, passes * per_epoch))
+    length, epochs = max(1, steps), max(1, -(-steps // per_epoch))  # of a schedule, which has no length of 0
 
     trainables, decay = parts.trainables, options["ema_decay"]
     if decay is not None:
@@ -216,13 +229,13 @@ def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, 
         ranks.share_weights(own)
         trainables.loss_ema = EMA(_copied(own), decay) if decay is not None else None
     trainables.optimizer = optimizer = get_optimizer(config, trainables.module, own)
-    trainables.schedule = get_lr_scheduler(config, optimizer, steps, epochs, parts.mode)
+    trainables.schedule = get_lr_scheduler(config, optimizer, length, epochs, parts.mode)
     if options["precision"] == "fp16":
         trainables.scaler = torch.amp.GradScaler(ranks.device.type)
     if ranks.is_main:
         of_run = {"experiment": config.get("experiment") or "default", "run_name": start.run_name}
         parts.journal = build(config, "mlflow", folder=start.folder, sender=sender, **of_run)
-    rates = end_points(config, optimizer, trainables.schedule, steps, epochs)
+    rates = end_points(config, optimizer, trainables.schedule, length, epochs)
     parts.table = _table(config, options, parts, steps, rates)
     parts.loaded = _loaded(config, trainables, ranks, start)
 

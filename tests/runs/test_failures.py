@@ -119,11 +119,12 @@ def test_ddps_own_complaint_of_unused_parameters_gets_their_names_and_the_cure(p
 
 
 def test_unused_parameters_are_named_not_numbered() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
-    model[0].bias.requires_grad_(False)
+    wrapped = dict.fromkeys(["0.weight", "1.weight", "1.bias"], torch.nn.Parameter(torch.zeros(1)))
     text = "Parameter indices which did not receive grad for rank 1: 1 2\n In addition, you can set"
-    assert unused_parameters(model, text) == ["1.weight", "1.bias"]
-    assert unused_parameters(model, "something else") == []
+    assert unused_parameters(wrapped, text) == ["1.weight", "1.bias"]
+    text = "3) Reused parameters. Parameter at index 0 has been marked as ready twice."
+    assert unused_parameters(wrapped, text) == ["0.weight"]
+    assert unused_parameters(wrapped, "something else") == []
 
 
 def test_the_phase_is_what_the_loop_wrote_whatever_the_functions_are_called(place: Place) -> None:

@@ -1,7 +1,6 @@
 """Losses with parameters, buffers or counters: trained, shared by ranks, averaged, saved and resumed as models are."""
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from whole_runs import EXACT, Place, close, equal, figures, last, same_training
+from torch import Tensor
+from whole_runs import EXACT, Place, equal, figures, last, same_training
 
 from dtrain.checkpoint.checkpoint_files import load
 
@@ -215,13 +214,19 @@ def test_what_is_tested_is_the_checkpoint_whole_with_its_loss(train: Callable[..
     })  # fmt: skip
     folder = run / "checkpoints" / "best"
     model, loss = load_file(folder / "ema.safetensors"), load_file(folder / "loss-ema.safetensors")
-    x = torch.randn(7, 8, generator=torch.Generator().manual_seed(2))
-    y = (x @ torch.randn(8, 3, generator=torch.Generator().manual_seed(99))).argmax(1)
-    scores = (x @ model["layer.weight"].T + model["layer.bias"]) @ loss["prototypes"].T
-    expected = float(torch.exp(-loss["log_variance"]) * F.cross_entropy(scores, y) + loss["log_variance"])
-    assert list(figures(run)["test/loss"].values()) == [pytest.approx(expected, rel=1e-5)]
+
+    def by_hand(size: int, seed: int) -> Any:
+        x = torch.randn(size, 8, generator=torch.Generator().manual_seed(seed))
+        y = (x @ torch.randn(8, 3, generator=torch.Generator().manual_seed(99))).argmax(1)
+        scores = (x @ model["layer.weight"].T + model["layer.bias"]) @ loss["prototypes"].T
+        value = torch.exp(-loss["log_variance"]) * F.cross_entropy(scores, y) + loss["log_variance"]
+        return pytest.approx(float(value), rel=1e-5)
+
+    assert figures(run)["val/loss"][load(folder).manifest["step"]] == by_hand(11, 1)
+    expected = by_hand(7, 2)
+    assert list(figures(run)["test/loss"].values()) == [expected]
     config = dtrain.load_config(tmp_path / "tested.yaml")
-    assert dtrain.create_trainer(config, purpose="test").test()["test/loss"] == pytest.approx(expected, rel=1e-5)
+    assert dtrain.create_trainer(config, purpose="test").test()["test/loss"] == expected
     assert json.loads((run / "run.json").read_text())["state"] == "FINISHED"
 
 
@@ -231,7 +236,8 @@ def test_what_is_tested_is_the_checkpoint_whole_with_its_loss(train: Callable[..
         ({"name": "Holder"}, {"parts_0.weight", "parts_0.bias", "factor_"}),
         ({"name": "by_head", "head": {"name": "torch.nn:Linear", "in_features": 3, "out_features": 3}},
          {"head_.weight", "head_.bias"}),
-        ({"name": "WeightedSum", "losses": [{"name": "Learned", "width": 3}, {"name": "CrossEntropyLoss", "weight": [1, 2, 1]}]},
+        ({"name": "WeightedSum", "losses": [{"name": "Learned", "width": 3},
+                                            {"name": "CrossEntropyLoss", "weight": [1.0, 2.0, 1.0]}]},
          {"parts.0.log_variance", "parts.0.prototypes", "parts.0.counts"}),
     ],
 )  # fmt: skip

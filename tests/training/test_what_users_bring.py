@@ -1,0 +1,259 @@
+"""Models and settings that people bring: lazy modules, sparse gradients, weight_norm, late heads, sums, no epochs."""
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from whole_runs import Place, close, figures, last, write_config
+
+import dtrain
+from dtrain.config.check import check
+from dtrain.config.errors import ConfigError
+from dtrain.config.load import load_config
+from dtrain.loss import get_loss_criterion
+
+pytestmark = pytest.mark.timeout(600)
+
+BROUGHT = '''
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Lazy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.LazyLinear(16), nn.LazyBatchNorm1d(), nn.LazyLinear(3)
+
+    def forward(self, x):
+        return self.last(self.norm(self.first(x)).relu())
+
+
+class LazyLoss(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.LazyLinear(3)
+
+    def forward(self, output, target):
+        return F.cross_entropy(self.head(output), target)
+
+
+class Late(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.first(x)
+        if not hasattr(self, "head"):
+            self.head = nn.Linear(4, 3)
+        return self.head(x)
+
+
+class Normed(nn.Module):
+    """weight_norm and spectral_norm, of either kind."""
+
+    def __init__(self, old=True):
+        super().__init__()
+        of = nn.utils if old else nn.utils.parametrizations
+        self.first, self.last = of.weight_norm(nn.Linear(8, 4)), of.spectral_norm(nn.Linear(4, 3))
+
+    def forward(self, x):
+        return self.last(self.first(x))
+
+
+class Words(nn.Module):
+    """Several samples of a batch have the same word, so that gradients repeat rows."""
+
+    def __init__(self, sparse=True):
+        super().__init__()
+        torch.manual_seed(1)
+        self.words, self.head = nn.Embedding(10, 6, sparse=sparse), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.words((x[:, :4] * 3).long().abs() % 10).mean(1))
+
+
+class Reassigned(nn.Module):
+    """Its running mean is a new tensor after each forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 3)
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("seen", torch.zeros(0))
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+            self.seen = torch.cat([self.seen, x.detach()[:, 0]])
+        return self.layer(x - self.mean)
+'''
+SETTINGS: dict[str, Any] = {"modules": ["brought", "toy"], "trainer.pictures": False, "loaders.train": {"size": 28}}
+
+
+@pytest.fixture
+def train(here: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    (tmp_path / "brought.py").write_text(BROUGHT)
+    monkeypatch.delitem(sys.modules, "brought", raising=False)
+    return lambda name, **changes: here(name, **SETTINGS | changes)
+
+
+def points(size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randn(size, 8, generator=torch.Generator().manual_seed(seed))
+    return x, (x @ torch.randn(8, 3, generator=torch.Generator().manual_seed(99))).argmax(1)
+
+
+def test_lazy_modules_are_made_before_the_optimizer_and_resume(train: Callable[..., Path], tmp_path: Path) -> None:
+    changes = {"model": {"name": "Lazy"}, "trainer.ema_decay": 0.9, "trainer.validate_every_steps": 3}
+    train("parts", **changes, **{"trainer.max_steps": 3, "trainer.max_epochs": None})
+    weights = last(tmp_path / "run-parts").weights
+    assert weights["first.weight"].shape == (16, 8) and weights["norm.num_batches_tracked"] == 3
+    parts = train("parts", **changes, **{"trainer.max_steps": 6, "trainer.max_epochs": None})
+    whole = train("whole", **changes, **{"trainer.max_steps": 6, "trainer.max_epochs": None})
+    for name, value in last(whole).weights.items():
+        assert torch.equal(last(parts).weights[name], value), name
+    assert all(not torch.equal(weights[name], last(whole).weights[name]) for name in ("first.weight", "last.bias"))
+    config = load_config(tmp_path / "whole.yaml", ["loaders.test={size: 5}"])
+    assert "test/loss" in dtrain.create_trainer(config, purpose="test").test()
+
+
+def test_a_lazy_loss_is_made_before_the_optimizer(train: Callable[..., Path]) -> None:
+    run = train("lazy-loss", loss={"name": "LazyLoss"}, **{"trainer.max_steps": 2})
+    assert last(run).others["loss"]["head.weight"].shape == (3, 3)
+    assert len(last(run).state["optimizer"]["param_groups"]) == 2
+
+
+def test_a_head_that_forward_makes_is_named_at_the_first_step(train: Callable[..., Path]) -> None:
+    with pytest.raises(RuntimeError, match=r"never trained: head\.weight, head\.bias\. Make parameters in __init__"):
+        train("late", model={"name": "Late"})
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_weight_norm_goes_with_averaged_weights(train: Callable[..., Path], old: bool) -> None:
+    """What is validated is the averaged g and v, from which the weight follows: w = g v / |v|."""
+    run = train("normed", model={"name": "Normed", "old": old}, **{"trainer.ema_decay": 0.5, "trainer.max_steps": 5})
+    ema = load_file(run / "checkpoints" / "last" / "ema.safetensors")
+    g, v = ("first.weight_g", "first.weight_v") if old else [
+        f"first.parametrizations.weight.original{number}" for number in (0, 1)
+    ]  # fmt: skip
+    first = ema[g] * ema[v] / ema[v].norm(dim=1, keepdim=True)
+    if old:
+        matrix, left, right = ema["last.weight_orig"], ema["last.weight_u"], ema["last.weight_v"]
+    else:
+        matrix, left, right = (ema[f"last.parametrizations.weight.{key}"] for key in ("original", "0._u", "0._v"))
+    x, y = points(11, seed=1)
+    hidden = x @ first.T + ema["first.bias"]
+    expected = F.cross_entropy(hidden @ (matrix / (left @ matrix @ right)).T + ema["last.bias"], y)
+    assert figures(run)["val/loss"][5] == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, {"trainer.clip_grad_norm": 0.3}])
+def test_sparse_gradients_train_as_dense_ones(train: Callable[..., Path], changes: dict[str, Any]) -> None:
+    dense, sparse = (
+        train(f"{kind}", model={"name": "Words", "sparse": kind == "sparse"}, **changes) for kind in ("dense", "sparse")
+    )
+    close(figures(sparse), figures(dense))
+
+
+def test_sparse_gradients_and_compressed_ones_on_two_gloo_ranks(place: Place) -> None:
+    (place.folder / "brought.py").write_text(BROUGHT)
+    settings = SETTINGS | {"model": {"name": "Words", "sparse": False}, "trainer.max_epochs": 1}
+    place.run(place.config("words", **settings, **{"loaders.batch_size": 8}))
+    settings |= {"loaders.batch_size": 4}
+    place.run(place.config("words-sparse", **settings | {"model": {"name": "Words"}}), ranks=2)
+    close(figures(place.path("words-sparse")), figures(place.path("words")))
+    place.run(place.config("words-fp16", **settings), "trainer.ddp={comm_hook: fp16}", ranks=2)
+    found, expected = figures(place.path("words-fp16"))["val/loss"], figures(place.path("words"))["val/loss"]
+    assert found != expected, "16 bits of each gradient"
+    assert list(found.values()) == pytest.approx(list(expected.values()), rel=1e-2)
+    refused = place.run(place.config("words-bf16", **settings), "trainer.ddp={comm_hook: bf16}", ranks=2, expect=2)
+    assert "trainer.ddp.comm_hook: bf16 needs NCCL, and these ranks use gloo" in refused.stderr
+    assert "Traceback" not in refused.text
+
+
+def test_a_bad_step_leaves_nothing_in_buffers_that_are_reassigned(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = torch.Tensor.mean
+
+    def spoiled(run: str, bad: bool) -> Path:
+        calls = Counter[str]()
+
+        def mean(value: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
+            calls["all"] += value.shape[1:] == (8,)
+            return original(value, *arguments, **named) * (float("nan") if bad and calls["all"] == 3 else 1.0)
+
+        monkeypatch.setattr(torch.Tensor, "mean", mean)
+        return train(run, model={"name": "Reassigned"}, **{"trainer.on_nonfinite": "skip", "trainer.max_epochs": 1})
+
+    run = spoiled("bad", bad=True)
+    assert set(figures(run)["skipped_steps"].values()) == {1.0}
+    weights = last(run).weights
+    assert torch.isfinite(weights["mean"]).all() and weights["seen"].shape == (28 - 4,), (
+        "the bad step's samples are out"
+    )
+
+
+def test_no_epochs_validate_test_and_continue(train: Callable[..., Path]) -> None:
+    schedule = {"name": "OneCycleLR", "max_lr": 0.1, "interval": "step"}
+    changes: dict[str, Any] = {"lr_scheduler": schedule, "loaders.test": {"size": 5, "seed": 2}}
+    run = train("none", **changes, **{"trainer.max_epochs": 0})
+    assert {"val/loss": [0], "test/loss": [0]}.items() <= {key: list(at) for key, at in figures(run).items()}.items()
+    assert "train/loss" not in figures(run) and last(run).manifest["step"] == 0
+    run = train("none", **changes, **{"trainer.max_epochs": 1})
+    assert last(run).manifest["step"] == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "cure"),
+    [
+        ({"loss": {"name": "CrossEntropyLoss", "reduction": "sum"}}, "loss.reduction", "use reduction: mean"),
+        ({"trainer.accumulate": 2, "trainer.ddp": {"static_graph": True}}, "trainer.ddp.static_graph", "issue 143580"),
+    ],
+)
+def test_what_would_train_wrongly_is_refused(tmp_path: Path, changes: dict[str, Any], key: str, cure: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        check(load_config(write_config(tmp_path, "refused", changes | {"modules": []})))
+    (line,) = (line for line in str(error.value).splitlines() if key in line)
+    assert cure in line and "refused.yaml:" in line
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"name": "WeightedSum", "losses": [{"name": "MSELoss"}, {"name": "CrossEntropyLoss", "reduction": "sum"}]},
+        {"name": "MaskedLoss", "loss": {"name": "MSELoss", "reduction": "sum"}},
+    ],
+)
+def test_a_sum_within_a_sum_of_ours_is_refused(tmp_path: Path, loss: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="adds its samples up"):
+        get_loss_criterion(load_config(write_config(tmp_path, "inner", {"loss": loss})))
+
+
+def test_a_step_makes_no_more_calls_than_it_did(train: Callable[..., Path], tmp_path: Path) -> None:
+    """Python functions of ours that one step calls, loading apart: a loss without state costs nothing."""
+    train("counted", **{"trainer.max_steps": 1})
+    trainer = dtrain.create_trainer(
+        load_config(tmp_path / "counted.yaml", ["trainer.max_steps=5", "trainer.log_every_steps=100"])
+    )
+    own, calls, after_step = str(Path(dtrain.__file__).parent), Counter[str](), trainer.after_step
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        path = frame.f_code.co_filename
+        if event == "call" and path.startswith(own) and "/data/" not in path and "dataloader" not in path:
+            calls[frame.f_code.co_name] += 1
+
+    def counting(position: int) -> None:
+        after_step(position)
+        sys.setprofile(count if trainer.state.step == 3 else None)
+
+    trainer.after_step = counting
+    trainer.fit()
+    assert 15 < sum(calls.values()) <= 26, calls
