@@ -39,6 +39,15 @@ _KIND = {"mlflow.experimentKind": "custom_model_development"}
 Row = tuple[str, float, int, int]  # a figure: key, value, timestamp in ms, step
 
 
+_PASSING = {
+    "INTERNAL_ERROR",
+    "TEMPORARILY_UNAVAILABLE",
+    "REQUEST_LIMIT_EXCEEDED",
+    "DEADLINE_EXCEEDED",
+    "RESOURCE_EXHAUSTED",
+}
+
+
 class RunIsGoneError(Exception):
     """The run was deleted while it was being fed."""
 
@@ -48,6 +57,8 @@ class MlflowStore:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
+        self._experiment: str | None = None  # known from a try to create a run that failed later
+        self._tries = 0  # to create a run, since the last one that succeeded
 
     @functools.cached_property
     def client(self) -> Any:
@@ -61,10 +72,25 @@ class MlflowStore:
 
     def create(self, folder: Path, facts: Mapping[str, Any]) -> "MlflowRun":
         """Creates a run from its folder's run.json; by its `id`, a tag, it is found if an earlier answer was lost."""
-        experiment = self._active_experiment(str(facts["experiment"]))
+        self._tries += 1
+        try:
+            self._experiment = self._experiment or self._active_experiment(str(facts["experiment"]))
+            run = self._find_or_create(self._experiment, folder, facts)
+        except Exception as error:
+            if not is_passing(error):
+                self._experiment = None
+            raise
+        self._experiment, self._tries = None, 0
+        return MlflowRun(self.client, run)
+
+    def _find_or_create(self, experiment: str, folder: Path, facts: Mapping[str, Any]) -> Any:
         found = self.client.search_runs([experiment], f"tags.`dtrain.id` = '{facts['id']}'", max_results=1)
         if found:
-            return MlflowRun(self.client, found[0])
+            return found[0]
+        # Where one of several backends, in turn, is out of order, it must not get the same request in every try.
+        for _ in range(max(0, self._tries - 2) % 4):
+            with contextlib.suppress(Exception):
+                self.client.get_experiment(experiment)
         user = "unknown"
         with contextlib.suppress(KeyError, OSError):  # in a container a user may have no name
             user = getpass.getuser()
@@ -72,7 +98,7 @@ class MlflowStore:
         if facts.get("run_id"):
             tags["dtrain.replaces"] = facts["run_id"]
         started_ms = round(facts["started"] * 1000)
-        return MlflowRun(self.client, self.client.create_run(experiment, started_ms, tags, run_name=facts["run_name"]))
+        return self.client.create_run(experiment, started_ms, tags, run_name=facts["run_name"])
 
     def _active_experiment(self, name: str) -> str:
         """The id of the experiment, made if need be; a deleted one keeps its name, so the next free name is taken."""
@@ -80,16 +106,25 @@ class MlflowStore:
         while True:
             known = self.client.get_experiment_by_name(candidate)
             if known is None:
-                try:
-                    return str(self.client.create_experiment(candidate, tags=_KIND))
-                except Exception as error:
-                    if getattr(error, "error_code", "") != "RESOURCE_ALREADY_EXISTS":
-                        raise  # else another training was faster: look again
+                if made := self._create_experiment(candidate):
+                    return made
             elif known.lifecycle_stage == "active":
                 return str(known.experiment_id)
             else:
                 count += 1
                 candidate = f"{name} ({count})"
+
+    def _create_experiment(self, name: str) -> str:
+        """The id of a new experiment; '' where another training was faster, or an earlier answer was lost."""
+        for tries_left in (2, 1, 0):
+            try:
+                return str(self.client.create_experiment(name, tags=_KIND))
+            except Exception as error:
+                if getattr(error, "error_code", "") == "RESOURCE_ALREADY_EXISTS":
+                    return ""
+                if not (tries_left and is_passing(error)):
+                    raise
+        return ""
 
 
 class MlflowRun:
@@ -257,6 +292,11 @@ def probe(experiment: str, uri: str) -> dict[str, Any]:
         return {}
     except Exception as error:
         return {"error": describe_error(error)}
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether an error says nothing of what was asked for: no answer, or a server (status 5xx, 429) out of order."""
+    return getattr(error, "error_code", "") in _PASSING
 
 
 def describe_error(error: BaseException) -> str:
