@@ -262,7 +262,7 @@ def follow(
     delivered, and the patience is how long to try that without success. Through the `pipe`, a file descriptor, comes
     what rank 0 cannot write to the disk.
     """
-    retry = Retry(at_once=1)
+    retry = Retry()
     exit_status = None
     while exit_status is None:
         pipe = _listen(delivery, pipe, 0)
@@ -299,8 +299,7 @@ def _try_step(delivery: Delivery, retry: Retry) -> int | None:
             delivery.step()
     except Exception as error:
         is_hopeless = isinstance(error, ImportError)  # waiting installs neither mlflow nor a database's driver
-        if retry.failures > 1 or retry.is_over or is_hopeless:  # of one that fails once in a while nobody need hear
-            delivery.report(describe_error(error))
+        delivery.report(describe_error(error))
         return HOPELESS if is_hopeless else 1 if retry.is_over else None
     delivery.report(delivery.problem)
     if delivery.done:

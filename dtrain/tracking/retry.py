@@ -9,20 +9,14 @@ PATIENCE_SECONDS = 30.0  # without any success, once no rank 0 is there any more
 
 
 class Retry:
-    """Counts failures in a row, which double the pause up to the longest; tells when to try again, when to give up.
+    """Counts failures in a row, which double the pause up to the longest; tells when to try again, when to give up."""
 
-    `at_once`: so many failures in a row are followed by another try at once.
-    """
-
-    def __init__(
-        self, first_pause_seconds: float | None = None, longest_pause_seconds: float | None = None, at_once: int = 0
-    ) -> None:
+    def __init__(self, first_pause_seconds: float | None = None, longest_pause_seconds: float | None = None) -> None:
         self.failures = 0  # since the last success
         self.took_seconds = 0.0  # by the last try that failed
         self._first_pause_seconds = first_pause_seconds or FIRST_PAUSE_SECONDS
         self._longest_pause_seconds = longest_pause_seconds or LONGEST_PAUSE_SECONDS
-        self._at_once = at_once
-        self._pause_seconds = 0.0  # after the last failure
+        self._pause_seconds = self._first_pause_seconds
         self._failed_at = float("-inf")
         self._give_up_at = float("inf")
 
@@ -33,14 +27,15 @@ class Retry:
         try:
             yield
         except Exception:
+            if self.failures:
+                self._pause_seconds = min(2 * self._pause_seconds, self._longest_pause_seconds)
             self.failures += 1
-            doubled = self._first_pause_seconds * 2 ** min(self.failures - self._at_once - 1, 60)
-            self._pause_seconds = min(doubled, self._longest_pause_seconds) if self.failures > self._at_once else 0.0
             self._failed_at = time.monotonic()
             self.took_seconds = self._failed_at - began
             raise
         self.failures = 0
         self._failed_at = float("-inf")
+        self._pause_seconds = self._first_pause_seconds
 
     def is_due(self, pause_seconds: float | None = None) -> bool:
         """Whether the pause after the last failure is over, or another pause than the doubled one."""

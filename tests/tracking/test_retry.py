@@ -50,14 +50,6 @@ def test_pauses_double_up_to_the_longest_and_begin_anew_after_a_success(clock: C
     assert clock.pause_of(tries) == 1
 
 
-def test_the_first_failures_may_be_followed_by_another_try_at_once(clock: Clock) -> None:
-    tries, pauses = Retry(1, 10, at_once=1), []
-    for _ in range(4):
-        clock.fail(tries)
-        pauses.append(clock.pause_of(tries))
-    assert pauses == [0, 1, 2, 4]
-
-
 def test_another_pause_may_be_asked_for_and_the_failed_try_was_timed(clock: Clock) -> None:
     tries = Retry(1, 10)
     clock.fail(tries, seconds=3)

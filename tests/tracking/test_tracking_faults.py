@@ -209,11 +209,14 @@ def test_a_network_that_spoils_a_third_of_all_requests_loses_and_doubles_nothing
 
 @pytest.mark.usefixtures("quiet_journal")
 @pytest.mark.parametrize("first", range(3))
-@pytest.mark.parametrize("turn", ["..F", ".F", ".FF", "...F"])
+@pytest.mark.parametrize("turn", ["..F", "...F"])
 def test_one_of_several_backends_that_is_broken_holds_nothing_up(
     tmp_path: Path, real: MlflowServer, proxy: Proxy, turn: str, first: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whichever requests meet it, and with the true pauses: a try that starts from zero would meet it each time."""
+    """With the true pauses, whichever requests meet it: where each try starts from zero, it is the same ones each time.
+
+    Of two backends one must work: MLflow's client itself asks twice in a row to set a status.
+    """
     monkeypatch.setattr("dtrain.tracking.delivery._SEND_EVERY_SECONDS", 0.1)
     (tmp_path / "file").write_text("x")
     params = {f"p{n}": n for n in range(250)}
@@ -221,7 +224,7 @@ def test_one_of_several_backends_that_is_broken_holds_nothing_up(
     proxy.fault, proxy.turn, proxy.requests = "500", turn, first
     began = time.monotonic()
     assert deliver(folder, proxy.uri, patience_seconds=60) == 0
-    assert time.monotonic() - began < 40
+    assert time.monotonic() - began < 20
     proxy.fault = ""
     whole(folder, real.store, 2500)
     assert len(runs_in(real.store, f"turn {turn} {first}")) == 1
