@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import select
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dtrain.tracking.file_queue import FileQueue
-from dtrain.tracking.mlflow_store import MlflowRun, MlflowStore, Row, describe_error
+from dtrain.tracking.mlflow_store import MlflowRun, MlflowStore, Row, describe_error, is_passing
 from dtrain.tracking.retry import PATIENCE_SECONDS, Retry
 from dtrain.tracking.run_folder import Memory, RunFolder, close_run_of, read_line, read_run, update_run
 from dtrain.tracking.secrets import redact
@@ -19,6 +20,9 @@ from dtrain.tracking.system_metrics import SystemMetrics
 _LOOK_EVERY_SECONDS = 0.1  # a read at the journal's end
 _SEND_EVERY_SECONDS = 1.0  # a batch to the store, as long as the run lasts
 _ROWS_PER_BATCH = 1000
+_FAILURES_WITH_ONE_RUN = 3  # in a row; after more, the run is looked up again: its store may have been replaced
+# The exit status where no other start would help: mlflow is missing. That of a wrong command line, too.
+HOPELESS = 2
 _log = logging.getLogger(__name__)
 
 
@@ -34,6 +38,7 @@ class Batch:
     artifacts: list[list[Any]] = field(default_factory=list)  # as in Memory
     started: bool = False
     end: str = ""  # the status, after an 'end' line
+    reason: str = ""  # of that status
     time_ms: int = 0  # of the last line
 
     @property
@@ -45,12 +50,16 @@ class Batch:
         """Adds what the journal holds beyond `offset`; a last line that is still being written is left for later."""
         journal.seek(self.offset)
         while not self.full and (line := journal.readline()).endswith(b"\n"):
-            try:
-                self._add(read_line(line))
-            except (KeyError, TypeError, ValueError, AttributeError):
-                _log.warning("the journal's line at byte %d is damaged and left out", self.offset)
+            self.take(line)
             self.offset += len(line)
-            self.lines += 1
+
+    def take(self, line: bytes) -> None:
+        """Adds one line."""
+        try:
+            self._add(read_line(line))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            _log.warning("the journal's line at byte %d is damaged and left out", self.offset)
+        self.lines += 1
 
     def _add(self, entry: dict[str, Any]) -> None:
         self.time_ms = round(entry["time"] * 1000)
@@ -70,7 +79,7 @@ class Batch:
                 self.started = True
             case "end":
                 self.tags["dtrain.reason"] = entry["reason"]
-                self.end = entry["status"]
+                self.end, self.reason = entry["status"], entry["reason"]
 
 
 class Delivery:
@@ -86,38 +95,76 @@ class Delivery:
         self._code_tags: dict[str, str] = {}
         self._files = FileQueue(folder, self.memory)
         self._send_at = 0.0
+        self._failures = 0  # in a row
+        self._tagged = ""  # the run that has the code's tags
+        self._heard = b""  # of the journal, from rank 0 itself, which could not write it to the disk
+        self._ending: dict[str, Any] = {}  # how the run ended, where run.json cannot be written
         self._journal = RunFolder(folder).journal.open("rb")
         if os.fstat(self._journal.fileno()).st_size < self.memory.offset:  # it is not the journal that it once was
             self.memory.offset = 0
         self.batch = Batch(self.memory.offset)  # the next to be sent
 
     def begin(self, code_tags: Mapping[str, str], code_folder: str) -> None:
-        """For a training that starts: whatever an earlier one ended as, this one has not ended, and runs this code."""
-        self.memory.status = ""
+        """For a training that starts: whatever an earlier one ended as, this one has not ended, and runs this code.
+
+        For one whose first sender died, too; unless that one had delivered all, the ending included.
+        """
+        self.batch.fill(self._journal)
+        if self.batch.lines:
+            self.memory.status = ""
         self._code_tags = dict(code_tags)
         self._files.add([[code_folder, code_folder]])
 
+    def hear(self, text: bytes) -> None:
+        """Lines of the journal that the disk did not take; if it takes them later, sending them again adds nothing."""
+        self._heard += text
+
+    def close(self, parent: int) -> bool:
+        """Records how a rank 0 that is gone has ended; False where another one has the run folder."""
+        self._fill()
+        heard = {"status": self.batch.end, "reason": self.batch.reason} if self.batch.end else None
+        try:
+            return close_run_of(self.folder, parent, heard)
+        except OSError as error:  # then MLflow alone has it
+            _log.warning("%s could not be written: %s", RunFolder(self.folder).run, error.strerror)
+            lost = {"status": "FAILED", "reason": "rank 0 exited without reporting an error"}
+            self._ending = {"state": (heard or lost)["status"], "reason": (heard or lost)["reason"]}
+            return True
+
     def step(self) -> None:
         """Sends what is due, one batch at most; after an error of the store, the next call sends the same again."""
-        self.batch.fill(self._journal)
+        self._fill()
         if self.done:
             return
         try:
-            run = self._run or self._open()
-            if self._system is not None:
-                self._system.sample()
-            if not (self.is_draining or self.batch.full) and time.monotonic() < self._send_at:
-                return
-            if self.batch.lines or (self._system and self._system.waiting):
-                self._send_batch(run)
-                self._send_at = time.monotonic() + _SEND_EVERY_SECONDS
-            if self.is_draining and not self.batch.lines:
-                self._send_ending(run)
-            if not self._files.send(run, self.is_draining or (self._has_ended and not self.batch.lines)):
-                self._run = None  # as after any failure
-        except Exception:
-            self._run = None  # it may be deleted, or in a database that was replaced: look it up again
+            self._send_what_is_due(self._run or self._open())
+            self._failures = 0
+        except Exception as error:
+            self._failures += 1
+            # It may be deleted, or in a database that was replaced: look it up again.
+            if not is_passing(error) or self._failures > _FAILURES_WITH_ONE_RUN:
+                self._run = None
             raise
+
+    def _fill(self) -> None:
+        self.batch.fill(self._journal)
+        while not self.batch.full and b"\n" in self._heard:
+            line, _, self._heard = self._heard.partition(b"\n")
+            if line:
+                self.batch.take(line)
+
+    def _send_what_is_due(self, run: MlflowRun) -> None:
+        if self._system is not None:
+            self._system.sample()
+        if not (self.is_draining or self.batch.full) and time.monotonic() < self._send_at:
+            return
+        if self.batch.lines or (self._system and self._system.waiting):
+            self._send_batch(run)
+            self._send_at = time.monotonic() + _SEND_EVERY_SECONDS
+        if self.is_draining and not self.batch.lines:
+            self._send_ending(run)
+        if not self._files.send(run, self.is_draining or (self._has_ended and not self.batch.lines)):
+            self._run = None  # as after any failure of which one cannot tell the cause
 
     @property
     def done(self) -> bool:
@@ -145,26 +192,30 @@ class Delivery:
 
     def _open(self) -> MlflowRun:
         facts = read_run(self.folder)
-        old = facts.get("run_id")
-        run = self._store.known(old) or self._store.create(self.folder, facts)
-        if run.id != old:
-            update_run(self.folder, run_id=run.id)
-            if old:
-                self.memory.note = f"run {old} is not in {redact(self._store.uri)} any more; its successor is {run.id}"
-                _log.warning(self.memory.note)
+        old = facts.get("run_id") or self.memory.run_id
+        run = self._store.known(old) or self._store.create(self.folder, {**facts, "run_id": old})
+        if run.id != facts.get("run_id"):
+            with contextlib.suppress(OSError):  # on a full disk: the run is found again by its tag
+                update_run(self.folder, run_id=run.id)
+        if old and run.id != old:
+            self.memory.note = f"run {old} is not in {redact(self._store.uri)} any more; its successor is {run.id}"
+            _log.warning(self.memory.note)
         if self.memory.run_id not in ("", run.id):  # what another run has acknowledged, this one has not
             self.memory.offset, self.memory.status, self.batch = 0, "", Batch(0)
-            self.batch.fill(self._journal)
+            self._fill()
         self.memory.run_id = run.id
-        run.log_tags(self._code_tags)
-        self.memory.save()
         self._run = run
+        if self._tagged != run.id:
+            run.log_tags(self._code_tags)
+            self._tagged = run.id
+            self.memory.save()
         return run
 
     def _send_batch(self, run: MlflowRun) -> None:
         """Figures first, then the status; what may take long, files, is queued."""
         batch = self.batch
-        os.fsync(self._journal.fileno())  # no training waits for it here; the store never knows more than the disk
+        with contextlib.suppress(OSError):  # a disk that fails must not keep figures from MLflow
+            os.fsync(self._journal.fileno())  # no training waits for it here; the store never knows more than the disk
         if batch.started and self.memory.status != "RUNNING":
             self._set_status(run, "RUNNING", batch.time_ms)
         while batch.params:  # what has got through is taken off, so that a bad line brings the rest on all the same
@@ -184,7 +235,7 @@ class Delivery:
         self.memory.offset = batch.offset
         self.memory.save()
         self.batch = Batch(batch.offset)
-        self.batch.fill(self._journal)
+        self._fill()
 
     def _set_status(self, run: MlflowRun, status: str, time_ms: int) -> None:
         run.set_status(status, time_ms)
@@ -193,7 +244,7 @@ class Delivery:
 
     def _unsent_ending(self) -> dict[str, Any]:
         """run.json, if it says that the run ended and the store does not: rank 0 could write no 'end' line then."""
-        facts = read_run(self.folder)
+        facts = {**read_run(self.folder), **self._ending}
         return facts if facts.get("state") not in (None, "RUNNING", self.memory.status) else {}
 
     def _send_ending(self, run: MlflowRun) -> None:
@@ -202,17 +253,21 @@ class Delivery:
             self._set_status(run, facts["state"], round((facts.get("ended") or time.time()) * 1000))
 
 
-def follow(delivery: Delivery, parent: int | None = None, patience_seconds: float = PATIENCE_SECONDS) -> int:
-    """Delivers until the run has ended and all of it is there; returns 0, or 1 when something is left.
+def follow(
+    delivery: Delivery, parent: int | None = None, patience_seconds: float = PATIENCE_SECONDS, pipe: int | None = None
+) -> int:
+    """Delivers until the run has ended and all of it is there; returns 0, 1 when something is left, or HOPELESS.
 
     The parent is rank 0's process id; without it, or once it has gone, nobody writes any more: what is there is
-    delivered, and the patience is how long to try that without success.
+    delivered, and the patience is how long to try that without success. Through the `pipe`, a file descriptor, comes
+    what rank 0 cannot write to the disk.
     """
     retry = Retry()
     exit_status = None
     while exit_status is None:
+        pipe = _listen(delivery, pipe, 0)
         if not delivery.is_draining and (parent is None or os.getppid() != parent):
-            if parent is not None and not close_run_of(delivery.folder, parent):
+            if parent is not None and not delivery.close(parent):
                 return 1  # a new rank 0 has taken the run over, and its own sender continues from here
             delivery.is_draining = True
             retry.give_up_after(patience_seconds)
@@ -220,19 +275,32 @@ def follow(delivery: Delivery, parent: int | None = None, patience_seconds: floa
         if delivery.is_draining and not (retry.failures or delivery.problem):
             retry.give_up_after(patience_seconds)
         if exit_status is None and (retry.failures or not delivery.batch.full):
-            time.sleep(_LOOK_EVERY_SECONDS)
+            pipe = _listen(delivery, pipe, _LOOK_EVERY_SECONDS)
     return exit_status
 
 
+def _listen(delivery: Delivery, pipe: int | None, seconds: float) -> int | None:
+    """Waits for so long, or until rank 0 has something to say; the pipe, None once it has ended."""
+    if pipe is None:
+        time.sleep(seconds)
+        return None
+    while select.select([pipe], [], [], seconds)[0]:
+        if not (text := os.read(pipe, 65536)):
+            return None
+        delivery.hear(text)
+        seconds = 0
+    return pipe
+
+
 def _try_step(delivery: Delivery, retry: Retry) -> int | None:
-    """The exit status of a delivery that is over, with everything there (0) or not (1); None while it continues."""
+    """The exit status of a delivery that is over, with everything there (0) or not; None while it continues."""
     try:
         with retry.attempt():
             delivery.step()
     except Exception as error:
-        delivery.report(describe_error(error))
         is_hopeless = isinstance(error, ImportError)  # waiting installs neither mlflow nor a database's driver
-        return 1 if is_hopeless or retry.is_over else None
+        delivery.report(describe_error(error))
+        return HOPELESS if is_hopeless else 1 if retry.is_over else None
     delivery.report(delivery.problem)
     if delivery.done:
         return 1 if delivery.memory.artifacts else 0

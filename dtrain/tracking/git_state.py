@@ -13,13 +13,19 @@ from dtrain.tracking.secrets import redact
 
 # Where a job was submitted, this was captured then: it runs a copy, and the working tree may have changed since.
 VARIABLE = "DTRAIN_CODE_STATE"
-_TAGS = "tags.json"
+_TAGS, _COMMIT, _STATUS = "tags.json", "commit.txt", "status.txt"
+_HASH = r"[0-9a-f]{40,64}"
 _DIFF_BYTES = 5 * 2**20
 
 
 def capture_code(place: Path) -> dict[str, str]:
-    """Writes which code runs (commit, state of the working tree, what differs) into a folder; returns tags for it."""
+    """Writes which code runs (commit, state of the working tree, what differs) into a folder; returns tags for it.
+
+    What is there already was captured for the same start, before anybody edited a file, and stays.
+    """
     place.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):
+        return _tags((place / _COMMIT).read_text().strip(), (place / _STATUS).read_text())
     if captured := os.environ.get(VARIABLE):
         with contextlib.suppress(OSError, ValueError):  # gone or cut short: then what is here says more than nothing
             tags: dict[str, str] = json.loads((Path(captured) / _TAGS).read_text())
@@ -35,14 +41,20 @@ def capture_code_for_later(place: Path) -> None:
 
 
 def _ask_git(place: Path) -> dict[str, str]:
-    commit = _git("rev-parse", "HEAD").strip()
-    if not re.fullmatch(r"[0-9a-f]{40,64}", commit):
-        (place / "commit.txt").write_text(f"no git commit in {Path.cwd()}: {redact(commit)}\n")
+    commit, status = _git("rev-parse", "HEAD").strip(), ""
+    if re.fullmatch(_HASH, commit):
+        status = redact(_git("status", "--porcelain"))
+        (place / _STATUS).write_text(status)
+        (place / "diff.patch").write_text(redact(_git("diff", "--no-ext-diff", "--no-textconv", "HEAD")))
+        (place / _COMMIT).write_text(f"{commit}\n")  # the last one: with it, all is there
+    else:
+        (place / _COMMIT).write_text(f"no git commit in {Path.cwd()}: {redact(commit)}\n")
+    return _tags(commit, status)
+
+
+def _tags(commit: str, status: str) -> dict[str, str]:
+    if not re.fullmatch(_HASH, commit):
         return {}
-    status = _git("status", "--porcelain")
-    (place / "commit.txt").write_text(f"{commit}\n")
-    (place / "status.txt").write_text(redact(status))
-    (place / "diff.patch").write_text(redact(_git("diff", "--no-ext-diff", "--no-textconv", "HEAD")))
     return {"mlflow.source.git.commit": commit, "dtrain.code_changed": str(bool(status.strip()))}
 
 

@@ -8,15 +8,17 @@ import logging
 import math
 import os
 import shlex
+import signal
 import socket
 import subprocess
+import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args
 
-from dtrain.tracking.run_folder import RunFolder, read_line, read_run, update_run
+from dtrain.tracking.run_folder import RunFolder, overwrite_run, read_line, read_run, update_run
 from dtrain.tracking.secrets import is_secret, leaves, redact
 from dtrain.tracking.start_sender import assign_run, start_sender
 from dtrain.tracking.uri import resolve_tracking_uri
@@ -25,7 +27,14 @@ from dtrain.tracking.whole_file import read_json
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 Method = TypeVar("Method", bound=Callable[..., Any])
 _log = logging.getLogger(__name__)
+_HOPELESS = 2  # the exit status of a sender that no other start would help
 _UNWRITTEN_BYTES = 16 * 2**20  # what is kept in memory while the disk takes nothing
+_LOOK_EVERY_SECONDS = 1.0  # after the sender, while figures are logged
+# Before a sender that died is started again; doubled each time.
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 5.0, 300.0
+_SAVE_EVERY_SECONDS = 0.5  # run.json, on a disk that takes nothing
+_SILENT_SECONDS = 2.0  # so long the end waits for MLflow without a line
+_REPEAT_SECONDS = 0.5  # a Ctrl-C that ended the training may come several times
 
 
 class Journal:
@@ -60,8 +69,12 @@ class Journal:
         self._exit_timeout_seconds = exit_timeout_seconds
         self._sender = sender
         self._file: int | None = None
-        self._unwritten = b""
+        self._unwritten = b""  # whole lines, of which the disk may have taken the beginning,
+        self._written = self._handed_over = 0  # so many bytes, and so many the sender
         self._disk_is_full = self._ended = False
+        self._unsaved: dict[str, Any] = {}  # how the run ended, as long as run.json does not say so
+        self._look_at, self._restart_at = 0.0, 0.0  # after the sender, and when another one is started, by the clock
+        self._pause_seconds = _FIRST_PAUSE_SECONDS
         self._last_steps: dict[str, int] = {}
         self._bad_keys: set[str] = set()
 
@@ -126,6 +139,8 @@ class Journal:
             values[key] = number if math.isfinite(number) else str(number)
         if values:
             self._write("metrics", step=int(step), values=values)
+        if time.monotonic() >= self._look_at:
+            self._look_after_sender()
 
     def artifact(self, path: str, to: str = "") -> None:
         """Has a file or folder of the run folder, relative to it or absolute, sent to a folder of the run's artifacts.
@@ -167,14 +182,9 @@ class Journal:
         self._ended = True
         reason = redact(reason)
         self._write("end", status=status, reason=reason)
-        try:
-            update_run(self.folder, state=status, reason=reason, exit_status=exit_status, ended=round(time.time(), 3))
-        except OSError as error:
-            _log.warning("%s could not be written: %s", self._files.run, error)
+        self._unsaved = {"state": status, "reason": reason, "exit_status": exit_status, "ended": round(time.time(), 3)}
+        self._save_ending()
         hint = self._wait_for_sender()
-        if self._unwritten:
-            size = len(self._unwritten)
-            hint = f"the last {size} bytes of {self._files.journal} are lost: they could not be written to the disk"
         self.close()
         return hint
 
@@ -202,14 +212,33 @@ class Journal:
             return
         line = {"kind": kind, "time": round(time.time(), 3), **fields}
         self._unwritten += json.dumps(line, allow_nan=False).encode() + b"\n"
+        self._flush()
+
+    def _flush(self) -> None:
+        """Writes what is not on the disk yet, as far as that takes it."""
+        if self._file is None or not self._unwritten:
+            return
         try:
-            while self._unwritten:
-                self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
-            self._disk_is_full = False
+            while self._written < len(self._unwritten):
+                self._written += os.write(self._file, self._unwritten[self._written :])
         except OSError as error:
             if not self._disk_is_full:
                 _log.warning("%s: %s; its lines wait in memory", self._files.journal, error.strerror)
             self._disk_is_full = True
+            return
+        self._unwritten, self._written, self._handed_over, self._disk_is_full = b"", 0, 0, False
+
+    def _hand_over(self) -> None:
+        """Gives the sender what the disk does not take; what it cannot take now, later: nothing waits for it here."""
+        pipe = self._sender.stdin if self._sender is not None else None
+        if pipe is None or pipe.closed or not self._unwritten:
+            return
+        with contextlib.suppress(OSError):
+            os.set_blocking(pipe.fileno(), False)
+            if not self._handed_over:
+                os.write(pipe.fileno(), b"\n")  # after a line whose rest went to the disk
+            while rest := self._unwritten[self._handed_over : self._handed_over + 65536]:
+                self._handed_over += os.write(pipe.fileno(), rest)
 
     def _as_number(self, key: str, figure: Any) -> float | None:
         try:
@@ -225,36 +254,121 @@ class Journal:
 
     def _start_sender(self) -> None:
         options = ["--parent", str(os.getpid()), *([] if self._system_metrics else ["--no-system-metrics"])]
+        self._handed_over = 0
         if assign_run(self._sender, self.folder, options):
             return
         try:
             self._sender = start_sender(self.folder, self.tracking_uri, options)
         except OSError as error:
+            self._sender = None
             _log.warning("MLflow gets nothing for now, its sender could not be started: %s", error)
 
-    def _wait_for_sender(self) -> str:
-        """Waits until MLflow has everything; returns what rank 0 should print."""
-        deadline = time.monotonic() + self._exit_timeout_seconds
-        if self._sender is None or self._sender.poll():  # it exited early, killed for memory for instance: one more try
+    def _look_after_sender(self) -> None:
+        """Starts a sender again that has died, after a pause that grows each time; the first time, says so."""
+        now = time.monotonic()
+        self._look_at = now + _LOOK_EVERY_SECONDS
+        status = None if self._sender is None else self._sender.poll()
+        if self._sender is not None and status is None:
+            self._hand_over()
+        elif status in (0, _HOPELESS):
+            self._look_at = math.inf
+        elif not self._restart_at:
+            self._restart_at = now + self._pause_seconds
+            if self._pause_seconds == _FIRST_PAUSE_SECONDS:
+                how = "could not be started" if status is None else _how_it_ended(status)
+                again = "it is started again, and sends what was logged meanwhile"
+                _log.warning("MLflow's sender %s, see %s; %s", how, self._files.sender_log, again)
+        elif now >= self._restart_at:
+            self._restart_at, self._pause_seconds = 0.0, min(2 * self._pause_seconds, _LONGEST_PAUSE_SECONDS)
             self._start_sender()
-        problem = f"see {self._files.sender_log}"
+
+    def _save_ending(self, is_last_try: bool = False) -> None:
+        """Writes into run.json how the run ended, unless it is there; the last try is in the old file's own blocks."""
+        if not self._unsaved:
+            return
+        try:
+            (overwrite_run if is_last_try else update_run)(self.folder, **self._unsaved)
+            self._unsaved = {}
+        except OSError as error:
+            if is_last_try:
+                _log.warning("%s could not be written: %s", self._files.run, error.strerror)
+
+    def _wait_for_sender(self) -> str:
+        """Waits until MLflow and the disk have everything, at most so long; returns what rank 0 should print."""
+        deadline = time.monotonic() + self._exit_timeout_seconds
+        if self._sender is None or self._sender.poll() not in (None, 0, _HOPELESS):  # killed for memory for instance
+            self._start_sender()
         if self._sender is not None:
             with contextlib.suppress(OSError):  # no step is left to be disturbed; only root may raise a priority again
                 os.setpriority(os.PRIO_PROCESS, self._sender.pid, 0)
-            try:
-                self._sender.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                problem = "its sender was still at work"
+        with _ctrl_c() as is_interrupted:
+            self._wait_until(deadline, is_interrupted)
+        self._save_ending(is_last_try=True)
+        problem = f"see {self._files.sender_log}"
+        if self._sender is not None and self._sender.poll() is None:
+            problem = "its sender was still at work"
+            if not self._unwritten:  # else it alone knows how the run ended
                 self._sender.kill()  # safe at any moment: it only ever remembers what MLflow has acknowledged
                 self._sender.wait()
         acknowledged = read_json(self._files.delivery)
+        lost = f"The last {len(self._unwritten)} bytes of {self._files.journal} could not be written to the disk"
         if self._sender is not None and self._sender.returncode == 0:
-            return str(acknowledged.get("note", ""))
+            return f"{lost}; MLflow has them" if self._unwritten else str(acknowledged.get("note", ""))
         return (
             f"MLflow ({redact(self.tracking_uri)}) does not have all of this run yet: "
-            f"{acknowledged.get('problem') or problem}. "
-            f"Nothing is lost; send the rest with: dtrain sync {shlex.quote(str(self.folder))}"
+            f"{acknowledged.get('problem') or problem}. {lost if self._unwritten else 'Nothing is lost'}; "
+            f"send the rest with: dtrain sync {shlex.quote(str(self.folder))}"
         )
+
+    def _wait_until(self, deadline: float, is_interrupted: Callable[[], bool]) -> None:
+        """Waits for sender and disk, whose lines and run.json are tried again and again."""
+        say_at, save_at = time.monotonic() + _SILENT_SECONDS, 0.0
+        while True:
+            self._flush()
+            self._hand_over()
+            if time.monotonic() >= save_at:
+                self._save_ending()
+                save_at = time.monotonic() + _SAVE_EVERY_SECONDS
+            is_sent = self._sender is None or self._sender.poll() is not None
+            if (is_sent and not self._unwritten and not self._unsaved) or is_interrupted():
+                return
+            now = time.monotonic()
+            if now >= deadline:
+                return
+            if now >= say_at:
+                say_at = math.inf
+                what = self._files.journal if is_sent else f"MLflow ({redact(self.tracking_uri)})"
+                _log.warning("waiting for %s, %.0f s more at most; Ctrl-C ends the wait", what, deadline - now)
+            if is_sent or self._sender is None:
+                time.sleep(min(0.1, deadline - now))
+            else:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._sender.wait(min(0.1, deadline - now))
+
+
+@contextlib.contextmanager
+def _ctrl_c() -> Iterator[Callable[[], bool]]:
+    """Takes Ctrl-C over: whether it has come. Only the main thread can."""
+    times: list[float] = []
+    began = time.monotonic()
+
+    def take(_number: int, _frame: object) -> None:
+        if time.monotonic() > began + _REPEAT_SECONDS and not times:
+            times.append(time.monotonic())
+            _log.warning("Ctrl-C: MLflow is not waited for any longer")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, take)
+    try:
+        yield lambda: bool(times)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _how_it_ended(status: int) -> str:
+    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
 
 
 def _without_effect(method: Method) -> Method:

@@ -8,7 +8,8 @@ import logging
 import os
 import posixpath
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,18 @@ _KIND = {"mlflow.experimentKind": "custom_model_development"}
 Row = tuple[str, float, int, int]  # a figure: key, value, timestamp in ms, step
 
 
+_PASSING = {
+    "INTERNAL_ERROR",
+    "TEMPORARILY_UNAVAILABLE",
+    "REQUEST_LIMIT_EXCEEDED",
+    "DEADLINE_EXCEEDED",
+    "RESOURCE_EXHAUSTED",
+}
+
+
+_QUICK_SECONDS = 1.0
+
+
 class RunIsGoneError(Exception):
     """The run was deleted while it was being fed."""
 
@@ -62,34 +75,42 @@ class MlflowStore:
     def create(self, folder: Path, facts: Mapping[str, Any]) -> "MlflowRun":
         """Creates a run from its folder's run.json; by its `id`, a tag, it is found if an earlier answer was lost."""
         experiment = self._active_experiment(str(facts["experiment"]))
-        found = self.client.search_runs([experiment], f"tags.`dtrain.id` = '{facts['id']}'", max_results=1)
-        if found:
-            return MlflowRun(self.client, found[0])
         user = "unknown"
         with contextlib.suppress(KeyError, OSError):  # in a container a user may have no name
             user = getpass.getuser()
         tags = {"dtrain.id": str(facts["id"]), "dtrain.checkpoint_dir": str(folder), "mlflow.user": user}
         if facts.get("run_id"):
             tags["dtrain.replaces"] = facts["run_id"]
+        return MlflowRun(self.client, _ask(self._find_or_create, experiment, facts, tags))
+
+    def _find_or_create(self, experiment: str, facts: Mapping[str, Any], tags: Mapping[str, str]) -> Any:
+        """The run with this `id`, or a new one; an answer that says nothing may have been about a run that was made."""
+        found = _ask(self.client.search_runs, [experiment], f"tags.`dtrain.id` = '{facts['id']}'", max_results=1)
         started_ms = round(facts["started"] * 1000)
-        return MlflowRun(self.client, self.client.create_run(experiment, started_ms, tags, run_name=facts["run_name"]))
+        return found[0] if found else self.client.create_run(experiment, started_ms, tags, run_name=facts["run_name"])
 
     def _active_experiment(self, name: str) -> str:
         """The id of the experiment, made if need be; a deleted one keeps its name, so the next free name is taken."""
         count, candidate = 1, name
         while True:
-            known = self.client.get_experiment_by_name(candidate)
+            known = _ask(self.client.get_experiment_by_name, candidate)
             if known is None:
-                try:
-                    return str(self.client.create_experiment(candidate, tags=_KIND))
-                except Exception as error:
-                    if getattr(error, "error_code", "") != "RESOURCE_ALREADY_EXISTS":
-                        raise  # else another training was faster: look again
+                if made := self._create_experiment(candidate):
+                    return made
             elif known.lifecycle_stage == "active":
                 return str(known.experiment_id)
             else:
                 count += 1
                 candidate = f"{name} ({count})"
+
+    def _create_experiment(self, name: str) -> str:
+        """The id of a new experiment; '' where another training was faster, or an earlier answer was lost."""
+        try:
+            return str(_ask(self.client.create_experiment, name, tags=_KIND))
+        except Exception as error:
+            if getattr(error, "error_code", "") == "RESOURCE_ALREADY_EXISTS":
+                return ""
+            raise
 
 
 class MlflowRun:
@@ -140,14 +161,14 @@ class MlflowRun:
         """Sends a file, or a folder with all that is in it."""
         send = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
         with _long_timeout():
-            send(self.id, str(path), to or None)
+            _ask(send, self.id, str(path), to or None)
 
     def log_image(self, path: Path, key: str, step: int, time_ms: int) -> None:
         """Sends a picture, unless it is there: MLflow would store a repetition under another name."""
         from PIL import Image
 
         if self._images is None:
-            names = (posixpath.basename(item.path) for item in self._client.list_artifacts(self.id, _IMAGES))
+            names = (posixpath.basename(item.path) for item in _ask(self._client.list_artifacts, self.id, _IMAGES))
             found = (_IMAGE.fullmatch(name) for name in names)
             self._images = {(match["key"], int(match["step"])) for match in found if match}
         name = mlflow_key(key)
@@ -161,9 +182,9 @@ class MlflowRun:
     def set_status(self, status: str, time_ms: int) -> None:
         """RUNNING, or how and when the run ended."""
         if status == "RUNNING":
-            self._client.update_run(self.id, status=status)
+            _ask(self._client.update_run, self.id, status=status)
         else:
-            self._client.set_terminated(self.id, status=status, end_time=time_ms)
+            _ask(self._client.set_terminated, self.id, status=status, end_time=time_ms)
 
     def _log(self, kind: str, items: list[Any]) -> None:
         most = _MOST_AT_ONCE[kind]
@@ -173,7 +194,7 @@ class MlflowRun:
     def _log_or_halve(self, kind: str, items: list[Any]) -> None:
         """MLflow stores nothing of a request in which it refuses one value: halve it until that one is alone."""
         try:
-            self._client.log_batch(self.id, synchronous=True, **{kind: items})
+            _ask(self._client.log_batch, self.id, synchronous=True, **{kind: items})
         except Exception as error:
             if getattr(error, "error_code", "") not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
                 raise
@@ -259,6 +280,25 @@ def probe(experiment: str, uri: str) -> dict[str, Any]:
         return {"error": describe_error(error)}
 
 
+def _ask(request: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """A request that may be repeated: once, at once, where the server is quick to say that it is out of order.
+
+    One of several backends may be. Where all are, or none answers, the pauses are `delivery.follow`'s.
+    """
+    began = time.monotonic()
+    try:
+        return request(*arguments, **options)
+    except Exception as error:
+        if not is_passing(error) or time.monotonic() > began + _QUICK_SECONDS:
+            raise
+    return request(*arguments, **options)
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether an error says nothing of what was asked for: no answer, or a server (status 5xx, 429) out of order."""
+    return getattr(error, "error_code", "") in _PASSING
+
+
 def describe_error(error: BaseException) -> str:
     """One line on an error: where it began ('Connection refused') says more than the six errors wrapped around it."""
     if isinstance(error, ModuleNotFoundError) and error.name:
@@ -277,7 +317,7 @@ def describe_error(error: BaseException) -> str:
 def _get_run(client: Any, run_id: str) -> Any:
     """The run as mlflow has it, None when it is not there or deleted; a server that is away is another matter."""
     try:
-        run = client.get_run(run_id)
+        run = _ask(client.get_run, run_id)
     except Exception as error:
         if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
             return None

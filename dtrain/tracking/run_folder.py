@@ -1,5 +1,6 @@
 """A run folder: its files by name, and the records in it of what became of the run and of what MLflow has."""
 
+import errno
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ from dtrain.tracking.whole_file import read_json, write_json
 
 _log = logging.getLogger(__name__)
 _LOCK_SECONDS = 10.0
+_BLOCK_BYTES = 4096  # of file systems: a file that has one has all of it
 
 
 class RunFolder:
@@ -69,6 +71,21 @@ def update_run(folder: Path, *, when: Mapping[str, Any] | None = None, **changes
         lock.release()
 
 
+def overwrite_run(folder: Path, **changes: Any) -> None:
+    """The same where the disk is full, in the blocks that run.json has: not whole if the machine fails meanwhile.
+
+    OSError where that does not work either.
+    """
+    file = RunFolder(folder).run
+    content = json.dumps({**read_run(folder), **changes}, indent=1, default=str).encode() + b"\n"
+    with file.open("r+b") as run:
+        room = -(-os.fstat(run.fileno()).st_size // _BLOCK_BYTES) * _BLOCK_BYTES
+        if len(content) > room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+        run.write(content)
+        run.truncate()
+
+
 def read_line(line: bytes) -> dict[str, Any]:
     """One line of the journal; {} when it is not a JSON object."""
     try:
@@ -78,14 +95,17 @@ def read_line(line: bytes) -> dict[str, Any]:
     return entry if isinstance(entry, dict) else {}
 
 
-def close_run_of(folder: Path, pid: int) -> bool:
-    """Writes how a gone rank 0 ended: as the journal's last line says, else FAILED; False if another has the folder."""
+def close_run_of(folder: Path, pid: int, last_known: Mapping[str, Any] | None = None) -> bool:
+    """Writes how a gone rank 0 ended: as the journal's last line says, else FAILED; False if another has the folder.
+
+    `last_known`: the status and reason that hold where the journal does not say.
+    """
     with RunFolder(folder).journal.open("rb") as journal:
         journal.seek(max(0, os.fstat(journal.fileno()).st_size - 65536))
         whole = [line for line in journal if line.endswith(b"\n")]
     last = read_line(whole[-1]) if whole else {}
     if last.get("kind") != "end":
-        last = {"status": "FAILED", "reason": "rank 0 exited without reporting an error"}
+        last = dict(last_known or {"status": "FAILED", "reason": "rank 0 exited without reporting an error"})
     ended = {"state": last["status"], "reason": last["reason"], "ended": round(time.time(), 3)}
     update_run(folder, when={"pid": pid, "state": "RUNNING"}, **ended)
     return bool(read_run(folder).get("pid") == pid)
@@ -115,6 +135,7 @@ class Memory:
     artifacts: list[list[Any]] = field(default_factory=list)
     problem: str = ""  # why MLflow does not have everything: for the hint that rank 0 prints
     note: str = ""  # what else rank 0 should print
+    is_lost: bool = False  # whether it could not be written the last time
 
     @classmethod
     def read(cls, path: Path) -> "Memory":
@@ -123,5 +144,11 @@ class Memory:
         return cls(path, **{key: known[key] for key in ("run_id", "offset", "status", "artifacts") if key in known})
 
     def save(self) -> None:
-        """Writes it, whole or not at all."""
-        write_json(self.path, {key: value for key, value in vars(self).items() if key != "path"})
+        """Writes it, whole or not at all; a disk that takes nothing costs a warning, and a replay some day."""
+        try:
+            write_json(self.path, {key: value for key, value in vars(self).items() if key not in ("path", "is_lost")})
+            self.is_lost = False
+        except OSError as error:
+            if not self.is_lost:
+                _log.warning("%s: %s; what MLflow acknowledges is not remembered for now", self.path, error.strerror)
+            self.is_lost = True

@@ -27,11 +27,12 @@ from dtrain.tracking.uri import resolve_tracking_uri
 _log = logging.getLogger(__name__)
 # While it gets ready, so do the ranks: what it has not done when they begin, costs them steps.
 _NICENESS_AT_FIRST, _NICENESS = 3, 19
+_STDIN = 0  # rank 0's pipe: the command line, and later what the disk does not take
 _SILENCE_SECONDS = 3600.0  # twice the time after which a training without progress is ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns 0 when all is delivered or found, else 1; a wrong command line exits with 2."""
+    """The command; returns 0 when all is delivered or found, else 1; 2 where another start would not help either."""
     prog = "python -m dtrain.tracking.sender"
     parser = argparse.ArgumentParser(prog=prog, description="Feeds MLflow from a run's journal.")
     parser.add_argument("folder", nargs="?", type=Path, metavar="RUN_FOLDER")
@@ -78,7 +79,8 @@ def _wait_for_a_run(uri: str) -> int:
     _run_in_background(_NICENESS_AT_FIRST)
     with contextlib.suppress(Exception):  # it shows again, and is reported, when there is a run
         mlflow_store.system_monitor(uri)  # imports mlflow with its system metrics, and makes the store
-    line = sys.stdin.readline()
+    with open(_STDIN, "rb", buffering=0, closefd=False) as pipe:  # without a buffer: more may follow
+        line = pipe.readline()
     if not line:
         return 0
     arguments = json.loads(line)
@@ -111,7 +113,7 @@ def _feed(folder: Path, parent: int, uri: str, system_metrics: bool) -> int:
     with FileLock(RunFolder(folder).sender_lock, timeout=2 * PATIENCE_SECONDS):
         delivery = Delivery(folder, mlflow_store.MlflowStore(uri), system)
         delivery.begin(code_tags, str(code.relative_to(folder)))
-        return follow(delivery, parent)
+        return follow(delivery, parent, pipe=_STDIN)
 
 
 def _deliver_rest(folder: Path, uri: str) -> int:
@@ -122,7 +124,7 @@ def _deliver_rest(folder: Path, uri: str) -> int:
             if facts.get("state") == "RUNNING" and _is_dead(folder, facts):
                 close_run_of(folder, facts["pid"])
             delivery = Delivery(folder, mlflow_store.MlflowStore(uri))
-            exit_status = follow(delivery)
+            exit_status = min(follow(delivery), 1)
     except Timeout:
         _log.warning("another sender is at work on %s, see %s", folder, RunFolder(folder).sender_log)
         return 1

@@ -26,23 +26,29 @@ def prepare_sender(tracking_uri: str | None) -> subprocess.Popen[bytes] | None:
 
 
 def assign_run(prepared: subprocess.Popen[bytes] | None, folder: Path, options: Sequence[str]) -> bool:
-    """Hands a run folder to a sender from `prepare_sender`; False where it has exited or has a run already."""
-    if prepared is None or prepared.stdin is None or prepared.stdin.closed:
+    """Hands a run folder to a sender from `prepare_sender`; False where it has exited.
+
+    Its pipe stays open, for what the disk does not take.
+    """
+    if prepared is None or prepared.stdin is None or prepared.stdin.closed or prepared.poll() is not None:
         return False
     try:
         RunFolder(folder).logs.mkdir(exist_ok=True)
-        with prepared.stdin as pipe:
-            pipe.write(json.dumps([str(folder), *options]).encode() + b"\n")
+        prepared.stdin.write(json.dumps([str(folder), *options]).encode() + b"\n")
+        prepared.stdin.flush()
     except OSError:
         return False
     return True
 
 
 def start_sender(folder: Path, uri: str, options: Sequence[str] = ()) -> subprocess.Popen[bytes]:
-    """Starts a sender for a run folder, where its output is logged; without options it delivers what is there."""
+    """Starts a sender for a run folder, where its output is logged; without options it delivers what is there.
+
+    With options, it has a pipe for what the disk does not take.
+    """
     RunFolder(folder).logs.mkdir(exist_ok=True)
     with RunFolder(folder).sender_log.open("ab") as output:
-        return _start([str(folder), *options], uri, subprocess.DEVNULL, output)
+        return _start([str(folder), *options], uri, subprocess.PIPE if options else subprocess.DEVNULL, output)
 
 
 def deliver_rest(folder: str) -> int:

@@ -23,7 +23,7 @@ from conftest import REPOSITORY
 from stores import GONE_PID, deliver, rows_of, run_of, runs_in, wait_until, write_run
 
 from dtrain.tracking import delivery, file_queue, mlflow_store, retry, sender, start_sender
-from dtrain.tracking.delivery import Delivery, follow
+from dtrain.tracking.delivery import HOPELESS, Delivery, follow
 from dtrain.tracking.journal import Journal
 from dtrain.tracking.mlflow_store import MlflowStore, connect, mlflow_key
 from dtrain.tracking.run_folder import close_run_of, lives, read_run, update_run
@@ -474,7 +474,7 @@ def test_without_mlflow_the_journal_stays_and_one_line_says_why(
 ) -> None:
     folder = write_run(tmp_path, range(3))
     monkeypatch.setitem(sys.modules, "mlflow", None)
-    assert deliver(folder, "sqlite:////nowhere/mlflow.db") == 1
+    assert deliver(folder, "sqlite:////nowhere/mlflow.db") == HOPELESS
     problem = json.loads((folder / "mlflow.json").read_text())["problem"]
     assert problem == "mlflow is not installed here: pip install mlflow"
     assert [record.getMessage() for record in caplog.records] == [problem]

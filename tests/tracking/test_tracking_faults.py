@@ -83,10 +83,13 @@ class Proxy:
 
     drop: the connection is reset at once. cut: the server gets the request, its answer is lost. slow: the answer comes
     late. silent: no answer ever. A number: that status, with a page that is no JSON. page: 200, and the same page.
+
+    `turn` says of which requests: "..F" of every third one, as where one of three backends is broken; else a random
+    `share` of them.
     """
 
     def __init__(self, port: int = 0) -> None:
-        self.target, self.fault, self.share, self.requests = port, "", 1.0, 0
+        self.target, self.fault, self.share, self.turn, self.requests = port, "", 1.0, "", 0
         self.times: list[float] = []
         self._random = random.Random(SEED)
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -107,7 +110,10 @@ class Proxy:
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
-        fault = self.fault if self._random.random() < self.share else ""
+        spoils = self._random.random() < self.share
+        if self.turn:
+            spoils = self.turn[self.requests % len(self.turn)] == "F"
+        fault = self.fault if spoils else ""
         self.requests += 1
         self.times.append(time.monotonic())
         try:
@@ -199,6 +205,30 @@ def test_a_network_that_spoils_a_third_of_all_requests_loses_and_doubles_nothing
     whole(folder, real.store, 1200)
     assert len(runs_in(real.store, f"net {fault}")) == 1
     assert len(run_of(folder, real.store).data.params) == 151
+
+
+@pytest.mark.usefixtures("quiet_journal")
+@pytest.mark.parametrize("first", range(3))
+@pytest.mark.parametrize("turn", ["..F", "...F"])
+def test_one_of_several_backends_that_is_broken_holds_nothing_up(
+    tmp_path: Path, real: MlflowServer, proxy: Proxy, turn: str, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the true pauses, whichever requests meet it: where each try starts from zero, it is the same ones each time.
+
+    Of two backends one must work: MLflow's client itself asks twice in a row to set a status.
+    """
+    monkeypatch.setattr("dtrain.tracking.delivery._SEND_EVERY_SECONDS", 0.1)
+    (tmp_path / "file").write_text("x")
+    params = {f"p{n}": n for n in range(250)}
+    folder = write_run(tmp_path, range(2500), params, experiment=f"turn {turn} {first}", artifacts=[("file", "")])
+    proxy.fault, proxy.turn, proxy.requests = "500", turn, first
+    began = time.monotonic()
+    assert deliver(folder, proxy.uri, patience_seconds=60) == 0
+    assert time.monotonic() - began < 20
+    proxy.fault = ""
+    whole(folder, real.store, 2500)
+    assert len(runs_in(real.store, f"turn {turn} {first}")) == 1
+    assert len(run_of(folder, real.store).data.params) == 250
 
 
 @pytest.mark.usefixtures("quiet_journal", "impatient")
