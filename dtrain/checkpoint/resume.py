@@ -62,12 +62,16 @@ def find_start(
         start = _continued(_folder_of_run(folder, resume, tracking_uri), run_name, limits)
     else:
         raise ResumeError(f"'{resume}' is neither auto, none, a checkpoint, a run folder, an MLflow run id nor last")
-    busy = writer_of(start.folder) or _older_writer(start.folder)
-    return start._replace(busy=busy, found_attempt=read_run(start.folder).get("attempt_started"))
+    return start._replace(busy=other_writer(start.folder), found_attempt=read_run(start.folder).get("attempt_started"))
 
 
-def _older_writer(folder: Path) -> str:
-    """The same of a training of an older dtrain, which takes no lock, as far as can be seen from this machine."""
+def other_writer(folder: Path) -> str:
+    """Which training writes a run folder; '' where none does.
+
+    One of an older dtrain takes no lock; of this machine it is found by what it has written.
+    """
+    if busy := writer_of(folder):
+        return busy
     facts = read_run(folder)
     is_here = facts.get("host") == socket.gethostname() and facts.get("pid") != os.getpid()
     if facts.get("state") != "RUNNING" or not is_here or not lives(facts):

@@ -111,9 +111,9 @@ def take_lock(folder: Path) -> RunLock:
 
 
 def writer_of(folder: Path) -> str:
-    """Who is certain to hold a run folder's lock, as a sentence; '' where nobody is. Nothing is changed or waited for.
+    """Who is certain to hold a run folder's lock, as a sentence; '' where nobody is. Nothing is changed.
 
-    That a process on another host is gone can only be found out by waiting, as `take_lock` does.
+    Of a process on another host a beat or two is waited for; that it is gone is for `take_lock` to find out.
     """
     path = RunFolder(folder).lock
     try:
@@ -123,7 +123,7 @@ def writer_of(folder: Path) -> str:
     try:
         is_locked = _flock(descriptor, fcntl.LOCK_SH)
         record = _read(path)
-        is_busy = is_locked is False or (is_locked is None and bool(record) and _is_here(record) and _lives(record))
+        is_busy = is_locked is False or _is_alive(path, record, is_locked, 2 * BEAT_SECONDS)
     finally:
         os.close(descriptor)
     return _told(folder, record) if is_busy else ""
@@ -147,19 +147,22 @@ def _refuse_living(folder: Path, is_locked: bool) -> None:
     """Raise where the process that the file names is alive; of one on another host, its heartbeat tells."""
     path = RunFolder(folder).lock
     record = _read(path)
-    if not record:
-        return
-    if _is_here(record):
-        is_alive = not is_locked and _lives(record)
-    else:
-        is_alive = _beats(path)
-    if is_alive:
+    if _is_alive(path, record, is_locked, STALE_SECONDS):
         raise FolderIsBusyError(_told(folder, record))
 
 
-def _beats(path: Path) -> bool:
+def _is_alive(path: Path, record: dict[str, Any], is_locked: bool | None, seconds: float) -> bool:
+    """Whether the process of a record is there, as far as this can be seen in some time."""
+    if not record:
+        return False
+    if record.get("processes") == _process_table():
+        return not is_locked and lives({"pid": record["pid"], "attempt_started": record["since"]})
+    return _beats(path, seconds)
+
+
+def _beats(path: Path, seconds: float) -> bool:
     """Whether somebody touches the file while this waits; no clock of another host is compared."""
-    first, end = _changed_at(path), time.monotonic() + STALE_SECONDS
+    first, end = _changed_at(path), time.monotonic() + seconds
     while time.monotonic() < end:
         time.sleep(0.25)
         if _changed_at(path) != first:
@@ -227,14 +230,6 @@ def _process_table() -> str:
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:
         return socket.gethostname()
-
-
-def _is_here(record: dict[str, Any]) -> bool:
-    return bool(record.get("processes") == _process_table())
-
-
-def _lives(record: dict[str, Any]) -> bool:
-    return lives({"pid": record["pid"], "attempt_started": record["since"]})
 
 
 def _told(folder: Path, record: dict[str, Any]) -> str:

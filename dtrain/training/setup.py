@@ -16,7 +16,7 @@ from dtrain.checkpoint.background_saver import Saver
 from dtrain.checkpoint.checkpoint_files import Loaded, load
 from dtrain.checkpoint.checkpoint_folder import Checkpoints
 from dtrain.checkpoint.contents import CheckpointError
-from dtrain.checkpoint.resume import ResumeError, Start, damage_in, find_start
+from dtrain.checkpoint.resume import ResumeError, Start, damage_in, find_start, other_writer
 from dtrain.checkpoint.weights import load_weights, misfits_of, take_over
 from dtrain.config.build import build, defaults
 from dtrain.config.check import notes
@@ -225,11 +225,11 @@ def _start(
     is_restart = environment().restarts > 0
 
     def decided() -> Start:
+        if purpose == "train" and (busy := other_writer(folder)):  # its checkpoints come and go
+            return Start(folder, run_name=run_name, busy=busy)
         start = find_start(folder, options["resume"], run_name, options, uri, is_restart)
-        if purpose != "train":
+        if purpose != "train" or start.busy:
             return start
-        if start.busy:  # its checkpoints come and go
-            return start._replace(checkpoint=None)
         if not start.finished and (problem := why_not_writable(start.folder)):
             raise refused(config, ("trainer", "checkpoint_dir"), f"{start.folder} cannot be written: {problem}")
         if start.checkpoint is None and not start.moves_aside and (damage := damage_in(start.folder)):
