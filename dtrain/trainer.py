@@ -85,7 +85,7 @@ class Trainer:
         max_epochs: Passes over the training data.
         max_steps: Optimizer steps; with max_epochs, whichever comes first.
         checkpoint_dir: The run folder. Default: runs/<experiment>.
-        resume: auto | none | a checkpoint | an MLflow run id.
+        resume: auto | last | none | a checkpoint | a run folder | an MLflow run id.
         pre_trained: A checkpoint or weight file to start a new training from; or a mapping, to fit it to the model.
         monitor: The figure that 'best' means. Default: the first metric of the validation, else val/loss.
         mode: min | max, what is better of it. Default: as the metric says (`higher_is_better`), min for a loss.

@@ -204,6 +204,8 @@ def first_good(candidates: list[Path]) -> Path | None:
         if not (problems := verify(path)):
             chosen = path
             break
+        if not path.exists():
+            continue  # a training that is at work has removed it meanwhile
         damaged.append(f"{path.name}/{problems[0]}")
     if damaged:
         instead = f"{chosen.name} is used instead" if chosen else "there is no other"

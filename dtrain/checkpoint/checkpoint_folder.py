@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 import dtrain
 from dtrain.checkpoint.checkpoint_files import (
@@ -26,6 +26,7 @@ from dtrain.checkpoint.checkpoint_files import (
     write_files,
 )
 from dtrain.checkpoint.contents import CheckpointError, Snapshot, take_snapshot
+from dtrain.tracking.run_folder import locked_file
 from dtrain.tracking.whole_file import fsync
 
 LOCK_TIMEOUT_SECONDS = 60.0
@@ -129,22 +130,66 @@ class Checkpoints:
         readable, unreadable = self._scan()
         return first_good([*unreadable, *self._ranked(readable)])
 
+    def folders(self) -> list[Path]:
+        """Those of all checkpoints, damaged ones included, newest last by name."""
+        found = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted(path for path in found if step_in(path.name) is not None and path.is_dir())
+
+    def damaged(self) -> dict[Path, list[str]]:
+        """What is wrong with each checkpoint that does not verify."""
+        return {path: problems for path in self.folders() if (problems := verify(path))}
+
+    def has_later_than(self, chosen: Path) -> bool:
+        """Whether a training that resumes from a checkpoint of this run leaves behind what followed it."""
+        return self._is_in_branch(chosen) or bool(self._later_than(chosen))
+
+    def go_back_to(self, chosen: Path) -> Path | None:
+        """Make a checkpoint of this run the newest: what was saved after it no longer counts, as best or last.
+
+        It is moved into a folder of its own, `branch-N`, and can be read, tested and resumed from there. Where the
+        chosen one lies in such a folder, it comes back with those before it. Returns the new folder; None: not needed.
+        """
+        with self._writing(chosen, 0, LOCK_TIMEOUT_SECONDS):
+            later, back = self._later_than(chosen), []
+            branch = next(path for n in range(1, 10**6) if not (path := self.folder / f"branch-{n}").exists())
+            if self._is_in_branch(chosen):
+                newest = read_manifest(chosen)["serial"]
+                back = [path for path in chosen.resolve().parent.iterdir() if step_in(path.name) is not None]
+                back = [path for path in back if read_manifest(path)["serial"] <= newest]
+            for path in later:
+                branch.mkdir(exist_ok=True)
+                path.rename(branch / path.name)
+            for path in back:
+                path.rename(self.folder / path.name)
+            readable, _ = self._scan()
+            self._link("last", readable[0][0] if readable else None)
+            self._link("best", next(iter(self._ranked(readable)), None))
+        return branch if later else None
+
+    def _is_in_branch(self, chosen: Path) -> bool:
+        parent = chosen.resolve().parent
+        return parent.parent == self.folder.resolve() and parent.name.startswith("branch-")
+
+    def _later_than(self, chosen: Path) -> list[Path]:
+        """The checkpoints here that were written after another one of this run."""
+        pivot, key = read_manifest(chosen.resolve()), "serial"
+        if not self._is_in_branch(chosen) and chosen.resolve().parent != self.folder.resolve():
+            key = "step"  # of a failed step, which is counted by itself
+        return [path for path, manifest in self._scan()[0] if manifest[key] > pivot[key]]
+
     @contextmanager
     def _writing(self, target: Path, need_bytes: int, timeout_seconds: float) -> Iterator[None]:
         """Be the only writer in the folder; a failed write becomes one sentence."""
-        lock = FileLock(self.folder / ".lock")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _acquire(lock, timeout_seconds)
-            self._clear_leftovers()  # with the lock held, they are a dead writer's, of whatever host
-            usage = shutil.disk_usage(self.folder)
-            if usage.total and usage.free < need_bytes:  # some network file systems report 0 of 0
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # rather than begin what cannot end
-            yield
+            with _locked(self.folder / ".lock", timeout_seconds):
+                self._clear_leftovers()  # with the lock held, they are a dead writer's, of whatever host
+                usage = shutil.disk_usage(self.folder)
+                if usage.total and usage.free < need_bytes:  # some network file systems report 0 of 0
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # rather than begin what cannot end
+                yield
         except WRITE_ERRORS as error:
             raise failure_of(target, need_bytes, error) from error
-        finally:
-            lock.release()
 
     def _clear_leftovers(self) -> None:
         """Remove what an interrupted writer left, and put back a checkpoint that it had moved aside to replace it."""
@@ -158,9 +203,9 @@ class Checkpoints:
                 shutil.rmtree(left, ignore_errors=True)
 
     def _write(self, target: Path, snapshot: Snapshot, facts: Manifest) -> None:
-        readable, _ = self._scan()
-        # The newest has neither always the highest step (a run may go back) nor the latest time (clocks jump).
-        serial = 1 + max((manifest["serial"] for path, manifest in readable if path != target), default=0)
+        # The newest has neither always the highest step (a run may go back) nor the latest time (clocks jump). Those of
+        # branches that were left count too, so that it can be told what came after what if one is taken up again.
+        serial = 1 + max((manifest["serial"] for manifest in self._manifests_of_all()), default=0)
         temporary = self.folder / f".tmp-{target.name}"
         try:
             write_files(temporary, snapshot, {**facts, "serial": serial})
@@ -205,13 +250,17 @@ class Checkpoints:
     def _scan(self) -> tuple[list[tuple[Path, Manifest]], list[Path]]:
         """All checkpoints with their manifests, newest first, and the folders whose manifest cannot be read."""
         readable, unreadable = [], []
-        for path in sorted(self.folder.iterdir()) if self.folder.is_dir() else ():
-            if step_in(path.name) is not None and path.is_dir():
-                try:
-                    readable.append((path, read_manifest(path)))
-                except CheckpointError:
-                    unreadable.append(path)
+        for path in self.folders():
+            try:
+                readable.append((path, read_manifest(path)))
+            except CheckpointError:
+                unreadable.append(path)
         return sorted(readable, key=lambda found: found[1]["serial"], reverse=True), unreadable
+
+    def _manifests_of_all(self) -> Iterator[Manifest]:
+        for path in (*self.folders(), *self.folder.glob("branch-*/step-*")):
+            with suppress(CheckpointError):
+                yield read_manifest(path)
 
     def _ranked(self, readable: list[tuple[Path, Manifest]]) -> list[Path]:
         """Those with a score, best first: finite weights before others, the older of two equals first."""
@@ -224,15 +273,14 @@ class Checkpoints:
         return [path for *_, path in sorted(ranks)]
 
 
-def _acquire(lock: FileLock, timeout_seconds: float) -> None:
+@contextmanager
+def _locked(path: Path, timeout_seconds: float) -> Iterator[None]:
+    """Where the disk has no locks, safety is that a run folder has one training."""
     try:
-        lock.acquire(timeout=timeout_seconds)
+        with locked_file(path, timeout_seconds):
+            yield
     except Timeout as error:
         raise OSError(errno.EBUSY, f"another process has been writing there for {timeout_seconds:.0f} s") from error
-    except OSError as error:
-        # Some network file systems know no locks: there, safety is that a run has one rank 0.
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
 
 
 def _leftovers(folder: Path) -> list[Path]:

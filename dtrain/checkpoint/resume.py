@@ -8,9 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dtrain.checkpoint.checkpoint_files import MANIFEST
+from dtrain.checkpoint.checkpoint_files import MANIFEST, MODEL, read_tensors
 from dtrain.checkpoint.checkpoint_folder import Checkpoints
+from dtrain.checkpoint.contents import CheckpointError
+from dtrain.config.errors import first_few
 from dtrain.tracking.run_folder import RunFolder, lives, read_run
+from dtrain.tracking.run_lock import writer_of
 from dtrain.tracking.start_sender import find_run
 
 
@@ -28,6 +31,9 @@ class Start(NamedTuple):
     moves_aside: bool = False  # an old training in the folder is to be moved away before this one begins
     busy: str = ""  # who else writes the run folder; empty where nobody does
     is_verified: bool = False  # the checkpoint's files were just compared with its manifest
+    is_branch: bool = False  # what follows the checkpoint is computed anew: other figures than those of before
+    found_attempt: float | None = None  # when the last start in the folder began that has run: was there a newer one?
+    new_values: Mapping[str, tuple[str, str]] = {}  # keys of the config that have changed: a line for each, its value
 
 
 def find_start(
@@ -40,27 +46,32 @@ def find_start(
 ) -> Start:
     """Look at the run folder and decide; nothing is touched.
 
-    What to resume from is auto, none, a checkpoint, a run folder or an MLflow run id. The limits are max_epochs and
-    max_steps, to see whether they were raised since a finished training. A restart by the launcher continues, whatever
-    the training once began from. Raises ResumeError where what `resume` names is not there.
+    What to resume from is auto, last, none, a checkpoint, a run folder or an MLflow run id. The limits are max_epochs
+    and max_steps, to see whether they were raised since a finished training. A restart by the launcher continues,
+    whatever the training once began from. Raises ResumeError where what `resume` names is not there.
     """
     if is_restart and (resume == "none" or (RunFolder(folder).checkpoints / "last").exists()):
         resume = "auto"
     if resume == "none":
         start = Start(folder, run_name=run_name, moves_aside=True)
-    elif resume == "auto":
+    elif resume in ("auto", "last"):
         start = _continued(folder, run_name, limits)
     elif Path(resume).is_dir():
         start = _from_path(folder, Path(resume), run_name, limits)
     elif re.fullmatch(r"[0-9a-f]{32}", resume):
         start = _continued(_folder_of_run(folder, resume, tracking_uri), run_name, limits)
     else:
-        raise ResumeError(f"'{resume}' is neither auto, none, a checkpoint, a run folder nor an MLflow run id")
-    return start._replace(busy=_other_writer(start.folder))
+        raise ResumeError(f"'{resume}' is neither auto, none, a checkpoint, a run folder, an MLflow run id nor last")
+    return start._replace(busy=other_writer(start.folder), found_attempt=read_run(start.folder).get("attempt_started"))
 
 
-def _other_writer(folder: Path) -> str:
-    """Who writes a run folder, as far as can be seen from this machine; '' where nobody does."""
+def other_writer(folder: Path) -> str:
+    """Which training writes a run folder; '' where none does.
+
+    One of an older dtrain takes no lock; of this machine it is found by what it has written.
+    """
+    if busy := writer_of(folder):
+        return busy
     facts = read_run(folder)
     is_here = facts.get("host") == socket.gethostname() and facts.get("pid") != os.getpid()
     if facts.get("state") != "RUNNING" or not is_here or not lives(facts):
@@ -91,8 +102,10 @@ def _raised(facts: Mapping[str, Any], limits: Mapping[str, Any], key: str) -> bo
 
 def _from_path(folder: Path, path: Path, run_name: str, limits: Mapping[str, Any]) -> Start:
     if (path / MANIFEST).is_file():
-        same_run = path.resolve().is_relative_to(folder.resolve())
-        return Start(folder, path, read_run(folder).get("run_name") or run_name if same_run else run_name)
+        if not path.resolve().is_relative_to(folder.resolve()):
+            return Start(folder, path, run_name)
+        is_branch = Checkpoints(RunFolder(folder).checkpoints).has_later_than(path)
+        return Start(folder, path, read_run(folder).get("run_name") or run_name, is_branch=is_branch)
     if path.resolve() == folder.resolve():
         return _continued(folder, run_name, limits)
     checkpoint = Checkpoints(RunFolder(path).checkpoints).last()
@@ -113,9 +126,35 @@ def _folder_of_run(folder: Path, run_id: str, tracking_uri: str | None) -> Path:
     return Path(found)
 
 
+def damage_in(folder: Path) -> str:
+    """What is wrong where a run folder has checkpoints and none of them is whole, and what is left; '' elsewhere."""
+    checkpoints = Checkpoints(RunFolder(folder).checkpoints)
+    damaged = checkpoints.damaged()
+    if not damaged or len(damaged) < len(checkpoints.folders()):
+        return ""
+    weights = [path / MODEL for path, problems in damaged.items() if _has_weights(path, problems)]
+    text = f"no checkpoint in {checkpoints.folder} is whole: "
+    text += "; ".join(f"{path.name}/{problem}" for path, problems in damaged.items() for problem in problems)
+    if weights:
+        text += f". Weights that can be read: trainer.pre_trained={weights[0]} trainer.resume=none starts from them"
+        text += f" (also {first_few([str(path) for path in weights[1:]], 5)})" if weights[1:] else ""
+    return f"{text}. trainer.resume=none begins again; it moves this folder aside and removes nothing"
+
+
+def _has_weights(path: Path, problems: list[str]) -> bool:
+    """Whether a damaged checkpoint's weights are whole or, where its manifest cannot tell, can be read at all."""
+    if any(problem.startswith(MODEL) for problem in problems):
+        return False
+    try:
+        read_tensors(path / MODEL, {})
+    except CheckpointError:
+        return False
+    return True
+
+
 def move_aside(folder: Path) -> Path | None:
-    """Rename an old run folder; returns where it is now, None when there was nothing."""
-    if not folder.is_dir() or not any(folder.iterdir()):
+    """Rename an old run folder; returns where it is now, None when there was nothing but a lock."""
+    if not folder.is_dir() or not {entry.name for entry in folder.iterdir()} - {RunFolder(folder).lock.name}:
         return None
     stamp = time.strftime("%Y%m%d-%H%M%S")
     names = (f"{folder.name}-{stamp}{f'-{number}' if number else ''}" for number in range(1000))

@@ -27,7 +27,8 @@ from dtrain.distributed.stop_request import REPEAT_SECONDS, stop_signals
 from dtrain.launch.agent import Agent, End, Site
 from dtrain.launch.console import Console
 from dtrain.launch.rendezvous import address_towards, is_held_here, set_gloo_interface
-from dtrain.tracking.run_folder import RunFolder, close_run_of, lives, read_run
+from dtrain.tracking.run_folder import RunFolder, close_run_of, lives, read_run, why_not_writable
+from dtrain.tracking.run_lock import writer_of
 from dtrain.tracking.whole_file import read_json
 
 UNTIMED_SAVE_SECONDS = 600.0  # ranks have so long to save and end before a save was timed
@@ -47,6 +48,7 @@ def launch(config: Mapping[str, Any], options: argparse.Namespace, host: str, po
         ConfigError: The options do not fit this machine; nothing was started then.
     """
     ranks = _ranks_here(options, config)
+    _refuse_folder(config, options.nnodes)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // ranks)))
     if options.launcher == "accelerate":
         os.environ.update(_accelerate_settings(ranks))
@@ -75,6 +77,16 @@ def _ranks_here(options: argparse.Namespace, config: Mapping[str, Any]) -> int:
     backend = ((config.get("trainer") or {}).get("ddp") or {}).get("backend")
     choose_device(device, Environment(0, 0, ranks * options.nnodes, ranks, "torchrun"), gpus, backend)
     return ranks
+
+
+def _refuse_folder(config: Mapping[str, Any], nodes: int) -> None:
+    """Raise a ConfigError where no rank could write the run folder, before this launcher writes a log in it."""
+    folder = run_folder(config)
+    # Of several nodes, another one's rank 0 may have begun already.
+    if nodes == 1 and (busy := writer_of(folder)):
+        raise ConfigError(busy)
+    if problem := why_not_writable(folder):
+        raise ConfigError(f"trainer.checkpoint_dir: {folder} cannot be written: {problem}")
 
 
 def _accelerate_settings(ranks: int) -> dict[str, str]:

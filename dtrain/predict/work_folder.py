@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from dtrain.config.errors import ConfigError, first_few
 from dtrain.distributed.ranks import Ranks
 from dtrain.predict.formats import FileSpec, write
+from dtrain.tracking.run_folder import locked_file
 from dtrain.tracking.whole_file import read_json, whole_file, write_json
 
 HIDDEN = ".dtrain"
@@ -97,22 +98,20 @@ def opened(folder: Path, ranks: Ranks, plan: Callable[[], T]) -> Iterator[T]:
     Raises:
         ConfigError: The folder cannot be made or written, another prediction is writing it, or `plan` refuses.
     """
-    lock = FileLock(folder / HIDDEN / "lock")
+    stack = contextlib.ExitStack()
 
     def lock_and_plan() -> T:
         try:
             (folder / HIDDEN).mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
+            stack.enter_context(locked_file(folder / HIDDEN / "lock", 0))
         except Timeout as error:
             raise ConfigError(f"{folder} is being written by another prediction; wait for its end") from error
         except OSError as error:
             raise ConfigError(f"{folder} cannot be written: {error.strerror or error}") from error
         return plan()
 
-    try:
+    with stack:
         yield ranks.decide(lock_and_plan)
-    finally:
-        lock.release()
 
 
 def are_finished(files: Sequence[PredictionFile], overwrite: bool) -> list[bool]:

@@ -83,40 +83,46 @@ class Journal:
         params: Mapping[str, Any],
         tags: Mapping[str, str],
         artifacts: Sequence[tuple[str, str]] = (),
+        from_step: int | None = None,
         **run_facts: Any,
     ) -> None:
         """Opens the journal, or continues the one that is there, and starts the sender.
 
         For the params see `flatten`, for `artifacts` `artifact`; secrets are masked. The tags win over the ones that
-        every run gets; `run_facts` is what else run.json shall hold, such as world_size.
+        every run gets; `run_facts` is what else run.json shall hold, such as world_size. What follows `from_step` is
+        computed anew: its figures are logged though the journal has some of these steps; None: they would be the same.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         attempt, self._last_steps = _read_earlier(self._files.journal)
+        if from_step is not None:
+            _go_back(self._last_steps, from_step)
         self._file = os.open(self._files.journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         known = read_run(self.folder)
         host, now = socket.gethostname(), round(time.time(), 3)
-        update_run(
-            self.folder,
-            id=known.get("id") or uuid.uuid4().hex,
-            run_id=known.get("run_id"),
-            experiment=self._experiment,
-            run_name=self._run_name,
-            tracking_uri=redact(self.tracking_uri),
-            state="RUNNING",
-            reason="",
-            exit_status=None,
-            host=host,
-            pid=os.getpid(),
-            attempt=attempt,
-            started=known.get("started") or now,
-            attempt_started=now,
-            ended=None,
+        facts = {
+            "id": known.get("id") or uuid.uuid4().hex,
+            "run_id": known.get("run_id"),
+            "experiment": self._experiment,
+            "run_name": self._run_name,
+            "tracking_uri": redact(self.tracking_uri),
+            "state": "RUNNING",
+            "reason": "",
+            "exit_status": None,
+            "host": host,
+            "pid": os.getpid(),
+            "attempt": attempt,
+            "started": known.get("started") or now,
+            "attempt_started": now,
+            "ended": None,
             **run_facts,
-        )
+        }
+        update_run(self.folder, **facts)
         own_tags = {"mlflow.source.name": "dtrain", "host": host, "dtrain.checkpoint_dir": str(self.folder)}
         if "world_size" in run_facts:
             own_tags["world_size"] = str(run_facts["world_size"])
-        self._write("start", attempt=attempt)
+        if from_step is not None:
+            own_tags["dtrain.branch"] = f"start {attempt} continues from step {from_step}"
+        self._write("start", attempt=attempt, from_step=from_step, facts=facts)
         self._write("tags", values={key: redact(str(value)) for key, value in {**own_tags, **tags}.items()})
         self._write("params", attempt=attempt, values={key: _as_text(key, value) for key, value in params.items()})
         for path, to in artifacts:
@@ -127,8 +133,9 @@ class Journal:
         """Writes the figures of one step: one line, a few tens of microseconds, no waiting.
 
         A figure that is not a number costs one warning per key. A step that the journal already holds for a key is
-        dropped: a resumed training repeats the steps after its checkpoint, and MLflow would store them twice. A step is
-        the number of optimizer steps done; one-element tensors and arrays will do as figures.
+        dropped: a resumed training repeats the steps after its checkpoint, and MLflow would store them twice; unless
+        they are computed anew (see `start`). A step is the number of optimizer steps done; one-element tensors and
+        arrays will do as figures.
         """
         values: dict[str, float | str] = {}
         for key, figure in figures.items():
@@ -415,10 +422,27 @@ def _read_earlier(path: Path) -> tuple[int, dict[str, int]]:
             whole += len(line)
             entry = read_line(line)
             kind = str(entry.get("kind"))
-            attempt += kind == "start"
+            if kind == "start":
+                attempt += 1
+                _go_back(steps, entry.get("from_step"))
             for key in {"metrics": entry.get("values", ()), "image": [entry.get("key")]}.get(kind, ()):
                 steps[key] = max(entry["step"], steps.get(key, entry["step"]))
     return attempt, steps
+
+
+def _go_back(steps: dict[str, int], step: int | None) -> None:
+    """Forget, of the last step of each figure, what follows a step from which a training was continued otherwise."""
+    if step is not None:
+        steps.update({key: min(last, step) for key, last in steps.items()})
+
+
+def has_figures(folder: Path) -> bool:
+    """Whether the training in a run folder came so far that it has logged figures."""
+    try:
+        with RunFolder(folder).journal.open("rb") as lines:
+            return any(read_line(line).get("kind") == "metrics" for line in lines)
+    except OSError:
+        return False
 
 
 def _as_text(key: str, value: Any) -> str:

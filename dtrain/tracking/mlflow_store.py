@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
+from dtrain.tracking.run_folder import locked_file
 from dtrain.tracking.secrets import redact
 from dtrain.tracking.sqlite_template import begin_store
 from dtrain.tracking.uri import sqlite_file
@@ -31,7 +30,7 @@ _UPLOAD_TIMEOUT_SECONDS = "300"  # a server may answer late when it has gigabyte
 _MOST_AT_ONCE = {"metrics": 1000, "params": 100, "tags": 100}  # MLflow's limits per request
 _LONGEST_KEY, _LONGEST_PARAM, _LONGEST_TAG = 250, 6000, 5000
 _IMAGES = "images"  # MLflow's folder for them, and its names, of which the thumbnail's is the last one written
-_IMAGE = re.compile(r"(?P<key>.+)[+%]step[+%](?P<step>\d+)[+%]timestamp[+%].+\.webp")
+_IMAGE = re.compile(r"(?P<key>.+)[+%]step[+%](?P<step>\d+)[+%]timestamp[+%](?P<time>\d+).+\.webp")
 _log = logging.getLogger(__name__)
 _REFUSED = "dtrain.refused"  # the tag that names what MLflow did not take
 # MLflow's pages then show charts and parameters first, not the views for language models.
@@ -124,7 +123,7 @@ class MlflowRun:
         self._client = client
         self._params: dict[str, str] = dict(run.data.params)
         self._tags: dict[str, str] = dict(run.data.tags)
-        self._images: set[tuple[str, int]] | None = None  # key and step of those that are there
+        self._images: set[tuple[str, int, int]] | None = None  # key, step and time in ms of those that are there
 
     def log_metrics(self, rows: Sequence[Row]) -> None:
         """Sends figures; NaN stays NaN, infinities become the largest numbers that MLflow has."""
@@ -170,9 +169,9 @@ class MlflowRun:
         if self._images is None:
             names = (posixpath.basename(item.path) for item in _ask(self._client.list_artifacts, self.id, _IMAGES))
             found = (_IMAGE.fullmatch(name) for name in names)
-            self._images = {(match["key"], int(match["step"])) for match in found if match}
+            self._images = {(match["key"], int(match["step"]), int(match["time"])) for match in found if match}
         name = mlflow_key(key)
-        known = (name.replace("/", "~"), step)
+        known = (name.replace("/", "~"), step, time_ms)
         if known in self._images:
             return
         with _long_timeout(), Image.open(path) as image:
@@ -240,7 +239,7 @@ def connect(uri: str) -> Any:
         return MlflowClient(tracking_uri=uri)
     database.parent.mkdir(parents=True, exist_ok=True)
     # MLflow puts artifacts into ./mlruns of the folder it is in when it opens the store: let that be the store's own.
-    with FileLock(database.with_name(f".{database.name}.lock"), timeout=120), contextlib.chdir(database.parent):
+    with locked_file(database.with_name(f".{database.name}.lock"), 120), contextlib.chdir(database.parent):
         if not database.exists():
             begin_store(database, __version__, lambda file: open_store(f"sqlite:///{file}"))
         return open_store(uri)

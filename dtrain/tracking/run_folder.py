@@ -1,11 +1,12 @@
 """A run folder: its files by name, and the records in it of what became of the run and of what MLflow has."""
 
+import contextlib
 import errno
 import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from dtrain.tracking.whole_file import read_json, write_json
 _log = logging.getLogger(__name__)
 _LOCK_SECONDS = 10.0
 _BLOCK_BYTES = 4096  # of file systems: a file that has one has all of it
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # what disks answer that know no locks
 
 
 class RunFolder:
@@ -36,6 +38,7 @@ class RunFolder:
         self.logs = self.path / "logs"
         self.sender_log = self.logs / "sender.log"
         self.sender_lock = self.path / ".sender.lock"
+        self.lock = self.path / ".training.lock"  # of the training that writes here
 
     def rank_log(self, rank: int) -> Path:
         """What a rank printed."""
@@ -47,26 +50,59 @@ class RunFolder:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """What run.json of a run folder holds; {} when there is none."""
-    return read_json(RunFolder(folder).run)
+    """What run.json of a run folder holds; where it is gone or damaged, what the journal says; {} without either."""
+    return read_json(RunFolder(folder).run) or _facts_in_journal(RunFolder(folder))
+
+
+def _facts_in_journal(files: RunFolder) -> dict[str, Any]:
+    """The same of the last start, as far as it is known, with how it ended and with the run's id in MLflow."""
+    facts: dict[str, Any] = {}
+    try:
+        with files.journal.open("rb") as lines:
+            for line in lines:
+                if line.startswith(b'{"kind": "start"'):
+                    facts = read_line(line).get("facts") or facts
+                elif line.startswith(b'{"kind": "end"'):
+                    ended = read_line(line)
+                    facts |= {"state": ended.get("status"), "reason": ended.get("reason"), "ended": ended.get("time")}
+    except OSError:
+        return {}
+    known = read_json(files.delivery).get("run_id")
+    return facts | ({"run_id": known} if known else {})
 
 
 def update_run(folder: Path, *, when: Mapping[str, Any] | None = None, **changes: Any) -> bool:
     """Changes facts in run.json, one process at a time, whole or not at all, if `when` still holds; returns that."""
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
     file = RunFolder(folder).run
-    lock = FileLock(file.with_name(f".{file.name}.lock"), timeout=_LOCK_SECONDS)
-    try:
-        lock.acquire()
-    except (Timeout, NotImplementedError) as error:  # some network disks have no locks; the write below is whole anyway
-        _log.warning("%s is changed without its lock: %s", file, error)
-    try:
-        facts = read_json(file)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked_file(file.with_name(f".{file.name}.lock"), _LOCK_SECONDS))
+        except Timeout as error:  # the write below is whole anyway
+            _log.warning("%s is changed without its lock: %s", file, error)
+        facts = read_run(folder)
         if when is not None and any(facts.get(key) != value for key, value in when.items()):
             return False
         write_json(file, {**facts, **changes}, durable=True)
         return True
+
+
+@contextlib.contextmanager
+def locked_file(path: Path, timeout_seconds: float) -> Iterator[None]:
+    """Hold a lock file's lock; without it where the disk has none, as some network disks. filelock.Timeout: no turn."""
+    from filelock import FileLock
+
+    lock = FileLock(path, timeout=timeout_seconds)
+    try:
+        lock.acquire()
+    except NotImplementedError:
+        pass
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    try:
+        yield
     finally:
         lock.release()
 
@@ -84,6 +120,18 @@ def overwrite_run(folder: Path, **changes: Any) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
         run.write(content)
         run.truncate()
+
+
+def why_not_writable(folder: Path) -> str:
+    """Why a run folder cannot be made or written, in the system's words; '' where it can. Nothing is left there."""
+    above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    trial = above / f".dtrain-{os.getpid()}"
+    try:
+        trial.mkdir()
+        trial.rmdir()
+    except OSError as error:
+        return f"{error.strerror}: {above}"
+    return ""
 
 
 def read_line(line: bytes) -> dict[str, Any]:

@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from dtrain.tracking import mlflow_store
 from dtrain.tracking.delivery import Delivery, follow
 from dtrain.tracking.git_state import capture_code
 from dtrain.tracking.retry import PATIENCE_SECONDS
-from dtrain.tracking.run_folder import RunFolder, close_run_of, lives, read_run
+from dtrain.tracking.run_folder import RunFolder, close_run_of, lives, locked_file, read_run
 from dtrain.tracking.secrets import Redacted, redact
 from dtrain.tracking.system_metrics import SystemMetrics
 from dtrain.tracking.uri import resolve_tracking_uri
@@ -110,7 +110,7 @@ def _feed(folder: Path, parent: int, uri: str, system_metrics: bool) -> int:
         except Exception as error:
             _log.warning("no system metrics: %s", mlflow_store.describe_error(error))
     # The sender of a rank 0 that exited may still deliver the rest.
-    with FileLock(RunFolder(folder).sender_lock, timeout=2 * PATIENCE_SECONDS):
+    with locked_file(RunFolder(folder).sender_lock, 2 * PATIENCE_SECONDS):
         delivery = Delivery(folder, mlflow_store.MlflowStore(uri), system)
         delivery.begin(code_tags, str(code.relative_to(folder)))
         return follow(delivery, parent, pipe=_STDIN)
@@ -119,7 +119,7 @@ def _feed(folder: Path, parent: int, uri: str, system_metrics: bool) -> int:
 def _deliver_rest(folder: Path, uri: str) -> int:
     """`dtrain sync`: sends what is left of a run that nobody writes any more."""
     try:
-        with FileLock(RunFolder(folder).sender_lock, timeout=5):
+        with locked_file(RunFolder(folder).sender_lock, 5):
             facts = read_run(folder)
             if facts.get("state") == "RUNNING" and _is_dead(folder, facts):
                 close_run_of(folder, facts["pid"])

@@ -1,10 +1,12 @@
 """A run's frame: opens it, and closes it with the status that is true."""
 
 import contextlib
+import os
 import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TextIO, cast
 
 from dtrain.checkpoint.resume import move_aside
@@ -14,7 +16,8 @@ from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EA
 from dtrain.distributed.launched_rank import is_written_by_launcher
 from dtrain.reporting.summary import summary_table
 from dtrain.tracking.journal import Status
-from dtrain.tracking.run_folder import RunFolder
+from dtrain.tracking.run_folder import RunFolder, read_run
+from dtrain.tracking.run_lock import FolderIsBusyError, take_lock
 from dtrain.tracking.secrets import Redacted
 from dtrain.tracking.uri import ui_command
 from dtrain.tracking.whole_file import write_text
@@ -38,8 +41,8 @@ def session(parts: Parts, state: TrainState) -> Iterator[Ending]:
     began = time.monotonic()
     ending = Ending()
     # From here on a request to stop is a flag: a run that is open must be closed, or its end looks like a crash.
-    with parts.stop.listening(), _logged(parts):
-        parts.journal.start(**parts.record)
+    with _only_training(parts), parts.stop.listening(), _logged(parts):
+        parts.journal.start(**parts.record, from_step=state.step if parts.start.is_branch else None)
         parts.progress.begin(parts.table)
         try:
             yield ending
@@ -55,6 +58,47 @@ def session(parts: Parts, state: TrainState) -> Iterator[Ending]:
             raise
         finally:
             _close(parts, ending, state, time.monotonic() - began)
+
+
+@contextlib.contextmanager
+def _only_training(parts: Parts) -> Iterator[None]:
+    """Be the only training that writes the run folder, before anything is changed in it; a ConfigError: another is.
+
+    All ranks call it. An old training in the folder is moved aside here, with its lock, so that nobody is in between.
+    """
+    with contextlib.ExitStack() as stack:
+        parts.ranks.decide(lambda: _begin_in_folder(parts, stack))
+        yield
+
+
+def _begin_in_folder(parts: Parts, stack: contextlib.ExitStack) -> None:
+    folder, start = parts.start.folder, parts.start
+    try:
+        stack.callback((lock := take_lock(folder)).release)
+        if start.moves_aside and (aside := move_aside(folder)):
+            (aside / RunFolder(folder).lock.name).unlink()
+            lock.release()
+            stack.callback(take_lock(folder).release)
+            parts.progress.note(f"the old training was moved to {aside}")
+            parts.journal.deliver_later(aside)
+    except FolderIsBusyError as error:
+        raise ConfigError(str(error)) from None
+    except OSError as error:
+        text = f"trainer.checkpoint_dir: {folder} cannot be written: {error.strerror}: {error.filename}"
+        raise ConfigError(text) from error
+    facts = read_run(folder)
+    if not start.moves_aside and facts.get("attempt_started") != start.found_attempt and facts["pid"] != os.getpid():
+        raise ConfigError(f"{folder} was written by another training while this one started; start it again")
+    if start.is_branch and start.checkpoint and (branch := _gone_back(parts)):
+        chosen = start.checkpoint.resolve().name
+        parts.progress.note(f"what followed {chosen} no longer counts as last or best: it was moved to {branch}")
+
+
+def _gone_back(parts: Parts) -> Path | None:
+    checkpoints, chosen = parts.saver.checkpoints, parts.start.checkpoint
+    if chosen is None or not chosen.resolve().is_relative_to(checkpoints.folder.parent.resolve()):
+        return None
+    return checkpoints.go_back_to(chosen)
 
 
 @contextlib.contextmanager
@@ -79,9 +123,6 @@ def _logged(parts: Parts) -> Iterator[None]:
 
 def _lay_out_folder(parts: Parts) -> None:
     folder = parts.start.folder
-    if parts.start.moves_aside and (aside := move_aside(folder)):
-        parts.progress.note(f"the old training was moved to {aside}")
-        parts.journal.deliver_later(aside)
     RunFolder(folder).failure.unlink(missing_ok=True)  # a new start begins without the old failure
     for name, text in parts.texts.items():
         path = folder / name

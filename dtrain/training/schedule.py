@@ -99,7 +99,8 @@ class Schedule:
     def state_dict(self) -> dict[str, Any]:
         """The scheduler's state, how far it came, and what it was planned from; the warm-up has none."""
         scheduler = self.scheduler.state_dict() if self.scheduler is not None else {}
-        return {"scheduler": scheduler, "ticks": dict(self.ticks), "plan": self.plan}
+        rates = [float(settings["lr"]) for settings in self._settings_at_start]
+        return {"scheduler": scheduler, "ticks": dict(self.ticks), "plan": self.plan, "first_rates": rates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from a saved state, after the optimizer has loaded its own.
@@ -113,12 +114,23 @@ class Schedule:
                 self.scheduler.load_state_dict(scheduler)
         elif isinstance(self.scheduler, ReduceLROnPlateau):  # what it did follows from scores that are gone
             self.scheduler.load_state_dict({key: scheduler[key] for key in _LEARNED & scheduler.keys()})
+            # A checkpoint of before has the rate in its plan alone.
+            rate = json.loads(state["plan"])[0].get("lr")
+            self._keep_reductions(state.get("first_rates") or [rate] * len(self._settings_at_start))
         else:
             for group, settings in zip(self.optimizer.param_groups, self._settings_at_start, strict=True):
                 group.update(settings)
             for _ in range(reached[self.interval]):
                 self.tick(self.interval)
         self.ticks = dict(reached)
+
+    def _keep_reductions(self, first_rates: list[float | None]) -> None:
+        """Let the settings of now hold; each rate is as much below its first one as it was, where that is known."""
+        for group, settings, first in zip(
+            self.optimizer.param_groups, self._settings_at_start, first_rates, strict=True
+        ):
+            reduction = group["lr"] / first if first else 1.0
+            group.update(settings | {"lr": settings["lr"] * reduction})
 
 
 def get_lr_scheduler(

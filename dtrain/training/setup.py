@@ -19,7 +19,7 @@ from dtrain.checkpoint.background_saver import Saver
 from dtrain.checkpoint.checkpoint_files import LOSS, Loaded, load
 from dtrain.checkpoint.checkpoint_folder import Checkpoints
 from dtrain.checkpoint.contents import CheckpointError
-from dtrain.checkpoint.resume import ResumeError, Start, find_start
+from dtrain.checkpoint.resume import ResumeError, Start, damage_in, find_start, other_writer
 from dtrain.checkpoint.weights import has_averaged, load_weights, misfits_of, take_over
 from dtrain.config.build import build, defaults
 from dtrain.config.check import notes
@@ -48,10 +48,11 @@ from dtrain.reporting.progress import Progress
 from dtrain.reporting.terminal_progress import get_progress
 from dtrain.reporting.validation_pictures import Pictures
 from dtrain.tracking.journal import Journal, NoJournal, flatten
-from dtrain.tracking.run_folder import RunFolder
+from dtrain.tracking.run_folder import RunFolder, why_not_writable
 from dtrain.tracking.secrets import redact, redacted_tree
 from dtrain.training.ema import EMA
 from dtrain.training.optimizer import get_optimizer
+from dtrain.training.same_training import compared
 from dtrain.training.schedule import end_points, get_lr_scheduler
 from dtrain.training.state import FORMAT, Trainables
 
@@ -99,7 +100,9 @@ def make_parts(
     options["precision"] = options["precision"] or launcher_precision() or "fp32"
     seed, phases = config.get("seed") or 0, _phases(config, purpose)
     ranks, progress = _ranks(config, options, purpose)
-    start = _start(config, options, ranks, package)
+    start = _start(config, options, ranks, package, purpose)
+    for line, _ in start.new_values.values() if ranks.is_main and not start.busy else ():
+        progress.note(f"changed since the last start: {redact(line)}")
 
     rng.seed_all(seed)
     module = get_model(config)
@@ -135,7 +138,7 @@ def make_parts(
         Saver(checkpoints, options["checkpoint_every_minutes"], progress.note, not ranks.strategy.is_sharded),
         StopRequest(options["time_limit"], job_ends_at(), alone=ranks.world_size == 1),
         progress, _pictures(config, options, loaders, start), inference,
-        record=_record(config, options, ranks) | {"space": spaces.get("train")},
+        record=_record(config, options, ranks, start) | {"space": spaces.get("train")},
         places={key: str(place) for key in config if (place := place_of(config, (key,)))},
         texts={"config.yaml": to_yaml(redacted_tree(to_plain(config)))} | texts,
     )  # fmt: skip
@@ -285,14 +288,29 @@ def _are_paths(value: Any) -> bool:
     return all(isinstance(item, str) and Path(item).exists() for item in values)
 
 
-def _start(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks, package: str | Path | None) -> Start:
+def _start(
+    config: ConfigDict, options: Mapping[str, Any], ranks: Ranks, package: str | Path | None, purpose: str
+) -> Start:
     """Where to begin, decided by rank 0: what one rank sees on a disk, another may not yet."""
     folder = _base_folder(package) / run_folder(config)
     run_name = config.get("run_name") or f"{config.get('experiment') or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
     uri = config.mlflow.get("tracking_uri") if config.get("mlflow") else None
     is_restart = environment().restarts > 0
+
+    def decided() -> Start:
+        if purpose == "train" and (busy := other_writer(folder)):  # its checkpoints come and go
+            return Start(folder, run_name=run_name, busy=busy)
+        start = find_start(folder, options["resume"], run_name, options, uri, is_restart)
+        if purpose != "train" or start.busy:
+            return start
+        if not start.finished and (problem := why_not_writable(start.folder)):
+            raise refused(config, ("trainer", "checkpoint_dir"), f"{start.folder} cannot be written: {problem}")
+        if start.checkpoint is None and not start.moves_aside and (damage := damage_in(start.folder)):
+            raise ResumeError(damage)
+        return compared(config, start, options["resume"], ranks.world_size)
+
     try:
-        return ranks.decide(lambda: find_start(folder, options["resume"], run_name, options, uri, is_restart))
+        return ranks.decide(decided)
     except (ResumeError, CheckpointError, OSError) as error:
         raise refused(config, ("trainer", "resume"), str(error)) from error
 
@@ -381,11 +399,12 @@ def _pictures(config: ConfigDict, options: Mapping[str, Any], loaders: Loaders, 
         raise refused(config, ("trainer", "pictures"), str(error)) from None
 
 
-def _record(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
+def _record(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks, start: Start) -> dict[str, Any]:
     """What the journal is told at the start."""
+    new_values = {key: value for key, (_, value) in start.new_values.items()}
     return {
         "params": flatten(to_plain(config)),
-        "tags": {"launcher": ranks.launcher, "device": ranks.device.type, **batch_job()},
+        "tags": {"launcher": ranks.launcher, "device": ranks.device.type, **batch_job(), **new_values},
         "artifacts": [("config.yaml", "config"), ("config", "config/as-written")],
         "world_size": ranks.world_size,
         "max_epochs": options["max_epochs"],

@@ -56,7 +56,7 @@ def test_an_error_is_in_the_log_with_its_traceback_and_the_run_is_closed_as_fail
 
 
 def test_a_second_training_does_not_write_into_the_first_ones_folder(config, tmp_path):
-    trainer = dtrain.create_trainer(config)
+    early = dtrain.create_trainer(config)
     with subprocess.Popen(["sleep", "60"]) as other:
         facts = {"pid": other.pid, "host": socket.gethostname(), "attempt_started": time.time()}
         (tmp_path / "run").mkdir()
@@ -66,7 +66,9 @@ def test_a_second_training_does_not_write_into_the_first_ones_folder(config, tmp
             dtrain.create_trainer(config).fit()
         assert sorted((tmp_path / "run").iterdir()) == before
         other.kill()
-    assert trainer.fit() == "FINISHED"
+    with pytest.raises(ConfigError, match="was written by another training while this one started"):
+        early.fit()
+    assert dtrain.create_trainer(config).fit() == "FINISHED"
 
 
 @pytest.mark.parametrize(
@@ -80,6 +82,9 @@ def test_a_training_that_became_another_one_is_not_gone_on_with(config, tmp_path
     dtrain.create_trainer(config).fit()
     config[section][key], config["trainer"]["max_steps"] = value, 4
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=rf"{section}.{key}: .* -> (?s:.*)trainer.resume=last continues it with"):
+        dtrain.create_trainer(config)
+    config["trainer"]["resume"] = "last"
     with pytest.raises(ConfigError, match=told):
         dtrain.create_trainer(config)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before

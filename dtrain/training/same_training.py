@@ -1,0 +1,56 @@
+"""Whether a start continues the very training that its run folder holds, or one with other settings."""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from dtrain.checkpoint.resume import Start
+from dtrain.config.changes import Change, changes
+from dtrain.config.errors import ConfigError, Mistake, dotted, shown
+from dtrain.config.load import load_config, place_of
+from dtrain.tracking.journal import has_figures
+from dtrain.tracking.run_folder import RunFolder, read_run
+from dtrain.tracking.secrets import redact
+
+
+def compared(config: ConfigDict, start: Start, resume: str, world_size: int) -> Start:
+    """The start with what differs from the config that the run folder holds; on the main rank.
+
+    Raises:
+        ConfigError: What is computed would change, and nobody asked for that: `resume` is auto.
+    """
+    found = _changes(config, start, world_size)
+    computed = [change for change in found if not change.is_free]
+    if computed and resume == "auto":
+        raise ConfigError([*(_mistake(config, change) for change in computed), Mistake(_ways_on(start))])
+    new_values = {dotted(change.path): (str(change), shown(change.after).strip("'")) for change in found}
+    return start._replace(new_values=new_values, is_branch=start.is_branch or bool(computed))
+
+
+def _changes(config: ConfigDict, start: Start, world_size: int) -> list[Change]:
+    """What differs; nothing where the folder holds no training that has computed something, or not this one."""
+    folder = start.folder
+    is_own = start.checkpoint is not None and _lies_in(start.checkpoint, folder)
+    saved = RunFolder(folder).config
+    if start.moves_aside or not saved.is_file() or not (is_own or (start.checkpoint is None and has_figures(folder))):
+        return []
+    try:
+        before = load_config(saved)
+        return changes(before, config, read_run(folder).get("world_size") or world_size, world_size)
+    except ConfigError:  # of an older dtrain, or changed by hand: nothing can be compared
+        return []
+
+
+def _lies_in(checkpoint: Path, folder: Path) -> bool:
+    return checkpoint.resolve().is_relative_to(folder.resolve())
+
+
+def _mistake(config: ConfigDict, change: Change) -> Mistake:
+    return Mistake(redact(str(change)), place_of(config, change.path))
+
+
+def _ways_on(start: Start) -> str:
+    return (
+        f"{start.folder} holds a training with other settings (above): trainer.resume=last continues it with the new "
+        "ones, trainer.resume=none begins again (moves it aside), or give this one another trainer.checkpoint_dir"
+    )
