@@ -50,12 +50,12 @@ class Metrics:
         for metric in self.prepare().values():
             metric.reset()
 
-    def update(self, output: Any, target: Any, number: int) -> None:
-        """Take in the main output and the main target of one batch, numbered over all ranks."""
+    def update(self, output: Any, target: Any, number: int, samples: int = 1) -> None:
+        """Take in the main output and the main target of one batch of so many samples, numbered over all ranks."""
         output, target = _full_precision(main_output(output)), main_output(target)
         for name, metric in self.prepare().items():
             with _named(name):
-                metric.update(output, target, number)
+                metric.update(output, target, number, samples)
 
     def compute(self) -> dict[str, float]:
         """The figures over all ranks' batches, the same on every rank. A vector gives its mean and its elements."""
@@ -88,7 +88,7 @@ class _Reduced:
     def reset(self) -> None:
         self.metric.reset()
 
-    def update(self, output: Any, target: Any, number: int) -> None:
+    def update(self, output: Any, target: Any, number: int, samples: int) -> None:
         self.metric.update(output, target)
 
     def compute(self, ranks: Ranks) -> Any:
@@ -127,7 +127,7 @@ class _Replayed:
         self.metric.reset()
         self.batches = []
 
-    def update(self, output: Any, target: Any, number: int) -> None:
+    def update(self, output: Any, target: Any, number: int, samples: int) -> None:
         output, target = _moved(output, "cpu"), _moved(target, "cpu")
         if self.at_once:
             self.metric.update(output, target)
@@ -150,9 +150,9 @@ class _Averaged:
     def reset(self) -> None:
         self.values = []
 
-    def update(self, output: Any, target: Any, number: int) -> None:
+    def update(self, output: Any, target: Any, number: int, samples: int) -> None:
         value = self.metric(output, target)
-        self.values.append((number, len(output), value.detach() if isinstance(value, torch.Tensor) else value))
+        self.values.append((number, samples, value.detach() if isinstance(value, torch.Tensor) else value))
 
     def compute(self, ranks: Ranks) -> Any:
         values = _gathered_in_order(ranks, [(number, count, _plain(value)) for number, count, value in self.values])

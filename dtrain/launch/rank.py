@@ -92,14 +92,16 @@ def _run_and_note(config: ConfigDict, action: Callable[[Trainer], Iterator[str]]
 def _one_batch_of_each_phase(trainer: Trainer) -> Iterator[str]:
     """Try one batch of each phase, and the metrics; yields a line for each."""
     parts: Any = trainer.trainables
-    loss, _ = trainer.training_step(next(iter(trainer.train_loader.epoch(0))).batch)
+    batches = (micro.batch for micro in trainer.train_loader.epoch(0))
+    loss, _ = trainer.training_step(next(batch for batch in batches if batch is not None))
     loss.backward()
     parts.optimizer.zero_grad()
     yield f"train: one batch forward and backward, loss {float(loss.detach()):.4g}"
     for phase in ("val", "test"):
         if (loader := getattr(trainer.loaders, phase)) is not None:
-            figures = evaluate(trainer.forward, parts.compiled, islice(loader, 1), trainer.metrics, trainer.ranks)
-            texts = (f"{name} {value:.4g}" for name, value in (figures or {}).items())
+            batch = islice((counted for counted in loader.counted() if counted[1]), 1)
+            measured: Any = evaluate(trainer.forward, parts.compiled, batch, trainer.metrics, trainer.ranks)
+            texts = (f"{name} {value:.4g}" for name, value in measured.figures.items())
             yield f"{phase}: one batch, {', '.join(texts)}"
 
 

@@ -51,6 +51,7 @@ class Evidence:
             "step": self.state.step,
             "epoch": self.state.epoch,
             "position": self.state.position,
+            "order": self.state.order,
             "accumulate": loader.accumulate,
             "batch_size": loader.shard.batch_size,
             "world_size": loader.shard.world_size,

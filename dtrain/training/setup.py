@@ -100,6 +100,8 @@ def make_parts(
     loaders = get_train_loaders(
         config, ranks.rank, ranks.world_size, seed, ranks.device.type == "cuda", options["accumulate"], phases
     )
+    if seeded := loaders.seeded() if ranks.is_main else []:
+        progress.note(f"generators that are seeded for each sample: {first_few(seeded, 5)}")
     loss = get_loss_criterion(config).to(ranks.device) if config.get("loss") else None
     forward = Forward(module, ranks.device, options["precision"], options["input_key"], options["target_key"], loss)
     metrics = get_evaluation_metric(config, ranks, ranks.device)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from dtrain.checkpoint.checkpoint_files import Loaded
 from dtrain.data import rng
+from dtrain.data.samplers import ORDER
 from dtrain.distributed.fsdp import is_shard
 from dtrain.distributed.ranks import Ranks
 from dtrain.training.ema import EMA
@@ -20,8 +21,9 @@ from dtrain.training.schedule import Schedule
 FORMAT = 1  # raised when a state of before can no longer be restored
 PLAIN_FIELDS = (
     *("step", "epoch", "position", "best", "bad_validations", "validated_step", "score"),
-    *("rate", "skipped", "samples"),
+    *("rate", "skipped", "samples", "left_out", "skipped_batches", "order"),
 )
+OF_BEFORE = {"left_out": 0, "skipped_batches": 0, "order": 1}  # what older checkpoints do not hold
 
 
 @dataclass(eq=False)
@@ -39,6 +41,10 @@ class TrainState:
     rate: float = 0.0  # the learning rate of the last step
     grad_norm: Tensor = field(init=False)  # of the last step's gradients, on the device
     skipped: int = 0  # steps whose loss or gradient was not finite
+    left_out: int = 0  # samples that a collate_fn left out
+    step_left_out: int = 0  # of them those of the step at work
+    skipped_batches: int = 0  # of which it left nothing
+    order: int = ORDER  # the version of the order in which this epoch began
     samples: int = 0  # samples of all ranks since figures were last logged
     sums: dict[str, Tensor] = field(init=False)  # this rank's since then, on the device: of the loss, and loss_<term>
     stopped: bool = False  # all ranks agreed to stop early
@@ -83,7 +89,9 @@ class TrainState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         for name in PLAIN_FIELDS:
-            setattr(self, name, state[name])
+            setattr(self, name, state[name] if name in state else OF_BEFORE[name])
+        if not self.position:
+            self.order = ORDER
         self.grad_norm.fill_(state["grad_norm"])
         self.sums = {name: self._zero().fill_(value) for name, value in state["sums"].items()}
 
