@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-MOST_OBJECTS = 10_000  # that are looked at: some ten milliseconds
+MOST_OBJECTS = 5_000  # that are looked at, numbers and texts included: some ten milliseconds
 MOST_ITEMS = 100  # of one container
 KINDS = (np.random.RandomState, np.random.Generator, torch.Generator, random.Random)
 _CLOSED = (
@@ -36,7 +36,9 @@ def generators_in(**roots: Any) -> dict[str, Any]:
     waiting = deque(roots.items())
     seen: set[int] = set()
     found: dict[str, Any] = {}
-    while waiting and len(seen) < MOST_OBJECTS:
+    for _ in range(MOST_OBJECTS):
+        if not waiting:
+            break
         name, value = waiting.popleft()
         if isinstance(value, _CLOSED) or id(value) in seen:
             continue
@@ -80,6 +82,8 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         yield from _module_variables(value.__module__)
         return
     yield from _items(value)
+    if type(value) in (dict, list, tuple):
+        return
     yield from _slots(value)
     yield from _variables(getattr(value, "__dict__", {}))
     for kind in type(value).__mro__[:-1]:
