@@ -8,15 +8,19 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+import torch.distributed as dist
 from ml_collections import ConfigDict
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
 from dtrain.config.build import build
 from dtrain.config.errors import mark_section
 from dtrain.config.schema import PHASES, refused
 from dtrain.data.loader_workers import fork_when_native_threads_are_idle
-from dtrain.data.samplers import EvaluationShard, ShuffledShard
-from dtrain.data.seeded_samples import batch_loader
+from dtrain.data.samplers import ORDER, EvaluationShard, ShuffledShard
+from dtrain.data.seeded_samples import BatchLoader, SeededBatches, batch_loader
+
+MOST_TRIED = 100  # batches, to find one with samples
 
 
 def loader_settings(  # noqa: PLR0913
@@ -46,7 +50,8 @@ def loader_settings(  # noqa: PLR0913
         prefetch_factor: Batches that each worker loads ahead.
         timeout: Seconds to wait for a batch from a worker; 0 waits for ever.
         multiprocessing_context: fork, spawn or forkserver. Default: fork on Linux, else Python's own choice.
-        collate_fn: A function by name that makes a batch of a list of samples.
+        collate_fn: A function by name that makes a batch of a list of samples. It may leave samples out: see
+            `data.batch.kept_samples`.
     """
     return dict(locals())
 
@@ -54,12 +59,20 @@ def loader_settings(  # noqa: PLR0913
 class MicroBatch(NamedTuple):
     """One batch of this rank, and its place in the optimizer step that it belongs to."""
 
-    batch: Any
+    batch: Any  # None where a collate_fn left nothing of it on any rank, so that there is nothing to do
     weight: float  # this rank's share in the step's mean over samples, times the number of ranks (DDP averages)
     samples: int  # of this rank that count: 0 where it has none left and joins the collectives with a dummy batch
     closes: bool  # whether it is the last one of its optimizer step
     position: int  # samples of the epoch done by all ranks once that step is done
     start: int  # the position at which this batch of all ranks begins
+    step_samples: int  # of that step, on all ranks, from which a collate_fn may have left some out
+
+
+class LeftOut(NamedTuple):
+    """What a collate_fn has left out of a step, on all ranks."""
+
+    samples: int = 0
+    batches: int = 0  # of which nothing is left
 
 
 class TrainLoader:
@@ -70,6 +83,13 @@ class TrainLoader:
         order = {key: options.pop(key) for key in ("shuffle", "drop_last")}
         self.shard = ShuffledShard(len(dataset), seed, rank, world_size, batch_size, **order)
         self.loader = batch_loader(dataset, seed, self.shard, options)
+        self.may_leave_out: bool = self.batches.may_leave_out  # samples, so that ranks must count what they have
+        self._counts: list[tuple[torch.Tensor, Any]] = []  # of this step's batches, each with its sum over ranks
+
+    @property
+    def batches(self) -> SeededBatches:
+        """What makes a batch of given samples."""
+        return self.loader.dataset  # type: ignore[return-value]
 
     @property
     def global_batch(self) -> int:
@@ -80,32 +100,94 @@ class TrainLoader:
         """Optimizer steps from a position to the end of the epoch."""
         return -(-(self.shard.end(start) - start) // self.global_batch)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[MicroBatch]:
-        """The batches of an epoch from position `start` on; nothing before it is loaded."""
-        self.shard.set_epoch(epoch, start)
-        rank, world, end = self.shard.rank, self.shard.world_size, self.shard.end(start)
-        all_ranks, whole_step = self.shard.global_batch, self.global_batch
+    def epoch(self, epoch: int, start: int = 0, order: int = ORDER) -> Iterator[MicroBatch]:
+        """The batches of an epoch from a position on, in an order of that version; nothing before it is loaded."""
+        self.shard.set_epoch(epoch, start, order)
         try:
-            for number, batch in enumerate(self.loader):
-                low = start + number * all_ranks
-                high = min(low + all_ranks, end)
-                step_low = start + number // self.accumulate * whole_step
-                step_high = min(step_low + whole_step, end)
-                samples = max(0, -(-(high - low - rank) // world))
-                weight = samples * world / (step_high - step_low)
-                yield MicroBatch(batch, weight, samples, high == step_high, step_high, low)
+            yield from self._agreed(self._dealt(start)) if self.may_leave_out else self._dealt(start)
         except Exception as error:
             mark_section(error, "loaders")
             raise
+
+    def _dealt(self, start: int) -> Iterator[MicroBatch]:
+        """This rank's batches; without any sample left, a batch is None."""
+        rank, world, end = self.shard.rank, self.shard.world_size, self.shard.end(start)
+        all_ranks, whole_step = self.shard.global_batch, self.global_batch
+        for number, (batch, kept) in enumerate(self.loader.counted()):
+            low = start + number * all_ranks
+            high = min(low + all_ranks, end)
+            step_low = start + number // self.accumulate * whole_step
+            step_high = min(step_low + whole_step, end)
+            samples = min(kept, max(0, -(-(high - low - rank) // world)))
+            weight = samples * world / (step_high - step_low)
+            of_step = step_high - step_low
+            yield MicroBatch(batch if kept else None, weight, samples, high == step_high, step_high, low, of_step)
+
+    def _agreed(self, micros: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+        """The same batches, with a dummy batch for a rank without samples where others have some.
+
+        The sums over the ranks are started at once and read when they are needed: mostly after the step's backward.
+        """
+        world = self.shard.world_size
+        spare: Any = None
+        begins = True
+        for micro in micros:
+            self._counts = [] if begins else self._counts
+            begins = micro.closes
+            self._counts.append(self._sum_started(micro))
+            if micro.batch is not None and world > 1:
+                spare = micro.batch
+            if not micro.samples:
+                # DDP exchanges a step's gradients in the last backward, so that one is needed where there are any.
+                joins = self._kept(self._counts[-1:]) or (world > 1 and micro.closes and self._kept(self._counts))
+                if joins and spare is None:
+                    spare = self._spare()
+                micro = micro._replace(batch=spare if joins else None)
+            yield micro
+
+    def left_out(self, step_samples: int) -> LeftOut:
+        """What is missing in the step of that many samples whose last batch was yielded; equal on all ranks."""
+        kept = self._kept(self._counts)
+        return LeftOut(step_samples - kept, sum(int(sums[1]) for sums, _ in self._counts))
+
+    def _sum_started(self, micro: MicroBatch) -> tuple[torch.Tensor, Any]:
+        """Samples and empty batches of all ranks, once the work beside them is done."""
+        was_dealt = micro.start + self.shard.rank < self.shard.end(self.shard.start)
+        sums = torch.tensor([micro.samples, int(was_dealt and not micro.samples)])
+        return sums, dist.all_reduce(sums, async_op=True) if self.shard.world_size > 1 else None
+
+    def _kept(self, counts: list[tuple[torch.Tensor, Any]]) -> int:
+        for _, work in counts:
+            if work is not None:
+                work.wait()
+        return sum(int(sums[0]) for sums, _ in counts)
+
+    def _spare(self) -> Any:
+        """Any batch with samples: the first that this rank has in the epoch."""
+        shard = self.shard
+        tried = shard.batches_from(shard.epoch, 0, MOST_TRIED)
+        for samples in tried:
+            if (batch := self.batches.batch(shard.epoch, *samples)) is not None:
+                return batch
+        raise ValueError(f"collate_fn leaves nothing of any of the {len(tried)} batches that were tried")
 
 
 class Loaders(NamedTuple):
     """What each phase reads; None where the config has no such phase."""
 
     train: TrainLoader | None = None
-    val: DataLoader | None = None
-    test: DataLoader | None = None
-    predict: DataLoader | None = None
+    val: BatchLoader | None = None
+    test: BatchLoader | None = None
+    predict: BatchLoader | None = None
+
+    def seeded(self) -> list[str]:
+        """The generators that the datasets and collate functions hold and that are seeded for each sample."""
+        lines = []
+        for phase, loader in self._asdict().items():
+            if loader is not None:
+                held = loader.batches.generators if phase == "train" else loader.dataset.generators
+                lines += [f"{phase}: {name} ({type(item).__name__})" for name, item in held.items()]
+        return lines
 
 
 def first_batch(loaders: Loaders) -> Any:

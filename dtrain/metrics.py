@@ -91,7 +91,7 @@ class Metrics:
         for name, metric in self.prepare().items():
             with _named(name):
                 measured, wanted = self._pair(name, output, target, samples)
-                metric.update(measured, wanted, number)
+                metric.update(measured, wanted, number, samples)
 
     def _pair(self, name: str, output: Any, target: Any, samples: int) -> tuple[Any, Any]:
         """What a metric compares."""
@@ -142,7 +142,7 @@ class _Reduced:
     def reset(self) -> None:
         self.metric.reset()
 
-    def update(self, output: Any, target: Any, number: int) -> None:
+    def update(self, output: Any, target: Any, number: int, samples: int) -> None:
         self.metric.update(output, target)
 
     def compute(self, ranks: Ranks) -> Any:
@@ -181,7 +181,7 @@ class _Replayed:
         self.metric.reset()
         self.batches = []
 
-    def update(self, output: Any, target: Any, number: int) -> None:
+    def update(self, output: Any, target: Any, number: int, samples: int) -> None:
         output, target = _moved(output, "cpu"), _moved(target, "cpu")
         if self.at_once:
             self.metric.update(output, target)
@@ -244,9 +244,9 @@ class _Averaged:
     def reset(self) -> None:
         self.values = []
 
-    def update(self, output: Any, target: Any, number: int) -> None:
+    def update(self, output: Any, target: Any, number: int, samples: int) -> None:
         value = self.metric(output, target)
-        self.values.append((number, len(output), value.detach() if isinstance(value, torch.Tensor) else value))
+        self.values.append((number, samples, value.detach() if isinstance(value, torch.Tensor) else value))
 
     def compute(self, ranks: Ranks) -> Any:
         values = _gathered_in_order(ranks, [(number, count, _plain(value)) for number, count, value in self.values])

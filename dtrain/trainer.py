@@ -23,6 +23,7 @@ from dtrain.config.errors import ConfigError, to_plain
 from dtrain.config.load import from_mapping
 from dtrain.config.metric_rules import not_given
 from dtrain.data import rng
+from dtrain.data.samplers import ORDER
 from dtrain.dataloader import MicroBatch
 from dtrain.distributed.launched_rank import mark_first_step
 from dtrain.distributed.stop_request import StopWaiting
@@ -250,17 +251,19 @@ class Trainer:
         self.throughput.restart()
         self.last_step.mark()
         activity.phase, activity.batch_start = "waiting for data", state.position
-        for micro in self.stop_request.waiting(loader.epoch(state.epoch, state.position)):
+        for micro in self.stop_request.waiting(loader.epoch(state.epoch, state.position, state.order)):
             activity.beats += 1
             self.throughput.data_came()
-            with contextlib.nullcontext() if micro.closes else self.ranks.strategy.no_sync(self.model):
-                activity.phase = "forward"
-                loss, terms = self.training_step(micro.batch)
-                activity.phase = "backward"
-                self.backward(loss, terms, micro)
+            if micro.batch is not None:
+                with contextlib.nullcontext() if micro.closes else self.ranks.strategy.no_sync(self.model):
+                    activity.phase = "forward"
+                    loss, terms = self.training_step(micro.batch)
+                    activity.phase = "backward"
+                    self.backward(loss, terms, micro)
             if micro.closes:
                 activity.phase = "optimizer step"
-                self.optimizer_step()
+                if not loader.may_leave_out or self._has_samples(micro):
+                    self.optimizer_step()
                 self.after_step(micro.position)
                 self.last_step.mark()
                 self.saver.poll()
@@ -305,6 +308,27 @@ class Trainer:
         if self._shares_buffers:
             self.ranks.agree_on_buffers(self.trainables.loss)  # type: ignore[arg-type]
 
+    def _has_samples(self, micro: MicroBatch) -> bool:
+        """Whether a step has any; where a collate_fn left some out, the gradients become the mean over the others."""
+        state, step_samples = self.state, micro.step_samples
+        left_out = self.train_loader.left_out(step_samples)
+        state.step_left_out = left_out.samples
+        if not left_out.samples:
+            return True
+        is_news = not state.left_out or (left_out.batches and not state.skipped_batches)
+        state.left_out += left_out.samples
+        state.skipped_batches += left_out.batches
+        kept = step_samples - left_out.samples
+        if is_news:
+            text = f"collate_fn left out {left_out.samples} of the {step_samples} samples of step {state.step + 1}"
+            text += f", all those of {left_out.batches} batch(es), which are skipped" if left_out.batches else ""
+            text += "" if kept else ": the weights stay as they are"
+            self.progress.note(f"warning: {text}; further ones are counted (left_out_samples, skipped_batches)")
+        if kept:
+            gradients = [item.grad for item in self._parameters if item.grad is not None]
+            torch._foreach_mul_(gradients, step_samples / kept)
+        return kept > 0
+
     def optimizer_step(self) -> None:
         """Clip, and step unless a gradient is not finite. Called on every rank after a step's last `backward`."""
         if self.scaler:
@@ -324,7 +348,7 @@ class Trainer:
         Args:
             position: Samples of the epoch that are done with this step, by all ranks together.
         """
-        state, samples = self.state, position - self.state.position
+        state, samples = self.state, position - self.state.position - self.state.step_left_out
         state.samples += samples
         self.throughput.step_done(samples)
         state.step, state.position = state.step + 1, position
@@ -355,7 +379,7 @@ class Trainer:
         self.log()
         if self.validate_every_steps == math.inf and not self.validate():
             return
-        self.state.epoch, self.state.position = self.epoch + 1, 0
+        self.state.epoch, self.state.position, self.state.order = self.epoch + 1, 0, ORDER
         self.schedule.tick("epoch")
         self.save()
 
@@ -432,11 +456,15 @@ class Trainer:
         if phase == "test" and self.inference.tests_volumes:
             means = evaluate_volumes(module, logits(self.inference, loader), self.metrics, self.ranks, stop)
         else:
-            batches = loader if is_sharded else self.stop_request.waiting(loader)  # with shards all ranks wait
+            counted = loader.counted()
+            batches = counted if is_sharded else self.stop_request.waiting(counted)  # with shards all ranks wait
             if self._shares_loss:
                 self.ranks.agree_on_buffers(self.trainables.loss)  # type: ignore[arg-type]
             with self.trainables.evaluating(module):
-                means = evaluate(self.forward, module, batches, self.metrics, self.ranks, stop, album)
+                measured = evaluate(self.forward, module, batches, self.metrics, self.ranks, stop, album)
+            means = measured and measured.figures
+            if measured and (left_out := len(loader.dataset) - measured.samples):
+                means = measured.figures | {"left_out_samples": left_out}
         self.model.train()
         if means is None:
             self.stop()
@@ -494,6 +522,8 @@ class Trainer:
                 figures["grad_norm"] = float(state.grad_norm)
             if state.skipped:
                 figures["skipped_steps"] = state.skipped
+            if state.left_out:
+                figures |= {"left_out_samples": state.left_out, "skipped_batches": state.skipped_batches}
             state.clear()
             self.journal.log(state.step, figures)
             self.progress.figures(state.step, figures)
@@ -505,7 +535,7 @@ class Trainer:
         values = self.ranks.sum_(torch.cat([torch.stack(list(sums.values())), own])).tolist()
         if slow := self.throughput.judge(values[len(sums) :]):
             self.progress.note(f"warning: {slow}")
-        samples = self.state.samples - self.state.left_out
+        samples = self.state.samples - self.state.unsummed
         return {f"train/{name}": value / samples for name, value in zip(sums, values, strict=False)} if samples else {}
 
     def save(self) -> None:

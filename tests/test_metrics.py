@@ -173,7 +173,9 @@ def figures_of(ranks: Ranks) -> dict[str, dict[str, float]]:
             for _ in range(2):
                 metrics.reset()
                 for number, (_, *indices) in enumerate(EvaluationShard(size, ranks.rank, ranks.world_size, BATCH)):
-                    metrics.update(output[indices], target[indices], ranks.rank + number * ranks.world_size)
+                    metrics.update(
+                        output[indices], target[indices], ranks.rank + number * ranks.world_size, len(indices)
+                    )
                 result[f"{case}, {size_name}"] = metrics.compute()
     return result
 

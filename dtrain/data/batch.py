@@ -5,12 +5,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from torch.nn.utils.rnn import PackedSequence
 
 from dtrain.config.errors import ConfigError
 
 INPUT_KEYS = ("input", "image", "images", "x")
 TARGET_KEYS = ("target", "label", "labels", "mask", "y")
 TargetKey = str | list[str] | None
+KEPT = "kept_samples"  # the key, field or attribute by which a batch says how many samples a collate function kept
 
 
 def split(batch: Any, input_key: str | None = None, target_key: TargetKey = None) -> tuple[Any, Any]:
@@ -27,7 +29,8 @@ def split(batch: Any, input_key: str | None = None, target_key: TargetKey = None
     """
     if isinstance(batch, Mapping):
         return _split_dict(batch, input_key, target_key)
-    if isinstance(batch, list | tuple) and len(batch) >= 2:
+    batch = _without_count(batch)
+    if _are_several(batch) and len(batch) >= 2:
         return (batch[0] if len(batch) == 2 else tuple(batch[:-1])), batch[-1]
     raise ValueError(f"a batch is (input, target) or a dict, found {_described(batch)}")
 
@@ -37,8 +40,9 @@ def inputs(batch: Any, input_key: str | None = None, target_key: TargetKey = Non
     if isinstance(batch, Mapping):
         key = input_key or _key(batch, INPUT_KEYS, "input_key")
         targets = {target_key} if isinstance(target_key, str) else {*(target_key or TARGET_KEYS)}
-        return {key: batch[key] for key in batch if key not in targets} if key is None else batch[key]
-    if isinstance(batch, list | tuple):
+        return {key: batch[key] for key in batch if key not in {*targets, KEPT}} if key is None else batch[key]
+    batch = _without_count(batch)
+    if _are_several(batch):
         return batch[0] if len(batch) == 1 else split(batch)[0]
     return batch
 
@@ -54,7 +58,41 @@ def _split_dict(batch: Mapping[str, Any], input_key: str | None, target_key: Tar
     input_key = input_key or _key(batch, INPUT_KEYS, "input_key")
     if input_key is not None:
         return batch[input_key], target
-    return {key: value for key, value in batch.items() if key not in keys}, target
+    return {key: value for key, value in batch.items() if key not in (*keys, KEPT)}, target
+
+
+def _are_several(value: Any) -> bool:
+    """Whether it is several things in a row; a packed sequence is one, though a tuple."""
+    return isinstance(value, list | tuple) and not isinstance(value, PackedSequence)
+
+
+def _without_count(batch: Any) -> Any:
+    """A named tuple without its field KEPT, as a plain one; any other batch as it is."""
+    fields = getattr(batch, "_fields", ())
+    if KEPT not in fields:
+        return batch
+    return tuple(value for field, value in zip(fields, batch, strict=True) if field != KEPT)
+
+
+def kept_samples(batch: Any, items: Any, dealt: int) -> int:
+    """How many samples a batch of a collate function has: what it says, else those of its items that are not None.
+
+    Args:
+        batch: What the function made; None: nothing.
+        items: What it was given.
+        dealt: How many samples the items are of.
+
+    Raises:
+        ValueError: The batch says something that cannot be.
+    """
+    if batch is None:
+        return 0
+    said = batch.get(KEPT) if isinstance(batch, Mapping) else getattr(batch, KEPT, None)
+    if said is None:
+        return dealt - sum(item is None for item in items) if isinstance(items, list) else dealt
+    if not 0 <= int(said) <= dealt or int(said) != said:
+        raise ValueError(f"{KEPT} of a batch is {said}; possible: 0 to {dealt}, the samples that its collate_fn got")
+    return int(said)
 
 
 def _key(batch: Mapping[str, Any], usual: Sequence[str], setting: str = "") -> str | None:
@@ -81,7 +119,7 @@ def call_form(model: torch.nn.Module, example: Any) -> Form:
     """How a model takes an input of this form: as one argument, as several, or by name; decided by its signature."""
     if isinstance(example, Mapping) and _accepts(model, (), example):
         return "named"
-    if isinstance(example, list | tuple) and _accepts(model, example, {}):
+    if _are_several(example) and _accepts(model, example, {}):
         return "several"
     return "one"
 
@@ -107,16 +145,6 @@ def main_output(output: Any) -> Any:
         key = _key(output, ("out", "logits"))
         return main_output(output[key] if key else next(iter(output.values())))
     return main_output(output[0]) if isinstance(output, list | tuple) else output
-
-
-def size(value: Any) -> int:
-    """The number of samples in an input or target of any form."""
-    if isinstance(value, torch.Tensor):
-        return len(value)
-    if isinstance(value, Mapping):
-        return size(next(iter(value.values())))
-    several = isinstance(value, list | tuple) and isinstance(value[0], torch.Tensor | Mapping | list | tuple)
-    return size(value[0]) if several else len(value)
 
 
 def to_device(value: Any, device: torch.device) -> Any:

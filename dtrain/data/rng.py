@@ -74,10 +74,16 @@ def without_drawing(make: Callable[[], Any]) -> tuple[bool, Any]:
     return False, None
 
 
-def seed_sample(seed: int, epoch: int, index: int) -> None:
-    """Seed the CPU generators for one sample, so that its augmentation depends on these three numbers alone."""
+def seed_sample(seed: int, epoch: int, index: int) -> int:
+    """Seed the CPU generators for one sample, so that its augmentation depends on these three numbers alone.
+
+    Returns:
+        Torch's seed, of 64 bits, for other generators to follow.
+    """
+    own = _seed_python_and_numpy((seed, epoch, index))
     # Not torch.manual_seed: it would reseed the accelerator's generator, too, which dropout draws from.
-    torch.default_generator.manual_seed(_seed_python_and_numpy((seed, epoch, index)))
+    torch.default_generator.manual_seed(own)
+    return own
 
 
 def _seed_python_and_numpy(entropy: tuple[int, ...]) -> int:

@@ -2,20 +2,24 @@
 
 import functools
 import multiprocessing
+import operator
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate, get_worker_info
 
 from dtrain.data import rng
+from dtrain.data.batch import kept_samples
 from dtrain.data.loader_workers import begin_worker, signals_blocked
+from dtrain.data.own_generators import generators_in, seed_generator
 
 
-def batch_loader(dataset: Any, seed: int, batch_sampler: Any, options: dict[str, Any]) -> DataLoader:
+def batch_loader(dataset: Any, seed: int, batch_sampler: Any, options: dict[str, Any]) -> "BatchLoader":
     """A loader of the batches whose [epoch, index, ...] the sampler yields, with DataLoader's options."""
     method = options["multiprocessing_context"] or multiprocessing.get_start_method(allow_none=True)
     if method is None:  # forks share the data set's memory; Python's own choice differs from version to version
@@ -24,7 +28,7 @@ def batch_loader(dataset: Any, seed: int, batch_sampler: Any, options: dict[str,
     if not options["num_workers"]:
         own |= {"multiprocessing_context": None, "persistent_workers": False, "prefetch_factor": None, "timeout": 0}
     parent = 0 if method == "forkserver" else os.getpid()
-    return (DataLoader if method == "forkserver" else _SignalSafeLoader)(
+    return BatchLoader(
         SeededBatches(dataset, seed, options["collate_fn"]),
         batch_sampler=batch_sampler,
         worker_init_fn=functools.partial(begin_worker, parent),
@@ -33,53 +37,101 @@ def batch_loader(dataset: Any, seed: int, batch_sampler: Any, options: dict[str,
     )
 
 
-class _SignalSafeLoader(DataLoader):
-    """Its workers survive the signals to all processes of a job also while they are being started.
+class BatchLoader(DataLoader):
+    """Torch's loader of `SeededBatches`: it knows how many samples a batch has.
 
-    Not for a fork server: it would have the signals blocked for good, and so would all that it starts.
+    Its workers survive the signals to all processes of a job also while they are being started. Not by a fork server:
+    it would have the signals blocked for good, and so would all that it starts.
     """
 
     def __iter__(self) -> Any:
-        if self.num_workers and self.multiprocessing_context.get_start_method() == "spawn":
+        return map(operator.itemgetter(0), self.counted())
+
+    def counted(self) -> Iterator[tuple[Any, int]]:
+        """Its batches, each with the number of samples in it that count; without any, the batch may be None."""
+        batches, sampler = cast("SeededBatches", self.dataset), cast(Any, self.batch_sampler)
+        words = np.random.SeedSequence((batches.seed, *sampler.place)).generate_state(2)
+        # The base seed of workers that are started now.
+        self.generator.manual_seed(int(words[0]) << 32 | int(words[1]))
+        method = self.multiprocessing_context.get_start_method() if self.num_workers else ""
+        if method in ("", "forkserver"):
+            return super().__iter__()
+        if method == "spawn":
             resource_tracker.ensure_running()  # else it is started meanwhile, which unblocks SIGTERM
         with signals_blocked():
             return super().__iter__()
 
 
 class SeededBatches(Dataset):
-    """A dataset as the loaders see it: asked for [epoch, index, ...], it gives that batch, collated.
+    """A dataset as the loaders see it: asked for [epoch, index, ...], it gives that batch, collated, and its samples.
 
-    The generators are seeded for each sample; what the collate function draws follows the last one's numbers. Seeding
-    takes 25 us a sample, so it is done only where something is drawn: of a dataset that does not say (`random`, True or
-    False) a batch is made without, and made again with it as soon as a first one turns out to have drawn.
+    The generators are seeded for each sample, those that the dataset or the collate function hold included; what the
+    collate function draws follows the last one's numbers. Seeding takes 25 us a sample, so it is done only where
+    something is drawn: of a dataset that does not say (`random`, True or False) and holds no generator, a batch is made
+    without, and made again with it as soon as a first one turns out to have drawn.
     """
 
     def __init__(self, dataset: Any, seed: int, collate: Callable[[list[Any]], Any] | None) -> None:
         self.dataset, self.seed, self.collate = dataset, seed, collate or default_collate
+        self.may_leave_out = collate is not None  # samples: only a collate function of the user's own can
         declared = getattr(dataset, "random", None)  # the dataset speaks for its items alone, not for `collate`
         self.random: bool | None = declared if declared is True or (declared is False and collate is None) else None
         # A class derived from TensorDataset may well transform its items.
         self.tensors = dataset.tensors if type(dataset) is TensorDataset and collate is None else None
+        self.generators: dict[str, Any] = {}  # that dataset and collate function hold, by where they are
+        self._process = 0  # in which they were looked for after a first batch, which may have made some
+        if self.random is not False and self.tensors is None:
+            self._look_for_generators()
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitems__(self, request: list[int]) -> Any:
+    def batch(self, epoch: int, *indices: int) -> Any:
+        """One batch as the loader gives it; None where nothing is left of it."""
+        batch, samples = self.__getitems__([epoch, *indices])
+        return batch if samples else None
+
+    def __getitems__(self, request: list[int]) -> tuple[Any, int]:
         epoch, *indices = request
         if self.tensors is not None:
             rows = torch.tensor(indices)  # what collating its items gives, in a tenth of the time
-            return [tensor.index_select(0, rows.to(tensor.device)) for tensor in self.tensors]
+            return [tensor.index_select(0, rows.to(tensor.device)) for tensor in self.tensors], len(indices)
         if self.random is False:
-            return self.collate(self._items(indices))
+            return self._collated(self._items(indices), indices)
+        counted = self._made(epoch, indices)
+        if self._process != os.getpid():
+            self._process = os.getpid()
+            if self._look_for_generators():
+                return self._made(epoch, indices)
+        return counted
+
+    def _look_for_generators(self) -> bool:
+        """Whether others were found than before."""
+        before = self.generators
+        self.generators = generators_in(dataset=self.dataset, collate_fn=self.collate)
+        if self.generators:
+            self.random = True
+        return any(before.get(name) is not generator for name, generator in self.generators.items())
+
+    def _made(self, epoch: int, indices: list[int]) -> tuple[Any, int]:
         if self.random is None:
-            drew_nothing, batch = rng.without_drawing(lambda: self.collate(self._items(indices)))
+            drew_nothing, counted = rng.without_drawing(lambda: self._collated(self._items(indices), indices))
             if drew_nothing:
-                return batch
+                return counted
             self.random = True
         if get_worker_info() is not None:
-            return self.collate(self._seeded_items(epoch, indices))
+            return self._collated(self._seeded_items(epoch, indices), indices)
         with rng.untouched():  # this process's generators belong to the model
-            return self.collate(self._seeded_items(epoch, indices))
+            return self._collated(self._seeded_items(epoch, indices), indices)
+
+    def _collated(self, items: Any, indices: list[int]) -> tuple[Any, int]:
+        if self.may_leave_out:
+            batch = self.collate(items)
+            return batch, kept_samples(batch, items, len(indices))
+        if len(items) != len(indices):
+            text = f"{type(self.dataset).__name__}.__getitems__ gave {len(items)} samples for {len(indices)} indices"
+            raise ValueError(f"{text}; a collate_fn may leave samples out, see docs/data.md")
+        return self.collate(items), len(indices)
 
     def _items(self, indices: list[int]) -> list[Any]:
         if not hasattr(self.dataset, "__getitems__"):
@@ -93,7 +145,9 @@ class SeededBatches(Dataset):
     def _seeded_items(self, epoch: int, indices: list[int]) -> list[Any]:
         items = []
         for index in indices:
-            rng.seed_sample(self.seed, epoch, index)
+            seed = rng.seed_sample(self.seed, epoch, index)
+            for name, generator in self.generators.items():
+                seed_generator(generator, name, seed)
             items.append(self._item(index))
         return items
 

@@ -40,12 +40,12 @@ class Collectives:
         dist.gather_object(value, values)
         return values
 
-    def broadcast(self, value: Any = None) -> Any:
-        """The main rank's value, on every rank."""
+    def broadcast(self, value: Any = None, source: int = 0) -> Any:
+        """The main rank's value, or another rank's, on every rank."""
         if self.world_size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values)
+        dist.broadcast_object_list(values, source)
         return values[0]
 
     def decide(self, function: Callable[[], T]) -> T:

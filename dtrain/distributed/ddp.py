@@ -93,10 +93,10 @@ class DDP:
         """Give every rank's optimizer this state, which only the main rank has."""
         optimizer.load_state_dict(self._ranks.broadcast(state))
 
-    def rounds(self, loader: Iterable[Any], stop: Callable[[], bool]) -> Iterator[tuple[Any, bool, bool]]:
-        """This rank's batches, each with whether it counts (always), and whether to stop before it."""
-        for batch in loader:
-            yield batch, True, stop()
+    def rounds(self, loader: Iterable[tuple[Any, int]], stop: Callable[[], bool]) -> Iterator[tuple[Any, int, bool]]:
+        """This rank's batches (None: one without samples), each with its samples and whether to stop before it."""
+        for batch, samples in loader:
+            yield batch if samples else None, samples, stop()
 
     def lead(self, module: torch.nn.Module, forward: Forward, work: Callable[[Forward], None]) -> None:
         """Let the main rank do `work(forward)` alone, which calls `forward(module, batch)`."""

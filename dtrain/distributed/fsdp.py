@@ -204,21 +204,24 @@ class FSDP:
         whole = torch.empty(like.shape, dtype=like.dtype, device=self._ranks.device)
         return distribute_tensor(whole if value is None else whole.copy_(value), self._mesh, placements)
 
-    def rounds(self, loader: Iterable[Any], stop: Callable[[], bool]) -> Iterator[tuple[Any, bool, bool]]:
-        """This rank's batches, each with whether it counts, and whether to stop before it, which all ranks then do.
+    def rounds(self, loader: Iterable[tuple[Any, int]], stop: Callable[[], bool]) -> Iterator[tuple[Any, int, bool]]:
+        """This rank's batches, each with its samples, and whether to stop before it, which all ranks then do.
 
-        A rank without a batch joins the others' collectives with a dummy batch: the main rank's, which does not count.
+        A rank without samples joins the others' collectives with a dummy batch, another's, which has 0 samples here;
+        where no rank has any, the batch is None.
         """
-        batches = iter(loader)
+        batches, ranks = iter(loader), self._ranks
         while True:
-            batch = next(batches, None)
-            has_batch = batch is not None
-            with_batch, stops = self._ranks.sum_(torch.tensor([float(has_batch), float(stop())])).tolist()
+            counted = next(batches, None)
+            batch, samples = counted or (None, 0)
+            flags = torch.zeros(2 + ranks.world_size)
+            flags[0], flags[1], flags[2 + ranks.rank] = counted is not None, stop(), samples > 0
+            with_batch, stops, *have_samples = ranks.sum_(flags).tolist()
             if not with_batch:
                 return
-            # The main rank has a batch where any rank has.
-            dummy = self._ranks.broadcast(batch) if with_batch < self._ranks.world_size else None
-            yield batch if has_batch else dummy, has_batch, stops > 0
+            able = [rank for rank, has_samples in enumerate(have_samples) if has_samples]
+            dummy = ranks.broadcast(batch, able[0]) if 0 < len(able) < ranks.world_size else None
+            yield batch if samples else dummy, samples, stops > 0
 
     def lead(self, module: torch.nn.Module, forward: Forward, work: Callable[[Forward], None]) -> None:
         """Let the main rank do `work(forward)`, which calls `forward(module, batch)`; the others join each call."""

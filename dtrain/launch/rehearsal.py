@@ -1,9 +1,11 @@
 """dtrain check: what a training does only after hours, tried once: writes nothing, and its weights are thrown away."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
+import torch
 from ml_collections import ConfigDict
 
 from dtrain.checkpoint.contents import take_snapshot
@@ -54,10 +56,11 @@ def _first_step(trainer: Trainer) -> str:
     trainer.finite_step.begin(parts.all)
     losses = []
     for micro in trainer.train_loader.epoch(0):
-        loss, terms = trainer.training_step(micro.batch)
-        trainer.backward(loss, terms, micro)
-        losses.append(float(loss.detach()))
-        if micro.closes:
+        if micro.batch is not None:
+            loss, terms = trainer.training_step(micro.batch)
+            trainer.backward(loss, terms, micro)
+            losses.append(float(loss.detach()))
+        if micro.closes and losses:
             break
     require_trained(parts.optimizer, parts.module, parts.loss)
     trainer.optimizer_step()
@@ -72,6 +75,8 @@ def _smallest_batch(trainer: Trainer, config: ConfigDict) -> str:
     if not start or shard.end(0) - start == shard.global_batch:
         return ""
     micro = next(iter(trainer.train_loader.epoch(0, start)))
+    if micro.batch is None:
+        return ""
     count = f"{micro.samples} sample{'s' if micro.samples > 1 else ''}"
     try:
         loss, terms = trainer.training_step(micro.batch)
@@ -94,7 +99,9 @@ def _evaluation(trainer: Trainer, phase: str) -> str:
             planes = first_planes(trainer.inference, loader)
             figures = evaluate_volumes(parts.compiled, planes, trainer.metrics, trainer.ranks)
         else:
-            figures = evaluate(trainer.forward, parts.compiled, islice(loader, 1), trainer.metrics, trainer.ranks)
+            batch = islice((counted for counted in loader.counted() if counted[1]), 1)
+            measured = evaluate(trainer.forward, parts.compiled, batch, trainer.metrics, trainer.ranks)
+            figures = measured and measured.figures
     given = [f"val/{name}" for name in figures or {}]
     if phase == "val" and trainer.monitor not in given:
         raise ConfigError(not_given(trainer.monitor, given))
@@ -107,7 +114,9 @@ def _require_resumable(trainer: Trainer, config: ConfigDict) -> None:
     values, weights, ema, others = capture(trainer.state, trainer.trainables, trainer.ranks, trainer.parts.seed)
     take_snapshot(weights, values, ema, others=others)
     module = get_model(config)
-    make_lazy_parts(module, trainer.loaders, (trainer.forward.input_key, trainer.forward.target_key))
+    make_lazy_parts(
+        replace(trainer.forward, module=module, device=torch.device("cpu"), precision="fp32"), trainer.loaders
+    )
     if misfits := misfits_of(module, weights):
         cure = "make all modules in __init__, and register buffers in their final size"
         text = f"could not be resumed: after one step its state no longer fits the model as built; {cure}"

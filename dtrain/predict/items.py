@@ -63,12 +63,22 @@ def _format(predictor: Predictor) -> str:
 
 
 def _rows(inference: Inference, loader: Any) -> Iterator[np.ndarray]:
-    """A row for each of this rank's items, a batch at a time."""
+    """A row for each of this rank's items, a batch at a time.
+
+    Raises:
+        ValueError: A batch has not all its samples, or the model gives another number of rows.
+    """
     predictor = inference.predictor
-    for batch in loader:
+    for (batch, samples), (_epoch, *indices) in zip(loader.counted(), loader.batch_sampler, strict=True):
+        if samples != len(indices):
+            text = f"collate_fn left out {len(indices) - samples} of the samples {indices}"
+            raise ValueError(f"{text}, and a prediction has one row for each; give loaders.predict one that keeps all")
         with torch.inference_mode():
             logits = inference.output(inference.forward.inputs(batch)).float()
             predictions = predictor.activated(logits).cpu().numpy()
+        if len(predictions) != samples:
+            text = f"the model's output {tuple(logits.shape)} has not one row for each of the {samples} samples"
+            raise ValueError(f"{text} of a batch: its first axis must be the samples'")
         yield np.ascontiguousarray(predictor.choice.of(np.swapaxes(predictions, 0, 1)))
         inference.advance(len(predictions))
 

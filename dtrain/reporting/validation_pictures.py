@@ -98,19 +98,29 @@ class Album:
         self._most_errors = pictures.settings["worst"]
         self._kind, self._problem = "", ""
         self._classes = 0
-        self._batches: list[tuple[int, tuple[torch.Tensor, torch.Tensor]]] = []  # first sample, from `read`
+        # First sample (-1: rows and samples are not the same), from `read`.
+        self._batches: list[tuple[int, tuple[torch.Tensor, torch.Tensor]]] = []
 
-    def see(self, outcome: Any, number: int) -> None:
-        """Take in what the model made of one batch, numbered over all ranks; nothing waits for the device."""
+    def see(self, outcome: Any, number: int, samples: int) -> None:
+        """Take in what the model made of one batch of so many samples, numbered over all ranks.
+
+        Nothing waits for the device. Where the output has other rows than the samples that were dealt, they are counted
+        as they are, and no row is taken for one of the samples.
+        """
         if self._problem or self._kind == "dense":
             return
         try:
             output, target = main_pair(outcome.output, outcome.target)
             self._kind = kind_of(output, target)
+            loader = self._pictures.loader
+            first = number * loader.batch_sampler.batch_size
+            dealt = min(loader.batch_sampler.batch_size, len(loader.dataset) - first)
+            if self._kind == "dense" and len(output) != samples:  # its first axis is another
+                self._kind = ""
             if self._kind == "classes":
                 self._classes = output.shape[1]
-                first = number * self._pictures.loader.batch_sampler.batch_size
-                self._batches.append((first, read(output, target)))
+                known = len(output) == samples == dealt
+                self._batches.append((first if known else -1, read(output, target)))
         except Exception as error:
             self._problem = f"{type(error).__name__}: {error}"
 
@@ -118,7 +128,11 @@ class Album:
         """What this rank saw, for the main rank; without waiting for any other."""
         errors: list[Errors] = []
         try:
-            errors = [errors_of(batch, first, self._classes, self._most_errors) for first, batch in self._batches]
+            counts = [self._most_errors if first >= 0 else 0 for first, _ in self._batches]
+            errors = [
+                errors_of(batch, first, self._classes, most)
+                for (first, batch), most in zip(self._batches, counts, strict=True)
+            ]
         except Exception as error:
             self._problem = f"{type(error).__name__}: {error}"
         return Seen(self._kind, self._problem, self._classes, together(errors, self._most_errors))
@@ -136,7 +150,7 @@ class Album:
             elif seen[0].kind == "classes":
                 errors = together([rank.errors for rank in seen], self._most_errors)
                 self._draw_confusion(errors, max(rank.classes for rank in seen))
-                if self._most_errors:
+                if self._most_errors and (errors.worst or not _wrong(errors)):
                     self._draw_worst(errors)
             for old in sorted(self._pictures.folder.glob("step-*"))[: -self._pictures.settings["keep_last"]]:
                 shutil.rmtree(old, ignore_errors=True)
@@ -146,7 +160,9 @@ class Album:
     def _draw_panels(self, module: torch.nn.Module, forward: Callable[..., Any]) -> None:
         dataset = self._pictures.loader.dataset.dataset
         for index in self._pictures.samples:
-            outcome = forward(module, self._batch_of(index))[2]
+            if (batch := self._batch_of(index)) is None:
+                continue
+            outcome = forward(module, batch)[2]
             output, target = map(_first_of, main_pair(outcome.output, outcome.target))
             assert output is not None and target is not None
             shown = panel(_first_of(outcome.inputs), target, output)
@@ -183,8 +199,8 @@ class Album:
         return enlarged(gray(image, *extent(image)), max(1, _TILE_SIDE // max(image.shape[:2])))
 
     def _batch_of(self, index: int) -> Any:
-        """One sample, collated and seeded as in the validation: (epoch, index) is what the loader asks for."""
-        return self._pictures.loader.dataset.__getitems__([0, index])
+        """One sample, collated and seeded as in the validation; None where the collate function leaves it out."""
+        return self._pictures.loader.dataset.batch(0, index)
 
     def _keep(self, name: str, image: Any, facts: Mapping[str, str]) -> None:
         path = self._pictures.folder / f"step-{self._step:08d}" / f"{name}.png"

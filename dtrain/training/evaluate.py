@@ -2,17 +2,23 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from dtrain.config.errors import mark_section
 from dtrain.data import rng
-from dtrain.data.batch import size
 from dtrain.distributed.ranks import Ranks
 from dtrain.metrics import Metrics
 from dtrain.modelloader import Forward
 from dtrain.reporting.validation_pictures import Album
+
+
+class Measured(NamedTuple):
+    """What an evaluation gives, the same on every rank."""
+
+    figures: dict[str, float]
+    samples: int  # that they are of
 
 
 @torch.no_grad()
@@ -20,48 +26,58 @@ from dtrain.reporting.validation_pictures import Album
 def evaluate(
     forward: Forward,
     module: torch.nn.Module,
-    loader: Iterable[Any],
+    loader: Iterable[tuple[Any, int]],
     metrics: Metrics,
     ranks: Ranks,
     stop: Callable[[], bool] = bool,
     album: Album | None = None,
-) -> dict[str, float] | None:
+) -> Measured | None:
     """Loss (with its terms) and metrics over all ranks' batches, the same on every rank; None where a rank stopped.
 
     How often and when a training is validated changes no random number that it draws on the CPU. `stop` is asked before
     each batch. An error passes on with the number of this rank's batch, `batch_number`, by which its samples are found.
 
     `module` is the model without the ranks' wrapper, whose collectives would wait for a rank without batches; a sharded
-    one has no wrapper, and is called equally often on all ranks. `loader` gives this rank's batches; every sample of
-    the phase is in one rank's batches, once.
+    one has no wrapper, and is called equally often on all ranks. `loader` gives this rank's batches, each with its
+    number of samples, by which its figures weigh; every sample of the phase is in one rank's batches, once.
+
+    Raises:
+        ValueError: No rank has a sample.
     """
     ranks.agree_on_buffers(module)
     module.eval()
     metrics.reset()
     sums: dict[str, tuple[Any, int]] = {}
     stopped = False
-    for number, (batch, counts, stopped) in enumerate(ranks.strategy.rounds(_batches(loader), stop)):
+    for number, (batch, count, stopped) in enumerate(ranks.strategy.rounds(_batches(loader), stop)):
         if stopped:
             break
+        if batch is None:
+            continue
         try:
             loss, terms, outcome = forward(module, batch)
-            if not counts:
+            if not count:
                 continue
-            count, of_all_ranks = size(outcome.inputs), ranks.rank + number * ranks.world_size
+            of_all_ranks = ranks.rank + number * ranks.world_size
             for name, value in {"loss": loss, **{f"loss_{key}": term for key, term in terms.items()}}.items():
                 total, samples = sums.get(name, (0.0, 0))
                 sums[name] = (total + value.detach().to(_sum_dtype(value)) * count, samples + count)
             with _from_section("metrics"):
                 metrics.update(outcome.output, outcome.target, of_all_ranks, count)
             if album:
-                album.see(outcome, of_all_ranks)
+                album.see(outcome, of_all_ranks, count)
         except Exception as error:
             error.batch_number = number  # type: ignore[attr-defined]
             raise
     own = None if stopped else {name: (float(total), count) for name, (total, count) in sums.items()}
     everybody = ranks.gather((own, album.seen() if album and not stopped else None))
-    means = ranks.broadcast(_means([its_sums for its_sums, _ in everybody]) if everybody else None)
-    result = None if means is None else means | metrics.compute()
+    own_result = _measured([its_sums for its_sums, _ in everybody]) if everybody else None
+    measured: Measured | None = ranks.broadcast(own_result)
+    result = None
+    if measured is not None:
+        with _from_section("loaders"):
+            _refuse_none(measured.samples)
+        result = measured._replace(figures=measured.figures | metrics.compute())
     metrics.reset()
     if album and result is not None:
         seen = [seen for _, seen in everybody or ()]
@@ -115,10 +131,16 @@ def _sum_dtype(value: torch.Tensor) -> torch.dtype:
     return torch.float32 if value.device.type == "mps" else torch.float64
 
 
-def _means(sums_of_ranks: list[Any]) -> dict[str, float] | None:
-    """Of every rank's sums, each with its number of samples; None where a rank stopped, and has None."""
+def _refuse_none(samples: int) -> None:
+    if not samples:
+        raise ValueError("there is no sample to evaluate: collate_fn left out all of them")
+
+
+def _measured(sums_of_ranks: list[Any]) -> Measured | None:
+    """The means of every rank's sums, each with its number of samples; None where a rank stopped, and has None."""
     if None in sums_of_ranks:
         return None
     names = dict.fromkeys(name for sums in sums_of_ranks for name in sums)
     parts = {name: [sums[name] for sums in sums_of_ranks if name in sums] for name in names}
-    return {name: sum(t for t, _ in part) / sum(n for _, n in part) for name, part in parts.items()}
+    means = {name: sum(t for t, _ in part) / sum(n for _, n in part) for name, part in parts.items()}
+    return Measured(means, sum(count for _, count in parts.get("loss", ())))

@@ -4,9 +4,9 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
-from dtrain.checkpoint.checkpoint_files import LOSS
 from torch.utils.data import Subset
 
+from dtrain.checkpoint.checkpoint_files import LOSS
 from dtrain.checkpoint.checkpoint_folder import Checkpoints
 from dtrain.checkpoint.contents import CheckpointError
 from dtrain.tracking.run_folder import RunFolder
@@ -73,6 +73,7 @@ class Evidence:
             "step": self.state.step,
             "epoch": self.state.epoch,
             "position": self.state.position,
+            "order": self.state.order,
             "accumulate": loader.accumulate,
             "batch_size": loader.shard.batch_size,
             "world_size": loader.shard.world_size,

@@ -118,7 +118,7 @@ class FiniteStep:
                 continue
             state.skipped += 1
             state.overflows += may_overflow
-            state.left_out += end - step.samples if self._skips else 0  # their losses are no longer in the sums
+            state.unsummed += end - step.samples if self._skips else 0  # their losses are no longer in the sums
             (overflows if may_overflow else bad).append((step, norm))
         if bad:
             self._restore_scale(len(bad))

@@ -51,16 +51,19 @@ def _restore_loss(criterion: Any, loaded: Loaded) -> None:
 def _of_rank(
     forward: Forward, module: torch.nn.Module, loader: TrainLoader, state: dict[str, Any], rank: int
 ) -> Iterator[str]:
-    shard = replace(loader.shard, rank=rank, world_size=state["world_size"], batch_size=state["batch_size"])
+    layout = {"world_size": state["world_size"], "batch_size": state["batch_size"], "order": state.get("order", 1)}
+    shard = replace(loader.shard, rank=rank, **layout)
     if rank in state["rng"]:
         rng.set_state(state["rng"][rank])
     else:
         yield f"rank {rank}: its random numbers are not known; dropout may differ"
-    batches: Any = loader.loader.dataset
     for number, ids in enumerate(shard.batches_from(state["epoch"], state["position"], state["accumulate"])):
-        batch = batches.__getitems__([state["epoch"], *ids])
-        found, loss = _examined(forward, module, batch, ids)
         micro = f", batch {number + 1}" if state["accumulate"] > 1 else ""
+        batch = loader.batches.batch(state["epoch"], *ids)
+        if batch is None:
+            yield f"rank {rank}{micro}: collate_fn left out all samples, {', '.join(map(str, ids))}"
+            continue
+        found, loss = _examined(forward, module, batch, ids)
         yield f"rank {rank}{micro}: loss {loss:.6g}, samples {', '.join(map(str, ids))}"
         yield from (f"  {line}" for line in found)
 

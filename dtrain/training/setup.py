@@ -109,6 +109,8 @@ def make_parts(
     loaders = get_train_loaders(
         config, ranks.rank, ranks.world_size, seed, ranks.device.type == "cuda", options["accumulate"], phases
     )
+    if seeded := loaders.seeded() if ranks.is_main else []:
+        progress.note(f"generators that are seeded for each sample: {first_few(seeded, 5)}")
     spaces = {phase: space_of(_dataset(loader)) for phase, loader in loaders._asdict().items() if loader is not None}
     if ranks.is_main and purpose == "train" and (line := difference(spaces)):
         progress.note(f"loaders: {line}")

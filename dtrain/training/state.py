@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from dtrain.checkpoint.checkpoint_files import LOSS, LOSS_EMA, Loaded
 from dtrain.data import rng
 from dtrain.data.kept_attributes import KeptAttributes
+from dtrain.data.samplers import ORDER
 from dtrain.distributed.fsdp import is_shard
 from dtrain.distributed.ranks import Ranks
 from dtrain.loss import Criterion
@@ -23,8 +24,15 @@ from dtrain.training.schedule import Schedule
 FORMAT = 1  # raised when a state of before can no longer be restored
 PLAIN_FIELDS = (
     *("step", "epoch", "position", "best", "bad_validations", "validated_step", "score"),
-    *("rate", "skipped", "overflows", "samples", "left_out"),
+    *("rate", "skipped", "overflows", "samples", "unsummed", "left_out", "skipped_batches", "order"),
 )
+OF_BEFORE = {
+    "overflows": 0,
+    "unsummed": 0,
+    "left_out": 0,
+    "skipped_batches": 0,
+    "order": 1,
+}  # what older checkpoints do not hold
 
 
 @dataclass(eq=False)
@@ -43,8 +51,12 @@ class TrainState:
     grad_norm: Tensor = field(init=False)  # of the last step's gradients, on the device
     skipped: int = 0  # steps that were not taken, since their loss or gradient was not finite
     overflows: int = 0  # the last so many of them, in a row, which were perhaps too large for fp16
+    left_out: int = 0  # samples that a collate_fn left out
+    step_left_out: int = 0  # of them those of the step at work
+    skipped_batches: int = 0  # of which it left nothing
+    order: int = ORDER  # the version of the order in which this epoch began
     samples: int = 0  # samples of all ranks since figures were last logged
-    left_out: int = 0  # those of them whose losses are not in the sums
+    unsummed: int = 0  # those of them whose losses are not in the sums
     sums: dict[str, Tensor] = field(init=False)  # this rank's since then, on the device: of the loss, and loss_<term>
     stopped: bool = False  # all ranks agreed to stop early
     ended: str = ""  # why the training ended before its limits
@@ -73,7 +85,7 @@ class TrainState:
     def clear(self) -> None:
         """Begin new sums: the old ones were logged."""
         self.sums = {"loss": self._zero()}
-        self.samples = self.left_out = 0
+        self.samples = self.unsummed = 0
 
     def _zero(self) -> Tensor:
         # Apple's GPUs have no float64.
@@ -88,7 +100,9 @@ class TrainState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         for name in PLAIN_FIELDS:
-            setattr(self, name, state.get(name, getattr(self, name)))  # checkpoints of before lack some
+            setattr(self, name, state[name] if name in state else OF_BEFORE[name])
+        if not self.position:
+            self.order = ORDER
         self.grad_norm.fill_(state["grad_norm"])
         self.sums = {name: self._zero().fill_(value) for name, value in state["sums"].items()}
 

@@ -322,8 +322,8 @@ def validate(dataset: Dataset, model: Callable[[Any], Any], folder: Path, ranks:
 
     for rank, (loader, album) in enumerate(zip(loaders, albums, strict=True)):
         assert album is not None
-        for number, batch in enumerate(loader):
-            album.see(forward(model, batch)[2], rank + number * ranks)
+        for number, (batch, samples) in enumerate(loader.counted()):
+            album.see(forward(model, batch)[2], rank + number * ranks, samples)
     seen = [album.seen() for album in albums if album]
     assert isinstance(albums[0], Album)
     albums[0].draw(seen, model, forward)  # type: ignore[arg-type]
@@ -470,8 +470,8 @@ def test_what_goes_wrong_costs_one_line(
         def forward(module: Any, batch: Any) -> Any:
             return None, {}, Outcome(batch[0], module(batch[0]), batch[1])
 
-        for number, batch in enumerate(loader):
-            album.see(forward(model, batch)[2], number)
+        for number, (batch, samples) in enumerate(loader.counted()):
+            album.see(forward(model, batch)[2], number, samples)
         album.draw([album.seen()], model, forward)  # type: ignore[arg-type]
     (line,) = notes.lines
     assert line.startswith("warning: no pictures of the validation: ") and text in line
@@ -484,7 +484,7 @@ def test_the_newest_stay_and_some_validations_may_be_left_out(labelled: TensorDa
         if album := drawer.album(step, notes, notes.lines.append):
             drawn.append(step)
             for number, (x, y) in enumerate(drawer.loader):
-                album.see(Outcome(x, scores(x), y), number)
+                album.see(Outcome(x, scores(x), y), number, len(x))
             album.draw([album.seen()], torch.nn.Identity(), lambda module, batch: None)
     assert drawn == [100, 400, 700, 1000]
     assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["step-00000700", "step-00001000"]

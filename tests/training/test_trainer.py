@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import dtrain
+from dtrain.data.samplers import ORDER as CURRENT_ORDER
 
 ORDER = """
 from dtrain.trainer import Trainer
@@ -133,33 +134,41 @@ BEFORE = (
 def test_a_training_of_before_the_new_layout_resumes_as_if_it_had_never_stopped(
     config: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Dropout, AdamW, warm-up, a schedule by steps, averaged weights, accumulation: all of it lies in a checkpoint."""
+    """Dropout, AdamW, warm-up, a schedule by steps, averaged weights, accumulation: all of it lies in a checkpoint.
+
+    It ends the epoch in the order of before, seeing each sample once, and has the orders of now from the next one on.
+    """
     shutil.copytree(BEFORE, tmp_path / "run", symlinks=True)
     config["experiment"] = "before"
     config["model"]["dropout"] = 0.1
     config["loaders"]["batch_size"] = 64
     config["optimizer"] = {"name": "AdamW", "lr": 0.01}
     config["lr_scheduler"] = {"name": "ExponentialLR", "gamma": 0.9, "interval": "step", "warmup_steps": 3}
-    config["trainer"] = {"max_steps": 9, "checkpoint_dir": str(tmp_path / "run"), "pictures": False, "ema_decay": 0.9,
-                         "accumulate": 2, "checkpoint_every_steps": 1, "keep_last": 9}  # fmt: skip
+    config["trainer"] = {"max_steps": 14, "checkpoint_dir": str(tmp_path / "run"), "pictures": False, "ema_decay": 0.9,
+                         "accumulate": 2, "checkpoint_every_steps": 1, "keep_last": 14}  # fmt: skip
     whole = copy.deepcopy(config)
     whole["trainer"]["checkpoint_dir"] = str(tmp_path / "whole")
     resumed = dtrain.create_trainer(config)
     assert (resumed.step, resumed.epoch, resumed.position) == (5, 0, 640)
-    assert resumed.fit() == dtrain.create_trainer(whole).fit() == "FINISHED"
+    assert resumed.state.order == 1
+    assert resumed.fit() == "FINISHED"
+    uninterrupted = dtrain.create_trainer(whole)
+    uninterrupted.state.order = 1
+    assert uninterrupted.fit() == "FINISHED"
+    assert (resumed.epoch, resumed.position, resumed.state.order) == (1, 512, CURRENT_ORDER)
 
     def weights(run: str, step: int, name: str = "model") -> dict[str, torch.Tensor]:
         return load_file(tmp_path / run / "checkpoints" / f"step-{step:08d}" / f"{name}.safetensors")
 
-    for key, value in weights("whole", 9).items():
-        torch.testing.assert_close(weights("run", 9)[key], value, rtol=1e-4, atol=1e-6)
+    for key, value in weights("whole", 14).items():
+        torch.testing.assert_close(weights("run", 14)[key], value, rtol=1e-4, atol=1e-6)
     # The average was written before it had a ramp, which it has from here on.
     average = weights("run", 5, "ema")
-    for number in range(5, 9):
+    for number in range(5, 14):
         keeps = min(0.9, (1 + number) / (10 + number))
         newest = weights("run", number + 1)
         average = {key: keeps * value + (1 - keeps) * newest[key] for key, value in average.items()}
-    for key, value in weights("run", 9, "ema").items():
+    for key, value in weights("run", 14, "ema").items():
         torch.testing.assert_close(average[key], value, rtol=1e-4, atol=1e-6)
     journal = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["attempt"] for line in journal if line["kind"] == "start"] == [1, 2]

@@ -18,6 +18,7 @@ class Step(NamedTuple):
     transform: Any
     random: bool
     run: Callable[[Sample, np.random.Generator], Sample]
+    seeds_itself: bool = False  # from the generator that it is given, whatever its transform holds
 
 
 class Pipeline:
@@ -110,9 +111,8 @@ def _step(transform: Any, place: str) -> Step:
         elif not hasattr(transform, "keys"):
             name = type(transform).__name__
             raise ValueError(f"{place}: MONAI's {name} changes one array alone; take {name}d with keys: [image, label]")
-        return Step(
-            transform, hasattr(transform, "set_random_state"), lambda sample, rng: _monai(transform, sample, rng)
-        )
+        draws = hasattr(transform, "set_random_state")
+        return Step(transform, draws, lambda sample, rng: _monai(transform, sample, rng), seeds_itself=True)
     random = getattr(transform, "random", None)
     if isinstance(random, bool):
         return Step(transform, random, transform)
