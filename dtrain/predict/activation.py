@@ -28,7 +28,7 @@ def activation_of(loss: Any, metrics: Any) -> tuple[Activation, str] | None:
     unless a metric compares them with one another all the same.
     """
     if (named := _of_metrics(metrics)) in OF_LOSSES:
-        return cast(Activation, named), "metrics"
+        return named, "metrics"
     names = {str(value).rpartition(".")[2].rpartition(":")[2] for key, value in _entries(loss) if key == "name"}
     wishes = {activation for activation, losses in OF_LOSSES.items() if names.intersection(losses)}
     wishes |= {value for key, value in _entries(loss) if key == "normalization" and value in OF_LOSSES}
