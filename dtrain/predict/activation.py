@@ -1,7 +1,7 @@
 """What makes probabilities of a model's outputs, where the predictor's section does not say: what the training uses."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 Activation = Literal["softmax", "sigmoid", "none"]
 
@@ -35,7 +35,7 @@ def activation_of(loss: Any, metrics: Any) -> tuple[Activation, str] | None:
     takes_largest = not all(name.startswith(INDEPENDENT) for key, name in _entries(metrics) if key == "name")
     if len(wishes) != 1 or (wishes == {"sigmoid"} and takes_largest):
         return None
-    return cast(Activation, wishes.pop()), "loss"
+    return wishes.pop(), "loss"
 
 
 def _of_metrics(metrics: Any) -> Any:
