@@ -1,7 +1,7 @@
 """What makes probabilities of a model's outputs, where the predictor's section does not say: what the training uses."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 Activation = Literal["softmax", "sigmoid", "none"]
 
@@ -17,19 +17,35 @@ OF_LOSSES: dict[Activation, tuple[str, ...]] = {
 }
 
 
+INDEPENDENT = ("Multilabel", "Binary")  # how metrics begin that do not take the largest of several channels
+
+
 def activation_of(loss: Any, metrics: Any) -> tuple[Activation, str] | None:
     """The one activation that the metrics, else the losses, have in common, and which key says so; None: not known.
 
     The arguments are the config's sections as plain values. A file of predictions and a test are then about the same
-    numbers: a regression's outputs are left alone, and several channels that are each yes or no get a sigmoid each.
+    numbers: a regression's outputs are left alone, and several channels that are each yes or no get a sigmoid each,
+    unless a metric compares them with one another all the same.
     """
-    wishes = {value for key, value in _entries(metrics) if key == "activation" and value in OF_LOSSES}
-    if len(wishes) == 1:
-        return cast(Activation, wishes.pop()), "metrics"
+    if (named := _of_metrics(metrics)) in OF_LOSSES:
+        return named, "metrics"
     names = {str(value).rpartition(".")[2].rpartition(":")[2] for key, value in _entries(loss) if key == "name"}
     wishes = {activation for activation, losses in OF_LOSSES.items() if names.intersection(losses)}
     wishes |= {value for key, value in _entries(loss) if key == "normalization" and value in OF_LOSSES}
-    return (cast(Activation, wishes.pop()), "loss") if len(wishes) == 1 else None
+    takes_largest = not all(name.startswith(INDEPENDENT) for key, name in _entries(metrics) if key == "name")
+    if len(wishes) != 1 or (wishes == {"sigmoid"} and takes_largest):
+        return None
+    return wishes.pop(), "loss"
+
+
+def _of_metrics(metrics: Any) -> Any:
+    """What all metrics name as their activation, together or each for itself; None where one does not."""
+    metrics = metrics if isinstance(metrics, Mapping) else {}
+    names = metrics.get("name", [])
+    own: dict[str, Any] = {str(name): {} for name in (names if isinstance(names, list) else [names])}
+    own |= {key: value for key, value in metrics.items() if isinstance(value, Mapping)}
+    wishes = {str(values.get("activation", metrics.get("activation"))) for values in own.values()}
+    return wishes.pop() if len(wishes) == 1 else None
 
 
 def _entries(section: Any) -> Iterator[tuple[str, Any]]:

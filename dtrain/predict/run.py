@@ -66,8 +66,9 @@ def predict(
 
 def compare_with_training(inference: Inference, loader: Any, checkpoint: Path | None) -> None:
     """Say in one line how a loader's files lie differently in space than those that the weights were trained on."""
-    folder = checkpoint.resolve().parent.parent if checkpoint else inference.run_folder
-    line = difference({"training": read_run(folder).get("space"), "now": space_of(loader.dataset.dataset)})
+    folders = checkpoint.resolve().parents[:3] if checkpoint else [inference.run_folder]  # or a file in a checkpoint
+    trained = next((space for folder in folders if (space := read_run(folder).get("space"))), None)
+    line = difference({"training": trained, "now": space_of(loader.dataset.dataset)})
     if inference.ranks.is_main and line:
         inference.progress.note(line)
 

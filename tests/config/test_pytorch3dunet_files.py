@@ -598,7 +598,7 @@ def predicted_by_pytorch3dunet(kind: str, test: list[str], folder: Path) -> tupl
     ("kind", "changes"),
     [
         ("boundary", []),  # 10 x 36 x 36 is not a multiple of 8 x 24 x 24: the last patches overlap
-        ("boundary", ["loaders.test.slice_builder.stride_shape=[3, 11, 10]", "model.final_sigmoid=false",
+        ("boundary", ["loaders.test.slice_builder.stride_shape=[3, 11, 10]", "model.final_sigmoid=false", "loaders.global_normalization=false",
                       "model.out_channels=3", "predictor.prediction_channel=1", "loaders.batch_size=3"]),
         ("boundary", ["model.name=UNet2D", "loaders.test.slice_builder.patch_shape=[1, 24, 24]",
                       "loaders.test.slice_builder.stride_shape=[1, 16, 16]",
@@ -614,7 +614,7 @@ def test_a_test_file_predicts_what_pytorch3dunet_predicts(
     import pytorch3dunet.unet3d.model as theirs
 
     torch.manual_seed(0)
-    test = [*overrides(kind, ("test",), tmp_path), "loaders.global_normalization=false", *changes]
+    test = [*overrides(kind, ("test",), tmp_path), *changes]
     model = load_config(DATA / f"{kind}_test.yml", test).model.to_dict()
     weights = saved_by_pytorch3dunet(tmp_path, getattr(theirs, model.pop("name"))(**model))
     test += [f"model_path={weights}"]

@@ -65,7 +65,7 @@ def test_files_that_lie_differently_are_told_in_one_line(tmp_path: Path, run_cli
     assert told("test", "nifti.yaml") == [now]
     assert told("predict", "nifti.yaml") == []
     elsewhere = ["loaders.predict.images=test", "trainer.checkpoint_dir=other", "--output-dir", "out"]
-    assert told("predict", "nifti.yaml", *elsewhere, "--checkpoint", "run/checkpoints/best") == [now]
+    assert told("predict", "nifti.yaml", *elsewhere, "--checkpoint", "run/checkpoints/best/model.safetensors") == [now]
 
 
 def dataset(*affines: np.ndarray, dims: int = 3) -> Any:
