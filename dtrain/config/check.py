@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from dtrain.config.annotations import Parameter, takes_mappings, wrong_type
 from dtrain.config.errors import ConfigError, KeyPath, Mistake, did_you_mean, dotted, is_mapping
+from dtrain.config.ignored import ignored_differently
 from dtrain.config.load import notes_on
 from dtrain.config.resolve import module_mistake
 from dtrain.config.rules import monitor_mistakes, rule_mistakes, value_mistakes
@@ -40,8 +41,8 @@ def check(config: ConfigDict, purpose: str | None = "train") -> None:
 
 
 def notes(config: ConfigDict) -> list[str]:
-    """What is worth a line: how another program's keys were read; each bare name that is found in several places."""
-    result = notes_on(config)
+    """What is worth a line: another program's keys, void labels that a loss counts, names found in several places."""
+    result = [*notes_on(config), *ignored_differently(calls(config))]
     for call in calls(config).values():
         target, also = call.found
         if also:
