@@ -109,7 +109,7 @@ def _adds_up(loss: Any) -> bool:
 
 
 def _refuse_no_share(output: Any, target: Any) -> None:
-    """Binary cross entropies of torch go on with any target: for 255 in a mask the loss is far below 0.
+    """Binary cross entropies of torch take any target: for 255 in a mask the loss is far below 0.
 
     Raises:
         ValueError: A value is not from 0 to 1; its sample is the error's `sample_in_batch`.

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from dtrain.config.annotations import Parameter, takes_mapping, takes_mappings, takes_objects, wrong_type
 from dtrain.config.did_you_mean import did_you_mean
 from dtrain.config.errors import ConfigError, KeyPath, Mistake, dotted, is_mapping
+from dtrain.config.ignored import ignored_differently
 from dtrain.config.load import notes_on
 from dtrain.config.metric_rules import mode_notes, monitor_mistakes
 from dtrain.config.pytorch3dunet import OTHER_NAMES
@@ -45,8 +46,9 @@ def check(config: ConfigDict, purpose: str | None = "train") -> None:
 
 
 def notes(config: ConfigDict) -> list[str]:
-    """What is worth a line: how another program's keys were read; each bare name that is found in several places."""
-    result = [*notes_on(config), *mode_notes(config, calls(config))]
+    """What is worth a line: another program's keys, void labels that a loss counts, names found in several places."""
+    described = calls(config)
+    result = [*notes_on(config), *mode_notes(config, described), *ignored_differently(described)]
     for call in calls(config).values():
         target, also = call.found
         if also:

@@ -50,9 +50,10 @@ class Evidence:
         loaders = self.parts.loaders
         phase = {"validation": loaders.val, "test": loaders.test}.get(self.activity.phase)
         loader: Any = phase or getattr(loaders.train, "loader", None)
-        dataset, index = loader.dataset.dataset, samples[number]
+        dataset: Any = loader.dataset.dataset
+        index = samples[number]
         while isinstance(dataset, Subset):
-            dataset, index = dataset.dataset, dataset.indices[index]
+            index, dataset = dataset.indices[index], dataset.dataset
         where = getattr(dataset, "where", None)
         error.add_note(f"sample {samples[number]}" + (f" is {where(index)}" if callable(where) else ""))
 

@@ -245,7 +245,8 @@ def test_check_and_training_name_the_file_of_a_mask_of_0_and_255(run_cli, tmp_pa
     image_mask_files(tmp_path / "a", [1, 1, 1, 255])  # the last one is in the second batch
     image_mask_files(tmp_path / "b", [1, 255])
     (tmp_path / "c.yaml").write_text(CONFIG)
-    checked = run_cli(["check", "c.yaml"])
+    checked = run_cli(["check", "c.yaml", "loaders.ignore_index=7"])
+    assert "loss: DiceLoss has the ignore_index None (its default), the data 7" in checked.text
     assert checked.rc != 0 and "the target has the label 255; expected 0 to 1" in checked.text
     assert f"sample 1 is {tmp_path}/b/images/1.png [0:16, 0:16]" in checked.text
     trained = run_cli(["c.yaml", "loss={name: MaskedLoss, loss: {name: BCEWithLogitsLoss}}"])

@@ -145,6 +145,8 @@ def test_a_prediction_is_refused_where_transforms_move_voxels(tmp_path: Path) ->
         (monai.Orientationd(keys=["image"], axcodes="RAS"), False),  # it lies so already
         (CropToFixed(size=[6, 6, 6], centered=True), False),
         (monai.ScaleIntensityd(keys=["image"]), False),
+        (monai.Lambdad(keys=["image"], func=lambda array: array.as_tensor() * 2), False),
+        (monai.Lambdad(keys=["image"], func=lambda array: array.numpy()[:, 1:]), True),
     ):
         data = NiftiDataset(**files, transforms=[step])
         sample = data.sample(0, data.places[0][1], only_image=True)

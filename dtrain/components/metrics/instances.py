@@ -146,7 +146,8 @@ class InstanceReader:
         """For each sample: the true labels of the voxels that count, and those found with each threshold.
 
         Raises:
-            ValueError: The shapes do not fit, several channels leave open which is meant, or a label is no instance's.
+            ValueError: The shapes do not fit, several channels leave open which is meant, or a label is negative or
+                a fraction.
         """
         output, target = precise(main_of(output)), main_of(target)
         if self.thresholds is None and output.shape == target.shape and not output.is_floating_point():

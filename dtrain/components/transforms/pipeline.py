@@ -9,6 +9,7 @@ import numpy as np
 
 from dtrain.components.transforms.sample import ARRAYS, Sample, spatial_dims
 
+MARK = "dtrain"  # in a MetaTensor's meta: what has it knows its affine; one that MONAI made anew says the identity
 NEAR = 1e-3  # by which two affines may differ, in millimetres per voxel or of origin
 
 
@@ -156,7 +157,7 @@ def _monai(transform: Any, sample: Sample, rng: np.random.Generator) -> Sample:
             raise ValueError(f"{_name(transform)} returned {len(result)} samples; possible: num_samples: 1")
         result = result[0]
     if affine is not None:
-        result["affine"] = _common_place({key: result[key] for key in arrays}, _name(transform))
+        result["affine"] = _common_place(given, {key: result[key] for key in arrays}, affine, _name(transform))
     result = {key: _numpy(value) for key, value in result.items()}
     for key in arrays:
         array = result[key][0] if key in bare and len(result[key]) == 1 else result[key]
@@ -176,21 +177,26 @@ def _placed(array: np.ndarray, affine: np.ndarray) -> Any:
     import torch
     from monai.data.meta_tensor import MetaTensor
 
-    return MetaTensor(torch.from_numpy(array), affine=torch.as_tensor(affine, dtype=torch.float64))
+    return MetaTensor(torch.from_numpy(array), affine=torch.as_tensor(affine, dtype=torch.float64), meta={MARK: True})
 
 
-def _common_place(arrays: dict[str, Any], name: str) -> np.ndarray | None:
-    """Where in space the voxels of all arrays lie now; None where a transform did not keep it.
+def _common_place(before: dict[str, Any], after: dict[str, Any], affine: np.ndarray, name: str) -> np.ndarray | None:
+    """Where in space the voxels of all arrays (C, *spatial) lie now; None where that cannot be told.
+
+    What returns another MetaTensor or none, as Lambdad does, and keeps the extent, is taken to leave the voxels there.
 
     Raises:
         ValueError: They no longer lie at the same place.
     """
-    affines = {key: np.asarray(array.affine) for key, array in arrays.items() if hasattr(array, "affine")}
-    if len(affines) < len(arrays):
-        return None
+    affines: dict[str, np.ndarray] = {}
+    for key, array in after.items():
+        is_tracked = MARK in getattr(array, "meta", {})
+        if not is_tracked and array.shape[1:] != before[key].shape[1:]:
+            return None
+        affines[key] = np.asarray(array.affine) if is_tracked else affine
     first = next(iter(affines))
-    for key, affine in affines.items():
-        if affine.shape != affines[first].shape or not np.allclose(affine, affines[first], atol=NEAR):
+    for key, place in affines.items():
+        if place.shape != affines[first].shape or not np.allclose(place, affines[first], atol=NEAR):
             raise ValueError(f"{name} moved the {first} and the {key} differently; name both: keys: [{first}, {key}]")
     return affines[first]
 
