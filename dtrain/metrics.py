@@ -314,9 +314,9 @@ def _higher_is_better(metric: Any, part: str) -> bool | None:
     if said is not None:
         return bool(said)
     is_torchmetrics_own = type(metric).__module__.startswith("torchmetrics.")
-    if not isinstance(metric, torch.nn.Module) or not is_torchmetrics_own or part == "std":  # a spread is no quality
+    if not isinstance(metric, torch.nn.Module) or not is_torchmetrics_own or part == "std":  # a spread is not a quality
         return None
-    items: Any = getattr(metric, "items", dict().items)  # those of a collection
+    items: Any = getattr(metric, "items", {}.items)  # those of a collection
     members: dict[str, Any] = dict(items())
     fitting = [name for name in members if part == name or part.startswith(f"{name}_")]
     if fitting:
