@@ -138,11 +138,15 @@ class _Reduced:
 
     def __init__(self, metric: Any) -> None:
         self.metric = metric
+        self.wants_labels = type(metric).__module__.startswith("torchmetrics.classification.")
 
     def reset(self) -> None:
         self.metric.reset()
 
     def update(self, output: Any, target: Any, number: int, samples: int) -> None:
+        if self.wants_labels and isinstance(target, torch.Tensor) and target.is_floating_point():
+            labels = target.long()  # such as binary cross entropy has them as numbers
+            target = labels if torch.equal(labels.to(target.dtype), target) else target
         self.metric.update(output, target)
 
     def compute(self, ranks: Ranks) -> Any:
@@ -313,9 +317,10 @@ def _higher_is_better(metric: Any, part: str) -> bool | None:
     if said is not None:
         return bool(said)
     is_torchmetrics_own = type(metric).__module__.startswith("torchmetrics.")
-    if not isinstance(metric, torch.nn.Module) or not is_torchmetrics_own or part == "std":  # a spread is no quality
+    if not isinstance(metric, torch.nn.Module) or not is_torchmetrics_own or part == "std":  # a spread is not a quality
         return None
-    members = dict(metric.items()) if hasattr(metric, "items") else {}
+    items: Any = getattr(metric, "items", {}.items)  # those of a collection
+    members: dict[str, Any] = dict(items())
     fitting = [name for name in members if part == name or part.startswith(f"{name}_")]
     if fitting:
         name = max(fitting, key=len)

@@ -13,7 +13,7 @@ from dtrain.config.did_you_mean import did_you_mean
 from dtrain.config.errors import ConfigError, KeyPath, Mistake, dotted, is_mapping
 from dtrain.config.ignored import ignored_differently
 from dtrain.config.load import notes_on
-from dtrain.config.metric_rules import mode_notes, monitor_mistakes
+from dtrain.config.metric_rules import mode_notes, monitor_mistakes, task_mistakes, task_notes
 from dtrain.config.pytorch3dunet import OTHER_NAMES
 from dtrain.config.resolve import module_mistake
 from dtrain.config.rules import rule_mistakes, value_mistakes
@@ -34,6 +34,7 @@ def check(config: ConfigDict, purpose: str | None = "train") -> None:
     if not any(item.text.startswith("metrics") for item in mistakes):
         trains = purpose in ("train", None) and "loaders.val" in reading.calls
         mistakes += monitor_mistakes(config, reading.calls, trains)
+        mistakes += task_mistakes(config, reading.calls)
     for call in reading.calls.values():
         mistakes += call_mistakes(call)
     mistakes += [*_shared_mistakes(config, reading.calls), *_module_mistakes(config), *rule_mistakes(config, purpose)]
@@ -48,7 +49,7 @@ def check(config: ConfigDict, purpose: str | None = "train") -> None:
 def notes(config: ConfigDict) -> list[str]:
     """What is worth a line: another program's keys, void labels that a loss counts, names found in several places."""
     described = calls(config)
-    result = [*notes_on(config), *mode_notes(config, described), *ignored_differently(described)]
+    result = [*notes_on(config), *task_notes(described), *mode_notes(config, described), *ignored_differently(described)]
     for call in calls(config).values():
         target, also = call.found
         if also:

@@ -11,6 +11,7 @@ from dtrain.config.did_you_mean import did_you_mean
 from dtrain.config.errors import ConfigError, Mistake, first_few, is_mapping, shown
 from dtrain.config.schema import Call, mistake
 from dtrain.config.signatures import SOURCE, Callee
+from dtrain.config.task import COUNTS, count_argument, takes_task
 
 
 class Monitored(NamedTuple):
@@ -53,6 +54,27 @@ def monitor_mistakes(config: ConfigDict, calls: Mapping[str, Call], trains: bool
         yield mistake(config, ("trainer", "monitor"), text)
     elif mode is None and trains and higher_is_better(calls, figure) is None:
         yield mistake(config, ("trainer", "mode"), mode_text(calls, figure))
+
+
+def task_mistakes(config: ConfigDict, calls: Mapping[str, Call]) -> Iterator[Mistake]:
+    """Metrics by task that lack their number of classes, which is not certain either."""
+    for key in (f"metrics.{label}" for label in labels_of(calls)):
+        with suppress(ConfigError):  # reported elsewhere
+            call = calls[key]
+            if isinstance(call.target, Callee) and takes_task(call.target):
+                count = count_argument(call.target, call.arguments)
+                if count and call.arguments.get(count) is None:
+                    text = f"{call.target.name} needs {count} for task: {call.arguments['task']}"
+                    yield mistake(config, call.path, f"{text}; neither model nor loss says it for certain, so add it")
+
+
+def task_notes(calls: Mapping[str, Call]) -> Iterator[str]:
+    """What metrics were given that the config does not say of them."""
+    for key in (f"metrics.{label}" for label in labels_of(calls)):
+        if calls[key].filled:
+            given = ", ".join(f"{name}: {calls[key].arguments[name]}" for name in ("task", *COUNTS.values())
+                              if name in calls[key].filled)  # fmt: skip
+            yield f"{key}: {given}, as the loss and the model have it"
 
 
 def mode_notes(config: ConfigDict, calls: Mapping[str, Call]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from dtrain.config.errors import ConfigError, KeyPath, Mistake, bad_syntax, dott
 from dtrain.config.load import place_of
 from dtrain.config.resolve import LIBRARIES, Found, locate
 from dtrain.config.signatures import SOURCE, Callee, Dynamic, module_file
+from dtrain.config.task import task_arguments
 
 PHASES = ("train", "val", "test", "predict")
 
@@ -164,6 +165,14 @@ def _components(path: KeyPath, value: Any) -> Iterator[tuple[KeyPath, Mapping[st
             yield from _components((*path, key), value[key])
 
 
+def _changed(call: Call, **changes: Any) -> Call:
+    """A call of the same name with other arguments; what the name leads to is not looked up again."""
+    changed = replace(call, **changes)
+    if "found" in vars(call):
+        vars(changed)["found"] = call.found
+    return changed
+
+
 def _call_at(config: ConfigDict, path: KeyPath, values: Mapping[str, Any], slot: Slot) -> Call:
     """The call that a mapping with a `name` describes; inside another call `_partial_` may leave it uncalled."""
     is_partial = slot.nested and values.get("_partial_") is True
@@ -234,6 +243,7 @@ class _Reader:
                 reader(section, values)
         for key in [key for key in self.calls if key.startswith("metrics.")]:
             self.metric_settings(key, self.calls[key])
+            self.metric_task(key, self.calls[key])
 
     def wrong(self, path: KeyPath, text: str) -> None:
         self.mistakes.append(mistake(self.config, path, text))
@@ -325,7 +335,22 @@ class _Reader:
             settings = self.own_call(call.path, "metric", own)
             self.calls[f"metric.{key.removeprefix('metrics.')}"] = replace(settings, paths=call.paths)
         rest = {name: call.arguments[name] for name in call.arguments if name not in own}
-        self.calls[key] = replace(call, arguments=rest, others=call.others | _names_of("metric"))
+        self.calls[key] = _changed(call, arguments=rest, others=call.others | _names_of("metric"))
+
+    def metric_task(self, key: str, call: Call) -> None:
+        """Give a metric what loss and model leave no doubt about: the task and the number of classes."""
+        loss, model = (self.written(self.calls.get(section)) for section in ("loss", "model"))
+        has_heads = f"metric.{key.removeprefix('metrics.')}" in self.calls  # which of them has how many classes?
+        if not has_heads and (metric := self.written(call)):
+            certain = task_arguments(metric, loss, model)
+            self.calls[key] = _changed(call, arguments={**call.arguments, **certain}, filled=frozenset(certain))
+
+    def written(self, call: Call | None) -> tuple[Callee, Mapping[str, Any]] | None:
+        """What a call names, as far as it can be read, and its arguments."""
+        with suppress(ConfigError):  # reported elsewhere
+            if call is not None and isinstance(call.target, Callee):
+                return call.target, call.arguments
+        return None
 
     def listed_metrics(self, values: list[Any]) -> None:
         """`[{name: A}, {name: B}]`; the index is in the label where two have the same name."""

@@ -296,8 +296,11 @@ class Source:
             ):
                 continue
             meaning = self._follow(owner.module, text)
-            is_class = isinstance(meaning, Definition) and isinstance(meaning.node, ast.ClassDef)
-            made.append(self._lineage(*meaning) if is_class and meaning.node is not owner.node else ())
+            match meaning:
+                case Definition(module, ast.ClassDef() as node) if node is not owner.node:
+                    made.append(self._lineage(module, node))
+                case _:
+                    made.append(())
         return made
 
     def _lookup(self, module_name: str, name: str, visited: Visited) -> Meaning:
@@ -469,7 +472,7 @@ def _plain(value: ast.expr) -> Any:
         return ...
 
 
-def _is_set_by_methods(node: ast.ClassDef, attribute: str) -> bool:
+def _is_set_by_methods(node: ast.stmt, attribute: str) -> bool:
     """Whether a property of a class, or a method that sets it, makes an attribute's value the object's own affair."""
     return any(
         (isinstance(item, ast.FunctionDef) and item.name == attribute)

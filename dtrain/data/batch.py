@@ -49,7 +49,7 @@ def inputs(batch: Any, input_key: str | None = None, target_key: TargetKey = Non
 
 def _split_dict(batch: Mapping[str, Any], input_key: str | None, target_key: TargetKey) -> tuple[Any, Any]:
     target_key = target_key or _key(batch, TARGET_KEYS, "target_key")
-    keys = target_key if isinstance(target_key, list) else [target_key]
+    keys = target_key if isinstance(target_key, list) else [target_key or ""]
     if any(key not in batch for key in keys):
         found, expected = ", ".join(map(repr, batch)), " and ".join(filter(None, keys)) or " or ".join(TARGET_KEYS)
         text = f"no target in a batch with the keys {found}: expected {expected}; name it with trainer.target_key"

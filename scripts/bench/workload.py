@@ -83,6 +83,9 @@ def accuracy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (output.argmax(1) == target).float().mean()
 
 
+accuracy.higher_is_better = True  # type: ignore[attr-defined]
+
+
 def peak_mb(pid: int | str) -> float:
     """A process's peak resident memory, in 10^6 bytes.
 

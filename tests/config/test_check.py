@@ -436,9 +436,7 @@ MISTAKES: list[tuple[str, ...]] = [
     ),
     (
         "task: multiclass",
-        "tsak: multiclass",
-        "c.yaml:10:18: metrics.name.0: Accuracy is missing required argument 'task'; <Accuracy>",
-        "c.yaml:10:28: metrics.name.1: Precision is missing required argument 'task'; <Precision>",
+        "tsak: multiclass",  # the task is then that of the loss
         "c.yaml:10:40: metrics.tsak: unexpected argument 'tsak', which no metric takes; did you mean 'task'?; <Accuracy>; <Precision>",
     ),
     (

@@ -8,10 +8,11 @@ import torchmetrics
 import torchmetrics.classification
 import torchmetrics.segmentation
 
-from dtrain.config.check import check
+from dtrain.config.check import check, notes
 from dtrain.config.errors import ConfigError
 from dtrain.config.load import from_mapping
 from dtrain.config.metric_rules import monitored
+from dtrain.config.schema import calls
 from dtrain.config.signatures import SOURCE, Callee
 
 OWN = """
@@ -167,3 +168,55 @@ def test_where_the_mode_is_asked_for(metrics: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"trainer.mode: missing: \w+ does not say whether a higher or a lower"):
         check(config_of(metrics=metrics))
     check(config_of(metrics=metrics), "test")
+
+
+CE, BCE, ONE = {"name": "CrossEntropyLoss"}, {"name": "BCEWithLogitsLoss"}, {"in_features": 4, "out_features": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"name": ["Precision"]}, {"task": "multiclass", "num_classes": 3}),
+        ({"name": "Precision", "average": "none"}, {"task": "multiclass", "num_classes": 3, "average": "none"}),
+        ({"name": "Precision", "num_classes": 5}, {"task": "multiclass", "num_classes": 5}),
+        ({"name": "Precision", "task": "binary"}, {"task": "binary"}),
+        ({"name": "MulticlassAccuracy"}, {"num_classes": 3}),
+        ({"name": "BinaryAccuracy"}, {}),
+        ({"name": "MeanIoU"}, {}),  # dtrain's own
+        ({"name": "torchmetrics.functional.accuracy"}, {"task": "multiclass", "num_classes": 3}),
+        ({"loss": BCE, "name": "Recall"}, {"task": "multilabel", "num_labels": 3}),
+        ({"loss": BCE, "name": "MultilabelF1Score"}, {"num_labels": 3}),
+        ({"loss": BCE, "model": {"name": "Linear", **ONE}, "name": "Recall"}, {"task": "binary"}),
+        ({"loss": CE | {"weight": [1.0, 2.0]}, "model": {"name": "Identity"}, "name": "Precision"},
+         {"task": "multiclass", "num_classes": 2}),
+        ({"model": {"name": "UNet3D", "in_channels": 1, "out_channels": 7}, "name": "Precision"},
+         {"task": "multiclass", "num_classes": 7}),
+    ],
+)  # fmt: skip
+def test_a_metric_gets_task_and_classes_from_loss_and_model(changes: dict[str, Any], expected: dict[str, Any]) -> None:
+    sections = {key: changes[key] for key in ("loss", "model") if key in changes}
+    metrics = {key: changes[key] for key in changes if key not in sections}
+    config = config_of(**sections, metrics=metrics, trainer={"max_epochs": 1, "mode": "max"})
+    check(config)
+    (call,) = [call for key, call in calls(config).items() if key.startswith("metrics.")]
+    assert call.arguments == expected
+    told = [line for line in notes(config) if "as the loss and the model have it" in line]
+    assert len(told) == bool(set(expected) - set(metrics))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss": {"name": "MSELoss"}}, "Precision is missing required argument 'task'"),
+        ({"model": {"name": "Identity"}}, "Precision is missing required argument 'task'"),
+        ({"loss": {"name": "CrossEntropyLoss", "weight": [1.0, 2.0]}}, "Precision is missing required argument 'task'"),
+        (
+            {"model": {"name": "Identity"}, "metrics": {"name": "Precision", "task": "multiclass"}},
+            "Precision needs num_classes for task: multiclass; neither model nor loss says it for certain, so add it",
+        ),
+        ({"metrics": {"name": "Precision", "output_key": "label"}}, "Precision is missing required argument 'task'"),
+    ],
+)
+def test_what_is_not_certain_is_asked_for(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(config_of(**{"metrics": {"name": ["Precision"]}} | changes))

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from dtrain.data.batch import call, call_form, main_output, split, to_device
+from dtrain.config.errors import ConfigError
+from dtrain.data.batch import call, call_form, inputs, main_output, split, to_device
 
 Pair = namedtuple("Pair", "image label")
 Counted = namedtuple("Counted", "image label kept_samples")
@@ -26,7 +27,7 @@ def same(found: Any, expected: Any) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("batch", "inputs", "target"),
+    ("batch", "given", "target"),
     [
         ((X, Y), X, Y),
         ([X, Y], X, Y),
@@ -43,15 +44,40 @@ def same(found: Any, expected: Any) -> bool:
         ((X, {"mask": Y}), X, {"mask": Y}),
     ],
 )
-def test_a_batch_is_split_into_input_and_target(batch: Any, inputs: Any, target: Any) -> None:
+def test_a_batch_is_split_into_input_and_target(batch: Any, given: Any, target: Any) -> None:
     found = split(batch)
-    assert same(found[0], inputs)
+    assert same(found[0], given)
     assert same(found[1], target)
 
 
 def test_keys_of_a_dict_can_be_named() -> None:
     assert same(split({"ct": X, "dose": Y, "id": Z}, "ct", "dose"), (X, Y))
     assert same(split({"ct": X, "label": Z, "dose": Y}, target_key="dose"), ({"ct": X, "label": Z}, Y))
+
+
+def test_a_list_of_keys_gives_a_dict_of_targets() -> None:
+    found = split({"image": X, "label": Y, "mask": Z}, target_key=["mask", "label"])
+    assert same(found, (X, {"mask": Z, "label": Y}))
+    assert same(split({"left": X, "label": Y, "mask": Z}, target_key=["mask", "label"])[0], {"left": X})
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"image": X, "label": Y, "mask": Z}, "trainer.target_key: missing: .* 'label' and 'mask' may be meant; name"),
+        ({"image": X, "x": Z, "label": Y}, "trainer.input_key: missing: .* 'image' and 'x' may be meant; name one$"),
+    ],
+)
+def test_keys_of_which_several_may_be_meant_are_asked_for(batch: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        split(batch)
+
+
+def test_a_prediction_needs_to_know_the_input_alone() -> None:
+    assert inputs({"image": X, "label": Y, "mask": Z}) is X
+    assert same(inputs({"left": X, "right": Z, "label": Y}), {"left": X, "right": Z})
+    assert same(inputs({"ct": X, "dose": Y, "label": Z}, target_key=["dose", "label"]), {"ct": X})
+    assert same(inputs({"left": X, "right": Z}), {"left": X, "right": Z})
 
 
 @pytest.mark.parametrize(
@@ -78,7 +104,7 @@ class Takes(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("forward", "inputs", "expected"),
+    ("forward", "given", "expected"),
     [
         (lambda x: x, X, X),
         (lambda x: x, (X, Z), (X, Z)),
@@ -94,9 +120,9 @@ class Takes(nn.Module):
         (lambda batch: batch, {0: X, 1: Z}, {0: X, 1: Z}),
     ],
 )
-def test_a_model_is_called_as_its_signature_asks(forward: Any, inputs: Any, expected: Any) -> None:
+def test_a_model_is_called_as_its_signature_asks(forward: Any, given: Any, expected: Any) -> None:
     model = Takes(forward)
-    found = call(model, inputs, call_form(model, inputs))
+    found = call(model, given, call_form(model, given))
     assert found is expected if expected is None else True
     assert repr(found) == repr(expected)
 

@@ -36,6 +36,7 @@ from dtrain.dataloader import loader_settings
 from dtrain.distributed.ddp import ddp_options
 from dtrain.distributed.fsdp import fsdp_options
 from dtrain.launch.batch_script import cluster_settings
+from dtrain.metrics import metric_settings
 from dtrain.predict.predictor import Predictor
 from dtrain.reporting.validation_pictures import picture_settings
 from dtrain.tracking.journal import Journal
@@ -404,6 +405,7 @@ OWN_SETTINGS: dict[tuple[str, ...], tuple[Callable, set[str]]] = {
     ("cluster",): (cluster_settings, set()),
     ("loaders",): (loader_settings, set()),
     ("lr_scheduler",): (schedule_settings, set()),
+    ("metrics",): (metric_settings, {"activation"}),  # of monai.metrics alone
 }
 
 
@@ -423,6 +425,7 @@ def test_the_reference_has_every_key_and_no_other(path: tuple[str, ...]) -> None
     for key in path:
         section = section[key]
     components_own = {"name", *PHASES} if path in (("loaders",), ("lr_scheduler",)) else set()
+    components_own |= {"name", "task", "num_classes", "Precision"} if path == ("metrics",) else set()
     assert set(section) - components_own == set(settings(path))
 
 
