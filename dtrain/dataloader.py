@@ -50,8 +50,8 @@ def loader_settings(  # noqa: PLR0913
         prefetch_factor: Batches that each worker loads ahead.
         timeout: Seconds to wait for a batch from a worker; 0 waits for ever.
         multiprocessing_context: fork, spawn or forkserver. Default: fork on Linux, else Python's own choice.
-        collate_fn: A function by name that makes a batch of a list of samples. It may leave samples out: see
-            `data.batch.kept_samples`.
+        collate_fn: A function by name that makes a batch of a list of samples; see `kept_samples` for one that leaves
+            samples out.
     """
     return dict(locals())
 

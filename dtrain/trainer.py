@@ -567,6 +567,8 @@ class Trainer:
     def resume(self, loaded: Loaded | None) -> None:
         """Resume from a checkpoint, which only the main rank has read (None elsewhere). All ranks call it."""
         restore(loaded, self.state, self.trainables, self.ranks, self.parts.seed)
+        if self.state.order != ORDER:
+            self.progress.note("this epoch ends in the order of the version of dtrain that began it")
         self._judge_patience()
         self.saver.mark_saved(self.state.place)
 
