@@ -111,7 +111,8 @@ class FiniteStep:
             state.overflows = 0 if steps else state.overflows
             return
         ends = [*(step.samples for step in steps[1:]), state.samples]
-        bad, overflows = [], []
+        bad: list[tuple[_Step, float]] = []
+        overflows: list[tuple[_Step, float]] = []
         for step, end, norm, may_overflow in zip(steps, ends, norms, self._may_overflow(steps, alone), strict=True):
             if math.isfinite(norm):
                 state.overflows = 0

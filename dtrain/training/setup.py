@@ -349,8 +349,8 @@ def _prepared_model(
 def _load_pre_trained(
     config: ConfigDict, module: Module, wish: str | Mapping[str, Any], say: Callable[[str], None]
 ) -> None:
-    rules = {"path": wish} if isinstance(wish, str) else dict(wish)
-    path, averaged = rules.pop("path"), {"raw": False, "averaged": True}.get(rules.pop("weights", None))
+    rules: dict[str, Any] = {"path": wish} if isinstance(wish, str) else dict(wish)
+    path, averaged = rules.pop("path"), {None: None, "raw": False, "averaged": True}[rules.pop("weights", None)]
     try:
         lines = take_over(module, load_weights(Path(path), averaged), **rules)
     except (CheckpointError, OSError, ValueError) as error:

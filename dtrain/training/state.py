@@ -248,8 +248,8 @@ def restore(loaded: Loaded | None, state: TrainState, trainables: Trainables, ra
     assert trainables.optimizer is not None and trainables.schedule is not None
     ranks.strategy.load_weights(trainables.module, loaded.weights if loaded else None)
     if trainables.ema:
-        averaged = loaded and (loaded.weights if loaded.ema is None else loaded.ema)  # an average may begin now
-        ranks.strategy.load_weights(trainables.ema.module, averaged)
+        own = loaded.ema or loaded.weights if loaded else None  # an average that begins now begins with the weights
+        ranks.strategy.load_weights(trainables.ema.module, own)
     for name, part in _parts_of_loss(trainables).items():
         others = loaded.others if loaded else {}
         ranks.strategy.load_weights(part, others.get(name, others.get(LOSS)))

@@ -9,31 +9,45 @@ from whole_runs import Place, last
 
 from dtrain.training.optimizer import in_the_way_of, start_momentum
 
+WAYS = """
+import os
+import torch
+
+FUSED = os.environ.get("TOY_DEVICE") == "gpu"
+
+
+class AdamW(torch.optim.AdamW):
+    def __init__(self, params, lr=0.02, amsgrad=False):
+        super().__init__(params, lr, amsgrad=amsgrad, fused=FUSED)
+
+
+class Momentum(torch.optim.SGD):
+    def __init__(self, params, lr=0.02):
+        super().__init__(params, lr, momentum=0.9, nesterov=True, fused=FUSED)
+"""
+
 
 @pytest.mark.parametrize(
-    ("options", "before"),
-    [
-        ({"name": "AdamW", "weight_decay": 0.1, "amsgrad": True}, False),
-        ({"name": "AdamW"}, True),
-        ({"name": "SGD", "momentum": 0.9, "nesterov": True}, False),
-    ],
+    ("optimizer", "before"),
+    [({"name": "ways.AdamW", "amsgrad": True}, "cpu"), ({"name": "ways.AdamW"}, "gpu"), ({"name": "Momentum"}, "cpu")],
 )
 def test_a_training_resumes_with_another_way_to_compute_the_same_step(
-    place: Place, options: dict[str, Any], before: bool
+    place: Place, optimizer: dict[str, Any], before: str
 ) -> None:
-    """torch has fused kernels for CPUs, too."""
-    name = f"way-{options['name']}-{before}"
-    settings = {"optimizer": {**options, "lr": 0.02, "fused": before}, "trainer.pictures": False}
-    place.run(place.config(name, **settings, **{"trainer.max_epochs": 1}))
-    resumed = []
-    for fused in (before, not before):
-        settings["optimizer"] = {**options, "lr": 0.02, "fused": fused}
-        config = place.config(f"{name}-{fused}", **settings)
-        place.run(config, f"trainer.resume={place.path(name)}/checkpoints/last")
-        resumed.append(last(place.path(f"{name}-{fused}")))
-    for key, value in resumed[0].weights.items():
-        torch.testing.assert_close(resumed[1].weights[key], value, rtol=1e-5, atol=1e-6)
-    assert [group["fused"] for group in resumed[1].state["optimizer"]["param_groups"]] == [not before]
+    """The config says nothing of it. torch has fused kernels for CPUs, too."""
+    (place.folder / "ways.py").write_text(WAYS)
+    name = f"way-{optimizer['name']}-{before}"
+    settings = {"modules": ["toy", "ways"], "optimizer": optimizer, "trainer.pictures": False}
+    place.run(place.config(name, **settings, **{"trainer.max_epochs": 1}), env={"TOY_DEVICE": before})
+    resumed = {}
+    for device in ("cpu", "gpu"):
+        config = place.config(f"{name}-{device}", **settings)
+        place.run(config, f"trainer.resume={place.path(name)}/checkpoints/last", env={"TOY_DEVICE": device})
+        resumed[device] = last(place.path(f"{name}-{device}"))
+    for key, value in resumed["cpu"].weights.items():
+        torch.testing.assert_close(resumed["gpu"].weights[key], value, rtol=1e-5, atol=1e-6)
+    found = {device: one.state["optimizer"]["param_groups"][0]["fused"] for device, one in resumed.items()}
+    assert found == {"cpu": False, "gpu": True}
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "Adagrad", "SGD"])
