@@ -33,6 +33,7 @@ from dtrain.training.evaluate import evaluate, evaluate_volumes
 from dtrain.training.evidence import Evidence
 from dtrain.training.failure_card import reported
 from dtrain.training.finite_step import FiniteStep, NonFiniteError
+from dtrain.training.held_folder import keep_whole
 from dtrain.training.rescue import LastStep, rescue
 from dtrain.training.run_status import session
 from dtrain.training.setup import Parts, make_parts
@@ -481,6 +482,7 @@ class Trainer:
             RuntimeError: The ranks' weights are no longer the same.
         """
         state, saver = self.state, self.saver
+        keep_whole(self.parts)
         if saver.is_saved(state.place):
             return
         with self.activity.during("saving"):
