@@ -35,6 +35,7 @@ from dtrain.training.evaluate import evaluate, evaluate_volumes
 from dtrain.training.evidence import Evidence
 from dtrain.training.failure_card import reported
 from dtrain.training.finite_step import FiniteStep, NonFiniteError
+from dtrain.training.held_folder import keep_whole
 from dtrain.training.optimizer import require_trained
 from dtrain.training.rescue import LastStep, rescue
 from dtrain.training.run_status import session
@@ -545,6 +546,7 @@ class Trainer:
             RuntimeError: The ranks' weights are no longer the same.
         """
         state, saver = self.state, self.saver
+        keep_whole(self.parts)
         if saver.is_saved(state.place):
             return
         with self.activity.during("logging"):

@@ -75,6 +75,7 @@ class Journal:
         self._unsaved: dict[str, Any] = {}  # how the run ended, as long as run.json does not say so
         self._look_at, self._restart_at = 0.0, 0.0  # after the sender, and when another one is started, by the clock
         self._pause_seconds = _FIRST_PAUSE_SECONDS
+        self._facts: dict[str, Any] = {}  # of run.json, as they were at the start
         self._last_steps: dict[str, int] = {}
         self._bad_keys: set[str] = set()
 
@@ -96,7 +97,7 @@ class Journal:
         attempt, self._last_steps = _read_earlier(self._files.journal)
         if from_step is not None:
             _go_back(self._last_steps, from_step)
-        self._file = os.open(self._files.journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._file = self._opened()
         known = read_run(self.folder)
         host, now = socket.gethostname(), round(time.time(), 3)
         facts = {
@@ -116,6 +117,7 @@ class Journal:
             "ended": None,
             **run_facts,
         }
+        self._facts = facts
         update_run(self.folder, **facts)
         own_tags = {"mlflow.source.name": "dtrain", "host": host, "dtrain.checkpoint_dir": str(self.folder)}
         if "world_size" in run_facts:
@@ -204,6 +206,32 @@ class Journal:
         if RunFolder(folder).journal.is_file() and not whole and not has_password_of_another:
             with contextlib.suppress(OSError):
                 start_sender(folder, self.tracking_uri)
+
+    def write_again(self) -> None:
+        """Makes journal and run.json again from what is held open, in a folder that was removed; with a new sender."""
+        if self._file is None:
+            return
+        content, removed = os.pread(self._file, os.fstat(self._file).st_size, 0), self._file
+        self._file = self._opened()
+        os.close(removed)
+        self._unwritten = content + self._unwritten
+        update_run(self.folder, **self._facts)
+        self._replace_sender()
+
+    def move_to(self, folder: Path) -> None:
+        """Takes the run folder to be of another name, under which it is found now."""
+        self.folder, self._files = folder, RunFolder(folder)
+        if self._file is not None:
+            self._replace_sender()
+
+    def _replace_sender(self) -> None:
+        if self._sender is not None:
+            self._sender.kill()  # safe at any moment: it only ever remembers what MLflow has acknowledged
+            self._sender.wait()
+        self._start_sender()
+
+    def _opened(self) -> int:
+        return os.open(self._files.journal, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
 
     def close(self) -> None:
         """Closes the journal. A run that was not finished is then closed by the sender, as FAILED."""

@@ -45,6 +45,7 @@ class RunLock:
 
     def __init__(self, folder: Path, descriptor: int) -> None:
         self.folder, self._descriptor = folder, descriptor
+        self._folder_descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._record = _record_of_this_process()
         self._stopped = threading.Event()
 
@@ -68,16 +69,26 @@ class RunLock:
     @property
     def is_in_place(self) -> bool:
         """Whether the run folder's name still leads to the folder that is locked."""
-        return _is_same_file(self._descriptor, RunFolder(self.folder).lock)
+        return _is_same_file(self._folder_descriptor, self.folder)
+
+    def home(self) -> Path | None:
+        """Where the folder that is locked lies now, by whatever name; None where it was removed.
+
+        Raises:
+            OSError: This system does not say.
+        """
+        link = Path(f"/proc/self/fd/{self._folder_descriptor}").readlink()
+        return link if _is_same_file(self._folder_descriptor, link) else None
 
     def release(self) -> None:
         """Give it up; a second call does nothing."""
         if self._stopped.is_set():
             return
         self._stopped.set()
-        if self.is_in_place:
+        if _is_same_file(self._descriptor, RunFolder(self.folder).lock):
             with contextlib.suppress(OSError):
                 RunFolder(self.folder).lock.unlink()
+        os.close(self._folder_descriptor)
         _close(self._descriptor)
 
 

@@ -1,26 +1,21 @@
 """A run's frame: opens it, and closes it with the status that is true."""
 
 import contextlib
-import os
 import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TextIO, cast
 
-from dtrain.checkpoint.resume import move_aside
-from dtrain.config.errors import ConfigError
 from dtrain.data.loader_workers import end_workers
 from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EARLY, WRONG_CONFIG
 from dtrain.distributed.launched_rank import is_written_by_launcher
 from dtrain.reporting.summary import summary_table
 from dtrain.tracking.journal import Status
-from dtrain.tracking.run_folder import RunFolder, read_run
-from dtrain.tracking.run_lock import FolderIsBusyError, take_lock
+from dtrain.tracking.run_folder import RunFolder
 from dtrain.tracking.secrets import Redacted
 from dtrain.tracking.uri import ui_command
-from dtrain.tracking.whole_file import write_text
+from dtrain.training.held_folder import keep_whole, lay_out_config, only_training
 from dtrain.training.setup import Parts
 from dtrain.training.state import TrainState
 
@@ -41,7 +36,7 @@ def session(parts: Parts, state: TrainState) -> Iterator[Ending]:
     began = time.monotonic()
     ending = Ending()
     # From here on a request to stop is a flag: a run that is open must be closed, or its end looks like a crash.
-    with _only_training(parts), parts.stop.listening(), _logged(parts):
+    with only_training(parts), parts.stop.listening(), _logged(parts):
         parts.journal.start(**parts.record, from_step=state.step if parts.start.is_branch else None)
         parts.progress.begin(parts.table)
         try:
@@ -58,47 +53,6 @@ def session(parts: Parts, state: TrainState) -> Iterator[Ending]:
             raise
         finally:
             _close(parts, ending, state, time.monotonic() - began)
-
-
-@contextlib.contextmanager
-def _only_training(parts: Parts) -> Iterator[None]:
-    """Be the only training that writes the run folder, before anything is changed in it; a ConfigError: another is.
-
-    All ranks call it. An old training in the folder is moved aside here, with its lock, so that nobody is in between.
-    """
-    with contextlib.ExitStack() as stack:
-        parts.ranks.decide(lambda: _begin_in_folder(parts, stack))
-        yield
-
-
-def _begin_in_folder(parts: Parts, stack: contextlib.ExitStack) -> None:
-    folder, start = parts.start.folder, parts.start
-    try:
-        stack.callback((lock := take_lock(folder)).release)
-        if start.moves_aside and (aside := move_aside(folder)):
-            (aside / RunFolder(folder).lock.name).unlink()
-            lock.release()
-            stack.callback(take_lock(folder).release)
-            parts.progress.note(f"the old training was moved to {aside}")
-            parts.journal.deliver_later(aside)
-    except FolderIsBusyError as error:
-        raise ConfigError(str(error)) from None
-    except OSError as error:
-        text = f"trainer.checkpoint_dir: {folder} cannot be written: {error.strerror}: {error.filename}"
-        raise ConfigError(text) from error
-    facts = read_run(folder)
-    if not start.moves_aside and facts.get("attempt_started") != start.found_attempt and facts["pid"] != os.getpid():
-        raise ConfigError(f"{folder} was written by another training while this one started; start it again")
-    if start.is_branch and start.checkpoint and (branch := _gone_back(parts)):
-        chosen = start.checkpoint.resolve().name
-        parts.progress.note(f"what followed {chosen} no longer counts as last or best: it was moved to {branch}")
-
-
-def _gone_back(parts: Parts) -> Path | None:
-    checkpoints, chosen = parts.saver.checkpoints, parts.start.checkpoint
-    if chosen is None or not chosen.resolve().is_relative_to(checkpoints.folder.parent.resolve()):
-        return None
-    return checkpoints.go_back_to(chosen)
 
 
 @contextlib.contextmanager
@@ -122,26 +76,28 @@ def _logged(parts: Parts) -> Iterator[None]:
 
 
 def _lay_out_folder(parts: Parts) -> None:
-    folder = parts.start.folder
-    RunFolder(folder).failure.unlink(missing_ok=True)  # a new start begins without the old failure
-    for name, text in parts.texts.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
+    RunFolder(parts.start.folder).failure.unlink(missing_ok=True)  # a new start begins without the old failure
+    lay_out_config(parts)
 
 
 def _close(parts: Parts, ending: Ending, state: TrainState, seconds: float) -> None:
     """Deliver what there is and say where everything is. No collective: the other ranks may be gone."""
-    folder, progress = parts.start.folder, parts.progress
+    progress = parts.progress
     if ending.exit_status != INTERRUPTED:
         try:
             parts.saver.wait()
         except Exception as error:
             progress.note(f"warning: the last checkpoint was not written: {error!r}")
     end_workers()
+    try:
+        keep_whole(parts)
+    except RuntimeError as error:
+        progress.note(f"warning: {error}")
     hint = _finish_journal(parts, ending) if parts.ranks.is_main else ""
     best = "" if state.best is None else f"{parts.monitor} {state.best:.4g}"
-    table = summary_table(ending.status, ending.reason, best, ending.test_figures, seconds, state.step, folder)
+    table = summary_table(
+        ending.status, ending.reason, best, ending.test_figures, seconds, state.step, parts.start.folder
+    )
     if parts.journal.tracking_uri:
         table |= {"MLflow": ui_command(parts.journal.tracking_uri)}
     progress.summary(table)

@@ -49,6 +49,7 @@ from dtrain.reporting.terminal_progress import get_progress
 from dtrain.reporting.validation_pictures import Pictures
 from dtrain.tracking.journal import Journal, NoJournal, flatten
 from dtrain.tracking.run_folder import RunFolder, why_not_writable
+from dtrain.tracking.run_lock import RunLock
 from dtrain.tracking.secrets import redact, redacted_tree
 from dtrain.training.ema import EMA
 from dtrain.training.optimizer import get_optimizer
@@ -81,6 +82,7 @@ class Parts:
     journal: Journal = field(default_factory=NoJournal)
     table: Mapping[str, str] = field(default_factory=dict)  # what is shown before the first step
     loaded: Loaded | None = None  # the checkpoint to resume from, on the main rank
+    lock: RunLock | None = None  # on the run folder, on the main rank while it trains
 
 
 def make_parts(
