@@ -23,6 +23,7 @@ from dtrain.distributed.device import choose_device
 from dtrain.distributed.environment import Environment, cores
 from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EARLY, WRONG_CONFIG
 from dtrain.distributed.launched_rank import Launch
+from dtrain.distributed.process import end_processes
 from dtrain.distributed.stop_request import REPEAT_SECONDS, stop_signals
 from dtrain.launch.agent import Agent, End, Site
 from dtrain.launch.console import Console
@@ -123,6 +124,7 @@ class NodeRun:
             thread = threading.Thread(target=self._run_agent, args=(Path(folder),), name="agent", daemon=True)
             thread.start()
             self._supervise(thread)
+            self._end_left_behind()
             self.console.drain()
             self._close_run()
             status = self._status()
@@ -144,6 +146,16 @@ class NodeRun:
         if self.agent:
             with suppress(Exception):
                 self.agent.get_worker_group().spec.rdzv_handler.shutdown()
+
+    def _end_left_behind(self) -> None:
+        """End what ranks have started and left: each was the leader of a session, which outlives it."""
+        sessions = set(self.agent.processes.values()) if self.agent else set()
+        left = []
+        for process in psutil.process_iter():
+            with suppress(OSError):
+                if os.getsid(process.pid) in sessions and process.pid not in sessions:
+                    left.append(process)
+        end_processes(left)
 
     def shutdown_seconds(self) -> float:
         """How long ranks may take to save and end: by the last save's time, where that is known."""
@@ -198,6 +210,7 @@ class NodeRun:
     def _ended(self, ends: list[End], has_begun: bool, can_restart: bool) -> bool:
         """All ranks here are over: whether the agent may start them again, if it would."""
         self.ends, self.has_begun = ends, has_begun
+        self._end_left_behind()
         is_final = any(end.is_reported and end.status in (WRONG_CONFIG, STOPPED_EARLY, INTERRUPTED) for end in ends)
         if not can_restart or not has_begun or self.requests or is_final:
             return False
@@ -250,15 +263,16 @@ class NodeRun:
             rank = min(self.ends, key=_likelihood).rank
             error, trace = "", self.console.traceback_of(rank)
         facts = [_how(end) for end in self.ends if end.rank == rank]
-        if facts and not (rank == 0 and self.is_terminal):
-            facts.append(f"its output: {self.console.log_folder}/rank-{rank}.log")
+        if facts and (log := self.console.log_folder / f"rank-{rank}.log").exists():  # none of rank 0 on a terminal
+            facts.append(f"its output: {log}")
         details = f" ({'; '.join(facts)})" if facts else ""
         return "\n".join([f"dtrain launch: rank {rank} failed first{error}{details}", *trace.rstrip().splitlines()])
 
 
 def _likelihood(end: End) -> tuple[int, float]:
-    """The likelier cause first: a rank that loses another one raises, and has status 1."""
-    orders = {FAILED: 3, -signal.SIGTERM: 4, DONE: 5 if end.is_reported else 1}
+    """The likelier cause first: a rank that loses another one raises, and has status 1; the rest was asked to stop."""
+    asked = dict.fromkeys((-signal.SIGTERM, STOPPED_EARLY, INTERRUPTED), 4)
+    orders = {FAILED: 3, **asked, DONE: 5 if end.is_reported else 1}
     return orders.get(end.status, 0 if end.status < 0 else 2), end.reported_at
 
 
