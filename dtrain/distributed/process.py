@@ -73,7 +73,7 @@ def end_children() -> None:
 
 
 def end_processes(processes: "list[psutil.Process]") -> None:
-    """Kill processes, but those in ENDS_BY_ITSELF, and say so: forked ones answer milder signals as their parent did."""
+    """Kill processes, but those in ENDS_BY_ITSELF, and say so: forked ones take milder signals as their parent."""
     import psutil
 
     ended = {}

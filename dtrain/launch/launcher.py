@@ -34,6 +34,7 @@ from dtrain.tracking.whole_file import read_json
 UNTIMED_SAVE_SECONDS = 600.0  # ranks have so long to save and end before a save was timed
 SHUTDOWN_SECONDS, SHUTDOWN_SAVES = 60.0, 3.0  # afterwards so long, and so many times what the last save took
 KILL_SECONDS = 3.0  # after a second Ctrl-C
+ENDINGS = {DONE: "FINISHED", STOPPED_EARLY: "KILLED", INTERRUPTED: "KILLED"}  # rank 0's exit status: how its run ended
 NO_RENDEZVOUS = {  # torch's exceptions in words; of the site's attributes
     "RendezvousConnectionError": "no rendezvous at {endpoint}: its node has not started, or is gone",
     "RendezvousTimeoutError": "not all of the {nodes} nodes joined at {endpoint}",
@@ -224,10 +225,13 @@ class NodeRun:
     def _close_run(self) -> None:
         """Record the death of a rank 0 of this node in the run folder, where no sender does: MLflow may be missing."""
         facts = read_run(self.folder)
-        is_ours = any(end.rank == 0 for end in self.ends) and facts.get("attempt_started", 0.0) >= self.start_began
+        main = next((end for end in self.ends if end.rank == 0), None)
+        is_ours = main is not None and facts.get("attempt_started", 0.0) >= self.start_began
         if is_ours and facts.get("state") == "RUNNING" and not lives(facts):
+            status = ENDINGS.get(main.status, "FAILED") if main and main.is_reported else ""
+            known = {"status": status, "reason": "the run's end could not be written to the disk"} if status else None
             with suppress(OSError):
-                close_run_of(self.folder, facts["pid"])
+                close_run_of(self.folder, facts["pid"], known)
 
     def _status(self) -> int:
         """The exit status of this node's ranks: of the first line that holds, else the highest of theirs."""

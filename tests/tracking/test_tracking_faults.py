@@ -356,7 +356,7 @@ def test_a_server_that_freezes_for_good_costs_a_bounded_end_and_sync_sends_the_r
     whole(tmp_path, real.store, result["steps"])
 
 
-# ------------------------------------------------------------------------------- a sender that dies, a disk that is full
+# ------------------------------------------------------------------------------ a sender that dies, a disk that is full
 
 
 def sender_of(running: Running) -> int:
@@ -365,6 +365,7 @@ def sender_of(running: Running) -> int:
     return pids[0] if pids else 0
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_sender_that_is_killed_is_started_again_while_the_training_runs(place: Place) -> None:
     file = place.config("sender-killed", **{"trainer.max_epochs": 10**6, "trainer.log_every_steps": 10})
@@ -420,6 +421,7 @@ print(json.dumps({"hint": hint, "seconds": time.monotonic() - began}))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("store_works", [True, False])
 @pytest.mark.parametrize("freed_after", [0, 4])
@@ -429,7 +431,7 @@ def test_a_disk_that_is_full_at_the_end_costs_neither_the_true_status_nor_mlflow
     folder = mounted("size=1m") / "run"
     seconds, store = (20 if freed_after else 12), uri
     words = [sys.executable, "-c", FULL_DISK, folder, store, str(seconds), str(freed_after)]
-    if not store_works:  # it is there until the disk is full
+    if not store_works:  # it is there until the disk is full; then the sender dies, and the next one finds nobody
         words[2] = words[2].replace(
             "for step in range(5, 900)", "os.kill(journal._sender.pid, 9)\nfor step in range(5, 900)"
         )
