@@ -528,6 +528,7 @@ class Trainer:
             state.clear()
             self.journal.log(state.step, figures)
             self.progress.figures(state.step, figures)
+            self.stop_request.keep_listening(self.progress.note)
             self.throughput.restart(warm_up=False)
 
     def _train_figures(self) -> dict[str, float]:

@@ -49,7 +49,12 @@ def check(config: ConfigDict, purpose: str | None = "train") -> None:
 def notes(config: ConfigDict) -> list[str]:
     """What is worth a line: another program's keys, void labels that a loss counts, names found in several places."""
     described = calls(config)
-    result = [*notes_on(config), *task_notes(described), *mode_notes(config, described), *ignored_differently(described)]
+    result = [
+        *notes_on(config),
+        *task_notes(described),
+        *mode_notes(config, described),
+        *ignored_differently(described),
+    ]
     for call in calls(config).values():
         target, also = call.found
         if also:

@@ -26,6 +26,10 @@ class StopWaiting(BaseException):
     """A request to stop came while there was nothing to do but wait: no `except Exception` on the way may take it."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A second Ctrl-C. Any other KeyboardInterrupt while a StopRequest listens is one that code itself has raised."""
+
+
 class StopRequest:
     """True once a signal has come or the time is over; `reason` says which. A second Ctrl-C ends at once.
 
@@ -48,6 +52,8 @@ class StopRequest:
         if job_ends_at is not None:
             left = max(0.0, job_ends_at - time.time())
             limits.append((left - min(MARGIN_SECONDS, left / 10), "the batch system's time limit"))
+        self._taken: tuple[signal.Signals, ...] = ()
+        self._not_ours: set[int] = set()  # signals that other code has taken since, and somebody was told
         self._end_seconds, self._limit = min(limits, default=(0.0, ""))
         self._end_seconds += time.monotonic()
 
@@ -56,16 +62,23 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the signals over, and give them back at the end."""
+        """Take the signals over, and give them back at the end.
+
+        RuntimeError: for a KeyboardInterrupt that came from code, not from a keyboard: nobody asked for anything.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        taken = (*stop_signals(), signal.SIGALRM)
+        taken = self._taken = (*stop_signals(), signal.SIGALRM)
         before = {number: signal.signal(number, self._handle) for number in taken}
         if self._limit:  # a signal, too: it reaches a loop that waits for data
             signal.setitimer(signal.ITIMER_REAL, max(1e-3, self._end_seconds - time.monotonic()))
         try:
             yield
+        except KeyboardInterrupt as error:
+            if isinstance(error, Interrupted):
+                raise
+            raise RuntimeError("KeyboardInterrupt was raised by the program itself: nobody pressed Ctrl-C") from error
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in before.items():
@@ -73,6 +86,20 @@ class StopRequest:
                     signal.signal(number, handler)
                 elif number == signal.SIGINT:
                     signal.signal(number, signal.default_int_handler)
+
+    def keep_listening(self, say: Callable[[str], object]) -> None:
+        """Takes signals back that other code ignores since; says so once, and of those that have another handler."""
+        for number in self._taken if threading.current_thread() is threading.main_thread() else ():
+            handler = signal.getsignal(number)
+            if handler == self._handle or (number == signal.SIGALRM and not self._limit):
+                continue
+            if is_dead := handler in (signal.SIG_IGN, signal.SIG_DFL):
+                signal.signal(number, self._handle)
+            if number not in self._not_ours:
+                self._not_ours.add(number)
+                name, other = signal.Signals(number).name, getattr(handler, "__qualname__", handler)
+                taken_back = "was ignored by the training's code, which would keep it from saving; it is heard again"
+                say(f"warning: {name} {taken_back if is_dead else f'goes to {other} of the training, not to dtrain'}")
 
     def waiting(self, items: Iterable[T]) -> Iterator[T]:
         """The same items; while the next one is waited for, a request raises StopWaiting."""
@@ -102,7 +129,12 @@ class StopRequest:
         elif number == signal.SIGALRM and self._wait and self._wait == self._asked_in:
             raise StopWaiting
         elif number == signal.SIGINT and now - self._first_seconds > REPEAT_SECONDS:
-            raise KeyboardInterrupt
+            raise Interrupted
+
+
+def was_pressed(error: KeyboardInterrupt) -> bool:
+    """Whether a KeyboardInterrupt is from a keyboard: with a handler of ours, it would not be Python's own."""
+    return isinstance(error, Interrupted) or signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:

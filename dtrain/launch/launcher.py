@@ -23,6 +23,7 @@ from dtrain.distributed.device import choose_device
 from dtrain.distributed.environment import Environment, cores
 from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EARLY, WRONG_CONFIG
 from dtrain.distributed.launched_rank import Launch
+from dtrain.distributed.process import end_processes
 from dtrain.distributed.stop_request import REPEAT_SECONDS, stop_signals
 from dtrain.launch.agent import Agent, End, Site
 from dtrain.launch.console import Console
@@ -34,6 +35,7 @@ from dtrain.tracking.whole_file import read_json
 UNTIMED_SAVE_SECONDS = 600.0  # ranks have so long to save and end before a save was timed
 SHUTDOWN_SECONDS, SHUTDOWN_SAVES = 60.0, 3.0  # afterwards so long, and so many times what the last save took
 KILL_SECONDS = 3.0  # after a second Ctrl-C
+ENDINGS = {DONE: "FINISHED", STOPPED_EARLY: "KILLED", INTERRUPTED: "KILLED"}  # rank 0's exit status: how its run ended
 NO_RENDEZVOUS = {  # torch's exceptions in words; of the site's attributes
     "RendezvousConnectionError": "no rendezvous at {endpoint}: its node has not started, or is gone",
     "RendezvousTimeoutError": "not all of the {nodes} nodes joined at {endpoint}",
@@ -135,6 +137,7 @@ class NodeRun:
             thread = threading.Thread(target=self._run_agent, args=(Path(folder),), name="agent", daemon=True)
             thread.start()
             self._supervise(thread)
+            self._end_left_behind()
             self.console.drain()
             self._close_run()
             status = self._status()
@@ -156,6 +159,16 @@ class NodeRun:
         if self.agent:
             with suppress(Exception):
                 self.agent.get_worker_group().spec.rdzv_handler.shutdown()
+
+    def _end_left_behind(self) -> None:
+        """End what ranks have started and left: each was the leader of a session, which outlives it."""
+        sessions = set(self.agent.processes.values()) if self.agent else set()
+        left = []
+        for process in psutil.process_iter():
+            with suppress(OSError):
+                if os.getsid(process.pid) in sessions and process.pid not in sessions:
+                    left.append(process)
+        end_processes(left)
 
     def shutdown_seconds(self) -> float:
         """How long ranks may take to save and end: by the last save's time, where that is known."""
@@ -210,6 +223,7 @@ class NodeRun:
     def _ended(self, ends: list[End], has_begun: bool, can_restart: bool) -> bool:
         """All ranks here are over: whether the agent may start them again, if it would."""
         self.ends, self.has_begun = ends, has_begun
+        self._end_left_behind()
         is_final = any(end.is_reported and end.status in (WRONG_CONFIG, STOPPED_EARLY, INTERRUPTED) for end in ends)
         if not can_restart or not has_begun or self.requests or is_final:
             return False
@@ -223,10 +237,13 @@ class NodeRun:
     def _close_run(self) -> None:
         """Record the death of a rank 0 of this node in the run folder, where no sender does: MLflow may be missing."""
         facts = read_run(self.folder)
-        is_ours = any(end.rank == 0 for end in self.ends) and facts.get("attempt_started", 0.0) >= self.start_began
+        main = next((end for end in self.ends if end.rank == 0), None)
+        is_ours = main is not None and facts.get("attempt_started", 0.0) >= self.start_began
         if is_ours and facts.get("state") == "RUNNING" and not lives(facts):
+            status = ENDINGS.get(main.status, "FAILED") if main and main.is_reported else ""
+            known = {"status": status, "reason": "the run's end could not be written to the disk"} if status else None
             with suppress(OSError):
-                close_run_of(self.folder, facts["pid"])
+                close_run_of(self.folder, facts["pid"], known)
 
     def _status(self) -> int:
         """The exit status of this node's ranks: of the first line that holds, else the highest of theirs."""
@@ -262,15 +279,16 @@ class NodeRun:
             rank = min(self.ends, key=_likelihood).rank
             error, trace = "", self.console.traceback_of(rank)
         facts = [_how(end) for end in self.ends if end.rank == rank]
-        if facts and not (rank == 0 and self.is_terminal):
-            facts.append(f"its output: {self.console.log_folder}/rank-{rank}.log")
+        if facts and (log := self.console.log_folder / f"rank-{rank}.log").exists():  # none of rank 0 on a terminal
+            facts.append(f"its output: {log}")
         details = f" ({'; '.join(facts)})" if facts else ""
         return "\n".join([f"dtrain launch: rank {rank} failed first{error}{details}", *trace.rstrip().splitlines()])
 
 
 def _likelihood(end: End) -> tuple[int, float]:
-    """The likelier cause first: a rank that loses another one raises, and has status 1."""
-    orders = {FAILED: 3, -signal.SIGTERM: 4, DONE: 5 if end.is_reported else 1}
+    """The likelier cause first: a rank that loses another one raises, and has status 1; the rest was asked to stop."""
+    asked = dict.fromkeys((-signal.SIGTERM, STOPPED_EARLY, INTERRUPTED), 4)
+    orders = {FAILED: 3, **asked, DONE: 5 if end.is_reported else 1}
     return orders.get(end.status, 0 if end.status < 0 else 2), end.reported_at
 
 

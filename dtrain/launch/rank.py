@@ -13,8 +13,12 @@ from ml_collections import ConfigDict
 from dtrain.checkpoint.background_saver import WRITER
 from dtrain.config.errors import ConfigError
 from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EARLY
+<<<<<<< HEAD
 from dtrain.distributed.stop_request import StopWaiting
 from dtrain.launch.rehearsal import rehearse as rehearsed
+=======
+from dtrain.distributed.stop_request import StopWaiting, was_pressed
+>>>>>>> refs/heads/faults
 from dtrain.predict.work_folder import PredictionError
 from dtrain.reporting.summary import prediction_lines
 from dtrain.tracking.journal import NoJournal
@@ -103,7 +107,10 @@ def _run(config: ConfigDict, action: Callable[[Trainer], bool], **options: Any) 
         return STOPPED_EARLY
     except ConfigError:
         raise
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        if not was_pressed(error):  # a constructor has raised it
+            traceback.print_exc()
+            return FAILED
         if any(thread.name == WRITER for thread in threading.enumerate()):
             sys.stdout.flush()
             sys.stderr.flush()

@@ -16,9 +16,10 @@ import psutil
 import torch
 
 from dtrain.distributed.ranks import is_lost_rank
+from dtrain.distributed.stop_request import Interrupted
 from dtrain.tracking.run_folder import RunFolder
 from dtrain.tracking.secrets import redact
-from dtrain.tracking.whole_file import write_json
+from dtrain.tracking.whole_file import read_json, write_json
 from dtrain.training.evidence import Evidence
 
 # Components apart: a config names them as it names a user's own.
@@ -114,7 +115,7 @@ def reported(evidence: Evidence) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        for line in [] if isinstance(error, KeyboardInterrupt) else report(evidence, error):
+        for line in [] if isinstance(error, Interrupted) else report(evidence, error):
             evidence.parts.progress.note(line)
         raise
 
@@ -152,6 +153,14 @@ def report(evidence: Evidence, error: BaseException) -> list[str]:
 def first_of(notes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """The note of the rank at which it began: rather one with a bad loss than others, no one that saw another go."""
     return dict(min(notes, key=lambda note: (note["consequence"], not note["bad_loss"], note["time"])))
+
+
+def first_failure(folder: Path, rank: int) -> str:
+    """What failure.json says of a failure that began on another rank than this one, in a line; '' of its own."""
+    note = read_json(RunFolder(folder).failure)
+    if silent := note.get("silent_ranks"):
+        return f"rank {', '.join(map(str, silent))} exited without reporting an error"
+    return f"rank {note['rank']}: {note['error']}: {note['message']}" if note and note["rank"] != rank else ""
 
 
 def card(note: Mapping[str, Any], folder: Path) -> list[str]:

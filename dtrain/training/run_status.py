@@ -10,12 +10,18 @@ from typing import TextIO, cast
 from dtrain.data.loader_workers import end_workers
 from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EARLY, WRONG_CONFIG
 from dtrain.distributed.launched_rank import is_written_by_launcher
+from dtrain.distributed.stop_request import Interrupted
 from dtrain.reporting.summary import summary_table
 from dtrain.tracking.journal import Status
 from dtrain.tracking.run_folder import RunFolder
 from dtrain.tracking.secrets import Redacted
 from dtrain.tracking.uri import ui_command
+<<<<<<< HEAD
 from dtrain.training.held_folder import keep_whole, lay_out_config, only_training
+=======
+from dtrain.tracking.whole_file import write_text
+from dtrain.training.failure_card import first_failure
+>>>>>>> refs/heads/faults
 from dtrain.training.setup import Parts
 from dtrain.training.state import TrainState
 
@@ -45,8 +51,9 @@ def session(parts: Parts, state: TrainState) -> Iterator[Ending]:
             ending.status = "KILLED" if state.stopped else "FINISHED"
             ending.exit_status = STOPPED_EARLY if state.stopped else DONE
         except BaseException as error:
-            ending.reason = f"{type(error).__name__}: {error}"
-            if isinstance(error, KeyboardInterrupt):
+            other = first_failure(parts.start.folder, parts.ranks.rank) if parts.ranks.is_main else ""
+            ending.reason = other or f"{type(error).__name__}: {error}"
+            if isinstance(error, Interrupted):
                 ending.status, ending.exit_status = "KILLED", INTERRUPTED
             elif isinstance(error, ConfigError):
                 ending.exit_status = WRONG_CONFIG

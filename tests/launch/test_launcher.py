@@ -210,7 +210,26 @@ def test_lines_stay_whole_and_a_failure_before_the_first_step_is_reported_and_no
     messages = result.stderr
     assert "rank 1 failed first: RuntimeError: the toy is broken (exit status 1; its output: " in messages
     assert "toy.py" in messages and messages.count("failed first") == 1 and "restart" not in messages
-    assert read_run(place.path("chatter"))["attempt"] == 1
+    facts = read_run(place.path("chatter"))
+    assert (facts["attempt"], facts["reason"]) == (1, "rank 1: RuntimeError: the toy is broken")
+
+
+@pytest.mark.slow
+def test_before_the_first_step_the_rank_that_failed_is_named_and_not_one_that_was_asked_to_stop(place: Place) -> None:
+    """The others are ended for it, and say 75 while they import, where nothing is lost."""
+    file = place.config("no-network")
+    result = two(place, file, env={"GLOO_SOCKET_IFNAME": "nosuch0"}).result(150)
+    (line,) = [line for line in result.stderr.splitlines() if "failed first" in line]
+    assert result.rc == 1 and "failed first (exit status 1; its output: " in line, result.text
+    assert "nosuch0" in Path(line.rpartition("its output: ")[2].rstrip(")")).read_text()
+
+
+def test_a_log_that_is_not_there_is_not_named(place: Place) -> None:
+    (place.folder / "no-logs").write_text("a file where the folder of logs should be")
+    words = ("--log-dir", "no-logs", "trainer.max_epochs=1")
+    result = two(place, place.config("no-logs"), *words, do="train 1 rank 1 raise").result(150)
+    (line,) = [line for line in result.stderr.splitlines() if "failed first" in line]
+    assert line.endswith("rank 1 failed first: RuntimeError: the toy is broken (exit status 1)"), result.text
 
 
 def test_a_killed_rank_is_named_and_the_ranks_resume_from_the_last_checkpoint(place: Place) -> None:
@@ -235,6 +254,7 @@ def test_a_rank_that_is_killed_again_and_again_ends_the_job_when_the_restarts_ar
     assert result.stderr.count("restart ") == 1
     facts = read_run(place.path("again"))
     assert (facts["attempt"], facts["state"], facts["exit_status"]) == (2, "FAILED", 1)
+    assert facts["reason"] == "rank 1 exited without reporting an error"
 
 
 def test_a_rank_that_waits_while_another_is_killed_has_failed_not_stopped(place: Place) -> None:
@@ -586,7 +606,8 @@ def test_a_node_lost_at_any_step_changes_nothing(place: Place, machines: list[li
 def test_the_likelier_cause_comes_first() -> None:
     inf = float("inf")
     ends = [End(0, 1, 5.0), End(1, -15, inf), End(2, 3, inf), End(3, 0, inf), End(4, -9, inf), End(5, 1, 4.0)]
-    assert [end.rank for end in sorted(ends, key=launcher._likelihood)] == [4, 3, 2, 5, 0, 1]
+    ends += [End(6, 75, inf), End(7, 130, inf)]  # asked to stop, as rank 1
+    assert [end.rank for end in sorted(ends, key=launcher._likelihood)] == [4, 3, 2, 5, 0, 1, 6, 7]
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY, Tagged
+from conftest import REPOSITORY, Running, Tagged
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from stores import GONE_PID, deliver, rows_of, run_of, runs_in, wait_until, write_run
-from whole_runs import Place
+from whole_runs import Place, figures
 
 from dtrain.tracking import sender
 from dtrain.tracking.delivery import Delivery, follow
@@ -215,18 +215,18 @@ def test_one_of_several_backends_that_is_broken_holds_nothing_up(
 ) -> None:
     """With the true pauses, whichever requests meet it: where each try starts from zero, it is the same ones each time.
 
-    Of two backends one must work: MLflow's client itself asks twice in a row to set a status.
+    Where one of two is, nothing can help: to set a status, MLflow's client itself asks twice, and repeats both.
     """
     monkeypatch.setattr("dtrain.tracking.delivery._SEND_EVERY_SECONDS", 0.1)
     (tmp_path / "file").write_text("x")
     params = {f"p{n}": n for n in range(250)}
-    folder = write_run(tmp_path, range(2500), params, experiment=f"turn {turn} {first}", artifacts=[("file", "")])
+    folder = write_run(tmp_path, range(1200), params, experiment=f"turn {turn} {first}", artifacts=[("file", "")])
     proxy.fault, proxy.turn, proxy.requests = "500", turn, first
     began = time.monotonic()
     assert deliver(folder, proxy.uri, patience_seconds=60) == 0
     assert time.monotonic() - began < 20
     proxy.fault = ""
-    whole(folder, real.store, 2500)
+    whole(folder, real.store, 1200)
     assert len(runs_in(real.store, f"turn {turn} {first}")) == 1
     assert len(run_of(folder, real.store).data.params) == 250
 
@@ -354,6 +354,124 @@ def test_a_server_that_freezes_for_good_costs_a_bounded_end_and_sync_sends_the_r
     proxy.fault = ""
     assert sender.main([str(tmp_path)]) == 0
     whole(tmp_path, real.store, result["steps"])
+
+
+# ------------------------------------------------------------------------------ a sender that dies, a disk that is full
+
+
+def sender_of(running: Running) -> int:
+    """The process that feeds MLflow."""
+    pids = [int(line.partition(":")[0]) for line in running.tagged.command_lines() if "dtrain.tracking.sender" in line]
+    return pids[0] if pids else 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_sender_that_is_killed_is_started_again_while_the_training_runs(place: Place) -> None:
+    file = place.config("sender-killed", **{"trainer.max_epochs": 10**6, "trainer.log_every_steps": 10})
+    (running,) = place.start(file, mlflow=True, env={"TOY_LOAD": "sample 3 rank 0 lag"})
+    run, store = place.path("sender-killed"), f"sqlite:///{place.folder}/mlflow.db"
+
+    def steps_in_mlflow() -> int:
+        assert running.process.poll() is None, running.output().text
+        return len(rows_of(run, store, "train/loss")) if read_run(run).get("run_id") else 0
+
+    wait_until(steps_in_mlflow, 150)
+    first = sender_of(running)
+    os.kill(first, signal.SIGKILL)
+    before = steps_in_mlflow()
+    wait_until(lambda: steps_in_mlflow() > before, 100)
+    assert sender_of(running) not in (0, first)
+    os.kill(running.pid, signal.SIGTERM)
+    result = running.result(100)
+    assert result.rc == 75, result.text
+    assert result.text.count(f"MLflow's sender was killed by SIGKILL, see {run}/logs/sender.log; it is started") == 1
+    assert [step for step, _, _ in rows_of(run, store, "train/loss")] == [*figures(run)["train/loss"]]
+    assert run_of(run, store).info.status == "KILLED"
+    assert len(runs_in(store, "toy")) >= 1 and len(connect(store).search_runs(
+        [run_of(run, store).info.experiment_id], f"tags.`dtrain.id` = '{read_run(run)['id']}'")) == 1  # fmt: skip
+
+
+FULL_DISK = """
+import json, os, sys, threading, time
+from dtrain.tracking.run_folder import read_run
+from dtrain.tracking.whole_file import read_json
+from dtrain.tracking.journal import Journal
+folder, uri, seconds, freed_after = sys.argv[1], sys.argv[2], float(sys.argv[3]), float(sys.argv[4])
+journal = Journal(folder, experiment="full", run_name="r", tracking_uri=uri, exit_timeout_seconds=seconds)
+journal.start({"lr": 1}, {}, world_size=1)
+for step in range(5):
+    journal.log(step, {"train/loss": 1 / (1 + step)})
+while read_json(journal._files.delivery).get("status") != "RUNNING":
+    time.sleep(0.05)
+with open(f"{folder}/ballast", "wb", buffering=0) as file:
+    for size in (65536, 4096, 512, 1):
+        try:
+            while True:
+                file.write(bytes(size))
+        except OSError:
+            pass
+for step in range(5, 900):  # more than the page of the journal that has begun
+    journal.log(step, {"train/loss": 1 / (1 + step)})
+if freed_after:
+    threading.Timer(freed_after, os.remove, [f"{folder}/ballast"]).start()
+began = time.monotonic()
+hint = journal.finish("FINISHED", exit_status=0)
+print(json.dumps({"hint": hint, "seconds": time.monotonic() - began}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("store_works", [True, False])
+@pytest.mark.parametrize("freed_after", [0, 4])
+def test_a_disk_that_is_full_at_the_end_costs_neither_the_true_status_nor_mlflow(
+    tmp_path: Path, uri: str, mounted: Callable[[str], Path], freed_after: int, store_works: bool
+) -> None:
+    folder = mounted("size=1m") / "run"
+    seconds, store = (20 if freed_after else 12), uri
+    words = [sys.executable, "-c", FULL_DISK, folder, store, str(seconds), str(freed_after)]
+    if not store_works:  # it is there until the disk is full; then the sender dies, and the next one finds nobody
+        words[2] = words[2].replace(
+            "for step in range(5, 900)", "os.kill(journal._sender.pid, 9)\nfor step in range(5, 900)"
+        )
+        words[2] = words[2].replace(
+            "journal.finish(", "setattr(journal, 'tracking_uri', 'http://127.0.0.1:9') or journal.finish("
+        )
+    done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    facts = read_run(folder)
+    assert (facts["state"], facts["reason"], facts["exit_status"]) == ("FINISHED", "", 0), done.stderr
+    assert "waiting for " in done.stderr and "Ctrl-C ends the wait" in done.stderr
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    assert (lines[-1]["kind"] == "end") is bool(freed_after)
+    if store_works:
+        whole(folder, uri, 900)
+    if freed_after:
+        assert len([line for line in lines if line["kind"] == "metrics"]) == 900
+        assert (result["hint"] == "") is store_works and (result["seconds"] < 15 or not store_works)
+    else:
+        assert "could not be written to the disk" in result["hint"]
+        assert ("; MLflow has them" if store_works else f"send the rest with: dtrain sync {folder}") in result["hint"]
+
+
+@pytest.mark.timeout(300)
+def test_the_wait_for_mlflow_at_the_end_is_said_and_ctrl_c_ends_it(place: Place) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and never answers
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        file = place.config("no-answer", **{"trainer.max_epochs": 1, "mlflow.tracking_uri": uri})
+        (running,) = place.start(file, mlflow=True)
+        said = f"waiting for MLflow ({uri}), "
+        wait_until(lambda: said in running.output().text, 150)
+        began = time.monotonic()
+        os.kill(running.pid, signal.SIGINT)
+        result = running.result(60)
+    assert time.monotonic() - began < 8 and result.rc == 0, result.text
+    assert "Ctrl-C: MLflow is not waited for any longer" in result.text
+    run = place.path("no-answer")
+    assert f"Nothing is lost; send the rest with: dtrain sync {run}" in " ".join(result.text.split()), result.text
+    assert read_run(run)["state"] == "FINISHED"
 
 
 # --------------------------------------------------------------------------------------------------------------- sqlite
