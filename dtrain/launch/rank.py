@@ -13,12 +13,8 @@ from ml_collections import ConfigDict
 from dtrain.checkpoint.background_saver import WRITER
 from dtrain.config.errors import ConfigError
 from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EARLY
-<<<<<<< HEAD
-from dtrain.distributed.stop_request import StopWaiting
-from dtrain.launch.rehearsal import rehearse as rehearsed
-=======
 from dtrain.distributed.stop_request import StopWaiting, was_pressed
->>>>>>> refs/heads/faults
+from dtrain.launch.rehearsal import rehearse as rehearsed
 from dtrain.predict.work_folder import PredictionError
 from dtrain.reporting.summary import prediction_lines
 from dtrain.tracking.journal import NoJournal

@@ -16,12 +16,8 @@ from dtrain.tracking.journal import Status
 from dtrain.tracking.run_folder import RunFolder
 from dtrain.tracking.secrets import Redacted
 from dtrain.tracking.uri import ui_command
-<<<<<<< HEAD
-from dtrain.training.held_folder import keep_whole, lay_out_config, only_training
-=======
-from dtrain.tracking.whole_file import write_text
 from dtrain.training.failure_card import first_failure
->>>>>>> refs/heads/faults
+from dtrain.training.held_folder import keep_whole, lay_out_config, only_training
 from dtrain.training.setup import Parts
 from dtrain.training.state import TrainState
 
