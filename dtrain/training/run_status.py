@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TextIO, cast
 
+from dtrain.config.errors import ConfigError
 from dtrain.data.loader_workers import end_workers
 from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EARLY, WRONG_CONFIG
 from dtrain.distributed.launched_rank import is_written_by_launcher
