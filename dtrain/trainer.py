@@ -158,7 +158,6 @@ class Trainer:
         self.parts, self.ranks, self.loaders, self.metrics = parts, parts.ranks, parts.loaders, parts.metrics
         self.trainables, self.module, self.model = parts.trainables, given.module, given.model
         self.optimizer, self.schedule, self.ema, self.scaler = given.optimizer, given.schedule, given.ema, given.scaler
-        self.loss_ema = given.loss_ema
         self.forward, self.saver, self.stop_request = parts.forward, parts.saver, parts.stop
         self.journal, self.progress = parts.journal, parts.progress
         self.train_loader: Any = parts.loaders.train
@@ -359,8 +358,8 @@ class Trainer:
         state.step, state.position = state.step + 1, position
         if self.ema:
             self.ema.update(self.module)
-            if self.loss_ema:
-                self.loss_ema.update(self.trainables.loss)
+            if self.trainables.loss_ema:
+                self.trainables.loss_ema.update(self.trainables.loss)
         self.progress.step()
         if self._is_first_step:
             self._after_first_step()

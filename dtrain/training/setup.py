@@ -13,7 +13,7 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from dtrain.checkpoint.background_saver import Saver
 from dtrain.checkpoint.checkpoint_files import LOSS, Loaded, load
@@ -177,7 +177,7 @@ def make_lazy_parts(forward: Forward, loaders: Loaders) -> None:
 
 
 def _is_lazy(module: Module) -> bool:
-    return any(isinstance(item, UninitializedTensorMixin) for item in (*module.parameters(), *module.buffers()))
+    return any(is_lazy(item) for item in (*module.parameters(), *module.buffers()))
 
 
 def _ranks(config: ConfigDict, options: Mapping[str, Any], purpose: str) -> tuple[Ranks, Progress]:
