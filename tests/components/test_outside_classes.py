@@ -242,17 +242,17 @@ mlflow: {exit_timeout_seconds: 0}
 
 
 def test_check_and_training_name_the_file_of_a_mask_of_0_and_255(run_cli, tmp_path: Path) -> None:
-    image_mask_files(tmp_path / "a", [1, 1, 1, 255])  # the last one is in the second batch
+    image_mask_files(tmp_path / "a", [*[1] * 7, 255])  # the last one is in the second batch of rank 1
     image_mask_files(tmp_path / "b", [1, 255])
     (tmp_path / "c.yaml").write_text(CONFIG)
     checked = run_cli(["check", "c.yaml", "loaders.ignore_index=7"])
     assert "loss: DiceLoss has the ignore_index None (its default), the data 7" in checked.text
     assert checked.rc != 0 and "the target has the label 255; expected 0 to 1" in checked.text
     assert f"sample 1 is {tmp_path}/b/images/1.png [0:16, 0:16]" in checked.text
-    trained = run_cli(["c.yaml", "loss={name: MaskedLoss, loss: {name: BCEWithLogitsLoss}}"])
+    trained = run_cli(["c.yaml", "loss={name: MaskedLoss, loss: {name: BCEWithLogitsLoss}}"], nproc=2)
     assert trained.rc == 1, trained.text
     card = json.loads((tmp_path / "run" / "failure.json").read_text())
-    assert (card["step"], card["error"]) == (1, "OutsideClassesError")
+    assert (card["rank"], card["step"], card["error"]) == (1, 1, "OutsideClassesError")
     message = card["message"].splitlines()
     assert "sample 1 of the batch" in message[0] and "has the label 255; expected 0 to 1" in message[0]
-    assert f"sample 3 is {tmp_path}/a/images/3.png [0:16, 0:16]" in message
+    assert f"sample 7 is {tmp_path}/a/images/7.png [0:16, 0:16]" in message
