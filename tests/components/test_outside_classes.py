@@ -105,6 +105,22 @@ def test_a_label_that_is_no_class_is_refused(make: Make, value: int, size) -> No
 
 
 @pytest.mark.parametrize("make", [*DICES, *OVERLAPS, *ENTROPIES, PixelAccuracy])
+def test_a_small_type_does_not_wrap_the_label_that_is_ignored(make: Make) -> None:
+    """For torch, 255 as uint8 equals -1."""
+    output, label = torch.randn(2, 4, 4, 5), torch.randint(0, 4, (2, 4, 5), dtype=torch.uint8)
+    expected = of(make(), output, label)
+    assert of(make(ignore_index=-1), output, label) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="the label 255; expected 0 to 3, or -1, which is ignored"):
+        of(make(ignore_index=-1), output, with_value(label, 255)[0])
+    with pytest.raises(ValueError, match="the label -1; expected 0 to 3, or 255, which is ignored"):
+        of(make(ignore_index=255), output, with_value(label.char(), -1)[0])
+    if make not in ENTROPIES:
+        mask = torch.tensor([[[[1, 0], [0, 255]]]], dtype=torch.uint8)
+        with pytest.raises(ValueError, match="the label 255; expected 0 to 1, or -1, which is ignored"):
+            of(make(ignore_index=-1), torch.randn(1, 1, 2, 2), mask)
+
+
+@pytest.mark.parametrize("make", [*DICES, *OVERLAPS, *ENTROPIES, PixelAccuracy])
 def test_a_fraction_is_no_label(make: Make, size) -> None:
     output, label = torch.randn(2, 4, *size), torch.ones(2, *size)
     with pytest.raises(ValueError, match=r"the target has the label 1.5; expected 0 to 3"):
