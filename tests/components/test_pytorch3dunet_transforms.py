@@ -134,10 +134,7 @@ LABEL = {
         {"offsets": [1, 2, 4], "z_offsets": [1, 1, 2]},
     ],
     "LabelToZAffinities": [{"offsets": [1, 2, 3]}],
-    "LabelToBoundaryAndAffinities": [
-        {"xy_offsets": [1, 2], "z_offsets": [1, 3], "append_label": True},
-        {"xy_offsets": [1, 2, 4], "z_offsets": [1, 1, 1]},
-    ],
+    "LabelToBoundaryAndAffinities": [{"xy_offsets": [1, 2], "z_offsets": [1, 3], "append_label": True}],
     "LabelToMaskAndAffinities": [{"xy_offsets": [1, 2], "z_offsets": [2, 2], "background": 1}],
     "Relabel": [{}, {"run_cc": False}, {"append_original": True}, {"append_original": True, "ignore_label": 2}],
     "Normalize": [{}],
