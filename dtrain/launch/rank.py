@@ -70,7 +70,16 @@ def predict(
 
 def rehearse(config: ConfigDict) -> int:
     """Build everything and try one batch of each phase; trains nothing, writes nothing."""
-    return _run_and_note(config, _one_batch_of_each_phase)
+    return _run_and_note(config, _rehearsal)
+
+
+def _rehearsal(trainer: Trainer) -> Iterator[str]:
+    """One batch of each phase; an error in it says which sample it is about."""
+    try:
+        yield from _one_batch_of_each_phase(trainer)
+    except Exception as error:
+        Evidence(trainer.parts, trainer.activity, trainer.state, trainer.last_step).locate(error)
+        raise
 
 
 def replay(config: ConfigDict, folder: Path) -> int:
@@ -91,23 +100,15 @@ def _run_and_note(config: ConfigDict, action: Callable[[Trainer], Iterator[str]]
 
 
 def _one_batch_of_each_phase(trainer: Trainer) -> Iterator[str]:
-    """Try one batch of each phase, and the metrics; yields a line for each. An error says which sample it is about."""
-    try:
-        yield from _batches_of_phases(trainer)
-    except Exception as error:
-        Evidence(trainer.parts, trainer.activity, trainer.state, trainer.last_step).locate(error)
-        raise
-
-
-def _batches_of_phases(trainer: Trainer) -> Iterator[str]:
+    """Try one batch of each phase, and the metrics; yields a line for each."""
     parts: Any = trainer.trainables
     loss, _ = trainer.training_step(next(iter(trainer.train_loader.epoch(0))).batch)
     loss.backward()
     parts.optimizer.zero_grad()
     yield f"train: one batch forward and backward, loss {float(loss.detach()):.4g}"
     for phase in ("val", "test"):
+        trainer.activity.phase = {"val": "validation", "test": "test"}[phase]
         if (loader := getattr(trainer.loaders, phase)) is not None:
-            trainer.activity.phase = {"val": "validation", "test": "test"}[phase]
             figures = evaluate(trainer.forward, parts.compiled, islice(loader, 1), trainer.metrics, trainer.ranks)
             texts = (f"{name} {value:.4g}" for name, value in (figures or {}).items())
             yield f"{phase}: one batch, {', '.join(texts)}"
