@@ -47,10 +47,9 @@ class Evidence:
         number, samples = getattr(error, "sample_in_batch", None), self.samples(error)
         if number is None or number >= len(samples):
             return
-        loaders = self.parts.loaders
-        phase = {"validation": loaders.val, "test": loaders.test}.get(self.activity.phase)
-        loader: Any = phase or getattr(loaders.train, "loader", None)
-        dataset: Any = loader.dataset.dataset
+        loaders: Any = self.parts.loaders
+        loader = {"validation": loaders.val, "test": loaders.test}.get(self.activity.phase) or loaders.train
+        dataset: Any = getattr(loader, "loader", loader).dataset.dataset
         index = samples[number]
         while isinstance(dataset, Subset):
             index, dataset = dataset.indices[index], dataset.dataset

@@ -105,6 +105,22 @@ def test_a_label_that_is_no_class_is_refused(make: Make, value: int, size) -> No
 
 
 @pytest.mark.parametrize("make", [*DICES, *OVERLAPS, *ENTROPIES, PixelAccuracy])
+def test_a_small_type_does_not_wrap_the_label_that_is_ignored(make: Make) -> None:
+    """For torch, 255 as uint8 equals -1."""
+    output, label = torch.randn(2, 4, 4, 5), torch.randint(0, 4, (2, 4, 5), dtype=torch.uint8)
+    expected = of(make(), output, label)
+    assert of(make(ignore_index=-1), output, label) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="the label 255; expected 0 to 3, or -1, which is ignored"):
+        of(make(ignore_index=-1), output, with_value(label, 255)[0])
+    with pytest.raises(ValueError, match="the label -1; expected 0 to 3, or 255, which is ignored"):
+        of(make(ignore_index=255), output, with_value(label.char(), -1)[0])
+    if make not in ENTROPIES:
+        mask = torch.tensor([[[[1, 0], [0, 255]]]], dtype=torch.uint8)
+        with pytest.raises(ValueError, match="the label 255; expected 0 to 1, or -1, which is ignored"):
+            of(make(ignore_index=-1), torch.randn(1, 1, 2, 2), mask)
+
+
+@pytest.mark.parametrize("make", [*DICES, *OVERLAPS, *ENTROPIES, PixelAccuracy])
 def test_a_fraction_is_no_label(make: Make, size) -> None:
     output, label = torch.randn(2, 4, *size), torch.ones(2, *size)
     with pytest.raises(ValueError, match=r"the target has the label 1.5; expected 0 to 3"):
@@ -242,17 +258,17 @@ mlflow: {exit_timeout_seconds: 0}
 
 
 def test_check_and_training_name_the_file_of_a_mask_of_0_and_255(run_cli, tmp_path: Path) -> None:
-    image_mask_files(tmp_path / "a", [1, 1, 1, 255])  # the last one is in the second batch
+    image_mask_files(tmp_path / "a", [*[1] * 7, 255])  # the last one is in the second batch of rank 1
     image_mask_files(tmp_path / "b", [1, 255])
     (tmp_path / "c.yaml").write_text(CONFIG)
     checked = run_cli(["check", "c.yaml", "loaders.ignore_index=7"])
     assert "loss: DiceLoss has the ignore_index None (its default), the data 7" in checked.text
     assert checked.rc != 0 and "the target has the label 255; expected 0 to 1" in checked.text
     assert f"sample 1 is {tmp_path}/b/images/1.png [0:16, 0:16]" in checked.text
-    trained = run_cli(["c.yaml", "loss={name: MaskedLoss, loss: {name: BCEWithLogitsLoss}}"])
+    trained = run_cli(["c.yaml", "loss={name: MaskedLoss, loss: {name: BCEWithLogitsLoss}}"], nproc=2)
     assert trained.rc == 1, trained.text
     card = json.loads((tmp_path / "run" / "failure.json").read_text())
-    assert (card["step"], card["error"]) == (1, "OutsideClassesError")
+    assert (card["rank"], card["step"], card["error"]) == (1, 1, "OutsideClassesError")
     message = card["message"].splitlines()
     assert "sample 1 of the batch" in message[0] and "has the label 255; expected 0 to 1" in message[0]
-    assert f"sample 3 is {tmp_path}/a/images/3.png [0:16, 0:16]" in message
+    assert f"sample 7 is {tmp_path}/a/images/7.png [0:16, 0:16]" in message

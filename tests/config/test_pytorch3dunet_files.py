@@ -28,6 +28,7 @@ from dtrain.config.load import from_mapping, load_config, notes_on, place_of, to
 from dtrain.dataloader import get_train_loaders
 from dtrain.distributed.ranks import Ranks
 from dtrain.loss import get_loss_criterion
+from dtrain.metrics import get_evaluation_metric
 from dtrain.modelloader import get_model
 
 # ----------------------------------------------------------------------------------------------- foreign checkpoints
@@ -269,6 +270,22 @@ def test_a_wrapped_loss_keeps_its_places(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_a_metric_means(changes: list[str], expected: Any, tmp_path: Path) -> None:
     assert to_plain(read(tmp_path, changes).metrics) == expected
+
+
+@pytest.mark.parametrize("final_sigmoid", [True, False])
+def test_the_metric_of_a_moved_file_gives_the_packages_figure(final_sigmoid: bool, tmp_path: Path) -> None:
+    theirs = pytest.importorskip("pytorch3dunet.unet3d.metrics").MeanIoU()
+    ranks = Ranks(0, 0, 1, torch.device("cpu"))
+    changes = [f"model.final_sigmoid={final_sigmoid}", "model.out_channels=3"]
+    metrics = get_evaluation_metric(read(tmp_path, changes), ranks, ranks.device)
+    torch.manual_seed(0)
+    output, label = torch.randn(2, 3, 4, 5, 6), torch.randint(0, 3, (2, 4, 5, 6))
+    label[0].clamp_(max=1)
+    p = output.sigmoid() if final_sigmoid else output.softmax(1)
+    for target in (label, torch.stack([(label == number).float() for number in range(3)], 1)):
+        metrics.reset()
+        metrics.update(output, target, 0)
+        assert metrics.compute() == {"MeanIoU": pytest.approx(float(theirs(p, target)), rel=1e-6)}
 
 
 def test_what_has_no_effect_is_said_in_one_line_each(tmp_path: Path) -> None:

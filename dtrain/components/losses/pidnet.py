@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dtrain.components.losses.targets import main_of, precise, refuse_other_values
+from dtrain.components.losses.targets import main_of, other_than, precise, refuse_other_values
 
 OHEM = {"threshold": 0.9, "min_kept": 131072}  # as for 1024 x 2048 pixels of Cityscapes
 TERMS = ("detail", "main", "boundary", "aware")
@@ -101,7 +101,7 @@ class PIDNetLoss(nn.Module):
         if boundary is not None and not isinstance(output, Tensor):
             edges = boundary[:, 0] if boundary.dim() == 4 else boundary
             if edges.shape == label.shape:
-                edges = edges.where((label != self.ignore_index) | (edges != self.ignore_index), 0)
+                edges = edges.where((label != self.ignore_index) | other_than(edges, self.ignore_index), 0)
             refuse_other_values(edges, 1, None, whole=True, wait=False)
 
     def _terms(self, output: Any, label: Tensor, boundary: Tensor | None) -> dict[str, Tensor]:

@@ -76,13 +76,11 @@ def refuse_other_values(target: Tensor, most: int, ignore_index: int | None, *, 
         return
     target = target.byte() if target.dtype == torch.bool else target
     must_be_whole = whole and target.is_floating_point()
-    counted = target
-    if not must_be_whole:
-        if _is_within(target, most):
-            return
-        counted = target if ignore_index is None else target.where(target != ignore_index, 0)
-        if counted is not target and _is_within(counted, most):
-            return
+    if not must_be_whole and _is_within(target, most):
+        return
+    target = target if target.is_floating_point() else target.long()  # a small type would wrap what it is compared with
+    if ignore_index is not None and not must_be_whole and _is_within(target.where(target != ignore_index, 0), most):
+        return
     wrong = ~((target >= 0) & (target <= most))
     if must_be_whole:
         wrong |= target != target.round()
@@ -91,6 +89,16 @@ def refuse_other_values(target: Tensor, most: int, ignore_index: int | None, *, 
     if bool(wrong.any()):
         kind = "value" if target.is_floating_point() and not whole else "label"
         raise outside(target, wrong, kind, _expected(target[wrong][0].item(), most, ignore_index))
+
+
+def other_than(target: Tensor, value: int) -> Tensor:
+    """Where a target has another value; a type that cannot hold the value has it nowhere (torch would wrap it)."""
+    kind = target.dtype
+    if not kind.is_floating_point and kind != torch.bool:
+        limits = torch.iinfo(kind)
+        if not limits.min <= value <= limits.max:
+            return torch.ones_like(target, dtype=torch.bool)
+    return target != value
 
 
 def _is_within(target: Tensor, most: int) -> bool:
@@ -223,7 +231,7 @@ class TargetReader:
         self._look_at(output, target, is_label, kind, wait)
         if is_label:
             return self._one_hot(output, target.long().unsqueeze(1))
-        valid = None if self.ignore_index is None else target != self.ignore_index
+        valid = None if self.ignore_index is None else other_than(target, self.ignore_index)
         target = target.to(output.dtype)
         return Read(output, target, None) if valid is None else _without(output, target, valid)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from dtrain.components.losses.targets import main_of, outside, precise
+from dtrain.components.losses.targets import main_of, other_than, outside, precise
 from dtrain.components.metrics.reading import Activation, known, probabilities, probability, summed
 
 IOU_THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))
@@ -191,7 +191,7 @@ def _refuse_no_instances(target: Tensor, possible: set[Any]) -> None:
     """Instances are whole numbers from 0 on, and what is ignored or background."""
     wrong = (target < 0) | (target != target.round()) if target.is_floating_point() else target < 0
     for value in possible:
-        wrong &= target != value
+        wrong &= other_than(target, value)
     if bool(wrong.any()):
         raise outside(target, wrong, "label", "the numbers of instances, from 0 on, or an ignore_index")
 

@@ -26,6 +26,8 @@ class MeanIoU(overlap.MeanIoU):
         ValueError: The activation is unknown.
     """
 
+    higher_is_better = True
+
     def __init__(
         self, skip_background: bool = True, ignore_index: int | None = None, activation: Activation = "auto"
     ) -> None:

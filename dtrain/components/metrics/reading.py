@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from dtrain.components.losses.targets import Read, TargetReader, as_label, main_of, precise
+from dtrain.components.losses.targets import Read, TargetReader, as_label, main_of, other_than, precise
 
 Activation = Literal["auto", "softmax", "sigmoid", "none"]
 
@@ -156,7 +156,7 @@ class ClassReader:
             label = as_label(target, output, wait=True)
             return (label if label.dim() < output.dim() else label.argmax(dim=1)), None
         if target.shape == output.shape:
-            void = (target == self.ignore_index).all(dim=1)
+            void = ~other_than(target, self.ignore_index).any(dim=1)
             first = torch.zeros_like(target[:1])
             first[:, 0] = 1
             label = as_label(torch.where(void.unsqueeze(1), first, target), output, wait=True)

@@ -99,7 +99,7 @@ class LabelToAffinities:
 
     Args:
         offsets: Distances in voxels along x and y, 1 and more, all different.
-        z_offsets: Distances along z, as many; they may repeat, where slices lie far apart. Default: the same.
+        z_offsets: Distances along z, as many; they may be the same, as slices lie further apart. Default: `offsets`.
         aggregate_affinities: One channel for each offset: 1 if it is for any axis.
         append_label: The label itself as the last channel.
         ignore_index: Where the label has this value, every channel has it.
@@ -429,11 +429,11 @@ def differs(label: np.ndarray, axis: int, offset: int) -> np.ndarray:
     return label.take(reflected[0], axis) != label.take(reflected[1], axis)
 
 
-def _offsets(owner: str, name: str, value: Sequence[int], *, may_repeat: bool = False) -> tuple[int, ...]:
+def _offsets(owner: str, name: str, value: Sequence[int], may_repeat: bool = False) -> tuple[int, ...]:
     good = isinstance(value, list | tuple) and all(type(offset) is int and offset > 0 for offset in value)
     if not good or not value or (len(set(value)) < len(value) and not may_repeat):
-        kind = "whole numbers" if may_repeat else "different whole numbers"
-        raise ValueError(f"{owner}: {name} is {value!r}; expected {kind}, 1 and more")
+        expected = f"{'' if may_repeat else 'different '}whole numbers, 1 and more"
+        raise ValueError(f"{owner}: {name} is {value!r}; expected {expected}")
     return tuple(value)
 
 
