@@ -107,7 +107,7 @@ def make_parts(
     figure = _monitor(config, options, metrics)
     monitor, mode = figure.figure, options["mode"]
     if mode is None:
-        mode = _mode(config, figure, metrics, asks=purpose == "train" and loaders.val is not None)
+        mode = _mode(config, figure, metrics, must_know=purpose == "train" and loaders.val is not None)
     checkpoints = Checkpoints(
         RunFolder(start.folder).checkpoints, keep_last=options["keep_last"], keep_best=options["keep_best"], mode=mode
     )
@@ -276,16 +276,17 @@ def _monitor(config: ConfigDict, options: Mapping[str, Any], metrics: Metrics) -
     return figure
 
 
-def _mode(config: ConfigDict, figure: Monitored, metrics: Metrics, asks: bool) -> Literal["min", "max"]:
+def _mode(config: ConfigDict, figure: Monitored, metrics: Metrics, must_know: bool) -> Literal["min", "max"]:
     """What is best of a figure: as its metric's source says, else the metric itself, which is then made at once.
 
-    A ConfigError where neither says so and it `asks`: something will be validated.
+    A ConfigError where neither says so and it must be known: something will be validated. (Who tests or predicts takes
+    the best checkpoint that the training chose.)
     """
     higher = higher_is_better(calls(config), figure)
-    if higher is ... and asks:
+    if higher is ... and must_know:
         higher = metrics.higher_is_better(figure.label, figure.part)
-        if higher is None:
-            raise refused(config, ("trainer", "mode"), mode_text(calls(config), figure))
+    if higher is None and must_know:
+        raise refused(config, ("trainer", "mode"), mode_text(calls(config), figure))
     return "max" if higher is True else "min"
 
 
