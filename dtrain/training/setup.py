@@ -102,7 +102,9 @@ def make_parts(
         config, ranks.rank, ranks.world_size, seed, ranks.device.type == "cuda", options["accumulate"], phases
     )
     loss = get_loss_criterion(config).to(ranks.device) if config.get("loss") else None
-    forward = Forward(module, ranks.device, options["precision"], options["input_key"], options["target_key"], loss)
+    predictor = build(config, "predictor")
+    keys = (options["input_key"], options["target_key"])
+    forward = Forward(module, ranks.device, options["precision"], *keys, loss, predictor.output_key)
     metrics = get_evaluation_metric(config, ranks, ranks.device)
     figure = _monitor(config, options, metrics)
     monitor, mode = figure.figure, options["mode"]
@@ -112,7 +114,7 @@ def make_parts(
         RunFolder(start.folder).checkpoints, keep_last=options["keep_last"], keep_best=options["keep_best"], mode=mode
     )
     inference = Inference(
-        build(config, "predictor"), forward, compiled, ranks, progress, start.folder,
+        predictor, forward, compiled, ranks, progress, start.folder,
         _identity(config, options, phases), has_weights=bool(options["pre_trained"]) and start.checkpoint is None,
         tests_volumes=_tests_volumes(config, loaders),
     )  # fmt: skip
