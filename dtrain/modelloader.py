@@ -10,9 +10,10 @@ from ml_collections import ConfigDict
 from torch import Tensor, nn
 
 from dtrain.config.build import build
-from dtrain.config.errors import mark_section
+from dtrain.config.errors import ConfigError, mark_section
 from dtrain.config.schema import refused
 from dtrain.data import batch as batches
+from dtrain.data.heads import output_of
 
 
 def get_model(config: ConfigDict) -> torch.nn.Module:
@@ -47,6 +48,7 @@ class Forward:
     target_key: batches.TargetKey = None  # which is the target
     # Of output and target: the loss and its terms; not needed to predict.
     criterion: Callable[[Any, Any], tuple[Tensor, Mapping[str, Tensor]]] | None = None
+    output_key: str | int | None = None  # which of several outputs is predicted; see `data.heads.output_of`
 
     def __post_init__(self) -> None:
         self._is_on_cpu = self.device.type == "cpu"
@@ -81,11 +83,19 @@ class Forward:
         return loss, terms, Outcome(inputs, output, target)
 
     def predict(self, model: nn.Module, inputs: Any) -> Tensor:
-        """The main output for inputs of any form, which are moved to the device."""
+        """The output that is asked for, or the main one, for inputs of any form, which are moved to the device.
+
+        Raises:
+            ConfigError: Keys do not tell which of several outputs that is.
+        """
         if not self._is_on_cpu:
             inputs = batches.to_device(inputs, self.device)
         with self._autocast:
-            return batches.main_output(batches.call(model, inputs, batches.call_form(self.module, inputs)))
+            output = batches.call(model, inputs, batches.call_form(self.module, inputs))
+        try:
+            return output_of(output, self.output_key)
+        except ValueError as error:
+            raise ConfigError(f"predictor: {error}") from None
 
     def inputs(self, batch: Any) -> Any:
         """The input of a batch, with or without a target."""

@@ -126,9 +126,13 @@ class Checkpoints:
         return first_good([*unreadable, *(path for path, _ in readable)])
 
     def best(self) -> Path | None:
-        """The checkpoint with the best score that verifies, or None; one that is passed over is named in a warning."""
+        """The checkpoint with the best score that verifies, or None; one that is passed over is named in a warning.
+
+        First the one that the training itself chose: who tests or predicts may not know which scores are good.
+        """
         readable, unreadable = self._scan()
-        return first_good([*unreadable, *self._ranked(readable)])
+        chosen = (self.folder / "best").resolve().name
+        return first_good([*unreadable, *sorted(self._ranked(readable), key=lambda path: path.name != chosen)])
 
     def folders(self) -> list[Path]:
         """Those of all checkpoints, damaged ones included, newest last by name."""

@@ -120,7 +120,7 @@ def higher_is_better(calls: Mapping[str, Call], figure: Monitored) -> Any:
     said = SOURCE.attribute(target.module, target.name, "higher_is_better")
     if isinstance(said, dict):  # of a metric that returns one
         said = said.get(figure.part)
-    if said is None and (call.components or (isinstance(target, Callee) and _is_factory(call, target))):
+    if said is None and (call.components or not isinstance(target, Callee) or _is_factory(call, target)):
         return ...
     if said is None and any(name.lower().endswith("loss") for name in (target.name, figure.label)):
         return False

@@ -43,6 +43,11 @@ def main_pair(
     )
 
 
+def output_of(output: Any, key: str | int | None) -> Any:
+    """What is under a key of a model's several outputs, else the main one; a ValueError where keys do not tell."""
+    return _main(output if key is None else _entry(output, key, 0, "output"), 0, "output")
+
+
 def _paired(output: Any, target: Any, samples: int) -> tuple[Any, Any]:
     """Output and target by the keys that both have, else the main one of each."""
     outputs, targets = (side._asdict() if hasattr(side, "_asdict") else side for side in (output, target))

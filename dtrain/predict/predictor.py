@@ -27,6 +27,7 @@ class Predictor:
         output_dataset: The dataset in an HDF5 file.
         compression: gzip | lzf. Default: none.
         dtype: Of the numbers in the files: float32 for probabilities, the smallest sufficient type for labels.
+        output_key: Which of a model's several outputs: a key of a dict, an index of a tuple. Default: the main one.
         activation: softmax | sigmoid | none. Default: what the metrics or the loss name, else sigmoid for one channel,
             softmax for several.
         patch_shape: Voxels of a patch. Default: the dataset's, else the whole volume.
@@ -55,6 +56,7 @@ class Predictor:
     output_dataset: str = "predictions"
     compression: Literal["gzip", "lzf"] | None = None
     dtype: Literal["float16", "float32", "uint8", "uint16", "uint32"] | None = None
+    output_key: str | int | None = None
     activation: Literal["softmax", "sigmoid", "none"] | None = None
     patch_shape: list[int] | None = None
     stride_shape: list[int] | None = None

@@ -110,7 +110,7 @@ class Album:
         if self._problem or self._kind == "dense":
             return
         try:
-            output, target = main_pair(outcome.output, outcome.target)
+            output, target = pair_to_draw(outcome)
             self._kind = kind_of(output, target)
             loader = self._pictures.loader
             first = number * loader.batch_sampler.batch_size
@@ -163,7 +163,7 @@ class Album:
             if (batch := self._batch_of(index)) is None:
                 continue
             outcome = forward(module, batch)[2]
-            output, target = map(_first_of, main_pair(outcome.output, outcome.target))
+            output, target = map(_first_of, pair_to_draw(outcome))
             assert output is not None and target is not None
             shown = panel(_first_of(outcome.inputs), target, output)
             title = "   ".join((f"sample {index}", f"step {self._step}", source_of(dataset, index))).rstrip()
@@ -231,6 +231,19 @@ def kind_of(output: Any, target: Any) -> str:
         return ""
     objects = output.shape[2:]
     return "classes" if target.shape in ((len(output), *objects), (len(output), 1, *objects)) else ""
+
+
+def pair_to_draw(outcome: Any) -> tuple[Any, Any]:
+    """The output and the target that belong together; of several heads the first that has a picture."""
+    try:
+        return main_pair(outcome.output, outcome.target)
+    except ValueError:
+        for key in outcome.output if isinstance(outcome.output, Mapping) else ():
+            if isinstance(outcome.target, Mapping) and key in outcome.target:
+                pair = main_pair(outcome.output, outcome.target, key)
+                if kind_of(*pair):
+                    return pair
+        raise
 
 
 def source_of(dataset: Any, index: int) -> str:

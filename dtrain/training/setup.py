@@ -122,17 +122,18 @@ def make_parts(
     module = _prepared_model(config, module, options, ranks, start, progress.note)
     compiled = _compiled(module, options["compile"])
     loss = loss and loss.to(ranks.device)
-    forward = Forward(module, ranks.device, options["precision"], *keys, loss)
+    predictor = _predictor(config, ranks, progress, purpose)
+    forward = Forward(module, ranks.device, options["precision"], *keys, loss, predictor.output_key)
     metrics = get_evaluation_metric(config, ranks, ranks.device)
     figure = _monitor(config, options, metrics)
     monitor, mode = figure.figure, options["mode"]
     if mode is None:
-        mode = _mode(config, figure, metrics, asks=purpose == "train" and loaders.val is not None)
+        mode = _mode(config, figure, metrics, must_know=purpose == "train" and loaders.val is not None)
     checkpoints = Checkpoints(
         RunFolder(start.folder).checkpoints, keep_last=options["keep_last"], keep_best=options["keep_best"], mode=mode
     )
     inference = Inference(
-        _predictor(config, ranks, progress, purpose), forward, compiled, ranks, progress, start.folder,
+        predictor, forward, compiled, ranks, progress, start.folder,
         _identity(config, options, phases), has_weights=bool(options["pre_trained"]) and start.checkpoint is None,
         tests_volumes=_tests_volumes(config, loaders),
     )  # fmt: skip
@@ -381,16 +382,17 @@ def _monitor(config: ConfigDict, options: Mapping[str, Any], metrics: Metrics) -
     return figure
 
 
-def _mode(config: ConfigDict, figure: Monitored, metrics: Metrics, asks: bool) -> Literal["min", "max"]:
+def _mode(config: ConfigDict, figure: Monitored, metrics: Metrics, must_know: bool) -> Literal["min", "max"]:
     """What is best of a figure: as its metric's source says, else the metric itself, which is then made at once.
 
-    A ConfigError where neither says so and it `asks`: something will be validated.
+    A ConfigError where neither says so and it must be known: something will be validated. (Who tests or predicts takes
+    the best checkpoint that the training chose.)
     """
     higher = higher_is_better(calls(config), figure)
-    if higher is ... and asks:
+    if higher is ... and must_know:
         higher = metrics.higher_is_better(figure.label, figure.part)
-        if higher is None:
-            raise refused(config, ("trainer", "mode"), mode_text(calls(config), figure))
+    if higher is None and must_know:
+        raise refused(config, ("trainer", "mode"), mode_text(calls(config), figure))
     return "max" if higher is True else "min"
 
 

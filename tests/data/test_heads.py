@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dtrain.data.heads import main_pair
+from dtrain.data.heads import main_pair, output_of
 
 A, B, C, D = (torch.full((4,), float(number)) for number in range(4))
 Heads = namedtuple("Heads", "mask label")
@@ -71,6 +71,18 @@ def same(found: Any, expected: Any) -> bool:
     if isinstance(expected, list | tuple):
         return type(found) is type(expected) and len(found) == len(expected) and all(map(same, found, expected))
     return found == expected
+
+
+def test_what_is_predicted() -> None:
+    for output, key in (
+        (A, None), ((A, B), None), ([(A, C), B], None), ({"aux": B, "out": (A, C)}, None), ({"only": A}, None),
+        ({"mask": B, "label": A}, "label"), ((B, A), 1), ((B, {"out": A, "aux": C}), 1), (Heads(B, A), "label"),
+    ):  # fmt: skip
+        assert same(output_of(output, key), A)
+    with pytest.raises(ValueError, match="the output has the keys 'mask', 'label', and none of them is the main one"):
+        output_of({"mask": A, "label": B}, None)
+    with pytest.raises(ValueError, match="output_key: the output has no 'x'; possible: 'mask'"):
+        output_of({"mask": A}, "x")
 
 
 @pytest.mark.parametrize(

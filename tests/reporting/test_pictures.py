@@ -39,7 +39,7 @@ from dtrain.reporting.png_drawing import (
     sheet,
 )
 from dtrain.reporting.sample_panel import compared
-from dtrain.reporting.validation_pictures import Album, Pictures, chosen, kind_of, source_of
+from dtrain.reporting.validation_pictures import Album, Pictures, chosen, kind_of, pair_to_draw, source_of
 from dtrain.tracking.journal import Journal
 
 RNG = np.random.default_rng(0)
@@ -261,6 +261,16 @@ def whole(*shape: int) -> torch.Tensor:
 )
 def test_what_is_drawn_is_seen_by_shapes_and_types(output: Any, target: Any, kind: str) -> None:
     assert kind_of(output, target) == kind
+
+
+def test_of_several_heads_the_first_with_a_picture_is_drawn_and_the_keys_pair_it() -> None:
+    mask, image = torch.zeros(2, 4, 4, dtype=torch.long), torch.zeros(2, 3, 4, 4)
+    output = {"features": torch.zeros(2), "mask": image, "score": torch.zeros(2)}
+    target = {"score": torch.ones(2), "mask": mask, "weight": torch.ones(2)}
+    drawn = pair_to_draw(SimpleNamespace(output=output, target=target))
+    assert drawn[0] is image and drawn[1] is mask
+    with pytest.raises(ValueError, match="several keys in common"):
+        pair_to_draw(SimpleNamespace(output=output | {"mask": mask[0]}, target=target))
 
 
 def test_samples_are_spread_evenly() -> None:
