@@ -93,7 +93,7 @@ def _one_batch_of_each_phase(trainer: Trainer) -> Iterator[str]:
     """Try one batch of each phase, and the metrics; yields a line for each."""
     parts: Any = trainer.trainables
     batches = (micro.batch for micro in trainer.train_loader.epoch(0))
-    loss, _ = trainer.training_step(next(batch for batch in batches if batch is not None))
+    loss, _ = trainer.training_step(next(filter(lambda batch: batch is not None, batches)))
     loss.backward()
     parts.optimizer.zero_grad()
     yield f"train: one batch forward and backward, loss {float(loss.detach()):.4g}"
