@@ -130,7 +130,7 @@ class TrainLoader:
         """
         world = self.shard.world_size
         spare: Any = None
-        begins = True
+        begins, kept = True, 0
         for micro in micros:
             self._counts = [] if begins else self._counts
             begins = micro.closes
@@ -144,6 +144,9 @@ class TrainLoader:
                     spare = self._spare()
                 micro = micro._replace(batch=spare if joins else None)
             yield micro
+            kept += self._kept(self._counts) if micro.closes else 0
+        if not kept and not self.shard.start:
+            raise ValueError("collate_fn left out all samples of the epoch")
 
     def left_out(self, step_samples: int) -> LeftOut:
         """What is missing in the step of that many samples whose last batch was yielded; equal on all ranks."""

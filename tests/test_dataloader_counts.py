@@ -201,6 +201,13 @@ def test_a_set_of_which_nothing_is_left_is_an_error_that_says_so(written: Place)
     assert "there is no sample to evaluate: collate_fn left out all of them" in result.text
 
 
+@pytest.mark.parametrize("command", ["train", "check"])
+def test_an_epoch_of_which_nothing_is_left_is_an_error_that_says_so(command: str, written: Place) -> None:
+    changes = {"model.name": "Line", "loss.name": "MSELoss", "loaders.collate_fn": {"name": "nothing"}}
+    result = written.run(command, config(written, f"nothing-{command}", **changes), expect=1)
+    assert "collate_fn left out all samples of the epoch" in result.text
+
+
 def test_a_prediction_has_a_row_for_each_sample_or_says_why_not(written: Place, tmp_path: Path) -> None:
     changes = {"model.name": "Line", "loss.name": "MSELoss", "loaders.test": {}}
     path = config(written, "rows", **changes, **{"loaders.collate_fn": {"name": "as_dict"}})

@@ -409,6 +409,45 @@ def test_objects_of_a_sample_are_counted_one_by_one(tmp_path: Path) -> None:
     assert np.trace(counts) == np.sum(counts) == 30
 
 
+def test_no_row_is_taken_for_another_sample_where_some_were_left_out(labelled: TensorDataset, tmp_path: Path) -> None:
+    """The first batch has lost its sample 0, the third has rows that are not its samples; the second is whole."""
+    drawer, notes = Pictures(loader_of(labelled, 8), tmp_path, {"worst": 29}), Notes()
+    album = drawer.album(5, notes, notes.lines.append)
+    assert album is not None
+    x, y = labelled.tensors
+    batches = [(x[1:8], y[1:8], 7), (x[8:16], y[8:16], 8), (x[16:24].repeat(2, 1, 1, 1), y[16:24].repeat(2), 8)]
+    for number, (images, truths, samples) in enumerate(batches):
+        album.see(Outcome(images, scores(images), truths), number, samples)
+    album.draw([album.seen()], torch.nn.Identity(), lambda module, batch: None)
+    folder = tmp_path / "pictures" / "step-00000005"
+    known = (y[8:16] >= 0) & (scores(x[8:16]).argmax(1) != y[8:16])
+    assert sorted(json.loads(facts_of(folder / "worst.png")["samples"])) == (known.nonzero()[:, 0] + 8).tolist()
+    counted = sum(int((truths >= 0).sum()) for _, truths, _ in batches)
+    assert np.sum(json.loads(facts_of(folder / "confusion.png")["counts"])) == counted
+    assert notes.lines == []
+
+
+def test_a_sample_that_the_collate_function_leaves_out_is_not_drawn(tmp_path: Path) -> None:
+    dataset = TensorDataset(torch.rand(6, 1, 8, 8), torch.randint(2, (6, 8, 8)))
+
+    def without_3(samples: list[Any]) -> Any:
+        kept = [sample for sample in samples if not torch.equal(sample[0], dataset[3][0])]
+        return {"x": torch.stack([x for x, _ in kept]), "y": torch.stack([y for _, y in kept])} if kept else None
+
+    loader = loader_of(dataset, 6)
+    loader.dataset.collate, loader.dataset.may_leave_out, loader.dataset.tensors = without_3, True, None
+    drawer, notes = Pictures(loader, tmp_path, {"samples": [2, 3]}), Notes()
+    album = drawer.album(5, notes, notes.lines.append)
+    assert album is not None
+
+    def forward(module: Any, batch: Any) -> Any:
+        return None, {}, Outcome(batch["x"], torch.cat([batch["x"], 1 - batch["x"]], 1), batch["y"])
+
+    album.see(forward(None, without_3([dataset[n] for n in range(6)]))[2], 0, 5)
+    album.draw([album.seen()], torch.nn.Identity(), forward)
+    assert drawn_in(tmp_path) == ["step-00000005/sample-2.png"] and notes.lines == []
+
+
 def test_a_loss_without_a_number_is_the_worst(tmp_path: Path) -> None:
     x = torch.tensor([[1.0, 0], [3, 0], [2, 0], [1, 0]])
     x[2] = torch.nan
