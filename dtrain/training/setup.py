@@ -13,7 +13,7 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from dtrain.checkpoint.background_saver import Saver
 from dtrain.checkpoint.checkpoint_files import LOSS, Loaded, load
@@ -161,7 +161,7 @@ def _make_lazy_parts(forward: Forward, loaders: Loaders) -> None:
 
 
 def _is_lazy(module: Module) -> bool:
-    return any(isinstance(item, UninitializedTensorMixin) for item in (*module.parameters(), *module.buffers()))
+    return any(map(is_lazy, (*module.parameters(), *module.buffers())))
 
 
 def _ranks(config: ConfigDict, options: Mapping[str, Any], purpose: str) -> tuple[Ranks, Progress]:
@@ -363,6 +363,8 @@ def _table(config: ConfigDict, options: Mapping[str, Any], parts: Parts, steps: 
         + (", the model sharded (fsdp)" if ranks.strategy.is_sharded else ""),
         "run folder": str(start.folder),
     }
+    if trained := parts.trainables.loss and parameter_count(parts.trainables.loss)[1]:
+        table["loss"] = f"{config.loss.name}, {trained:,} parameters trained"
     if parts.journal.tracking_uri:
         table["tracking"] = redact(parts.journal.tracking_uri)
     if start.checkpoint:
