@@ -174,22 +174,22 @@ class Trainer:
         self.inference = replace(parts.inference, asked_to_stop=self.asked_to_stop)
         self.last_step = LastStep(self.state, keeps_sums=accumulate > 1)
         self.vote, self.throughput = Vote(self.ranks), Throughput(self.ranks.rank, self.ranks.world_size)
-        self._find_what_is_trained(shares_buffers=(ddp or {}).get("broadcast_buffers") is not False)
+        self._collect_parameters(syncs_buffers=(ddp or {}).get("broadcast_buffers") is not False)
         self._is_first_step = True  # of this start
         self.finite_step = FiniteStep(
             given.optimizer, given.scaler, self.state, on_nonfinite, self.progress.note, self.ranks
         )
 
-    def _find_what_is_trained(self, shares_buffers: bool) -> None:
-        """The parameters of the model, and of a loss that has some; no wrapper shares a loss among the ranks."""
+    def _collect_parameters(self, syncs_buffers: bool) -> None:
+        """The parameters that are trained, and what the ranks have to do for those of a loss."""
         loss: Any = self.trainables.loss
         self._loss_parameters = [item for item in loss.parameters() if item.requires_grad] if loss else []
-        self._shares_loss = self.ranks.world_size > 1 and loss is not None
-        self._shares_buffers = bool(loss and [*loss.buffers()]) and shares_buffers
-        parameters = [item for item in self.module.parameters() if item.requires_grad]
-        self._parameters = parameters + self._loss_parameters
+        self._shares_loss = loss is not None and self.ranks.world_size > 1  # no wrapper does it
+        self._shares_buffers = loss is not None and syncs_buffers and any(True for _ in loss.buffers())
+        of_model = [item for item in self.module.parameters() if item.requires_grad]
+        self._parameters = of_model + self._loss_parameters
         # Of a sharded model, shards and the loss's own cannot be scaled in one call.
-        self._to_clip = [parameters, self._loss_parameters] if self._loss_parameters else [parameters]
+        self._to_clip = [of_model, self._loss_parameters] if self._loss_parameters else [of_model]
 
     @property
     def step(self) -> int:

@@ -178,7 +178,7 @@ def make_lazy_parts(forward: Forward, loaders: Loaders) -> None:
 
 
 def _is_lazy(module: Module) -> bool:
-    return any(is_lazy(item) for item in (*module.parameters(), *module.buffers()))
+    return any(map(is_lazy, (*module.parameters(), *module.buffers())))
 
 
 def _ranks(config: ConfigDict, options: Mapping[str, Any], purpose: str) -> tuple[Ranks, Progress]:
@@ -435,6 +435,8 @@ def _table(config: ConfigDict, options: Mapping[str, Any], parts: Parts, steps: 
         + (", the model sharded (fsdp)" if ranks.strategy.is_sharded else ""),
         "run folder": str(start.folder),
     }
+    if trained := parts.trainables.loss and parameter_count(parts.trainables.loss)[1]:
+        table["loss"] = f"{config.loss.name}, {trained:,} parameters trained"
     if parts.journal.tracking_uri:
         table["tracking"] = redact(parts.journal.tracking_uri)
     if start.checkpoint:

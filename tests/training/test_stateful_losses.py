@@ -197,11 +197,14 @@ def test_a_stop_changes_nothing_of_a_loss_or_metric_that_holds_state(train: Call
     assert int(weights["loss"]["counts"].sum()) == 20 * 4 - 2 * 3, "training samples alone; 29 an epoch are 8 steps"
 
 
-def test_two_ranks_resume_a_loss_with_state_bit_for_bit(ranks: Place) -> None:
-    for name, ends in {"stateful-whole": [8], "stateful-parts": [4, 8]}.items():
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_two_ranks_resume_a_loss_with_state_bit_for_bit(ranks: Place, strategy: str) -> None:
+    settings = STATEFUL | {"trainer.strategy": strategy}
+    for name, ends in {f"whole-{strategy}": [8], f"parts-{strategy}": [4, 8]}.items():
         for steps in ends:
-            ranks.run(ranks.config(name, **STATEFUL), f"trainer.max_steps={steps}", ranks=2)
-    same_training(ranks.path("stateful-parts"), ranks.path("stateful-whole"))
+            ranks.run(ranks.config(name, **settings), f"trainer.max_steps={steps}", ranks=2)
+    same_training(ranks.path(f"parts-{strategy}"), ranks.path(f"whole-{strategy}"))
+    assert last(ranks.path(f"whole-{strategy}")).state["kept"]["loss"] == {"loss.calls": 16}, "two batches a step"
 
 
 def test_what_is_tested_is_the_checkpoint_whole_with_its_loss(train: Callable[..., Path], tmp_path: Path) -> None:
