@@ -44,7 +44,7 @@ class Line(nn.Module):
         result = self.weight * x
         if self.training:
             if "ODD_NOTES" in os.environ:
-                with open(os.environ["ODD_NOTES"], "a") as file:
+                with open(os.environ["ODD_NOTES"] + os.environ.get("RANK", ""), "a") as file:
                     print(*numbers, file=file)
             if int(os.environ.get("ODD_SAMPLE", -1)) in numbers:
                 result = result * float("nan")
@@ -196,6 +196,9 @@ def test_one_ranks_bad_loss_is_no_overflow_on_any(odd: Place, policy: str) -> No
     assert [result.rc for result in results] == [0, 0]
     saved = last(odd.path(name)).state
     assert (saved["skipped"], saved["scaler"]["scale"]) == (1, 65536.0)
+    steps = [[*one, *other] for one, other in zip(*(noted(Path(f"{notes}{rank}")) for rank in (0, 1)), strict=True)]
+    good = [value for step in steps if 7 not in step for value in step]
+    assert len(steps) == 4 and figures(odd.path(name))["train/loss"] == {4: pytest.approx(mean(good))}
 
 
 def test_a_stop_between_a_skipped_step_and_its_figures_changes_nothing(odd: Place) -> None:
