@@ -176,6 +176,9 @@ def test_a_fused_optimizer_names_the_true_step_and_stands_before_it(odd: Place) 
     odd.run(before, env={"ODD_GRADIENT": "none"})
     failed = next((odd.path("fused") / "failed-step").glob("step-*"))
     assert torch.equal(load(failed).weights["weight"], last(odd.path("fused-before")).weights["weight"])
+    replayed = odd.run("replay", str(odd.path("fused")), env={"ODD_GRADIENT": "7"}).stdout
+    assert f"samples {', '.join(map(str, batches[number - 1]))}" in replayed
+    assert "gradients that are not finite: weight" in replayed
     # Nor is a later step saved, as if nothing had been.
     often = odd.config("fused-saved", **settings(**changes, **{"trainer.checkpoint_every_steps": 2}))
     odd.run(often, env=env, expect=1)
