@@ -522,8 +522,8 @@ class Trainer:
             if "train/loss" not in figures and self.on_nonfinite == "stop":
                 raise NonFiniteError(f"train/loss is not finite at step {state.step}")
             figures |= {"lr": state.rate, "samples_per_second": self.throughput.samples_per_second}
-            if self.clip_grad_norm is not None:
-                figures["grad_norm"] = float(state.grad_norm)
+            if self.clip_grad_norm is not None and math.isfinite(norm := float(state.grad_norm)):
+                figures["grad_norm"] = norm
             if state.skipped:
                 figures["skipped_steps"] = state.skipped
             if state.left_out:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import time
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +24,8 @@ MODEL, EMA, STATE, MANIFEST = "model.safetensors", "ema.safetensors", "state.pt"
 LOSS, LOSS_EMA = "loss", "loss-ema"  # of a loss with weights: further files like the model's, without the ending
 FORMAT = 1
 Manifest = dict[str, Any]
+_SETTLED_SECONDS = 2.0
+_seals: dict[tuple[int, ...], dict[str, Any]] = {}  # of files that this process has read, and that did not change since
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch and safetensors wrap the OSError they met
 _CURES = {
     errno.ENOSPC: "The disk is full (space or number of files): free some, or choose another folder.",
@@ -56,8 +59,9 @@ def load(path: Path, is_verified: bool = False) -> Loaded:
 def verify(path: Path) -> list[str]:
     """What is wrong with a checkpoint folder, one line per file that begins with its name; [] if nothing is.
 
-    Every file is read once and compared with the SHA-256 in the manifest, and the manifest with its own. Names that
-    begin with a dot are passed over: NFS and file browsers leave such files, and nothing here reads them.
+    Every file is compared with the SHA-256 in the manifest, for which a process reads it once, and the manifest with
+    its own. Names that begin with a dot are passed over: NFS and file browsers leave such files, and nothing here reads
+    them.
     """
     try:
         manifest = read_manifest(path)
@@ -180,9 +184,16 @@ def read_manifest(folder: Path) -> Manifest:
 def _compare(path: Path, sealed: dict[str, Any]) -> str:
     """How a file differs from what the manifest says of it, '' if it does not."""
     try:
-        if (size := path.stat().st_size) != sealed["bytes"]:
-            return f"damaged, {size} bytes instead of {sealed['bytes']}"
-        return "" if _seal(path) == sealed else "damaged, its SHA-256 is not the manifest's"
+        found = path.stat()
+        if found.st_size != sealed["bytes"]:
+            return f"damaged, {found.st_size} bytes instead of {sealed['bytes']}"
+        # Any later write changes the time of change; one of this moment might not, whose clock ticks slowly.
+        is_settled = time.time() - found.st_ctime > _SETTLED_SECONDS
+        who = found.st_dev, found.st_ino, found.st_size, found.st_ctime_ns, found.st_mtime_ns
+        known = _seals.get(who) or _seal(path)
+        if is_settled:
+            _seals[who] = known
+        return "" if known == sealed else "damaged, its SHA-256 is not the manifest's"
     except FileNotFoundError:
         return "missing"
     except OSError as error:

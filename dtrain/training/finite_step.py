@@ -51,7 +51,7 @@ class FiniteStep:
         self.optimizer, self.scaler, self.state = optimizer, scaler, state
         self._skips, self._say, self._ranks = on_nonfinite == "skip", say, ranks
         self._steps: list[_Step] = []  # since the last look at them
-        self._was_bad = torch.zeros((), device=state.device)  # 1 from the first bad step on
+        self._was_bad = torch.zeros((), dtype=torch.float32, device=state.device)  # 1 from the first bad step on
         self._buffers: list[tuple[dict[str, Tensor | None], str]] = []  # their modules' own, each with a name
         self._kept: list[Tensor | None] = []  # their copies of the last good step
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}  # of figures, each with its copy

@@ -1,6 +1,7 @@
 """Weights for use: the averaged ones of the best checkpoint, or those of a file; what does not fit is one message."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -82,6 +83,23 @@ def test_what_was_verified_is_not_hashed_again(checkpoints, hashed):
     (path / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(CheckpointError, match="cannot be read as a safetensors file"):
         load(path, is_verified=True)
+
+
+def test_a_process_hashes_a_file_once_unless_it_changes(checkpoints, hashed, monkeypatch):
+    monkeypatch.setattr(checkpoint_files, "_SETTLED_SECONDS", -1.0)
+    best, last = checkpoints.best(), checkpoints.last()
+    assert best != last and len(hashed) == 5
+    assert checkpoints.best() == best and load_weights(checkpoints.folder / "best")["bias"].item() == 1
+    load(last)
+    load_for_use(nn.Linear(2, 1), ALONE, checkpoints, None)
+    assert len(hashed) == 5
+    file = last / "model.safetensors"
+    with open(file, "r+b") as stream:  # the same size, and soon after
+        time.sleep(0.05)
+        stream.seek(-1, 2)
+        stream.write(b"\xff")
+    with pytest.raises(CheckpointError, match=r"model.safetensors: damaged, its SHA-256"):
+        load(last)
 
 
 def test_weights_that_do_not_fit_are_refused_with_what_does_not(checkpoints):

@@ -44,7 +44,7 @@ class Line(nn.Module):
         result = self.weight * x
         if self.training:
             if "ODD_NOTES" in os.environ:
-                with open(os.environ["ODD_NOTES"], "a") as file:
+                with open(os.environ["ODD_NOTES"] + os.environ.get("RANK", ""), "a") as file:
                     print(*numbers, file=file)
             if int(os.environ.get("ODD_SAMPLE", -1)) in numbers:
                 result = result * float("nan")
@@ -176,6 +176,9 @@ def test_a_fused_optimizer_names_the_true_step_and_stands_before_it(odd: Place) 
     odd.run(before, env={"ODD_GRADIENT": "none"})
     failed = next((odd.path("fused") / "failed-step").glob("step-*"))
     assert torch.equal(load(failed).weights["weight"], last(odd.path("fused-before")).weights["weight"])
+    replayed = odd.run("replay", str(odd.path("fused")), env={"ODD_GRADIENT": "7"}).stdout
+    assert f"samples {', '.join(map(str, batches[number - 1]))}" in replayed
+    assert "gradients that are not finite: weight" in replayed
     # Nor is a later step saved, as if nothing had been.
     often = odd.config("fused-saved", **settings(**changes, **{"trainer.checkpoint_every_steps": 2}))
     odd.run(often, env=env, expect=1)
@@ -196,6 +199,9 @@ def test_one_ranks_bad_loss_is_no_overflow_on_any(odd: Place, policy: str) -> No
     assert [result.rc for result in results] == [0, 0]
     saved = last(odd.path(name)).state
     assert (saved["skipped"], saved["scaler"]["scale"]) == (1, 65536.0)
+    steps = [[*one, *other] for one, other in zip(*(noted(Path(f"{notes}{rank}")) for rank in (0, 1)), strict=True)]
+    good = [value for step in steps if 7 not in step for value in step]
+    assert len(steps) == 4 and figures(odd.path(name))["train/loss"] == {4: pytest.approx(mean(good))}
 
 
 def test_a_stop_between_a_skipped_step_and_its_figures_changes_nothing(odd: Place) -> None:
