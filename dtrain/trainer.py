@@ -358,8 +358,8 @@ class Trainer:
         state.step, state.position = state.step + 1, position
         if self.ema:
             self.ema.update(self.module)
-            if self.trainables.loss_ema:
-                self.trainables.loss_ema.update(self.trainables.loss)
+            if (loss := self.trainables.loss) is not None and self.trainables.loss_ema:
+                self.trainables.loss_ema.update(loss)
         self.progress.step()
         if self._is_first_step:
             self._after_first_step()
