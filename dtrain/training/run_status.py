@@ -35,6 +35,9 @@ def session(parts: Parts, state: TrainState) -> Iterator[Ending]:
     """Open the run, and close it with the status that is true, whatever happens inside."""
     began = time.monotonic()
     ending = Ending()
+    if parts.start.has_new_scores:
+        state.best, state.bad_validations, state.score = None, 0, None
+        parts.saver.checkpoints.begins_new_scores = True
     # From here on a request to stop is a flag: a run that is open must be closed, or its end looks like a crash.
     with only_training(parts), parts.stop.listening(), _logged(parts):
         parts.journal.start(**parts.record, from_step=state.step if parts.start.is_branch else None)

@@ -39,7 +39,7 @@ SOLE_IMPORTERS = {"importlib": "dtrain.config.build", "mlflow": "dtrain.tracking
 # Who may see a config: all others take plain values.
 READS_CONFIG = {
     *("config", "cli", "launch", "trainer", "dataloader", "modelloader", "loss", "metrics"),
-    *("training.setup", "training.optimizer", "training.schedule"),
+    *("training.setup", "training.same_training", "training.optimizer", "training.schedule"),
 }
 RANK_VARIABLES = {
     *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
