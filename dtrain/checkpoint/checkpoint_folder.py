@@ -52,6 +52,7 @@ class Checkpoints:
             raise ValueError(f"keep_last is {keep_last} (at least 1), keep_best is {keep_best} (at least 0)")
         self.folder = Path(folder)
         self._keep_last, self._keep_best, self._mode = keep_last, keep_best, mode
+        self.begins_new_scores = False  # scores of what is there are not to be compared with those to come
         if _leftovers(self.folder):
             # A program that only reads may lack the right to write, or a writer may be at work: neither stops it.
             with suppress(CheckpointError), self._writing(self.folder, 0, timeout_seconds=0):
@@ -210,12 +211,17 @@ class Checkpoints:
         # The newest has neither always the highest step (a run may go back) nor the latest time (clocks jump). Those of
         # branches that were left count too, so that it can be told what came after what if one is taken up again.
         serial = 1 + max((manifest["serial"] for manifest in self._manifests_of_all()), default=0)
+        readable, _ = self._scan()
+        newest = readable[0][1] if readable else {}
+        scores_after = newest.get("serial" if self.begins_new_scores else "scores_after", 0)
+        facts = {**facts, "scores_after": scores_after}
         temporary = self.folder / f".tmp-{target.name}"
         try:
             write_files(temporary, snapshot, {**facts, "serial": serial})
             if target.exists():
                 target.rename(self.folder / f".old-{target.name}")
             temporary.rename(target)
+            self.begins_new_scores = False
             fsync(self.folder)
         finally:
             self._clear_leftovers()
@@ -269,10 +275,11 @@ class Checkpoints:
     def _ranked(self, readable: list[tuple[Path, Manifest]]) -> list[Path]:
         """Those with a score, best first: finite weights before others, the older of two equals first."""
         sign = -1 if self._mode == "max" else 1
+        after = readable[0][1].get("scores_after", 0) if readable else 0
         ranks = [
             (not manifest["finite"], sign * float(manifest["score"]), manifest["serial"], path)
             for path, manifest in readable
-            if manifest["score"] is not None and math.isfinite(float(manifest["score"]))
+            if manifest["serial"] > after and manifest["score"] is not None and math.isfinite(float(manifest["score"]))
         ]
         return [path for *_, path in sorted(ranks)]
 

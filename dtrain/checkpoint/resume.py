@@ -33,6 +33,7 @@ class Start(NamedTuple):
     is_verified: bool = False  # the checkpoint's files were just compared with its manifest
     is_branch: bool = False  # what follows the checkpoint is computed anew: other figures than those of before
     found_attempt: float | None = None  # when the last start in the folder began that has run: was there a newer one?
+    has_new_scores: bool = False  # what validations give from here on cannot be compared with what they gave before
     new_values: Mapping[str, tuple[str, str]] = {}  # keys of the config that have changed: a line for each, its value
 
 

@@ -50,7 +50,7 @@ def changes(before: ConfigDict, after: ConfigDict, ranks_before: int, ranks_afte
     """What differs between the trainings that two configs describe, one change per key.
 
     Compared are the calls, not the texts: a default that is written down, another order of keys, a key that is shared
-    by several phases, another way to write a number, a path or a component's name are no change. With another number
+    by several phases, another way to write a number, a path or a component's name change nothing. With another number
     of ranks, another batch size per rank that makes the same global batch is none for the training.
     """
     old, new = _calls(before), _calls(after)
@@ -78,7 +78,7 @@ def _calls(config: ConfigDict) -> dict[str, Call]:
 
 
 def _of_top(before: ConfigDict, after: ConfigDict) -> Iterator[Change]:
-    """The keys that are no sections."""
+    """The keys beside the sections."""
     for key in dict.fromkeys((*before, *after)):
         default = _TOP_DEFAULTS.get(key)
         one, other = (default if config.get(key) is None else to_plain(config[key]) for config in (before, after))

@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -125,10 +126,8 @@ def overwrite_run(folder: Path, **changes: Any) -> None:
 def why_not_writable(folder: Path) -> str:
     """Why a run folder cannot be made or written, in the system's words; '' where it can. Nothing is left there."""
     above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    trial = above / f".dtrain-{os.getpid()}"
     try:
-        trial.mkdir()
-        trial.rmdir()
+        Path(tempfile.mkdtemp(prefix=".dtrain-", dir=above)).rmdir()
     except OSError as error:
         return f"{error.strerror}: {above}"
     return ""

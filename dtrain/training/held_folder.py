@@ -44,7 +44,8 @@ def _begin_in_folder(parts: Parts) -> None:
         text = f"trainer.checkpoint_dir: {folder} cannot be written: {error.strerror}: {error.filename}"
         raise ConfigError(text) from error
     facts = read_run(folder)
-    if not start.moves_aside and facts.get("attempt_started") != start.found_attempt and facts["pid"] != os.getpid():
+    is_known = facts.get("attempt_started") == start.found_attempt or facts.get("pid") == os.getpid()
+    if not is_known and not start.moves_aside:
         raise ConfigError(f"{folder} was written by another training while this one started; start it again")
     if start.is_branch and start.checkpoint and (branch := _gone_back(parts)):
         chosen = start.checkpoint.resolve().name

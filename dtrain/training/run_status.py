@@ -38,9 +38,14 @@ def session(parts: Parts, state: TrainState) -> Iterator[Ending]:
     """Open the run, and close it with the status that is true, whatever happens inside."""
     began = time.monotonic()
     ending = Ending()
+    if parts.start.has_new_scores:
+        state.best, state.bad_validations, state.score = None, 0, None
+        parts.saver.checkpoints.begins_new_scores = True
     # From here on a request to stop is a flag: a run that is open must be closed, or its end looks like a crash.
     with only_training(parts), parts.stop.listening(), _logged(parts):
         parts.journal.start(**parts.record, from_step=state.step if parts.start.is_branch else None)
+        # Done, and not to be done again where `fit` is called again.
+        parts.start = parts.start._replace(moves_aside=False, is_branch=False, has_new_scores=False)
         parts.progress.begin(parts.table)
         try:
             yield ending

@@ -24,7 +24,15 @@ def compared(config: ConfigDict, start: Start, resume: str, world_size: int) -> 
     if computed and resume == "auto":
         raise ConfigError([*(_mistake(config, change) for change in computed), Mistake(_ways_on(start))])
     new_values = {dotted(change.path): (str(change), shown(change.after).strip("'")) for change in found}
-    return start._replace(new_values=new_values, is_branch=start.is_branch or bool(computed))
+    is_branch, has_new_scores = start.is_branch or bool(computed), any(map(_changes_scores, computed))
+    return start._replace(new_values=new_values, is_branch=is_branch, has_new_scores=has_new_scores)
+
+
+def _changes_scores(change: Change) -> bool:
+    """Whether the same weights would get another score."""
+    section, *rest = map(str, change.path)
+    of_val = section == "loaders" and rest[:1] != ["train"] and rest[-1:] not in (["batch_size"], ["global_batch_size"])
+    return section in ("metrics", "loss") or of_val or (section == "trainer" and rest in (["monitor"], ["mode"]))
 
 
 def _changes(config: ConfigDict, start: Start, world_size: int) -> list[Change]:
