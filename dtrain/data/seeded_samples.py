@@ -157,6 +157,12 @@ class SeededBatches(Dataset):
         except Exception as error:
             error.add_note(f"while loading sample {index} of {type(self.dataset).__name__}")
             raise
+        except (KeyboardInterrupt, SystemExit) as error:
+            if get_worker_info() is None:
+                raise
+            # At these torch's workers end without saying so; a worker gets no Ctrl-C.
+            where = f"while loading sample {index} of {type(self.dataset).__name__}"
+            raise RuntimeError(f"{type(error).__name__} was raised by the program itself {where}") from error
 
 
 def _already_collated(batch: Any) -> Any:

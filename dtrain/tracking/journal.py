@@ -33,7 +33,7 @@ _LOOK_EVERY_SECONDS = 1.0  # after the sender, while figures are logged
 # Before a sender that died is started again; doubled each time.
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 5.0, 300.0
 _SAVE_EVERY_SECONDS = 0.5  # run.json, on a disk that takes nothing
-_SILENT_SECONDS = 2.0  # so long the end waits for MLflow without a line
+_SILENT_SECONDS = 5.0  # so long the end waits for MLflow without a line
 _REPEAT_SECONDS = 0.5  # a Ctrl-C that ended the training may come several times
 
 
@@ -325,8 +325,10 @@ class Journal:
             (overwrite_run if is_last_try else update_run)(self.folder, **self._unsaved)
             self._unsaved = {}
         except OSError as error:
-            if is_last_try:
+            is_gone = isinstance(error, FileNotFoundError)  # the whole folder, and it will not come back
+            if is_last_try or is_gone:
                 _log.warning("%s could not be written: %s", self._files.run, error.strerror)
+            self._unsaved = {} if is_gone else self._unsaved
 
     def _wait_for_sender(self) -> str:
         """Waits until MLflow and the disk have everything, at most so long; returns what rank 0 should print."""

@@ -32,6 +32,12 @@ class Asks(Points):
         return super().__getitem__(index)
 
 
+class Leaves(Points):
+    def __getitem__(self, index):
+        sys.exit(0) if index == 7 else None
+        return super().__getitem__(index)
+
+
 class Born(Points):
     def __init__(self, size, noise=0.0):
         raise KeyboardInterrupt
@@ -69,15 +75,19 @@ def config(place: Place, name: str, dataset: str, **changes: object) -> str:
     return place.config(name, **named)
 
 
-@pytest.mark.parametrize("dataset", ["Asks", "Born"])
-def test_a_keyboard_interrupt_that_code_raises_is_a_failure_with_its_traceback(place: Place, dataset: str) -> None:
-    result = place.run(config(place, f"raises-{dataset}", dataset), expect=1)
-    assert "user_code.py" in result.stderr and "KeyboardInterrupt" in result.stderr, result.text
-    if dataset == "Asks":
-        facts = read_run(place.path("raises-Asks"))
-        assert (facts["state"], facts["exit_status"]) == ("FAILED", 1) and "KeyboardInterrupt" in facts["reason"]
-        card = json.loads((place.path("raises-Asks") / "failure.json").read_text())
-        assert card["error"] == "KeyboardInterrupt" and "user_code.py" in card["where"]
+@pytest.mark.parametrize(("dataset", "workers"), [("Asks", 0), ("Asks", 1), ("Leaves", 1), ("Born", 0)])
+def test_a_keyboard_interrupt_that_code_raises_is_a_failure_with_its_traceback(
+    place: Place, dataset: str, workers: int
+) -> None:
+    """In a worker, as an error: torch's own loop ends there without saying so, at SystemExit, too."""
+    name, error = f"raises-{dataset}-{workers}", "SystemExit" if dataset == "Leaves" else "KeyboardInterrupt"
+    result = place.run(config(place, name, dataset, **{"loaders.num_workers": workers}), expect=1)
+    assert "user_code.py" in result.stderr and error in result.stderr, result.text
+    if dataset != "Born":  # there was no run then
+        facts = read_run(place.path(name))
+        assert (facts["state"], facts["exit_status"]) == ("FAILED", 1) and error in facts["reason"]
+        card = json.loads((place.path(name) / "failure.json").read_text())
+        assert card["error"] == ("RuntimeError" if workers else error) and "user_code.py" in card["traceback"]
 
 
 def test_code_that_ignores_a_signal_does_not_keep_the_training_from_stopping(place: Place) -> None:
