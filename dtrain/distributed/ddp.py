@@ -35,6 +35,20 @@ def ddp_options(  # noqa: PLR0913
     return dict(locals())
 
 
+def hook_mistake(hook: str | None, backend: str) -> str:
+    """Why torch cannot compress gradients so; '' where it can."""
+    if hook == "bf16" and backend == "gloo":
+        return "bf16 needs NCCL, and these ranks use gloo"
+    if hook == "batched_power_sgd":
+        from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import _orthogonalize
+
+        try:
+            _orthogonalize(torch.ones(2, 1))  # what the hook does after its first thousand steps
+        except AssertionError:
+            return "batched_power_sgd fails in this version of torch after 1,000 steps"
+    return ""
+
+
 def dense(gradients: list[torch.Tensor]) -> list[torch.Tensor]:
     """Gradients with the same norms, none of them sparse: of those the numbers that they store."""
     return [item.coalesce().values() if item.layout == torch.sparse_coo else item for item in gradients]

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from dtrain.config.errors import ConfigError
-from dtrain.distributed.ddp import DDP, ddp_options
+from dtrain.distributed.ddp import DDP, ddp_options, hook_mistake
 from dtrain.distributed.device import choose_device, gpus_are_bound
 from dtrain.distributed.environment import (
     Environment,
@@ -73,9 +73,8 @@ def _join(found: Environment, device: Any, backend: str | None, timeout_seconds:
     from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
 
     default = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if options.get("comm_hook") == "bf16" and (backend or default) == "gloo":
-        possible = "no, fp16, power_sgd, batched_power_sgd"
-        raise ConfigError(f"trainer.ddp.comm_hook: bf16 needs NCCL, and these ranks use gloo; possible: {possible}")
+    if text := hook_mistake(options.get("comm_hook"), backend or default):
+        raise ConfigError(f"trainer.ddp.comm_hook: {text}; possible: no, fp16, power_sgd")
     timeout = None if timeout_seconds is None else timedelta(seconds=timeout_seconds)
     dist.init_process_group(backend or default, timeout=timeout)
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # what it asks for is done here, and not where the config says ddp
