@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from dtrain.config.build import build
 from dtrain.config.rules import SUMMED
 from dtrain.config.schema import refused
-from dtrain.data.batch import main_output
+from dtrain.data.heads import main_pair
 from dtrain.data.kept_attributes import KeptAttributes
 
 # Buffers of their losses are constants that the config gives, such as class weights.
@@ -46,8 +46,8 @@ class Criterion:
 
     def __call__(self, output: Any, target: Any) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
         """The value to minimise (a scalar) and its named terms (none for a plain loss)."""
-        if self.main_only and not isinstance(output, torch.Tensor):
-            output = main_output(output)
+        if self.main_only and not (isinstance(output, torch.Tensor) and isinstance(target, torch.Tensor)):
+            output, target = self._pair(output, target)
         value = self.loss(output, target)
         if not isinstance(value, Mapping):
             return self._scalar(value), {}
@@ -55,6 +55,15 @@ class Criterion:
         if not terms:
             raise TypeError(f"the loss {self.name} returned an empty dict; expected its terms")
         return sum(terms.values()), terms  # type: ignore[return-value]
+
+    def _pair(self, output: Any, target: Any) -> tuple[Any, Any]:
+        """Which of several outputs and targets a loss of torch compares."""
+        try:
+            return main_pair(output, target)
+        except ValueError as error:
+            found = str(error).partition(";")[0]
+            cure = "give both to a loss of your own, or call the main output 'out' or 'logits'"
+            raise ValueError(f"{self.name} compares one output with one target, but {found}; {cure}") from None
 
     def _scalar(self, value: Any, term: str = "") -> torch.Tensor:
         if isinstance(value, torch.Tensor) and value.numel() == 1:

@@ -215,7 +215,7 @@ class _OfMonai:
         self.metric.reset()
         self.values = []
 
-    def update(self, output: Any, target: Any, number: int) -> None:
+    def update(self, output: Any, target: Any, number: int, samples: int) -> None:
         ignore_index = getattr(self.metric, "ignore_index", None)
         made = self.metric(*monai_inputs(self.kind, output, target, self.activation, ignore_index))
         self.metric.reset()

@@ -93,7 +93,7 @@ def test_a_dict_of_terms_is_summed_and_handed_on(logits: Tensor, labels: Tensor)
         lambda main, other: [main, other],
         lambda main, other: {"out": main, "aux": other},
         lambda main, other: {"aux": other, "logits": main},
-        lambda main, other: {"first": main, "second": other},
+        lambda main, other: {"only": main},
         lambda main, other: {"out": (main, other)},
     ],
 )
@@ -103,6 +103,16 @@ def test_torchs_losses_get_the_main_output(wrap: Any, logits: Tensor, labels: Te
         assert torch.equal(criterion(name=name)(output, labels)[0], F.cross_entropy(logits, labels))
         smoothed = F.cross_entropy(logits, labels, label_smoothing=0.1)
         assert torch.equal(criterion(name=name, label_smoothing=0.1)(output, labels)[0], smoothed)
+
+
+def test_torchs_losses_compare_what_has_the_same_key_or_refuse(logits: Tensor, labels: Tensor) -> None:
+    """The order of keys says nothing: an output that comes first may be another head's."""
+    loss = criterion(name="CrossEntropyLoss")
+    expected = F.cross_entropy(logits, labels)
+    value, _ = loss({"mask": logits * 0, "label": logits}, {"label": labels})
+    assert torch.equal(value, expected)
+    with pytest.raises(ValueError, match="CrossEntropyLoss compares one output with one target, but .*'mask', 'label'"):
+        loss({"mask": logits * 0, "label": logits}, labels)
 
 
 def test_other_losses_get_all_outputs(logits: Tensor, labels: Tensor) -> None:
