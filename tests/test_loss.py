@@ -111,7 +111,9 @@ def test_torchs_losses_compare_what_has_the_same_key_or_refuse(logits: Tensor, l
     expected = F.cross_entropy(logits, labels)
     value, _ = loss({"mask": logits * 0, "label": logits}, {"label": labels})
     assert torch.equal(value, expected)
-    with pytest.raises(ValueError, match="CrossEntropyLoss compares one output with one target, but .*'mask', 'label'"):
+    with pytest.raises(
+        ValueError, match=r"CrossEntropyLoss compares one output with one target, but .*'mask', 'label'"
+    ):
         loss({"mask": logits * 0, "label": logits}, labels)
 
 
