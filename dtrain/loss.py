@@ -1,5 +1,6 @@
 """get_loss_criterion: the loss that the config names, as one number to minimise and its terms."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +35,9 @@ class Criterion:
         function = getattr(loss, "func", loss)  # with arguments, a function is a partial
         self.name = getattr(function, "__name__", type(function).__name__)  # in messages
         self.main_only = (getattr(function, "__module__", None) or "").startswith("torch.")
+        if self.main_only:  # (N, 1) less (N) is (N, N), of which torch says no more than that it is likely wrong
+            own = r"torch\.nn\.modules\.loss|dtrain\.loss"
+            warnings.filterwarnings("error", "Using a target size", UserWarning, module=own)
         self._modules = loss if isinstance(loss, torch.nn.Module) else _Held(loss)
         for part in self._modules.modules():
             if type(part).__module__.startswith(_LIBRARIES):
