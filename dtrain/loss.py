@@ -1,5 +1,6 @@
 """get_loss_criterion: the loss that the config names, as one number to minimise and its terms."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +35,9 @@ class Criterion:
         function = getattr(loss, "func", loss)  # with arguments, a function is a partial
         self.name = getattr(function, "__name__", type(function).__name__)  # in messages
         self.main_only = (getattr(function, "__module__", None) or "").startswith("torch.")
+        if self.main_only:  # (N, 1) less (N) is (N, N), of which torch says no more than that it is likely wrong
+            own = r"torch\.nn\.modules\.loss|dtrain\.loss"
+            warnings.filterwarnings("error", "Using a target size", UserWarning, module=own)
         self._modules = loss if isinstance(loss, torch.nn.Module) else _Held(loss)
         for part in self._modules.modules():
             if type(part).__module__.startswith(_LIBRARIES):
@@ -75,10 +79,11 @@ class Criterion:
 
     def to(self, device: torch.device) -> "Criterion":
         """Move the loss's own tensors, such as class weights."""
-        arguments = getattr(self.loss, "keywords", {})  # of a function
-        for name, value in arguments.items():
-            if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
-                arguments[name] = value.to(device)
+        if not isinstance(self.loss, torch.nn.Module):
+            held = _held_by(self.loss)
+            for name, value in held.items():
+                if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
+                    held[name] = value.to(device)
         self._modules.to(device)
         self.kept = KeptAttributes(device)
         self.kept.begin({"loss": self.loss} | ({} if self._modules is self.loss else {"held": self._modules}))
@@ -94,7 +99,7 @@ class _Held(torch.nn.Module):
 
     def __init__(self, loss: Any) -> None:
         super().__init__()
-        for name, value in (getattr(loss, "keywords", None) or getattr(loss, "__dict__", {})).items():
+        for name, value in _held_by(loss).items():
             values = value.items() if isinstance(value, Mapping) else enumerate(value if _is_list(value) else [value])
             for key, item in values:
                 own = f"{name}_{key}" if _is_list(value) or isinstance(value, Mapping) else f"{name}_"
@@ -102,6 +107,12 @@ class _Held(torch.nn.Module):
                     self.register_parameter(own, item)
                 elif isinstance(item, torch.nn.Module):
                     self.add_module(own, item)
+
+
+def _held_by(loss: Any) -> dict[str, Any]:
+    """The arguments of a function, the attributes of an object."""
+    found: dict[str, Any] = getattr(loss, "keywords", None) or getattr(loss, "__dict__", {})
+    return found
 
 
 def _is_list(value: Any) -> bool:

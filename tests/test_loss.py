@@ -28,6 +28,16 @@ class AllOutputs:
         return F.cross_entropy(output[0], target) + F.cross_entropy(output[1], target)
 
 
+class Weighted:
+    """A plain object with a tensor of its own."""
+
+    def __init__(self, weight: list[float]) -> None:
+        self.weight = torch.tensor(weight)
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output, target, weight=self.weight)
+
+
 def scaled(output: Tensor, target: Tensor, factor: float = 1.0, weight: Tensor | None = None) -> Tensor:
     return factor * F.cross_entropy(output, target, weight=weight)
 
@@ -150,6 +160,7 @@ def test_what_is_not_one_number_is_an_error_that_names_the_loss(
     [
         {"name": "CrossEntropyLoss", "weight": [1.0, 2.0, 0.5]},
         {"name": "scaled", "weight": [1.0, 2.0, 0.5]},
+        {"name": "Weighted", "weight": [1.0, 2.0, 0.5]},
     ],
 )
 def test_a_losss_own_tensors_move_with_it(loss: dict[str, Any], labels: Tensor) -> None:

@@ -11,6 +11,7 @@ import torch
 _SCALARS = (type(None), bool, int, float, complex, str)
 _CONTAINERS = (list, tuple, set, dict, OrderedDict)
 _MAX_ELEMENTS = 1_000_000  # more is a cache rather than a state
+_OF_TORCHMETRICS = {"_update_count", "_groups_checked"}
 _OF_MODULES = frozenset(vars(torch.nn.Module()))  # what torch itself keeps on every module
 
 
@@ -32,7 +33,8 @@ class KeptAttributes:
         """The objects are made; what was loaded before is put into them."""
         self._objects = objects
         self._as_made = self._plain_values()
-        self._put_back()
+        if self._waiting:
+            self._put_back()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values by `object.attribute`, copied."""
@@ -58,7 +60,8 @@ class KeptAttributes:
             f"{home}.{name}": _plain(value)
             for home, attributes in self._homes()
             for name, value in attributes.items()
-            if name not in _OF_MODULES
+            # A torchmetrics object knows by private attributes how far it is with one evaluation.
+            if name not in _OF_MODULES and not (name.startswith("_") and _OF_TORCHMETRICS & attributes.keys())
         }
         return {place: value for place, value in values.items() if value is not _OTHER}
 
@@ -67,9 +70,10 @@ class KeptAttributes:
         for key, value in self._objects.items():
             parts = value.named_modules() if isinstance(value, torch.nn.Module) else [("", value)]
             for name, part in parts:
-                yield f"{key}.{name}" if name else key, getattr(part, "__dict__", {})
+                home = f"{key}.{name}" if name else key
+                yield home, getattr(part, "__dict__", {})
                 if self._with_buffers and isinstance(part, torch.nn.Module):
-                    yield f"{key}.{name}:buffers", part._buffers
+                    yield f"{home}:buffers", part._buffers
 
 
 class _Other:

@@ -65,7 +65,6 @@ class Reentrant(nn.Module):
 '''
 BCE = {"name": "BCEWithLogitsLoss"}
 ONE = {"name": "torch.nn:Linear", "in_features": 8, "out_features": 1}
-MSE = {"name": "MSELoss"}
 
 
 @pytest.mark.parametrize(
@@ -78,6 +77,8 @@ MSE = {"name": "MSELoss"}
         ({"uneven": True}, {}, {}, "loaders.collate_fn"),
         ({"shape": [1]}, ONE, BCE, "target.float()"),
         ({"y": "float32"}, ONE, BCE, "target.unsqueeze(1)"),
+        ({"y": "float32"}, ONE, {"name": "MSELoss"}, "target.unsqueeze(1)"),
+        ({"y": "float32"}, ONE, {"name": "torch.nn.functional:l1_loss"}, "target.unsqueeze(1)"),
         ({"y": "float32", "shape": [1]}, ONE, {"name": "BCELoss"}, "BCEWithLogitsLoss"),
         ({}, {"name": "Apart"}, {}, "the loss depends on no parameter"),
     ],
