@@ -50,8 +50,8 @@ def environment() -> Environment:
 
     Inside torchrun, SLURM's and MPI's variables are those of the node's one task, and in a batch script SLURM's are set
     although srun started nothing; so they count only where srun itself started several tasks.
-    ConfigError: for what is no number or contradicts itself; where others were started beside this process, but nothing
-    says which of them it is, so that each would train alone; and where nothing says where they meet.
+    ConfigError: for what is not an integer or contradicts itself; where others were started beside this process, but
+    nothing says which of them it is, so that each would train alone; and where nothing says where they meet.
     """
     found = _found()
     if found.world_size > 1 and found.launcher != "srun":

@@ -116,8 +116,8 @@ def overwrite_run(folder: Path, **changes: Any) -> None:
     file = RunFolder(folder).run
     content = json.dumps({**read_run(folder), **changes}, indent=1, default=str).encode() + b"\n"
     with file.open("r+b") as run:
-        room = -(-os.fstat(run.fileno()).st_size // _BLOCK_BYTES) * _BLOCK_BYTES
-        if len(content) > room:
+        available = -(-os.fstat(run.fileno()).st_size // _BLOCK_BYTES) * _BLOCK_BYTES
+        if len(content) > available:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
         run.write(content)
         run.truncate()
