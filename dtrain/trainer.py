@@ -31,6 +31,7 @@ from dtrain.distributed.vote import Vote
 from dtrain.predict.inference import Result
 from dtrain.predict.run import compare_with_training, logits, predict
 from dtrain.tracking.secrets import keep_secret
+from dtrain.training.best_score import is_new_best, judge_patience
 from dtrain.training.evaluate import evaluate, evaluate_volumes
 from dtrain.training.evidence import Evidence
 from dtrain.training.failure_card import reported
@@ -427,21 +428,11 @@ class Trainer:
             if score is None:
                 self.save()  # what was trained must not be lost for a name; the next start validates it
                 raise ConfigError(not_given(self.monitor, figures))
-            state.validated_step, state.score = state.step, score
-            better = state.best is None or (score > state.best if self.mode == "max" else score < state.best)
-            is_best = better and math.isfinite(score)
-            state.bad_validations = 0 if is_best else state.bad_validations + 1
-            state.best = score if is_best else state.best
+            is_best = is_new_best(state, score, self.mode)
             self.progress.evaluation("val", state.step, figures, is_best)
             self.schedule.tick("validation", score)
-            self._judge_patience()
+            judge_patience(state, self.early_stop_patience, self.monitor)
         return True
-
-    def _judge_patience(self) -> None:
-        """End the training where too many validations have brought no new best."""
-        bad = self.state.bad_validations
-        if self.early_stop_patience is not None and bad >= self.early_stop_patience:
-            self.state.ended = f"no better {self.monitor} in {bad} validations"
 
     def evaluate(self, phase: str, module: torch.nn.Module | None = None) -> dict[str, float]:
         """Loss and metrics over a whole phase, written to the journal. All ranks call it and get the same.
@@ -575,7 +566,7 @@ class Trainer:
         restore(loaded, self.state, self.trainables, self.ranks, self.parts.seed)
         if self.state.order != ORDER:
             self.progress.note("this epoch ends in the order of the version of dtrain that began it")
-        self._judge_patience()
+        judge_patience(self.state, self.early_stop_patience, self.monitor)
         self.saver.mark_saved(self.state.place)
 
     # -------------------------------------------------------------------------------------------------- when it fails

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import time
-import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -205,23 +204,6 @@ def require_whole(path: Path, is_verified: bool) -> Manifest:
     if not is_verified and (problems := verify(path)):
         raise CheckpointError(f"{path} is not a whole checkpoint: {'; '.join(problems)}")
     return read_manifest(path)
-
-
-def first_good(candidates: list[Path]) -> Path | None:
-    """The first that verifies; those before it, and what is used instead, are named in one warning."""
-    damaged: list[str] = []
-    chosen = None
-    for path in candidates:
-        if not (problems := verify(path)):
-            chosen = path
-            break
-        if not path.exists():
-            continue  # a training that is at work has removed it meanwhile
-        damaged.append(f"{path.name}/{problems[0]}")
-    if damaged:
-        instead = f"{chosen.name} is used instead" if chosen else "there is no other"
-        warnings.warn(f"damaged checkpoints in {candidates[0].parent}: {'; '.join(damaged)}; {instead}", stacklevel=3)
-    return chosen
 
 
 def read_tensors(path: Path, rest: dict[str, Any]) -> dict[str, Any]:

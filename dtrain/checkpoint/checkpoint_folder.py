@@ -19,7 +19,6 @@ from dtrain.checkpoint.checkpoint_files import (
     WRITE_ERRORS,
     Manifest,
     failure_of,
-    first_good,
     read_manifest,
     step_in,
     verify,
@@ -124,7 +123,7 @@ class Checkpoints:
     def last(self) -> Path | None:
         """The newest checkpoint that verifies, or None; one that is passed over is named in a warning."""
         readable, unreadable = self._scan()
-        return first_good([*unreadable, *(path for path, _ in readable)])
+        return _first_good([*unreadable, *(path for path, _ in readable)])
 
     def best(self) -> Path | None:
         """The checkpoint with the best score that verifies, or None; one that is passed over is named in a warning.
@@ -133,7 +132,7 @@ class Checkpoints:
         """
         readable, unreadable = self._scan()
         chosen = (self.folder / "best").resolve().name
-        return first_good([*unreadable, *sorted(self._ranked(readable), key=lambda path: path.name != chosen)])
+        return _first_good([*unreadable, *sorted(self._ranked(readable), key=lambda path: path.name != chosen)])
 
     def folders(self) -> list[Path]:
         """Those of all checkpoints, damaged ones included, newest last by name."""
@@ -296,3 +295,20 @@ def _locked(path: Path, timeout_seconds: float) -> Iterator[None]:
 
 def _leftovers(folder: Path) -> list[Path]:
     return [path for name in (".old-step-*", ".tmp-step-*", ".tmp-last", ".tmp-best") for path in folder.glob(name)]
+
+
+def _first_good(candidates: list[Path]) -> Path | None:
+    """The first that verifies; those before it, and what is used instead, are named in one warning."""
+    damaged: list[str] = []
+    chosen = None
+    for path in candidates:
+        if not (problems := verify(path)):
+            chosen = path
+            break
+        if not path.exists():
+            continue  # a training that is at work has removed it meanwhile
+        damaged.append(f"{path.name}/{problems[0]}")
+    if damaged:
+        instead = f"{chosen.name} is used instead" if chosen else "there is no other"
+        warnings.warn(f"damaged checkpoints in {candidates[0].parent}: {'; '.join(damaged)}; {instead}", stacklevel=3)
+    return chosen
