@@ -276,7 +276,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _job(options: argparse.Namespace) -> int:
     """Run the step of a batch job: pass warnings on to it, and requeue the job when it was stopped early."""
-    from dtrain.launch.job import run_job
+    from dtrain.launch.requeue import run_job
 
     return run_job(options.run_folder, options.step, options.requeue, options.stopped_status)
 

@@ -1,6 +1,5 @@
 """From a YAML file, the files under its `_base_` and overrides to one locked ConfigDict that knows its keys' places."""
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -9,8 +8,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dtrain.config.errors import ConfigError, KeyPath, Mistake, Place, dotted, found, is_mapping, shown, type_name
-from dtrain.config.pytorch3dunet import canonical_key, canonical_names, translate
+from dtrain.config.errors import ConfigError, KeyPath, Mistake, Place, dotted, found, is_mapping, type_name
+from dtrain.config.overrides import override
+from dtrain.config.pytorch3dunet import canonical_names, translate
 from dtrain.config.variables import expand
 from dtrain.config.yaml12 import MAX_DEPTH, dump, key_mistake, parse, read_text
 
@@ -34,7 +34,7 @@ def merged(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 def _read(path: str | Path, overrides: Sequence[str]) -> "_Tree":
     tree = _read_file(Path(path), (), None, iter(range(MAX_FILES)))
-    _apply_all(overrides, lambda text: _override(tree, text))
+    _apply_all(overrides, lambda text: override(tree.values, tree.places, text))
     if overrides:
         tree.texts["overrides.txt"] = "\n".join([*overrides, ""])
     if tree.values.get("experiment") is None:
@@ -205,44 +205,6 @@ def _merge(into: _Tree, other: _Tree) -> None:
         while name in into.texts and into.texts[name] != text:  # two files of one name in different folders
             name = f"_{name}"
         into.texts[name] = text
-
-
-def _override(tree: _Tree, text: str) -> None:
-    """Set one `KEY=VALUE` in the tree."""
-    place = Place(f"argument {shown(text)}")
-    key, equals, value_text = text.partition("=")
-    if not equals or not all(key.split(".")):
-        raise ConfigError("expected KEY=VALUE with dots between keys, such as optimizer.lr=1e-3", place)
-    value, places = parse(value_text, text, place)
-    path, value = canonical_key(tuple(key.split(".")), value, tree.values)
-    parent: Any = tree.values
-    done: KeyPath = ()
-    for part in path[:-1]:
-        index = _step(parent, str(part), done, place)
-        done = (*done, index)
-        if isinstance(parent, dict) and parent.get(index) is None:
-            parent[index] = {}
-            tree.places[done] = place
-        parent = parent[index]
-    last = _step(parent, str(path[-1]), done, place)
-    parent[last] = value
-    tree.places |= {(*done, last): place} | {(*done, last, *rest): place for rest in places}
-    canonical_names(tree.values, tree.places)  # the value may be a mapping in another dialect
-
-
-def _step(parent: Any, part: str, done: KeyPath, place: Place) -> Any:
-    """The key or the list index that `part` means inside `parent`."""
-    if isinstance(parent, dict):
-        if wrong := key_mistake(part, done):
-            raise ConfigError(wrong, place)
-        return part
-    if isinstance(parent, list):
-        if not re.fullmatch(r"[0-9]{1,9}", part) or int(part) >= len(parent):
-            possible = f"0 to {len(parent) - 1}" if parent else "none, it is empty"
-            text = f"'{dotted(done)}' is a list: {shown(part)} is not one of its indices ({possible})"
-            raise ConfigError(text, place)
-        return int(part)
-    raise ConfigError(f"'{dotted(done)}' is {shown(parent)}, so it has no key {shown(part)}", place)
 
 
 def _to_config(tree: _Tree) -> ConfigDict:

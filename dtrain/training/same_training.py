@@ -5,7 +5,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from dtrain.checkpoint.resume import Start
-from dtrain.config.changes import Change, changes
+from dtrain.config.difference import Change, changes
 from dtrain.config.errors import ConfigError, Mistake, dotted, shown
 from dtrain.config.load import load_config, place_of
 from dtrain.tracking.journal import has_figures
