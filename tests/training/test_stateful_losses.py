@@ -332,7 +332,7 @@ def test_layers_of_torch_within_a_loss_keep_their_buffers(train: Callable[..., P
         "loaders.train": {"size": 24, "seed": 0}, "loaders.test": {"size": 7, "seed": 2},
     }  # fmt: skip
     whole = train("whole", **changes, **{"trainer.max_steps": 6})
-    for steps in (2, 6):
+    for steps in (3, 6):  # an epoch, after which both are validated
         parts = train("parts", **changes, **{"trainer.max_steps": steps})
     same_training(parts, whole)
     found = last(whole).others["loss"]

@@ -304,7 +304,7 @@ def test_a_bad_step_leaves_nothing_in_plain_attributes(train: Callable[..., Path
         "trainer.on_nonfinite": "skip", "trainer.max_epochs": 1, "loaders.shuffle": False, "loaders.val": None,
         "optimizer": {"name": "SGD", "lr": 0.0, "fused": fused}, "loaders.batch_size": 4,
     })  # fmt: skip
-    assert set(figures(run)["skipped_steps"].values()) == {2.0}
+    assert figures(run)["skipped_steps"][7] == 2.0
     x, _ = points(28, seed=0)
     mean, total, first = torch.zeros(8), torch.zeros(8), None
     assert len(brought.Remembers.seen) == 7
@@ -344,12 +344,12 @@ def test_no_epochs_validate_test_and_continue(train: Callable[..., Path]) -> Non
         ),
         (
             {"loss": {"name": "WeightedSum", "losses": [{"name": "MSELoss"}, {"name": "Halved", "criterion": SUM}]}},
-            "loss.losses[1].criterion.reduction",
+            "loss.losses.1.criterion.reduction",
             "use reduction: mean",
         ),
         (
             {"loss": {"name": "WeightedSum", "losses": [{"name": "monai.losses.DiceCELoss", "reduction": "sum"}]}},
-            "loss.losses[0].reduction",
+            "loss.losses.0.reduction",
             "use reduction: mean",
         ),
         ({"loss": {"name": "Halved", "criterion": SUM | {"_partial_": True}}}, "loss.criterion.reduction", "use red"),
