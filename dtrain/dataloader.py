@@ -197,9 +197,9 @@ def first_batch(loaders: Loaders) -> Any:
     """A batch of the first phase that there is, loaded in this process."""
     for loader in loaders:
         if isinstance(loader, TrainLoader):
-            return loader.loader.dataset.__getitems__([0, *loader.shard.batches_from(0, 0, 1)[0]])  # type: ignore[attr-defined]
+            return loader.batches.batch(0, *loader.shard.batches_from(0, 0, 1)[0])
         if loader is not None:
-            return loader.dataset.__getitems__([0, 0])  # type: ignore[attr-defined]
+            return loader.dataset.batch(0, 0)  # type: ignore[attr-defined]
     raise ValueError("there are no data")
 
 

@@ -111,7 +111,7 @@ def config(place: Place, name: str, **changes: Any) -> str:
     settings = {
         "modules": ["counted"], "model": {"name": "Reads"}, "loss.name": "MeanOf", "metrics": {"name": "mean_of"},
         "loaders": {"name": "Ten", "batch_size": 4, "shuffle": False, "train": {}, "val": {}},
-        "trainer.pictures": False, "trainer.max_epochs": 1, **changes,
+        "trainer.pictures": False, "trainer.max_epochs": 1, "trainer.mode": "min", **changes,
     }  # fmt: skip
     return place.config(name, **settings)
 

@@ -421,9 +421,9 @@ class Deaf(MLP):
 def test_ctrl_c_is_heard_while_a_library_is_imported_that_swallows_it(place: Place) -> None:
     """As torch's did, once in some forty times."""
     (place.folder / "swallows.py").write_text(SWALLOWS)
-    file = place.config("deaf", modules=["swallows", "toy"], **{"model.name": "Deaf"})
+    file = place.config("deaf-import", modules=["swallows", "toy"], **{"model.name": "Deaf"})
     assert place.run(file, expect=130).stderr == ""
-    assert not place.path("deaf").exists()
+    assert not place.path("deaf-import").exists()
 
 
 def test_checkpoints_by_the_clock(place: Place) -> None:
