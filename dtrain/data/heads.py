@@ -98,7 +98,7 @@ def are_several(value: Any, samples: int = 0) -> bool:
     if isinstance(value[0], list | tuple):
         return are_several(value[0], samples)
     if all(isinstance(item, torch.Tensor) for item in value):
-        # As many as there are samples: one for each. Only a tuple whose items all have as many rows is taken for several
+        # As many as there are samples: one each. Only a tuple whose items all have as many rows is taken for several
         # outputs, as models return them; a metric that then gets a list says so itself.
         return len(value) != samples or (isinstance(value, tuple) and _rows(value) == {samples})
     if isinstance(value, tuple):
