@@ -192,14 +192,24 @@ class Loaders(NamedTuple):
                 lines += [f"{phase}: {name} ({type(item).__name__})" for name, item in held.items()]
         return lines
 
+    def sample_counts(self) -> set[int]:
+        """How many samples the batches have that collate functions of the user's own make, on this rank."""
+        counts: set[int] = set()
+        for loader in self:
+            batches: Any = getattr(loader, "batches", None) or getattr(loader, "dataset", None)
+            if batches is not None and batches.may_leave_out:
+                shard: Any = loader.shard if isinstance(loader, TrainLoader) else loader.batch_sampler  # type: ignore[union-attr]
+                counts |= {min(shard.batch_size, len(batches)), len(batches) % shard.batch_size}
+        return counts
+
 
 def first_batch(loaders: Loaders) -> Any:
     """A batch of the first phase that there is, loaded in this process."""
     for loader in loaders:
         if isinstance(loader, TrainLoader):
-            return loader.loader.dataset.__getitems__([0, *loader.shard.batches_from(0, 0, 1)[0]])  # type: ignore[attr-defined]
+            return loader.batches.batch(0, *loader.shard.batches_from(0, 0, 1)[0])
         if loader is not None:
-            return loader.dataset.__getitems__([0, 0])  # type: ignore[attr-defined]
+            return loader.dataset.batch(0, 0)  # type: ignore[attr-defined]
     raise ValueError("there are no data")
 
 

@@ -17,7 +17,7 @@ from dtrain.config.build import make
 from dtrain.config.errors import ConfigError
 from dtrain.config.schema import calls, refused
 from dtrain.data import rng
-from dtrain.data.heads import main_pair
+from dtrain.data.heads import main_pair, shows_outputs
 from dtrain.data.kept_attributes import KeptAttributes
 from dtrain.data.monai_inputs import Activation, kind_of, monai_inputs
 from dtrain.distributed.ranks import Ranks
@@ -57,6 +57,7 @@ class Metrics:
     ) -> None:
         self._makers, self._ranks, self._device, self._settings = makers, ranks, device, settings or {}
         self._metrics: dict[str, Any] | None = None
+        self._has_several = False  # outputs, the model: a batch has shown it
         self.names = list(makers)  # the labels under which they are logged
         self.kept = KeptAttributes(device, with_buffers=True)  # what they keep from one validation to the next
 
@@ -97,6 +98,9 @@ class Metrics:
         """What a metric compares."""
         try:
             keys = self._settings.get(name, {})
+            # A model that has once returned several outputs does so in a batch of just as many samples, too.
+            self._has_several = self._has_several or shows_outputs(output, samples)
+            samples = 0 if self._has_several else samples
             measured, wanted = main_pair(output, target, keys.get("output_key"), keys.get("target_key"), samples)
         except ValueError as error:
             raise ConfigError(f"metrics.{name}: {error}") from None
@@ -317,6 +321,8 @@ def _higher_is_better(metric: Any, part: str) -> bool | None:
     if said is not None:
         return bool(said)
     is_torchmetrics_own = type(metric).__module__.startswith("torchmetrics.")
+    if type(metric).__name__ == "CompositionalMetric":  # 1 - metric goes the other way
+        return None
     if not isinstance(metric, torch.nn.Module) or not is_torchmetrics_own or part == "std":  # a spread is not a quality
         return None
     items: Any = getattr(metric, "items", {}.items)  # those of a collection

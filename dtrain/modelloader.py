@@ -1,6 +1,6 @@
 """get_model: the network that the config names; Forward: how it is called with a batch of any form."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -49,6 +49,7 @@ class Forward:
     # Of output and target: the loss and its terms; not needed to predict.
     criterion: Callable[[Any, Any], tuple[Tensor, Mapping[str, Tensor]]] | None = None
     output_key: str | int | None = None  # which of several outputs is predicted; see `data.heads.output_of`
+    sample_counts: Collection[int] = ()  # see `data.batch.call_form`
 
     def __post_init__(self) -> None:
         self._is_on_cpu = self.device.type == "cpu"
@@ -68,7 +69,7 @@ class Forward:
             batch = batches.to_device(batch, self.device)
         inputs, target = batches.split(batch, self.input_key, self.target_key)
         if self._form is None:
-            self._form = batches.call_form(self.module, inputs)
+            self._form = batches.call_form(self.module, inputs, self.sample_counts)
         with self._autocast:
             section = "model"
             try:
@@ -91,7 +92,8 @@ class Forward:
         if not self._is_on_cpu:
             inputs = batches.to_device(inputs, self.device)
         with self._autocast:
-            output = batches.call(model, inputs, batches.call_form(self.module, inputs))
+            form = batches.call_form(self.module, inputs, self.sample_counts)
+            output = batches.call(model, inputs, form)
         try:
             return output_of(output, self.output_key)
         except ValueError as error:

@@ -57,6 +57,14 @@ class Reads(nn.Module):
             x = pad_packed_sequence(x)[0]
         return x + 0 * self.weight
 
+class Detector(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+    def forward(self, images, targets=None):           # as torchvision's: a list of images
+        assert targets is None
+        return torch.stack([image.mean() for image in images]) + 0 * self.weight
+
 def mean_of(output, target):
     return output.mean()
 
@@ -111,7 +119,7 @@ def config(place: Place, name: str, **changes: Any) -> str:
     settings = {
         "modules": ["counted"], "model": {"name": "Reads"}, "loss.name": "MeanOf", "metrics": {"name": "mean_of"},
         "loaders": {"name": "Ten", "batch_size": 4, "shuffle": False, "train": {}, "val": {}},
-        "trainer.pictures": False, "trainer.max_epochs": 1, **changes,
+        "trainer.pictures": False, "trainer.max_epochs": 1, "trainer.mode": "min", **changes,
     }  # fmt: skip
     return place.config(name, **settings)
 
@@ -126,6 +134,12 @@ def test_the_loss_of_ten_samples_is_their_mean_whatever_form_a_batch_has(form: s
     found = figures(written.path(name))
     for figure in ("val/loss", "val/mean_of", "test/loss", "test/mean_of"):
         assert list(found[figure].values()) == [pytest.approx(4.5)], figure
+
+
+def test_a_list_of_two_samples_is_not_spread_over_a_models_arguments(written: Place) -> None:
+    changes = {"loaders.collate_fn": {"name": "listed"}, "loaders.batch_size": 2, "model.name": "Detector"}
+    written.run(config(written, "detector", **changes))
+    assert list(figures(written.path("detector"))["val/loss"].values()) == [pytest.approx(4.5)]
 
 
 # Of the samples 0 to 9, with 1 and 3 to 7 left out: batches of {0, 2}, of nothing, and of {8, 9}.

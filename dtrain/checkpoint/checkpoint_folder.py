@@ -209,7 +209,7 @@ class Checkpoints:
     def _write(self, target: Path, snapshot: Snapshot, facts: Manifest) -> None:
         # The newest has neither always the highest step (a run may go back) nor the latest time (clocks jump). Those of
         # branches that were left count too, so that it can be told what came after what if one is taken up again.
-        serial = 1 + max((manifest["serial"] for manifest in self._manifests_of_all()), default=0)
+        serial = 1 + max((manifest["serial"] for manifest in self._manifests_of_all(but=target)), default=0)
         readable, _ = self._scan()
         newest = readable[0][1] if readable else {}
         scores_after = newest.get("serial" if self.begins_new_scores else "scores_after", 0)
@@ -266,8 +266,10 @@ class Checkpoints:
                 unreadable.append(path)
         return sorted(readable, key=lambda found: found[1]["serial"], reverse=True), unreadable
 
-    def _manifests_of_all(self) -> Iterator[Manifest]:
+    def _manifests_of_all(self, but: Path) -> Iterator[Manifest]:
         for path in (*self.folders(), *self.folder.glob("branch-*/step-*")):
+            if path == but:  # what takes its place has its number
+                continue
             with suppress(CheckpointError):
                 yield read_manifest(path)
 

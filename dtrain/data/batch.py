@@ -1,7 +1,7 @@
 """What is input, target and main output: the forms that batches and outputs may have."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -115,13 +115,29 @@ def _described(batch: Any) -> str:
 Form = Literal["one", "several", "named"]
 
 
-def call_form(model: torch.nn.Module, example: Any) -> Form:
-    """How a model takes an input of this form: as one argument, as several, or by name; decided by its signature."""
+def call_form(model: torch.nn.Module, example: Any, sample_counts: Collection[int] = ()) -> Form:
+    """How a model takes an input of this form: as one argument, as several, or by name; decided by its signature.
+
+    Args:
+        model: What is called.
+        example: An input.
+        sample_counts: How many samples the batches have that a collate function of the user's own has made. A list of
+            as many is one for each sample, as for detection, unless the model requires so many arguments, or takes any.
+    """
     if isinstance(example, Mapping) and _accepts(model, (), example):
         return "named"
-    if _are_several(example) and _accepts(model, example, {}):
-        return "several"
-    return "one"
+    if not _are_several(example) or not _accepts(model, example, {}):
+        return "one"
+    is_list_of_samples = isinstance(example, list) and len(example) in sample_counts
+    return "one" if is_list_of_samples and not _requires(model, len(example)) else "several"
+
+
+def _requires(model: torch.nn.Module, count: int) -> bool:
+    """Whether a model requires so many arguments, two or more, or takes any number."""
+    items = inspect.signature(model.forward).parameters.values()
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    required = sum(item.kind in positional and item.default is item.empty for item in items)
+    return any(item.kind is item.VAR_POSITIONAL for item in items) or 1 < count == required
 
 
 def call(model: torch.nn.Module, inputs: Any, form: Form) -> Any:

@@ -18,8 +18,8 @@ def main_pair(
 
     Without keys: of two dicts the entries under the one key that both have; of a dict of outputs 'out' or 'logits', of
     a dict of targets the one under a usual key (`batch.TARGET_KEYS`), of either its only entry; of a tuple or list of
-    tensors the first. A list of samples (of dicts, texts or numbers, as for detection, or of so many tensors as there
-    are samples, of different lengths) is taken whole.
+    tensors the first. A list or tuple of samples (of dicts, texts or numbers, as for detection, or of so many tensors
+    as there are samples) is taken whole.
 
     Args:
         output: What the model returned.
@@ -31,16 +31,30 @@ def main_pair(
     Raises:
         ValueError: Keys do not decide it, or there is no such entry; with the keys that there are.
     """
+    if isinstance(target, torch.Tensor) and _rows(output) == {samples}:
+        samples = 0  # nothing but several outputs fits one tensor
     if output_key is None and target_key is None:
         return _paired(output, target, samples)
     if output_key is None:
-        output_key = target_key if _has(output, target_key) else None
-    elif target_key is None:
-        target_key = output_key if _has(target, output_key) else None
-    return (
-        _main(output, samples, "output") if output_key is None else _entry(output, output_key, samples, "output"),
-        _main(target, samples, "target") if target_key is None else _entry(target, target_key, samples, "target"),
-    )
+        return _other(output, target_key, samples, "output"), _entry(target, target_key, samples, "target")
+    measured = _entry(output, output_key, samples, "output")
+    if target_key is None:
+        return measured, _other(target, output_key, samples, "target")
+    return measured, _entry(target, target_key, samples, "target")
+
+
+def _other(value: Any, key: Key, samples: int, side: str) -> Any:
+    """What belongs to a key that was given for the other side alone: what is under that key, else the only entry."""
+    if _has(value, key, samples):
+        return _entry(value, key, samples, side)
+    if are_several(value, samples) and len(value) > 1:
+        raise ValueError(f"{side}_key: missing: the other side's key is {key!r}, and {_described(value)}")
+    return _main(value, samples, side)
+
+
+def shows_outputs(value: Any, samples: int) -> bool:
+    """Whether a list of tensors can only be several outputs: it has another length than the batch."""
+    return isinstance(value, list | tuple) and len(value) != samples and are_several(value, samples)
 
 
 def output_of(output: Any, key: str | int | None) -> Any:
@@ -84,16 +98,28 @@ def are_several(value: Any, samples: int = 0) -> bool:
     if isinstance(value[0], list | tuple):
         return are_several(value[0], samples)
     if all(isinstance(item, torch.Tensor) for item in value):
-        lengths = {len(item) if item.dim() else -1 for item in value}
-        return isinstance(value, tuple) or len(value) != samples or lengths == {samples}
+        # As many as there are samples: one each. Only a tuple whose items all have as many rows is taken for several
+        # outputs, as models return them; a metric that then gets a list says so itself.
+        return len(value) != samples or (isinstance(value, tuple) and _rows(value) == {samples})
     if isinstance(value, tuple):
         return not all(isinstance(item, Mapping | str | bytes | int | float | None) for item in value)
     return isinstance(value[0], torch.Tensor)
 
 
-def _has(value: Any, key: Key) -> bool:
-    keys = key if isinstance(key, list) else [key]
-    return isinstance(value, Mapping) and all(each in value for each in keys)
+def _rows(value: Any) -> set[int]:
+    """How long the tensors of a sequence are; empty where it holds something else."""
+    if not isinstance(value, list | tuple) or not all(isinstance(item, torch.Tensor) for item in value):
+        return set()
+    return {len(item) if item.dim() else -1 for item in value}
+
+
+def _has(value: Any, key: Key, samples: int) -> bool:
+    """Whether there is such an entry: of a dict, a field of a named tuple or data class, an index of several."""
+    try:
+        _entry(value, key, samples, "")
+    except ValueError:
+        return False
+    return not isinstance(key, int) or are_several(value, samples)
 
 
 def _entry(value: Any, key: Key, samples: int, side: str) -> Any:

@@ -1,6 +1,6 @@
 """dtrain check: what a training does only after hours, tried once: writes nothing, and its weights are thrown away."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from ml_collections import ConfigDict
 
+from dtrain.checkpoint.checkpoint_files import LOSS
 from dtrain.checkpoint.contents import take_snapshot
 from dtrain.checkpoint.weights import misfits_of
 from dtrain.config.errors import ConfigError, first_few
 from dtrain.config.metric_rules import not_given
 from dtrain.config.schema import refused
+from dtrain.loss import get_loss_criterion
 from dtrain.modelloader import get_model
 from dtrain.predict.run import first_planes
 from dtrain.trainer import Trainer
@@ -113,19 +115,24 @@ def _require_resumable(trainer: Trainer, config: ConfigDict) -> None:
     """What a checkpoint would hold now can be written, and fits a model and an optimizer that are made anew."""
     values, weights, ema, others = capture(trainer.state, trainer.trainables, trainer.ranks, trainer.parts.seed)
     take_snapshot(weights, values, ema, others=others)
-    module = get_model(config)
-    make_lazy_parts(
-        replace(trainer.forward, module=module, device=torch.device("cpu"), precision="fp32"), trainer.loaders
-    )
+    module, loss = get_model(config), get_loss_criterion(config)
+    on_cpu = replace(trainer.forward, module=module, criterion=loss, device=torch.device("cpu"), precision="fp32")
+    make_lazy_parts(on_cpu, trainer.loaders)
+    _require_fit(config, "model", module, weights)
+    if loss.module is not None and LOSS in others:
+        _require_fit(config, "loss", loss.module, others[LOSS])
+    try:
+        get_optimizer(config, module, loss.module).load_state_dict(values["optimizer"])
+    except Exception as error:
+        raise refused(config, ("optimizer",), f"could not be resumed: load_state_dict raised {error}") from error
+
+
+def _require_fit(config: ConfigDict, section: str, module: torch.nn.Module, weights: Mapping[str, Any]) -> None:
     if misfits := misfits_of(module, weights):
         cure = "make all modules in __init__, and register buffers in their final size"
-        text = f"could not be resumed: after one step its state no longer fits the model as built; {cure}"
-        raise refused(config, ("model",), f"{text} ({first_few(misfits, 5, '; ')})")
+        text = f"could not be resumed: after one step its state no longer fits the {section} as built; {cure}"
+        raise refused(config, (section,), f"{text} ({first_few(misfits, 5, '; ')})")
     try:
         module.load_state_dict(weights)
     except Exception as error:
-        raise refused(config, ("model",), f"could not be resumed: load_state_dict raised {error}") from error
-    try:
-        get_optimizer(config, module).load_state_dict(values["optimizer"])
-    except Exception as error:
-        raise refused(config, ("optimizer",), f"could not be resumed: load_state_dict raised {error}") from error
+        raise refused(config, (section,), f"could not be resumed: load_state_dict raised {error}") from error

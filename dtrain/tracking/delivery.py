@@ -98,6 +98,7 @@ class Delivery:
         self._failures = 0  # in a row
         self._tagged = ""  # the run that has the code's tags
         self._heard = b""  # of the journal, from rank 0 itself, which could not write it to the disk
+        self._last_heard = b""  # the end of all that was heard, where the ending is
         self._ending: dict[str, Any] = {}  # how the run ended, where run.json cannot be written
         self._journal = RunFolder(folder).journal.open("rb")
         if os.fstat(self._journal.fileno()).st_size < self.memory.offset:  # it is not the journal that it once was
@@ -118,11 +119,14 @@ class Delivery:
     def hear(self, text: bytes) -> None:
         """Lines of the journal that the disk did not take; if it takes them later, sending them again adds nothing."""
         self._heard += text
+        self._last_heard = (self._last_heard + text)[-65536:]
 
     def close(self, parent: int) -> bool:
         """Records how a rank 0 that is gone has ended; False where another one has the run folder."""
         self._fill()
-        heard = {"status": self.batch.end, "reason": self.batch.reason} if self.batch.end else None
+        # Not what is yet to be sent: that may be how an earlier start ended.
+        ends = [line for line in map(read_line, self._last_heard.split(b"\n")) if line.get("kind") == "end"]
+        heard = {"status": ends[-1]["status"], "reason": ends[-1]["reason"]} if ends else None
         try:
             return close_run_of(self.folder, parent, heard)
         except OSError as error:  # then MLflow alone has it

@@ -123,7 +123,9 @@ def make_parts(
     compiled = _compiled(module, options["compile"])
     loss = loss and loss.to(ranks.device)
     predictor = _predictor(config, ranks, progress, purpose)
-    forward = Forward(module, ranks.device, options["precision"], *keys, loss, predictor.output_key)
+    forward = Forward(
+        module, ranks.device, options["precision"], *keys, loss, predictor.output_key, loaders.sample_counts()
+    )
     metrics = get_evaluation_metric(config, ranks, ranks.device)
     figure = _monitor(config, options, metrics)
     monitor, mode = figure.figure, options["mode"]

@@ -127,6 +127,17 @@ def test_a_model_is_called_as_its_signature_asks(forward: Any, given: Any, expec
     assert repr(found) == repr(expected)
 
 
+def test_a_list_of_samples_is_one_argument_however_many_there_are() -> None:
+    """As torchvision's detectors are called; two samples are no second argument."""
+    detector = Takes(lambda images, targets=None: (images, targets))
+    pair = Takes(lambda left, right: (left, right))
+    assert call_form(detector, [X, Z], {2, 1}) == "one"
+    assert call_form(detector, [X], {2, 1}) == "one"
+    assert call_form(detector, [X, Z], {4, 1}) == "several"  # an image and its mask, of four samples
+    assert call_form(detector, (X, Z), {2, 1}) == "several"
+    assert call_form(pair, [X, Z], {2, 1}) == "several"
+
+
 @pytest.mark.parametrize(
     ("output", "main"),
     [

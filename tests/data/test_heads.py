@@ -56,6 +56,14 @@ class Record:
         ([A, A.sum()], B, {"samples": 2}, ([A, A.sum()], B)),
         ([A, C], B, {"samples": 4}, (A, B)),  # deep supervision
         ([A[:2], C[:2]], B, {"samples": 2}, (A[:2], B)),
+        ([A[:2], C[:2]], [B[:2], D[:2]], {"samples": 2}, ([A[:2], C[:2]], [B[:2], D[:2]])),  # one for each sample
+        ((A, C[:2]), (B[:3], D), {"samples": 2}, ((A, C[:2]), (B[:3], D))),  # of torchvision's tuple(zip(*batch))
+        ((C[:2], A[:2]), (D[:2], B[:2]), {"samples": 2}, (C[:2], D[:2])),  # as models return them
+        ((C, A), (D, B), {"output_key": 1}, (A, B)),
+        ((C, A), (D, B), {"target_key": 1}, (A, B)),
+        (Heads(C, A), Heads(D, B), {"output_key": "label"}, (A, B)),
+        (Record(C, A), Heads(D, B), {"output_key": "label"}, (A, B)),
+        ({"mask": C, "label": A}, Heads(D, B), {"target_key": "label"}, (A, B)),
     ],
 )  # fmt: skip
 def test_what_belongs_together(output: Any, target: Any, keys: dict[str, Any], expected: tuple[Any, Any]) -> None:
@@ -93,6 +101,7 @@ def test_what_is_predicted() -> None:
         (A, {"label": C, "mask": D}, {}, "the target has the keys 'label', 'mask', and none"),
         ({"mask": A}, B, {"output_key": "msk"}, "output_key: the output has no 'msk'; possible: 'mask'"),
         ((A, B), C, {"output_key": 2}, "the output has no 2; it is a tuple of 2: 0, 1"),
+        (Heads(A, B), (C, D), {"output_key": "label"}, "target_key: missing: .* 'label', and it is a tuple"),
         (A, B, {"target_key": "label"}, "target_key: the target has no 'label'; it is one Tensor, without keys"),
         (Heads(A, B), C, {"output_key": "x"}, "the output has no 'x'; it is a Heads of 2: 'mask', 'label'"),
     ],

@@ -86,7 +86,7 @@ def test_a_checkpoint_is_that_of_ddp(place: Place) -> None:
 def test_a_training_resumes_with_the_other_strategy(place: Place, first: str, then: str) -> None:
     name = f"{first}-to-{then}"
     settings = {"fsdp": SHARED, "ddp": SETTINGS}
-    trained(place, name, settings[first], "trainer.max_steps=5")
+    trained(place, name, settings[first], "trainer.max_steps=3")
     as_whole(trained(place, name, settings[then]), by_ddp(place))
 
 

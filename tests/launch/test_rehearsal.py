@@ -31,6 +31,17 @@ class Data(torch.utils.data.Dataset):
     def __len__(self): return self.size
     def __getitem__(self, index): return torch.ones(2) * index, torch.tensor(index % 4)
 
+class Loss(nn.Module):
+    def __init__(self, grows=False):
+        super().__init__()
+        self.scale, self.grows = nn.Parameter(torch.zeros(())), grows
+        self.register_buffer("counts", torch.zeros(1))
+
+    def forward(self, output, target):
+        if self.grows:
+            self.counts = torch.cat([self.counts, torch.zeros(1)])
+        return nn.functional.cross_entropy(output * self.scale.exp(), target)
+
 class NeedsMore(torch.optim.SGD):
     def step(self): return [group["no_such_key"] for group in self.param_groups]
 
@@ -73,6 +84,7 @@ def test_each_part_is_tried_and_nothing_written(run_cli: RunCli, project: Path) 
             "loaders.train: the last batch of each epoch has 1 sample, with which the model fails",
         ),
         ("model.grows=true", "model: could not be resumed: .*other shape: seen is"),
+        ("loss={name: Loss, grows: true}", "loss: could not be resumed: .*other shape: counts is"),
         ("optimizer.name=Forgetful", "optimizer: could not be resumed: .*the state of another machine"),
     ],
 )
@@ -82,6 +94,11 @@ def test_what_would_fail_later_is_one_line_now(run_cli: RunCli, override: str, t
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1, lines
     assert re.search(told, lines[0])
+
+
+def test_a_loss_with_parameters_of_its_own_can_be_resumed(run_cli: RunCli) -> None:
+    result = run_cli(["check", "c.yaml", "loss={name: Loss}"], timeout=120)
+    assert result.rc == 0, result.text
 
 
 def test_an_optimizer_whose_step_fails_fails_the_check(run_cli: RunCli) -> None:

@@ -132,7 +132,8 @@ def test_the_phase_is_what_the_loop_wrote_whatever_the_functions_are_called(plac
     (place.folder / "misleading.py").write_text(
         "import toy, torch\n\n\nclass Misleading(toy.MLP):\n"
         "    def forward(self, images):\n        return self.backward(images)\n\n"
-        "    def backward(self, images):\n        return self.validate(images) if self.training else super().forward(images)\n\n"
+        "    def backward(self, images):\n"
+        "        return self.validate(images) if self.training else super().forward(images)\n\n"
         "    def validate(self, images):\n        raise RuntimeError('misled')\n"
     )
     place.run(place.config("misled", modules=["misleading", "toy"], **{"model.name": "Misleading"}), expect=1)
@@ -397,7 +398,8 @@ def test_a_batch_systems_limit_is_kept_clear_of(place: Place) -> None:
 
 
 def test_a_signal_before_the_first_step_ends_at_once_and_asks_for_another_start(place: Place) -> None:
-    code = "import os, signal, sys; sys.path.insert(0, '.'); import dtrain.distributed.stop_request as i; i.end_at_once(print)"
+    code = "import os, signal, sys; sys.path.insert(0, '.'); import dtrain.distributed.stop_request as i"
+    code += "; i.end_at_once(print)"
     code += "; os.kill(os.getpid(), signal.SIGTERM)"
     done = place.start(launcher=[sys.executable, "-c", code + " #"])[0].result(30)
     assert done.rc == 75 and "signal SIGTERM before the first step" in done.stdout
@@ -419,9 +421,9 @@ class Deaf(MLP):
 def test_ctrl_c_is_heard_while_a_library_is_imported_that_swallows_it(place: Place) -> None:
     """As torch's did, once in some forty times."""
     (place.folder / "swallows.py").write_text(SWALLOWS)
-    file = place.config("deaf", modules=["swallows", "toy"], **{"model.name": "Deaf"})
+    file = place.config("deaf-import", modules=["swallows", "toy"], **{"model.name": "Deaf"})
     assert place.run(file, expect=130).stderr == ""
-    assert not place.path("deaf").exists()
+    assert not place.path("deaf-import").exists()
 
 
 def test_checkpoints_by_the_clock(place: Place) -> None:

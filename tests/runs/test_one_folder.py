@@ -67,8 +67,9 @@ def test_going_back_is_a_branch_whose_best_last_and_figures_are_its_own(place: P
         config, f"trainer.resume={checkpoints / 'step-00000010'}", "optimizer.lr=0.001", "trainer.max_steps=15",
         mlflow=True,
     )  # fmt: skip
-    assert "what followed step-00000010 no longer counts as last or best: it was moved to run-back/checkpoints/branch-1" in (
-        result.stdout
+    assert (
+        "what followed step-00000010 no longer counts as last or best: it was moved to run-back/checkpoints/branch-1"
+        in (result.stdout)
     )
     assert "changed since the last start: optimizer.lr: 0.1 -> 0.001" in result.stdout
     assert steps(checkpoints) == list(range(1, 16)) and steps(checkpoints / "branch-1") == list(range(11, 21))
@@ -151,7 +152,9 @@ def test_a_key_that_changes_what_is_computed_stops_the_start_with_the_ways_on(
 
 
 @pytest.mark.parametrize("state", ["stopped", "finished"])
-def test_what_a_config_only_says_in_another_way_is_no_change(here: Callable[..., Path], state: str, capsys: Any) -> None:
+def test_what_a_config_only_says_in_another_way_is_no_change(
+    here: Callable[..., Path], state: str, capsys: Any
+) -> None:
     """Defaults written down, another order, full names, paths in another form, keys moved."""
     settings = {"optimizer": {"name": "AdamW", "lr": 1e-3}, "loaders.num_workers": 0, "trainer.max_epochs": 1}
     run = here("form", **settings)
@@ -257,7 +260,7 @@ def test_a_start_that_had_computed_nothing_may_be_mended_freely(place: Place) ->
 SLOW = {**STOPPED, "loaders.num_workers": 1, "trainer.max_epochs": 60}
 
 # What a test's processes are told at their start: a disk without locks, another host.
-ELSEWHERE = '''
+ELSEWHERE = """
 import errno, fcntl, os, socket
 
 if os.environ.get("TOY_LOCKS"):
@@ -270,7 +273,7 @@ run_lock.BEAT_SECONDS, run_lock.STALE_SECONDS = 0.2, float(os.environ.get("TOY_S
 if host := os.environ.get("TOY_HOST"):
     socket.gethostname = lambda: host
     run_lock._process_table = lambda: host
-'''
+"""
 
 
 def elsewhere(place: Place, **variables: str) -> dict[str, str]:
@@ -336,9 +339,7 @@ def test_of_several_starts_in_the_same_moment_one_trains(place: Place, resume: s
     if resume == "none":
         place.run(config)
     env = elsewhere(place, TOY_LOCKS=locks)
-    started = [
-        place.start(config, f"trainer.resume={resume}", do="train all rank 0 lag", env=env)[0] for _ in range(4)
-    ]
+    started = [place.start(config, f"trainer.resume={resume}", do="train all rank 0 lag", env=env)[0] for _ in range(4)]
     results = [one.result(WAIT_SECONDS) for one in started]
     assert sorted(one.rc for one in results) == [0, 2, 2, 2], "".join(one.text for one in results)
     for one in results:
@@ -489,7 +490,9 @@ def test_a_run_folder_that_is_removed_in_mid_run_is_made_again_with_what_is_know
         while subprocess.run(["rm", "-rf", str(run)], check=False, capture_output=True).returncode:
             pass  # something was written there meanwhile
 
-    told = "the run folder run-removed was removed in mid-run: made again, with the journal and what is saved from now on"
+    told = (
+        "the run folder run-removed was removed in mid-run: made again, with the journal and what is saved from now on"
+    )
     _, done = disturbed(place, "removed", remove, told)
     check_whole(place, place.path("removed"), "removed", done)
 
@@ -504,7 +507,10 @@ def test_a_run_folder_whose_name_another_training_took_is_left_to_that_one(place
     other.rename(place.path("taken"))
     result = running.result(WAIT_SECONDS)
     assert result.rc == 1
-    assert f"run-taken was renamed to {new} in mid-run, and cannot be kept whole: another training has begun" in result.stderr
+    assert (
+        f"run-taken was renamed to {new} in mid-run, and cannot be kept whole: another training has begun"
+        in result.stderr
+    )
     assert f"continue it with trainer.checkpoint_dir={new}" in result.stderr
     assert read_run(place.path("taken"))["state"] == "RUNNING", "the other one's"
     assert read_run(new)["state"] == "FAILED"

@@ -339,8 +339,8 @@ def test_an_exception_in_the_model_is_shown_and_the_failed_run_goes_on_by_its_id
     assert run.info.status == "FAILED"
     assert "train/loss" in run.data.metrics
     # The same training goes on from anywhere by its MLflow run id.
-    place.run(config, f"trainer.resume={facts['run_id']}", "trainer.checkpoint_dir=elsewhere", mlflow=True)
-    assert not (place.folder / "elsewhere").exists()
+    place.run(config, f"trainer.resume={facts['run_id']}", "trainer.checkpoint_dir=by-its-id", mlflow=True)
+    assert not (place.folder / "by-its-id").exists()
     assert last(place.path("broken")).state["epoch"] == 2
     assert read_run(place.path("broken"))["state"] == "FINISHED"
     assert mlflow_run(place, facts["run_id"]).info.status == "FINISHED"

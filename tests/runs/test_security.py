@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 from conftest import RunCli
+from hostile import EVIL, HOSTILE, NAMES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hostile import EVIL, HOSTILE, NAMES
 from whole_runs import TOY, write_config
 
 from dtrain.config.check import check

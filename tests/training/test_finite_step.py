@@ -214,7 +214,7 @@ def test_a_stop_between_a_skipped_step_and_its_figures_changes_nothing(odd: Plac
     assert number < stop < 8, "the epoch's end logs"
     odd.run(parts, env={**NAN_SAMPLE, "ODD_STOP": str(stop)}, expect=75)
     stopped = last(odd.path("sums-parts")).state
-    assert (stopped["step"], stopped["skipped"], stopped["left_out"]) == (7, 1, 4)
+    assert (stopped["step"], stopped["skipped"], stopped["unsummed"]) == (7, 1, 4)
     odd.run(parts, env=NAN_SAMPLE)
     same_training(odd.path("sums-parts"), odd.path("sums-whole"))
     assert figures(odd.path("sums-parts")) == figures(odd.path("sums-whole"))
