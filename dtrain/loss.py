@@ -1,7 +1,7 @@
 """get_loss_criterion: the loss that the config names, as one number to minimise and its terms."""
 
+import contextlib
 import functools
-import inspect
 import types
 import warnings
 from collections.abc import Iterator, Mapping
@@ -182,7 +182,9 @@ def _held_by(value: Any) -> dict[str, Any]:
     elif isinstance(value, types.MethodType):
         held = {"bound_to": value.__self__}
     elif isinstance(value, types.FunctionType):
-        held = dict(inspect.getclosurevars(value).nonlocals)
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+            with contextlib.suppress(ValueError):  # it is empty
+                held[name] = cell.cell_contents
     else:
         slots = [getattr(base, "__slots__", ()) for base in type(value).__mro__]
         names = [name for item in slots for name in ([item] if isinstance(item, str) else item)]
