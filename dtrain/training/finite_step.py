@@ -205,8 +205,9 @@ class _Place:
 
     def __init__(self, owner: dict[str, Any], name: str) -> None:
         self.owner, self.name = owner, name
-        value: Tensor | None = owner[name]
-        self.value, self.kept = value, None if value is None else value.clone()  # as it was found last; a copy
+        value: Any = owner[name]
+        self.value: Tensor | None = value  # as it was found last
+        self.kept: Tensor | None = None if value is None else value.clone()
 
     def keep_or_put_back(self, is_good: bool | Tensor) -> None:
         value, kept = self.owner.get(self.name), self.kept
