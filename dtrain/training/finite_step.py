@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -205,8 +205,8 @@ class _Place:
 
     def __init__(self, owner: dict[str, Any], name: str) -> None:
         self.owner, self.name = owner, name
-        value: Any = owner[name]
-        self.value: Tensor | None = value  # as it was found last
+        value: Tensor | None = owner[name]
+        self.value = value  # as it was found last
         self.kept: Tensor | None = None if value is None else value.clone()
 
     def keep_or_put_back(self, is_good: bool | Tensor) -> None:
@@ -255,7 +255,7 @@ def _is_like(value: Tensor, kept: Tensor) -> bool:
     return value.dtype == kept.dtype and value.device == kept.device and not value.requires_grad
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: Any) -> TypeGuard[Tensor]:
     """Whether it is a tensor that training may change, and that can be copied."""
     is_tensor = isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter)
     return is_tensor and not value.requires_grad and value.layout == torch.strided and 0 not in value.stride()
