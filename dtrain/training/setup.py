@@ -319,7 +319,8 @@ def _start(
     try:
         return ranks.decide(decided)
     except (ResumeError, CheckpointError, OSError) as error:
-        raise refused(config, ("trainer", "resume"), str(error)) from error
+        is_asked = options["resume"] not in ("auto", "none", "last") or not isinstance(error, OSError)
+        raise refused(config, ("trainer", "resume" if is_asked else "checkpoint_dir"), str(error)) from error
 
 
 def _base_folder(package: str | Path | None) -> Path:
@@ -452,11 +453,14 @@ def _loaded(config: ConfigDict, trainables: Trainables, ranks: Ranks, start: Sta
         return None
     loaded, misfit = None, ""
     if ranks.is_main:
-        loaded = load(start.checkpoint, start.is_verified)
-        misfit = _misfit(trainables, loaded)
+        try:
+            loaded = load(start.checkpoint, start.is_verified)
+            misfit = f"{start.checkpoint} is {found}" if (found := _misfit(trainables, loaded)) else ""
+        except CheckpointError as error:
+            misfit = str(error)
     if misfit := ranks.broadcast(misfit):
         cure = "trainer.resume=none begins again, trainer.pre_trained takes over weights alone"
-        raise refused(config, ("trainer", "resume"), f"{start.checkpoint} is {misfit}; {cure}")
+        raise refused(config, ("trainer", "resume"), f"{misfit}; {cure}")
     return loaded
 
 
