@@ -113,6 +113,9 @@ def make_parts(
     )
     if seeded := loaders.seeded() if ranks.is_main else []:
         progress.note(f"generators that are seeded for each sample: {first_few(seeded, 5)}")
+    if cut := loaders.not_searched() if ranks.is_main else []:
+        text = f"the search for generators to seed for each sample saw only a part of the datasets of {', '.join(cut)}"
+        progress.note(f"{text}; it passes over objects with `seeds_itself = True`, see docs/data.md")
     spaces = {phase: space_of(_dataset(loader)) for phase, loader in loaders._asdict().items() if loader is not None}
     if ranks.is_main and purpose == "train" and (line := difference(spaces)):
         progress.note(f"loaders: {line}")
