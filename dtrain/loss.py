@@ -1,7 +1,10 @@
 """get_loss_criterion: the loss that the config names, as one number to minimise and its terms."""
 
+import contextlib
+import functools
+import types
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,11 +13,15 @@ from ml_collections import ConfigDict
 from dtrain.config.build import build
 from dtrain.config.rules import SUMMED
 from dtrain.config.schema import refused
+from dtrain.config.signatures import is_standard
 from dtrain.data.heads import main_pair
 from dtrain.data.kept_attributes import KeptAttributes
 
-# Buffers of their losses are constants that the config gives, such as class weights.
 _LIBRARIES = ("torch.", "monai.", "dtrain.components.")
+# Buffers of these losses themselves are constants that the config gives, such as class weights; a layer within one has
+# a state (running statistics, spectral_norm's vectors).
+_LOSSES = ("torch.nn.modules.loss", "monai.losses.", "dtrain.components.losses.")
+_SCALARS = (type(None), bool, int, float, complex, str, bytes)
 
 
 class Criterion:
@@ -24,7 +31,8 @@ class Criterion:
     losses take tensors only, so of several outputs they are given the main one; other losses get all of them.
 
     `module` holds what of it is trained, shared and saved as a model is: its parameters and buffers, also where a loss
-    that is not a module has them. It is None where there is nothing of the kind.
+    that is not a module has them. It is None where there is nothing of the kind. `objects` are all that may keep
+    something in plain attributes, by name.
 
     Raises:
         TypeError: The loss returned something else, or more than one number.
@@ -38,11 +46,15 @@ class Criterion:
         if self.main_only:  # (N, 1) less (N) is (N, N), of which torch says no more than that it is likely wrong
             own = r"torch\.nn\.modules\.loss|dtrain\.loss"
             warnings.filterwarnings("error", "Using a target size", UserWarning, module=own)
-        self._modules = loss if isinstance(loss, torch.nn.Module) else _Held(loss)
+        self._modules = self.modules_now()
         for part in self._modules.modules():
-            if type(part).__module__.startswith(_LIBRARIES):
+            if type(part).__module__.startswith(_LOSSES):
                 part._non_persistent_buffers_set.update(part._buffers)
         self.module = self._modules if self._modules.state_dict() else None
+        self.objects = {"loss": loss}
+        if self._modules is not loss:
+            inner = {f"loss.{name}": part for name, part in _parts(loss) if name and not _is_of_torch(part)}
+            self.objects |= inner | {"held": self._modules}
         self.kept = KeptAttributes(torch.device("cpu"))
         binary = isinstance(loss, torch.nn.BCEWithLogitsLoss | torch.nn.BCELoss)
         # Given output and target, refuses a target that the loss cannot mean; None: it takes any.
@@ -79,15 +91,20 @@ class Criterion:
 
     def to(self, device: torch.device) -> "Criterion":
         """Move the loss's own tensors, such as class weights."""
-        if not isinstance(self.loss, torch.nn.Module):
-            held = _held_by(self.loss)
+        for part in self.objects.values():
+            held = {} if isinstance(part, torch.nn.Module) else attributes_of(part)
             for name, value in held.items():
                 if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
                     held[name] = value.to(device)
         self._modules.to(device)
-        self.kept = KeptAttributes(device)
-        self.kept.begin({"loss": self.loss} | ({} if self._modules is self.loss else {"held": self._modules}))
+        # A buffer that a forward makes has no file of its own where there was nothing to save before.
+        self.kept = KeptAttributes(device, with_buffers=self.module is None)
+        self.kept.begin(self.objects)
         return self
+
+    def modules_now(self) -> torch.nn.Module:
+        """What the loss holds by now of modules and parameters: a forward may have made some."""
+        return self.loss if isinstance(self.loss, torch.nn.Module) else _Held(self.loss)
 
     def train(self, mode: bool = True) -> None:
         """Put the loss into train mode, or into eval mode."""
@@ -95,37 +112,99 @@ class Criterion:
 
 
 class _Held(torch.nn.Module):
-    """The modules and parameters in a loss that is not a module: a function's arguments, an object's attributes."""
+    """The modules and parameters in a loss that is not a module: in arguments, attributes, and whatever these hold."""
 
     def __init__(self, loss: Any) -> None:
         super().__init__()
-        for name, value in _held_by(loss).items():
-            values = value.items() if isinstance(value, Mapping) else enumerate(value if _is_list(value) else [value])
-            for key, item in values:
-                own = f"{name}_{key}" if _is_list(value) or isinstance(value, Mapping) else f"{name}_"
-                if isinstance(item, torch.nn.Parameter):
-                    self.register_parameter(own, item)
-                elif isinstance(item, torch.nn.Module):
-                    self.add_module(own, item)
+        for place, item in _parts(loss):
+            name = place.replace(".", "_")  # which the key of a dict may have, and a module's name may not
+            while hasattr(self, name):
+                name += "_"
+            if isinstance(item, torch.nn.Parameter):
+                self.register_parameter(name, item)
+            elif isinstance(item, torch.nn.Module):
+                self.add_module(name, item)
 
 
-def _held_by(loss: Any) -> dict[str, Any]:
-    """The arguments of a function, the attributes of an object."""
-    found: dict[str, Any] = getattr(loss, "keywords", None) or getattr(loss, "__dict__", {})
+def _parts(loss: Any) -> Iterator[tuple[str, Any]]:
+    """The loss and all objects, modules and parameters within it, by the names of the places where they lie.
+
+    Looked through are lists, tuples, mappings, and what objects and functions hold, but for those of the standard
+    library, torch and numpy; what is within a module is the module's own.
+    """
+    pending, seen = [("", loss)], set()
+    while pending:
+        place, value = pending.pop()
+        if _is_of_torch(value):
+            yield place, value
+            continue
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        inner: Mapping[Any, Any]
+        if isinstance(value, Mapping):
+            inner = value
+        elif isinstance(value, list | tuple):
+            inner = dict(enumerate(value))
+        elif place and not _is_own(value):
+            continue
+        else:
+            yield place, value
+            inner = {f"{name}_": item for name, item in _held_by(value).items()}
+        before = place if not place or place.endswith("_") else f"{place}_"
+        found = [(f"{before}{key}", item) for key, item in inner.items() if type(item) not in _SCALARS]
+        pending += reversed(found)
+
+
+def _is_of_torch(value: Any) -> bool:
+    return isinstance(value, torch.nn.Module | torch.nn.Parameter)
+
+
+def _is_own(value: Any) -> bool:
+    """Whether an object within a loss is looked through: of a class or a function that somebody wrote."""
+    if isinstance(value, functools.partial | types.FunctionType | types.MethodType):
+        return True
+    module = type(value).__module__
+    return not (isinstance(value, type) or is_standard(module) or module.partition(".")[0] in ("torch", "numpy"))
+
+
+def attributes_of(value: Any) -> dict[str, Any]:
+    """The arguments of a function, the attributes of an object; what is put there takes effect."""
+    found: dict[str, Any] = value.keywords if isinstance(value, functools.partial) else getattr(value, "__dict__", {})
     return found
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple)
+def _held_by(value: Any) -> dict[str, Any]:
+    """All that an object or a function holds: also what it has in slots, in a closure, or is bound to."""
+    held: dict[str, Any] = {}
+    if isinstance(value, functools.partial):
+        held = {"partial_func": value.func, "partial_args": value.args}
+    elif isinstance(value, types.MethodType):
+        held = {"bound_to": value.__self__}
+    elif isinstance(value, types.FunctionType):
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+            with contextlib.suppress(ValueError):  # it is empty
+                held[name] = cell.cell_contents
+    else:
+        slots = [getattr(base, "__slots__", ()) for base in type(value).__mro__]
+        names = [name for item in slots for name in ([item] if isinstance(item, str) else item)]
+        held = {name: getattr(value, name) for name in names if name != "__dict__" and hasattr(value, name)}
+    return attributes_of(value) | held
 
 
 def _adds_up(loss: Any) -> bool:
-    """Whether a library's loss, or one within a sum of ours, is the sum over its samples."""
+    """Whether a library's loss, or one of which it is made, is the sum over its samples.
+
+    monai's DiceCELoss(reduction="sum") says of itself that it is a mean, and has two losses that are sums.
+    """
     function = getattr(loss, "func", loss)
-    module = getattr(function, "__module__", None) or ""
+    if not (getattr(function, "__module__", None) or "").startswith(_LIBRARIES):
+        return False
     reduction = getattr(loss, "keywords", {}).get("reduction") or getattr(loss, "reduction", None)
-    parts = [*getattr(loss, "losses", ()), getattr(loss, "loss", None)] if module.startswith("dtrain.") else []
-    return (module.startswith(_LIBRARIES) and reduction == "sum") or any(map(_adds_up, parts))
+    parts = [*getattr(loss, "losses", ()), getattr(loss, "loss", None)]  # functions among them
+    if isinstance(loss, torch.nn.Module):
+        parts += loss.children()
+    return reduction == "sum" or any(map(_adds_up, parts))
 
 
 def _refuse_no_share(output: Any, target: Any) -> None:

@@ -239,7 +239,8 @@ class Trainer:
             # A validation during which an earlier start was stopped comes first.
             if self.step and self.step % self.validate_every_steps == 0 and self.validate():
                 self.save()
-            self.finite_step.begin(self.trainables.all)
+            criterion: Any = self.trainables.criterion
+            self.finite_step.begin(self.trainables.all, criterion.objects)
             while self.epoch < self.max_epochs and self.step < self.max_steps and not self.state.ended:
                 self.train_epoch()
             self.after_last_step()
@@ -588,7 +589,8 @@ class Trainer:
     def _after_first_step(self) -> None:
         """Tell the launcher, and make the metrics: importing them takes seconds, but a mistake in them shows now."""
         self._is_first_step = False
-        require_trained(self.optimizer, self.module, self.trainables.loss)
+        criterion: Any = self.trainables.criterion
+        require_trained(self.optimizer, self.module, criterion.modules_now())
         mark_first_step()
         with self.throughput.paused(), self.activity.during("making the metrics"):
             self.metrics.prepare()

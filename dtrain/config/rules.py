@@ -4,6 +4,7 @@ import ast
 import math
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from ml_collections import ConfigDict
 
 from dtrain.config.annotations import wrong_type
 from dtrain.config.did_you_mean import did_you_mean
-from dtrain.config.errors import KeyPath, Mistake, found, is_mapping, shown
-from dtrain.config.schema import PHASES, SLOTS, mistake
+from dtrain.config.errors import ConfigError, KeyPath, Mistake, found, is_mapping, shown
+from dtrain.config.schema import PHASES, SLOTS, Call, mistake, read
 
 MAX_NAME_BYTES = 200  # a moved-aside run folder has a time stamp, too, and file systems take 255; MLflow 250
 TOP_LEVEL = {  # the keys of a config with their types; those without one are checked elsewhere
@@ -39,6 +40,7 @@ SUMMED = (  # of a loss
     "adds its samples up, so that gradients would depend on trainer.accumulate, on the number of ranks and on the "
     "batch size: use reduction: mean, with an optimizer.lr that is as many times as large"
 )
+_LIBRARIES = ("torch.", "monai.", "dtrain.")  # whose `reduction: sum` is known to be a sum
 _ANY, _SOME, _PART = (0, math.inf), (1, math.inf), (0, 1)
 RANGES: dict[str, dict[str, tuple[float, float]]] = {  # where the type alone admits more
     "": {"seed": _ANY},
@@ -98,12 +100,32 @@ def value_mistakes(config: ConfigDict) -> Iterator[Mistake]:
             if _at(mapping, "batch_size") is not None and _at(mapping, "global_batch_size") is not None:
                 text = "cannot be combined with 'batch_size'; keep one of them, or set the other to null"
                 yield mistake(config, (*where, "global_batch_size"), text)
-    if _at(config.get("loss"), "reduction") == "sum":
-        yield mistake(config, ("loss", "reduction"), f"sum {SUMMED}")
+    for path in _sums(config):
+        yield mistake(config, path, f"sum {SUMMED}")
     uri = _at(config.get("mlflow"), "tracking_uri")
     if isinstance(uri, str) and uri.lower().startswith("file:"):
         text = f"MLflow 3 no longer writes to {shown(uri)}; name the folder alone (sqlite is put in it), or a server"
         yield mistake(config, ("mlflow", "tracking_uri"), text)
+
+
+def _sums(config: ConfigDict) -> list[KeyPath]:
+    """Where the loss, or a library's component within it, is asked to add its samples up.
+
+    A component of the user's own within a loss may mean something else by `reduction: sum`.
+    """
+    top: list[KeyPath] = [("loss", "reduction")] if _at(config.get("loss"), "reduction") == "sum" else []
+    loss = read(config).calls.get("loss")
+    return top + (_sums_within(loss) if loss else [])
+
+
+def _sums_within(call: Call) -> list[KeyPath]:
+    found: list[KeyPath] = []
+    for inner in call.components.values():
+        with suppress(ConfigError):  # reported elsewhere
+            if inner.arguments.get("reduction") == "sum" and inner.target.module.startswith(_LIBRARIES):
+                found.append(inner.path_of("reduction"))
+        found += _sums_within(inner)
+    return found
 
 
 def strategy_mistakes(config: ConfigDict, options: Any) -> list[Mistake]:

@@ -55,7 +55,7 @@ def _first_step(trainer: Trainer) -> str:
     """The first optimizer step of a training, as the loop takes it."""
     parts: Any = trainer.trainables
     trainer.model.train()
-    trainer.finite_step.begin(parts.all)
+    trainer.finite_step.begin(parts.all, parts.criterion.objects)
     losses = []
     for micro in trainer.train_loader.epoch(0):
         if micro.batch is not None:
@@ -64,7 +64,7 @@ def _first_step(trainer: Trainer) -> str:
             losses.append(float(loss.detach()))
         if micro.closes and losses:
             break
-    require_trained(parts.optimizer, parts.module, parts.loss)
+    require_trained(parts.optimizer, parts.module, parts.criterion.modules_now())
     trainer.optimizer_step()
     of = "one batch" if len(losses) == 1 else f"{len(losses)} batches"
     return f"train: {of} forward and backward, loss {sum(losses) / len(losses):.4g}, and an optimizer step"

@@ -1,7 +1,7 @@
 """An optimizer step that is not taken where a gradient is not finite, and what such a step must not leave behind."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from dtrain.training.state import TrainState
 _MOST_STEPS = 1000  # after which the host looks at their norms, however seldom figures are logged
 _LEAST_SCALE = 1.0  # of fp16's loss: what is not finite at a smaller one is not so for its scale
 _MOST_NAMED = 8  # steps in a message
+_OF_MODULES = frozenset(vars(torch.nn.Module()))  # what torch itself keeps on every module
 
 
 class NonFiniteError(ArithmeticError):
@@ -52,20 +53,19 @@ class FiniteStep:
         self._skips, self._say, self._ranks = on_nonfinite == "skip", say, ranks
         self._steps: list[_Step] = []  # since the last look at them
         self._was_bad = torch.zeros((), dtype=torch.float32, device=state.device)  # 1 from the first bad step on
-        self._buffers: list[tuple[dict[str, Tensor | None], str]] = []  # their modules' own, each with a name
-        self._kept: list[Tensor | None] = []  # their copies of the last good step
+        self._places: list[_Place] = []  # of buffers and plain tensors that a forward may change
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}  # of figures, each with its copy
 
-    def begin(self, module: torch.nn.Module) -> None:
+    def begin(self, module: torch.nn.Module, others: Mapping[str, Any] | None = None) -> None:
         """The module is about to be trained: where bad steps are skipped, its buffers are put back after them.
 
-        A forward with NaN would leave it in running statistics for good. A forward may also put a new tensor in a
-        buffer's place, so they are looked up by name. Sparse and expanded ones are constants.
+        So are tensors in plain attributes of modules and of `others`, the objects that a loss consists of. A forward
+        with NaN would leave it in running statistics for good. A forward may also put a new tensor in a buffer's place,
+        so they are looked up by name. Sparse and expanded ones are constants.
         """
         if self._skips:
-            owners = [part._buffers for part in module.modules()]
-            self._buffers = [(owner, name) for owner in owners for name in owner]
-            self._kept = [_copy(owner[name]) for owner, name in self._buffers]
+            objects = {id(part): part for whole in (module, *(others or {}).values()) for part in _parts(whole)}
+            self._places = [place for part in objects.values() for place in _places(part)]
             self._sums = {name: (total, total.clone()) for name, total in self.state.sums.items()}
 
     def take(self, norm: Tensor) -> None:
@@ -181,15 +181,8 @@ class FiniteStep:
     @torch.no_grad()
     def _keep_or_put_back(self, is_good: bool | Tensor) -> None:
         """Keep buffers and sums as they are, or put them back as they were; the host waits for no device."""
-        for number, (owner, name) in enumerate(self._buffers):
-            kept, buffer = self._kept[number], owner[name]
-            if kept is None or buffer is None or kept.shape != buffer.shape:  # one that was made, or grew, in a step
-                if bool(is_good):
-                    self._kept[number] = _copy(buffer)
-                elif kept is not None:
-                    owner[name] = kept.clone()
-            else:
-                _choose(is_good, buffer, kept)
+        for place in self._places:
+            place.keep_or_put_back(is_good)
         for name, total in self.state.sums.items():
             known, kept = self._sums.get(name, (None, total))
             if known is not total:  # a new one, or one that begins again
@@ -207,10 +200,64 @@ def _choose(is_good: bool | Tensor, value: Tensor, kept: Tensor) -> None:
         value.copy_(kept)
 
 
-def _copy(buffer: Tensor | None) -> Tensor | None:
-    """A copy of a buffer that training may change."""
-    is_plain = buffer is not None and buffer.layout == torch.strided and 0 not in buffer.stride()
-    return buffer.detach().clone() if buffer is not None and is_plain else None
+class _Place:
+    """Where a tensor lies that a forward may change, or replace; with a copy of it after the last good step."""
+
+    def __init__(self, owner: dict[str, Any], name: str) -> None:
+        self.owner, self.name = owner, name
+        value: Tensor | None = owner[name]
+        self.value, self.kept = value, None if value is None else value.clone()  # as it was found last; a copy
+
+    def keep_or_put_back(self, is_good: bool | Tensor) -> None:
+        value, kept = self.owner.get(self.name), self.kept
+        if value is kept:  # None is there, as before
+            return
+        if isinstance(value, Tensor) and kept is not None and value.shape == kept.shape:
+            if isinstance(is_good, Tensor) and is_good.device != value.device:
+                is_good = is_good.to(value.device)
+            if value is self.value:
+                _choose(is_good, value, kept)
+                return
+            if isinstance(is_good, Tensor) and _is_like(value, kept):
+                # It may be a view of another tensor, and is not written to.
+                self.owner[self.name] = self.value = torch.where(is_good, value, kept)
+                kept.copy_(self.value)
+                return
+        if not is_good:
+            self.owner[self.name] = self.value = None if kept is None else kept.clone()
+        elif _is_plain(value):  # it was made, replaced, or grew
+            self.value, self.kept = value, value.clone()
+        elif value is not None:  # what cannot be kept is looked at no more
+            self.owner, self.value, self.kept = {}, None, None
+        else:
+            self.value = self.kept = None
+
+
+def _parts(whole: Any) -> Iterator[Any]:
+    return whole.modules() if isinstance(whole, torch.nn.Module) else iter([whole])
+
+
+def _places(part: Any) -> Iterator[_Place]:
+    """Where the tensors of a module or object lie that a step may change, or that a first forward makes.
+
+    torch's own modules have such tensors in buffers alone: weight_norm's weight, an attribute, is computed anew.
+    """
+    is_module = isinstance(part, torch.nn.Module)
+    own = {} if type(part).__module__.startswith("torch.") else getattr(part, "__dict__", {})
+    for owner in (part._buffers, own) if is_module else (own,):
+        for name, value in owner.items():
+            if not (is_module and name in _OF_MODULES) and (value is None or _is_plain(value)):
+                yield _Place(owner, name)
+
+
+def _is_like(value: Tensor, kept: Tensor) -> bool:
+    return value.dtype == kept.dtype and value.device == kept.device and not value.requires_grad
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a tensor that training may change, and that can be copied."""
+    is_tensor = isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter)
+    return is_tensor and not value.requires_grad and value.layout == torch.strided and 0 not in value.stride()
 
 
 def _named(steps: list[tuple[_Step, float]]) -> str:

@@ -43,7 +43,10 @@ def get_optimizer(config: ConfigDict, model: torch.nn.Module, loss: torch.nn.Mod
 
 
 def require_trained(optimizer: Optimizer, module: torch.nn.Module, of_loss: torch.nn.Module | None = None) -> None:
-    """Called after a forward pass, which may have made parameters: RuntimeError for those the optimizer cannot know."""
+    """Called after a forward pass, which may have made parameters: RuntimeError for those the optimizer cannot know.
+
+    `of_loss` is what the loss holds after that pass, also where it held nothing before.
+    """
     known = {id(item) for group in optimizer.param_groups for item in group["params"]}
     modules = {"": module} | ({"loss: ": of_loss} if of_loss is not None else {})
     late = [f"{of}{name}" for of, part in modules.items() for name, item in part.named_parameters()

@@ -73,6 +73,56 @@ def by_head(output, target, head=None):
     return F.cross_entropy(head(output), target)
 
 
+class Part:
+    def __init__(self):
+        self.head, self.calls = nn.Linear(3, 3), 0
+
+
+class Deep:
+    """Its layers lie in an object, in lists within a dict, in slots and in a closure."""
+
+    __slots__ = ("__dict__", "slot")
+
+    def __init__(self):
+        torch.manual_seed(5)
+        self.part, self.part_again = Part(), None
+        self.part_again = self.part
+        self.lists = {"a.b": [[nn.Linear(3, 3)], self]}
+        self.slot = nn.Linear(3, 3)
+        inner = nn.Linear(3, 3)
+        self.closure = lambda x: inner(x)
+
+    def __call__(self, output, target):
+        self.part.calls += 1
+        x = self.lists["a.b"][0][0](self.part.head(output))
+        return F.cross_entropy(self.closure(self.slot(x)), target)
+
+
+class Layers(nn.Module):
+    """torch's own layers, which have buffers: running statistics and the vectors of a spectral norm."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(5)
+        self.norm = nn.BatchNorm1d(4)
+        self.head = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3))
+        self.ce = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 1.0]))
+
+    def forward(self, output, target):
+        return self.ce(self.head(self.norm(output)), target)
+
+
+class LateBuffer(nn.Module):
+    """A loss without a state, until its first forward makes one."""
+
+    def forward(self, output, target):
+        if not hasattr(self, "counts"):
+            self.register_buffer("counts", torch.zeros(3))
+        if self.training:
+            self.counts += torch.bincount(target, minlength=3)
+        return F.cross_entropy(output, target)
+
+
 class Steep(nn.Module):
     """A finite value, whose gradient is infinite in the loss's own parameter alone."""
 
@@ -237,6 +287,8 @@ def test_what_is_tested_is_the_checkpoint_whole_with_its_loss(train: Callable[..
     ("loss", "names"),
     [
         ({"name": "Holder"}, {"parts_0.weight", "parts_0.bias", "factor_"}),
+        ({"name": "Deep"}, {f"{name}{key}" for key in ("weight", "bias") for name in (
+            "part_head_.", "lists_a_b_0_0.", "slot_.", "closure_inner_.")}),
         ({"name": "by_head", "head": {"name": "torch.nn:Linear", "in_features": 3, "out_features": 3}},
          {"head_.weight", "head_.bias"}),
         ({"name": "WeightedSum", "losses": [{"name": "Learned", "width": 3},
@@ -268,3 +320,50 @@ def test_a_gradient_of_the_loss_alone_that_is_not_finite_stops_the_training(trai
 
     with pytest.raises(NonFiniteError, match="step 1: loss or gradient not finite"):
         train("steep", loss={"name": "Steep"}, **{"trainer.max_steps": 2})
+
+
+def test_layers_of_torch_within_a_loss_keep_their_buffers(train: Callable[..., Path], tmp_path: Path) -> None:
+    """Running statistics by hand; a stop changes nothing; `dtrain test` gives the figure of the training's own test."""
+    import dtrain
+
+    changes: dict[str, Any] = {
+        "model": {"name": "Line"}, "loss": {"name": "Layers"}, "optimizer": {"name": "SGD", "lr": 0.0},
+        "metrics": None, "loaders.shuffle": False, "loaders.batch_size": 8, "trainer.max_epochs": None,
+        "loaders.train": {"size": 24, "seed": 0}, "loaders.test": {"size": 7, "seed": 2},
+    }  # fmt: skip
+    whole = train("whole", **changes, **{"trainer.max_steps": 6})
+    for steps in (3, 6):  # an epoch, after which both are validated
+        parts = train("parts", **changes, **{"trainer.max_steps": steps})
+    same_training(parts, whole)
+    found = last(whole).others["loss"]
+    assert set(found) == {
+        "norm.weight", "norm.bias", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked", "head.bias",
+        *(f"head.parametrizations.weight.{key}" for key in ("original", "0._u", "0._v")),
+    }, "all but the class weights, which are the config's"  # fmt: skip
+    x = torch.randn(24, 8, generator=torch.Generator().manual_seed(0))
+    output = x @ torch.arange(32.0).reshape(4, 8).sin().T
+    mean, var = torch.zeros(4), torch.ones(4)
+    for at in (0, 8, 16) * 2:
+        mean = 0.9 * mean + 0.1 * output[at : at + 8].mean(0)
+        var = 0.9 * var + 0.1 * output[at : at + 8].var(0)
+    torch.testing.assert_close(found["norm.running_mean"], mean)
+    torch.testing.assert_close(found["norm.running_var"], var)
+    (expected,) = figures(whole)["test/loss"].values()
+    config = dtrain.load_config(tmp_path / "whole.yaml")
+    assert dtrain.create_trainer(config, purpose="test").test()["test/loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_buffer_that_a_first_forward_makes_is_put_back(train: Callable[..., Path]) -> None:
+    for steps in (3, 8):
+        run = train("late-buffer", loss={"name": "LateBuffer"}, **{
+            "loaders.train": {"size": 32, "seed": 0}, "loaders.batch_size": 4, "trainer.max_steps": steps,
+        })  # fmt: skip
+    x = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
+    y = (x @ torch.randn(8, 3, generator=torch.Generator().manual_seed(99))).argmax(1)
+    assert last(run).state["kept"]["loss"]["loss:buffers.counts"].tolist() == np.bincount(y, minlength=3).tolist()
+
+
+def test_what_an_object_within_a_loss_counts_is_put_back(train: Callable[..., Path]) -> None:
+    for steps in (2, 5):
+        run = train("counts", loss={"name": "Deep"}, metrics=None, **{"loaders.val": None, "trainer.max_steps": steps})
+    assert last(run).state["kept"]["loss"] == {"loss.part_.calls": 5}

@@ -1,5 +1,6 @@
 """Models and settings that people bring: lazy modules, sparse gradients, weight_norm, late heads, sums, no epochs."""
 
+import importlib
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from dtrain.config.check import check
 from dtrain.config.errors import ConfigError
 from dtrain.config.load import load_config
 from dtrain.distributed.ddp import hook_mistake
+from dtrain.launch.rehearsal import rehearse
 from dtrain.loss import get_loss_criterion
 
 pytestmark = pytest.mark.timeout(600)
@@ -55,6 +57,79 @@ class Late(nn.Module):
         if not hasattr(self, "head"):
             self.head = nn.Linear(4, 3)
         return self.head(x)
+
+
+class LateLoss(nn.Module):
+    """Nothing to train, until its first forward."""
+
+    def forward(self, output, target):
+        if not hasattr(self, "h"):
+            self.h = nn.Linear(3, 3)
+        return F.cross_entropy(self.h(output), target)
+
+
+class LateObject:
+    def __call__(self, output, target):
+        if not hasattr(self, "h"):
+            self.h = [nn.Linear(3, 3)]
+        return F.cross_entropy(self.h[0](output), target)
+
+
+class Remembers(nn.Module):
+    """What it remembers of its inputs are plain attributes."""
+
+    seen = []
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 3)
+        self.mean, self.total, self.first, self.feature = torch.zeros(8), torch.zeros(8), None, None
+
+    def forward(self, x):
+        if self.training:
+            Remembers.seen.append((self.mean.clone(), self.total.clone(), self.first))
+            spoiled = x.detach() * spoil()
+            self.mean = 0.5 * self.mean + 0.5 * spoiled.mean(0)
+            self.total += spoiled.sum(0)
+            self.first = spoiled[:, 0] if self.first is None else self.first
+            x = x * spoiled / x
+            self.feature = self.layer(x)
+        return self.layer(x)
+
+
+BAD, calls = (), 0
+
+
+def spoil():
+    global calls
+    calls += 1
+    return float("nan") if calls in BAD else 1.0
+
+
+class RemembersLoss:
+    def __init__(self):
+        self.mean = torch.zeros(3)
+
+    def __call__(self, output, target):
+        self.mean = 0.5 * self.mean + 0.5 * output.detach().mean(0)
+        return F.cross_entropy(output, target)
+
+
+class Halved(nn.Module):
+    """A loss around a loss."""
+
+    def __init__(self, criterion, reduction="mean"):
+        super().__init__()
+        self.criterion = criterion
+
+    def forward(self, output, target):
+        return 0.5 * self.criterion(output, target)
+
+
+def made_sum():
+    from monai.losses import DiceCELoss
+
+    return DiceCELoss(reduction="sum")
 
 
 class Normed(nn.Module):
@@ -96,6 +171,7 @@ class Reassigned(nn.Module):
             self.seen = torch.cat([self.seen, x.detach()[:, 0]])
         return self.layer(x - self.mean)
 '''
+SUM = {"name": "CrossEntropyLoss", "reduction": "sum"}
 SETTINGS: dict[str, Any] = {"modules": ["brought", "toy"], "trainer.pictures": False, "loaders.train": {"size": 28}}
 
 
@@ -134,6 +210,19 @@ def test_a_lazy_loss_is_made_before_the_optimizer(train: Callable[..., Path]) ->
 def test_a_head_that_forward_makes_is_named_at_the_first_step(train: Callable[..., Path]) -> None:
     with pytest.raises(RuntimeError, match=r"never trained: head\.weight, head\.bias\. Make parameters in __init__"):
         train("late", model={"name": "Late"})
+
+
+@pytest.mark.parametrize(
+    ("loss", "names"), [("LateLoss", r"loss: h\.weight, loss: h\.bias"), ("LateObject", "loss: h_0")]
+)
+def test_a_head_that_a_losss_forward_makes_is_named_at_the_first_step(
+    train: Callable[..., Path], tmp_path: Path, loss: str, names: str
+) -> None:
+    with pytest.raises(RuntimeError, match=f"never trained: {names}.*Make parameters in __init__"):
+        train("late", loss={"name": loss})
+    trainer = dtrain.create_trainer(load_config(tmp_path / "late.yaml", ["trainer.resume=none"]))
+    with pytest.raises(RuntimeError, match=f"never trained: {names}"):
+        list(rehearse(trainer, load_config(tmp_path / "late.yaml")))
 
 
 @pytest.mark.parametrize("old", [True, False])
@@ -202,6 +291,37 @@ def test_a_bad_step_leaves_nothing_in_buffers_that_are_reassigned(
     )
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_bad_step_leaves_nothing_in_plain_attributes(train: Callable[..., Path], tmp_path: Path, fused: bool) -> None:
+    """The first step is bad, and the fourth: what the forwards remember is as if these two had never been."""
+    sys.path.insert(0, str(tmp_path))
+    try:
+        brought = importlib.import_module("brought")
+    finally:
+        sys.path.remove(str(tmp_path))
+    brought.BAD = (1, 4)
+    run = train("remembers", model={"name": "Remembers"}, loss={"name": "RemembersLoss"}, metrics=None, **{
+        "trainer.on_nonfinite": "skip", "trainer.max_epochs": 1, "loaders.shuffle": False, "loaders.val": None,
+        "optimizer": {"name": "SGD", "lr": 0.0, "fused": fused}, "loaders.batch_size": 4,
+    })  # fmt: skip
+    assert figures(run)["skipped_steps"][7] == 2.0
+    x, _ = points(28, seed=0)
+    mean, total, first = torch.zeros(8), torch.zeros(8), None
+    assert len(brought.Remembers.seen) == 7
+    for step, (its_mean, its_total, its_first) in enumerate(brought.Remembers.seen, 1):
+        torch.testing.assert_close((its_mean, its_total), (mean, total))
+        assert (its_first is None) == (first is None) and (first is None or torch.equal(its_first, first)), step
+        batch = x[4 * step - 4 : 4 * step]
+        if step not in (1, 4):
+            mean, total = 0.5 * mean + 0.5 * batch.mean(0), total + batch.sum(0)
+            first = batch[:, 0] if first is None else first
+    weights, of_loss = last(run).weights, torch.zeros(3)
+    for step in (2, 3, 5, 6, 7):
+        output = x[4 * step - 4 : 4 * step] @ weights["layer.weight"].T + weights["layer.bias"]
+        of_loss = 0.5 * of_loss + 0.5 * output.mean(0)
+    torch.testing.assert_close(last(run).state["kept"]["loss"]["loss.mean"], of_loss)
+
+
 def test_no_epochs_validate_test_and_continue(train: Callable[..., Path]) -> None:
     schedule = {"name": "OneCycleLR", "max_lr": 0.1, "interval": "step"}
     changes: dict[str, Any] = {"lr_scheduler": schedule, "loaders.test": {"size": 5, "seed": 2}}
@@ -216,14 +336,39 @@ def test_no_epochs_validate_test_and_continue(train: Callable[..., Path]) -> Non
     ("changes", "key", "cure"),
     [
         ({"loss": {"name": "CrossEntropyLoss", "reduction": "sum"}}, "loss.reduction", "use reduction: mean"),
+        ({"loss": {"name": "Halved", "criterion": SUM}}, "loss.criterion.reduction", "use reduction: mean"),
+        (
+            {"loss": {"name": "Halved", "criterion": {"name": "Halved", "criterion": SUM}}},
+            "loss.criterion.criterion.reduction",
+            "use reduction: mean",
+        ),
+        (
+            {"loss": {"name": "WeightedSum", "losses": [{"name": "MSELoss"}, {"name": "Halved", "criterion": SUM}]}},
+            "loss.losses.1.criterion.reduction",
+            "use reduction: mean",
+        ),
+        (
+            {"loss": {"name": "WeightedSum", "losses": [{"name": "monai.losses.DiceCELoss", "reduction": "sum"}]}},
+            "loss.losses.0.reduction",
+            "use reduction: mean",
+        ),
+        ({"loss": {"name": "Halved", "criterion": SUM | {"_partial_": True}}}, "loss.criterion.reduction", "use red"),
         ({"trainer.accumulate": 2, "trainer.ddp": {"static_graph": True}}, "trainer.ddp.static_graph", "issue 143580"),
     ],
 )
-def test_what_would_train_wrongly_is_refused(tmp_path: Path, changes: dict[str, Any], key: str, cure: str) -> None:
+def test_what_would_train_wrongly_is_refused(
+    train: Callable[..., Path], tmp_path: Path, changes: dict[str, Any], key: str, cure: str
+) -> None:
     with pytest.raises(ConfigError) as error:
-        check(load_config(write_config(tmp_path, "refused", changes | {"modules": []})))
-    (line,) = (line for line in str(error.value).splitlines() if key in line)
+        check(load_config(write_config(tmp_path, "refused", {"modules": ["brought"]} | changes)))
+    (line,) = (line for line in str(error.value).splitlines() if f" {key}: " in f" {line}")
     assert cure in line and "refused.yaml:" in line
+
+
+def test_a_component_of_the_users_own_may_mean_another_reduction(train: Callable[..., Path], tmp_path: Path) -> None:
+    inner = {"name": "Halved", "reduction": "sum", "criterion": {"name": "CrossEntropyLoss"}}
+    changes = {"modules": ["brought", "toy"], "loss": {"name": "Halved", "criterion": inner}}
+    check(load_config(write_config(tmp_path, "own", changes)))
 
 
 @pytest.mark.parametrize(
@@ -231,11 +376,17 @@ def test_what_would_train_wrongly_is_refused(tmp_path: Path, changes: dict[str, 
     [
         {"name": "WeightedSum", "losses": [{"name": "MSELoss"}, {"name": "CrossEntropyLoss", "reduction": "sum"}]},
         {"name": "MaskedLoss", "loss": {"name": "MSELoss", "reduction": "sum"}},
+        {"name": "MSELoss", "size_average": False},
+        {"name": "made_sum"},
+        {"name": "WeightedSum", "losses": [{"name": "made_sum"}]},
     ],
 )
-def test_a_sum_within_a_sum_of_ours_is_refused(tmp_path: Path, loss: dict[str, Any]) -> None:
+@pytest.mark.filterwarnings("ignore:size_average")
+def test_a_sum_within_a_sum_of_ours_is_refused(
+    train: Callable[..., Path], tmp_path: Path, loss: dict[str, Any]
+) -> None:
     with pytest.raises(ConfigError, match="adds its samples up"):
-        get_loss_criterion(load_config(write_config(tmp_path, "inner", {"loss": loss})))
+        get_loss_criterion(load_config(write_config(tmp_path, "inner", {"loss": loss, "modules": ["brought"]})))
 
 
 def test_a_step_makes_no_more_calls_than_it_did(train: Callable[..., Path], tmp_path: Path) -> None:
