@@ -185,12 +185,16 @@ class Loaders(NamedTuple):
 
     def seeded(self) -> list[str]:
         """The generators that the datasets and collate functions hold and that are seeded for each sample."""
-        lines = []
-        for phase, loader in self._asdict().items():
-            if loader is not None:
-                held = loader.batches.generators if phase == "train" else loader.dataset.generators
-                lines += [f"{phase}: {name} ({type(item).__name__})" for name, item in held.items()]
-        return lines
+        held = ((phase, item) for phase, samples in self._samples() for item in samples.generators.items())
+        return [f"{phase}: {name} ({type(generator).__name__})" for phase, (name, generator) in held]
+
+    def not_searched(self) -> list[str]:
+        """The phases whose datasets hold so much that the search for generators ended before it had seen all."""
+        return [phase for phase, samples in self._samples() if not samples.is_searched]
+
+    def _samples(self) -> list[tuple[str, Any]]:
+        of_others = [(phase, loader.dataset) for phase, loader in self._asdict().items() if phase != "train" and loader]
+        return [("train", self.train.batches), *of_others] if self.train else of_others
 
     def sample_counts(self) -> set[int]:
         """How many samples the batches have that collate functions of the user's own make, on this rank."""

@@ -31,6 +31,7 @@ _FREE = [
 ]
 # Calls that are also arguments of `trainer`, as which they are compared.
 _PARTS = ("trainer.fsdp", "trainer.pictures", "trainer.pre_trained")
+_BATCH_SIZES = ("batch_size", "global_batch_size")
 _TOP_DEFAULTS = {"seed": 0, "device": "auto", "modules": []}
 
 
@@ -51,7 +52,8 @@ def changes(before: ConfigDict, after: ConfigDict, ranks_before: int, ranks_afte
 
     Compared are the calls, not the texts: a default that is written down, another order of keys, a key that is shared
     by several phases, another way to write a number, a path or a component's name change nothing. With another number
-    of ranks, another batch size per rank that makes the same global batch is none for the training.
+    of ranks, another batch size per rank that makes the same global batch is none for the training; where the same one
+    makes another global batch, that is a change to be told.
     """
     old, new = _calls(before), _calls(after)
     found = [*_of_top(before, after)]
@@ -63,13 +65,17 @@ def changes(before: ConfigDict, after: ConfigDict, ranks_before: int, ranks_afte
             values = {"name": to_plain(call.name), **{name: to_plain(call.arguments[name]) for name in call.arguments}}
             one, other = (values, NOT_SET) if key in old else (NOT_SET, values)
             found.append(Change(call.path, one, other, _is_free(key, "name")))
-    same_batch = _global_batch(old, ranks_before) == _global_batch(new, ranks_after)
+    batches = _global_batch(old, ranks_before), _global_batch(new, ranks_after)
+    same_batch = batches[0] == batches[1]
     result: dict[KeyPath, Change] = {}
     for change in found:
-        if same_batch and change.path[-1] in ("batch_size", "global_batch_size"):
+        if same_batch and change.path[-1] in _BATCH_SIZES:
             change = change._replace(is_free=True)
         known = result.get(change.path)
         result[change.path] = change if known is None or known.is_free else known
+    if batches[0][0] != batches[1][0] and not any(path[-1] in _BATCH_SIZES for path in result):  # by the ranks alone
+        path = ("global_batch_size",)
+        result[path] = Change(path, batches[0][0], batches[1][0], is_free=True)
     return list(result.values())
 
 
@@ -165,7 +171,7 @@ def _global_batch(found: Mapping[str, Call], ranks: int) -> list[int]:
     batches = []
     for phase in ("train", "val"):
         call = found.get(f"loaders.{phase}.loader")
-        values = call.arguments if call else {}
+        values = call.arguments if call else {"global_batch_size": 1}
         batches.append(values.get("global_batch_size") or (values.get("batch_size") or 1) * ranks)
     return batches
 

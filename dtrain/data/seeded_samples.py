@@ -79,6 +79,7 @@ class SeededBatches(Dataset):
         # A class derived from TensorDataset may well transform its items.
         self.tensors = dataset.tensors if type(dataset) is TensorDataset and collate is None else None
         self.generators: dict[str, Any] = {}  # that dataset and collate function hold, by where they are
+        self.is_searched = True  # to the end for them
         self._process = 0  # in which they were looked for after a first batch, which may have made some
         if self.random is not False and self.tensors is None:
             self._look_for_generators()
@@ -108,7 +109,7 @@ class SeededBatches(Dataset):
     def _look_for_generators(self) -> bool:
         """Whether others were found than before."""
         before = self.generators
-        self.generators = generators_in(dataset=self.dataset, collate_fn=self.collate)
+        self.generators, self.is_searched = generators_in(dataset=self.dataset, collate_fn=self.collate)
         if self.generators:
             self.random = True
         return any(before.get(name) is not generator for name, generator in self.generators.items())

@@ -40,7 +40,10 @@ _OWN_LOCAL_RANKS = (
     Names("mpirun", "PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),  # Cray's PALS
 )  # fmt: skip
 # srun with PMI-2 or PMIx sets these beside its own; where nothing else is set, they say too little.
-_INCOMPLETE = (Names("mpirun", "PMI_RANK", "PMI_SIZE"), Names("mpirun", "PMIX_RANK", ""))
+_INCOMPLETE = (
+    *(Names("mpirun", f"{mpi}_COMM_WORLD_RANK", f"{mpi}_COMM_WORLD_SIZE") for mpi in ("OMPI", "MV2")),
+    Names("mpirun", "PMI_RANK", "PMI_SIZE"), Names("mpirun", "PMIX_RANK", ""),
+)  # fmt: skip
 _JOB_NAMES = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PALS_APID", "PMI_JOBID")  # what tells jobs of mpirun apart
 _SET_ALL = "set RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE in each process, or start with torchrun"
 

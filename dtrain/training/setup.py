@@ -111,8 +111,8 @@ def make_parts(
     loaders = get_train_loaders(
         config, ranks.rank, ranks.world_size, seed, ranks.device.type == "cuda", options["accumulate"], phases
     )
-    if seeded := loaders.seeded() if ranks.is_main else []:
-        progress.note(f"generators that are seeded for each sample: {first_few(seeded, 5)}")
+    if ranks.is_main:
+        _tell_generators(loaders, progress.note)
     spaces = {phase: space_of(_dataset(loader)) for phase, loader in loaders._asdict().items() if loader is not None}
     if ranks.is_main and purpose == "train" and (line := difference(spaces)):
         progress.note(f"loaders: {line}")
@@ -319,7 +319,8 @@ def _start(
     try:
         return ranks.decide(decided)
     except (ResumeError, CheckpointError, OSError) as error:
-        raise refused(config, ("trainer", "resume"), str(error)) from error
+        is_asked = options["resume"] not in ("auto", "none", "last") or not isinstance(error, OSError)
+        raise refused(config, ("trainer", "resume" if is_asked else "checkpoint_dir"), str(error)) from error
 
 
 def _base_folder(package: str | Path | None) -> Path:
@@ -327,6 +328,14 @@ def _base_folder(package: str | Path | None) -> Path:
     base = Path(package or ".")
     folder = base.parent if base.is_file() else base
     return Path() if {"site-packages", "dist-packages"} & set(folder.resolve().parts) else folder
+
+
+def _tell_generators(loaders: Loaders, note: Callable[[str], None]) -> None:
+    if seeded := loaders.seeded():
+        note(f"generators that are seeded for each sample: {first_few(seeded, 5)}")
+    if cut := loaders.not_searched():
+        text = f"the search for generators to seed for each sample saw only a part of the datasets of {', '.join(cut)}"
+        note(f"{text}; it passes over objects with `seeds_itself = True`, see docs/data.md")
 
 
 def _prepared_model(
@@ -452,11 +461,14 @@ def _loaded(config: ConfigDict, trainables: Trainables, ranks: Ranks, start: Sta
         return None
     loaded, misfit = None, ""
     if ranks.is_main:
-        loaded = load(start.checkpoint, start.is_verified)
-        misfit = _misfit(trainables, loaded)
+        try:
+            loaded = load(start.checkpoint, start.is_verified)
+            misfit = f"{start.checkpoint} is {found}" if (found := _misfit(trainables, loaded)) else ""
+        except CheckpointError as error:
+            misfit = str(error)
     if misfit := ranks.broadcast(misfit):
         cure = "trainer.resume=none begins again, trainer.pre_trained takes over weights alone"
-        raise refused(config, ("trainer", "resume"), f"{start.checkpoint} is {misfit}; {cure}")
+        raise refused(config, ("trainer", "resume"), f"{misfit}; {cure}")
     return loaded
 
 

@@ -3,6 +3,9 @@
 import functools
 import random
 import time
+import zlib
+from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -182,18 +185,18 @@ def test_a_worker_begins_with_a_seed_of_its_own() -> None:
 
 
 def test_where_they_are_is_said_whatever_the_order_in_which_they_were_made() -> None:
-    assert sorted(generators_in(dataset=Holds())) == [
-        "dataset.function.RNG", "dataset.function.mixed", "dataset.own", "dataset.slotted.bits",
+    assert sorted(generators_in(dataset=Holds())[0]) == [
+        "dataset.function.mixed", "dataset.own", "dataset.slotted.bits", "dataset.transforms['first'][0].Jitter.RNG",
         "dataset.transforms['first'][0].Jitter.shared", "dataset.transforms['first'][0].rng",
         "dataset.transforms['first'][1].keywords['generator']",
     ]  # fmt: skip
-    assert generators_in(dataset=Numbers()) == {}
+    assert generators_in(dataset=Numbers()) == ({}, True)
 
     class Left:
         seeds_itself = True
         rng = random.Random(1)
 
-    assert generators_in(dataset=[Left(), random.SystemRandom(), np.random, torch.default_generator]) == {}
+    assert generators_in(dataset=[Left(), random.SystemRandom(), np.random, torch.default_generator])[0] == {}
 
 
 def test_the_search_is_bounded() -> None:
@@ -203,8 +206,87 @@ def test_the_search_is_bounded() -> None:
     circle: list[Any] = [chain]
     circle.append(circle)
     began = time.process_time()
-    assert generators_in(dataset=[circle, list(range(10**6)), {str(n): n for n in range(10**5)}]) == {}
+    assert generators_in(dataset=[circle, list(range(10**6)), {str(n): n for n in range(10**5)}]) == ({}, False)
     assert time.process_time() - began < 1.0
+
+
+class Annotations:
+    """What pycocotools' COCO holds, as large as a set of 600 images has it."""
+
+    def __init__(self, images: int = 600) -> None:
+        annotations = [
+            {"id": n, "image_id": n // 7, "category_id": n % 80, "bbox": [0.0] * 4, "segmentation": [[0.0] * 12]}
+            for n in range(7 * images)
+        ]
+        self.dataset = {
+            "images": [{"id": n, "file_name": f"{n}.jpg"} for n in range(images)],
+            "annotations": annotations,
+        }
+        self.anns = {row["id"]: row for row in annotations}
+        self.imgToAnns, self.catToImgs = defaultdict(list), defaultdict(list)
+        for row in annotations:
+            self.imgToAnns[row["image_id"]].append(row)
+            self.catToImgs[row["category_id"]].append(row["image_id"])
+
+
+class Record:
+    def __init__(self, number: int) -> None:
+        self.path, self.boxes, self.meta = Path(f"{number}.jpg"), [[number] * 4] * 3, {"size": (3, 4)}
+
+
+class Composed:
+    def __init__(self, *steps: Any) -> None:
+        self.steps = steps
+
+
+def deep_numbers(levels: int = 6) -> Any:
+    return [deep_numbers(levels - 1) for _ in range(8)] if levels else 1
+
+
+@pytest.mark.parametrize("attribute", ["transforms", "zoom", "tail"])  # the last ones behind all the data, by name
+def test_much_plain_data_does_not_hide_the_transforms(attribute: str) -> None:
+    class Coco(Numbers):
+        def __init__(self) -> None:
+            self.coco, self.ids, self.records = Annotations(), list(range(600)), [Record(n) for n in range(9000)]
+            setattr(self, attribute, Composed(Jitter()))
+
+    began = time.process_time()
+    names, is_whole = generators_in(dataset=Coco())
+    assert f"dataset.{attribute}.steps[0].rng" in names and is_whole
+    assert time.process_time() - began < 1.0
+    names, is_whole = generators_in(dataset=[deep_numbers(), Composed(Jitter())])
+    assert "dataset[1].steps[0].rng" in names
+
+
+def test_what_stands_among_data_is_found() -> None:
+    one, two, three = (np.random.RandomState(n) for n in range(3))
+    settings = {**{f"key{n}": n for n in range(40)}, "rng": one, **{f"more{n}": [n] for n in range(40)}}
+    assert set(generators_in(dataset=settings)[0].values()) == {one}
+    pairs = [(0.5, Composed(np.random.RandomState(n))) for n in range(40)]
+    assert len([name for name in generators_in(dataset=pairs)[0] if name.endswith(".steps[0]")]) == 40
+    last = [*range(10**5), two]
+    assert set(generators_in(dataset=last)[0].values()) == {two}
+    assert set(generators_in(dataset=dict(enumerate(last)))[0].values()) == {two}
+    assert set(generators_in(dataset=np.array([None, three], dtype=object))[0].values()) == {three}
+
+
+def test_sets_are_looked_into_and_names_do_not_follow_their_order() -> None:
+    for kind in (set, frozenset):
+        names, is_whole = generators_in(dataset=kind([Jitter(), Slotted(), random.Random(1), random.Random(2), "text"]))
+        assert {
+            "dataset['Jitter 1'].rng",
+            "dataset['Slotted 1'].bits",
+            "dataset['Random 1']",
+            "dataset['Random 2']",
+        } <= {*names}
+        assert is_whole
+
+
+def test_a_search_that_was_cut_off_says_so() -> None:
+    assert not generators_in(dataset=[np.random.RandomState(n) for n in range(101)])[1]
+    assert not generators_in(dataset=[Composed(lambda: 1) for _ in range(101)])[1]
+    assert generators_in(dataset=[Composed(lambda: 1) for _ in range(90)])[1]
+    assert generators_in(dataset=np.random.SeedSequence(1).spawn(200)) == ({}, True)
 
 
 class Hostile:
@@ -216,7 +298,7 @@ class Hostile:
 
 
 def test_what_cannot_be_looked_at_is_left_alone() -> None:
-    assert set(generators_in(dataset=[Hostile(), random.Random(1)])) == {"dataset[1]"}
+    assert set(generators_in(dataset=[Hostile(), random.Random(1)])[0]) == {"dataset[1]"}
 
 
 @pytest.mark.parametrize(
@@ -239,6 +321,53 @@ def test_each_kind_is_seeded_in_place_with_all_that_it_keeps_back(generator: Any
     assert drawn("a", 5, before=1) != drawn("a", 6, before=1)
 
 
+@pytest.mark.parametrize(
+    "kind", [np.random.PCG64, np.random.PCG64DXSM, np.random.MT19937, np.random.Philox, np.random.SFC64]
+)
+def test_what_they_spawn_is_seeded_too(kind: Any) -> None:
+    own = (5 + zlib.crc32(b"a") * 0x9E3779B97F4A7C15) % 2**64
+    expected = np.random.Generator(kind(own).spawn(2)[1]).random()
+    held = np.random.Generator(kind(1))
+    sequence = np.random.SeedSequence(7)
+    words, spawned = sequence.generate_state(4), []
+    for before in range(3):
+        held.spawn(before)
+        for generator in (held, held.bit_generator):
+            seed_generator(generator, "a", 5)
+            assert held.spawn(2)[1].random() == expected
+        sequence.spawn(before)
+        seed_generator(sequence, "a", 5)
+        spawned.append(sequence.spawn(1)[0].spawn_key)
+    assert len(set(spawned)) == 1
+    assert (sequence.generate_state(4) == words).all(), "what is made of its entropy stays"
+
+
+class Spawns(Numbers):
+    """Spawns a generator for each sample, as NumPy's documentation advises for each process."""
+
+    random = None  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        super().__init__(12)
+        self.own, self.sequence = np.random.default_rng(3), np.random.SeedSequence(4)
+        self.bits = np.random.Philox(5)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        ways = self.own.spawn(1)[0], self.own.bit_generator.seed_seq.spawn(1)[0], self.sequence.spawn(1)[0], self.bits
+        return torch.tensor([index, *(np.random.default_rng(way).random() for way in ways)], dtype=torch.float64)
+
+
+def test_what_is_spawned_follows_from_seed_epoch_and_index_alone() -> None:
+    expected = found(3, make=Spawns)
+    columns = list(zip(*expected.values(), strict=True))
+    assert len(columns) == 4 and all(len(set(column)) == 12 for column in columns)
+    assert found(3, make=Spawns, num_workers=2) == expected
+    assert found(3, make=Spawns, world_size=2, num_workers=1) == expected
+    resumed = found(3, make=Spawns, start=8)
+    assert resumed == {index: expected[index] for index in resumed} and resumed
+    assert not {*columns[0]} & {row[0] for row in found(4, make=Spawns).values()}
+
+
 def _normal(generator: Any) -> float:
     if isinstance(generator, torch.Generator):
         return float(torch.randn((), generator=generator))
@@ -259,9 +388,13 @@ class Noisy(Points):
         super().__init__(size, seed)
         self.transform = Noise()
         self.random = None
+        self.rows = {n: [{"id": n, "box": [0.0] * 4}] * 3 for n in range(9000)}
+        self.set = {np.random.default_rng(3)}
+        self.functions = [lambda: 1 for _ in range(101)]
     def __getitem__(self, index):
         x, y = super().__getitem__(index)
-        return x + self.transform.R.normal(), y
+        (held,) = self.set
+        return x + self.transform.R.normal() + held.spawn(1)[0].normal(), y
 '''
 
 
@@ -276,7 +409,11 @@ def test_a_trainings_losses_do_not_depend_on_workers_and_ranks_and_the_log_names
     ):
         loaders = {"loaders.name": "Noisy", "loaders.train": {"size": 22}, "loaders.val": {"size": 11, "seed": 1}}
         result = place.run(place.config(name, modules=["own_rng", "toy"], **loaders, **changes), ranks=ranks)
-        assert "generators that are seeded for each sample: train: dataset.transform.R (RandomState)" in result.text
+        assert (
+            "generators that are seeded for each sample: train: dataset.transform.R (RandomState), "
+            "train: dataset.set['Generator 1'] (Generator), " in result.text
+        )
+        assert result.text.count("saw only a part of the datasets of train, val; it passes over objects with") == 1
         found_here = figures(place.path(name))
         losses[name] = [*found_here["train/loss"].values(), *found_here["val/loss"].values()]
     assert losses["own-2"] == losses["own-0"]

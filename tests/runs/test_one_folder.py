@@ -396,6 +396,8 @@ def test_where_all_checkpoints_are_damaged_nothing_begins_and_what_can_be_saved_
     weights = folders[1] / "model.safetensors"
     (folders[2] / "model.safetensors").write_bytes(b"")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "sender.log"}
+    named = f"trainer.resume={run}/checkpoints/last"  # the link to it is as it was
+    assert "damaged" in place.run(config, named, expect=2).stderr.splitlines()[-1]
     for more in ([], ["trainer.resume=last"], [f"trainer.resume={run}"], ["trainer.max_epochs=7"]):
         result = place.run(config, *more, expect=2)
         line = result.stderr.splitlines()[-1]
