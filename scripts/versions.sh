@@ -17,7 +17,8 @@ import re, sys, tomllib
 from pathlib import Path
 
 case = sys.argv[1]
-project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
+facts = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))
+project = facts["project"]
 found = (re.match(r"([\w.-]+)>=([\w.]+)", text) for text in project["dependencies"])
 lowest = {match[1].lower(): match[2] for match in found if match}
 lowest = {name: low for name, low in lowest.items() if case == "lowest" or (case == "torch" and name == "torch")}
@@ -31,7 +32,7 @@ for line in Path("requirements.lock").read_text(encoding="utf-8").splitlines():
         print(line)
 if not keep_rest:
     extra = project["optional-dependencies"]["test"]
-    print(*(item for item in extra if re.split(">=", item)[0] not in lowest), "setuptools", sep="\n")
+    print(*(item for item in extra if re.split(">=", item)[0] not in lowest), *facts["build-system"]["requires"], sep="\n")
 PYTHON
 }
 

@@ -120,7 +120,7 @@ ALL = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2
         ({"WORLD_SIZE": "4"}, "WORLD_SIZE is 4, but RANK is not set; set RANK, WORLD_SIZE, LOCAL_RANK"),
         ({"PMIX_RANK": "3"}, "PMIX_RANK is 3, but the number of ranks is in no variable that is known"),
         ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "PMI_RANK is 0, but the rank's number on its node is in no variable"),
-        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_RANK is 1, but the rank's number"),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_RANK is 1, but the rank's"),
         ({"SLURM_STEP_NUM_TASKS": "two", "SLURM_PROCID": "0"}, "SLURM_STEP_NUM_TASKS is 'two', which is not"),
     ],
 )  # fmt: skip
