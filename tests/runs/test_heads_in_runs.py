@@ -127,7 +127,7 @@ def test_each_metric_measures_the_head_that_it_names(here: Place, ranks: int) ->
         "of_mask": ACCURACY | {"output_key": "mask", "target_key": "mask", "multidim_average": "global"},
         "of_both": {"name": "WholeHeads", "output_key": ["label", "mask"], "target_key": ["label", "mask"]},
     }
-    name = f"named-{ranks}"
+    name = f"head-named-{ranks}"
     here.run(here.config(name, **SCENES, metrics=metrics), ranks=ranks)
     found = {key: values[max(values)] for key, values in figures(here.path(name)).items()}
     assert found["val/of_label"] == pytest.approx(LABEL_RIGHT)
