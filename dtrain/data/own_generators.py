@@ -81,7 +81,7 @@ def seed_generator(generator: Any, name: str, seed: int) -> None:
     elif isinstance(generator, np.random.Generator | np.random.BitGenerator):
         _seed_bits(getattr(generator, "bit_generator", generator), own)
     elif isinstance(generator, np.random.SeedSequence):
-        spawned = own % 2**31  # of the 32 bits of that counter, which one sample can count up as far again
+        spawned = own % 2**31  # half of what that counter holds: a sample may count on
         entropy, key, size = generator.entropy, generator.spawn_key, generator.pool_size
         np.random.SeedSequence.__init__(generator, entropy, spawn_key=key, pool_size=size, n_children_spawned=spawned)
     elif isinstance(bits := generator._bit_generator, np.random.MT19937):

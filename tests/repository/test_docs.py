@@ -167,7 +167,9 @@ def run_bash(block: Block, folder: PageFolder) -> None:
 
 def assert_program_is_there(command: str, excuse: str, folder: PageFolder) -> None:
     program, *arguments = shlex.split(command)
-    assert program in ("srun", "mpirun", "mpiexec", "source") or shutil.which(program, path=folder.env["PATH"]), f"{command} ({excuse})"
+    assert program in ("srun", "mpirun", "mpiexec", "source") or shutil.which(program, path=folder.env["PATH"]), (
+        f"{command} ({excuse})"
+    )
     scripts = [word for word in arguments if word.endswith((".sh", ".yaml"))]
     assert all((REPOSITORY / script).is_file() for script in scripts), command
 
