@@ -30,6 +30,8 @@ for line in Path("requirements.lock").read_text(encoding="utf-8").splitlines():
         print(f"{name}=={lowest[name]}")
     elif keep_rest and name and not (case == "torch" and name in ("setuptools", "sympy")):
         print(line)
+if case == "torch":  # which does not go with the newest
+    print(*facts["build-system"]["requires"], sep="\n")
 if not keep_rest:
     extra = project["optional-dependencies"]["test"]
     print(*(item for item in extra if re.split(">=", item)[0] not in lowest), *facts["build-system"]["requires"], sep="\n")

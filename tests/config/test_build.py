@@ -157,8 +157,8 @@ def test_a_component_deep_in_a_plain_mapping_is_built(write: Write) -> None:
 
 
 def test_inside_a_section_any_library_will_do() -> None:
-    stack = made("loaders.train", "{train: {name: TensorDataset}}", modules="torch.nn")
-    assert len(stack.tensors) == 0
+    joined = made("loaders.train", "{train: {name: ConcatDataset, datasets: [{name: Digits}]}}", modules="torch.nn")
+    assert type(joined.datasets[0]).__name__ == "Digits"
     inner = made(
         "model",
         "{name: torch.nn.TransformerEncoder, encoder_layer: {name: TransformerEncoderLayer, d_model: 4, nhead: 2, batch_first: true}, num_layers: 1}",
