@@ -157,7 +157,9 @@ def test_a_component_deep_in_a_plain_mapping_is_built(write: Write) -> None:
 
 
 def test_inside_a_section_any_library_will_do() -> None:
-    joined = made("loaders.train", "{train: {name: ConcatDataset, datasets: [{name: Digits}]}}", modules="torch.nn")
+    joined = made(
+        "loaders.train", "{train: {name: ConcatDataset, datasets: [{name: Digits, split: val}]}}", modules="torch.nn"
+    )
     assert type(joined.datasets[0]).__name__ == "Digits"
     inner = made(
         "model",
