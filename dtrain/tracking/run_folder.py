@@ -97,7 +97,7 @@ def locked_file(path: Path, timeout_seconds: float) -> Iterator[None]:
     lock = FileLock(path, timeout=timeout_seconds)
     try:
         lock.acquire()
-    except NotImplementedError:
+    except NotImplementedError:  # filelock's word for a disk without flock (ENOSYS)
         pass
     except OSError as error:
         if error.errno not in NO_LOCKS:
