@@ -129,6 +129,7 @@ def trained(steps=3):
 # What comes back
 
 
+@pytest.mark.slow
 def test_a_training_comes_back_to_the_bit_and_continues_alike(tmp_path_factory):
     torch.manual_seed(3)
     model, optimizer, scheduler = trained()
@@ -935,6 +936,7 @@ def test_links_that_cannot_be_followed_are_not_needed(mounted):
 # Kills, and more than one writer
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_the_acknowledged_checkpoint(tmp_path):
     seed = random.randrange(1 << 30)
     report = in_a_process("random_kills", tmp_path, seed, 50)
@@ -957,6 +959,7 @@ def test_five_hundred_kills_on_a_disk_that_is_full_now_and_then(tmp_path, mounte
     assert report["failures"] == [] and report["acknowledged"] > 100 and report["full"] > 50, report
 
 
+@pytest.mark.slow
 def test_a_kill_before_any_single_file_operation_leaves_the_acknowledged_checkpoint(tmp_path):
     report = in_a_process("kill_at_every_operation", tmp_path)
     assert report["failures"] == []

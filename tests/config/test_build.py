@@ -767,6 +767,7 @@ def test_there_are_enough_hostile_names() -> None:
     assert len(set(NAMES)) >= 150
 
 
+@pytest.mark.slow
 def test_nothing_of_the_standard_library_is_imported_or_called_by_any_name(tmp_path: Path) -> None:
     """Each name as a model, inside a component, as a metric, a trainer and a module, while an audit hook listens."""
     (tmp_path / "evil.py").write_text(EVIL)

@@ -141,6 +141,7 @@ def test_more_ranks_than_gpus_are_refused_and_auto_takes_all(monkeypatch: pytest
         ranks("8", {})
 
 
+@pytest.mark.slow
 def test_a_port_in_use_is_named_with_its_owner_within_seconds() -> None:
     with socket.socket() as taken:
         taken.bind(("", 0))
