@@ -27,6 +27,7 @@ from dtrain.config.schema import Call, calls, is_component, is_data, refused
 from dtrain.config.signatures import Callee, Dynamic, is_standard
 
 MAX_ERROR = 2000  # characters of a component's own error; some hold whole tensors
+MAX_ARGUMENTS = 120  # characters of what a constructor was given
 
 
 def build(config: ConfigDict, key: str, *given: Any, **given_names: Any) -> Any:
@@ -97,8 +98,15 @@ def _called(call: Call, imported: Callable[..., Any], positional: tuple[Any, ...
     except (ConfigError, MemoryError):
         raise
     except (Exception, SystemExit) as error:
-        subject = "" if isinstance(call.target, Callee) and is_own(call.target) else f"{call.name}(...) raised "
+        own = isinstance(call.target, Callee) and is_own(call.target)
+        subject = "" if own else f"{call.name}({_arguments_text(call)}) raised "
         raise refused(call.config, _key_at_fault(call, error), subject + _explained(error)) from error
+
+
+def _arguments_text(call: Call) -> str:
+    """The arguments as the config has them, so that the one to change is seen."""
+    text = ", ".join(f"{key}={to_plain(value)!r}" for key, value in call.arguments.items())
+    return text if len(text) <= MAX_ARGUMENTS else f"{text[:MAX_ARGUMENTS]}..."
 
 
 def _key_at_fault(call: Call, error: BaseException) -> KeyPath:
