@@ -123,7 +123,7 @@ def _mistakes(objects: Mapping[str, Any]) -> Iterator[Mistake]:
 
 
 def _unread(loaders: Any, datasets: Mapping[str, Any]) -> Iterator[Mistake]:
-    """Keys beside the given datasets that are no loader's, where no dataset is named whose they could be."""
+    """Keys beside the given datasets that are not a loader's, where no dataset is named whose they could be."""
     if not is_mapping(loaders) or not is_mapping(datasets) or "name" in loaders:
         return
     known = {*keys_of("loader"), *PHASES}

@@ -87,7 +87,7 @@ class Call:
 
     @property
     def stands_for_object(self) -> bool:
-        """Whether it is no call, but the record of an object that was given in Python."""
+        """Whether it is not a call but the record of an object that was given in Python."""
         return OBJECT in self.arguments
 
     @property

@@ -6,6 +6,7 @@ import inspect
 import io
 import json
 import logging
+import re
 import sys
 import traceback
 import warnings
@@ -102,17 +103,14 @@ def export(
     write = {"onnx": _write_onnx, "torch": _write_torch}[form]
     try:
         with whole_file(path) as temporary:
-            with _quiet():
-                run, names = write(model, example, temporary, facts)
-            difference, batches = _compared(model, example, run)
+            run, names = write(model, example, temporary, facts)
+            difference = _compared(model, example, run)
     except ExportError as error:
         print(one_line(f"{config.model.name} is not exported: {error}"), file=sys.stderr)
         return FAILED
     print(f"exported    {path}  ({path.stat().st_size / 1e3:,.0f} kB, weights of {saved.weights})")
     print(f"inputs      {', '.join(names)}; the batch size is free, all other sizes are fixed")
-    print(
-        f"difference  at most {difference:.2g} from the model, in batches of {' and '.join(map(str, batches))} samples"
-    )
+    print(f"difference  {difference}")
     return DONE
 
 
@@ -146,12 +144,10 @@ def _example(config: ConfigDict, model: Module, input_shape: Sequence[int] | Non
 
 def _batch(loaders: Loaders) -> Any:
     """A whole batch, loaded in this process."""
-    others = [loader for loader in loaders if loader is not None and loader is not loaders.train]
-    if not others:
+    other: Any = next((loader for loader in loaders[1:] if loader is not None), None)
+    if other is None:
         return first_batch(loaders)
-    samples: Any = others[0].dataset
-    size: int = others[0].batch_sampler.batch_size  # type: ignore[union-attr,assignment]
-    return samples.batch(0, *range(min(size, len(samples), MOST_SAMPLES)))
+    return other.dataset.batch(0, *range(min(other.batch_sampler.batch_size, len(other.dataset), MOST_SAMPLES)))
 
 
 def _exported(model: Module, example: Example) -> Any:
@@ -165,11 +161,11 @@ def _exported(model: Module, example: Example) -> Any:
     free_args = tuple(pytree.tree_map(free, each) for each in example.args)
     shapes = dict(zip(names, free_args, strict=False)) | {key: free(value) for key, value in example.kwargs.items()}
     shapes_of: Any = shapes if len(names) >= len(example.args) else free_args  # forward(*inputs) has no names
-    try:
-        with torch.no_grad():
+    with torch.no_grad(), _quiet() as fixed:
+        try:
             return torch.export.export(model, example.args, example.kwargs, dynamic_shapes=shapes_of)
-    except Exception as error:
-        raise ExportError(_why(error)) from error
+        except Exception as error:
+            raise ExportError(_why(error, fixed.where)) from error
 
 
 def _argument_names(model: Module, args: Sequence[Any]) -> list[str]:
@@ -178,13 +174,12 @@ def _argument_names(model: Module, args: Sequence[Any]) -> list[str]:
     return [item.name for item in items if item.kind in (item.POSITIONAL_ONLY, item.POSITIONAL_OR_KEYWORD)][: len(args)]
 
 
-def _why(error: Exception) -> str:
-    """What an error of torch.export means, with the line of the model's code that it comes from."""
+def _why(error: Exception, fixed: str = "") -> str:
+    """What an error of torch.export means, with the line of the model's code that it comes from, or that fixed it."""
     text = next(iter(str(error).strip().splitlines()), type(error).__name__)
     if "specialized it to be a constant" in str(error) or "Constraints violated" in text:
-        text = (
-            "its code fixes the batch size (a reshape to a number, a loop over samples): write -1 or x.shape[0] there"
-        )
+        text = "its code fixes the batch size (len(x), int(...), a loop over samples): write x.shape[0] or -1"
+        return f"{text} ({fixed})" if fixed else text
     elif "data-dependent" in text:
         text = (
             "its way depends on the values of tensors (if x.sum() > 0, .item(), .tolist()), which a graph cannot hold"
@@ -220,9 +215,9 @@ def _write_onnx(model: Module, example: Example, path: Path, facts: Mapping[str,
         )
     program = _exported(model, example)
     try:
-        made: Any = torch.onnx.export(
-            program, example.args, kwargs=example.kwargs, output_names=_output_names(model, example), verbose=False
-        )
+        with _quiet():
+            options: dict[str, Any] = {"kwargs": example.kwargs, "output_names": _output_names(model, example)}
+            made: Any = torch.onnx.export(program, example.args, verbose=False, **options)
     except Exception as error:
         raise ExportError(f"ONNX has no equal of a part of it: {_why(error)}") from error
     _name_batch(made.model.graph)
@@ -274,9 +269,9 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
-def _compared(model: Module, example: Example, run: Run) -> tuple[float, list[int]]:
-    """The largest difference between model and file over two batches of different sizes, and these sizes."""
-    largest, sizes = 0.0, [example.samples, 1]
+def _compared(model: Module, example: Example, run: Run) -> str:
+    """How far the file is from the model, over two batches of different sizes; an ExportError where that is too far."""
+    largest, value, sizes = 0.0, 0.0, [example.samples, 1]
     for batch in (example, example.cut(1)):
         with torch.no_grad(), _quiet():
             expected = _tensors(model(*batch.args, **batch.kwargs))
@@ -295,22 +290,39 @@ def _compared(model: Module, example: Example, run: Run) -> tuple[float, list[in
                 raise ExportError(
                     f"for a batch of {batch.samples} the file's output differs from the model's by {difference:.3g}"
                 )
-            largest = max(largest, difference)
-    return largest, sizes
+            largest, value = max(largest, difference), max(value, one.abs().max().item())
+    text = f"at most {largest:.2g} from the model, whose outputs come to {value:.3g}"
+    return f"{text}, in batches of {' and '.join(map(str, sizes))} samples"
+
+
+class _Fixed(logging.Handler):
+    """Notes where the model's code made a number of the batch size, which torch says in its log alone."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.where = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        found = re.search(r"eval Eq\(\w+, \d+\) \[guard added\] \((\S+:\d+) in ", record.getMessage())
+        self.where = self.where or (found[1] if found else "")
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Iterator[_Fixed]:
     """Keep back what torch prints while it exports: whole graphs, and packages that it does without."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
+    loggers = [log for name, log in logging.root.manager.loggerDict.items()
+               if name.partition(".")[0] == "torch" and isinstance(log, logging.Logger) and log.handlers]  # fmt: skip
+    shapes, noted = logging.getLogger("torch.fx.experimental.symbolic_shapes"), _Fixed()
+    before = [(log, log.handlers, log.level, log.propagate) for log in {*loggers, shapes}]
+    for log in loggers:
+        log.handlers = []
+    shapes.handlers, shapes.propagate = [noted], False
+    shapes.setLevel(logging.INFO)
+    out, err = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
     try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
+        with warnings.catch_warnings(), out, err:
             warnings.simplefilter("ignore")
-            yield
+            yield noted
     finally:
-        logging.disable(before)
+        for log, log.handlers, level, log.propagate in before:
+            log.setLevel(level)

@@ -1,6 +1,7 @@
 """`dtrain export`: files that compute what numpy does with the best weights, in batches of any size; refusals."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class Branches(Net):
 
 class Fixed(Net):
     def forward(self, x):
-        return super().forward(x).reshape(4, 3)
+        return super().forward(x) + torch.ones(len(x), 1)
 
 class Draws(Net):
     def forward(self, x):
@@ -96,7 +97,10 @@ def test_a_torch_file(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["export", str(run), "--format", "torch"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"exported    {run}/model.pt2")
-    assert lines[2] == "difference  at most 0 from the model, in batches of 4 and 1 samples"
+    shown = re.fullmatch(r"difference  at most 0 from the model, whose outputs come to (\S+), in (.*)", lines[2])
+    data = np.arange(4, dtype=np.float32) * np.arange(-2, 2, dtype=np.float32)[:, None]
+    assert shown and shown[2] == "batches of 4 and 1 samples"
+    assert float(shown[1]) == pytest.approx(by_hand(data).max(), rel=1e-2)
     facts = {"dtrain.json": ""}
     module = torch.export.load(run / "model.pt2", extra_files=facts).module()
     assert np.allclose(module(torch.from_numpy(X)).detach().numpy(), by_hand(X), atol=1e-6)
@@ -125,7 +129,7 @@ def test_onnx_files_of_one_and_of_several_inputs(run: Path, tmp_path: Path) -> N
 
 REFUSED = {
     "Branches": "its way depends on the values of tensors (if x.sum() > 0, .item(), .tolist()), which a graph ",
-    "Fixed": "its code fixes the batch size (a reshape to a number, a loop over samples): write -1 or x.shape[0] there",
+    "Fixed": "its code fixes the batch size (len(x), int(...), a loop over samples): write x.shape[0] or -1",
     "Draws": "for a batch of 4 the file's output differs from the model's by ",
 }
 
@@ -138,6 +142,7 @@ def test_what_cannot_be_exported_is_explained(run: Path, model: str, capsys: pyt
     assert cli.main(["export", str(config), "--format", "torch"]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"{model} is not exported: {REFUSED[model]}") and error.count("\n") == 1
+    assert model == "Draws" or re.search(r"exported_parts\.py:\d+\)\n$", error)
     assert (run / "model.pt2").read_text() == "an older file"
     assert not list(run.glob(".*model*"))
 

@@ -18,7 +18,13 @@ def trained(place: Place, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     def make() -> str:
         changes = {"trainer.ema_decay": 0.5, "trainer.max_epochs": 3, "optimizer.lr": 3.0}
-        place.run(place.config("saved-model", **changes, **{"trainer.keep_best": 3, "trainer.monitor": "val/loss", "trainer.mode": "max"}))
+        place.run(
+            place.config(
+                "saved-model",
+                **changes,
+                **{"trainer.keep_best": 3, "trainer.monitor": "val/loss", "trainer.mode": "max"},
+            )
+        )
         return str(place.path("saved-model"))
 
     folder = Path(place.once("saved-model", make))
