@@ -496,14 +496,14 @@ class Trainer:
         """
         with self.activity.during("test"):
             self.saver.wait()
-            load_for_use(
+            step = load_for_use(
                 self.module, self.ranks, self.saver.checkpoints, checkpoint, criterion=self.trainables.criterion
             )
             if self.train_loader is None:  # else all phases were compared at the start
                 compare_with_training(self.inference, self.loaders.test, checkpoint)
             figures = self.evaluate("test", self.trainables.compiled)
             if figures:
-                self.progress.evaluation("test", self.step, figures)
+                self.progress.evaluation("test", step if self.train_loader is None else self.step, figures)
         return figures
 
     def predict(

@@ -17,7 +17,7 @@ def trained(place: Place, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The run folder of a training with averaged weights whose best step is not its last; a module beside it."""
 
     def make() -> str:
-        changes = {"trainer.ema_decay": 0.5, "trainer.max_epochs": 3, "optimizer.lr": 3.0}
+        changes = {"trainer.ema_decay": 0.5, "trainer.max_epochs": 3, "loaders.test": {"size": 9}}
         place.run(
             place.config(
                 "saved-model",
@@ -89,3 +89,10 @@ def test_what_it_says_of_mistakes(trained: Path, tmp_path: Path, monkeypatch: py
     assert "modules.0: there is no module 'toyy' here or installed" in refusal(copy)
     (copy / "config.yaml").write_text(config.replace("name: MLP", "name: toy.MLP\n  _object_: {given: in Python}"))
     assert refusal(copy) == "model: toy.MLP was an object made in Python: make one again, and give it as model="
+
+
+def test_a_test_names_the_step_of_the_weights(trained: Path, place: Place) -> None:
+    best = int((trained / "checkpoints" / "best").resolve().name.removeprefix("step-"))
+    for weights, expected in (((), f"  test  step {best}  loss "), (("best/ema.safetensors",), "  test  loss ")):
+        named = ["--checkpoint", str(trained / "checkpoints" / weights[0])] if weights else []
+        assert expected in place.run("test", str(place.folder / "saved-model.yaml"), *named).stdout
