@@ -108,6 +108,12 @@ def _natural(text: str) -> int:
     return int(text)
 
 
+def _sizes(text: str) -> list[int]:
+    if not all(size.isdigit() and int(size) for size in text.split(",")):
+        raise argparse.ArgumentTypeError(f"expected sizes with commas between them, such as 3,224,224, not {text!r}")
+    return [int(size) for size in text.split(",")]
+
+
 Arguments = dict[str, dict[str, Any]]  # names, and what `add_argument` takes for each
 CONFIG: Arguments = {
     "config": dict(metavar="CONFIG", help="a YAML file"),
@@ -146,6 +152,14 @@ CLUSTER: Arguments = {  # options of submit, which stand for keys of the config'
 }
 SUBMIT = CONFIG | {f"--{key.replace('_', '-')}": options for key, options in CLUSTER.items()}
 SUBMIT["--dry-run"] = dict(action="store_true", help="print the batch script; write and submit nothing")
+EXPORT = {
+    "config": dict(metavar="RUN|CONFIG", help="a run folder, or a YAML file whose run folder has checkpoints"),
+    "overrides": CONFIG["overrides"],
+    "--checkpoint": TEST["--checkpoint"],
+    "--format": dict(choices=("onnx", "torch"), help="default: by the ending of --output, else onnx"),
+    "--output": dict(metavar="FILE", help="default: model.onnx or model.pt2 in the run folder"),
+    "--input-shape": dict(metavar="N,N,...", type=_sizes, help="of one sample; default: the data are asked"),
+}
 RUN_FOLDER: Arguments = {"folder": dict(metavar="RUN_FOLDER", help="trainer.checkpoint_dir of the training")}
 JOB: Arguments = {
     "--run-folder": dict(metavar="DIR", type=Path, required=True, help="trainer.checkpoint_dir of the training"),
@@ -195,6 +209,18 @@ def _predict(options: argparse.Namespace) -> int:
     from dtrain.launch import rank
 
     return rank.predict(config, options.checkpoint, options.output_dir, options.overwrite)
+
+
+def _export(options: argparse.Namespace) -> int:
+    """Write a trained model as an ONNX or torch.export file, and compare it with the model on one batch."""
+    if Path(options.config).is_dir():
+        options.folder = options.config
+        options.config = str(_run_folder(options, "config.yaml") / "config.yaml")
+        options.overrides = [*options.overrides, f"trainer.checkpoint_dir={options.folder}"]  # it may have been moved
+    config = _checked(options, "export")
+    from dtrain.launch.export import export
+
+    return export(config, options.checkpoint, options.format, options.output, options.input_shape)
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -297,6 +323,7 @@ COMMANDS = {
     "launch": (_launch, LAUNCH, "configfiles/digits.yaml --nproc-per-node 4 --max-restarts 3"),
     "test": (_test, TEST, "configfiles/digits.yaml --checkpoint runs/digits/checkpoints/best"),
     "predict": (_predict, PREDICT, "configfiles/digits.yaml --output-dir predictions predictor.format=csv"),
+    "export": (_export, EXPORT, "runs/digits --output digits.onnx"),
     "check": (_check, RUN, "configfiles/digits.yaml"),
     "config": (_config, CONFIG, "configfiles/digits.yaml optimizer.lr=5e-4"),
     "submit": (_submit, SUBMIT, "configfiles/digits.yaml --nodes 2 --gpus-per-node 4 --time 12:00:00"),

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import gc
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from subprocess import Popen
@@ -20,6 +20,7 @@ from dtrain.checkpoint.weights import load_for_use
 from dtrain.config.build import build
 from dtrain.config.check import check
 from dtrain.config.errors import ConfigError, to_plain
+from dtrain.config.live_objects import with_objects
 from dtrain.config.load import from_mapping
 from dtrain.config.metric_rules import not_given
 from dtrain.data import rng
@@ -39,6 +40,7 @@ from dtrain.training.finite_step import FiniteStep, NonFiniteError
 from dtrain.training.held_folder import keep_whole
 from dtrain.training.optimizer import require_trained
 from dtrain.training.rescue import LastStep, rescue
+from dtrain.training.result import FitResult, fit_result
 from dtrain.training.run_status import session
 from dtrain.training.setup import Parts, make_parts
 from dtrain.training.state import Activity, TrainState, capture, restore
@@ -48,11 +50,18 @@ from dtrain.training.watchdog import watchdog
 _tensor = functools.lru_cache(torch.tensor)  # of a batch's weight, of which there are few different ones
 
 
-def create_trainer(
+def create_trainer(  # noqa: PLR0913
     config: ConfigDict | Mapping[str, Any],
     package: str | Path | None = None,
     sender: Popen[bytes] | None = None,
     purpose: Literal["train", "test", "predict"] = "train",
+    *,
+    model: torch.nn.Module | None = None,
+    datasets: Mapping[str, Any] | None = None,
+    loss: Callable[..., Any] | None = None,
+    optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+    metrics: Mapping[str, Any] | Sequence[Any] | None = None,
+    collate_fn: Callable[..., Any] | None = None,
 ) -> "Trainer":
     """Build model, loaders, loss, metrics, optimizer and scheduler as the config names them, and a trainer of them.
 
@@ -64,11 +73,18 @@ def create_trainer(
         sender: A process that waits for the run, from `prepare_sender`. Default: one is started with the run.
         purpose: For test and predict the config need not have what only a training needs, and only their data are
             read; a trainer made for training can test and predict as well.
+        model: Takes the place of the section `model`, which then need not be there; so do the others of theirs.
+        datasets: By phase (train, val, test, predict); batch_size and the like stay under `loaders`.
+        loss: A module or function of (output, target).
+        optimizer: A function of the parameters that are trained, or, if its argument is so called, of the model.
+        metrics: By name, or a list: objects with update, compute and reset, or functions of (output, target).
+        collate_fn: Makes a batch of a list of samples.
 
     Raises:
         ConfigError: With every mistake that can be found.
     """
-    config = from_mapping(config)
+    objects = {"model": model, "datasets": datasets, "loss": loss, "optimizer": optimizer, "metrics": metrics}
+    config = with_objects(from_mapping(config), {**objects, "collate_fn": collate_fn})
     keep_secret(to_plain(config))
     check(config, purpose)
     parts = make_parts(config, package, sender, purpose)
@@ -209,11 +225,12 @@ class Trainer:
 
     # ---------------------------------------------------------------------------------------------------- the loop
 
-    def fit(self) -> str:
+    def fit(self) -> FitResult:
         """Train to the end of max_epochs or max_steps, then test; resume where the last start ended.
 
         Returns:
-            FINISHED, or KILLED when a signal ended it early (its checkpoint is written).
+            FINISHED, or KILLED when a signal ended it early (its checkpoint is written), as a string that holds what
+            was reached: figures, best checkpoint, run folder, steps.
 
         Raises:
             NonFiniteError: A loss or gradient was not finite, and on_nonfinite is stop.
@@ -227,7 +244,7 @@ class Trainer:
         if start.finished:
             self.progress.note(start.finished)
             self.journal.deliver_later(start.folder)
-            return "FINISHED"
+            return self._reached("FINISHED")
         evidence = Evidence(self.parts, self.activity, self.state, self.last_step)
         with (
             session(self.parts, self.state) as ending,
@@ -246,7 +263,7 @@ class Trainer:
             self.after_last_step()
             if self.loaders.test is not None and not self.state.stopped:
                 ending.test_figures = self.test()
-        return ending.status
+        return self._reached(ending.status, ending.reason, ending.test_figures)
 
     def train_epoch(self) -> None:
         """One pass over the training data, or what is left of it. All ranks call it, equally often."""
@@ -479,14 +496,14 @@ class Trainer:
         """
         with self.activity.during("test"):
             self.saver.wait()
-            load_for_use(
+            step = load_for_use(
                 self.module, self.ranks, self.saver.checkpoints, checkpoint, criterion=self.trainables.criterion
             )
             if self.train_loader is None:  # else all phases were compared at the start
                 compare_with_training(self.inference, self.loaders.test, checkpoint)
             figures = self.evaluate("test", self.trainables.compiled)
             if figures:
-                self.progress.evaluation("test", self.step, figures)
+                self.progress.evaluation("test", step if self.train_loader is None else self.step, figures)
         return figures
 
     def predict(
@@ -585,6 +602,10 @@ class Trainer:
             self.ranks.are_lost = self.ranks.world_size > 1
 
     # ------------------------------------------------------------------------------------------------ small change
+
+    def _reached(self, status: str, reason: str = "", test_figures: Mapping[str, float] | None = None) -> FitResult:
+        folder, checkpoints = self.parts.start.folder, self.saver.checkpoints
+        return fit_result(status, reason, test_figures or {}, self.state, folder, checkpoints)
 
     def _after_first_step(self) -> None:
         """Tell the launcher, and make the metrics: importing them takes seconds, but a mistake in them shows now."""

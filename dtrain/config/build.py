@@ -68,7 +68,9 @@ def make(call: Call, *given: Any, **given_names: Any) -> Any:
 
 
 def _made(call: Call, given: tuple[Any, ...], given_names: dict[str, Any]) -> Any:
-    """Build the components inside a call, then call it."""
+    """Build the components inside a call, then call it; what was given in Python is itself what is wanted."""
+    if call.stands_for_object:
+        return _called(call, call.object, given, {}) if given else call.object
     imported = _imported(call)
     callee = call.target if isinstance(call.target, Callee) else _inspected(imported, call.target)
     parameter = supplied(call, callee) if given else None

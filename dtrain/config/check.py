@@ -17,7 +17,7 @@ from dtrain.config.metric_rules import mode_notes, monitor_mistakes, task_mistak
 from dtrain.config.pytorch3dunet import OTHER_NAMES
 from dtrain.config.resolve import module_mistake
 from dtrain.config.rules import rule_mistakes, value_mistakes
-from dtrain.config.schema import Call, calls, is_component, listed_modules, mistake, read
+from dtrain.config.schema import NOT_REBUILT, Call, calls, is_component, listed_modules, mistake, read
 from dtrain.config.signatures import Callee, module_file
 from dtrain.config.yaml12 import HAS_DOT
 
@@ -76,6 +76,9 @@ def _module_mistakes(config: ConfigDict) -> Iterator[Mistake]:
 
 def call_mistakes(call: Call) -> list[Mistake]:
     """What is wrong with one call and with the components inside it."""
+    if call.stands_for_object:
+        text = f"{call.name} is an object that was given to create_trainer in Python"
+        return [mistake(call.config, call.path, text), Mistake(NOT_REBUILT)] if call.object is None else []
     own: list[Mistake] = []
     unbuilt: list[KeyPath] = []  # arguments that are passed on as they are
     try:

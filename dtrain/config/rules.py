@@ -35,6 +35,7 @@ PURPOSES = {  # what a config is used for: the sections that it needs, and one o
     "train": (("model", "loaders", "loss", "optimizer"), ("train",)),
     "test": (("model", "loaders"), ("test",)),
     "predict": (("model", "loaders"), ("predict", "test")),
+    "export": (("model",), ()),
 }
 SUMMED = (  # of a loss
     "adds its samples up, so that gradients would depend on trainer.accumulate, on the number of ranks and on the "
@@ -187,7 +188,7 @@ def _missing_mistakes(config: ConfigDict, purpose: str | None) -> Iterator[Mista
     for name in sections:
         if config.get(name) is None:
             yield mistake(config, (name,), f"missing, such as {name}: {REQUIRED[name]}")
-    if is_mapping(loaders) and all(loaders.get(phase) is None for phase in phases):
+    if phases and is_mapping(loaders) and all(loaders.get(phase) is None for phase in phases):
         text = f"has no {' and no '.join(map(repr, phases))}, so there is nothing to {purpose}"
         yield mistake(config, ("loaders",), text + ("" if purpose == "predict" else " on"))
     no_limit = _at(trainer, "max_epochs") is None and _at(trainer, "max_steps") is None

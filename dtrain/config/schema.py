@@ -19,6 +19,7 @@ from dtrain.config.signatures import SOURCE, Callee, Dynamic, module_file
 from dtrain.config.task import task_arguments
 
 PHASES = ("train", "val", "test", "predict")
+OBJECT = "_object_"  # the key of a section that stands for an object given in Python; see live_objects.py
 
 
 class Slot(NamedTuple):
@@ -59,6 +60,12 @@ OWN_SETTINGS = {
 FILLED = {"CosineAnnealingLR": "T_max", "OneCycleLR": "total_steps", "PolynomialLR": "total_iters"}
 
 
+NOT_REBUILT = (
+    "no config rebuilds an object: in Python, make the same call of dtrain.create_trainer again for fit(), test() and "
+    "predict(); dtrain.load_model(run, model=...) loads the weights"
+)
+
+
 @dataclass(frozen=True)
 class Call:
     """A call written in YAML: a name, arguments, and where each of them stands in the config."""
@@ -78,9 +85,22 @@ class Call:
         """Where an argument stands in the config."""
         return self.paths.get(argument, (*self.path, argument))
 
+    @property
+    def stands_for_object(self) -> bool:
+        """Whether it is not a call but the record of an object that was given in Python."""
+        return OBJECT in self.arguments
+
+    @property
+    def object(self) -> Any:
+        """That object; None where it is another process that has it, whose config this was."""
+        return getattr(self.config, "_objects", {}).get(self.path)
+
     @functools.cached_property
     def found(self) -> Found:
         """What the name leads to, looked up once; a ConfigError where it leads nowhere or may not be used."""
+        if self.stands_for_object:  # nothing of it is read from source text
+            module, _, name = str(self.name).rpartition(".")
+            return Found(Dynamic(module, name))
         try:
             return locate(self.name, own_modules(self.config), self.slot.libraries, self.slot.nested)
         except (ConfigError, SyntaxError) as error:
@@ -175,6 +195,8 @@ def _changed(call: Call, **changes: Any) -> Call:
 
 def _call_at(config: ConfigDict, path: KeyPath, values: Mapping[str, Any], slot: Slot) -> Call:
     """The call that a mapping with a `name` describes; inside another call `_partial_` may leave it uncalled."""
+    if OBJECT in values:
+        return Call(config, path, slot, values.get("name"), {OBJECT: values[OBJECT]})
     is_partial = slot.nested and values.get("_partial_") is True
     read_here = {"name", "_partial_"} if slot.nested and isinstance(values.get("_partial_"), bool) else {"name"}
     arguments = {key: values[key] for key in values if key not in read_here}
@@ -423,6 +445,11 @@ def _names_of(settings: str) -> frozenset[str]:
     callee = SOURCE.lookup(*OWN_SETTINGS[settings].split(":"))
     assert isinstance(callee, Callee), f"{OWN_SETTINGS[settings]} cannot be read"
     return frozenset(item.name for item in callee.parameters)
+
+
+def keys_of(settings: str) -> frozenset[str]:
+    """The same for those who put sections together in Python."""
+    return _names_of(settings)
 
 
 def _short_name(name: Any) -> str:

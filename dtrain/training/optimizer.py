@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from dtrain.config.build import build
 from dtrain.config.errors import first_few
-from dtrain.config.schema import refused
+from dtrain.config.schema import OBJECT, refused
 
 
 def get_optimizer(config: ConfigDict, model: torch.nn.Module, loss: torch.nn.Module | None = None) -> Optimizer:
@@ -35,7 +35,7 @@ def get_optimizer(config: ConfigDict, model: torch.nn.Module, loss: torch.nn.Mod
         text = f"{config.optimizer.name} evaluates the loss itself, several times per step, which is not supported"
         raise refused(config, ("optimizer", "name"), text)
     on_gpu = groups[0][0].device.type == "cuda"
-    chosen = {"fused", "foreach", "capturable", "differentiable"} & set(config.optimizer)
+    chosen = {"fused", "foreach", "capturable", "differentiable", OBJECT} & set(config.optimizer)
     if on_gpu and not chosen and "fused" in optimizer.defaults and type(optimizer).__module__.startswith("torch."):
         optimizer = build(config, "optimizer", parameters, fused=True)
     start_momentum(optimizer)

@@ -1,6 +1,7 @@
 """A run's frame: opens it, and closes it with the status that is true."""
 
 import contextlib
+import gc
 import time
 import traceback
 from collections.abc import Iterator
@@ -114,6 +115,7 @@ def _close(parts: Parts, ending: Ending, state: TrainState, seconds: float) -> N
     if hint:
         progress.note(hint)
     progress.close()
+    gc.unfreeze()  # what the first step froze: in a notebook the next training needs the memory
 
 
 def _finish_journal(parts: Parts, ending: Ending) -> str:
