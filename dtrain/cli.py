@@ -223,13 +223,13 @@ def _config(options: argparse.Namespace) -> int:
         print(f"# {one_line(line)}")
     for name, call in calls(config).items():
         if name.endswith((".loader", ".schedule", ".ddp", ".fsdp", ".pictures")) or name.startswith(
-            ("cluster", "metric.", "groups.")
+            ("cluster", "metric.", "groups.", "trainer.freeze")
         ):
             continue  # dtrain's own keys beside a component's, and what is not part of a training
         target = call.target
         where = f"  {target.file}:{target.line}" if isinstance(target, Callee) else ""
         print(f"# {name + ':':<22} {target.module}.{target.name}{where}")
-    for key, text in group_lines(calls(config)):
+    for key, text in group_lines(config, calls(config)):
         print(f"# {key + ':':<22} {text}")
     print(to_yaml(config), end="")
     return DONE

@@ -117,6 +117,7 @@ class Trainer:
         hang_timeout_seconds: A rank that makes no progress for so long is named, and the job ends; 0: never.
         input_key: Which entry of a dict batch is the input.
         target_key: Which entry of a dict batch is the target; a list of several gives a dict of them.
+        freeze: Patterns of parameters that are not trained; or mappings with match and until_epoch.
 
     A subclass, named by `trainer.name`, may override the methods without a leading underscore. It may read `step`,
     `epoch`, `position`, `state`, `trainables`, `module`, `loaders`, `ranks`, `journal` and `progress`.
@@ -156,6 +157,7 @@ class Trainer:
         hang_timeout_seconds: float = 1800.0,
         input_key: str | None = None,
         target_key: str | list[str] | None = None,
+        freeze: str | list[str | dict] | dict | None = None,
     ) -> None:
         self._take_over(parts)
         self.max_epochs = math.inf if max_epochs is None else max_epochs
@@ -189,12 +191,15 @@ class Trainer:
         self.train_loader: Any = parts.loaders.train
 
     def _collect_parameters(self, syncs_buffers: bool) -> None:
-        """The parameters that are trained, and what the ranks have to do for those of a loss."""
+        """The parameters that are trained, now or later, and what the ranks have to do for those of a loss."""
         loss: Any = self.trainables.loss
-        self._loss_parameters = [item for item in loss.parameters() if item.requires_grad] if loss else []
+        trained = {
+            id(item) for each in self.optimizers.values() for group in each.param_groups for item in group["params"]
+        }
+        self._loss_parameters = [item for item in loss.parameters() if id(item) in trained] if loss else []
         self._shares_loss = loss is not None and self.ranks.world_size > 1  # no wrapper does it
         self._shares_buffers = loss is not None and syncs_buffers and any(True for _ in loss.buffers())
-        of_model = [item for item in self.module.parameters() if item.requires_grad]
+        of_model = [item for item in self.module.parameters() if id(item) in trained]
         self._parameters = of_model + self._loss_parameters
         # Of a sharded model, shards and the loss's own cannot be scaled in one call.
         self._to_clip = [of_model, self._loss_parameters] if self._loss_parameters else [of_model]
@@ -260,6 +265,7 @@ class Trainer:
         loader, state, activity = self.train_loader, self.state, self.activity
         end, global_batch = loader.shard.end(state.position), loader.shard.global_batch
         self.progress.start_epoch(state.epoch + 1, *self._extent())
+        self.freeze_and_thaw()
         self.model.train()
         self.throughput.restart()
         self.last_step.mark()
@@ -287,6 +293,11 @@ class Trainer:
         if state.position >= end and not state.stopped:  # a stopped epoch ends when the training resumes
             self._after_epoch()
         self.progress.end_epoch()
+
+    def freeze_and_thaw(self) -> None:
+        """Before an epoch: freeze and thaw what `freeze` says of it. Called on every rank."""
+        if self.trainables.freezing and self.trainables.freezing.apply(self.epoch):
+            self.model = self.trainables.model = self.ranks.strategy.rewrap(self.model, self.trainables.compiled)
 
     def training_step(self, batch: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The loss of one batch. Called on every rank for each of its batches, with the model in train mode.

@@ -14,7 +14,7 @@ from dtrain.config.errors import ConfigError, KeyPath, Mistake, dotted, is_mappi
 from dtrain.config.ignored import ignored_differently
 from dtrain.config.load import notes_on
 from dtrain.config.metric_rules import mode_notes, monitor_mistakes, task_mistakes, task_notes
-from dtrain.config.optimizers import group_calls, group_mistakes
+from dtrain.config.optimizers import freeze_mistakes, group_calls, group_mistakes
 from dtrain.config.pytorch3dunet import OTHER_NAMES
 from dtrain.config.resolve import module_mistake
 from dtrain.config.rules import rule_mistakes, value_mistakes
@@ -38,7 +38,7 @@ def check(config: ConfigDict, purpose: str | None = "train") -> None:
         mistakes += task_mistakes(config, reading.calls)
     for call in (*reading.calls.values(), *group_calls(reading.calls)):
         mistakes += call_mistakes(call)
-    mistakes += group_mistakes(reading.calls)
+    mistakes += [*group_mistakes(reading.calls), *freeze_mistakes(config)]
     mistakes += [*_shared_mistakes(config, reading.calls), *_module_mistakes(config), *rule_mistakes(config, purpose)]
     wrong_keys = {item.text.partition(":")[0] for item in mistakes}
     mistakes += [item for item in value_mistakes(config) if item.text.partition(":")[0] not in wrong_keys]

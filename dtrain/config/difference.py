@@ -30,7 +30,7 @@ _FREE = [
     (r"trainer\.ddp", r"(?!comm_hook).*"),
 ]
 # Calls that are also arguments of `trainer`, as which they are compared.
-_PARTS = ("trainer.fsdp", "trainer.pictures", "trainer.pre_trained")
+_PARTS = ("trainer.fsdp", "trainer.pictures", "trainer.pre_trained", "trainer.freeze")
 _BATCH_SIZES = ("batch_size", "global_batch_size")
 _TOP_DEFAULTS = {"seed": 0, "device": "auto", "modules": []}
 
@@ -80,7 +80,7 @@ def changes(before: ConfigDict, after: ConfigDict, ranks_before: int, ranks_afte
 
 
 def _calls(config: ConfigDict) -> dict[str, Call]:
-    return {key: call for key, call in calls(config).items() if key not in _PARTS}
+    return {key: call for key, call in calls(config).items() if not key.startswith(_PARTS)}
 
 
 def _of_top(before: ConfigDict, after: ConfigDict) -> Iterator[Change]:

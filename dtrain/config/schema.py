@@ -57,6 +57,7 @@ OWN_SETTINGS = {
     "fsdp": "dtrain.distributed.fsdp:fsdp_options",
     "pictures": "dtrain.reporting.validation_pictures:picture_settings",
     "pre_trained": "dtrain.checkpoint.weights:weight_settings",
+    "freeze": "dtrain.training.freezing:freeze_settings",
     "groups": "dtrain.training.parameter_groups:group_settings",
     "schedule": "dtrain.training.schedule:schedule_settings",
     "metric": "dtrain.metrics:metric_settings",
@@ -296,6 +297,11 @@ class _Reader:
             settings: Any = values.get(key) if key == "pre_trained" else values.get(key) or {}
             if is_mapping(settings):  # `pre_trained` may be a path alone
                 self.calls[f"{section}.{key}"] = self.own_call((section, key), key, settings)
+        wish = values.get("freeze")
+        for index, settings in enumerate(wish if isinstance(wish, list) else [wish]):
+            if is_mapping(settings):
+                path: KeyPath = (section, "freeze", index) if isinstance(wish, list) else (section, "freeze")
+                self.calls[dotted(path)] = self.own_call(path, "freeze", settings)
 
     def loaders(self, section: str, values: Mapping[str, Any]) -> None:
         """For each phase its dataset and its loader; keys beside the phases go to all of them."""

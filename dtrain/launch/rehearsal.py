@@ -21,7 +21,7 @@ from dtrain.predict.run import first_planes
 from dtrain.trainer import Trainer
 from dtrain.training.evaluate import evaluate, evaluate_volumes
 from dtrain.training.evidence import Evidence
-from dtrain.training.optimizer import get_optimizers, require_trained, shown
+from dtrain.training.optimizer import freeze, get_optimizers, require_trained, shown
 from dtrain.training.setup import make_lazy_parts
 from dtrain.training.state import capture
 
@@ -42,6 +42,8 @@ def rehearse(trainer: Trainer, config: ConfigDict) -> Iterator[str]:
 
 
 def _parts(trainer: Trainer, config: ConfigDict) -> Iterator[str]:
+    for text in trainer.trainables.freezing.lines() if trainer.trainables.freezing else ():
+        yield f"frozen: {text}"
     for label, text in shown(trainer.trainables.built):
         yield f"{label}: {text}"
     yield _first_step(trainer)
@@ -126,7 +128,8 @@ def _require_resumable(trainer: Trainer, config: ConfigDict) -> None:
     if loss.module is not None and LOSS in others:
         _require_fit(config, "loss", loss.module, others[LOSS])
     try:
-        for name, built in get_optimizers(config, module, loss.module).items():
+        thawed_later = freeze(config, module, loss.module).thawed_later
+        for name, built in get_optimizers(config, module, loss.module, thawed_later).items():
             built.optimizer.load_state_dict(values["optimizer"] if name == ONE else values["optimizer"][name])
     except Exception as error:
         raise refused(config, ("optimizer",), f"could not be resumed: load_state_dict raised {error}") from error

@@ -53,7 +53,7 @@ from dtrain.tracking.run_folder import RunFolder, why_not_writable
 from dtrain.tracking.run_lock import RunLock
 from dtrain.tracking.secrets import redact, redacted_tree
 from dtrain.training.ema import EMA
-from dtrain.training.optimizer import get_optimizers, shown
+from dtrain.training.optimizer import freeze, get_optimizers, shown
 from dtrain.training.same_training import compared
 from dtrain.training.schedule import end_points, get_schedule
 from dtrain.training.state import FORMAT, Trainables
@@ -235,11 +235,12 @@ def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, 
     trainables, decay = parts.trainables, options["ema_decay"]
     if decay is not None:
         trainables.ema = EMA(ranks.strategy.divide(_copied(trainables.module)), decay)
+    trainables.freezing = freezing = freeze(config, trainables.module, trainables.loss)
     trainables.model = ranks.strategy.wrap(trainables.compiled)
     if (own := trainables.loss) is not None:
         ranks.share_weights(own)
         trainables.loss_ema = EMA(_copied(own), decay) if decay is not None else None
-    trainables.built = get_optimizers(config, trainables.module, own)
+    trainables.built = get_optimizers(config, trainables.module, own, freezing.thawed_later)
     trainables.schedule = get_schedule(config, trainables.built, length, epochs, parts.mode)
     if options["precision"] == "fp16":
         trainables.scaler = torch.amp.GradScaler(ranks.device.type)
@@ -447,6 +448,8 @@ def _table(config: ConfigDict, options: Mapping[str, Any], parts: Parts, steps: 
         + (", the model sharded (fsdp)" if ranks.strategy.is_sharded else ""),
         "run folder": str(start.folder),
     }
+    if (freezing := parts.trainables.freezing) and (frozen := "; ".join(freezing.lines())):
+        table["frozen"] = frozen
     table |= dict(shown(parts.trainables.built, most=8))
     if trained := parts.trainables.loss and parameter_count(parts.trainables.loss)[1]:
         table["loss"] = f"{config.loss.name}, {trained:,} parameters trained"
