@@ -33,6 +33,7 @@ from dtrain.predict.inference import Result
 from dtrain.predict.run import compare_with_training, logits, predict
 from dtrain.tracking.secrets import keep_secret
 from dtrain.training.best_score import is_new_best, judge_patience
+from dtrain.training.closure import Closure, asks_for_closure
 from dtrain.training.evaluate import evaluate, evaluate_volumes
 from dtrain.training.evidence import Evidence
 from dtrain.training.failure_card import reported
@@ -94,6 +95,8 @@ class Trainer:
         pre_trained: A checkpoint or weight file to start a new training from; or a mapping, to fit it to the model.
         monitor: The figure that 'best' means. Default: the first metric of the validation, else val/loss.
         mode: min | max, what is better of it. Default: as the metric says (`higher_is_better`), min for a loss.
+        closure: Give the optimizer's step a closure that evaluates the loss again, as SAM needs. Default: where its
+            signature asks for one, as that of LBFGS.
         precision: fp32 | bf16 | fp16. Default: accelerate's own setting, else fp32.
         accumulate: Batches per optimizer step.
         clip_grad_norm: The largest total gradient norm; larger ones are scaled down to it.
@@ -134,6 +137,7 @@ class Trainer:
         pre_trained: str | dict | None = None,
         monitor: str | None = None,
         mode: Literal["min", "max"] | None = None,
+        closure: bool | None = None,
         precision: Literal["fp32", "bf16", "fp16"] | None = None,
         accumulate: int = 1,
         clip_grad_norm: float | None = None,
@@ -167,13 +171,12 @@ class Trainer:
         self.train_loader: Any = parts.loaders.train
         self.max_epochs = math.inf if max_epochs is None else max_epochs
         self.max_steps = math.inf if max_steps is None else max_steps
-        self.monitor, self.mode = monitor or "val/loss", mode or "min"
-        self.clip_grad_norm, self.on_nonfinite = clip_grad_norm, on_nonfinite
+        self.monitor, self.mode, self.on_nonfinite = monitor or "val/loss", mode or "min", on_nonfinite
+        self.clip_grad_norm, self.device = clip_grad_norm, self.ranks.device
         self.log_every_steps, self.early_stop_patience = log_every_steps, early_stop_patience
         self.validate_every_steps = validate_every_steps or math.inf
         self.checkpoint_every_steps = checkpoint_every_steps or math.inf
         self.hang_timeout_seconds = hang_timeout_seconds
-        self.device = self.ranks.device
         self.state, self.activity = TrainState(self.device), Activity()
         self.inference = replace(parts.inference, asked_to_stop=self.asked_to_stop)
         self.last_step = LastStep(self.state, keeps_sums=accumulate > 1)
@@ -183,6 +186,8 @@ class Trainer:
         self.finite_step = FiniteStep(
             given.optimizer, given.scaler, self.state, on_nonfinite, self.progress.note, self.ranks
         )
+        if closure or (closure is None and asks_for_closure(given.optimizer)):
+            self.finite_step.closure = Closure(self.state, self.ranks, self.learn, self._clipped)
 
     def _collect_parameters(self, syncs_buffers: bool) -> None:
         """The parameters that are trained, by which optimizer, and what the ranks have to do for those of a loss."""
@@ -287,6 +292,8 @@ class Trainer:
     def learn(self, micro: MicroBatch) -> None:
         """Forward and backward of one batch, or the steps that its `training_step` takes itself. On every rank."""
         activity, own = self.activity, self.own
+        if self.finite_step.closure is not None:
+            self.finite_step.closure.note(micro)
         with contextlib.nullcontext() if micro.closes else self.ranks.strategy.no_sync(self.model):
             activity.phase = "forward"
             own.micro, own.loss = micro, None
@@ -376,6 +383,8 @@ class Trainer:
         The step is taken by `optimizer_step`: clipped, and left out where a gradient is not finite.
         """
         name, _ = self.own.optimizer(optimizer)
+        if self.finite_step.closure is not None:
+            raise ValueError("an optimizer with a closure evaluates training_step itself: let it return the loss")
         if not self.own.is_taken:
             self.finite_step.begin_parts()
         if self.own.add(name, list(gradients)):
@@ -458,14 +467,18 @@ class Trainer:
         """
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
-        gradients = [item.grad for item in self._parameters if item.grad is not None]
-        self.state.grad_norm = norm = self.ranks.strategy.total_norm(gradients)
-        if self.clip_grad_norm is not None:
-            for parameters in self._to_clip:
-                clip_grads_with_norm_(parameters, self.clip_grad_norm, norm)
+        self.state.grad_norm = norm = self._clipped()
         with self.schedule.rate_of(self.state.step) as self.state.rate:
             self.finite_step.take(norm)
         self.optimizer.zero_grad()
+
+    def _clipped(self) -> Tensor:
+        """Clip the gradients; their norm before."""
+        norm = self.ranks.strategy.total_norm([item.grad for item in self._parameters if item.grad is not None])
+        if self.clip_grad_norm is not None:
+            for parameters in self._to_clip:
+                clip_grads_with_norm_(parameters, self.clip_grad_norm, norm)
+        return norm
 
     def after_step(self, position: int) -> None:
         """What follows each optimizer step, in this order. Called on every rank.

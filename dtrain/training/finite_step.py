@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dtrain.config.errors import mark_section
 from dtrain.distributed.ranks import Ranks
+from dtrain.training.closure import Closure
 from dtrain.training.state import TrainState
 
 _MOST_STEPS = 1000  # after which the host looks at their norms, however seldom figures are logged
@@ -46,11 +47,11 @@ class FiniteStep:
     `say` is given a line for skipped steps.
 
     A training step with several optimizers is one step: `begin_parts`, `take` for each of them, `finish_parts`.
-    An optimizer that asks for a closure is given `closure`, which evaluates the loss again: it returns the loss and the
-    norm of the gradients, the same on all ranks.
+    An optimizer that asks for a closure is given `closure`, which evaluates the loss again: called with the optimizer,
+    it returns the loss and the norm of the gradients, the same on all ranks.
     """
 
-    closure: Callable[[], tuple[Tensor, Tensor]] | None = None
+    closure: Closure | None = None
     part = ""  # the name of `optimizer`, where there are several
 
     def __init__(
@@ -115,7 +116,7 @@ class FiniteStep:
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
                 return norm, None if is_fused else math.isfinite(norm.item())  # for which it has waited itself
-            if is_fused:
+            if is_fused and self.closure is None:
                 bad = torch.isfinite(norm).logical_not().float()
                 self.optimizer.found_inf = bad if self._skips else torch.maximum(self._was_bad, bad, out=self._was_bad)
                 self.optimizer.step()
@@ -130,9 +131,7 @@ class FiniteStep:
             mark_section(error, "optimizer")
             raise
 
-    def _stepped_by_closure(
-        self, evaluate: Callable[[], tuple[Tensor, Tensor]], norm: Tensor
-    ) -> tuple[Tensor, bool | None]:
+    def _stepped_by_closure(self, evaluate: Closure, norm: Tensor) -> tuple[Tensor, bool | None]:
         """The same for an optimizer that evaluates the loss itself; where that is not finite, all is put back."""
         weights = [item for group in self.optimizer.param_groups for item in group["params"]]
         before = [item.detach().clone() for item in weights]
@@ -141,7 +140,7 @@ class FiniteStep:
 
         def closure() -> Tensor:
             with torch.enable_grad():
-                loss, its_norm = evaluate()
+                loss, its_norm = evaluate(self.optimizer)
             if not math.isfinite(its_norm.item()):
                 bad.append(its_norm)
                 raise _AbandonedError
