@@ -52,6 +52,7 @@ from dtrain.tracking.journal import Journal, NoJournal, flatten
 from dtrain.tracking.run_folder import RunFolder, why_not_writable
 from dtrain.tracking.run_lock import RunLock
 from dtrain.tracking.secrets import redact, redacted_tree
+from dtrain.training.closure import closure_mistake
 from dtrain.training.ema import EMA
 from dtrain.training.optimizer import freeze, get_optimizers, shown
 from dtrain.training.same_training import compared
@@ -241,6 +242,8 @@ def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, 
         ranks.share_weights(own)
         trainables.loss_ema = EMA(_copied(own), decay) if decay is not None else None
     trainables.built = get_optimizers(config, trainables.module, own, freezing.thawed_later)
+    if wrong := closure_mistake(options, trainables.optimizers.values(), ranks.strategy.is_sharded):
+        raise refused(config, ("optimizer",), wrong)
     trainables.schedule = get_schedule(config, trainables.built, length, epochs, parts.mode)
     if options["precision"] == "fp16":
         trainables.scaler = torch.amp.GradScaler(ranks.device.type)
