@@ -279,8 +279,7 @@ class Trainer:
             # A validation during which an earlier start was stopped comes first.
             if self.step and self.step % self.validate_every_steps == 0 and self.validate():
                 self.save()
-            criterion: Any = self.trainables.criterion
-            self.finite_step.begin(self.trainables.all, criterion.objects)
+            self.finite_step.begin(self.trainables.all, self.trainables.loss_objects)
             while self.epoch < self.max_epochs and self.step < self.max_steps and not self.state.ended:
                 self.train_epoch()
             self.after_last_step()
@@ -778,8 +777,7 @@ class Trainer:
     def _after_first_step(self) -> None:
         """Tell the launcher, and make the metrics: importing them takes seconds, but a mistake in them shows now."""
         self._is_first_step = False
-        criterion: Any = self.trainables.criterion
-        require_trained(self.optimizers.values(), self.module, criterion.modules_now())
+        require_trained(self.optimizers.values(), self.module, self.trainables.loss_now)
         mark_first_step()
         with self.throughput.paused(), self.activity.during("making the metrics"):
             self.metrics.prepare()

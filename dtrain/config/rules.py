@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from dtrain.config.annotations import wrong_type
 from dtrain.config.did_you_mean import did_you_mean
 from dtrain.config.errors import ConfigError, KeyPath, Mistake, found, is_mapping, shown
-from dtrain.config.schema import PHASES, SLOTS, Call, mistake, read
+from dtrain.config.schema import PHASES, SLOTS, Call, has_several, mistake, own_loop, read
 
 MAX_NAME_BYTES = 200  # a moved-aside run folder has a time stamp, too, and file systems take 255; MLflow 250
 TOP_LEVEL = {  # the keys of a config with their types; those without one are checked elsewhere
@@ -141,6 +141,9 @@ def strategy_mistakes(config: ConfigDict, options: Any) -> list[Mistake]:
         why = "reduces wrong gradients together with `trainer.accumulate` (pytorch issue 143580)"
         wrong["ddp", "static_graph"] = f"{why}; remove one of the two"
     if strategy == "fsdp":
+        if has_several(config.get("optimizer")):
+            why = "fsdp trains a model as a whole, with one optimizer, and here are several"
+            wrong["strategy",] = f"{why} ({', '.join(config.optimizer)}); possible: ddp"
         if _at(options, "compile"):
             wrong["compile",] = "is not possible with a sharded model (strategy: fsdp)"
         if _at(options, "sync_batchnorm"):
@@ -187,8 +190,9 @@ def _missing_mistakes(config: ConfigDict, purpose: str | None) -> Iterator[Mista
     sections, phases = PURPOSES[purpose]
     if purpose == "test" and config.get("metrics") is None:
         sections = (*sections, "loss")
+    has_own_loop = {"training_step", "evaluation_step"} <= own_loop(config)  # which may know their loss themselves
     for name in sections:
-        if config.get(name) is None:
+        if config.get(name) is None and not (name == "loss" and has_own_loop):
             yield mistake(config, (name,), f"missing, such as {name}: {REQUIRED[name]}")
     if phases and is_mapping(loaders) and all(loaders.get(phase) is None for phase in phases):
         text = f"has no {' and no '.join(map(repr, phases))}, so there is nothing to {purpose}"

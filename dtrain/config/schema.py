@@ -147,6 +147,23 @@ class Call:
         return {item.name: item.annotation for item in target.parameters} if isinstance(target, Callee) else {}
 
 
+def own_loop(config: ConfigDict) -> set[str]:
+    """The methods by which the class that `trainer.name` names differs from dtrain's Trainer, as far as can be read.
+
+    Of one that cannot be read, those that a training may have of its own.
+    """
+    section = config.get("trainer")
+    name = section.get("name") if is_mapping(section) else None
+    found: set[str] = set()
+    for item in name if isinstance(name, list) else [name] if name else []:
+        base = ("dtrain.trainer", "Trainer")
+        with suppress(ConfigError, SyntaxError):  # reported elsewhere
+            target = locate(item, own_modules(config), SLOTS["trainer"].libraries).target
+            methods = SOURCE.methods(target.module, target.name, base)
+            found |= {"training_step", "evaluation_step"} if methods is None else methods
+    return found
+
+
 def own_modules(config: ConfigDict) -> list[str]:
     """The modules of the user's own, searched first; of `optional_modules` those that are there."""
     listed = [item for _, item in listed_modules(config, "modules") if isinstance(item, str)]

@@ -60,7 +60,7 @@ def _first_step(trainer: Trainer) -> str:
     """The first optimizer step of a training, as the loop takes it."""
     parts: Any = trainer.trainables
     trainer.model.train()
-    trainer.finite_step.begin(parts.all, parts.criterion.objects)
+    trainer.finite_step.begin(parts.all, parts.loss_objects)
     count = samples = 0
     for micro in trainer.train_loader.epoch(0):
         if micro.batch is not None:
@@ -68,7 +68,7 @@ def _first_step(trainer: Trainer) -> str:
             count, samples = count + 1, samples + micro.samples
         if micro.closes and count:
             break
-    require_trained(parts.optimizers.values(), parts.module, parts.criterion.modules_now())
+    require_trained(parts.optimizers.values(), parts.module, parts.loss_now)
     loss = float(trainer.state.sums["loss"]) / samples
     trainer.take_step()
     of = "one batch" if count == 1 else f"{count} batches"
@@ -126,15 +126,16 @@ def _require_resumable(trainer: Trainer, config: ConfigDict) -> None:
     """What a checkpoint would hold now can be written, and fits a model and an optimizer that are made anew."""
     values, weights, ema, others = capture(trainer.state, trainer.trainables, trainer.ranks, trainer.parts.seed)
     take_snapshot(weights, values, ema, others=others)
-    module, loss = get_model(config), get_loss_criterion(config)
+    module, loss = get_model(config), get_loss_criterion(config) if config.get("loss") else None
     on_cpu = replace(trainer.forward, module=module, criterion=loss, device=torch.device("cpu"), precision="fp32")
     make_lazy_parts(on_cpu, trainer.loaders)
     _require_fit(config, "model", module, weights)
-    if loss.module is not None and LOSS in others:
-        _require_fit(config, "loss", loss.module, others[LOSS])
+    of_loss = loss.module if loss else None
+    if of_loss is not None and LOSS in others:
+        _require_fit(config, "loss", of_loss, others[LOSS])
     try:
-        thawed_later = freeze(config, module, loss.module).thawed_later
-        for name, built in get_optimizers(config, module, loss.module, thawed_later).items():
+        thawed_later = freeze(config, module, of_loss).thawed_later
+        for name, built in get_optimizers(config, module, of_loss, thawed_later).items():
             built.optimizer.load_state_dict(values["optimizer"] if name == ONE else values["optimizer"][name])
     except Exception as error:
         raise refused(config, ("optimizer",), f"could not be resumed: load_state_dict raised {error}") from error

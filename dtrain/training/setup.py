@@ -25,7 +25,7 @@ from dtrain.config.build import build, defaults
 from dtrain.config.check import notes
 from dtrain.config.errors import ConfigError, first_few, to_plain
 from dtrain.config.load import place_of, run_folder, sources, to_yaml
-from dtrain.config.metric_rules import Monitored, higher_is_better, mode_text, monitored
+from dtrain.config.metric_rules import Monitored, higher_is_better, measures_itself, mode_text, monitored
 from dtrain.config.optimizers import ONE
 from dtrain.config.rules import strategy_mistakes
 from dtrain.config.schema import PHASES, calls, refused
@@ -390,7 +390,7 @@ def _compiled(module: Module, wish: bool | str | dict[str, Any]) -> Module:
 
 def _monitor(config: ConfigDict, options: Mapping[str, Any], metrics: Metrics) -> Monitored:
     """The figure that 'best' means, known to be one that the validation gives."""
-    figure = monitored(options["monitor"], metrics.names)
+    figure = monitored(options["monitor"], metrics.names, measures_itself(config))
     if figure is None:
         possible = ", ".join(f"val/{name}" for name in (*metrics.names, "loss"))
         text = f"{options['monitor']!r} is not a metric of the validation; possible: {possible}"

@@ -155,6 +155,16 @@ class Trainables:
         return self.ema.module if self.ema else self.compiled
 
     @property
+    def loss_objects(self) -> Mapping[str, Any]:
+        """All that may keep something in plain attributes of a loss, by name."""
+        return self.criterion.objects if self.criterion else {}
+
+    @property
+    def loss_now(self) -> Module | None:
+        """What the loss holds by now of modules and parameters: a forward may have made some."""
+        return self.criterion.modules_now() if self.criterion else None
+
+    @property
     def all(self) -> Module:
         """The bare model, together with the loss where that has weights."""
         return self.module if self.loss is None else torch.nn.ModuleDict({"model": self.module, "loss": self.loss})
