@@ -48,7 +48,7 @@ def evaluate(
     module.eval()
     metrics.reset()
     sums: dict[str, tuple[Any, int]] = {}
-    stopped = False
+    all_samples, stopped = 0, False
     for number, (batch, count, stopped) in enumerate(ranks.strategy.rounds(_batches(loader), stop)):
         if stopped:
             break
@@ -59,7 +59,9 @@ def evaluate(
             if not count:
                 continue
             of_all_ranks = ranks.rank + number * ranks.world_size
-            for name, value in {"loss": loss, **{f"loss_{key}": term for key, term in terms.items()}}.items():
+            all_samples += count
+            losses = {} if loss is None else {"loss": loss, **{f"loss_{key}": term for key, term in terms.items()}}
+            for name, value in losses.items():
                 total, samples = sums.get(name, (0.0, 0))
                 sums[name] = (total + value.detach().to(_sum_dtype(value)) * count, samples + count)
             with _from_section("metrics"):
@@ -69,8 +71,9 @@ def evaluate(
         except Exception as error:
             error.batch_number = number  # type: ignore[attr-defined]
             raise
-    own = None if stopped else {name: (float(total), count) for name, (total, count) in sums.items()}
-    everybody = ranks.gather((own, album.seen() if album and not stopped else None))
+    own = {name: (float(total), count) for name, (total, count) in sums.items()}
+    pictured = album.seen() if album and not stopped else None
+    everybody = ranks.gather((None if stopped else (own, all_samples), pictured))
     own_result = _measured([its_sums for its_sums, _ in everybody]) if everybody else None
     measured: Measured | None = ranks.broadcast(own_result)
     result = None
@@ -136,11 +139,12 @@ def _refuse_none(samples: int) -> None:
         raise ValueError("there is no sample to evaluate: collate_fn left out all of them")
 
 
-def _measured(sums_of_ranks: list[Any]) -> Measured | None:
+def _measured(of_ranks: list[tuple[dict[str, tuple[float, int]], int] | None]) -> Measured | None:
     """The means of every rank's sums, each with its number of samples; None where a rank stopped, and has None."""
-    if None in sums_of_ranks:
+    counted = [sums for sums in of_ranks if sums is not None]
+    if len(counted) < len(of_ranks):
         return None
-    names = dict.fromkeys(name for sums in sums_of_ranks for name in sums)
-    parts = {name: [sums[name] for sums in sums_of_ranks if name in sums] for name in names}
+    names = dict.fromkeys(name for sums, _ in counted for name in sums)
+    parts = {name: [sums[name] for sums, _ in counted if name in sums] for name in names}
     means = {name: sum(t for t, _ in part) / sum(n for _, n in part) for name, part in parts.items()}
-    return Measured(means, sum(count for _, count in parts.get("loss", ())))
+    return Measured(means, sum(samples for _, samples in counted))
