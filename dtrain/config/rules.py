@@ -70,6 +70,7 @@ def rule_mistakes(config: ConfigDict, purpose: str | None) -> Iterator[Mistake]:
     yield from strategy_mistakes(config, config.get("trainer"))
     yield from _name_mistakes(config)
     yield from _missing_mistakes(config, purpose)
+    yield from _deep_supervision_mistakes(config)
 
 
 def _top_level_mistakes(config: ConfigDict) -> Iterator[Mistake]:
@@ -195,6 +196,27 @@ def _missing_mistakes(config: ConfigDict, purpose: str | None) -> Iterator[Mista
     no_limit = _at(trainer, "max_epochs") is None and _at(trainer, "max_steps") is None
     if purpose == "train" and no_limit and (trainer is None or is_mapping(trainer)):
         yield mistake(config, ("trainer",), "needs max_epochs or max_steps, such as max_epochs: 10")
+
+
+def _deep_supervision_mistakes(config: ConfigDict) -> Iterator[Mistake]:
+    """Outputs of several levels for a loss that looks at the first alone, so that the others would not be trained."""
+    loss = read(config).calls.get("loss")
+    if loss is None or _at(config.get("model"), "deep_supervision") is not True:
+        return
+    with suppress(ConfigError):  # reported elsewhere
+        targets = [call.target for call in _with_inner(loss)]
+        names = {target.name for target in targets}
+        if targets[0].module.startswith(("torch.", "dtrain.")) and not names & {"DeepSupervision", "PIDNetLoss"}:
+            text = f"gives several outputs in training, and {targets[0].name} looks at the first alone; wrap it"
+            example = "loss: {name: DeepSupervision, loss: {name: ...}}"
+            yield mistake(config, ("model", "deep_supervision"), f"{text}: {example}")
+
+
+def _with_inner(call: Call) -> Iterator[Call]:
+    """A call and all those among its arguments."""
+    yield call
+    for inner in call.components.values():
+        yield from _with_inner(inner)
 
 
 def _why_needed(config: ConfigDict, section: str) -> str | None:

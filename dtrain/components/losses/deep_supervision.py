@@ -43,9 +43,7 @@ class DeepSupervision(nn.Module):
     ) -> None:
         super().__init__()
         if weights is not None and (not weights or min(weights) < 0):
-            raise ValueError(
-                f"DeepSupervision: weights are {list(weights)}; expected one per output, none below 0"
-            )
+            raise ValueError(f"DeepSupervision: weights are {list(weights)}; expected one per output, none below 0")
         self.loss, self.resample, self.stacked = loss, resample, stacked
         self.weights = None if weights is None else [float(weight) for weight in weights]
 
