@@ -61,13 +61,17 @@ class Forward:
     def __post_init__(self) -> None:
         self._name = type(self.module).__name__  # of now: sharding makes a class of another name
         self._is_on_cpu = self.device.type == "cpu"
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-        self._autocast: Any = nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+        self._autocast = self.autocast()
         self._form: batches.Form | None = None  # of the inputs, once a batch was seen
         self._computes_loss: bool = getattr(self.criterion, "of_model", False)
         self._whole: batches.Form | None = None  # of whole batches, once a model was seen to take them
         self._has_result = False  # of a whole batch
         self._check_target: Any = getattr(self.criterion, "check_target", None)
+
+    def autocast(self) -> Any:
+        """A context in which a model is called in this precision."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, Mapping[str, Tensor], Outcome]:
         """The loss (mean over the batch), its terms, and what metrics look at.

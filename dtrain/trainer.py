@@ -4,7 +4,8 @@ import contextlib
 import functools
 import gc
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from subprocess import Popen
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
 from dtrain.checkpoint.checkpoint_files import Loaded
-from dtrain.checkpoint.weights import load_for_use
+from dtrain.checkpoint.weights import load_for_use, load_weights
 from dtrain.config.build import build
 from dtrain.config.check import check
 from dtrain.config.errors import ConfigError, to_plain
@@ -32,16 +33,18 @@ from dtrain.predict.inference import Result
 from dtrain.predict.run import compare_with_training, logits, predict
 from dtrain.tracking.secrets import keep_secret
 from dtrain.training.best_score import is_new_best, judge_patience
+from dtrain.training.closure import Closure, asks_for_closure
 from dtrain.training.evaluate import evaluate, evaluate_volumes
 from dtrain.training.evidence import Evidence
 from dtrain.training.failure_card import reported
 from dtrain.training.finite_step import FiniteStep, NonFiniteError
 from dtrain.training.held_folder import keep_whole
 from dtrain.training.optimizer import require_trained
+from dtrain.training.own_step import OwnStep, trained
 from dtrain.training.rescue import LastStep, rescue
 from dtrain.training.run_status import session
 from dtrain.training.setup import Parts, make_parts
-from dtrain.training.state import Activity, TrainState, capture, restore
+from dtrain.training.state import Activity, TrainState, capture, means, restore
 from dtrain.training.throughput import Throughput
 from dtrain.training.watchdog import watchdog
 
@@ -92,6 +95,8 @@ class Trainer:
         pre_trained: A checkpoint or weight file to start a new training from; or a mapping, to fit it to the model.
         monitor: The figure that 'best' means. Default: the first metric of the validation, else val/loss.
         mode: min | max, what is better of it. Default: as the metric says (`higher_is_better`), min for a loss.
+        closure: Give the optimizer's step a closure that evaluates the loss again, as SAM needs. Default: where its
+            signature asks for one, as that of LBFGS.
         precision: fp32 | bf16 | fp16. Default: accelerate's own setting, else fp32.
         accumulate: Batches per optimizer step.
         clip_grad_norm: The largest total gradient norm; larger ones are scaled down to it.
@@ -117,7 +122,8 @@ class Trainer:
         target_key: Which entry of a dict batch is the target; a list of several gives a dict of them.
 
     A subclass, named by `trainer.name`, may override the methods without a leading underscore. It may read `step`,
-    `epoch`, `position`, `state`, `trainables`, `module`, `loaders`, `ranks`, `journal` and `progress`.
+    `epoch`, `position`, `state`, `trainables`, `module`, `model`, `evaluated`, `forward`, `optimizers`, `optimizer`,
+    `scaler`, `loaders`, `ranks`, `device`, `journal` and `progress`. See docs/own-loop.md.
     """
 
     def __init__(  # noqa: PLR0913
@@ -131,6 +137,7 @@ class Trainer:
         pre_trained: str | dict | None = None,
         monitor: str | None = None,
         mode: Literal["min", "max"] | None = None,
+        closure: bool | None = None,
         precision: Literal["fp32", "bf16", "fp16"] | None = None,
         accumulate: int = 1,
         clip_grad_norm: float | None = None,
@@ -164,13 +171,12 @@ class Trainer:
         self.train_loader: Any = parts.loaders.train
         self.max_epochs = math.inf if max_epochs is None else max_epochs
         self.max_steps = math.inf if max_steps is None else max_steps
-        self.monitor, self.mode = monitor or "val/loss", mode or "min"
-        self.clip_grad_norm, self.on_nonfinite = clip_grad_norm, on_nonfinite
+        self.monitor, self.mode, self.on_nonfinite = monitor or "val/loss", mode or "min", on_nonfinite
+        self.clip_grad_norm, self.device = clip_grad_norm, self.ranks.device
         self.log_every_steps, self.early_stop_patience = log_every_steps, early_stop_patience
         self.validate_every_steps = validate_every_steps or math.inf
         self.checkpoint_every_steps = checkpoint_every_steps or math.inf
         self.hang_timeout_seconds = hang_timeout_seconds
-        self.device = self.ranks.device
         self.state, self.activity = TrainState(self.device), Activity()
         self.inference = replace(parts.inference, asked_to_stop=self.asked_to_stop)
         self.last_step = LastStep(self.state, keeps_sums=accumulate > 1)
@@ -180,13 +186,19 @@ class Trainer:
         self.finite_step = FiniteStep(
             given.optimizer, given.scaler, self.state, on_nonfinite, self.progress.note, self.ranks
         )
+        if closure or (closure is None and asks_for_closure(given.optimizer)):
+            self.finite_step.closure = Closure(self.state, self.ranks, self.learn, self._clipped)
 
     def _collect_parameters(self, syncs_buffers: bool) -> None:
-        """The parameters that are trained, and what the ranks have to do for those of a loss."""
+        """The parameters that are trained, by which optimizer, and what the ranks have to do for those of a loss."""
+        self.evaluated: torch.nn.Module = self.trainables.evaluated
+        self.optimizers: dict[str, Any] = {"": self.optimizer}
+        self.own = OwnStep(self.optimizers, self.ranks, self.scaler)
         loss: Any = self.trainables.loss
         self._loss_parameters = [item for item in loss.parameters() if item.requires_grad] if loss else []
         self._shares_loss = loss is not None and self.ranks.world_size > 1  # no wrapper does it
         self._shares_buffers = loss is not None and syncs_buffers and any(True for _ in loss.buffers())
+        self._syncs_buffers = syncs_buffers and self.ranks.world_size > 1
         of_model = [item for item in self.module.parameters() if item.requires_grad]
         self._parameters = of_model + self._loss_parameters
         # Of a sharded model, shards and the loss's own cannot be scaled in one call.
@@ -261,15 +273,11 @@ class Trainer:
             activity.beats += 1
             self.throughput.data_came()
             if micro.batch is not None:
-                with contextlib.nullcontext() if micro.closes else self.ranks.strategy.no_sync(self.model):
-                    activity.phase = "forward"
-                    loss, terms = self.training_step(micro.batch)
-                    activity.phase = "backward"
-                    self.backward(loss, terms, micro)
+                self.learn(micro)
             if micro.closes:
                 activity.phase = "optimizer step"
                 if not loader.may_leave_out or self._has_samples(micro):
-                    self.optimizer_step()
+                    self.take_step()
                 self.after_step(micro.position)
                 self.last_step.mark()
                 self.saver.poll()
@@ -281,14 +289,40 @@ class Trainer:
             self._after_epoch()
         self.progress.end_epoch()
 
-    def training_step(self, batch: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def learn(self, micro: MicroBatch) -> None:
+        """Forward and backward of one batch, or the steps that its `training_step` takes itself. On every rank."""
+        activity, own = self.activity, self.own
+        if self.finite_step.closure is not None:
+            self.finite_step.closure.note(micro)
+        with contextlib.nullcontext() if micro.closes else self.ranks.strategy.no_sync(self.model):
+            activity.phase = "forward"
+            own.micro, own.loss = micro, None
+            result = self.training_step(micro.batch)
+            activity.phase = "backward"
+            if own.is_taken or own.has_several or type(result) is not tuple:
+                self._follow(result, micro)
+            else:
+                loss, terms = result
+                self.backward(loss, terms, micro)
+
+    def take_step(self) -> None:
+        """The optimizer's step, or what is left to do where `training_step` has taken it. On every rank."""
+        if self.own.is_taken:
+            self._finish_own_step()
+        else:
+            self.optimizer_step()
+
+    def training_step(self, batch: Any) -> Any:
         """The loss of one batch. Called on every rank for each of its batches, with the model in train mode.
 
         Args:
             batch: As the loader gives it, on the CPU.
 
         Returns:
-            The loss, a scalar that is the mean over the batch's samples, and its named terms, which are logged.
+            The loss, a scalar that is the mean over the batch's samples: as a tensor; as (loss, terms), whose terms are
+            logged as train/loss_<term>; or as a dict with 'loss', whose other numbers are logged as train/<name>, means
+            over the samples of the batches that give them. Where it took its steps itself, with `minimize`, the figures
+            alone, or nothing.
         """
         loss, terms, _ = self.forward(self.model, batch)
         return loss, terms
@@ -306,6 +340,97 @@ class Trainer:
         if self._shares_loss and micro.closes:
             self._share_loss()
         self.throughput.exchanged()
+
+    def _follow(self, result: Any, micro: MicroBatch) -> None:
+        """What follows a `training_step` that took its steps itself, or gave its figures in another form."""
+        loss, figures = self.own.told(result)
+        if not self.own.is_taken:
+            if len(self.optimizers) > 1:
+                self.own.optimizer(None)  # raises: there are several
+            self.backward(loss, {}, micro)  # type: ignore[arg-type]
+        elif loss is not None:
+            self.state.add("loss", loss.detach(), micro.samples)
+        for name, value in figures.items():
+            self.state.add_figure(name, value, micro.samples)
+
+    # ------------------------------------------------------------------------------- steps of a training_step's own
+
+    def minimize(self, loss: Tensor, optimizer: str | None = None, retain_graph: bool = False) -> None:
+        """A step of one optimizer, taken within `training_step`: `apply_gradients` of the loss's `gradients`.
+
+        Args:
+            loss: A scalar, the mean over the batch's samples. Only the optimizer's own parameters get gradients of it.
+            optimizer: Its name, where the config has several.
+            retain_graph: Whether another loss that is minimised later shares a part of its graph.
+        """
+        value = loss.detach()
+        self.own.loss = value if self.own.loss is None else self.own.loss + value
+        self.apply_gradients(self.gradients(loss, optimizer, retain_graph), optimizer)
+
+    def gradients(self, loss: Tensor, optimizer: str | None = None, retain_graph: bool = False) -> list[Tensor | None]:
+        """The gradients of the mean over all ranks' samples, for `parameters(optimizer)`. All ranks call it.
+
+        They are new tensors, equal on all ranks; None for a parameter that the loss does not depend on.
+        """
+        self.throughput.forward_done()
+        found = self.own.gradients(loss, optimizer, retain_graph)
+        self.throughput.exchanged()
+        return found
+
+    def apply_gradients(self, gradients: Sequence[Tensor | None], optimizer: str | None = None) -> None:
+        """Step with these gradients, equal on all ranks, which are taken over; with `accumulate`, add them up first.
+
+        The step is taken by `optimizer_step`: clipped, and left out where a gradient is not finite.
+        """
+        name, _ = self.own.optimizer(optimizer)
+        if self.finite_step.closure is not None:
+            raise ValueError("an optimizer with a closure evaluates training_step itself: let it return the loss")
+        if not self.own.is_taken:
+            self.finite_step.begin_parts()
+        if self.own.add(name, list(gradients)):
+            self._step_of(name)
+
+    def parameters(self, optimizer: str | None = None) -> list[torch.nn.Parameter]:
+        """What an optimizer trains now, in the order of its groups."""
+        return trained(self.own.optimizer(optimizer)[1])
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context in which a model of one's own is called in `trainer.precision`; `forward` has it."""
+        return self.forward.autocast()
+
+    def frozen(self, module: torch.nn.Module, weights: str | Path | None = None) -> torch.nn.Module:
+        """A module that is used and not trained, such as a teacher: in eval mode, without gradients, on the device.
+
+        It is part of no checkpoint. `weights`: a checkpoint folder or a weight file that it takes them from; averaged
+        ones where there are some.
+        """
+        if weights is not None:
+            module.load_state_dict(load_weights(Path(weights), averaged=None))
+        return module.to(self.device).eval().requires_grad_(False)
+
+    def _step_of(self, name: str) -> None:
+        """`optimizer_step` of one optimizer, while `optimizer` is that one."""
+        kept = self.optimizer, self._parameters, self._to_clip
+        self.optimizer = self.finite_step.optimizer = self.optimizers[name]
+        if len(self.optimizers) > 1:
+            self._parameters = trained(self.optimizer)
+            self._to_clip = [self._parameters]
+        factor = 1.0
+        if self.train_loader.may_leave_out:  # the mean is over the samples that are left
+            step_samples = self.own.micro.step_samples  # type: ignore[union-attr]
+            factor = step_samples / max(1, step_samples - self.train_loader.left_out(step_samples).samples)
+        self.own.prepare([item.grad for item in self._parameters if item.grad is not None], factor)
+        self.finite_step.part = name
+        self.optimizer_step()
+        self.optimizer, self._parameters, self._to_clip = kept
+
+    def _finish_own_step(self) -> None:
+        """What remains of a step that `training_step` has taken: gradients that wait, and what the ranks share."""
+        for name in self.own.end():
+            self._step_of(name)
+        if self._syncs_buffers:  # which else the ranks' wrapper does, where the model is called through it
+            self.ranks.agree_on_buffers(self.trainables.all)
+        self.finite_step.finish_parts()
 
     def _share_loss(self) -> None:
         """What the ranks' wrapper does for the model: the mean of the gradients, and the main rank's buffers."""
@@ -330,23 +455,30 @@ class Trainer:
             text += f", all those of {left_out.batches} batch(es), which are skipped" if left_out.batches else ""
             text += "" if kept else ": the weights stay as they are"
             self.progress.note(f"warning: {text}; further ones are counted (left_out_samples, skipped_batches)")
-        if kept:
+        if kept and not self.own.is_taken:
             gradients = [item.grad for item in self._parameters if item.grad is not None]
             torch._foreach_mul_(gradients, step_samples / kept)
         return kept > 0
 
     def optimizer_step(self) -> None:
-        """Clip, and step unless a gradient is not finite. Called on every rank after a step's last `backward`."""
+        """Clip, and step unless a gradient is not finite. Called on every rank after a step's last `backward`.
+
+        Where `training_step` takes the steps itself, it is called for each of them, while `optimizer` is the one.
+        """
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
-        gradients = [item.grad for item in self._parameters if item.grad is not None]
-        self.state.grad_norm = norm = self.ranks.strategy.total_norm(gradients)
-        if self.clip_grad_norm is not None:
-            for parameters in self._to_clip:
-                clip_grads_with_norm_(parameters, self.clip_grad_norm, norm)
+        self.state.grad_norm = norm = self._clipped()
         with self.schedule.rate_of(self.state.step) as self.state.rate:
             self.finite_step.take(norm)
         self.optimizer.zero_grad()
+
+    def _clipped(self) -> Tensor:
+        """Clip the gradients; their norm before."""
+        norm = self.ranks.strategy.total_norm([item.grad for item in self._parameters if item.grad is not None])
+        if self.clip_grad_norm is not None:
+            for parameters in self._to_clip:
+                clip_grads_with_norm_(parameters, self.clip_grad_norm, norm)
+        return norm
 
     def after_step(self, position: int) -> None:
         """What follows each optimizer step, in this order. Called on every rank.
@@ -435,6 +567,25 @@ class Trainer:
             judge_patience(state, self.early_stop_patience, self.monitor)
         return True
 
+    def evaluation_step(self, batch: Any) -> Any:
+        """What is measured of one batch. Called for each of an evaluation's batches, without gradients, in eval mode.
+
+        Each batch is one rank's; ranks call it as often as they have batches, so that it must not call a collective.
+        `self.evaluated` is the module to call: the averaged weights where there are some, else the bare model.
+
+        Args:
+            batch: As the loader gives it, on the CPU.
+
+        Returns:
+            What `self.forward` gives: loss, terms and what metrics and pictures see, an `Outcome` of inputs, output
+            and target; or a dict of figures, each the mean over the batch's samples, which are logged as val/<name>.
+        """
+        return self.forward(self.evaluated, batch)
+
+    def _evaluate_batch(self, module: torch.nn.Module, batch: Any) -> Any:
+        self.evaluated = module
+        return self.evaluation_step(batch)
+
     def evaluate(self, phase: str, module: torch.nn.Module | None = None) -> dict[str, float]:
         """Loss and metrics over a whole phase, written to the journal. All ranks call it and get the same.
 
@@ -457,7 +608,7 @@ class Trainer:
             if self._shares_loss:
                 self.ranks.agree_on_buffers(self.trainables.loss)  # type: ignore[arg-type]
             with self.trainables.evaluating(module):
-                measured = evaluate(self.forward, module, batches, self.metrics, self.ranks, stop, album)
+                measured = evaluate(self._evaluate_batch, module, batches, self.metrics, self.ranks, stop, album)
             means = measured and measured.figures
             if measured and (left_out := len(loader.dataset) - measured.samples):
                 means = measured.figures | {"left_out_samples": left_out}
@@ -532,8 +683,7 @@ class Trainer:
         values = self.ranks.sum_(torch.cat([torch.stack(list(sums.values())), own])).tolist()
         if slow := self.throughput.judge(values[len(sums) :]):
             self.progress.note(f"warning: {slow}")
-        samples = self.state.samples - self.state.unsummed
-        return {f"train/{name}": value / samples for name, value in zip(sums, values, strict=False)} if samples else {}
+        return means(dict(zip(sums, values, strict=False)), self.state.samples - self.state.unsummed)
 
     def save(self) -> None:
         """Save all that the training is, unless nothing happened since the last time. All ranks call it.

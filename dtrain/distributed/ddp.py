@@ -84,6 +84,16 @@ class DDP:
         """A context in which gradients add up on each rank alone, until the last batch of a step."""
         return model.no_sync() if hasattr(model, "no_sync") else nullcontext()
 
+    def gradients(
+        self, loss: torch.Tensor, seed: torch.Tensor, parameters: list[torch.nn.Parameter], retain_graph: bool
+    ) -> list[torch.Tensor | None]:
+        """The mean over the ranks of a loss's gradients, beside the wrapper, which knows of no part of a model.
+
+        What is None was used on no rank.
+        """
+        found = torch.autograd.grad(loss, parameters, seed, retain_graph=retain_graph, allow_unused=True)
+        return self._ranks.average(list(found), parameters)
+
     def total_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         """The 2-norm of all gradients as one vector; torch's own function sorts them first, and takes twice as long."""
         if len({item.dtype for item in gradients}) > 1:

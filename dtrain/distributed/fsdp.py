@@ -125,6 +125,23 @@ class FSDP:
         yield
         self._is_amid_step = True
 
+    def gradients(
+        self, loss: torch.Tensor, seed: torch.Tensor, parameters: list[torch.nn.Parameter], retain_graph: bool
+    ) -> list[torch.Tensor | None]:
+        """The mean over the ranks of a loss's gradients; of a sharded model a backward reduces them, as shards."""
+        kept = [item.grad for item in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        loss.backward(seed, retain_graph=retain_graph)
+        found = [item.grad for item in parameters]
+        for parameter, gradient in zip(parameters, kept, strict=True):
+            parameter.grad = gradient
+        whole = [number for number, item in enumerate(parameters) if not is_shard(item)]  # of the loss
+        means = self._ranks.average([found[number] for number in whole], [parameters[number] for number in whole])
+        for number, mean in zip(whole, means, strict=True):
+            found[number] = mean
+        return found
+
     def total_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         """The 2-norm of all whole gradients as one vector, the same on every rank; a loss's own are not sharded."""
         parts = [[item for item in gradients if is_shard(item) is sharded] for sharded in (True, False)]

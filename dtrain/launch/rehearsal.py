@@ -56,18 +56,18 @@ def _first_step(trainer: Trainer) -> str:
     parts: Any = trainer.trainables
     trainer.model.train()
     trainer.finite_step.begin(parts.all, parts.criterion.objects)
-    losses = []
+    count = samples = 0
     for micro in trainer.train_loader.epoch(0):
         if micro.batch is not None:
-            loss, terms = trainer.training_step(micro.batch)
-            trainer.backward(loss, terms, micro)
-            losses.append(float(loss.detach()))
-        if micro.closes and losses:
+            trainer.learn(micro)
+            count, samples = count + 1, samples + micro.samples
+        if micro.closes and count:
             break
     require_trained(parts.optimizer, parts.module, parts.criterion.modules_now())
-    trainer.optimizer_step()
-    of = "one batch" if len(losses) == 1 else f"{len(losses)} batches"
-    return f"train: {of} forward and backward, loss {sum(losses) / len(losses):.4g}, and an optimizer step"
+    loss = float(trainer.state.sums["loss"]) / samples
+    trainer.take_step()
+    of = "one batch" if count == 1 else f"{count} batches"
+    return f"train: {of} forward and backward, loss {loss:.4g}, and an optimizer step"
 
 
 def _smallest_batch(trainer: Trainer, config: ConfigDict) -> str:
@@ -80,15 +80,17 @@ def _smallest_batch(trainer: Trainer, config: ConfigDict) -> str:
     if micro.batch is None:
         return ""
     count = f"{micro.samples} sample{'s' if micro.samples > 1 else ''}"
+    trainer.state.clear()
     try:
-        loss, terms = trainer.training_step(micro.batch)
-        trainer.backward(loss, terms, micro)
+        trainer.learn(micro._replace(closes=False))  # gradients alone, of which no step is taken
     except Exception as error:
         cure = "leave it out with drop_last: true, or choose another batch_size"
         text = f"the last batch of each epoch has {count}, with which the model fails ({error}); {cure}"
         raise refused(config, ("loaders", "train"), text) from error
+    trainer.own.end()
     trainer.trainables.optimizer.zero_grad()  # type: ignore[union-attr]
-    return f"train: the epoch's last batch of {count}, loss {float(loss.detach()):.4g}"
+    loss = float(trainer.state.sums["loss"]) / max(1, micro.samples)
+    return f"train: the epoch's last batch of {count}, loss {loss:.4g}"
 
 
 def _evaluation(trainer: Trainer, phase: str) -> str:
@@ -102,7 +104,10 @@ def _evaluation(trainer: Trainer, phase: str) -> str:
             figures = evaluate_volumes(parts.compiled, planes, trainer.metrics, trainer.ranks)
         else:
             batch = islice((counted for counted in loader.counted() if counted[1]), 1)
-            measured = evaluate(trainer.forward, parts.compiled, batch, trainer.metrics, trainer.ranks)
+            trainer.evaluated = parts.compiled
+            measured = evaluate(
+                lambda _, batch: trainer.evaluation_step(batch), parts.compiled, batch, trainer.metrics, trainer.ranks
+            )
             figures = measured and measured.figures
     given = [f"val/{name}" for name in figures or {}]
     if phase == "val" and trainer.monitor not in given:

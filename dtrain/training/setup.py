@@ -51,6 +51,7 @@ from dtrain.tracking.journal import Journal, NoJournal, flatten
 from dtrain.tracking.run_folder import RunFolder, why_not_writable
 from dtrain.tracking.run_lock import RunLock
 from dtrain.tracking.secrets import redact, redacted_tree
+from dtrain.training.closure import closure_mistake
 from dtrain.training.ema import EMA
 from dtrain.training.optimizer import get_optimizer
 from dtrain.training.same_training import compared
@@ -240,6 +241,8 @@ def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, 
         ranks.share_weights(own)
         trainables.loss_ema = EMA(_copied(own), decay) if decay is not None else None
     trainables.optimizer = optimizer = get_optimizer(config, trainables.module, own)
+    if wrong := closure_mistake(options["closure"], optimizer, options["precision"], ranks.strategy.is_sharded):
+        raise refused(config, ("optimizer", "name"), wrong)
     trainables.schedule = get_lr_scheduler(config, optimizer, length, epochs, parts.mode)
     if options["precision"] == "fp16":
         trainables.scaler = torch.amp.GradScaler(ranks.device.type)

@@ -26,6 +26,7 @@ PLAIN_FIELDS = (
     *("step", "epoch", "position", "best", "bad_validations", "validated_step", "score"),
     *("rate", "skipped", "overflows", "samples", "unsummed", "left_out", "skipped_batches", "order"),
 )
+SAMPLES_OF = ":samples"  # behind a figure's name: the sum of the samples that it is of
 OF_BEFORE = {
     "overflows": 0,
     "unsummed": 0,
@@ -82,6 +83,11 @@ class TrainState:
             total = self.sums[name] = self._zero()
         total.add_(value, alpha=samples)
 
+    def add_figure(self, name: str, value: Tensor, samples: int) -> None:
+        """The same of a figure that not every batch gives: its samples are added up, too."""
+        self.add(name, value, samples)
+        self.add(name + SAMPLES_OF, torch.ones((), dtype=value.dtype, device=value.device), samples)
+
     def clear(self) -> None:
         """Begin new sums: the old ones were logged."""
         self.sums = {"loss": self._zero()}
@@ -105,6 +111,12 @@ class TrainState:
             self.order = ORDER
         self.grad_norm.fill_(state["grad_norm"])
         self.sums = {name: self._zero().fill_(value) for name, value in state["sums"].items()}
+
+
+def means(sums: Mapping[str, float], samples: int) -> dict[str, float]:
+    """The figures of a training whose sums over the ranks and over so many samples these are."""
+    counts = {name: sums.get(name + SAMPLES_OF, samples) for name in sums if not name.endswith(SAMPLES_OF)}
+    return {f"train/{name}": sums[name] / count for name, count in counts.items() if count}
 
 
 @dataclass
