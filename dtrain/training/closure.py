@@ -17,7 +17,7 @@ def asks_for_closure(optimizer: Any) -> bool:
     """Whether an optimizer's `step` cannot be called without a closure; some that need one do not say so."""
     step = getattr(
         type(optimizer), "step", None
-    )  # the class's: a scheduler wraps the object's, whose signature has self
+    )  # of the class: a scheduler wraps the object's
     if step is None:  # nothing is trained
         return False
     _, *rest = inspect.signature(step).parameters.values()
