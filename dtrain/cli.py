@@ -214,6 +214,7 @@ def _say(line: str) -> None:
 def _config(options: argparse.Namespace) -> int:
     """Print the resolved config, with the class of each section."""
     from dtrain.config.load import notes_on, to_yaml
+    from dtrain.config.optimizers import group_lines
     from dtrain.config.schema import calls
     from dtrain.config.signatures import Callee
 
@@ -222,12 +223,14 @@ def _config(options: argparse.Namespace) -> int:
         print(f"# {one_line(line)}")
     for name, call in calls(config).items():
         if name.endswith((".loader", ".schedule", ".ddp", ".fsdp", ".pictures")) or name.startswith(
-            ("cluster", "metric.")
+            ("cluster", "metric.", "groups.")
         ):
             continue  # dtrain's own keys beside a component's, and what is not part of a training
         target = call.target
         where = f"  {target.file}:{target.line}" if isinstance(target, Callee) else ""
         print(f"# {name + ':':<22} {target.module}.{target.name}{where}")
+    for key, text in group_lines(calls(config)):
+        print(f"# {key + ':':<22} {text}")
     print(to_yaml(config), end="")
     return DONE
 

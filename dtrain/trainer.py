@@ -39,7 +39,7 @@ from dtrain.training.evidence import Evidence
 from dtrain.training.failure_card import reported
 from dtrain.training.finite_step import FiniteStep, NonFiniteError
 from dtrain.training.held_folder import keep_whole
-from dtrain.training.optimizer import require_trained
+from dtrain.training.optimizer import require_one_optimizer, require_trained
 from dtrain.training.own_step import OwnStep, trained
 from dtrain.training.rescue import LastStep, rescue
 from dtrain.training.run_status import session
@@ -76,6 +76,8 @@ def create_trainer(
     check(config, purpose)
     parts = make_parts(config, package, sender, purpose)
     trainer: Trainer = build(config, "trainer", parts, monitor=parts.monitor, mode=parts.mode)
+    if purpose == "train" and type(trainer).training_step is Trainer.training_step:
+        require_one_optimizer(config)
     # Dropout differs between ranks; the weights, drawn before, do not.
     rng.seed_all(parts.seed, 1 + parts.ranks.rank)
     if parts.start.checkpoint is not None and purpose == "train":
@@ -162,13 +164,7 @@ class Trainer:
         input_key: str | None = None,
         target_key: str | list[str] | None = None,
     ) -> None:
-        given: Any = parts.trainables  # the purpose at hand has what it takes
-        self.parts, self.ranks, self.loaders, self.metrics = parts, parts.ranks, parts.loaders, parts.metrics
-        self.trainables, self.module, self.model = parts.trainables, given.module, given.model
-        self.optimizer, self.schedule, self.ema, self.scaler = given.optimizer, given.schedule, given.ema, given.scaler
-        self.forward, self.saver, self.stop_request = parts.forward, parts.saver, parts.stop
-        self.journal, self.progress = parts.journal, parts.progress
-        self.train_loader: Any = parts.loaders.train
+        self._take_over(parts)
         self.max_epochs = math.inf if max_epochs is None else max_epochs
         self.max_steps = math.inf if max_steps is None else max_steps
         self.monitor, self.mode, self.on_nonfinite = monitor or "val/loss", mode or "min", on_nonfinite
@@ -184,15 +180,25 @@ class Trainer:
         self._collect_parameters(syncs_buffers=(ddp or {}).get("broadcast_buffers") is not False)
         self._is_first_step = True  # of this start
         self.finite_step = FiniteStep(
-            given.optimizer, given.scaler, self.state, on_nonfinite, self.progress.note, self.ranks
+            self.optimizer, self.scaler, self.state, on_nonfinite, self.progress.note, self.ranks
         )
-        if closure or (closure is None and asks_for_closure(given.optimizer)):
+        if closure or (closure is None and asks_for_closure(self.optimizer)):
             self.finite_step.closure = Closure(self.state, self.ranks, self.learn, self._clipped)
+
+    def _take_over(self, parts: Parts) -> None:
+        """The objects that it works with."""
+        given: Any = parts.trainables  # the purpose at hand has what it takes
+        self.parts, self.ranks, self.loaders, self.metrics = parts, parts.ranks, parts.loaders, parts.metrics
+        self.trainables, self.module, self.model = parts.trainables, given.module, given.model
+        self.optimizers, self.optimizer, self.schedule = given.optimizers, given.optimizer, given.schedule
+        self.ema, self.scaler = given.ema, given.scaler
+        self.forward, self.saver, self.stop_request = parts.forward, parts.saver, parts.stop
+        self.journal, self.progress = parts.journal, parts.progress
+        self.train_loader: Any = parts.loaders.train
 
     def _collect_parameters(self, syncs_buffers: bool) -> None:
         """The parameters that are trained, by which optimizer, and what the ranks have to do for those of a loss."""
         self.evaluated: torch.nn.Module = self.trainables.evaluated
-        self.optimizers: dict[str, Any] = {"": self.optimizer}
         self.own = OwnStep(self.optimizers, self.ranks, self.scaler)
         loss: Any = self.trainables.loss
         self._loss_parameters = [item for item in loss.parameters() if item.requires_grad] if loss else []
@@ -665,6 +671,7 @@ class Trainer:
             if "train/loss" not in figures and self.on_nonfinite == "stop":
                 raise NonFiniteError(f"train/loss is not finite at step {state.step}")
             figures |= {"lr": state.rate, "samples_per_second": self.throughput.samples_per_second}
+            figures |= {f"lr/{name}": rate for name, rate in self.schedule.rates_by_group().items()}
             if self.clip_grad_norm is not None and math.isfinite(norm := float(state.grad_norm)):
                 figures["grad_norm"] = norm
             if state.skipped:
@@ -740,7 +747,7 @@ class Trainer:
         """Tell the launcher, and make the metrics: importing them takes seconds, but a mistake in them shows now."""
         self._is_first_step = False
         criterion: Any = self.trainables.criterion
-        require_trained(self.optimizer, self.module, criterion.modules_now())
+        require_trained(self.optimizers.values(), self.module, criterion.modules_now())
         mark_first_step()
         with self.throughput.paused(), self.activity.during("making the metrics"):
             self.metrics.prepare()

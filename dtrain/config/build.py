@@ -24,7 +24,7 @@ from dtrain.config.check import argument_mistakes, call_mistakes, is_own, is_pas
 from dtrain.config.errors import ConfigError, KeyPath, bad_syntax, is_mapping, to_plain
 from dtrain.config.load import to_config_dict
 from dtrain.config.resolve import STANDARD
-from dtrain.config.schema import Call, calls, is_component, is_data, refused
+from dtrain.config.schema import Call, Offer, calls, is_component, is_data, refused
 from dtrain.config.signatures import Callee, Dynamic, is_standard
 
 MAX_ERROR = 2000  # characters of a component's own error; some hold whole tensors
@@ -72,8 +72,9 @@ def _made(call: Call, given: tuple[Any, ...], given_names: dict[str, Any]) -> An
     imported = _imported(call)
     callee = call.target if isinstance(call.target, Callee) else _inspected(imported, call.target)
     parameter = supplied(call, callee) if given else None
-    positional = given if parameter and not parameter.keyword else ()
-    by_name = {parameter.name: given[0]} if parameter and parameter.keyword else {}
+    offered = _asked_for(given[0], parameter) if parameter else None
+    positional: tuple[Any, ...] = (offered,) if parameter and not parameter.keyword else ()
+    by_name = {parameter.name: offered} if parameter and parameter.keyword else {}
     if takes_config(call, callee):
         positional = (*positional, to_config_dict({"name": call.name, **call.arguments}))
         return _called(call, imported, positional, by_name | given_names)
@@ -90,6 +91,11 @@ def _made(call: Call, given: tuple[Any, ...], given_names: dict[str, Any]) -> An
     if is_passed_on(call, callee):
         return functools.partial(imported, **arguments) if arguments else imported
     return _called(call, imported, positional, arguments | by_name | given_names)
+
+
+def _asked_for(given: Any, parameter: Parameter) -> Any:
+    """What dtrain supplies; of an offer that which the parameter is named for, else the first."""
+    return given.get(parameter.name, next(iter(given.values()))) if isinstance(given, Offer) else given
 
 
 def _called(call: Call, imported: Callable[..., Any], positional: tuple[Any, ...], by_name: dict[str, Any]) -> Any:

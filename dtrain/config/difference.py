@@ -100,7 +100,7 @@ def _of_call(key: str, before: Call, after: Call) -> Iterator[Change]:
         names = ".".join(old), ".".join(new)
     if names[0] != names[1] and (old != new or old is None):
         yield Change(after.path_of("name"), names[0], names[1], _is_free(key, "name"))
-    defaults = _defaults(before) | _defaults(after)
+    defaults = defaults_of(before) | defaults_of(after)
     for name in dict.fromkeys((*before.arguments, *after.arguments)):
         if key == "trainer" and name in ("ddp", "resume"):
             continue  # a call of its own; and what is asked for now
@@ -146,7 +146,7 @@ def _target(call: Call, name: Any) -> tuple[str, str] | None:
     return target.module, target.name
 
 
-def _defaults(call: Call) -> dict[str, Any]:
+def defaults_of(call: Call) -> dict[str, Any]:
     """The defaults of what is called, as far as its source text says them."""
     found: dict[str, Any] = {}
     try:

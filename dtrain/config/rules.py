@@ -55,6 +55,7 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # where the type alone ad
     "loaders": {
         "batch_size": _SOME, "global_batch_size": _SOME, "num_workers": _ANY, "prefetch_factor": _SOME, "timeout": _ANY,
     },
+    "optimizer": {"layer_decay": _PART},
     "lr_scheduler": {"warmup_steps": _ANY, "warmup_start": _ANY},
     "mlflow": {"exit_timeout_seconds": _ANY},
     "cluster": {"gpus_per_node": _ANY, "nproc_per_node": _SOME, "cpus_per_node": _SOME, "signal_seconds": _SOME},
@@ -94,7 +95,8 @@ def value_mistakes(config: ConfigDict) -> Iterator[Mistake]:
     for section, ranges in RANGES.items():
         values = config.get(section) if section else config
         path: KeyPath = (section,) if section else ()
-        for where, mapping in [(path, values), *(((*path, phase), _at(values, phase)) for phase in PHASES)]:
+        inner = values if section in ("optimizer", "lr_scheduler") and is_mapping(values) else PHASES
+        for where, mapping in [(path, values), *(((*path, key), _at(values, key)) for key in inner)]:
             for key, (least, most) in ranges.items():
                 value = _at(mapping, key)
                 if type(value) in (int, float) and not least <= value <= most:

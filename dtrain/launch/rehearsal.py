@@ -13,6 +13,7 @@ from dtrain.checkpoint.contents import take_snapshot
 from dtrain.checkpoint.weights import misfits_of
 from dtrain.config.errors import ConfigError, first_few
 from dtrain.config.metric_rules import not_given
+from dtrain.config.optimizers import ONE
 from dtrain.config.schema import refused
 from dtrain.loss import get_loss_criterion
 from dtrain.modelloader import get_model
@@ -20,7 +21,7 @@ from dtrain.predict.run import first_planes
 from dtrain.trainer import Trainer
 from dtrain.training.evaluate import evaluate, evaluate_volumes
 from dtrain.training.evidence import Evidence
-from dtrain.training.optimizer import get_optimizer, require_trained
+from dtrain.training.optimizer import get_optimizers, require_trained, shown
 from dtrain.training.setup import make_lazy_parts
 from dtrain.training.state import capture
 
@@ -41,6 +42,8 @@ def rehearse(trainer: Trainer, config: ConfigDict) -> Iterator[str]:
 
 
 def _parts(trainer: Trainer, config: ConfigDict) -> Iterator[str]:
+    for label, text in shown(trainer.trainables.built):
+        yield f"{label}: {text}"
     yield _first_step(trainer)
     if line := _smallest_batch(trainer, config):
         yield line
@@ -63,7 +66,7 @@ def _first_step(trainer: Trainer) -> str:
             count, samples = count + 1, samples + micro.samples
         if micro.closes and count:
             break
-    require_trained(parts.optimizer, parts.module, parts.criterion.modules_now())
+    require_trained(parts.optimizers.values(), parts.module, parts.criterion.modules_now())
     loss = float(trainer.state.sums["loss"]) / samples
     trainer.take_step()
     of = "one batch" if count == 1 else f"{count} batches"
@@ -88,7 +91,8 @@ def _smallest_batch(trainer: Trainer, config: ConfigDict) -> str:
         text = f"the last batch of each epoch has {count}, with which the model fails ({error}); {cure}"
         raise refused(config, ("loaders", "train"), text) from error
     trainer.own.end()
-    trainer.trainables.optimizer.zero_grad()  # type: ignore[union-attr]
+    for optimizer in trainer.trainables.optimizers.values():
+        optimizer.zero_grad()
     loss = float(trainer.state.sums["loss"]) / max(1, micro.samples)
     return f"train: the epoch's last batch of {count}, loss {loss:.4g}"
 
@@ -127,7 +131,8 @@ def _require_resumable(trainer: Trainer, config: ConfigDict) -> None:
     if loss.module is not None and LOSS in others:
         _require_fit(config, "loss", loss.module, others[LOSS])
     try:
-        get_optimizer(config, module, loss.module).load_state_dict(values["optimizer"])
+        for name, built in get_optimizers(config, module, loss.module).items():
+            built.optimizer.load_state_dict(values["optimizer"] if name == ONE else values["optimizer"][name])
     except Exception as error:
         raise refused(config, ("optimizer",), f"could not be resumed: load_state_dict raised {error}") from error
 

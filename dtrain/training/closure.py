@@ -1,7 +1,7 @@
 """Optimizers that evaluate the loss themselves, several times per step (LBFGS, SAM), and the closure for them."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,15 +24,19 @@ def asks_for_closure(optimizer: Any) -> bool:
     return any(item.default is item.empty and item.kind is item.POSITIONAL_OR_KEYWORD for item in rest)
 
 
-def closure_mistake(wish: bool | None, optimizer: Any, precision: str, is_sharded: bool) -> str:
-    """What an optimizer that is given a closure cannot be combined with; '' where there is nothing of the kind."""
-    if not (asks_for_closure(optimizer) if wish is None else wish):
-        return ""
-    name = f"{type(optimizer).__name__} evaluates the loss itself"
-    if precision == "fp16":
-        return f"{name}, which torch's scaler of fp16 does not support; possible: trainer.precision=bf16 or fp32"
-    if is_sharded:
-        return f"{name}, which has not been tried with a sharded model; possible: trainer.strategy=ddp"
+def closure_mistake(options: Mapping[str, Any], optimizers: Iterable[Any], is_sharded: bool) -> str:
+    """What optimizers that are given a closure cannot be combined with; '' where there is nothing of the kind.
+
+    `options` are the trainer's.
+    """
+    wish = options["closure"]
+    named = [type(each).__name__ for each in optimizers if (asks_for_closure(each) if wish is None else wish)]
+    if named and options["precision"] == "fp16":
+        cure = "which torch's scaler of fp16 does not support; possible: trainer.precision=bf16 or fp32"
+        return f"{named[0]} evaluates the loss itself, {cure}"
+    if named and is_sharded:
+        cure = "which has not been tried with a sharded model; possible: trainer.strategy=ddp"
+        return f"{named[0]} evaluates the loss itself, {cure}"
     return ""
 
 

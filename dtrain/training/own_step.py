@@ -15,7 +15,7 @@ from dtrain.distributed.ranks import Ranks
 class OwnStep:
     """The steps that a `training_step` takes itself, in the optimizer step at work.
 
-    `optimizers` are those of the training by name; a single one has the name ''.
+    `optimizers` are those of the training by name.
     """
 
     def __init__(
@@ -46,9 +46,9 @@ class OwnStep:
         known = ", ".join(self.optimizers)
         if name is None:
             raise ValueError(f"there are several optimizers, so one must be named: {known}")
-        single = f"{name!r}: there is a single optimizer, which needs no name"
-        several = f"there is no optimizer {name!r}{did_you_mean(str(name), self.optimizers)}; possible: {known}"
-        raise ValueError(single if "" in self.optimizers else several)
+        hint = f"{did_you_mean(str(name), self.optimizers)}; possible: {known}"
+        cure = hint if self.has_several else "; there is a single one, which needs no name"
+        raise ValueError(f"there is no optimizer {name!r}{cure}")
 
     def gradients(self, loss: Tensor, name: str | None, retain_graph: bool) -> list[Tensor | None]:
         """The gradients of the mean over all ranks' samples, for the parameters of an optimizer.

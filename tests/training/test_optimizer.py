@@ -337,7 +337,7 @@ def said_and_done(**settings: Any) -> tuple[str, list[float]]:
     optimizer = get_optimizer(config, nn.Linear(2, 1))
     schedule = get_lr_scheduler(config, optimizer, STEPS, EPOCHS)
     before = [dict(group) for group in optimizer.param_groups]
-    said = end_points(config, optimizer, schedule, STEPS, EPOCHS)
+    said = end_points(config, schedule, STEPS, EPOCHS)
     assert [dict(group) for group in optimizer.param_groups] == before, "asking changes nothing"
     return said, run(schedule, STEPS)
 
