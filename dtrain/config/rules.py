@@ -14,6 +14,7 @@ from dtrain.config.annotations import wrong_type
 from dtrain.config.did_you_mean import did_you_mean
 from dtrain.config.errors import ConfigError, KeyPath, Mistake, found, is_mapping, shown
 from dtrain.config.schema import PHASES, SLOTS, Call, has_several, mistake, own_loop, read
+from dtrain.config.signatures import SOURCE
 
 MAX_NAME_BYTES = 200  # a moved-aside run folder has a time stamp, too, and file systems take 255; MLflow 250
 TOP_LEVEL = {  # the keys of a config with their types; those without one are checked elsewhere
@@ -42,6 +43,7 @@ SUMMED = (  # of a loss
     "batch size: use reduction: mean, with an optimizer.lr that is as many times as large"
 )
 _LIBRARIES = ("torch.", "monai.", "dtrain.")  # whose `reduction: sum` is known to be a sum
+_PLAIN = ("torch.nn.", "dtrain.components.", "monai.networks.nets.")  # whose models return outputs, never a loss
 _ANY, _SOME, _PART = (0, math.inf), (1, math.inf), (0, 1)
 RANGES: dict[str, dict[str, tuple[float, float]]] = {  # where the type alone admits more
     "": {"seed": _ANY},
@@ -70,6 +72,7 @@ def rule_mistakes(config: ConfigDict, purpose: str | None) -> Iterator[Mistake]:
     yield from strategy_mistakes(config, config.get("trainer"))
     yield from _name_mistakes(config)
     yield from _missing_mistakes(config, purpose)
+    yield from _deep_supervision_mistakes(config)
 
 
 def _top_level_mistakes(config: ConfigDict) -> Iterator[Mistake]:
@@ -192,14 +195,54 @@ def _missing_mistakes(config: ConfigDict, purpose: str | None) -> Iterator[Mista
         sections = (*sections, "loss")
     has_own_loop = {"training_step", "evaluation_step"} <= own_loop(config)  # which may know their loss themselves
     for name in sections:
-        if config.get(name) is None and not (name == "loss" and has_own_loop):
-            yield mistake(config, (name,), f"missing, such as {name}: {REQUIRED[name]}")
+        needed = config.get(name) is None and not (name == "loss" and has_own_loop)
+        if needed and (why := _why_needed(config, name)) is not None:
+            yield mistake(config, (name,), f"missing, such as {name}: {REQUIRED[name]}{why}")
     if phases and is_mapping(loaders) and all(loaders.get(phase) is None for phase in phases):
         text = f"has no {' and no '.join(map(repr, phases))}, so there is nothing to {purpose}"
         yield mistake(config, ("loaders",), text + ("" if purpose == "predict" else " on"))
     no_limit = _at(trainer, "max_epochs") is None and _at(trainer, "max_steps") is None
     if purpose == "train" and no_limit and (trainer is None or is_mapping(trainer)):
         yield mistake(config, ("trainer",), "needs max_epochs or max_steps, such as max_epochs: 10")
+
+
+def _deep_supervision_mistakes(config: ConfigDict) -> Iterator[Mistake]:
+    """Outputs of several levels for a loss that looks at the first alone, so that the others would not be trained."""
+    loss = read(config).calls.get("loss")
+    if loss is None or _at(config.get("model"), "deep_supervision") is not True:
+        return
+    with suppress(ConfigError):  # reported elsewhere
+        targets = [call.target for call in _with_inner(loss)]
+        names = {target.name for target in targets}
+        if targets[0].module.startswith(("torch.", "dtrain.")) and not names & {"DeepSupervision", "PIDNetLoss"}:
+            text = f"gives several outputs in training, and {targets[0].name} looks at the first alone; wrap it"
+            example = "loss: {name: DeepSupervision, loss: {name: ...}}"
+            yield mistake(config, ("model", "deep_supervision"), f"{text}: {example}")
+
+
+def _with_inner(call: Call) -> Iterator[Call]:
+    """A call and all those among its arguments."""
+    yield call
+    for inner in call.components.values():
+        yield from _with_inner(inner)
+
+
+def _why_needed(config: ConfigDict, section: str) -> str | None:
+    """Why a section may not be missing, '' where that is plain; None: it may, since the model may compute its loss.
+
+    A model of these libraries that takes nothing but its input cannot, whatever the batch; another may need no target.
+    """
+    model = read(config).calls.get("model") if section == "loss" else None
+    if model is None:
+        return ""
+    try:
+        target = model.target
+    except ConfigError:  # reported elsewhere
+        return ""
+    takes = SOURCE.method(target.module, target.name, "forward") if target.module.startswith(_PLAIN) else None
+    if takes and not takes[1] and len(takes[0]) == 1:
+        return f"; {target.name}.forward({takes[0][0].name}) takes no target, so it cannot compute a loss itself"
+    return None
 
 
 def _at(values: Any, key: str) -> Any:

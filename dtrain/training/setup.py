@@ -118,16 +118,17 @@ def make_parts(
     spaces = {phase: space_of(_dataset(loader)) for phase, loader in loaders._asdict().items() if loader is not None}
     if ranks.is_main and purpose == "train" and (line := difference(spaces)):
         progress.note(f"loaders: {line}")
-    loss = get_loss_criterion(config) if config.get("loss") else None
-    keys = options["input_key"], options["target_key"]
-    make_lazy_parts(Forward(module, torch.device("cpu"), "fp32", *keys, loss), loaders)
+    loss = get_loss_criterion(config) if config.get("loss") or purpose != "predict" else None
+    keys, counts = (options["input_key"], options["target_key"]), loaders.sample_counts()
+    make_lazy_parts(Forward(module, torch.device("cpu"), "fp32", *keys, loss, sample_counts=counts), loaders)
     module = _prepared_model(config, module, options, ranks, start, progress.note)
     compiled = _compiled(module, options["compile"])
     loss = loss and loss.to(ranks.device)
     predictor = _predictor(config, ranks, progress, purpose)
     forward = Forward(
-        module, ranks.device, options["precision"], *keys, loss, predictor.output_key, loaders.sample_counts()
-    )
+        module, ranks.device, options["precision"], *keys, loss, predictor.output_key, counts,
+        progress.note if ranks.is_main else bool,
+    )  # fmt: skip
     metrics = get_evaluation_metric(config, ranks, ranks.device)
     figure = _monitor(config, options, metrics)
     monitor, mode = figure.figure, options["mode"]
@@ -172,7 +173,7 @@ def make_lazy_parts(forward: Forward, loaders: Loaders) -> None:
         return
     module = forward.module.eval()  # else it would begin with statistics of this batch
     with torch.no_grad():
-        if of_loss:
+        if of_loss or (criterion is not None and criterion.of_model):
             criterion.train(False)
             forward(module, first_batch(loaders))
             criterion.train()
