@@ -87,6 +87,7 @@ class Trainer:
         parts: The objects that it works with; `make_parts` builds them.
         max_epochs: Passes over the training data.
         max_steps: Optimizer steps; with max_epochs, whichever comes first.
+        steps_per_epoch: Optimizer steps of an epoch, over an endless order. Default: once through the data.
         checkpoint_dir: The run folder. Default: runs/<experiment>.
         resume: auto | last | none | a checkpoint | a run folder | an MLflow run id.
         pre_trained: A checkpoint or weight file to start a new training from; or a mapping, to fit it to the model.
@@ -126,6 +127,7 @@ class Trainer:
         *,
         max_epochs: int | None = None,
         max_steps: int | None = None,
+        steps_per_epoch: int | None = None,
         checkpoint_dir: str | None = None,
         resume: str = "auto",
         pre_trained: str | dict | None = None,
@@ -169,8 +171,7 @@ class Trainer:
         self.log_every_steps, self.early_stop_patience = log_every_steps, early_stop_patience
         self.validate_every_steps = validate_every_steps or math.inf
         self.checkpoint_every_steps = checkpoint_every_steps or math.inf
-        self.hang_timeout_seconds = hang_timeout_seconds
-        self.device = self.ranks.device
+        self.hang_timeout_seconds, self.device = hang_timeout_seconds, self.ranks.device
         self.state, self.activity = TrainState(self.device), Activity()
         self.inference = replace(parts.inference, asked_to_stop=self.asked_to_stop)
         self.last_step = LastStep(self.state, keeps_sums=accumulate > 1)
@@ -251,7 +252,7 @@ class Trainer:
     def train_epoch(self) -> None:
         """One pass over the training data, or what is left of it. All ranks call it, equally often."""
         loader, state, activity = self.train_loader, self.state, self.activity
-        end, global_batch = loader.shard.end(state.position), loader.shard.global_batch
+        end = loader.begin(state.epoch, state.position, state.order)
         self.progress.start_epoch(state.epoch + 1, *self._extent())
         self.model.train()
         self.throughput.restart()
@@ -275,7 +276,7 @@ class Trainer:
                 self.saver.poll()
                 if state.ended or state.step >= self.max_steps:
                     break
-            activity.batch_start += global_batch
+            activity.batch_start = micro.end
             activity.phase = "waiting for data"
         if state.position >= end and not state.stopped:  # a stopped epoch ends when the training resumes
             self._after_epoch()
@@ -601,5 +602,5 @@ class Trainer:
         """Epochs, steps of an epoch, and how many of them are done, for the progress bar."""
         loader, position = self.train_loader, self.position
         steps = int(min(loader.steps(position), self.max_steps - self.step))
-        done = -(-position // loader.global_batch)
+        done = loader.steps_done(position)
         return None if math.isinf(self.max_epochs) else int(self.max_epochs), steps + done, done

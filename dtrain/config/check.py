@@ -180,16 +180,25 @@ def _shared_mistakes(config: ConfigDict, described: Mapping[str, Call]) -> Itera
 def supplied(call: Call, callee: Callee) -> Parameter | None:
     """The parameter by which dtrain supplies an object; by position where its `keyword` is false.
 
-    An optimizer is given the parameters, a scheduler the optimizer, and so are the optimizers or schedulers inside it.
+    An optimizer is given the parameters, a scheduler the optimizer, and so are the optimizers or schedulers inside it;
+    a sampler the dataset, where it takes one.
     """
     name = call.slot.given
     if not name:
         return None
+    if call.slot.named:
+        return next((item for item in callee.parameters if _is_dataset(item) and item.name not in call.arguments), None)
     for item in callee.parameters:
         if item.name == name and item.keyword:
             return item
     first = next((item.name for item in callee.positional), "")
     return None if call.slot.nested or first in call.arguments else Parameter(first, keyword=False)
+
+
+def _is_dataset(parameter: Parameter) -> bool:
+    """Whether a sampler's argument is the dataset: by the names that torch's samplers have, or by its type."""
+    words = set(re.findall(r"\w+", ast.unparse(parameter.annotation))) if parameter.annotation is not None else set()
+    return parameter.name in ("dataset", "data_source") or bool(words & {"Dataset", "Sized"})
 
 
 def _given(call: Call, callee: Callee) -> frozenset[str]:

@@ -45,7 +45,7 @@ _ANY, _SOME, _PART = (0, math.inf), (1, math.inf), (0, 1)
 RANGES: dict[str, dict[str, tuple[float, float]]] = {  # where the type alone admits more
     "": {"seed": _ANY},
     "trainer": {
-        "max_epochs": _ANY, "max_steps": _ANY, "accumulate": _SOME, "log_every_steps": _SOME,
+        "max_epochs": _ANY, "max_steps": _ANY, "steps_per_epoch": _SOME, "accumulate": _SOME, "log_every_steps": _SOME,
         "validate_every_steps": _SOME, "checkpoint_every_steps": _SOME, "keep_last": _SOME, "keep_best": _ANY,
         "checkpoint_every_minutes": _ANY, "hang_timeout_seconds": _ANY,
         "early_stop_patience": _SOME, "clip_grad_norm": _ANY, "ema_decay": _PART,

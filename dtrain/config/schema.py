@@ -19,6 +19,7 @@ from dtrain.config.signatures import SOURCE, Callee, Dynamic, module_file
 from dtrain.config.task import task_arguments
 
 PHASES = ("train", "val", "test", "predict")
+SAMPLERS = ("sampler", "batch_sampler")
 
 
 class Slot(NamedTuple):
@@ -28,6 +29,7 @@ class Slot(NamedTuple):
     given: str = ""  # the argument that dtrain supplies: of this name, else the first one
     given_names: frozenset[str] = frozenset()  # keyword arguments that dtrain supplies
     pairs: bool = False  # a function of (output, target) is itself what is wanted
+    named: bool = False  # only an argument of that name is supplied, or one that stands for a dataset
     nested: bool = False  # inside another call: any section's library will do, a function may itself be what is wanted
 
 
@@ -41,6 +43,7 @@ SLOTS = {
     "trainer": Slot(("dtrain.trainer",), given="parts"),
     "mlflow": Slot(given_names=frozenset({"folder", "experiment", "run_name", "sender"})),
 }
+SAMPLER_SLOT = Slot(LIBRARIES["sampler"], given="dataset", named=True)
 # dtrain's own settings are the arguments of these functions, so they are checked like everything else.
 OWN_SETTINGS = {
     "trainer": "dtrain.trainer:Trainer",
@@ -95,7 +98,7 @@ class Call:
     @functools.cached_property
     def components(self) -> dict[KeyPath, "Call"]:
         """The calls written among the arguments, by path; those inside a component are the component's own."""
-        slot = Slot(self.slot.libraries, given=self.slot.given, nested=True)
+        slot = Slot(self.slot.libraries, given=self.slot.given, named=self.slot.named, nested=True)
         annotations = self.annotations
         result: dict[KeyPath, Call] = {}
         for key, value in self.arguments.items():
@@ -298,10 +301,42 @@ class _Reader:
             merged = _phase_values(shared, own)
             paths = {key: (*path, key) if key in own else (section, key) for key in merged}
             for_loader, for_dataset = _split(merged, "loader")
+            samplers = {key: for_loader.pop(key) for key in SAMPLERS if key in for_loader}
+            samplers = {key: value for key, value in samplers.items() if value is not None}
             self.calls[f"loaders.{phase}.loader"] = replace(self.own_call(path, "loader", for_loader), paths=paths)
             if self.has_name(path, for_dataset) if some_phase_has_a_name else self.has_name((section,), values):
                 dataset = _call_at(self.config, path, for_dataset, SLOTS[section])
                 self.calls[f"loaders.{phase}"] = replace(dataset, paths=paths, others=_names_of("loader"))
+            if phase == "train":
+                self.samplers(samplers, paths)
+                self.beside_samplers(samplers, for_loader, paths)
+            for key in samplers if phase != "train" else ():
+                if key in own:  # else it is written for all phases, and meant for train
+                    self.wrong(paths[key], "is for loaders.train alone: an evaluation has each sample once, in order")
+
+    def samplers(self, given: Mapping[str, Any], paths: Mapping[str, KeyPath]) -> None:
+        """The samplers of the training data, calls of their own."""
+        for key, value in given.items():
+            if (values := self.mapping(paths[key], value)) is None or not self.has_name(paths[key], values):
+                continue
+            if _short_name(values["name"]) == "DistributedSampler":
+                text = "DistributedSampler is not needed: dtrain deals the samples to the ranks; remove it"
+                self.wrong(paths[key], text)
+            else:
+                self.calls[f"loaders.train.{key}"] = _call_at(self.config, paths[key], values, SAMPLER_SLOT)
+
+    def beside_samplers(
+        self, given: Mapping[str, Any], for_loader: Mapping[str, Any], paths: Mapping[str, KeyPath]
+    ) -> None:
+        """What cannot stand beside a sampler; a batch size beside the phases may be that of the others."""
+        if len(given) > 1:
+            self.wrong(paths["batch_sampler"], "cannot be combined with 'sampler'; keep one of them")
+        for key in given:
+            decides = "which samples come, and when" if key == "sampler" else "which samples make up a batch"
+            excluded = [other for other in ("batch_size", "global_batch_size") if len(paths.get(other, ())) > 2]
+            for other in ["shuffle", *(excluded if key == "batch_sampler" else [])]:
+                if for_loader.get(other) is not None:
+                    self.wrong(paths[other], f"cannot be combined with '{key}', which decides {decides}; remove it")
 
     def scheduler(self, section: str, values: Mapping[str, Any]) -> None:
         """The scheduler, and when and from where it moves the rate."""

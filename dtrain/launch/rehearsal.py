@@ -14,6 +14,7 @@ from dtrain.checkpoint.weights import misfits_of
 from dtrain.config.errors import ConfigError, first_few
 from dtrain.config.metric_rules import not_given
 from dtrain.config.schema import refused
+from dtrain.data.samplers import BatchShard
 from dtrain.loss import get_loss_criterion
 from dtrain.modelloader import get_model
 from dtrain.predict.run import first_planes
@@ -41,6 +42,8 @@ def rehearse(trainer: Trainer, config: ConfigDict) -> Iterator[str]:
 
 
 def _parts(trainer: Trainer, config: ConfigDict) -> Iterator[str]:
+    if trainer.train_loader.sampler is not None:
+        yield f"train: sampled by {trainer.train_loader.described}"
     yield _first_step(trainer)
     if line := _smallest_batch(trainer, config):
         yield line
@@ -71,10 +74,11 @@ def _first_step(trainer: Trainer) -> str:
 
 
 def _smallest_batch(trainer: Trainer, config: ConfigDict) -> str:
-    """The last batch of an epoch where it is shorter than the others: statistics over one sample are an error."""
+    """The smallest batch of an epoch, mostly its last one: statistics over one sample are an error."""
     shard = trainer.train_loader.shard
-    start = (shard.end(0) - 1) // shard.global_batch * shard.global_batch
-    if not start or shard.end(0) - start == shard.global_batch:
+    which = "smallest" if isinstance(shard, BatchShard) else "last"
+    start = shard.smallest()
+    if not start:
         return ""
     micro = next(iter(trainer.train_loader.epoch(0, start)))
     if micro.batch is None:
@@ -85,10 +89,10 @@ def _smallest_batch(trainer: Trainer, config: ConfigDict) -> str:
         trainer.backward(loss, terms, micro)
     except Exception as error:
         cure = "leave it out with drop_last: true, or choose another batch_size"
-        text = f"the last batch of each epoch has {count}, with which the model fails ({error}); {cure}"
+        text = f"the {which} batch of each epoch has {count}, with which the model fails ({error}); {cure}"
         raise refused(config, ("loaders", "train"), text) from error
     trainer.trainables.optimizer.zero_grad()  # type: ignore[union-attr]
-    return f"train: the epoch's last batch of {count}, loss {float(loss.detach()):.4g}"
+    return f"train: the epoch's {which} batch of {count}, loss {float(loss.detach()):.4g}"
 
 
 def _evaluation(trainer: Trainer, phase: str) -> str:

@@ -438,14 +438,15 @@ def _table(config: ConfigDict, options: Mapping[str, Any], parts: Parts, steps: 
     table = {
         "model": report.model_line(str(config.model.name), *parameter_count(parts.trainables.module)),
         "data": ", ".join(f"{phase} {size:,}" for phase, size in sizes.items()) + " samples",
-        "global batch": f"{train.global_batch} = {train.shard.batch_size} x {ranks.world_size} rank(s)"
-        + (f" x {train.accumulate} accumulated" if train.accumulate > 1 else ""),
+        "global batch": train.step_size,
         "steps": f"{train.steps():,} per epoch, {steps:,} in all",
         "learning rate": rates,
         "device": f"{ranks.device}, {options['precision']}"
         + (", the model sharded (fsdp)" if ranks.strategy.is_sharded else ""),
         "run folder": str(start.folder),
     }
+    if train.sampler is not None:
+        table["sampler"] = train.described
     if trained := parts.trainables.loss and parameter_count(parts.trainables.loss)[1]:
         table["loss"] = f"{config.loss.name}, {trained:,} parameters trained"
     if parts.journal.tracking_uri:
