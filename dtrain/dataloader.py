@@ -4,7 +4,7 @@ The order of samples is a function of (seed, epoch), a sample's randomness of (s
 the number of ranks, workers or restarts. Progress is a position, counted in samples of the epoch's order.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 from torch.utils.data import IterableDataset
 
 from dtrain.config.build import build, defaults
-from dtrain.config.errors import mark_section
-from dtrain.config.schema import PHASES, SAMPLERS, calls, refused
+from dtrain.config.errors import KeyPath, mark_section
+from dtrain.config.schema import PHASES, SAMPLERS, calls, refused, set_names
 from dtrain.data.loader_workers import fork_when_native_threads_are_idle
 from dtrain.data.orders import Endless, Shuffled, order_of, require_same_on_ranks
 from dtrain.data.samplers import ORDER, BatchShard, EvaluationShard, ShuffledShard
@@ -240,12 +240,28 @@ class TrainLoader:
 
 
 class Loaders(NamedTuple):
-    """What each phase reads; None where the config has no such phase."""
+    """What each phase reads; None where the config has no such phase. Of several sets of one, the first."""
 
     train: TrainLoader | None = None
     val: BatchLoader | None = None
     test: BatchLoader | None = None
     predict: BatchLoader | None = None
+    sets: Mapping[str, BatchLoader] = {}  # all but train's by name: val, or of several val/near, val/far
+
+    def of(self, phase: str) -> dict[str, BatchLoader]:
+        """The sets of a phase other than train, by name."""
+        named = {name: loader for name, loader in self.sets.items() if name.partition("/")[0] == phase}
+        first = getattr(self, phase)
+        return named if named or first is None else {phase: first}
+
+    def by_name(self) -> dict[str, Any]:
+        """Every loader that there is."""
+        others = {name: loader for phase in PHASES[1:] for name, loader in self.of(phase).items()}
+        return others if self.train is None else {"train": self.train, **others}
+
+    def datasets(self) -> dict[str, Any]:
+        """The user's own datasets, which the loaders wrap, by name."""
+        return {name: samples.dataset for name, samples in self._samples()}
 
     def seeded(self) -> list[str]:
         """The generators that the datasets and collate functions hold and that are seeded for each sample."""
@@ -257,27 +273,25 @@ class Loaders(NamedTuple):
         return [phase for phase, samples in self._samples() if not samples.is_searched]
 
     def _samples(self) -> list[tuple[str, Any]]:
-        of_others = [(phase, loader.dataset) for phase, loader in self._asdict().items() if phase != "train" and loader]
-        return [("train", self.train.batches), *of_others] if self.train else of_others
+        return [(name, getattr(loader, "loader", loader).dataset) for name, loader in self.by_name().items()]
 
     def sample_counts(self) -> set[int]:
         """How many samples the batches have that collate functions of the user's own make, on this rank."""
         counts: set[int] = set()
-        for loader in self:
-            batches: Any = getattr(loader, "batches", None) or getattr(loader, "dataset", None)
-            if batches is not None and batches.may_leave_out:
-                shard: Any = loader.shard if isinstance(loader, TrainLoader) else loader.batch_sampler  # type: ignore[union-attr]
+        for loader in self.by_name().values():
+            batches: Any = getattr(loader, "loader", loader).dataset
+            if batches.may_leave_out:
+                shard: Any = loader.shard if isinstance(loader, TrainLoader) else loader.batch_sampler
                 counts |= {min(shard.batch_size, len(batches)), len(batches) % shard.batch_size}
         return counts
 
 
 def first_batch(loaders: Loaders) -> Any:
     """A batch of the first phase that there is, loaded in this process."""
-    for loader in loaders:
+    for loader in loaders.by_name().values():
         if isinstance(loader, TrainLoader):
             return loader.batches.batch(*loader.shard.requests_from(0, 0, 1)[0])
-        if loader is not None:
-            return loader.dataset.batch(0, 0)  # type: ignore[attr-defined]
+        return loader.dataset.batch(0, 0)
     raise ValueError("there are no data")
 
 
@@ -297,26 +311,28 @@ def get_train_loaders(
     """
     if world_size > 1:
         fork_when_native_threads_are_idle()
-    result: dict[str, Any] = {}
-    for phase in PHASES:
-        if phase not in phases or config.loaders.get(phase) is None:
-            continue
-        options = build(config, f"loaders.{phase}.loader")
-        batch_size = _batch_size(config, phase, options, world_size)
+    train: TrainLoader | None = None
+    sets: dict[str, BatchLoader] = {}
+    described = calls(config)
+    for name in (name for phase in PHASES if phase in phases for name in set_names(described, phase)):
+        options = build(config, f"loaders.{name}.loader")
+        path = described[f"loaders.{name}.loader"].path
+        batch_size = _batch_size(config, path, options, world_size)
         if options["pin_memory"] is None:
             options["pin_memory"] = pin_memory
-        dataset = _checked(config, phase, build(config, f"loaders.{phase}"))
-        if phase == "train":
+        dataset = _checked(config, path, build(config, f"loaders.{name}"))
+        if name == "train":
             options |= {"accumulate": accumulate, **_sampling(config, dataset)}
-            result[phase] = _train_loader(config, dataset, seed, rank, world_size, batch_size, options=options)
-        else:
-            shard = EvaluationShard(len(dataset), rank, world_size, batch_size)
-            for key in ("shuffle", "drop_last", *SAMPLERS):
-                del options[key]
-            result[phase] = batch_loader(dataset, seed, shard, options)
-    if result.get("train") and result.get("val"):
-        _refuse_shared_files(config, result["train"].loader.dataset.dataset, result["val"].dataset.dataset)
-    return Loaders(**result)
+            train = _train_loader(config, dataset, seed, rank, world_size, batch_size, options=options)
+            continue
+        shard = EvaluationShard(len(dataset), rank, world_size, batch_size)
+        sets[name] = batch_loader(dataset, seed, shard, options)
+        if train is not None and name.startswith("val"):
+            _refuse_shared_files(config, path, train.loader.dataset.dataset, dataset)  # type: ignore[attr-defined]
+    firsts = {
+        phase: next((sets[name] for name in sets if name.partition("/")[0] == phase), None) for phase in PHASES[1:]
+    }
+    return Loaders(train, **firsts, sets=sets)
 
 
 def _sampling(config: ConfigDict, dataset: Any) -> dict[str, Any]:
@@ -346,11 +362,11 @@ def _train_loader(config: ConfigDict, dataset: Any, *layout: int, options: dict[
     return loader
 
 
-def _refuse_shared_files(config: ConfigDict, train: Any, val: Any) -> None:
+def _refuse_shared_files(config: ConfigDict, path: KeyPath, train: Any, val: Any) -> None:
     """A validation score means nothing where the model was trained on the same file."""
     if shared := sorted(_files(train) & _files(val)):
         more = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
-        raise refused(config, ("loaders", "val"), f"{shared[0]}{more} is also in train; no file may be in both")
+        raise refused(config, path, f"{shared[0]}{more} is also in train; no file may be in both")
 
 
 def _files(dataset: Any) -> set[Path]:
@@ -360,10 +376,9 @@ def _files(dataset: Any) -> set[Path]:
     return {file.resolve() for file in listed if isinstance(file, Path) and file.is_absolute()}
 
 
-def _batch_size(config: ConfigDict, phase: str, options: dict[str, Any], world_size: int) -> int:
+def _batch_size(config: ConfigDict, path: KeyPath, options: dict[str, Any], world_size: int) -> int:
     """Samples per rank and batch; takes both keys out of the options."""
     per_rank, of_all_ranks = options.pop("batch_size"), options.pop("global_batch_size")
-    path = ("loaders", phase)
     if per_rank is not None and of_all_ranks is not None:
         raise refused(config, path, "'batch_size' and 'global_batch_size' are mutually exclusive; keep one of them")
     if of_all_ranks is not None:
@@ -378,8 +393,7 @@ def _batch_size(config: ConfigDict, phase: str, options: dict[str, Any], world_s
     return per_rank
 
 
-def _checked(config: ConfigDict, phase: str, dataset: Any) -> Any:
-    path = ("loaders", phase)
+def _checked(config: ConfigDict, path: KeyPath, dataset: Any) -> Any:
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         reason = "so that ranks can share it and a stopped training can resume"
         text = f"{type(dataset).__name__} has no length; a dataset here has __len__ and __getitem__, {reason}"

@@ -17,7 +17,7 @@ from dtrain.config.metric_rules import mode_notes, monitor_mistakes, task_mistak
 from dtrain.config.pytorch3dunet import OTHER_NAMES
 from dtrain.config.resolve import module_mistake
 from dtrain.config.rules import rule_mistakes, value_mistakes
-from dtrain.config.schema import Call, calls, is_component, listed_modules, mistake, read
+from dtrain.config.schema import Call, calls, is_component, listed_modules, mistake, read, set_names
 from dtrain.config.signatures import Callee, module_file
 from dtrain.config.yaml12 import HAS_DOT
 
@@ -32,7 +32,7 @@ def check(config: ConfigDict, purpose: str | None = "train") -> None:
     reading = read(config)
     mistakes = [*reading.mistakes]
     if not any(item.text.startswith("metrics") for item in mistakes):
-        trains = purpose in ("train", None) and "loaders.val" in reading.calls
+        trains = purpose in ("train", None) and bool(set_names(reading.calls, "val"))
         mistakes += monitor_mistakes(config, reading.calls, trains)
         mistakes += task_mistakes(config, reading.calls)
     for call in reading.calls.values():

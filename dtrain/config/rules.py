@@ -91,7 +91,7 @@ def value_mistakes(config: ConfigDict) -> Iterator[Mistake]:
     for section, ranges in RANGES.items():
         values = config.get(section) if section else config
         path: KeyPath = (section,) if section else ()
-        for where, mapping in [(path, values), *(((*path, phase), _at(values, phase)) for phase in PHASES)]:
+        for where, mapping in [(path, values), *_in_phases(path, values)]:
             for key, (least, most) in ranges.items():
                 value = _at(mapping, key)
                 if type(value) in (int, float) and not least <= value <= most:
@@ -106,6 +106,16 @@ def value_mistakes(config: ConfigDict) -> Iterator[Mistake]:
     if isinstance(uri, str) and uri.lower().startswith("file:"):
         text = f"MLflow 3 no longer writes to {shown(uri)}; name the folder alone (sqlite is put in it), or a server"
         yield mistake(config, ("mlflow", "tracking_uri"), text)
+
+
+def _in_phases(path: KeyPath, values: Any) -> Iterator[tuple[KeyPath, Any]]:
+    """The keys of each phase, of several sets of each, with their paths."""
+    for phase in PHASES:
+        own = _at(values, phase)
+        several = isinstance(own, list)
+        yield from (
+            (((*path, phase, index), item) for index, item in enumerate(own)) if several else [((*path, phase), own)]
+        )
 
 
 def _sums(config: ConfigDict) -> list[KeyPath]:
@@ -190,9 +200,16 @@ def _missing_mistakes(config: ConfigDict, purpose: str | None) -> Iterator[Mista
     if is_mapping(loaders) and all(loaders.get(phase) is None for phase in phases):
         text = f"has no {' and no '.join(map(repr, phases))}, so there is nothing to {purpose}"
         yield mistake(config, ("loaders",), text + ("" if purpose == "predict" else " on"))
+    if purpose == "predict" and _at(loaders, "predict") is None and len(_several(_at(loaders, "test"))) > 1:
+        text = "holds several sets; name what is predicted: loaders.predict: {...}"
+        yield mistake(config, ("loaders", "test"), text)
     no_limit = _at(trainer, "max_epochs") is None and _at(trainer, "max_steps") is None
     if purpose == "train" and no_limit and (trainer is None or is_mapping(trainer)):
         yield mistake(config, ("trainer",), "needs max_epochs or max_steps, such as max_epochs: 10")
+
+
+def _several(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _at(values: Any, key: str) -> Any:

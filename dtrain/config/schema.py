@@ -20,6 +20,7 @@ from dtrain.config.task import task_arguments
 
 PHASES = ("train", "val", "test", "predict")
 SAMPLERS = ("sampler", "batch_sampler")
+OF_SEVERAL_SETS = ("val", "test")  # the phases that may have a list of sets
 
 
 class Slot(NamedTuple):
@@ -291,13 +292,10 @@ class _Reader:
 
     def loaders(self, section: str, values: Mapping[str, Any]) -> None:
         """For each phase its dataset and its loader; keys beside the phases go to all of them."""
-        phases = {phase: values[phase] for phase in PHASES if values.get(phase) is not None}
         shared = {key: values[key] for key in values if key not in PHASES}
-        some_phase_has_a_name = any(map(is_component, phases.values()))
-        for phase, value in phases.items():
-            path = (section, phase)
-            if (own := self.mapping(path, value)) is None:
-                continue
+        data_sets = [item for phase in PHASES for item in self.data_sets(phase, values.get(phase))]
+        some_phase_has_a_name = any(is_component(own) for _, _, own in data_sets)
+        for phase, path, own in data_sets:
             merged = _phase_values(shared, own)
             paths = {key: (*path, key) if key in own else (section, key) for key in merged}
             for_loader, for_dataset = _split(merged, "loader")
@@ -313,6 +311,29 @@ class _Reader:
             for key in samplers if phase != "train" else ():
                 if key in own:  # else it is written for all phases, and meant for train
                     self.wrong(paths[key], "is for loaders.train alone: an evaluation has each sample once, in order")
+
+    def data_sets(self, phase: str, value: Any) -> Iterator[tuple[str, KeyPath, Mapping[str, Any]]]:
+        """Name, path and own keys of each data set of a phase: `val`, or of a list with labels `val/near`."""
+        path: KeyPath = ("loaders", phase)
+        if value is None:
+            return
+        if phase not in OF_SEVERAL_SETS or not isinstance(value, list):
+            if (own := self.mapping(path, value)) is not None:
+                yield phase, path, own
+            return
+        if not value:
+            self.wrong(path, "the list is empty; remove it, or name some data")
+        labels: list[Any] = []
+        for index, item in enumerate(value):
+            if (own := self.mapping(where := (*path, index), item)) is None:
+                continue
+            label = own.get("label")
+            if text := _label_mistake(label, labels, needed=len(value) > 1):
+                self.wrong((*where, "label") if "label" in own else where, text)
+                continue
+            labels.append(label)
+            name = phase if label is None else f"{phase}/{label}"
+            yield name, where, {key: own[key] for key in own if key != "label"}
 
     def samplers(self, given: Mapping[str, Any], paths: Mapping[str, KeyPath]) -> None:
         """The samplers of the training data, calls of their own."""
@@ -426,6 +447,21 @@ class _Reader:
             path = where if several else (section,)
             call = Call(self.config, path, SLOTS[section], name, arguments, paths | {"name": where}, dropped)
             self.calls[f"metrics.{label}"] = call
+
+
+def set_names(calls: Mapping[str, Call], phase: str) -> list[str]:
+    """The names of a phase's data sets, in order: `val`, or where it is a list with labels `val/near`, `val/far`."""
+    names = [key[len("loaders.") : -len(".loader")] for key in calls if re.fullmatch(r"loaders\..*\.loader", key)]
+    return [name for name in names if name.partition("/")[0] == phase]
+
+
+def _label_mistake(label: Any, others: list[Any], needed: bool) -> str:
+    """What is wrong with the label of one of several data sets."""
+    if label is None:
+        return "needs a 'label', by which its figures are told from the others': {label: near, ...}" if needed else ""
+    if not isinstance(label, str) or not re.fullmatch(r"[\w-]+", label):
+        return f"expected a label of letters, digits, - and _, {found(label)}"
+    return f"a second set with the label '{label}'" if label in others else ""
 
 
 def _with_own_rate(call: Call) -> Call:

@@ -48,8 +48,8 @@ def _parts(trainer: Trainer, config: ConfigDict) -> Iterator[str]:
     if line := _smallest_batch(trainer, config):
         yield line
     for phase in ("val", "test"):
-        if getattr(trainer.loaders, phase) is not None:
-            yield _evaluation(trainer, phase)
+        for name, loader in trainer.loaders.of(phase).items():
+            yield _evaluation(trainer, phase, name, loader)
     _require_resumable(trainer, config)
     yield "state: can be saved and resumed"
 
@@ -95,11 +95,11 @@ def _smallest_batch(trainer: Trainer, config: ConfigDict) -> str:
     return f"train: the epoch's {which} batch of {count}, loss {float(loss.detach()):.4g}"
 
 
-def _evaluation(trainer: Trainer, phase: str) -> str:
+def _evaluation(trainer: Trainer, phase: str, name: str, loader: Any) -> str:
     """One batch, or for a test of whole volumes the first planes of one, with all metrics."""
-    parts, loader = trainer.trainables, getattr(trainer.loaders, phase)
-    trainer.activity.phase = {"val": "validation", "test": "test"}[phase]
-    of_volumes = phase == "test" and trainer.inference.tests_volumes
+    parts = trainer.trainables
+    trainer.activity.phase, trainer.activity.data_set = {"val": "validation", "test": "test"}[phase], name
+    of_volumes = phase == "test" and trainer.inference.tests_volumes and hasattr(loader.dataset.dataset, "volumes")
     with parts.evaluating(parts.compiled):
         if of_volumes:
             planes = first_planes(trainer.inference, loader)
@@ -108,11 +108,11 @@ def _evaluation(trainer: Trainer, phase: str) -> str:
             batch = islice((counted for counted in loader.counted() if counted[1]), 1)
             measured = evaluate(trainer.forward, parts.compiled, batch, trainer.metrics, trainer.ranks)
             figures = measured and measured.figures
-    given = [f"val/{name}" for name in figures or {}]
-    if phase == "val" and trainer.monitor not in given:
+    given = [f"{name}/{figure}" for figure in figures or {}]
+    if trainer.monitor.startswith(f"{name}/") and trainer.monitor not in given:
         raise ConfigError(not_given(trainer.monitor, given))
     what = "the first planes of a volume" if of_volumes else "one batch"
-    return f"{phase}: {what}, {', '.join(f'{name} {value:.4g}' for name, value in (figures or {}).items())}"
+    return f"{name}: {what}, {', '.join(f'{figure} {value:.4g}' for figure, value in (figures or {}).items())}"
 
 
 def _require_resumable(trainer: Trainer, config: ConfigDict) -> None:
