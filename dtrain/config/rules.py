@@ -48,7 +48,7 @@ _ANY, _SOME, _PART = (0, math.inf), (1, math.inf), (0, 1)
 RANGES: dict[str, dict[str, tuple[float, float]]] = {  # where the type alone admits more
     "": {"seed": _ANY},
     "trainer": {
-        "max_epochs": _ANY, "max_steps": _ANY, "accumulate": _SOME, "log_every_steps": _SOME,
+        "max_epochs": _ANY, "max_steps": _ANY, "steps_per_epoch": _SOME, "accumulate": _SOME, "log_every_steps": _SOME,
         "validate_every_steps": _SOME, "checkpoint_every_steps": _SOME, "keep_last": _SOME, "keep_best": _ANY,
         "checkpoint_every_minutes": _ANY, "hang_timeout_seconds": _ANY,
         "early_stop_patience": _SOME, "clip_grad_norm": _ANY, "ema_decay": _PART,
@@ -96,8 +96,9 @@ def value_mistakes(config: ConfigDict) -> Iterator[Mistake]:
     for section, ranges in RANGES.items():
         values = config.get(section) if section else config
         path: KeyPath = (section,) if section else ()
-        inner = values if section in ("optimizer", "lr_scheduler") and is_mapping(values) else PHASES
-        for where, mapping in [(path, values), *(((*path, key), _at(values, key)) for key in inner)]:
+        inner = values if section in ("optimizer", "lr_scheduler") and is_mapping(values) else ()
+        of_several = [((*path, key), _at(values, key)) for key in inner]
+        for where, mapping in [(path, values), *of_several, *_in_phases(path, values)]:
             for key, (least, most) in ranges.items():
                 value = _at(mapping, key)
                 if type(value) in (int, float) and not least <= value <= most:
@@ -112,6 +113,16 @@ def value_mistakes(config: ConfigDict) -> Iterator[Mistake]:
     if isinstance(uri, str) and uri.lower().startswith("file:"):
         text = f"MLflow 3 no longer writes to {shown(uri)}; name the folder alone (sqlite is put in it), or a server"
         yield mistake(config, ("mlflow", "tracking_uri"), text)
+
+
+def _in_phases(path: KeyPath, values: Any) -> Iterator[tuple[KeyPath, Any]]:
+    """The keys of each phase, of several sets of each, with their paths."""
+    for phase in PHASES:
+        own = _at(values, phase)
+        several = isinstance(own, list)
+        yield from (
+            (((*path, phase, index), item) for index, item in enumerate(own)) if several else [((*path, phase), own)]
+        )
 
 
 def _sums(config: ConfigDict) -> list[KeyPath]:
@@ -201,6 +212,9 @@ def _missing_mistakes(config: ConfigDict, purpose: str | None) -> Iterator[Mista
     if phases and is_mapping(loaders) and all(loaders.get(phase) is None for phase in phases):
         text = f"has no {' and no '.join(map(repr, phases))}, so there is nothing to {purpose}"
         yield mistake(config, ("loaders",), text + ("" if purpose == "predict" else " on"))
+    if purpose == "predict" and _at(loaders, "predict") is None and len(_several(_at(loaders, "test"))) > 1:
+        text = "holds several sets; name what is predicted: loaders.predict: {...}"
+        yield mistake(config, ("loaders", "test"), text)
     no_limit = _at(trainer, "max_epochs") is None and _at(trainer, "max_steps") is None
     if purpose == "train" and no_limit and (trainer is None or is_mapping(trainer)):
         yield mistake(config, ("trainer",), "needs max_epochs or max_steps, such as max_epochs: 10")
@@ -243,6 +257,8 @@ def _why_needed(config: ConfigDict, section: str) -> str | None:
     if takes and not takes[1] and len(takes[0]) == 1:
         return f"; {target.name}.forward({takes[0][0].name}) takes no target, so it cannot compute a loss itself"
     return None
+def _several(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _at(values: Any, key: str) -> Any:
