@@ -109,6 +109,9 @@ DOCTOR = CONFIG | {
     "config": CONFIG["config"] | {"nargs": "?"},
     "--json": dict(action="store_true", help="print one JSON object"),
 }
+CHECK = CONFIG | {
+    "--find-lr": dict(action="store_true", help="try ever higher learning rates, suggest one, draw find-lr.png")
+}
 TEST = CONFIG | {"--checkpoint": dict(metavar="PATH", help="a checkpoint or weight file (default: the best)")}
 PREDICT = TEST | {
     "--output-dir": dict(metavar="DIR", help="default: predictions in the run folder"),
@@ -188,11 +191,11 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    """Build everything and try one batch of each phase; train nothing, write nothing."""
+    """Build everything and try one batch of each phase; train nothing, write nothing but --find-lr's picture."""
     config = _checked(options, "train")
     from dtrain.launch import rank
 
-    return rank.rehearse(config)
+    return rank.rehearse(config, options.find_lr)
 
 
 def _checked(options: argparse.Namespace, purpose: str | None) -> Any:
@@ -221,7 +224,7 @@ def _config(options: argparse.Namespace) -> int:
     for line in notes_on(config):
         print(f"# {one_line(line)}")
     for name, call in calls(config).items():
-        if name.endswith((".loader", ".schedule", ".ddp", ".fsdp", ".pictures")) or name.startswith(
+        if name.endswith((".loader", ".schedule", ".ddp", ".fsdp", ".pictures", ".swa")) or name.startswith(
             ("cluster", "metric.")
         ):
             continue  # dtrain's own keys beside a component's, and what is not part of a training
@@ -287,7 +290,7 @@ COMMANDS = {
     "launch": (_launch, LAUNCH, "configfiles/digits.yaml --nproc-per-node 4 --max-restarts 3"),
     "test": (_test, TEST, "configfiles/digits.yaml --checkpoint runs/digits/checkpoints/best"),
     "predict": (_predict, PREDICT, "configfiles/digits.yaml --output-dir predictions predictor.format=csv"),
-    "check": (_check, CONFIG, "configfiles/digits.yaml"),
+    "check": (_check, CHECK, "configfiles/digits.yaml --find-lr"),
     "config": (_config, CONFIG, "configfiles/digits.yaml optimizer.lr=5e-4"),
     "submit": (_submit, SUBMIT, "configfiles/digits.yaml --nodes 2 --gpus-per-node 4 --time 12:00:00"),
     "sync": (_sync, RUN_FOLDER, "runs/digits"),

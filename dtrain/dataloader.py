@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from torch.utils.data import IterableDataset
 
 from dtrain.config.build import build
-from dtrain.config.errors import mark_section
+from dtrain.config.errors import is_mapping, mark_section
 from dtrain.config.schema import PHASES, refused
 from dtrain.data.loader_workers import fork_when_native_threads_are_idle
 from dtrain.data.samplers import ORDER, EvaluationShard, ShuffledShard
@@ -192,6 +192,13 @@ class Loaders(NamedTuple):
         """The phases whose datasets hold so much that the search for generators ended before it had seen all."""
         return [phase for phase, samples in self._samples() if not samples.is_searched]
 
+    def used(self) -> str:
+        """How many samples of each phase are used, where `limit_batches` or `overfit_batches` may leave some out."""
+        counts = {"train": self.train.shard.end(0)} if self.train else {}
+        of_others = {phase: getattr(self, phase) for phase in ("val", "test")}
+        counts |= {phase: loader.batch_sampler.size for phase, loader in of_others.items() if loader is not None}
+        return ", ".join(f"{phase} {count:,}" for phase, count in counts.items())
+
     def _samples(self) -> list[tuple[str, Any]]:
         of_others = [(phase, loader.dataset) for phase, loader in self._asdict().items() if phase != "train" and loader]
         return [("train", self.train.batches), *of_others] if self.train else of_others
@@ -234,6 +241,8 @@ def get_train_loaders(
     if world_size > 1:
         fork_when_native_threads_are_idle()
     result: dict[str, Any] = {}
+    trainer: Any = config.get("trainer") or {}
+    overfits = trainer.get("overfit_batches") is not None
     for phase in PHASES:
         if phase not in phases or config.loaders.get(phase) is None:
             continue
@@ -241,20 +250,45 @@ def get_train_loaders(
         batch_size = _batch_size(config, phase, options, world_size)
         if options["pin_memory"] is None:
             options["pin_memory"] = pin_memory
+        if overfits and phase == "val" and "train" in result:  # on the very samples that are trained on
+            dataset, size = result["train"].batches.dataset, result["train"].shard.most
+            options.pop("shuffle"), options.pop("drop_last")
+            result[phase] = batch_loader(dataset, seed, EvaluationShard(size, rank, world_size, batch_size), options)
+            continue
         dataset = _checked(config, phase, build(config, f"loaders.{phase}"))
+        limit = _limit(config, phase)
         if phase == "train":
+            options["shuffle"] = options["shuffle"] and not overfits
             loader = TrainLoader(dataset, seed, rank, world_size, batch_size, accumulate=accumulate, **options)
             if not loader.steps():
                 counts = f"{len(dataset)} samples, and a batch of all ranks has {loader.shard.global_batch}"
                 raise refused(config, ("loaders", phase), f"drop_last leaves no batch: {counts}")
+            if limit is not None:
+                loader.shard.most = limited(loader.shard.end(0), loader.shard.global_batch, limit)
             result[phase] = loader
         else:
-            shard = EvaluationShard(len(dataset), rank, world_size, batch_size)
+            size = len(dataset) if limit is None else limited(len(dataset), batch_size, limit)
+            shard = EvaluationShard(size, rank, world_size, batch_size)
             del options["shuffle"], options["drop_last"]
             result[phase] = batch_loader(dataset, seed, shard, options)
-    if result.get("train") and result.get("val"):
+    if result.get("train") and result.get("val") and not overfits:
         _refuse_shared_files(config, result["train"].loader.dataset.dataset, result["val"].dataset.dataset)
     return Loaders(**result)
+
+
+def _limit(config: ConfigDict, phase: str) -> int | float | None:
+    """How many batches of a phase are used, or which share of them; None: all."""
+    trainer: Any = config.get("trainer") or {}
+    overfit, limit = trainer.get("overfit_batches"), trainer.get("limit_batches")
+    if phase == "predict" or (overfit is not None and phase == "train"):
+        return overfit if phase == "train" else None
+    return limit.get(phase) if is_mapping(limit) else limit
+
+
+def limited(size: int, batch_size: int, limit: int | float) -> int:
+    """The samples in so many first batches of all ranks, or in a share of them (0 to 1, at least one batch)."""
+    batches = limit if isinstance(limit, int) else max(1, int(limit * -(-size // batch_size)))
+    return min(size, batches * batch_size)
 
 
 def _refuse_shared_files(config: ConfigDict, train: Any, val: Any) -> None:

@@ -50,6 +50,7 @@ class Forward:
     criterion: Callable[[Any, Any], tuple[Tensor, Mapping[str, Tensor]]] | None = None
     output_key: str | int | None = None  # which of several outputs is predicted; see `data.heads.output_of`
     sample_counts: Collection[int] = ()  # see `data.batch.call_form`
+    channels_last: bool = False  # the memory format of images and volumes among the inputs
 
     def __post_init__(self) -> None:
         self._is_on_cpu = self.device.type == "cpu"
@@ -68,6 +69,8 @@ class Forward:
         if not self._is_on_cpu:
             batch = batches.to_device(batch, self.device)
         inputs, target = batches.split(batch, self.input_key, self.target_key)
+        if self.channels_last:
+            inputs = batches.in_channels_last(inputs)
         if self._form is None:
             self._form = batches.call_form(self.module, inputs, self.sample_counts)
         with self._autocast:
@@ -83,17 +86,22 @@ class Forward:
                 raise
         return loss, terms, Outcome(inputs, output, target)
 
+    def run(self, model: nn.Module, inputs: Any) -> Any:
+        """All that the model makes of inputs of any form, which are moved to the device."""
+        if not self._is_on_cpu:
+            inputs = batches.to_device(inputs, self.device)
+        if self.channels_last:
+            inputs = batches.in_channels_last(inputs)
+        with self._autocast:
+            return batches.call(model, inputs, batches.call_form(self.module, inputs, self.sample_counts))
+
     def predict(self, model: nn.Module, inputs: Any) -> Tensor:
         """The output that is asked for, or the main one, for inputs of any form, which are moved to the device.
 
         Raises:
             ConfigError: Keys do not tell which of several outputs that is.
         """
-        if not self._is_on_cpu:
-            inputs = batches.to_device(inputs, self.device)
-        with self._autocast:
-            form = batches.call_form(self.module, inputs, self.sample_counts)
-            output = batches.call(model, inputs, form)
+        output = self.run(model, inputs)
         try:
             return output_of(output, self.output_key)
         except ValueError as error:

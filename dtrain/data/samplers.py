@@ -29,6 +29,7 @@ class ShuffledShard:
     epoch: int = 0
     start: int = 0  # the position to begin at
     order: int = ORDER  # its version; a training of before ends its epoch in the order in which it began
+    most: int | None = None  # samples of an epoch, where not all are used
 
     @property
     def global_batch(self) -> int:
@@ -46,7 +47,8 @@ class ShuffledShard:
 
     def end(self, start: int) -> int:
         """The position after the last sample that is used."""
-        return start + (self.size - start) // self.global_batch * self.global_batch if self.drop_last else self.size
+        end = start + (self.size - start) // self.global_batch * self.global_batch if self.drop_last else self.size
+        return end if self.most is None else max(start, min(end, self.most))
 
     def __len__(self) -> int:
         return -(-(self.end(self.start) - self.start) // self.global_batch)

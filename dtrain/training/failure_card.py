@@ -49,6 +49,10 @@ _CURES = {  # by what the error says; the first that applies
         "checkpoint(..., use_reentrant=False) where the model recomputes activations; for parameters that one forward "
         "uses several times trainer.ddp.static_graph=true (with trainer.accumulate=1)"
     ),
+    r"returned nan values in its": (
+        "this operation has no finite gradient for what it got (sqrt or norm of 0, log of 0, 0/0): keep it away from "
+        "there, as by adding an epsilon; where the loss was NaN before, dtrain replay RUN_FOLDER finds its beginning"
+    ),
     r"NonFiniteError|not finite": (
         "dtrain replay RUN_FOLDER repeats the step; a lower optimizer.lr, trainer.clip_grad_norm=1, "
         "trainer.on_nonfinite=skip"
@@ -171,6 +175,8 @@ def card(note: Mapping[str, Any], folder: Path) -> list[str]:
         lines.append(f"  exited without reporting an error: rank {', '.join(map(str, note['silent_ranks']))}")
     if note["where"]:
         lines.append(f"  at {note['where']}")
+    if note.get("forward"):
+        lines.append(f"  backward of {note['forward']}")
     if note["config"]:
         lines.append(f"  built from {note['config']}")
     if note["samples"]:
@@ -229,6 +235,7 @@ def _note(evidence: Evidence, error: BaseException, consequence: bool) -> dict[s
         "error": type(error).__name__,
         "message": message,
         "where": _where(error),
+        "forward": _forward(error),
         "config": f"{section} ({place})" if place else "",
         "samples": evidence.samples(error)[:_MOST_SAMPLES],
         "memory": memory_text(),
@@ -237,6 +244,13 @@ def _note(evidence: Evidence, error: BaseException, consequence: bool) -> dict[s
         "consequence": consequence,
         "bad_loss": not bool(torch.isfinite(state.sums["loss"])),
     }
+
+
+def _forward(error: BaseException) -> str:
+    """The line of forward whose backward failed, as far as `trainer.anomaly` has found it; else nothing."""
+    frames = [frame for frame in getattr(error, "forward_frames", ()) if not _ENGINE.match(frame[0])]
+    frames = [frame for frame in frames if "site-packages" not in frame[0]] or frames
+    return "{}:{} in {}: {}".format(*frames[-1]) if frames else ""
 
 
 def _where(error: BaseException) -> str:

@@ -1,5 +1,6 @@
 """What a training is at one step: TrainState, Trainables, Activity; into a checkpoint's plain values and back."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from dtrain.distributed.fsdp import is_shard
 from dtrain.distributed.ranks import Ranks
 from dtrain.loss import Criterion
 from dtrain.training.ema import EMA
+from dtrain.training.memory_format import follow_weights
 from dtrain.training.optimizer import in_the_way_of, start_momentum
 from dtrain.training.schedule import Schedule
 
@@ -25,8 +27,11 @@ FORMAT = 1  # raised when a state of before can no longer be restored
 PLAIN_FIELDS = (
     *("step", "epoch", "position", "best", "bad_validations", "validated_step", "score"),
     *("rate", "skipped", "overflows", "samples", "unsummed", "left_out", "skipped_batches", "order"),
+    *("averaged_epoch", "swa_rates"),
 )
-OF_BEFORE = {
+OF_BEFORE: dict[str, Any] = {
+    "averaged_epoch": -1,
+    "swa_rates": [],
     "overflows": 0,
     "unsummed": 0,
     "left_out": 0,
@@ -55,6 +60,8 @@ class TrainState:
     step_left_out: int = 0  # of them those of the step at work
     skipped_batches: int = 0  # of which it left nothing
     order: int = ORDER  # the version of the order in which this epoch began
+    averaged_epoch: int = -1  # the last whose weights are in `trainer.swa`'s average, counted from 0
+    swa_rates: list[float] = field(default_factory=list)  # the groups' rates from which it began to set them
     samples: int = 0  # samples of all ranks since figures were last logged
     unsummed: int = 0  # those of them whose losses are not in the sums
     sums: dict[str, Tensor] = field(init=False)  # this rank's since then, on the device: of the loss, and loss_<term>
@@ -100,7 +107,7 @@ class TrainState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         for name in PLAIN_FIELDS:
-            setattr(self, name, state[name] if name in state else OF_BEFORE[name])
+            setattr(self, name, copy.copy(state[name] if name in state else OF_BEFORE[name]))
         if not self.position:
             self.order = ORDER
         self.grad_norm.fill_(state["grad_norm"])
@@ -114,7 +121,7 @@ class Trainables:
     module: Module  # the bare model: what is saved
     compiled: Module  # the same, compiled if so configured: what is evaluated
     model: Module  # the same, wrapped for the ranks: what is trained
-    ema: EMA | None = None  # the averaged weights, if an average is kept
+    ema: EMA | None = None  # the averaged weights, if an average is kept; EMA or SWA
     optimizer: Optimizer | None = None
     schedule: Schedule | None = None  # the learning rate's
     scaler: torch.amp.GradScaler | None = None  # of the loss, with fp16
@@ -126,7 +133,7 @@ class Trainables:
     @property
     def evaluated(self) -> Module:
         """The averaged weights where there are some, else the model."""
-        return self.ema.module if self.ema else self.compiled
+        return self.ema.module if self.ema and self.ema.is_ready else self.compiled
 
     @property
     def all(self) -> Module:
@@ -204,7 +211,7 @@ def capture(
         "seed": seed,
         "rng": generator_states,
     }
-    averaged = ranks.strategy.whole(ema.module.state_dict()) if ema else None
+    averaged = ranks.strategy.whole(ema.module.state_dict()) if ema and ema.is_ready else None
     of_loss = {name: ranks.strategy.whole(part.state_dict()) for name, part in _parts_of_loss(trainables).items()}
     return values, ranks.strategy.whole(trainables.module.state_dict()), averaged, of_loss
 
@@ -257,6 +264,7 @@ def restore(loaded: Loaded | None, state: TrainState, trainables: Trainables, ra
     optimizer = trainables.optimizer
     ranks.strategy.load_optimizer(optimizer, in_the_way_of(optimizer, values.pop("optimizer", None)))
     start_momentum(optimizer)
+    follow_weights(optimizer)
     values = ranks.broadcast(values)
     if not ranks.is_main:  # all ranks add up the same sums; what was summed so far is rank 0's
         values["sums"] = dict.fromkeys(values["sums"], 0.0)
@@ -265,9 +273,9 @@ def restore(loaded: Loaded | None, state: TrainState, trainables: Trainables, ra
     if trainables.scaler and values["scaler"]:
         trainables.scaler.load_state_dict(values["scaler"])
     if trainables.ema:
-        trainables.ema.updates = values["averaged"]
+        trainables.ema.resume(values["averaged"], state.averaged_epoch)
     if trainables.loss_ema:
-        trainables.loss_ema.updates = values["averaged"]
+        trainables.loss_ema.resume(values["averaged"], state.averaged_epoch)
     for name, kept in trainables.kept.items():
         kept.load_state_dict(values.get("kept", {}).get(name, {}))
     if len(values["rng"]) == ranks.world_size:
