@@ -267,7 +267,7 @@ def get_train_loaders(
                 loader.shard.most = limited(loader.shard.end(0), loader.shard.global_batch, limit)
             result[phase] = loader
         else:
-            size = len(dataset) if limit is None else limited(len(dataset), batch_size, limit)
+            size = len(dataset) if limit is None else limited(len(dataset), batch_size * world_size, limit)
             shard = EvaluationShard(size, rank, world_size, batch_size)
             del options["shuffle"], options["drop_last"]
             result[phase] = batch_loader(dataset, seed, shard, options)
