@@ -112,7 +112,7 @@ def make_parts(
         config, ranks.rank, ranks.world_size, seed, ranks.device.type == "cuda", options["accumulate"], phases
     )
     if ranks.is_main:
-        _tell_generators(loaders, progress.note)
+        _tell_of_data(loaders, progress.note)
     spaces = {phase: space_of(_dataset(loader)) for phase, loader in loaders._asdict().items() if loader is not None}
     if ranks.is_main and purpose == "train" and (line := difference(spaces)):
         progress.note(f"loaders: {line}")
@@ -330,12 +330,16 @@ def _base_folder(package: str | Path | None) -> Path:
     return Path() if {"site-packages", "dist-packages"} & set(folder.resolve().parts) else folder
 
 
-def _tell_generators(loaders: Loaders, note: Callable[[str], None]) -> None:
+def _tell_of_data(loaders: Loaders, note: Callable[[str], None]) -> None:
     if seeded := loaders.seeded():
         note(f"generators that are seeded for each sample: {first_few(seeded, 5)}")
     if cut := loaders.not_searched():
         text = f"the search for generators to seed for each sample saw only a part of the datasets of {', '.join(cut)}"
         note(f"{text}; it passes over objects with `seeds_itself = True`, see docs/data.md")
+    for phase, loader in loaders._asdict().items():
+        places = getattr(_dataset(loader), "places", None) if loader is not None else None
+        for line in getattr(places, "notes", ()):
+            note(f"loaders.{phase}: {line}")
 
 
 def _prepared_model(
