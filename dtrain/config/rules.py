@@ -102,10 +102,31 @@ def value_mistakes(config: ConfigDict) -> Iterator[Mistake]:
                 yield mistake(config, (*where, "global_batch_size"), text)
     for path in _sums(config):
         yield mistake(config, path, f"sum {SUMMED}")
+    yield from _mirror_mistakes(config)
     uri = _at(config.get("mlflow"), "tracking_uri")
     if isinstance(uri, str) and uri.lower().startswith("file:"):
         text = f"MLflow 3 no longer writes to {shown(uri)}; name the folder alone (sqlite is put in it), or a server"
         yield mistake(config, ("mlflow", "tracking_uri"), text)
+
+
+def _mirror_mistakes(config: ConfigDict) -> Iterator[Mistake]:
+    """Axes that no image has, as far as patches say how many there are."""
+    axes, loaders = _at(config.get("predictor"), "mirror"), config.get("loaders")
+    if not isinstance(axes, list) or not all(type(axis) is int for axis in axes):
+        return
+    owners = [config.get("predictor"), *(_at(each, "slice_builder") for each in (loaders, *_phases(loaders)))]
+    lengths = [len(shape) for owner in owners if isinstance(shape := _at(owner, "patch_shape"), list)]
+    if len(set(axes)) < len(axes) or min(axes, default=0) < 0:
+        text = "must be different axes, counted from 0 on, such as [0, 1, 2]"
+    elif lengths and max(axes, default=0) >= min(lengths):
+        text = f"must be axes of a patch, which are {', '.join(map(str, range(min(lengths))))}"
+    else:
+        return
+    yield mistake(config, ("predictor", "mirror"), f"{text}, found {axes}")
+
+
+def _phases(loaders: Any) -> list[Any]:
+    return [_at(loaders, phase) for phase in PHASES]
 
 
 def _sums(config: ConfigDict) -> list[KeyPath]:

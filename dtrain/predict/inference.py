@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dtrain.distributed.ranks import Ranks
 from dtrain.modelloader import Forward
+from dtrain.predict.mirror import mirrored
 from dtrain.predict.predictor import Predictor
 from dtrain.reporting.progress import Progress
 
@@ -49,7 +50,13 @@ class Inference:
     asked_to_stop: Callable[[], bool] = bool  # asked after each batch
 
     def output(self, inputs: Any) -> Tensor:
-        """The model's main output for inputs of any form, on the model's device."""
+        """The model's main output for inputs of any form, on the model's device; with `mirror`, of images."""
+        if not self.predictor.mirror:
+            return self._called(inputs)
+        images = inputs.to(self.forward.device, non_blocking=True) if isinstance(inputs, Tensor) else inputs
+        return mirrored(self._called, images, self.predictor.mirror)
+
+    def _called(self, inputs: Any) -> Tensor:
         try:
             return self.forward.predict(self.model, inputs)
         except RuntimeError:  # a model may depend on its tensors' layout, as `view` does

@@ -257,14 +257,14 @@ class Draws(Sequence[Region]):
     Args:
         shape: The volume's extent.
         patch: A patch's; a larger one begins at 0.
-        count: How many there are.
+        patches: How many there are.
     """
 
-    def __init__(self, shape: tuple[int, ...], patch: tuple[int, ...], count: int) -> None:
-        self.shape, self.patch, self.count = shape, patch, count
+    def __init__(self, shape: tuple[int, ...], patch: tuple[int, ...], patches: int) -> None:
+        self.shape, self.patch, self.patches = shape, patch, patches
 
     def __len__(self) -> int:
-        return self.count
+        return self.patches
 
     @overload
     def __getitem__(self, index: int) -> Region: ...
