@@ -21,7 +21,7 @@ from dtrain.config.build import build
 from dtrain.config.check import check
 from dtrain.config.errors import ConfigError, to_plain
 from dtrain.config.load import from_mapping
-from dtrain.config.metric_rules import not_given
+from dtrain.config.metric_rules import VOLUMES, not_given
 from dtrain.data import rng
 from dtrain.data.samplers import ORDER
 from dtrain.dataloader import MicroBatch
@@ -426,7 +426,8 @@ class Trainer:
             if state.stopped:
                 return False
             score = figures.get(self.monitor)
-            if score is None:
+            is_of_volumes = self.inference.measures_volumes("val", self.epoch)
+            if score is None and self.monitor.startswith(f"val/{VOLUMES}") == is_of_volumes:
                 self.save()  # what was trained must not be lost for a name; the next start validates it
                 raise ConfigError(not_given(self.monitor, figures))
             is_best = is_new_best(state, score, self.mode)
@@ -449,8 +450,9 @@ class Trainer:
         pictures, is_sharded = self.parts.pictures, self.ranks.strategy.is_sharded
         album = pictures.album(self.step, self.journal, self.progress.note) if phase == "val" else None
         loader, stop = getattr(self.loaders, phase), self.asked_to_stop
-        if phase == "test" and self.inference.tests_volumes:
-            means = evaluate_volumes(module, logits(self.inference, loader), self.metrics, self.ranks, stop)
+        of_volumes = self.inference.measures_volumes(phase, self.epoch)
+        if of_volumes:
+            means = self._evaluate_volumes(phase, module, album)
         else:
             counted = loader.counted()
             batches = counted if is_sharded else self.stop_request.waiting(counted)  # with shards all ranks wait
@@ -465,9 +467,22 @@ class Trainer:
         if means is None:
             self.stop()
             return {}
-        figures = {f"{phase}/{name}": value for name, value in means.items()}
+        kind = VOLUMES if of_volumes and phase == "val" else ""
+        figures = {f"{phase}/{kind}{name}": value for name, value in means.items()}
         self.journal.log(self.step, figures)
         return figures
+
+    def _evaluate_volumes(self, phase: str, module: torch.nn.Module, album: Any) -> dict[str, float] | None:
+        """Metrics over whole volumes, of a validation the loss as well."""
+        loader, is_val = getattr(self.loaders, phase), phase == "val"
+        inference = self.inference.of_training(module) if is_val else self.inference
+        if is_val and self._shares_loss:
+            self.ranks.agree_on_buffers(self.trainables.loss)  # type: ignore[arg-type]
+        if getattr(loader.dataset.dataset, "patch_shape", None) is None:
+            album = None  # it would draw what the model makes of an item, which is a whole volume
+        with self.trainables.evaluating(module):
+            rest = (self.metrics, self.ranks, self.asked_to_stop, self.forward if is_val else None, album)
+            return evaluate_volumes(module, logits(inference, loader), *rest)
 
     def test(self, checkpoint: Path | None = None) -> dict[str, float]:
         """Loss and metrics on the test data, with the weights of a checkpoint. All ranks call it and get the same.

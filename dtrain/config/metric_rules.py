@@ -1,7 +1,7 @@
 """What the config says of metrics beyond their signatures: the one monitored, which way is better, task, classes."""
 
 import ast
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -13,24 +13,48 @@ from dtrain.config.schema import Call, mistake
 from dtrain.config.signatures import SOURCE, Callee
 from dtrain.config.task import COUNTS, count_argument, takes_task
 
+VOLUMES = "volume/"  # in the names of what a validation of whole volumes gives
+
 
 class Monitored(NamedTuple):
-    """The figure that 'best' means: `val/<label>`, or with a part `val/<label>_<part>`."""
+    """The figure that 'best' means: `val/<label>`, or with a part `val/<label>_<part>`; of volumes val/volume/..."""
 
     figure: str
     label: str  # of a metric, or 'loss'
     part: str  # of a vector, a dict or a loss's terms
 
 
-def monitored(wish: str | None, labels: list[str]) -> Monitored | None:
+def monitored(wish: str | None, labels: list[str], kinds: Sequence[str] = ("",)) -> Monitored | None:
     """What a `trainer.monitor` means where the metrics have these labels; None where no metric's name begins it.
 
-    Default: the first metric, else the loss.
+    Default: the first metric, else the loss, of the first of the kinds of validation (see `kinds_of_validation`).
     """
-    name = [*labels, "loss"][0] if wish is None else wish.removeprefix("val/")
-    fitting = [label for label in (*labels, "loss") if name == label or name.startswith(f"{label}_")]
+    name = kinds[0] + [*labels, "loss"][0] if wish is None else wish.removeprefix("val/")
+    kind = max((kind for kind in kinds if name.startswith(kind)), key=len, default=None)
+    if kind is None:
+        return None
+    own = name.removeprefix(kind)
+    fitting = [label for label in (*labels, "loss") if own == label or own.startswith(f"{label}_")]
     label = max(fitting, key=len, default=None)
-    return None if label is None else Monitored(f"val/{name}", label, name[len(label) + 1 :])
+    return None if label is None else Monitored(f"val/{name}", label, own[len(label) + 1 :])
+
+
+def kinds_of_validation(calls: Mapping[str, Call]) -> list[str]:
+    """What stands between `val/` and a metric's label: `volume/` where whole volumes are measured, nothing for patches.
+
+    The first is what 'best' is judged by, unless `monitor` names another.
+    """
+    loader = calls.get("loaders.val.loader")
+    wishes = loader.arguments if loader else {}
+    if not wishes.get("whole_volumes"):
+        return [""]
+    every = wishes.get("every_epochs")
+    return [VOLUMES, ""] if isinstance(every, int) and every > 1 else [VOLUMES]
+
+
+def figures_of_validation(calls: Mapping[str, Call], labels: Sequence[str]) -> list[str]:
+    """The names of what the validations give."""
+    return [f"val/{kind}{label}" for kind in kinds_of_validation(calls) for label in (*labels, "loss")]
 
 
 def labels_of(calls: Mapping[str, Call]) -> list[str]:
@@ -46,9 +70,9 @@ def monitor_mistakes(config: ConfigDict, calls: Mapping[str, Call], trains: bool
     wish, mode = (_of_trainer(calls, key) for key in ("monitor", "mode"))
     if wish is not None and not isinstance(wish, str):
         return  # a wrong type, which is reported, or a subclass's own affair
-    figure = monitored(wish, labels_of(calls))
+    figure = monitored(wish, labels_of(calls), kinds_of_validation(calls))
     if figure is None:
-        known = [f"val/{label}" for label in (*labels_of(calls), "loss")]
+        known = figures_of_validation(calls, labels_of(calls))
         hint = did_you_mean(f"val/{str(wish).removeprefix('val/')}", known)
         text = f"{shown(wish)} is not a metric of the validation{hint}; possible: {', '.join(known)}"
         yield mistake(config, ("trainer", "monitor"), text)
@@ -80,7 +104,8 @@ def task_notes(calls: Mapping[str, Call]) -> Iterator[str]:
 def mode_notes(config: ConfigDict, calls: Mapping[str, Call]) -> Iterator[str]:
     """Where a `mode` of the config contradicts what the monitored metric says of itself; the config's holds."""
     wish, mode = (_of_trainer(calls, key) for key in ("monitor", "mode"))
-    figure = monitored(wish, labels_of(calls)) if wish is None or isinstance(wish, str) else None
+    is_known = wish is None or isinstance(wish, str)
+    figure = monitored(wish, labels_of(calls), kinds_of_validation(calls)) if is_known else None
     said = {True: "max", False: "min"}.get(higher_is_better(calls, figure)) if figure else None
     if figure and said and mode in ("min", "max") and mode != said:
         yield f"trainer.mode: {mode}, though by what the metric itself says it is {said} for {figure.figure}"

@@ -12,7 +12,7 @@ from dtrain.checkpoint.checkpoint_files import LOSS
 from dtrain.checkpoint.contents import take_snapshot
 from dtrain.checkpoint.weights import misfits_of
 from dtrain.config.errors import ConfigError, first_few
-from dtrain.config.metric_rules import not_given
+from dtrain.config.metric_rules import VOLUMES, not_given
 from dtrain.config.schema import refused
 from dtrain.loss import get_loss_criterion
 from dtrain.modelloader import get_model
@@ -45,8 +45,9 @@ def _parts(trainer: Trainer, config: ConfigDict) -> Iterator[str]:
     if line := _smallest_batch(trainer, config):
         yield line
     for phase in ("val", "test"):
+        every = trainer.inference.whole_volumes.get(phase)
         if getattr(trainer.loaders, phase) is not None:
-            yield _evaluation(trainer, phase)
+            yield from (_evaluation(trainer, phase, kind) for kind in _kinds(every))
     _require_resumable(trainer, config)
     yield "state: can be saved and resumed"
 
@@ -91,21 +92,28 @@ def _smallest_batch(trainer: Trainer, config: ConfigDict) -> str:
     return f"train: the epoch's last batch of {count}, loss {float(loss.detach()):.4g}"
 
 
-def _evaluation(trainer: Trainer, phase: str) -> str:
-    """One batch, or for a test of whole volumes the first planes of one, with all metrics."""
+def _kinds(every_epochs: int | None) -> list[bool]:
+    """Whether an evaluation is of whole volumes: in none, in all, or in every so many epochs."""
+    return [False] if every_epochs is None else [True] if every_epochs == 1 else [False, True]
+
+
+def _evaluation(trainer: Trainer, phase: str, of_volumes: bool) -> str:
+    """One batch, or of whole volumes the first planes of one, with all metrics."""
     parts, loader = trainer.trainables, getattr(trainer.loaders, phase)
     trainer.activity.phase = {"val": "validation", "test": "test"}[phase]
-    of_volumes = phase == "test" and trainer.inference.tests_volumes
     with parts.evaluating(parts.compiled):
         if of_volumes:
-            planes = first_planes(trainer.inference, loader)
-            figures = evaluate_volumes(parts.compiled, planes, trainer.metrics, trainer.ranks)
+            is_val = phase == "val"
+            inference = trainer.inference.of_training(parts.compiled) if is_val else trainer.inference
+            planes, forward = first_planes(inference, loader), trainer.forward if is_val else None
+            figures = evaluate_volumes(parts.compiled, planes, trainer.metrics, trainer.ranks, forward=forward)
         else:
             batch = islice((counted for counted in loader.counted() if counted[1]), 1)
             measured = evaluate(trainer.forward, parts.compiled, batch, trainer.metrics, trainer.ranks)
             figures = measured and measured.figures
-    given = [f"val/{name}" for name in figures or {}]
-    if phase == "val" and trainer.monitor not in given:
+    given = [f"val/{VOLUMES if of_volumes else ''}{name}" for name in figures or {}]
+    is_judged = phase == "val" and trainer.monitor.startswith(f"val/{VOLUMES}") == of_volumes
+    if is_judged and trainer.monitor not in given:
         raise ConfigError(not_given(trainer.monitor, given))
     what = "the first planes of a volume" if of_volumes else "one batch"
     return f"{phase}: {what}, {', '.join(f'{name} {value:.4g}' for name, value in (figures or {}).items())}"

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,8 +46,19 @@ class Inference:
     run_folder: Path  # in which a folder of predictions is made, unless another one is named
     identity: Mapping[str, Any]  # what a prediction depends on besides the predictor's settings and the file read
     has_weights: bool = False  # whether the model has weights to use without a checkpoint
-    tests_volumes: bool = False  # whether a test measures whole volumes
+    whole_volumes: Mapping[str, int] = field(default_factory=dict)  # phases that measure them: in every so many epochs
+    mirrors_val: bool = False  # whether a validation of whole volumes mirrors as a prediction does
+    is_training: bool = False  # so that the model's tensors are to be left as they are
     asked_to_stop: Callable[[], bool] = bool  # asked after each batch
+
+    def measures_volumes(self, phase: str, epoch: int) -> bool:
+        """Whether what follows so many whole epochs and another one measures whole volumes, rather than items."""
+        return phase in self.whole_volumes and (epoch + 1) % self.whole_volumes[phase] == 0
+
+    def of_training(self, module: nn.Module) -> "Inference":
+        """The same for a validation of another model, such as the averaged one, while the training goes on."""
+        predictor = self.predictor if self.mirrors_val else replace(self.predictor, mirror=None)
+        return replace(self, model=module, predictor=predictor, progress=Progress(), is_training=True)
 
     def output(self, inputs: Any) -> Tensor:
         """The model's main output for inputs of any form, on the model's device; with `mirror`, of images."""
@@ -60,6 +71,8 @@ class Inference:
         try:
             return self.forward.predict(self.model, inputs)
         except RuntimeError:  # a model may depend on its tensors' layout, as `view` does
+            if self.is_training:
+                raise
             _lay_out(self.forward.module, CONTIGUOUS)
             return self.forward.predict(self.model, inputs)
 
@@ -78,7 +91,7 @@ class Inference:
         """
         module = self.forward.module
         is_exact = not any(isinstance(layer, nn.GroupNorm) for layer in module.modules())
-        if self.model is not module or self.forward.device.type != "cpu" or not is_exact:
+        if self.is_training or self.model is not module or self.forward.device.type != "cpu" or not is_exact:
             yield
             return
         _lay_out(module, CHANNELS_LAST)

@@ -1,6 +1,6 @@
 """One pass over a phase's data: loss and metrics, exact over ranks."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -8,9 +8,10 @@ import torch
 
 from dtrain.config.errors import mark_section
 from dtrain.data import rng
+from dtrain.data.batch import to_device
 from dtrain.distributed.ranks import Ranks
 from dtrain.metrics import Metrics
-from dtrain.modelloader import Forward
+from dtrain.modelloader import Forward, Outcome
 from dtrain.reporting.validation_pictures import Album
 
 
@@ -89,26 +90,44 @@ def evaluate(
 @rng.untouched()
 def evaluate_volumes(
     module: torch.nn.Module,
-    outcomes: Iterable[tuple[int, torch.Tensor, torch.Tensor]],
+    outcomes: Iterable[tuple[int, torch.Tensor, Any]],
     metrics: Metrics,
     ranks: Ranks,
     stop: Callable[[], bool] = bool,
+    forward: Forward | None = None,
+    album: Album | None = None,
 ) -> dict[str, float] | None:
     """Metrics over whole volumes, each one sample, the same on every rank; None where a rank stopped.
 
     `outcomes` are this rank's volumes: number, output (1, K, *spatial), target; every volume is one rank's. `stop` is
-    asked at the end.
+    asked at the end. With `forward`, its loss and terms, too: their means over the volumes.
     """
+    criterion = forward.criterion if forward else None
     ranks.agree_on_buffers(module)
     module.eval()
     metrics.reset()
+    sums: dict[str, tuple[float, int]] = {}
     for number, output, target in outcomes:
-        output, target = output.to(ranks.device), target.to(ranks.device)
+        output, target = output.to(ranks.device), to_device(target, ranks.device)
+        with _from_section("loss"):
+            loss, terms = criterion(output, target) if criterion else (None, {})
+        named = {} if loss is None else {"loss": loss, **{f"loss_{key}": term for key, term in terms.items()}}
+        for name, value in named.items():
+            total, count = sums.get(name, (0.0, 0))
+            sums[name] = (total + float(value), count + 1)
         with _from_section("metrics"):
             metrics.update(output, target, number, 1)
-    everybody = ranks.gather(stop())
-    result = None if ranks.broadcast(any(everybody or ())) else metrics.compute()
+        if album:
+            album.see(Outcome(None, output, target), number, 1)
+    everybody = ranks.gather((None if stop() else sums, album.seen() if album else None)) or []
+    own = [sums for sums, _ in everybody]
+    means: dict[str, float] | None = ranks.broadcast(None if None in own else _means(own))
+    result = None if means is None else means | metrics.compute()
     metrics.reset()
+    if album and forward and result is not None:
+        ranks.strategy.lead(
+            module, forward, lambda forward: album.draw([seen for _, seen in everybody], module, forward)
+        )
     return result
 
 
@@ -140,7 +159,10 @@ def _measured(sums_of_ranks: list[Any]) -> Measured | None:
     """The means of every rank's sums, each with its number of samples; None where a rank stopped, and has None."""
     if None in sums_of_ranks:
         return None
+    return Measured(_means(sums_of_ranks), sum(sums["loss"][1] for sums in sums_of_ranks if "loss" in sums))
+
+
+def _means(sums_of_ranks: Sequence[Mapping[str, tuple[float, int]]]) -> dict[str, float]:
     names = dict.fromkeys(name for sums in sums_of_ranks for name in sums)
     parts = {name: [sums[name] for sums in sums_of_ranks if name in sums] for name in names}
-    means = {name: sum(t for t, _ in part) / sum(n for _, n in part) for name, part in parts.items()}
-    return Measured(means, sum(count for _, count in parts.get("loss", ())))
+    return {name: sum(total for total, _ in part) / sum(count for _, count in part) for name, part in parts.items()}

@@ -25,7 +25,14 @@ from dtrain.config.build import build, defaults
 from dtrain.config.check import notes
 from dtrain.config.errors import ConfigError, first_few, to_plain
 from dtrain.config.load import place_of, run_folder, sources, to_yaml
-from dtrain.config.metric_rules import Monitored, higher_is_better, mode_text, monitored
+from dtrain.config.metric_rules import (
+    Monitored,
+    figures_of_validation,
+    higher_is_better,
+    kinds_of_validation,
+    mode_text,
+    monitored,
+)
 from dtrain.config.rules import strategy_mistakes
 from dtrain.config.schema import PHASES, calls, refused
 from dtrain.data import rng
@@ -137,7 +144,8 @@ def make_parts(
     inference = Inference(
         predictor, forward, compiled, ranks, progress, start.folder,
         _identity(config, options, phases), has_weights=bool(options["pre_trained"]) and start.checkpoint is None,
-        tests_volumes=_tests_volumes(config, loaders),
+        whole_volumes=_whole_volumes(config, loaders, predictor),
+        mirrors_val=loaders.val is not None and defaults(config, "loaders.val.loader")["whole_volumes"] == "mirrored",
     )  # fmt: skip
     texts = {f"config/{name}": redact(text) for name, text in sources(config).items()}
     parts = Parts(
@@ -213,17 +221,33 @@ def _dataset(loader: Any) -> Any:
     return getattr(loader, "loader", loader).dataset.dataset
 
 
-def _tests_volumes(config: ConfigDict, loaders: Loaders) -> bool:
-    """Whether a test measures whole volumes."""
+def _whole_volumes(config: ConfigDict, loaders: Loaders, predictor: Predictor) -> dict[str, int]:
+    """The phases that measure whole volumes, and in every how many epochs.
+
+    A ConfigError where a validation of them is asked for and there are none, or patches do not fit.
+    """
     has_test = config.get("predictor") is not None and loaders.test is not None
-    return has_test and hasattr(_dataset(loaders.test), "volumes")
+    result = {"test": 1} if has_test and hasattr(_dataset(loaders.test), "volumes") else {}
+    if loaders.val is None:
+        return result
+    settings, dataset = defaults(config, "loaders.val.loader"), _dataset(loaders.val)
+    if settings["whole_volumes"]:
+        volumes = getattr(dataset, "volumes", ())
+        without = [str(volume.path) for volume in volumes if not volume.has_label]
+        if without or not volumes:
+            why = f"{without[0]} is read without label" if without else f"{type(dataset).__name__} has no volumes"
+            path = calls(config)["loaders.val.loader"].path_of("whole_volumes")
+            raise refused(config, path, f"{why}, so that none can be measured whole")
+        predictor.source(dataset)
+        result["val"] = settings["every_epochs"] or 1
+    return result
 
 
 def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, sender: Popen[bytes] | None) -> None:
     """Add what only a training needs: what is trained, the journal, and the checkpoint to resume from."""
     ranks, start, train = parts.ranks, parts.start, parts.loaders.train
     assert train is not None
-    if ranks.strategy.is_sharded and parts.inference.tests_volumes:
+    if ranks.strategy.is_sharded and "test" in parts.inference.whole_volumes:
         text = "tests whole volumes, which a sharded model cannot; train without, then `dtrain test`"
         raise refused(config, ("loaders", "test"), text)
     per_epoch = train.steps()
@@ -389,9 +413,10 @@ def _compiled(module: Module, wish: bool | str | dict[str, Any]) -> Module:
 
 def _monitor(config: ConfigDict, options: Mapping[str, Any], metrics: Metrics) -> Monitored:
     """The figure that 'best' means, known to be one that the validation gives."""
-    figure = monitored(options["monitor"], metrics.names)
+    described = calls(config)
+    figure = monitored(options["monitor"], metrics.names, kinds_of_validation(described))
     if figure is None:
-        possible = ", ".join(f"val/{name}" for name in (*metrics.names, "loss"))
+        possible = ", ".join(figures_of_validation(described, metrics.names))
         text = f"{options['monitor']!r} is not a metric of the validation; possible: {possible}"
         raise refused(config, ("trainer", "monitor"), text)
     return figure
