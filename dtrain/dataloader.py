@@ -243,7 +243,6 @@ def get_train_loaders(
         if phase not in phases or config.loaders.get(phase) is None:
             continue
         options = build(config, f"loaders.{phase}.loader")
-        del options["whole_volumes"], options["every_epochs"]
         batch_size = _batch_size(config, phase, options, world_size)
         if options["pin_memory"] is None:
             options["pin_memory"] = pin_memory

@@ -56,7 +56,7 @@ class Inference:
         return phase in self.whole_volumes and (epoch + 1) % self.whole_volumes[phase] == 0
 
     def of_training(self, module: nn.Module) -> "Inference":
-        """The same for a validation of another model, such as the averaged one, while the training goes on."""
+        """The same for a validation of another model, such as the averaged one, in the middle of the training."""
         predictor = self.predictor if self.mirrors_val else replace(self.predictor, mirror=None)
         return replace(self, model=module, predictor=predictor, progress=Progress(), is_training=True)
 

@@ -144,8 +144,7 @@ def make_parts(
     inference = Inference(
         predictor, forward, compiled, ranks, progress, start.folder,
         _identity(config, options, phases), has_weights=bool(options["pre_trained"]) and start.checkpoint is None,
-        whole_volumes=_whole_volumes(config, loaders, predictor),
-        mirrors_val=loaders.val is not None and defaults(config, "loaders.val.loader")["whole_volumes"] == "mirrored",
+        **_whole_volumes(config, loaders, predictor),
     )  # fmt: skip
     texts = {f"config/{name}": redact(text) for name, text in sources(config).items()}
     parts = Parts(
@@ -221,15 +220,15 @@ def _dataset(loader: Any) -> Any:
     return getattr(loader, "loader", loader).dataset.dataset
 
 
-def _whole_volumes(config: ConfigDict, loaders: Loaders, predictor: Predictor) -> dict[str, int]:
-    """The phases that measure whole volumes, and in every how many epochs.
+def _whole_volumes(config: ConfigDict, loaders: Loaders, predictor: Predictor) -> dict[str, Any]:
+    """The phases that measure whole volumes, in every how many epochs, and whether a validation mirrors them.
 
     A ConfigError where a validation of them is asked for and there are none, or patches do not fit.
     """
     has_test = config.get("predictor") is not None and loaders.test is not None
-    result = {"test": 1} if has_test and hasattr(_dataset(loaders.test), "volumes") else {}
+    phases = {"test": 1} if has_test and hasattr(_dataset(loaders.test), "volumes") else {}
     if loaders.val is None:
-        return result
+        return {"whole_volumes": phases}
     settings, dataset = defaults(config, "loaders.val.loader"), _dataset(loaders.val)
     if settings["whole_volumes"]:
         volumes = getattr(dataset, "volumes", ())
@@ -239,8 +238,8 @@ def _whole_volumes(config: ConfigDict, loaders: Loaders, predictor: Predictor) -
             path = calls(config)["loaders.val.loader"].path_of("whole_volumes")
             raise refused(config, path, f"{why}, so that none can be measured whole")
         predictor.source(dataset)
-        result["val"] = settings["every_epochs"] or 1
-    return result
+        phases["val"] = settings["every_epochs"] or 1
+    return {"whole_volumes": phases, "mirrors_val": settings["whole_volumes"] == "mirrored"}
 
 
 def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, sender: Popen[bytes] | None) -> None:

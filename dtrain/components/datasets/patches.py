@@ -205,10 +205,10 @@ def _scaled(region: Region, most: tuple[int, ...], shape: tuple[int, ...], rng: 
     """A region around the same centre, of another extent, moved to where it lies within the volume."""
     result = []
     for part, change, extent in zip(region, most, shape, strict=True):
-        room = max(extent, part.stop)  # of a volume that is padded, the patch's
-        size = min(part.stop - part.start + int(rng.integers(-change, change + 1)), room)
+        space = max(extent, part.stop)  # of a volume that is padded, the patch's
+        size = min(part.stop - part.start + int(rng.integers(-change, change + 1)), space)
         low = (part.start + part.stop - size) // 2
-        low = min(max(low, 0), room - size)
+        low = min(max(low, 0), space - size)
         result.append(slice(low, low + size))
     return tuple(result)
 
