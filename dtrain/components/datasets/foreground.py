@@ -9,12 +9,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from dtrain.components.datasets.slices import Draws, Places, SliceBuilder
 from dtrain.components.datasets.statistics import BLOCK, blocks
-from dtrain.components.datasets.volumes import Pad, Region, Volume
+from dtrain.components.datasets.volumes import Region, Volume
 
 MOST = 10_000  # voxels of a class that are kept, as nnU-Net does
 MOST_IN_ALL = 4_000_000  # of all classes together: a label may number its objects
@@ -55,7 +56,7 @@ class ForegroundSlices(SliceBuilder):
         foreground_share: float = 0.33,
         class_balanced: bool = True,
         ignore_index: int | None = None,
-        pad: Pad | None = None,
+        pad: Literal["reflect", "edge", "constant"] | float | None = None,
         cache: bool = True,
         stride_shape: list[int] | None = None,
         halo_shape: list[int] | None = None,

@@ -4,11 +4,11 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, product
-from typing import overload
+from typing import Literal, overload
 
 import numpy as np
 
-from dtrain.components.datasets.volumes import Pad, Region, Volume, padded
+from dtrain.components.datasets.volumes import Region, Volume, padded
 
 LEAST = 64  # voxels along the last two axes, of a patch that is checked
 
@@ -35,7 +35,7 @@ class SliceBuilder:
         stride_shape: list[int] | None = None,
         halo_shape: list[int] | None = None,
         skip_shape_check: bool = True,
-        pad: Pad | None = None,
+        pad: Literal["reflect", "edge", "constant"] | float | None = None,
     ) -> None:
         if isinstance(pad, str) and pad not in ("reflect", "edge", "constant"):
             raise ValueError(f"pad is {pad!r}; possible: reflect, edge, constant, or a number")
@@ -115,7 +115,7 @@ class FilterSliceBuilder(SliceBuilder):
         slack_acceptance: float = 0.01,
         ignore_index: int | None = None,
         seed: int = 47,
-        pad: Pad | None = None,
+        pad: Literal["reflect", "edge", "constant"] | float | None = None,
     ) -> None:
         super().__init__(patch_shape, stride_shape, halo_shape, skip_shape_check, pad)
         for name, value in (("threshold", threshold), ("slack_acceptance", slack_acceptance)):
