@@ -54,6 +54,7 @@ def has_foreground(label: np.ndarray) -> np.ndarray:
     return ((label != 0) & (label != 255)).reshape(len(label), -1).any(axis=1)
 
 
+@pytest.mark.slow
 def test_the_share_of_patches_with_foreground_is_the_one_asked_for() -> None:
     label = labelled()
     dataset = PatchDataset([volume(label)], [], ForegroundSlices(PATCH, 1000, 0.3, ignore_index=255))
