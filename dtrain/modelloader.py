@@ -56,6 +56,7 @@ class Forward:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         self._autocast: Any = nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
         self._form: batches.Form | None = None  # of the inputs, once a batch was seen
+        self.gives_several = False  # outputs, of which `predict` returns one
         self._check_target: Any = getattr(self.criterion, "check_target", None)
 
     def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, Mapping[str, Tensor], Outcome]:
@@ -94,6 +95,7 @@ class Forward:
         with self._autocast:
             form = batches.call_form(self.module, inputs, self.sample_counts)
             output = batches.call(model, inputs, form)
+        self.gives_several = not isinstance(output, Tensor)
         try:
             return output_of(output, self.output_key)
         except ValueError as error:

@@ -100,9 +100,10 @@ def evaluate_volumes(
     """Metrics over whole volumes, each one sample, the same on every rank; None where a rank stopped.
 
     `outcomes` are this rank's volumes: number, output (1, K, *spatial), target; every volume is one rank's. `stop` is
-    asked at the end. With `forward`, its loss and terms, too: their means over the volumes.
+    asked at the end. With `forward`, its loss and terms, too: their means over the volumes. A loss of several outputs
+    has none: of them, one is put together.
     """
-    criterion = forward.criterion if forward else None
+    criterion: Any = forward.criterion if forward else None
     ranks.agree_on_buffers(module)
     module.eval()
     metrics.reset()
@@ -110,7 +111,8 @@ def evaluate_volumes(
     for number, output, target in outcomes:
         output, target = output.to(ranks.device), to_device(target, ranks.device)
         with _from_section("loss"):
-            loss, terms = criterion(output, target) if criterion else (None, {})
+            is_of_several = forward is not None and forward.gives_several and not criterion.main_only
+            loss, terms = (None, {}) if criterion is None or is_of_several else criterion(output, target)
         named = {} if loss is None else {"loss": loss, **{f"loss_{key}": term for key, term in terms.items()}}
         for name, value in named.items():
             total, count = sums.get(name, (0.0, 0))

@@ -5,17 +5,28 @@ Its patches hold foreground for certain in a share, and one of its volumes is sm
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 import pytest
+import torch
+from predicting import convolutions, dataset_of, inference, loader_of, random_volume
+from torch import Tensor, nn
 from whole_runs import Place, close, figures, last, same_training
 
 from dtrain.config.check import check
 from dtrain.config.errors import ConfigError
 from dtrain.config.load import load_config
+from dtrain.distributed.ranks import Ranks
+from dtrain.loss import Criterion
+from dtrain.metrics import Metrics
+from dtrain.modelloader import Forward
+from dtrain.predict.predictor import Predictor
+from dtrain.predict.run import logits
+from dtrain.training.evaluate import evaluate_volumes
 
 NET = """
 import torch
@@ -196,3 +207,39 @@ def test_volumes_and_labels_are_needed(place: Place) -> None:
         "name": "Points", "train": {"size": 8}, "val": {"size": 8, "whole_volumes": True}}}  # fmt: skip
     text = place.run(config(place, "wv-points", **points), expect=2).text
     assert "loaders.val.whole_volumes: Points has no volumes" in text
+
+
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.main, self.other = convolutions(1), convolutions(2)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"out": self.main(x), "other": self.other(x)}
+
+
+def of_both(output: Any, target: Tensor) -> Tensor:
+    return output["out"].mean() + output["other"].mean()
+
+
+def test_a_loss_of_several_outputs_is_not_that_of_one() -> None:
+    model, data = Heads(), dataset_of(random_volume(6, 5, 4), label=lambda image: (image[0] > 0).astype(np.uint8))
+    cpu = torch.device("cpu")
+    ranks = Ranks(0, 0, 1, cpu)
+
+    def measured(loss: Any) -> Any:
+        forward = Forward(model, cpu, criterion=Criterion(loss))
+        outcomes = logits(replace(inference(Predictor(), model), forward=forward), loader_of(data))
+        return evaluate_volumes(model, outcomes, Metrics({}, ranks, cpu), ranks, forward=forward)
+
+    assert measured(of_both) == {}
+    image, label = data[0]
+    expected = nn.functional.cross_entropy(model.main(image[None]), label[None]).item()
+    assert measured(nn.CrossEntropyLoss()) == {"loss": pytest.approx(expected, rel=1e-5)}
+
+
+def test_weights_belong_to_the_target_of_a_volume() -> None:
+    data = dataset_of(random_volume(4, 4), label=lambda image: image[0] > 0)
+    data.volumes[0].weight, data.volumes[0].has_weight = np.full((4, 4), 2.0), True  # type: ignore[attr-defined]
+    ((_, _, (label, weight)),) = logits(inference(Predictor()), loader_of(data))
+    assert label.shape == weight.shape == (1, 4, 4) and weight.eq(2).all()
