@@ -36,6 +36,7 @@ PURPOSES = {  # what a config is used for: the sections that it needs, and one o
     "train": (("model", "loaders", "loss", "optimizer"), ("train",)),
     "test": (("model", "loaders"), ("test",)),
     "predict": (("model", "loaders"), ("predict", "test")),
+    "export": (("model",), ()),
 }
 SUMMED = (  # of a loss
     "adds its samples up, so that gradients would depend on trainer.accumulate, on the number of ranks and on the "
@@ -55,6 +56,7 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # where the type alone ad
         "batch_size": _SOME, "global_batch_size": _SOME, "num_workers": _ANY, "prefetch_factor": _SOME, "timeout": _ANY,
         "every_epochs": _SOME,
     },
+    "optimizer": {"layer_decay": _PART},
     "lr_scheduler": {"warmup_steps": _ANY, "warmup_start": _ANY},
     "mlflow": {"exit_timeout_seconds": _ANY},
     "cluster": {"gpus_per_node": _ANY, "nproc_per_node": _SOME, "cpus_per_node": _SOME, "signal_seconds": _SOME},
@@ -93,7 +95,8 @@ def value_mistakes(config: ConfigDict) -> Iterator[Mistake]:
     for section, ranges in RANGES.items():
         values = config.get(section) if section else config
         path: KeyPath = (section,) if section else ()
-        for where, mapping in [(path, values), *(((*path, phase), _at(values, phase)) for phase in PHASES)]:
+        inner = values if section in ("optimizer", "lr_scheduler") and is_mapping(values) else PHASES
+        for where, mapping in [(path, values), *(((*path, key), _at(values, key)) for key in inner)]:
             for key, (least, most) in ranges.items():
                 value = _at(mapping, key)
                 if type(value) in (int, float) and not least <= value <= most:
@@ -237,7 +240,7 @@ def _missing_mistakes(config: ConfigDict, purpose: str | None) -> Iterator[Mista
     for name in sections:
         if config.get(name) is None:
             yield mistake(config, (name,), f"missing, such as {name}: {REQUIRED[name]}")
-    if is_mapping(loaders) and all(loaders.get(phase) is None for phase in phases):
+    if phases and is_mapping(loaders) and all(loaders.get(phase) is None for phase in phases):
         text = f"has no {' and no '.join(map(repr, phases))}, so there is nothing to {purpose}"
         yield mistake(config, ("loaders",), text + ("" if purpose == "predict" else " on"))
     no_limit = _at(trainer, "max_epochs") is None and _at(trainer, "max_steps") is None
