@@ -7,7 +7,7 @@ the number of ranks, workers or restarts. Progress is a position, counted in sam
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -40,6 +40,8 @@ def loader_settings(  # noqa: PLR0913
     timeout: float = 0,
     multiprocessing_context: str | None = None,
     collate_fn: Callable | None = None,
+    whole_volumes: Literal["mirrored"] | bool = False,
+    every_epochs: int | None = None,
 ) -> dict[str, Any]:
     """The loader's own keys under `loaders`; the other keys are the dataset's.
 
@@ -58,6 +60,9 @@ def loader_settings(  # noqa: PLR0913
         multiprocessing_context: fork, spawn or forkserver. Default: fork on Linux, else Python's own choice.
         collate_fn: A function by name that makes a batch of a list of samples; see `kept_samples` for one that leaves
             samples out.
+        whole_volumes: For `val` only: measure whole volumes, put together as a prediction's, in place of patches; true
+            leaves `predictor.mirror` out, mirrored does not.
+        every_epochs: Do so in every so many epochs, and measure patches in the others. Default: in each validation.
     """
     return dict(locals())
 

@@ -640,7 +640,7 @@ class Trainer:
             if state.stopped:
                 return False
             score = figures.get(self.monitor)
-            if score is None:
+            if score is None and self.inference.gives(self.monitor, self.loaders.of("val"), self.epoch):
                 self.save()  # what was trained must not be lost for a name; the next start validates it
                 raise ConfigError(not_given(self.monitor, figures))
             is_best = is_new_best(state, score, self.mode)
@@ -683,22 +683,21 @@ class Trainer:
         figures: dict[str, float] = {}
         for name, loader in self.loaders.of(phase).items():
             self.activity.data_set = name
-            means = self._evaluated(name, loader, module)
+            of_volumes = self.inference.measures_volumes(name, self.epoch)
+            means = (self._evaluate_volumes if of_volumes else self._evaluate_set)(name, loader, module)
             self.model.train()
             if means is None:
                 self.stop()
                 return {}
-            figures |= {f"{name}/{figure}": value for figure, value in means.items()}
+            kind = self.inference.kind(name, self.epoch)
+            figures |= {f"{kind}{figure}": value for figure, value in means.items()}
         self.journal.log(self.step, figures)
         return figures
 
-    def _evaluated(self, name: str, loader: Any, module: torch.nn.Module) -> dict[str, float] | None:
+    def _evaluate_set(self, name: str, loader: Any, module: torch.nn.Module) -> dict[str, float] | None:
         """Loss and metrics over one set; None where a request to stop came meanwhile."""
         pictures, stop = self.parts.pictures.get(name), self.asked_to_stop
         album = pictures.album(self.step, self.journal, self.progress.note) if pictures else None
-        of_volumes = self.inference.tests_volumes and hasattr(loader.dataset.dataset, "volumes")
-        if of_volumes and name.startswith("test"):
-            return evaluate_volumes(module, logits(self.inference, loader), self.metrics, self.ranks, stop)
         counted = loader.counted()
         # With shards all ranks wait.
         batches = counted if self.ranks.strategy.is_sharded else self.stop_request.waiting(counted)
@@ -709,6 +708,19 @@ class Trainer:
         if measured and (left_out := loader.batch_sampler.size - measured.samples):
             return measured.figures | {"left_out_samples": left_out}
         return measured and measured.figures
+
+    def _evaluate_volumes(self, name: str, loader: Any, module: torch.nn.Module) -> dict[str, float] | None:
+        """Metrics over whole volumes, of a validation the loss as well."""
+        is_val, pictures = name.startswith("val"), self.parts.pictures.get(name)
+        inference = self.inference.of_training(module, name) if is_val else self.inference
+        if is_val and self._shares_loss:
+            self.ranks.agree_on_buffers(self.trainables.loss)  # type: ignore[arg-type]
+        # Without patches it would draw what the model makes of an item, which is a whole volume.
+        draws = pictures is not None and getattr(loader.dataset.dataset, "patch_shape", None) is not None
+        album = pictures.album(self.step, self.journal, self.progress.note) if pictures and draws else None
+        with self.trainables.evaluating(module):
+            rest = (self.metrics, self.ranks, self.asked_to_stop, self.forward if is_val else None, album)
+            return evaluate_volumes(module, logits(inference, loader), *rest)
 
     def test(self, checkpoint: Path | None = None) -> dict[str, float]:
         """Loss and metrics on the test data, with the weights of a checkpoint. All ranks call it and get the same.

@@ -30,7 +30,14 @@ def predict_items(inference: Inference, loader: Any, folder: Path, overwrite: bo
     """
     predictor, ranks, size = inference.predictor, inference.ranks, len(loader.dataset)
     file_format = _format(predictor)
-    settings = [file_format, predictor.activation, list(predictor.choice), predictor.dtype, predictor.output_dataset]
+    settings: list[Any] = [
+        file_format,
+        predictor.activation,
+        list(predictor.choice),
+        predictor.dtype,
+        predictor.output_dataset,
+    ]
+    settings += ["mirror", *sorted(predictor.mirror)] if predictor.mirror else []
     stamp = {**inference.identity, "settings": digest([*settings, predictor.compression]), "items": size}
     file = PredictionFile(folder / FORMATS[file_format], stamp)
     with opened(folder, ranks, lambda: are_finished([file], overwrite)) as (is_finished,):

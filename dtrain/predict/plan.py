@@ -84,7 +84,7 @@ def _format(predictor: Predictor, volume: Volume) -> Format:
 def _stamp(inference: Inference, source: Source, number: int) -> dict[str, Any]:
     """What a volume's prediction depends on."""
     predictor, volume, grid = inference.predictor, source.volumes[number], source.grids[number]
-    settings = {
+    settings: dict[str, Any] = {
         "input": [volume.name, _version_of(volume.path)],
         "patches": [grid.shape, grid.patch, grid.starts, source.halos[number], predictor.blend],
         "activation": predictor.activation,
@@ -94,6 +94,8 @@ def _stamp(inference: Inference, source: Source, number: int) -> dict[str, Any]:
         "file": [predictor.output_dataset, predictor.compression, predictor.dtype],
         "performance_metric": [predictor.performance_metric, predictor.gt_internal_path],
     }
+    if predictor.mirror:  # what is there of before has no such entry
+        settings["mirror"] = sorted(predictor.mirror)
     return {**inference.identity, **{key: digest(value) for key, value in settings.items()}}
 
 

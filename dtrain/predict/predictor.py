@@ -34,6 +34,8 @@ class Predictor:
         stride_shape: From patch to patch. Default: the dataset's, else the patch's.
         halo_shape: Voxels read around a patch and cut off its prediction. Default: the dataset's.
         blend: gaussian | constant | last: how overlapping patches are averaged; last: a later patch wins, none is.
+        mirror: Spatial axes, such as [0, 1, 2], along which each patch or image is mirrored: in all combinations, whose
+            outputs are averaged before the activation. That takes 2, 4 or 8 times as long. Default: none.
         batch_size: Patches that the model gets at once. Default: the loader's.
         save_segmentation: Classes instead of probabilities.
         threshold: What counts as foreground where there is one channel.
@@ -62,6 +64,7 @@ class Predictor:
     stride_shape: list[int] | None = None
     halo_shape: list[int] | None = None
     blend: Literal["gaussian", "constant", "last"] = "gaussian"
+    mirror: list[int] | None = None
     batch_size: int | None = None
     save_segmentation: bool = False
     threshold: float = 0.5
@@ -78,7 +81,10 @@ class Predictor:
         has_integer_logits = not labels and "uint" in dtype and self.activation == "none"
         measures_instances = self.instances and self.performance_metric
         lacks_lzf = self.compression == "lzf" and self.format not in (None, "hdf5")
+        mirror = self.mirror or []
+        is_no_choice = len(set(mirror)) < len(mirror) or min(mirror, default=0) < 0
         contradictions = {
+            f"mirror: must be different axes, counted from 0 on, such as [0, 1, 2], found {mirror}": is_no_choice,
             "dtype: labels need an integer type; possible: uint8, uint16, uint32": labels and "float" in dtype,
             "dtype: an integer type can hold probabilities, but not what activation: none gives": has_integer_logits,
             "performance_metric: compares classes, not numbered instances; remove one of them": measures_instances,
@@ -107,6 +113,9 @@ class Predictor:
             if any(step > length for step, length in zip(stride, patch, strict=True)):
                 text = f"predictor.stride_shape: {list(stride)} is larger than the patch, {list(patch)}"
                 raise ConfigError(f"{text}; the voxels between patches would have no prediction")
+            if max(self.mirror or [0]) >= len(volume.shape):
+                axes = f"the axes of {volume.path} are {', '.join(map(str, range(len(volume.shape))))}"
+                raise ConfigError(f"predictor.mirror: {self.mirror}: {axes}")
             grids.append(Grid(volume.shape, patch, stride, self.blend))
             halos.append(self._voxels("halo_shape", dataset, volume, (0,) * len(volume.shape), least=0))
         return Source(dataset, grids, halos)

@@ -100,8 +100,8 @@ def volumes(inference: Inference, dataset: Any, batch_size: int, folder: Path, o
         return writer.result(stopped=writer.join_rest())
 
 
-def logits(inference: Inference, loader: Any) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """This rank's volumes, whole: the number, logits (1, K, *spatial) and label (1, *spatial) or (1, K, *spatial).
+def logits(inference: Inference, loader: Any) -> Iterator[tuple[int, Tensor, Any]]:
+    """This rank's volumes, whole: the number, logits (1, K, *spatial) and target, see `Source.target`.
 
     Volume v is rank v modulo the number of ranks' own. One volume and its logits are in memory at a time. A request to
     stop ends them.
@@ -123,10 +123,10 @@ def logits(inference: Inference, loader: Any) -> Iterator[tuple[int, Tensor, Ten
                     whole = torch.empty((1, len(chunk), *source.volumes[run.volume].shape))
                 whole[0, :, low : low + chunk.shape[1]] = torch.from_numpy(chunk)
             assert whole is not None
-            yield run.volume, whole, source.label(run.volume)
+            yield run.volume, whole, source.target(run.volume)
 
 
-def first_planes(inference: Inference, loader: Any) -> Iterator[tuple[int, Tensor, Tensor]]:
+def first_planes(inference: Inference, loader: Any) -> Iterator[tuple[int, Tensor, Any]]:
     """The same for the first planes of the first volume alone, as far as one patch reaches."""
     source = inference.predictor.source(loader.dataset.dataset)
     batch_size = inference.predictor.batch_size or loader.batch_sampler.batch_size
@@ -135,5 +135,7 @@ def first_planes(inference: Inference, loader: Any) -> Iterator[tuple[int, Tenso
     with inference.channels_last():
         for _, planes in stitched(source, [Run(0, 0, depth)], inference, batch_size):
             chunk = torch.cat([torch.from_numpy(chunk).clone() for _, chunk in planes], dim=1)
-            label = source.label(0)
-            yield 0, chunk[None], label.narrow(label.ndim - len(shape), 0, depth)
+            target = source.target(0)
+            parts = target if isinstance(target, tuple) else (target,)
+            first = tuple(part.narrow(part.ndim - len(shape), 0, depth) for part in parts)
+            yield 0, chunk[None], first if isinstance(target, tuple) else first[0]

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dtrain.predict.patch_grid import Grid, Region
 
@@ -59,8 +58,10 @@ class Source(NamedTuple):
             raise ValueError(f"{text}; prediction needs transforms that keep the shape")
         return image
 
-    def label(self, number: int) -> Tensor:
+    def target(self, number: int) -> Any:
         """A volume's whole label, as the dataset's transforms make it, (1, *spatial) or (1, K, *spatial).
+
+        With weights, (label, weight), as a batch of patches has it.
 
         Raises:
             ValueError: It has none.
@@ -69,8 +70,12 @@ class Source(NamedTuple):
         if not volume.has_label:
             raise ValueError(f"{volume.path} has no label, so nothing can be measured on it")
         region = tuple(slice(0, extent) for extent in volume.shape)
-        label = np.asarray(self._sample(number, region, only_image=False)["label"])
-        return torch.from_numpy(label.astype(np.float32 if label.dtype.kind == "f" else np.int64, copy=False))[None]
+        sample = self._sample(number, region, only_image=False)
+        values = np.asarray(sample["label"])
+        label = torch.from_numpy(values.astype(np.float32 if values.dtype.kind == "f" else np.int64, copy=False))[None]
+        if "weight" not in sample:
+            return label
+        return label, torch.from_numpy(np.asarray(sample["weight"], np.float32))[None]
 
     def _sample(self, number: int, region: Region, only_image: bool) -> dict[str, Any]:
         """What stands in a region of a volume, as the dataset's transforms make it."""

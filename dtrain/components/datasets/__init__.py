@@ -4,6 +4,7 @@ from dtrain.components.datasets.cell_volume import CellVolume
 from dtrain.components.datasets.collate import detection_collate
 from dtrain.components.datasets.digits import Digits, DigitsClassification
 from dtrain.components.datasets.digits_scene import DigitsScene
+from dtrain.components.datasets.foreground import ForegroundSlices
 from dtrain.components.datasets.hdf5 import LazyHDF5Dataset, StandardHDF5Dataset
 from dtrain.components.datasets.images import DSB2018Dataset, ImageMaskFolder
 from dtrain.components.datasets.nifti import NiftiDataset
@@ -18,6 +19,7 @@ __all__ = [
     "DigitsClassification",
     "DigitsScene",
     "FilterSliceBuilder",
+    "ForegroundSlices",
     "ImageMaskFolder",
     "LazyHDF5Dataset",
     "NiftiDataset",

@@ -22,7 +22,7 @@ class LazyHDF5Dataset(PatchDataset):
         label_internal_path: The label's, of the image's extent, with or without channels; several are stacked; null: an
             item is the image alone.
         weight_internal_path: The dataset of each voxel's weight, of the image's extent.
-        slice_builder: A SliceBuilder or FilterSliceBuilder. Default: each file is one item.
+        slice_builder: A SliceBuilder, FilterSliceBuilder or ForegroundSlices. Default: each file is one item.
         transforms: What is done to each patch, in this order.
         global_normalization: Read each file once when the dataset is built and give its statistics to Standardize,
             Normalize and PercentileNormalizer, which else take the patch's.

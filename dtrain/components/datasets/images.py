@@ -175,7 +175,9 @@ class ImageVolume:
         """
         image = _coloured(read_image(self.path), self.color)
         self.checks.values(image if self.channels > 1 else image[0], str(self.path), whole(self), self.shape)
-        return ArrayVolume(self.path, image, None if self.mask is None else self._label(self.mask), name=self.name)
+        result = ArrayVolume(self.path, image, None if self.mask is None else self._label(self.mask), name=self.name)
+        result.checks = self.checks
+        return result
 
     def _label(self, mask: Path) -> np.ndarray:
         label = read_image(mask, palette=False)

@@ -28,7 +28,7 @@ class NiftiDataset(PatchDataset):
         images: Files (*.nii, *.nii.gz), folders or patterns; one or a list.
         labels: Likewise, as whole numbers, also where the file stores floats. Default: an item is the image alone.
         label_suffix: What a label's stem has behind its image's, as _seg in a_seg.nii.gz.
-        slice_builder: A SliceBuilder or FilterSliceBuilder. Default: each file is one item.
+        slice_builder: A SliceBuilder, FilterSliceBuilder or ForegroundSlices. Default: each file is one item.
         transforms: What is done to each patch, in this order.
         in_memory: Read all when the dataset is built. false: read each patch from the file, which is slow for .nii.gz,
             as these have to be unpacked from their beginning.
@@ -98,6 +98,7 @@ class NiftiVolume:
     def __init__(self, path: Path, label: Path | None = None, name: str = "", checks: Checks | None = None) -> None:
         self.path, self.label, self.name = path, label, name or stem_of(path, SUFFIXES)
         self.checks, self.has_label = checks or Checks(), label is not None
+        self.label_file = (label, "") if label else None
         image = opened(path)
         self.affine, self.header = image.affine, image.header
         shape = _shape(path, image)
@@ -144,6 +145,7 @@ class NiftiVolume:
         label = _smallest(self.read_label(whole(self))) if self.has_label else None
         result = PlacedArray(self.path, self.read(whole(self)), label, name=self.name)
         result.affine, result.header = self.affine, self.header
+        result.checks, result.label_file = self.checks, self.label_file
         return result
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from dtrain.components.datasets.slices import Places, SliceBuilder
+from dtrain.components.datasets.slices import Draws, Places, SliceBuilder
 from dtrain.components.datasets.statistics import Statistics
-from dtrain.components.datasets.volumes import Region, Volume
+from dtrain.components.datasets.volumes import Pad, Region, Volume, padded
 from dtrain.components.transforms.pipeline import NEAR, Pipeline
 
 Sample = dict[str, Any]
@@ -38,10 +38,12 @@ class PatchDataset(Dataset[Any]):
     Attributes:
         volumes: The volumes.
         files: Every file that is read, absolute, without links.
-        places: The volume's number and the region of each item.
+        places: The volume's number and the region of each item; the whole volume where the region is drawn each time.
         patch_shape: Spatial, or None where each volume is one item.
         stride_shape: Likewise.
         halo_shape: What prediction reads around each patch.
+        pad: What lies outside of a volume that is smaller than the patch, and around one that is predicted; None: such
+            a volume is refused, and what is around one is reflected.
         stats: Each volume's statistics, or None.
         random: Whether items draw random numbers, from torch's global generator.
 
@@ -65,7 +67,9 @@ class PatchDataset(Dataset[Any]):
         self.patch_shape = slice_builder.patch_shape if slice_builder else None
         self.stride_shape = slice_builder.stride_shape if slice_builder else None
         self.halo_shape = slice_builder.halo_shape if slice_builder else (0,) * dims
-        self.places: Sequence[tuple[int, Region]] = (
+        self.pad: Pad | None = slice_builder.pad if slice_builder else None
+        self.ignore_index = _void(self.volumes[0], slice_builder)
+        self.places: Places = (
             slice_builder.places_of(self.volumes) if slice_builder else Places([[whole(item)] for item in self.volumes])
         )
         self.pipeline = Pipeline(transforms)
@@ -74,7 +78,9 @@ class PatchDataset(Dataset[Any]):
         if not 0 <= random_scale_probability <= 1:
             raise ValueError(f"random_scale_probability is {random_scale_probability}; possible: 0 to 1")
         self.random_scale_probability = random_scale_probability
-        self.random = self.pipeline.random or bool(self.random_scale and random_scale_probability)
+        self.random = (
+            self.pipeline.random or bool(self.random_scale and random_scale_probability) or self.places.are_drawn
+        )
         self.stats = [Statistics(volume) for volume in self.volumes] if global_normalization else None
 
     def __len__(self) -> int:
@@ -84,6 +90,8 @@ class PatchDataset(Dataset[Any]):
         number, region = self.places[index]
         seed = int(torch.randint(2**62, ())) if self.random else 0
         rng = np.random.default_rng(seed)
+        if isinstance(part := self.places.parts[number], Draws):
+            region = part.draw(rng)
         if self.random_scale and rng.random() < self.random_scale_probability:
             assert self.patch_shape is not None
             sample = self.sample(number, _scaled(region, self.random_scale, self.volumes[number].shape, rng))
@@ -109,7 +117,9 @@ class PatchDataset(Dataset[Any]):
 
         Args:
             number: The volume's.
-            region: Spatial; what is outside of the volume is reflected.
+            region: Spatial; what is outside of the volume is as `pad` has it, else reflected. The label is there
+                `ignore_index`, if there is one, and has no weight; else it is padded as the image, but 0 and without
+                weight where that is a number.
             only_image: Leave out the label and the weight.
 
         Returns:
@@ -117,13 +127,15 @@ class PatchDataset(Dataset[Any]):
             millimetres, float64 (4, 4), where the file tells it.
         """
         volume = self.volumes[number]
-        sample: Sample = {"image": volume.read(region)}
+        sample: Sample = {"image": padded(volume.read, region, volume.shape, self.pad)}
         if (affine := getattr(volume, "affine", None)) is not None:
             sample["affine"] = affine @ _shift([part.start for part in region])
         if volume.has_label and not only_image:
-            sample["label"] = volume.read_label(region)
+            is_number = self.pad not in (None, "reflect", "edge")
+            fill, void = (0 if is_number else self.pad), self.pad is not None and self.ignore_index is not None
+            sample["label"] = padded(volume.read_label, region, volume.shape, self.ignore_index if void else fill)
             if volume.has_weight:
-                sample["weight"] = volume.read_weight(region)
+                sample["weight"] = padded(volume.read_weight, region, volume.shape, 0 if void else fill)
         if self.stats is not None:
             sample["stats"] = self.stats[number]
         return sample
@@ -193,9 +205,10 @@ def _scaled(region: Region, most: tuple[int, ...], shape: tuple[int, ...], rng: 
     """A region around the same centre, of another extent, moved to where it lies within the volume."""
     result = []
     for part, change, extent in zip(region, most, shape, strict=True):
-        size = min(part.stop - part.start + int(rng.integers(-change, change + 1)), extent)
+        space = max(extent, part.stop)  # of a volume that is padded, the patch's
+        size = min(part.stop - part.start + int(rng.integers(-change, change + 1)), space)
         low = (part.start + part.stop - size) // 2
-        low = min(max(low, 0), extent - size)
+        low = min(max(low, 0), space - size)
         result.append(slice(low, low + size))
     return tuple(result)
 
@@ -212,6 +225,12 @@ def _scales(wish: int | Sequence[int] | None, patch: tuple[int, ...] | None) -> 
             f"random_scale is {wish} and patch_shape {patch}; expected a number smaller than the patch along each axis"
         )
     return most if any(most) else ()
+
+
+def _void(volume: Volume, slice_builder: SliceBuilder | None) -> int | None:
+    """The label that does not count: the slice builder's, else the one that the volumes may hold."""
+    own: int | None = getattr(slice_builder, "ignore_index", None)
+    return getattr(getattr(volume, "checks", None), "ignore_index", None) if own is None else own
 
 
 def _check_alike(volumes: Sequence[Volume]) -> None:

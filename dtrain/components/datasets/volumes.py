@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from dtrain.components.datasets.files import one_line
 
 Region = tuple[slice, ...]
 """Spatial; start and stop are integers and may lie outside of the volume: what is outside is reflected."""
+
+Pad = Literal["reflect", "edge", "constant"] | float
+"""What lies outside of a volume: reflected, the border's values, or a number; constant: 0."""
 
 Check = Callable[[np.ndarray, str, Region, tuple[int, ...]], np.ndarray]
 OPEN_FILES = 32  # that a process keeps open; one more closes the one that was longest unused
@@ -28,6 +31,9 @@ class Volume(Protocol):
         channels: Of the image.
         has_label: Whether `read_label` may be called.
         has_weight: Whether `read_weight` may be called.
+
+    It may also have `checks`, what its values are known to be, and `label_file`, the file that the label is in and
+    which part of it that is.
     """
 
     path: Path
@@ -141,9 +147,16 @@ class ArrayVolume:
         weight: (*spatial), or None.
         name: Default: the path's stem.
 
+    Attributes:
+        checks: What the values were found to be where they come from a file.
+        label_file: The file that the label is of, and which part of it that is; None where there is none.
+
     Raises:
         ValueError: The shapes do not fit.
     """
+
+    checks = Checks()
+    label_file: tuple[Path, str] | None = None
 
     def __init__(
         self,
@@ -209,6 +222,7 @@ class HDF5Volume:
         self.raw, self.label, self.weight = tuple(raw), tuple(label), weight
         self.checks = checks or Checks()
         self.has_label, self.has_weight = bool(label), weight is not None
+        self.label_file = (path, ", ".join(self.label)) if label else None
         with open_hdf5(path) as file:
             raws = [_shape(path, file, item) for item in self.raw]
             labels = [_shape(path, file, item) for item in self.label]
@@ -265,7 +279,9 @@ class HDF5Volume:
         label = _single(self.read_label(everything)) if self.has_label else None
         weight = self.read_weight(everything) if self.has_weight else None
         FILES.close()
-        return ArrayVolume(self.path, image, label, weight, self.name)
+        result = ArrayVolume(self.path, image, label, weight, self.name)
+        result.checks, result.label_file = self.checks, self.label_file
+        return result
 
     def _image(self, region: Region) -> np.ndarray:
         return self._stacked(self.raw, self._raw_shapes, region, self.checks.values)
@@ -410,6 +426,34 @@ def read_region(
         if len(at) != block.shape[axis] or (np.diff(at) != 1).any():
             block = block.take(at, axis=axis)
     return block
+
+
+def padded(read: Callable[[Region], np.ndarray], region: Region, shape: tuple[int, ...], pad: Pad | None) -> np.ndarray:
+    """A region of a volume of which some may lie outside.
+
+    Args:
+        read: Reads a region, (*leading, *region); it reflects what lies outside.
+        region: What is wanted; it reaches into the volume.
+        shape: The volume's extent.
+        pad: What lies outside; None: reflect.
+
+    Returns:
+        (*leading, *region), in a type that holds the number, too.
+    """
+    inside = tuple(
+        slice(max(part.start, 0), min(part.stop, extent)) for part, extent in zip(region, shape, strict=True)
+    )
+    if pad in (None, "reflect") or inside == region:
+        return read(region)
+    block = read(inside)
+    around = [(own.start - part.start, part.stop - own.stop) for part, own in zip(region, inside, strict=True)]
+    widths = [(0, 0)] * (block.ndim - len(shape)) + around
+    if pad == "edge":
+        return np.pad(block, widths, mode="edge")
+    value = 0 if pad == "constant" else pad
+    if block.dtype.kind in "iub":
+        block = block.astype(np.result_type(block.dtype, np.min_scalar_type(value)), copy=False)
+    return np.pad(block, widths, constant_values=value)
 
 
 def _reflected(part: slice, extent: int) -> np.ndarray:
