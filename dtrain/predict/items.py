@@ -14,7 +14,9 @@ from dtrain.predict.inference import Inference, Result, StoppedError
 from dtrain.predict.predictor import Predictor
 from dtrain.predict.work_folder import PredictionFile, are_finished, digest, explained, opened, write_part
 
-FORMATS = {"hdf5": "predictions.h5", "npy": "predictions.npy", "csv": "predictions.csv"}
+FORMATS: dict[str, str] = {
+    **{"hdf5": "predictions.h5", "npy": "predictions.npy", "zarr": "predictions.zarr", "csv": "predictions.csv"}
+}
 
 
 def predict_items(inference: Inference, loader: Any, folder: Path, overwrite: bool) -> Result:
@@ -104,7 +106,7 @@ def _join(predictor: Predictor, file: PredictionFile, parts: Sequence[Path], siz
             _write_csv(predictor, temporary, chunks)
         else:
             spec = predictor.file_spec(file.path, (size, *shape))
-            write(temporary, "npy" if predictor.format == "npy" else "hdf5", chunks, spec)
+            write(temporary, _format(predictor), chunks, spec)  # type: ignore[arg-type]
         file.note(temporary, {})
 
 

@@ -71,6 +71,8 @@ def _format(predictor: Predictor, volume: Volume) -> Format:
         file_format = "nifti"
     if file_format is None and predictor.choice.labels and len(volume.shape) == 2 and name.endswith(IMAGES):
         file_format = "png"
+    if file_format is None and name.endswith(".zarr"):
+        file_format = "ome-zarr" if any("scale" in axis for axis in getattr(volume, "space", ())) else "zarr"
     if file_format == "nifti" and predictor.dtype == "float16":
         raise ConfigError("predictor.dtype: NIfTI has no float16; possible: float32, and uint8 for probabilities")
     if file_format == "csv":
@@ -98,9 +100,13 @@ def _stamp(inference: Inference, source: Source, number: int) -> dict[str, Any]:
 
 
 def _version_of(path: Path) -> dict[str, Any]:
-    """What tells one version of an input file from another without reading it."""
+    """What tells one version of an input file, or of a store's files, from another without reading it."""
     try:
         status = path.stat()
+        if path.is_dir():
+            of_files = [entry.stat() for entry in path.rglob("*") if entry.is_file()]
+            newest = max((its.st_mtime_ns for its in of_files), default=0)
+            return {"bytes": sum(its.st_size for its in of_files), "files": len(of_files), "modified": newest}
     except OSError:
         return {}
     return {"bytes": status.st_size, "modified": status.st_mtime_ns}

@@ -45,6 +45,19 @@ class Source(NamedTuple):
         """The volumes, in the dataset's order."""
         return self.dataset.volumes
 
+    @property
+    def axis(self) -> int | None:
+        """The axis of volumes that the model does not see, where it is a 2-D one that gets slices."""
+        return getattr(self.dataset, "axis", None)
+
+    def flat(self, images: Tensor) -> Tensor:
+        """Patches (N, C, *spatial) as the model takes them: slices without their axis."""
+        return images if self.axis is None else images.squeeze(2 + self.axis)
+
+    def deep(self, output: Tensor) -> Tensor:
+        """The model's output (N, K, *spatial) with that axis."""
+        return output if self.axis is None else output.unsqueeze(2 + self.axis)
+
     def patch(self, number: int, index: int) -> np.ndarray:
         """One patch of a volume with its halo, (C, *spatial).
 
@@ -53,6 +66,7 @@ class Source(NamedTuple):
         """
         region = self.grids[number].region(index, self.halos[number])
         image = np.asarray(self._sample(number, region, only_image=True)["image"], np.float32)
+        image = image if self.axis is None else np.expand_dims(image, 1 + self.axis)
         extent = tuple(side.stop - side.start for side in region)
         if image.shape[1:] != extent:
             text = f"{self.volumes[number].path}: the transforms changed a patch of {extent} to {image.shape[1:]}"
@@ -69,7 +83,12 @@ class Source(NamedTuple):
         if not volume.has_label:
             raise ValueError(f"{volume.path} has no label, so nothing can be measured on it")
         region = tuple(slice(0, extent) for extent in volume.shape)
-        label = np.asarray(self._sample(number, region, only_image=False)["label"])
+        regions = [region]
+        if self.axis is not None:
+            at = self.axis
+            regions = [(*region[:at], slice(low, low + 1), *region[at + 1 :]) for low in range(volume.shape[at])]
+        labels = [np.asarray(self._sample(number, region, only_image=False)["label"]) for region in regions]
+        label = labels[0] if self.axis is None else np.stack(labels, self.axis - 3)
         return torch.from_numpy(label.astype(np.float32 if label.dtype.kind == "f" else np.int64, copy=False))[None]
 
     def _sample(self, number: int, region: Region, only_image: bool) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Writes what a rank has predicted of volumes: parts, whole files, and how well they agree with labels."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,6 +74,7 @@ class VolumeWriter:
         if predictor.choice.instances:
             chunks = instances(chunks, predictor.connectivity, predictor.min_size, task.file.scratch)
         spec = predictor.file_spec(task.file.path, volume.shape, not predictor.choice.labels, volume.path)
+        spec = spec._replace(space=space_of(volume))
         with task.file.replaced() as temporary:
             write(temporary, task.format, chunks, spec)
             task.file.note(temporary, {"scores": agreement.values()} if agreement else {})
@@ -102,6 +104,17 @@ class VolumeWriter:
         scores = {file.path.name: values for file in files if (values := file.record().get("scores"))}
         made = len(self.finished) - sum(task.is_finished for task in self.tasks)
         return Result([file.path for file in files], made, stopped, scores, self.predictor.performance_metric or "")
+
+
+def space_of(volume: Any) -> list[dict[str, Any]]:
+    """Of each axis its name, unit, scale and translation: as an OME-Zarr says, or by an affine to millimetres."""
+    if space := getattr(volume, "space", None):
+        return list(space)
+    affine = getattr(volume, "affine", None)
+    if affine is None:
+        return []
+    lengths = np.sqrt((np.asarray(affine)[:3, : len(volume.shape)] ** 2).sum(0)).tolist()
+    return [{"name": name, "unit": "millimeter", "scale": it} for name, it in zip("xyz", lengths, strict=False)]
 
 
 def cut(chunks: Iterator[tuple[int, np.ndarray]], slabs: list[Slab]) -> Iterator[Iterator[np.ndarray]]:
