@@ -123,6 +123,11 @@ LAUNCH = CONFIG | {
     "--launcher": dict(choices=("torchrun", "accelerate"), default="torchrun", help="whose settings to use"),
     "--log-dir": dict(metavar="DIR", type=Path, help="default: logs in the run folder"),
 }
+SWEEP = CONFIG | {
+    "overrides": CONFIG["overrides"] | {"help": "one value, or several: 1e-3,1e-2 or 0..4"},
+    "--nproc-per-node": dict(metavar="N|auto", help="ranks of each trial, as with launch (default: one process)"),
+    "--dry-run": dict(action="store_true", help="print each trial's command; train nothing"),
+}
 _NAME = dict(metavar="NAME", help="as the cluster calls it")
 CLUSTER: Arguments = {  # options of submit, which stand for keys of the config's `cluster`
     "nodes": dict(metavar="N[-M]", help="number of nodes"),
@@ -168,6 +173,13 @@ def _launch(options: argparse.Namespace) -> int:
     from dtrain.launch.launcher import launch
 
     return launch(config, options, host, port)
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    """Train once for each combination of the values that keys are given, one after another; skip what is finished."""
+    from dtrain.launch.sweep import sweep
+
+    return sweep(options.config, options.overrides, options.nproc_per_node, options.dry_run)
 
 
 def _test(options: argparse.Namespace) -> int:
@@ -221,7 +233,7 @@ def _config(options: argparse.Namespace) -> int:
     for line in notes_on(config):
         print(f"# {one_line(line)}")
     for name, call in calls(config).items():
-        if name.endswith((".loader", ".schedule", ".ddp", ".fsdp", ".pictures")) or name.startswith(
+        if name.endswith((".loader", ".schedule", ".folds", ".ddp", ".fsdp", ".pictures")) or name.startswith(
             ("cluster", "metric.")
         ):
             continue  # dtrain's own keys beside a component's, and what is not part of a training
@@ -287,6 +299,7 @@ COMMANDS = {
     "launch": (_launch, LAUNCH, "configfiles/digits.yaml --nproc-per-node 4 --max-restarts 3"),
     "test": (_test, TEST, "configfiles/digits.yaml --checkpoint runs/digits/checkpoints/best"),
     "predict": (_predict, PREDICT, "configfiles/digits.yaml --output-dir predictions predictor.format=csv"),
+    "sweep": (_sweep, SWEEP, "configfiles/digits.yaml optimizer.lr=1e-3,1e-2 seed=0..2"),
     "check": (_check, CONFIG, "configfiles/digits.yaml"),
     "config": (_config, CONFIG, "configfiles/digits.yaml optimizer.lr=5e-4"),
     "submit": (_submit, SUBMIT, "configfiles/digits.yaml --nodes 2 --gpus-per-node 4 --time 12:00:00"),

@@ -4,6 +4,7 @@ The order of samples is a function of (seed, epoch), a sample's randomness of (s
 the number of ranks, workers or restarts. Progress is a position, counted in samples of the epoch's order.
 """
 
+import re
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,8 @@ from torch.utils.data import IterableDataset
 
 from dtrain.config.build import build
 from dtrain.config.errors import mark_section
-from dtrain.config.schema import PHASES, refused
+from dtrain.config.schema import PHASES, calls, refused
+from dtrain.data.folds import split
 from dtrain.data.loader_workers import fork_when_native_threads_are_idle
 from dtrain.data.samplers import ORDER, EvaluationShard, ShuffledShard
 from dtrain.data.seeded_samples import BatchLoader, SeededBatches, batch_loader
@@ -241,7 +243,7 @@ def get_train_loaders(
         batch_size = _batch_size(config, phase, options, world_size)
         if options["pin_memory"] is None:
             options["pin_memory"] = pin_memory
-        dataset = _checked(config, phase, build(config, f"loaders.{phase}"))
+        dataset = _checked(config, phase, _split(config, phase, build(config, f"loaders.{phase}")))
         if phase == "train":
             loader = TrainLoader(dataset, seed, rank, world_size, batch_size, accumulate=accumulate, **options)
             if not loader.steps():
@@ -255,6 +257,19 @@ def get_train_loaders(
     if result.get("train") and result.get("val"):
         _refuse_shared_files(config, result["train"].loader.dataset.dataset, result["val"].dataset.dataset)
     return Loaders(**result)
+
+
+def _split(config: ConfigDict, phase: str, dataset: Any) -> Any:
+    """The part of a dataset that the phase has, where folds split it."""
+    if phase not in ("train", "val") or "loaders.folds" not in calls(config):
+        return dataset
+    settings = build(config, "loaders.folds")
+    try:
+        return split(dataset, settings, phase)
+    except ValueError as error:
+        key = re.match(r"\w+", str(error))
+        path = ("loaders", "folds", *([key[0]] if key and key[0] in settings else []))
+        raise refused(config, path, str(error)) from None
 
 
 def _refuse_shared_files(config: ConfigDict, train: Any, val: Any) -> None:

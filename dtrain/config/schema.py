@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from dtrain.config.annotations import takes_callables, takes_mapping, takes_objects
 from dtrain.config.did_you_mean import nearest
 from dtrain.config.errors import ConfigError, KeyPath, Mistake, bad_syntax, dotted, found, is_mapping, to_plain
+from dtrain.config.folds import are_folds
 from dtrain.config.load import place_of
 from dtrain.config.resolve import LIBRARIES, Found, locate
 from dtrain.config.signatures import SOURCE, Callee, Dynamic, module_file
@@ -48,6 +49,7 @@ OWN_SETTINGS = {
     "predictor": "dtrain.predict.predictor:Predictor",
     "cluster": "dtrain.launch.batch_script:cluster_settings",
     "loader": "dtrain.dataloader:loader_settings",
+    "folds": "dtrain.data.folds:fold_settings",
     "ddp": "dtrain.distributed.ddp:ddp_options",
     "fsdp": "dtrain.distributed.fsdp:fsdp_options",
     "pictures": "dtrain.reporting.validation_pictures:picture_settings",
@@ -290,6 +292,8 @@ class _Reader:
         """For each phase its dataset and its loader; keys beside the phases go to all of them."""
         phases = {phase: values[phase] for phase in PHASES if values.get(phase) is not None}
         shared = {key: values[key] for key in values if key not in PHASES}
+        if are_folds(values):
+            self.calls["loaders.folds"] = self.own_call((section, "folds"), "folds", shared.pop("folds"))
         some_phase_has_a_name = any(map(is_component, phases.values()))
         for phase, value in phases.items():
             path = (section, phase)

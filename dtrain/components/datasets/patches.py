@@ -1,5 +1,6 @@
 """The dataset of all patches of some volumes: read, augment, hand over as tensors."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,16 @@ class PatchDataset(Dataset[Any]):
             return image, label
         return image, (label, torch.from_numpy(sample["weight"].astype(np.float32, copy=False)))
 
+    def only(self, numbers: Sequence[int]) -> "PatchDataset":
+        """The same of some of the volumes, by their numbers; what was read of them is shared."""
+        result = copy.copy(self)
+        parts = self.places.parts if isinstance(self.places, Places) else _parts(self.places, len(self.volumes))
+        result.volumes = [self.volumes[number] for number in numbers]
+        result.files = tuple(volume.path.resolve() for volume in result.volumes)
+        result.places = Places([parts[number] for number in numbers])
+        result.stats = None if self.stats is None else [self.stats[number] for number in numbers]
+        return result
+
     def where(self, index: int) -> str:
         """The file and the region of an item, for messages; transforms may have changed what lies where in it."""
         number, region = self.places[index]
@@ -156,6 +167,14 @@ class PatchDataset(Dataset[Any]):
                 "where the file has them; leave such transforms out of this phase, and resample its files before"
             )
         return result
+
+
+def _parts(places: Sequence[tuple[int, Region]], count: int) -> list[list[Region]]:
+    """The regions of each volume."""
+    parts: list[list[Region]] = [[] for _ in range(count)]
+    for number, region in places:
+        parts[number].append(region)
+    return parts
 
 
 def whole(volume: Volume) -> Region:
