@@ -109,9 +109,15 @@ DOCTOR = CONFIG | {
     "config": CONFIG["config"] | {"nargs": "?"},
     "--json": dict(action="store_true", help="print one JSON object"),
 }
-TEST = CONFIG | {"--checkpoint": dict(metavar="PATH", help="a checkpoint or weight file (default: the best)")}
+TEST = CONFIG | {
+    "--checkpoint": dict(
+        metavar="PATH", action="append", default=[],
+        help="a checkpoint, weight file or run folder; several, or a pattern: an ensemble (default: the best)",
+    ),
+}  # fmt: skip
 PREDICT = TEST | {
     "--output-dir": dict(metavar="DIR", help="default: predictions in the run folder"),
+    "--folds": dict(metavar="DIR", help="of the folds' run folders: each predicts what it was not trained on"),
     "--overwrite": dict(action="store_true", help="replace files that were made with other settings"),
 }
 LAUNCH = CONFIG | {
@@ -192,11 +198,11 @@ def _test(options: argparse.Namespace) -> int:
 
 def _predict(options: argparse.Namespace) -> int:
     """Predict the data of loaders.predict, else loaders.test, into files; resume where an earlier start ended."""
-    config = _checked(options, "predict")
+    config = _checked(options, "predict" if options.folds is None else None)
     end_at_once(_say)
     from dtrain.launch import rank
 
-    return rank.predict(config, options.checkpoint, options.output_dir, options.overwrite)
+    return rank.predict(config, options.checkpoint, options.output_dir, options.overwrite, options.folds)
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import gc
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from subprocess import Popen
@@ -29,6 +29,7 @@ from dtrain.distributed.launched_rank import mark_first_step
 from dtrain.distributed.stop_request import StopWaiting
 from dtrain.distributed.vote import Vote
 from dtrain.predict.inference import Result
+from dtrain.predict.members import Ensemble, checkpoints_of
 from dtrain.predict.run import compare_with_training, logits, predict
 from dtrain.tracking.secrets import keep_secret
 from dtrain.training.best_score import is_new_best, judge_patience
@@ -469,32 +470,46 @@ class Trainer:
         self.journal.log(self.step, figures)
         return figures
 
-    def test(self, checkpoint: Path | None = None) -> dict[str, float]:
+    def test(self, checkpoint: Path | Sequence[Path] | None = None) -> dict[str, float]:
         """Loss and metrics on the test data, with the weights of a checkpoint. All ranks call it and get the same.
 
         The model keeps these weights.
 
         Args:
-            checkpoint: A checkpoint folder or a weight file. Default: the best, else the last.
+            checkpoint: A checkpoint folder, a weight file or a run folder; of several, an ensemble is tested, whose
+                probabilities are the mean of theirs. Default: the best, else the last.
         """
         with self.activity.during("test"):
             self.saver.wait()
-            load_for_use(
-                self.module, self.ranks, self.saver.checkpoints, checkpoint, criterion=self.trainables.criterion
-            )
+            wishes = [] if checkpoint is None else [checkpoint] if isinstance(checkpoint, str | Path) else checkpoint
+            paths: list[Any] = self.ranks.decide(lambda: checkpoints_of(wishes)) or [None]
+            states = []
+            for path in paths:
+                load_for_use(self.module, self.ranks, self.saver.checkpoints, path, criterion=self.trainables.criterion)
+                if len(paths) > 1:
+                    states.append({key: value.cpu().clone() for key, value in self.module.state_dict().items()})
+            model = self.trainables.compiled
+            if len(paths) > 1:
+                model = Ensemble(self.module, states, self.inference.predictor, model)
+                self.inference = replace(self.inference, model=model)
             if self.train_loader is None:  # else all phases were compared at the start
-                compare_with_training(self.inference, self.loaders.test, checkpoint)
-            figures = self.evaluate("test", self.trainables.compiled)
+                compare_with_training(self.inference, self.loaders.test, paths[0])
+            figures = self.evaluate("test", model)
             if figures:
                 self.progress.evaluation("test", self.step, figures)
         return figures
 
     def predict(
-        self, checkpoint: str | Path | None = None, output_dir: str | Path | None = None, overwrite: bool = False
+        self,
+        checkpoint: str | Path | Sequence[str | Path] | None = None,
+        output_dir: str | Path | None = None,
+        overwrite: bool = False,
+        folds: Mapping[str, Any] | None = None,
     ) -> Result:
         """Predict what `loaders.predict` holds, else `loaders.test`, into files; see `dtrain.predict.run.predict`."""
+        settings = checkpoint, output_dir, overwrite, folds
         with self.stop_request.listening():
-            return predict(self.inference, self.loaders, self.saver.checkpoints, checkpoint, output_dir, overwrite)
+            return predict(self.inference, self.loaders, self.saver.checkpoints, *settings)
 
     def asked_to_stop(self) -> bool:
         """Whether this rank, or during an evaluation any other, was asked to stop; costs no collective."""

@@ -83,16 +83,18 @@ class Source(NamedTuple):
         if not volume.has_label:
             raise ValueError(f"{volume.path} has no label, so nothing can be measured on it")
         region = tuple(slice(0, extent) for extent in volume.shape)
-        regions = [region]
-        if self.axis is not None:
-            at = self.axis
-            regions = [(*region[:at], slice(low, low + 1), *region[at + 1 :]) for low in range(volume.shape[at])]
-        labels = [np.asarray(self._sample(number, region, only_image=False)["label"]) for region in regions]
-        label = labels[0] if self.axis is None else np.stack(labels, self.axis - 3)
+        label = np.asarray(self._sample(number, region, only_image=False)["label"])
         return torch.from_numpy(label.astype(np.float32 if label.dtype.kind == "f" else np.int64, copy=False))[None]
 
     def _sample(self, number: int, region: Region, only_image: bool) -> dict[str, Any]:
-        """What stands in a region of a volume, as the dataset's transforms make it."""
+        """What stands in a region of a volume, as the dataset's transforms make it; slices are made one by one."""
+        if (at := self.axis) is not None and region[at].stop - region[at].start > 1:
+            slices = [
+                self._sample(number, (*region[:at], slice(low, low + 1), *region[at + 1 :]), only_image)
+                for low in range(region[at].start, region[at].stop)
+            ]
+            names = [name for name in ("image", "label", "weight") if name in slices[0]]
+            return {name: np.stack([each[name] for each in slices], at - 3) for name in names}
         with READING:
             if hasattr(self.dataset, "sample"):
                 sample = self.dataset.sample(number, region, only_image=only_image)

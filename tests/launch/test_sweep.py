@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
+import toy
+from safetensors.torch import load_file
 from whole_runs import Place
 
 from dtrain.config.errors import ConfigError
 from dtrain.config.load import load_config
+from dtrain.data.folds import dealt
 from dtrain.launch import sweep as sweeping
 from dtrain.launch.sweep import trials, values_of
 
@@ -105,3 +112,31 @@ def test_a_sweep_is_stopped_continued_and_then_finished(place: Place) -> None:
     again = place.run(*command)
     assert "sweep: trial" not in again.stdout
     assert again.stdout.count("finished before") == 2
+    _joined(place, config, run)
+
+
+def _joined(place: Place, config: str, run: Path) -> None:
+    """Predictions by both folds' models: of what each has not seen, and of other data by the mean."""
+    models = []
+    for fold in range(2):
+        models.append(toy.MLP())
+        models[-1].load_state_dict(load_file(run / f"fold={fold}/checkpoints/best/model.safetensors"))
+        models[-1].eval()
+    own, other = toy.Points(24), toy.Points(9, seed=1)
+    with torch.no_grad():
+        each = torch.stack([model(own.x).softmax(1) for model in models])
+        mean = torch.stack([model(other.x).softmax(1) for model in models]).mean(0)
+    folds = dealt([str(number) for number in range(24)], 2)
+
+    place.run("predict", config, "--folds", str(run), "predictor.format=npy")
+    found = np.load(run / "predictions/predictions.npy")
+    assert np.abs(found - each[folds, range(24)].numpy()).max() < 1e-6
+    data = ["loaders.test={size: 9, seed: 1}", "predictor.format=npy"]
+    place.run("predict", config, "--checkpoint", str(run), "--output-dir", "mean-of-folds", *data)
+    assert np.abs(np.load(place.folder / "mean-of-folds/predictions.npy") - mean.numpy()).max() < 1e-6
+    several = [word for fold in range(2) for word in ("--checkpoint", str(run / f"fold={fold}"))]
+    tested = place.run("test", config, *several, data[0])
+    loss = float(re.search(r"loss[ =:]+([0-9.]+)", tested.stdout)[1])  # type: ignore[index]
+    assert loss == pytest.approx(float(F.nll_loss(mean.log(), other.y)), abs=1e-3)
+    refused = place.run("predict", config, "--folds", str(run), "loaders.folds.count=3", expect=2)
+    assert "was trained with other loaders.folds: count 2, by index" in refused.stderr
