@@ -294,6 +294,8 @@ class _Reader:
         shared = {key: values[key] for key in values if key not in PHASES}
         if are_folds(values):
             self.calls["loaders.folds"] = self.own_call((section, "folds"), "folds", shared.pop("folds"))
+        elif values.get("folds", ...) is None:
+            del shared["folds"]
         some_phase_has_a_name = any(map(is_component, phases.values()))
         for phase, value in phases.items():
             path = (section, phase)
