@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from dtrain.config.errors import ConfigError
+from dtrain.distributed.ranks import Ranks
 from dtrain.predict.formats import write
 from dtrain.predict.inference import Inference, Result, StoppedError
 from dtrain.predict.members import Members
@@ -47,31 +48,39 @@ def predict_items(
             return Result([file.path], 0, False, {})
         own = sum(len(request) - 1 for request in loader.batch_sampler)  # a request begins with its epoch
         part = file.part(ranks.rank, ranks.world_size)
-        earlier: Path | None = None
-        for member in range(len(members.weights)):
-            if len(members.weights) > 1:
+        targets = [part.with_name(f"{part.stem}.sum-{member}.npy") for member in range(len(members.weights) - 1)]
+        targets.append(part)
+        first = _first_to_do(ranks, targets, bool(own))
+        stopped = False
+        for member in range(first, len(targets)):
+            if len(targets) > 1:
                 members.load(member)
-            is_last = member == len(members.weights) - 1
-            target = part if is_last else part.with_name(f"{part.stem}.sum-{member}.npy")
             inference.progress.start_patches(own)
             stopped = True
             with contextlib.suppress(StoppedError), explained(file.path):
                 if own:
+                    earlier = targets[member - 1] if member else None
                     rows = _rows(inference, loader, members, member, earlier)
                     kept = (np.ascontiguousarray(predictor.choice.of(np.swapaxes(each, 0, 1))) for each in rows)
-                    write_part(target, kept if is_last else rows, own)
+                    write_part(targets[member], kept if member == len(targets) - 1 else rows, own)
                 stopped = False
-            if earlier is not None:
-                earlier.unlink(missing_ok=True)
-            earlier = target
-            stopped = any(ranks.gather(stopped) or ())
-            if ranks.broadcast(stopped):
+            stopped = ranks.broadcast(any(ranks.gather(stopped) or ()))
+            if stopped:
                 break
+            if member:
+                targets[member - 1].unlink(missing_ok=True)
         if ranks.is_main and not stopped:
             parts = [file.part(rank, ranks.world_size) for rank in range(ranks.world_size)]
             _join(predictor, file, parts, size, loader.batch_sampler.batch_size)
         stopped = ranks.broadcast(stopped)
     return Result([] if stopped else [file.path], int(not stopped), stopped, {})
+
+
+def _first_to_do(ranks: Ranks, targets: Sequence[Path], has_own: bool) -> int:
+    """The first member of which not all ranks have what it adds up; the last one's part is made anew."""
+    reached = {number for number, target in enumerate(targets[:-1]) if not has_own or target.exists()}
+    everybody = ranks.gather(reached)
+    return ranks.broadcast(max(set.intersection(*everybody), default=-1) + 1 if everybody else None)
 
 
 def _format(predictor: Predictor) -> str:

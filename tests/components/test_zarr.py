@@ -10,10 +10,15 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from predicting import Counted, batches_of, inference, predicted
+from torch.utils.data import TensorDataset
 
 from dtrain.components.datasets.slices import SliceBuilder
 from dtrain.components.datasets.zarr_store import ZarrDataset, ZarrVolume
+from dtrain.config.errors import ConfigError
 from dtrain.predict.formats import FileSpec, write
+from dtrain.predict.items import predict_items
+from dtrain.predict.predictor import Predictor
 
 RNG = np.random.default_rng(0)
 IMAGE = RNG.integers(0, 1000, (2, 12, 20, 24)).astype(np.uint16)  # (C, Z, Y, X)
@@ -191,3 +196,42 @@ def test_what_is_written_is_read_back(version: int, compression: str | None, tmp
     ]
     back: Any = ZarrVolume(tmp_path / "p.ome.zarr")
     assert [axis["scale"] for axis in back.space] == [2.0, 0.5, 0.5]
+
+
+def test_predictions_are_stores_whole_or_not_at_all(tmp_path: Path) -> None:
+    ome(tmp_path / "in" / "scan.ome.zarr", 2)
+    data = ZarrDataset(str(tmp_path / "in"), timepoint=0, level=1, slice_builder=SliceBuilder([4, 5, 6]))
+    folder, kept = tmp_path / "out", tmp_path / "out" / "scan_predictions.ome.zarr"
+
+    def fails(images: torch.Tensor) -> torch.Tensor:
+        if images.max() >= data[8][0].max():
+            raise KeyError("not this one")
+        return images
+
+    with pytest.raises(KeyError):
+        predicted(folder, data, fails, slab_planes=12)
+    assert [path.name for path in folder.iterdir()] == [".dtrain"]
+    predicted(folder, data)
+    found: Any = zarr.open(str(kept), mode="r")
+    assert np.array_equal(found["0"][:], IMAGE[..., ::2, ::2].astype(np.float32))
+    assert found.attrs["multiscales"][0]["version"] == "0.4"
+    changes = found.attrs["multiscales"][0]["datasets"][0]["coordinateTransformations"]
+    assert changes[0]["scale"] == [1.0, 2.0, 1.0, 1.0]
+    again = Counted()
+    assert predicted(folder, data, again).made == 0
+    assert again.patches == 0
+    next(path for path in kept.rglob("*") if path.is_file() and path.name.isdigit()).write_bytes(b"less")
+    with pytest.raises(ConfigError, match=r"scan_predictions\.ome\.zarr \(of unknown origin\)"):
+        predicted(folder, data)
+    predicted(folder, data, lambda images: 2 * images, overwrite=True)
+    found = zarr.open(str(kept), mode="r")
+    assert np.array_equal(found["0"][:], 2 * IMAGE[..., ::2, ::2].astype(np.float32))
+    assert sorted(path.name for path in folder.iterdir()) == [".dtrain", kept.name]
+
+
+def test_items_of_a_dataset_without_volumes(tmp_path: Path) -> None:
+    rows = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
+    source = inference(Predictor(activation="none", format="zarr"))
+    predict_items(source, batches_of(TensorDataset(rows)), tmp_path, False)
+    found: Any = zarr.open(str(tmp_path / "predictions.zarr"), mode="r")
+    assert np.array_equal(found["predictions"][:], rows.numpy())

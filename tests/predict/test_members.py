@@ -152,6 +152,24 @@ def test_items(folds: list[int] | None, world_size: int, tmp_path: Path) -> None
     assert np.abs(read(tmp_path / "predictions.h5") - expected).max() < 1e-6
 
 
+def test_items_are_resumed_with_the_member_that_was_reached(tmp_path: Path) -> None:
+    loads, starts = [], 0
+    while True:
+        loaded = Loaded(LINEARS)
+        model = Counted(loaded, 11 + 4)  # the first member's items, and a batch of the next one's
+        source = inference(Predictor(activation="softmax"), model, weights="")
+        result = predict_items(source, batches_of(ITEMS), tmp_path, False, Members(WEIGHTS, loaded.load))
+        loads.append(loaded.loads)
+        starts += 1
+        if not result.stopped:
+            break
+        assert starts < 5
+    assert loads == [2, 2, 1]
+    with torch.no_grad():
+        each = np.stack([softmax(model(ITEMS.tensors[0]).numpy().T).T for model in LINEARS])
+    assert np.abs(read(tmp_path / "predictions.h5") - each.mean(0)).max() < 1e-6
+
+
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
 def test_an_ensemble_gives_the_logits_of_the_mean(activation: Any) -> None:
     states = [{key: value.clone() for key, value in model.state_dict().items()} for model in LINEARS]
