@@ -53,10 +53,14 @@ class Forward:
 
     def __post_init__(self) -> None:
         self._is_on_cpu = self.device.type == "cpu"
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-        self._autocast: Any = nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+        self._autocast = self.autocast()
         self._form: batches.Form | None = None  # of the inputs, once a batch was seen
         self._check_target: Any = getattr(self.criterion, "check_target", None)
+
+    def autocast(self) -> Any:
+        """A context in which a model is called in this precision."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, Mapping[str, Tensor], Outcome]:
         """The loss (mean over the batch), its terms, and what metrics look at.

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from dtrain.config.errors import ConfigError, KeyPath, dotted, is_mapping, shown, to_plain
-from dtrain.config.schema import Call, Slot, calls
+from dtrain.config.schema import OBJECT, Call, Slot, calls
 from dtrain.config.signatures import Callee
 
 NOT_SET: Any = type("NotSet", (), {"__repr__": lambda self: "(not set)"})()
@@ -30,7 +30,7 @@ _FREE = [
     (r"trainer\.ddp", r"(?!comm_hook).*"),
 ]
 # Calls that are also arguments of `trainer`, as which they are compared.
-_PARTS = ("trainer.fsdp", "trainer.pictures", "trainer.pre_trained")
+_PARTS = ("trainer.fsdp", "trainer.pictures", "trainer.pre_trained", "trainer.freeze")
 _BATCH_SIZES = ("batch_size", "global_batch_size")
 _TOP_DEFAULTS = {"seed": 0, "device": "auto", "modules": []}
 
@@ -80,7 +80,7 @@ def changes(before: ConfigDict, after: ConfigDict, ranks_before: int, ranks_afte
 
 
 def _calls(config: ConfigDict) -> dict[str, Call]:
-    return {key: call for key, call in calls(config).items() if key not in _PARTS}
+    return {key: call for key, call in calls(config).items() if not key.startswith(_PARTS)}
 
 
 def _of_top(before: ConfigDict, after: ConfigDict) -> Iterator[Change]:
@@ -100,7 +100,7 @@ def _of_call(key: str, before: Call, after: Call) -> Iterator[Change]:
         names = ".".join(old), ".".join(new)
     if names[0] != names[1] and (old != new or old is None):
         yield Change(after.path_of("name"), names[0], names[1], _is_free(key, "name"))
-    defaults = _defaults(before) | _defaults(after)
+    defaults = defaults_of(before) | defaults_of(after)
     for name in dict.fromkeys((*before.arguments, *after.arguments)):
         if key == "trainer" and name in ("ddp", "resume"):
             continue  # a call of its own; and what is asked for now
@@ -113,6 +113,8 @@ def _of_call(key: str, before: Call, after: Call) -> Iterator[Change]:
 
 def _of_values(path: KeyPath, one: Any, other: Any, before: Call, after: Call) -> Iterator[tuple[KeyPath, Any, Any]]:
     """Where two values differ, as deep inside as can be said."""
+    if path[-1] == OBJECT:
+        one, other = _comparable(one, other)
     if is_mapping(one) and is_mapping(other):
         for key in dict.fromkeys((*one, *other)):
             yield from _of_values((*path, key), one.get(key, NOT_SET), other.get(key, NOT_SET), before, after)
@@ -121,6 +123,19 @@ def _of_values(path: KeyPath, one: Any, other: Any, before: Call, after: Call) -
             yield from _of_values((*path, index), item, other_item, before, after)
     elif not _is_same(path, one, other, before, after):
         yield path, one, other
+
+
+def _comparable(one: Any, other: Any) -> tuple[Any, Any]:
+    """Of the records of two objects given in Python, what tells whether they compute the same.
+
+    Not their files, in which there is much else; their code only where the same Python has compiled both.
+    """
+    if not (is_mapping(one) and is_mapping(other)):
+        return NOT_SET, NOT_SET  # one of them is not such a record: their names differ, or what they are is the same
+    versions = {str(item.get("code")).partition(" ")[0] for item in (one, other)}
+    keys = ("repr", "length", *(("code",) if len(versions) == 1 else ()))
+    first, second = ({key: item[key] for key in keys if key in item} for item in (one, other))
+    return first, second
 
 
 def _is_same(path: KeyPath, one: Any, other: Any, before: Call, after: Call) -> bool:
@@ -146,7 +161,7 @@ def _target(call: Call, name: Any) -> tuple[str, str] | None:
     return target.module, target.name
 
 
-def _defaults(call: Call) -> dict[str, Any]:
+def defaults_of(call: Call) -> dict[str, Any]:
     """The defaults of what is called, as far as its source text says them."""
     found: dict[str, Any] = {}
     try:

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from dtrain.config.did_you_mean import did_you_mean
 from dtrain.config.errors import ConfigError, Mistake, first_few, is_mapping, shown
-from dtrain.config.schema import Call, mistake
+from dtrain.config.schema import Call, mistake, own_loop
 from dtrain.config.signatures import SOURCE, Callee
 from dtrain.config.task import COUNTS, count_argument, takes_task
 
@@ -22,15 +22,22 @@ class Monitored(NamedTuple):
     part: str  # of a vector, a dict or a loss's terms
 
 
-def monitored(wish: str | None, labels: list[str]) -> Monitored | None:
+def monitored(wish: str | None, labels: list[str], has_own_figures: bool = False) -> Monitored | None:
     """What a `trainer.monitor` means where the metrics have these labels; None where no metric's name begins it.
 
-    Default: the first metric, else the loss.
+    Default: the first metric, else the loss. With figures of its own an evaluation may give any.
     """
     name = [*labels, "loss"][0] if wish is None else wish.removeprefix("val/")
     fitting = [label for label in (*labels, "loss") if name == label or name.startswith(f"{label}_")]
     label = max(fitting, key=len, default=None)
+    if label is None and has_own_figures:
+        return Monitored(f"val/{name}", name, "")
     return None if label is None else Monitored(f"val/{name}", label, name[len(label) + 1 :])
+
+
+def measures_itself(config: ConfigDict) -> bool:
+    """Whether the trainer's class may give figures of its own in a validation."""
+    return bool(own_loop(config) & {"evaluation_step", "evaluate", "validate"})
 
 
 def labels_of(calls: Mapping[str, Call]) -> list[str]:
@@ -46,7 +53,7 @@ def monitor_mistakes(config: ConfigDict, calls: Mapping[str, Call], trains: bool
     wish, mode = (_of_trainer(calls, key) for key in ("monitor", "mode"))
     if wish is not None and not isinstance(wish, str):
         return  # a wrong type, which is reported, or a subclass's own affair
-    figure = monitored(wish, labels_of(calls))
+    figure = monitored(wish, labels_of(calls), measures_itself(config))
     if figure is None:
         known = [f"val/{label}" for label in (*labels_of(calls), "loss")]
         hint = did_you_mean(f"val/{str(wish).removeprefix('val/')}", known)
@@ -100,6 +107,10 @@ def not_given(monitor: str, given: Iterable[str]) -> str:
 
 def mode_text(calls: Mapping[str, Call], figure: Monitored) -> str:
     """What is asked of the user where nothing says whether more of a figure is better."""
+    if f"metrics.{figure.label}" not in calls:
+        return (
+            f"missing: nothing says whether a higher or a lower {figure.figure} is better; add mode: max or mode: min"
+        )
     text = f"missing: {calls[f'metrics.{figure.label}'].name} does not say whether a higher or a lower {figure.figure}"
     cure = "add mode: max or mode: min, give the metric higher_is_better = True or False"
     return f"{text} is better; {cure}, or monitor another figure, such as monitor: val/loss"
@@ -112,6 +123,8 @@ def higher_is_better(calls: Mapping[str, Call], figure: Monitored) -> Any:
     """
     if figure.label == "loss":
         return False
+    if f"metrics.{figure.label}" not in calls:  # a figure of an evaluation_step
+        return False if figure.label.lower().endswith("loss") else None
     call = calls[f"metrics.{figure.label}"]
     try:
         target = call.target

@@ -14,7 +14,7 @@ from dtrain.config.annotations import wrong_type
 from dtrain.config.did_you_mean import did_you_mean
 from dtrain.config.errors import ConfigError, KeyPath, Mistake, found, is_mapping, shown
 from dtrain.config.folds import are_folds, fold_mistakes
-from dtrain.config.schema import PHASES, SLOTS, Call, mistake, read
+from dtrain.config.schema import PHASES, SLOTS, Call, has_several, mistake, own_loop, read
 
 MAX_NAME_BYTES = 200  # a moved-aside run folder has a time stamp, too, and file systems take 255; MLflow 250
 TOP_LEVEL = {  # the keys of a config with their types; those without one are checked elsewhere
@@ -36,6 +36,7 @@ PURPOSES = {  # what a config is used for: the sections that it needs, and one o
     "train": (("model", "loaders", "loss", "optimizer"), ("train",)),
     "test": (("model", "loaders"), ("test",)),
     "predict": (("model", "loaders"), ("predict", "test")),
+    "export": (("model",), ()),
 }
 SUMMED = (  # of a loss
     "adds its samples up, so that gradients would depend on trainer.accumulate, on the number of ranks and on the "
@@ -54,6 +55,7 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # where the type alone ad
     "loaders": {
         "batch_size": _SOME, "global_batch_size": _SOME, "num_workers": _ANY, "prefetch_factor": _SOME, "timeout": _ANY,
     },
+    "optimizer": {"layer_decay": _PART},
     "lr_scheduler": {"warmup_steps": _ANY, "warmup_start": _ANY},
     "mlflow": {"exit_timeout_seconds": _ANY},
     "cluster": {"gpus_per_node": _ANY, "nproc_per_node": _SOME, "cpus_per_node": _SOME, "signal_seconds": _SOME},
@@ -92,7 +94,8 @@ def value_mistakes(config: ConfigDict) -> Iterator[Mistake]:
     for section, ranges in RANGES.items():
         values = config.get(section) if section else config
         path: KeyPath = (section,) if section else ()
-        for where, mapping in [(path, values), *(((*path, phase), _at(values, phase)) for phase in PHASES)]:
+        inner = values if section in ("optimizer", "lr_scheduler") and is_mapping(values) else PHASES
+        for where, mapping in [(path, values), *(((*path, key), _at(values, key)) for key in inner)]:
             for key, (least, most) in ranges.items():
                 value = _at(mapping, key)
                 if type(value) in (int, float) and not least <= value <= most:
@@ -142,6 +145,9 @@ def strategy_mistakes(config: ConfigDict, options: Any) -> list[Mistake]:
         why = "reduces wrong gradients together with `trainer.accumulate` (pytorch issue 143580)"
         wrong["ddp", "static_graph"] = f"{why}; remove one of the two"
     if strategy == "fsdp":
+        if has_several(config.get("optimizer")):
+            why = "fsdp trains a model as a whole, with one optimizer, and here are several"
+            wrong["strategy",] = f"{why} ({', '.join(config.optimizer)}); possible: ddp"
         if _at(options, "compile"):
             wrong["compile",] = "is not possible with a sharded model (strategy: fsdp)"
         if _at(options, "sync_batchnorm"):
@@ -188,10 +194,11 @@ def _missing_mistakes(config: ConfigDict, purpose: str | None) -> Iterator[Mista
     sections, phases = PURPOSES[purpose]
     if purpose == "test" and config.get("metrics") is None:
         sections = (*sections, "loss")
+    has_own_loop = {"training_step", "evaluation_step"} <= own_loop(config)  # which may know their loss themselves
     for name in sections:
-        if config.get(name) is None:
+        if config.get(name) is None and not (name == "loss" and has_own_loop):
             yield mistake(config, (name,), f"missing, such as {name}: {REQUIRED[name]}")
-    if is_mapping(loaders) and all(loaders.get(phase) is None for phase in phases):
+    if phases and is_mapping(loaders) and all(loaders.get(phase) is None for phase in phases):
         text = f"has no {' and no '.join(map(repr, phases))}, so there is nothing to {purpose}"
         yield mistake(config, ("loaders",), text + ("" if purpose == "predict" else " on"))
     no_limit = _at(trainer, "max_epochs") is None and _at(trainer, "max_steps") is None

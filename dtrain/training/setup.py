@@ -25,7 +25,8 @@ from dtrain.config.build import build, defaults
 from dtrain.config.check import notes
 from dtrain.config.errors import ConfigError, first_few, to_plain
 from dtrain.config.load import place_of, run_folder, sources, to_yaml
-from dtrain.config.metric_rules import Monitored, higher_is_better, mode_text, monitored
+from dtrain.config.metric_rules import Monitored, higher_is_better, measures_itself, mode_text, monitored
+from dtrain.config.optimizers import ONE
 from dtrain.config.rules import strategy_mistakes
 from dtrain.config.schema import PHASES, calls, refused
 from dtrain.data import rng
@@ -51,10 +52,11 @@ from dtrain.tracking.journal import Journal, NoJournal, flatten
 from dtrain.tracking.run_folder import RunFolder, why_not_writable
 from dtrain.tracking.run_lock import RunLock
 from dtrain.tracking.secrets import redact, redacted_tree
+from dtrain.training.closure import closure_mistake
 from dtrain.training.ema import EMA
-from dtrain.training.optimizer import get_optimizer
+from dtrain.training.optimizer import freeze, get_optimizers, shown
 from dtrain.training.same_training import compared
-from dtrain.training.schedule import end_points, get_lr_scheduler
+from dtrain.training.schedule import end_points, get_schedule
 from dtrain.training.state import FORMAT, Trainables
 
 
@@ -234,18 +236,21 @@ def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, 
     trainables, decay = parts.trainables, options["ema_decay"]
     if decay is not None:
         trainables.ema = EMA(ranks.strategy.divide(_copied(trainables.module)), decay)
+    trainables.freezing = freezing = freeze(config, trainables.module, trainables.loss)
     trainables.model = ranks.strategy.wrap(trainables.compiled)
     if (own := trainables.loss) is not None:
         ranks.share_weights(own)
         trainables.loss_ema = EMA(_copied(own), decay) if decay is not None else None
-    trainables.optimizer = optimizer = get_optimizer(config, trainables.module, own)
-    trainables.schedule = get_lr_scheduler(config, optimizer, length, epochs, parts.mode)
+    trainables.built = get_optimizers(config, trainables.module, own, freezing.thawed_later)
+    if wrong := closure_mistake(options, trainables.optimizers.values(), ranks.strategy.is_sharded):
+        raise refused(config, ("optimizer",), wrong)
+    trainables.schedule = get_schedule(config, trainables.built, length, epochs, parts.mode)
     if options["precision"] == "fp16":
         trainables.scaler = torch.amp.GradScaler(ranks.device.type)
     if ranks.is_main:
         of_run = {"experiment": config.get("experiment") or "default", "run_name": start.run_name}
         parts.journal = build(config, "mlflow", folder=start.folder, sender=sender, **of_run)
-    rates = end_points(config, optimizer, trainables.schedule, length, epochs)
+    rates = end_points(config, trainables.schedule, length, epochs)
     parts.table = _table(config, options, parts, steps, rates)
     parts.loaded = _loaded(config, trainables, ranks, start)
 
@@ -385,7 +390,7 @@ def _compiled(module: Module, wish: bool | str | dict[str, Any]) -> Module:
 
 def _monitor(config: ConfigDict, options: Mapping[str, Any], metrics: Metrics) -> Monitored:
     """The figure that 'best' means, known to be one that the validation gives."""
-    figure = monitored(options["monitor"], metrics.names)
+    figure = monitored(options["monitor"], metrics.names, measures_itself(config))
     if figure is None:
         possible = ", ".join(f"val/{name}" for name in (*metrics.names, "loss"))
         text = f"{options['monitor']!r} is not a metric of the validation; possible: {possible}"
@@ -446,6 +451,9 @@ def _table(config: ConfigDict, options: Mapping[str, Any], parts: Parts, steps: 
         + (", the model sharded (fsdp)" if ranks.strategy.is_sharded else ""),
         "run folder": str(start.folder),
     }
+    if (freezing := parts.trainables.freezing) and (frozen := "; ".join(freezing.lines())):
+        table["frozen"] = frozen
+    table |= dict(shown(parts.trainables.built, most=8))
     if trained := parts.trainables.loss and parameter_count(parts.trainables.loss)[1]:
         table["loss"] = f"{config.loss.name}, {trained:,} parameters trained"
     if parts.journal.tracking_uri:
@@ -479,7 +487,8 @@ def _misfit(trainables: Trainables, loaded: Loaded) -> str:
     misfits = misfits_of(trainables.module, loaded.weights)
     if (loss := trainables.loss) is not None and (LOSS in loaded.others or [*loss.parameters()]):
         misfits += [f"of the loss, {line}" for line in misfits_of(loss, loaded.others.get(LOSS, {}))]
-    before, now = loaded.state["optimizer_name"], type(trainables.optimizer).__name__
+    names = {name: type(optimizer).__name__ for name, optimizer in trainables.optimizers.items()}
+    before, now = loaded.state["optimizer_name"], names.get(ONE, names)
     if before != now:
         misfits.insert(0, f"its optimizer is {before}, the config's {now}")
     return f"of another training: {first_few(misfits, 10, '; ')}" if misfits else ""
