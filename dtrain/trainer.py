@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
 from dtrain.checkpoint.checkpoint_files import Loaded
-from dtrain.checkpoint.weights import load_for_use, load_weights
+from dtrain.checkpoint.weights import load_weights
 from dtrain.config.build import build
 from dtrain.config.check import check
 from dtrain.config.errors import ConfigError, to_plain
@@ -31,7 +31,7 @@ from dtrain.distributed.launched_rank import mark_first_step
 from dtrain.distributed.stop_request import StopWaiting
 from dtrain.distributed.vote import Vote
 from dtrain.predict.inference import Result
-from dtrain.predict.members import Ensemble, checkpoints_of
+from dtrain.predict.members import load_to_test
 from dtrain.predict.run import compare_with_training, logits, predict
 from dtrain.tracking.secrets import keep_secret
 from dtrain.training.best_score import is_new_best, judge_patience
@@ -109,10 +109,11 @@ class Trainer:
         parts: The objects that it works with; `make_parts` builds them.
         max_epochs: Passes over the training data.
         max_steps: Optimizer steps; with max_epochs, whichever comes first.
+        steps_per_epoch: Optimizer steps of an epoch, over an endless order. Default: once through the data.
         checkpoint_dir: The run folder. Default: runs/<experiment>.
         resume: auto | last | none | a checkpoint | a run folder | an MLflow run id.
         pre_trained: A checkpoint or weight file to start a new training from; or a mapping, to fit it to the model.
-        monitor: The figure that 'best' means. Default: the first metric of the validation, else val/loss.
+        monitor: The figure that 'best' means. Default: the first metric of the validation's first set, else its loss.
         mode: min | max, what is better of it. Default: as the metric says (`higher_is_better`), min for a loss.
         closure: Give the optimizer's step a closure that evaluates the loss again, as SAM needs. Default: where its
             signature asks for one, as that of LBFGS.
@@ -152,6 +153,7 @@ class Trainer:
         *,
         max_epochs: int | None = None,
         max_steps: int | None = None,
+        steps_per_epoch: int | None = None,
         checkpoint_dir: str | None = None,
         resume: str = "auto",
         pre_trained: str | dict | None = None,
@@ -291,7 +293,7 @@ class Trainer:
     def train_epoch(self) -> None:
         """One pass over the training data, or what is left of it. All ranks call it, equally often."""
         loader, state, activity = self.train_loader, self.state, self.activity
-        end, global_batch = loader.shard.end(state.position), loader.shard.global_batch
+        end = loader.begin(state.epoch, state.position, state.order)
         self.progress.start_epoch(state.epoch + 1, *self._extent())
         self.freeze_and_thaw()
         self.model.train()
@@ -312,7 +314,7 @@ class Trainer:
                 self.saver.poll()
                 if state.ended or state.step >= self.max_steps:
                     break
-            activity.batch_start += global_batch
+            activity.batch_start = micro.end
             activity.phase = "waiting for data"
         if state.position >= end and not state.stopped:  # a stopped epoch ends when the training resumes
             self._after_epoch()
@@ -628,31 +630,39 @@ class Trainer:
             module: What to evaluate. Default: the averaged weights where there are some, else the model.
 
         Returns:
-            The figures as <phase>/<name>; none where a request to stop came meanwhile.
+            The figures as <phase>/<name>, of several sets as <phase>/<label>/<name>; none where a request to stop came
+            meanwhile.
         """
         module = module or self.trainables.evaluated
-        pictures, is_sharded = self.parts.pictures, self.ranks.strategy.is_sharded
-        album = pictures.album(self.step, self.journal, self.progress.note) if phase == "val" else None
-        loader, stop = getattr(self.loaders, phase), self.asked_to_stop
-        if phase == "test" and self.inference.tests_volumes:
-            means = evaluate_volumes(module, logits(self.inference, loader), self.metrics, self.ranks, stop)
-        else:
-            counted = loader.counted()
-            batches = counted if is_sharded else self.stop_request.waiting(counted)  # with shards all ranks wait
-            if self._shares_loss:
-                self.ranks.agree_on_buffers(self.trainables.loss)  # type: ignore[arg-type]
-            with self.trainables.evaluating(module):
-                measured = evaluate(self._evaluate_batch, module, batches, self.metrics, self.ranks, stop, album)
-            means = measured and measured.figures
-            if measured and (left_out := len(loader.dataset) - measured.samples):
-                means = measured.figures | {"left_out_samples": left_out}
-        self.model.train()
-        if means is None:
-            self.stop()
-            return {}
-        figures = {f"{phase}/{name}": value for name, value in means.items()}
+        figures: dict[str, float] = {}
+        for name, loader in self.loaders.of(phase).items():
+            self.activity.data_set = name
+            means = self._evaluated(name, loader, module)
+            self.model.train()
+            if means is None:
+                self.stop()
+                return {}
+            figures |= {f"{name}/{figure}": value for figure, value in means.items()}
         self.journal.log(self.step, figures)
         return figures
+
+    def _evaluated(self, name: str, loader: Any, module: torch.nn.Module) -> dict[str, float] | None:
+        """Loss and metrics over one set; None where a request to stop came meanwhile."""
+        pictures, stop = self.parts.pictures.get(name), self.asked_to_stop
+        album = pictures.album(self.step, self.journal, self.progress.note) if pictures else None
+        of_volumes = self.inference.tests_volumes and hasattr(loader.dataset.dataset, "volumes")
+        if of_volumes and name.startswith("test"):
+            return evaluate_volumes(module, logits(self.inference, loader), self.metrics, self.ranks, stop)
+        counted = loader.counted()
+        # With shards all ranks wait.
+        batches = counted if self.ranks.strategy.is_sharded else self.stop_request.waiting(counted)
+        if self._shares_loss:
+            self.ranks.agree_on_buffers(self.trainables.loss)  # type: ignore[arg-type]
+        with self.trainables.evaluating(module):
+            measured = evaluate(self._evaluate_batch, module, batches, self.metrics, self.ranks, stop, album)
+        if measured and (left_out := len(loader.dataset) - measured.samples):
+            return measured.figures | {"left_out_samples": left_out}
+        return measured and measured.figures
 
     def test(self, checkpoint: Path | Sequence[Path] | None = None) -> dict[str, float]:
         """Loss and metrics on the test data, with the weights of a checkpoint. All ranks call it and get the same.
@@ -665,21 +675,12 @@ class Trainer:
         """
         with self.activity.during("test"):
             self.saver.wait()
-            wishes = [] if checkpoint is None else [checkpoint] if isinstance(checkpoint, str | Path) else checkpoint
-            paths: list[Any] = self.ranks.decide(lambda: checkpoints_of(wishes)) or [None]
-            states, step = [], None
-            for path in paths:
-                step = load_for_use(
-                    self.module, self.ranks, self.saver.checkpoints, path, criterion=self.trainables.criterion
-                )
-                if len(paths) > 1:
-                    states.append({key: value.cpu().clone() for key, value in self.module.state_dict().items()})
-            model = self.trainables.compiled
-            if len(paths) > 1:
-                model = Ensemble(self.module, states, self.inference.predictor, model)
-                self.inference = replace(self.inference, model=model)
+            called, criterion = self.trainables.compiled, self.trainables.criterion
+            model, step, path = load_to_test(self.inference, called, self.saver.checkpoints, checkpoint, criterion)
+            self.inference = replace(self.inference, model=model)
             if self.train_loader is None:  # else all phases were compared at the start
-                compare_with_training(self.inference, self.loaders.test, paths[0])
+                for loader in self.loaders.of("test").values():
+                    compare_with_training(self.inference, loader, path)
             figures = self.evaluate("test", model)
             if figures:
                 self.progress.evaluation("test", step if self.train_loader is None else self.step, figures)
@@ -805,5 +806,5 @@ class Trainer:
         """Epochs, steps of an epoch, and how many of them are done, for the progress bar."""
         loader, position = self.train_loader, self.position
         steps = int(min(loader.steps(position), self.max_steps - self.step))
-        done = -(-position // loader.global_batch)
+        done = loader.steps_done(position)
         return None if math.isinf(self.max_epochs) else int(self.max_epochs), steps + done, done

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.checkpoint.checkpoint_folder import Checkpoints
+from dtrain.checkpoint.weights import load_for_use
 from dtrain.config.errors import ConfigError
 from dtrain.data.folds import fold_numbers
+from dtrain.predict.inference import Inference
 from dtrain.predict.predictor import Predictor
 from dtrain.tracking.run_folder import RunFolder
 
@@ -139,3 +141,32 @@ class Ensemble(nn.Module):
         if activation == "softmax":
             return probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
         return probabilities.logit(1e-7) if activation == "sigmoid" else probabilities
+
+
+def load_to_test(
+    inference: Inference,
+    called: nn.Module,
+    checkpoints: Checkpoints,
+    wish: str | Path | Sequence[str | Path] | None,
+    criterion: Any,
+) -> tuple[nn.Module, int | None, Path | None]:
+    """Load the weights to be tested; of several checkpoints an ensemble is made. All ranks call it.
+
+    Args:
+        inference: Has the model.
+        called: The model, or the same compiled.
+        checkpoints: The run's, whose best or last is loaded where nothing else is wanted.
+        wish: One or several of what `checkpoints_of` takes.
+        criterion: The loss, whose weights are loaded, too.
+
+    Returns:
+        What is to be called, the step of the last weights, and where the first ones are.
+    """
+    wishes = [] if wish is None else [wish] if isinstance(wish, str | Path) else wish
+    paths: list[Path | None] = [*inference.ranks.decide(lambda: checkpoints_of(wishes))] or [None]
+    module, states, step = inference.forward.module, [], None
+    for path in paths:
+        step = load_for_use(module, inference.ranks, checkpoints, path, criterion=criterion)
+        if len(paths) > 1:
+            states.append({key: value.cpu().clone() for key, value in module.state_dict().items()})
+    return (Ensemble(module, states, inference.predictor, called) if states else called), step, paths[0]

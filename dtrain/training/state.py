@@ -200,6 +200,7 @@ class Activity:
     phase: str = "start-up"  # or "waiting for data", "forward", "validation" ...
     beats: int = 0  # grows as long as there is progress
     batch_start: int = 0  # the position of the batch at work or waited for
+    data_set: str = ""  # the name of the one that is, or was last, evaluated
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
