@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 import toy
 from safetensors.torch import load_file
-from whole_runs import Place
+from whole_runs import Place, close, figures, same_training
 
 from dtrain.config.errors import ConfigError
 from dtrain.config.load import load_config
@@ -109,6 +109,11 @@ def test_a_sweep_is_stopped_continued_and_then_finished(place: Place) -> None:
         facts = json.loads((run / f"fold={fold}" / "run.json").read_text())
         assert facts["state"] == "FINISHED"
         assert load_config(run / f"fold={fold}" / "config.yaml").loaders.folds.fold == fold
+    # The trial that was stopped is the same training as one by itself, bit for bit; on two ranks up to rounding.
+    place.run(config, "trainer.checkpoint_dir=run-sweep-alone")
+    same_training(run / "fold=0", place.path("sweep-alone"))
+    place.run(config, "trainer.checkpoint_dir=run-sweep-two", "loaders.batch_size=2", ranks=2)
+    close(figures(place.path("sweep-two")), figures(place.path("sweep-alone")))
     again = place.run(*command)
     assert "sweep: trial" not in again.stdout
     assert again.stdout.count("finished before") == 2
