@@ -125,6 +125,9 @@ DOCTOR = CONFIG | {
     "config": CONFIG["config"] | {"nargs": "?"},
     "--json": dict(action="store_true", help="print one JSON object"),
 }
+CHECK = RUN | {
+    "--find-lr": dict(action="store_true", help="try ever higher learning rates, suggest one, draw find-lr.png")
+}
 TEST = RUN | {
     "--checkpoint": dict(
         metavar="PATH", action="append", default=[],
@@ -242,11 +245,11 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    """Build everything and try one batch of each phase; train nothing, write nothing."""
+    """Build everything and try one batch of each phase; train nothing, write nothing but --find-lr's picture."""
     config = _checked(options, "train")
     from dtrain.launch import rank
 
-    return rank.rehearse(config)
+    return rank.rehearse(config, options.find_lr)
 
 
 def _checked(options: argparse.Namespace, purpose: str | None) -> Any:
@@ -276,7 +279,7 @@ def _config(options: argparse.Namespace) -> int:
     for line in notes_on(config):
         print(f"# {one_line(line)}")
     for name, call in calls(config).items():
-        if name.endswith((".loader", ".schedule", ".folds", ".ddp", ".fsdp", ".pictures")) or name.startswith(
+        if name.endswith((".loader", ".schedule", ".folds", ".ddp", ".fsdp", ".pictures", ".swa")) or name.startswith(
             ("cluster", "metric.", "groups.", "trainer.freeze")
         ):
             continue  # dtrain's own keys beside a component's, and what is not part of a training
@@ -346,7 +349,7 @@ COMMANDS = {
     "predict": (_predict, PREDICT, "configfiles/digits.yaml --output-dir predictions predictor.format=csv"),
     "sweep": (_sweep, SWEEP, "configfiles/digits.yaml optimizer.lr=1e-3,1e-2 seed=0..2"),
     "export": (_export, EXPORT, "runs/digits --output digits.onnx"),
-    "check": (_check, RUN, "configfiles/digits.yaml"),
+    "check": (_check, CHECK, "configfiles/digits.yaml --find-lr"),
     "config": (_config, CONFIG, "configfiles/digits.yaml optimizer.lr=5e-4"),
     "submit": (_submit, SUBMIT, "configfiles/digits.yaml --nodes 2 --gpus-per-node 4 --time 12:00:00"),
     "sync": (_sync, RUN_FOLDER, "runs/digits"),
