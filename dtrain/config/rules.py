@@ -157,6 +157,9 @@ def _limit_mistakes(config: ConfigDict) -> Iterator[Mistake]:
             config, ("trainer", "overfit_batches"), "cannot be combined with 'limit_batches'; keep one of them"
         )
     swa = _at(trainer, "swa")
+    if swa and has_several(config.get("optimizer")):
+        why = "sets the rate of one optimizer, and here are several"
+        yield mistake(config, ("trainer", "swa"), f"{why} ({', '.join(config.optimizer)}); ema_decay averages as well")
     for key, least in (("start_epoch", 1), ("anneal_epochs", 0), ("lr", 0)):
         value = _at(swa, key)
         if type(value) in (int, float) and value < least:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from dtrain.config.errors import ConfigError
 from dtrain.data import rng
 from dtrain.dataloader import MicroBatch
 from dtrain.reporting.png_drawing import curve, png
@@ -37,8 +38,10 @@ class Kept(NamedTuple):
 
 
 def keep(trainer: Trainer) -> Kept:
-    """A copy of weights, optimizer and random numbers, as they are now."""
+    """A copy of weights, optimizer and random numbers, as they are now; a ConfigError where there is no one rate."""
     parts: Any = trainer.trainables
+    if len(parts.optimizers) > 1:
+        raise ConfigError(f"--find-lr: tries the rate of one optimizer, and here are {', '.join(parts.optimizers)}")
     of_loss = {} if parts.loss is None else parts.loss.state_dict()
     scaler = parts.scaler.state_dict() if parts.scaler else {}
     states = copy.deepcopy((parts.module.state_dict(), of_loss, parts.optimizer.state_dict(), scaler))
