@@ -73,7 +73,12 @@ def rehearse(config: ConfigDict) -> int:
 
 def replay(config: ConfigDict, folder: Path) -> int:
     """Repeat the failed step of a run folder on this one process, and say what is found; writes nothing."""
-    return _run_and_note(config, lambda it: repeated(it.forward, it.module, it.train_loader, folder))
+
+    def repeat(trainer: Trainer) -> Iterator[str]:
+        freezing = trainer.trainables.freezing
+        return repeated(trainer.forward, trainer.module, trainer.train_loader, folder, freezing)
+
+    return _run_and_note(config, repeat)
 
 
 def _run_and_note(config: ConfigDict, action: Callable[[Trainer], Iterator[str]]) -> int:

@@ -181,7 +181,8 @@ def _built(config: ConfigDict, key: str, items: list[Named], every: Sequence[Nam
         raise refused(config, call.path_of("name"), text)
     on_gpu = items[0].parameter.device.type == "cuda"
     chosen = {"fused", "foreach", "capturable", "differentiable"} & set(call.arguments)
-    if on_gpu and not chosen and "fused" in optimizer.defaults and type(optimizer).__module__.startswith("torch."):
+    is_torchs = call.target.module.startswith("torch.")  # and no function of the user's own, which may take no `fused`
+    if on_gpu and not chosen and is_torchs and "fused" in optimizer.defaults:
         optimizer = build(config, key, offer, fused=True)
     _add_loss(optimizer, call, items)
     start_momentum(optimizer)

@@ -16,12 +16,15 @@ from dtrain.data import rng
 from dtrain.dataloader import TrainLoader
 from dtrain.modelloader import Forward
 from dtrain.tracking.run_folder import RunFolder
+from dtrain.training.freezing import Freezing
 
 
-def replay(forward: Forward, module: torch.nn.Module, loader: TrainLoader, folder: Path) -> Iterator[str]:
+def replay(
+    forward: Forward, module: torch.nn.Module, loader: TrainLoader, folder: Path, freezing: Freezing | None = None
+) -> Iterator[str]:
     """Repeat the failed step of a run folder, rank by rank; yields what is found, a line at a time.
 
-    The module is made of the run's own config; its weights are overwritten.
+    The module is made of the run's own config; its weights are overwritten, and of it is frozen what was.
 
     Raises:
         ConfigError: The folder holds no failed step.
@@ -32,6 +35,8 @@ def replay(forward: Forward, module: torch.nn.Module, loader: TrainLoader, folde
     loaded = load(kept)
     state = loaded.state
     module.load_state_dict(loaded.weights)
+    if freezing:
+        freezing.apply(state["epoch"])
     module.train()
     _restore_loss(forward.criterion, loaded)
     yield f"step {state['step'] + 1} in epoch {state['epoch'] + 1}, as on {state['world_size']} rank(s)"
