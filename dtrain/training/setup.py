@@ -57,6 +57,7 @@ from dtrain.training.ema import EMA
 from dtrain.training.optimizer import get_optimizers, shown
 from dtrain.training.same_training import compared
 from dtrain.training.schedule import end_points, get_schedule
+from dtrain.training.schedule_free import ScheduleFree, is_schedule_free
 from dtrain.training.state import FORMAT, Trainables
 
 
@@ -243,6 +244,7 @@ def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, 
     trainables.built = get_optimizers(config, trainables.module, own)
     if wrong := closure_mistake(options, trainables.optimizers.values(), ranks.strategy.is_sharded):
         raise refused(config, ("optimizer",), wrong)
+    _add_averages(config, options, trainables, ranks)
     trainables.schedule = get_schedule(config, trainables.built, length, epochs, parts.mode)
     if options["precision"] == "fp16":
         trainables.scaler = torch.amp.GradScaler(ranks.device.type)
@@ -252,6 +254,22 @@ def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, 
     rates = end_points(config, trainables.schedule, length, epochs)
     parts.table = _table(config, options, parts, steps, rates)
     parts.loaded = _loaded(config, trainables, ranks, start)
+
+
+def _add_averages(config: ConfigDict, options: Mapping[str, Any], trainables: Trainables, ranks: Ranks) -> None:
+    """The averages that a schedule-free optimizer keeps, where there is one."""
+    optimizers = [*trainables.optimizers.values()]
+    name = next((type(item).__name__ for item in optimizers if is_schedule_free(item)), "")
+    if not name:
+        return
+    if options["ema_decay"] is not None:
+        raise refused(config, ("trainer", "ema_decay"), f"{name} averages the weights itself; remove one of the two")
+    if ranks.strategy.is_sharded:
+        text = f"{name} averages the weights itself, which has not been tried with a sharded model; possible: ddp"
+        raise refused(config, ("optimizer",), text)
+    trainables.ema = ScheduleFree(_copied(trainables.module), trainables.module, optimizers)
+    if trainables.loss is not None:
+        trainables.loss_ema = ScheduleFree(_copied(trainables.loss), trainables.loss, optimizers)
 
 
 def _copied(module: Module) -> Module:
