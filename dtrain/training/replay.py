@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +62,15 @@ def _restore_loss(criterion: Any, loaded: Loaded) -> None:
 
 
 def _of_rank(step: Step, loader: TrainLoader, state: dict[str, Any], rank: int) -> Iterator[str]:
-    layout = {"world_size": state["world_size"], "batch_size": state["batch_size"], "order": state.get("order", 1)}
-    shard = replace(loader.shard, rank=rank, **layout)
+    shard = loader.shard_as(rank, state["world_size"], state["batch_size"], state.get("order", 1))
     if rank in state["rng"]:
         rng.set_state(state["rng"][rank])
     else:
         yield f"rank {rank}: its random numbers are not known; dropout may differ"
-    for number, ids in enumerate(shard.batches_from(state["epoch"], state["position"], state["accumulate"])):
+    requests = shard.requests_from(state["epoch"], state["position"], state["accumulate"])
+    for number, (epoch, *ids) in enumerate(requests):
         micro = f", batch {number + 1}" if state["accumulate"] > 1 else ""
-        batch = loader.batches.batch(state["epoch"], *ids)
+        batch = loader.batches.batch(epoch, *ids)
         if batch is None:
             yield f"rank {rank}{micro}: collate_fn left out all samples, {', '.join(map(str, ids))}"
             continue

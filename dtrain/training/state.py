@@ -19,6 +19,7 @@ from dtrain.distributed.fsdp import is_shard
 from dtrain.distributed.ranks import Ranks
 from dtrain.loss import Criterion
 from dtrain.training.ema import EMA
+from dtrain.training.freezing import Freezing
 from dtrain.training.optimizer import Built, in_the_way_of, regrouped, start_momentum
 from dtrain.training.parameter_groups import named_parameters
 from dtrain.training.schedule import Schedule, Schedules
@@ -133,6 +134,7 @@ class Trainables:
     built: Mapping[str, Built] = field(default_factory=dict)  # the optimizers with their groups, by name
     schedule: Schedule | Schedules | None = None  # the learning rates'
     scaler: torch.amp.GradScaler | None = None  # of the loss, with fp16
+    freezing: Freezing | None = None  # what is frozen in which epoch
     criterion: Criterion | None = None  # the loss
     loss: Module | None = None  # its own parameters and buffers; None where it has none
     loss_ema: EMA | ScheduleFree | None = None  # and their averages
@@ -199,6 +201,7 @@ class Activity:
     phase: str = "start-up"  # or "waiting for data", "forward", "validation" ...
     beats: int = 0  # grows as long as there is progress
     batch_start: int = 0  # the position of the batch at work or waited for
+    data_set: str = ""  # the name of the one that is, or was last, evaluated
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
