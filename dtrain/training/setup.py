@@ -68,6 +68,7 @@ from dtrain.training.memory_format import to_channels_last
 from dtrain.training.optimizer import freeze, get_optimizers, shown
 from dtrain.training.same_training import compared
 from dtrain.training.schedule import end_points, get_schedule
+from dtrain.training.schedule_free import ScheduleFree, is_schedule_free
 from dtrain.training.state import FORMAT, Trainables
 from dtrain.training.swa import SWA
 
@@ -275,6 +276,7 @@ def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, 
     trainables.built = get_optimizers(config, trainables.module, own, freezing.thawed_later)
     if wrong := closure_mistake(options, trainables.optimizers.values(), ranks.strategy.is_sharded):
         raise refused(config, ("optimizer",), wrong)
+    _add_averages(config, options, trainables, ranks)
     trainables.schedule = get_schedule(config, trainables.built, length, epochs, parts.mode)
     if options["precision"] == "fp16":
         trainables.scaler = torch.amp.GradScaler(ranks.device.type)
@@ -298,6 +300,22 @@ def _checkpoint_activations(config: ConfigDict, options: Mapping[str, Any], part
         raise refused(config, ("trainer", "activation_checkpointing"), str(error)) from None
     if names and parts.ranks.is_main:
         parts.progress.note(f"activations are computed again in backward: {first_few(names, 5)}")
+
+
+def _add_averages(config: ConfigDict, options: Mapping[str, Any], trainables: Trainables, ranks: Ranks) -> None:
+    """The averages that a schedule-free optimizer keeps, where there is one."""
+    optimizers = [*trainables.optimizers.values()]
+    name = next((type(item).__name__ for item in optimizers if is_schedule_free(item)), "")
+    if not name:
+        return
+    if key := next((key for key in ("ema_decay", "swa") if options[key] is not None), ""):
+        raise refused(config, ("trainer", key), f"{name} averages the weights itself; remove one of the two")
+    if ranks.strategy.is_sharded:
+        text = f"{name} averages the weights itself, which has not been tried with a sharded model; possible: ddp"
+        raise refused(config, ("optimizer",), text)
+    trainables.ema = ScheduleFree(_copied(trainables.module), trainables.module, optimizers)
+    if trainables.loss is not None:
+        trainables.loss_ema = ScheduleFree(_copied(trainables.loss), trainables.loss, optimizers)
 
 
 def _copied(module: Module) -> Module:
