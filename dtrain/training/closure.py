@@ -15,9 +15,7 @@ from dtrain.training.state import TrainState
 
 def asks_for_closure(optimizer: Any) -> bool:
     """Whether an optimizer's `step` cannot be called without a closure; some that need one do not say so."""
-    step = getattr(
-        type(optimizer), "step", None
-    )  # of the class: a scheduler wraps the object's
+    step = getattr(type(optimizer), "step", None)  # of the class: a scheduler wraps the object's
     if step is None:  # nothing is trained
         return False
     _, *rest = inspect.signature(step).parameters.values()
