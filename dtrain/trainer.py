@@ -4,7 +4,7 @@ import contextlib
 import functools
 import gc
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from dtrain.checkpoint.weights import load_for_use, load_weights
 from dtrain.config.build import build
 from dtrain.config.check import check
 from dtrain.config.errors import ConfigError, to_plain
+from dtrain.config.live_objects import with_objects
 from dtrain.config.load import from_mapping
 from dtrain.config.metric_rules import not_given
 from dtrain.data import rng
@@ -42,6 +43,7 @@ from dtrain.training.held_folder import keep_whole
 from dtrain.training.optimizer import require_one_optimizer, require_trained
 from dtrain.training.own_step import OwnStep, trained
 from dtrain.training.rescue import LastStep, rescue
+from dtrain.training.result import FitResult, fit_result
 from dtrain.training.run_status import session
 from dtrain.training.setup import Parts, make_parts
 from dtrain.training.state import Activity, TrainState, capture, means, restore
@@ -51,11 +53,18 @@ from dtrain.training.watchdog import watchdog
 _tensor = functools.lru_cache(torch.tensor)  # of a batch's weight, of which there are few different ones
 
 
-def create_trainer(
+def create_trainer(  # noqa: PLR0913
     config: ConfigDict | Mapping[str, Any],
     package: str | Path | None = None,
     sender: Popen[bytes] | None = None,
     purpose: Literal["train", "test", "predict"] = "train",
+    *,
+    model: torch.nn.Module | None = None,
+    datasets: Mapping[str, Any] | None = None,
+    loss: Callable[..., Any] | None = None,
+    optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+    metrics: Mapping[str, Any] | Sequence[Any] | None = None,
+    collate_fn: Callable[..., Any] | None = None,
 ) -> "Trainer":
     """Build model, loaders, loss, metrics, optimizer and scheduler as the config names them, and a trainer of them.
 
@@ -67,11 +76,18 @@ def create_trainer(
         sender: A process that waits for the run, from `prepare_sender`. Default: one is started with the run.
         purpose: For test and predict the config need not have what only a training needs, and only their data are
             read; a trainer made for training can test and predict as well.
+        model: Takes the place of the section `model`, which then need not be there; so do the others of theirs.
+        datasets: By phase (train, val, test, predict); batch_size and the like stay under `loaders`.
+        loss: A module or function of (output, target).
+        optimizer: A function of the parameters that are trained, or, if its argument is so called, of the model.
+        metrics: By name, or a list: objects with update, compute and reset, or functions of (output, target).
+        collate_fn: Makes a batch of a list of samples.
 
     Raises:
         ConfigError: With every mistake that can be found.
     """
-    config = from_mapping(config)
+    objects = {"model": model, "datasets": datasets, "loss": loss, "optimizer": optimizer, "metrics": metrics}
+    config = with_objects(from_mapping(config), {**objects, "collate_fn": collate_fn})
     keep_secret(to_plain(config))
     check(config, purpose)
     parts = make_parts(config, package, sender, purpose)
@@ -92,10 +108,11 @@ class Trainer:
         parts: The objects that it works with; `make_parts` builds them.
         max_epochs: Passes over the training data.
         max_steps: Optimizer steps; with max_epochs, whichever comes first.
+        steps_per_epoch: Optimizer steps of an epoch, over an endless order. Default: once through the data.
         checkpoint_dir: The run folder. Default: runs/<experiment>.
         resume: auto | last | none | a checkpoint | a run folder | an MLflow run id.
         pre_trained: A checkpoint or weight file to start a new training from; or a mapping, to fit it to the model.
-        monitor: The figure that 'best' means. Default: the first metric of the validation, else val/loss.
+        monitor: The figure that 'best' means. Default: the first metric of the validation's first set, else its loss.
         mode: min | max, what is better of it. Default: as the metric says (`higher_is_better`), min for a loss.
         closure: Give the optimizer's step a closure that evaluates the loss again, as SAM needs. Default: where its
             signature asks for one, as that of LBFGS.
@@ -122,6 +139,7 @@ class Trainer:
         hang_timeout_seconds: A rank that makes no progress for so long is named, and the job ends; 0: never.
         input_key: Which entry of a dict batch is the input.
         target_key: Which entry of a dict batch is the target; a list of several gives a dict of them.
+        freeze: Patterns of parameters that are not trained; or mappings with match and until_epoch.
 
     A subclass, named by `trainer.name`, may override the methods without a leading underscore. It may read `step`,
     `epoch`, `position`, `state`, `trainables`, `module`, `model`, `evaluated`, `forward`, `optimizers`, `optimizer`,
@@ -134,6 +152,7 @@ class Trainer:
         *,
         max_epochs: int | None = None,
         max_steps: int | None = None,
+        steps_per_epoch: int | None = None,
         checkpoint_dir: str | None = None,
         resume: str = "auto",
         pre_trained: str | dict | None = None,
@@ -163,6 +182,7 @@ class Trainer:
         hang_timeout_seconds: float = 1800.0,
         input_key: str | None = None,
         target_key: str | list[str] | None = None,
+        freeze: str | list[str | dict] | dict | None = None,
     ) -> None:
         self._take_over(parts)
         self.max_epochs = math.inf if max_epochs is None else max_epochs
@@ -197,15 +217,18 @@ class Trainer:
         self.train_loader: Any = parts.loaders.train
 
     def _collect_parameters(self, syncs_buffers: bool) -> None:
-        """The parameters that are trained, by which optimizer, and what the ranks have to do for those of a loss."""
+        """The parameters that are trained, now or later, and what the ranks have to do for those of a loss."""
         self.evaluated: torch.nn.Module = self.trainables.evaluated
         self.own = OwnStep(self.optimizers, self.ranks, self.scaler)
         loss: Any = self.trainables.loss
-        self._loss_parameters = [item for item in loss.parameters() if item.requires_grad] if loss else []
+        trained = {
+            id(item) for each in self.optimizers.values() for group in each.param_groups for item in group["params"]
+        }
+        self._loss_parameters = [item for item in loss.parameters() if id(item) in trained] if loss else []
         self._shares_loss = loss is not None and self.ranks.world_size > 1  # no wrapper does it
         self._shares_buffers = loss is not None and syncs_buffers and any(True for _ in loss.buffers())
         self._syncs_buffers = syncs_buffers and self.ranks.world_size > 1
-        of_model = [item for item in self.module.parameters() if item.requires_grad]
+        of_model = [item for item in self.module.parameters() if id(item) in trained]
         self._parameters = of_model + self._loss_parameters
         # Of a sharded model, shards and the loss's own cannot be scaled in one call.
         self._to_clip = [of_model, self._loss_parameters] if self._loss_parameters else [of_model]
@@ -227,11 +250,12 @@ class Trainer:
 
     # ---------------------------------------------------------------------------------------------------- the loop
 
-    def fit(self) -> str:
+    def fit(self) -> FitResult:
         """Train to the end of max_epochs or max_steps, then test; resume where the last start ended.
 
         Returns:
-            FINISHED, or KILLED when a signal ended it early (its checkpoint is written).
+            FINISHED, or KILLED when a signal ended it early (its checkpoint is written), as a string that holds what
+            was reached: figures, best checkpoint, run folder, steps.
 
         Raises:
             NonFiniteError: A loss or gradient was not finite, and on_nonfinite is stop.
@@ -245,7 +269,7 @@ class Trainer:
         if start.finished:
             self.progress.note(start.finished)
             self.journal.deliver_later(start.folder)
-            return "FINISHED"
+            return self._reached("FINISHED")
         evidence = Evidence(self.parts, self.activity, self.state, self.last_step)
         with (
             session(self.parts, self.state) as ending,
@@ -257,20 +281,20 @@ class Trainer:
             # A validation during which an earlier start was stopped comes first.
             if self.step and self.step % self.validate_every_steps == 0 and self.validate():
                 self.save()
-            criterion: Any = self.trainables.criterion
-            self.finite_step.begin(self.trainables.all, criterion.objects)
+            self.finite_step.begin(self.trainables.all, self.trainables.loss_objects)
             while self.epoch < self.max_epochs and self.step < self.max_steps and not self.state.ended:
                 self.train_epoch()
             self.after_last_step()
             if self.loaders.test is not None and not self.state.stopped:
                 ending.test_figures = self.test()
-        return ending.status
+        return self._reached(ending.status, ending.reason, ending.test_figures)
 
     def train_epoch(self) -> None:
         """One pass over the training data, or what is left of it. All ranks call it, equally often."""
         loader, state, activity = self.train_loader, self.state, self.activity
-        end, global_batch = loader.shard.end(state.position), loader.shard.global_batch
+        end = loader.begin(state.epoch, state.position, state.order)
         self.progress.start_epoch(state.epoch + 1, *self._extent())
+        self.freeze_and_thaw()
         self.model.train()
         self.throughput.restart()
         self.last_step.mark()
@@ -289,11 +313,16 @@ class Trainer:
                 self.saver.poll()
                 if state.ended or state.step >= self.max_steps:
                     break
-            activity.batch_start += global_batch
+            activity.batch_start = micro.end
             activity.phase = "waiting for data"
         if state.position >= end and not state.stopped:  # a stopped epoch ends when the training resumes
             self._after_epoch()
         self.progress.end_epoch()
+
+    def freeze_and_thaw(self) -> None:
+        """Before an epoch: freeze and thaw what `freeze` says of it. Called on every rank."""
+        if self.trainables.freezing and self.trainables.freezing.apply(self.epoch):
+            self.model = self.trainables.model = self.ranks.strategy.rewrap(self.model, self.trainables.compiled)
 
     def learn(self, micro: MicroBatch) -> None:
         """Forward and backward of one batch, or the steps that its `training_step` takes itself. On every rank."""
@@ -600,31 +629,39 @@ class Trainer:
             module: What to evaluate. Default: the averaged weights where there are some, else the model.
 
         Returns:
-            The figures as <phase>/<name>; none where a request to stop came meanwhile.
+            The figures as <phase>/<name>, of several sets as <phase>/<label>/<name>; none where a request to stop came
+            meanwhile.
         """
         module = module or self.trainables.evaluated
-        pictures, is_sharded = self.parts.pictures, self.ranks.strategy.is_sharded
-        album = pictures.album(self.step, self.journal, self.progress.note) if phase == "val" else None
-        loader, stop = getattr(self.loaders, phase), self.asked_to_stop
-        if phase == "test" and self.inference.tests_volumes:
-            means = evaluate_volumes(module, logits(self.inference, loader), self.metrics, self.ranks, stop)
-        else:
-            counted = loader.counted()
-            batches = counted if is_sharded else self.stop_request.waiting(counted)  # with shards all ranks wait
-            if self._shares_loss:
-                self.ranks.agree_on_buffers(self.trainables.loss)  # type: ignore[arg-type]
-            with self.trainables.evaluating(module):
-                measured = evaluate(self._evaluate_batch, module, batches, self.metrics, self.ranks, stop, album)
-            means = measured and measured.figures
-            if measured and (left_out := len(loader.dataset) - measured.samples):
-                means = measured.figures | {"left_out_samples": left_out}
-        self.model.train()
-        if means is None:
-            self.stop()
-            return {}
-        figures = {f"{phase}/{name}": value for name, value in means.items()}
+        figures: dict[str, float] = {}
+        for name, loader in self.loaders.of(phase).items():
+            self.activity.data_set = name
+            means = self._evaluated(name, loader, module)
+            self.model.train()
+            if means is None:
+                self.stop()
+                return {}
+            figures |= {f"{name}/{figure}": value for figure, value in means.items()}
         self.journal.log(self.step, figures)
         return figures
+
+    def _evaluated(self, name: str, loader: Any, module: torch.nn.Module) -> dict[str, float] | None:
+        """Loss and metrics over one set; None where a request to stop came meanwhile."""
+        pictures, stop = self.parts.pictures.get(name), self.asked_to_stop
+        album = pictures.album(self.step, self.journal, self.progress.note) if pictures else None
+        of_volumes = self.inference.tests_volumes and hasattr(loader.dataset.dataset, "volumes")
+        if of_volumes and name.startswith("test"):
+            return evaluate_volumes(module, logits(self.inference, loader), self.metrics, self.ranks, stop)
+        counted = loader.counted()
+        # With shards all ranks wait.
+        batches = counted if self.ranks.strategy.is_sharded else self.stop_request.waiting(counted)
+        if self._shares_loss:
+            self.ranks.agree_on_buffers(self.trainables.loss)  # type: ignore[arg-type]
+        with self.trainables.evaluating(module):
+            measured = evaluate(self._evaluate_batch, module, batches, self.metrics, self.ranks, stop, album)
+        if measured and (left_out := len(loader.dataset) - measured.samples):
+            return measured.figures | {"left_out_samples": left_out}
+        return measured and measured.figures
 
     def test(self, checkpoint: Path | None = None) -> dict[str, float]:
         """Loss and metrics on the test data, with the weights of a checkpoint. All ranks call it and get the same.
@@ -636,14 +673,15 @@ class Trainer:
         """
         with self.activity.during("test"):
             self.saver.wait()
-            load_for_use(
+            step = load_for_use(
                 self.module, self.ranks, self.saver.checkpoints, checkpoint, criterion=self.trainables.criterion
             )
             if self.train_loader is None:  # else all phases were compared at the start
-                compare_with_training(self.inference, self.loaders.test, checkpoint)
+                for loader in self.loaders.of("test").values():
+                    compare_with_training(self.inference, loader, checkpoint)
             figures = self.evaluate("test", self.trainables.compiled)
             if figures:
-                self.progress.evaluation("test", self.step, figures)
+                self.progress.evaluation("test", step if self.train_loader is None else self.step, figures)
         return figures
 
     def predict(
@@ -743,11 +781,14 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ small change
 
+    def _reached(self, status: str, reason: str = "", test_figures: Mapping[str, float] | None = None) -> FitResult:
+        folder, checkpoints = self.parts.start.folder, self.saver.checkpoints
+        return fit_result(status, reason, test_figures or {}, self.state, folder, checkpoints)
+
     def _after_first_step(self) -> None:
         """Tell the launcher, and make the metrics: importing them takes seconds, but a mistake in them shows now."""
         self._is_first_step = False
-        criterion: Any = self.trainables.criterion
-        require_trained(self.optimizers.values(), self.module, criterion.modules_now())
+        require_trained(self.optimizers.values(), self.module, self.trainables.loss_now)
         mark_first_step()
         with self.throughput.paused(), self.activity.during("making the metrics"):
             self.metrics.prepare()
@@ -758,5 +799,5 @@ class Trainer:
         """Epochs, steps of an epoch, and how many of them are done, for the progress bar."""
         loader, position = self.train_loader, self.position
         steps = int(min(loader.steps(position), self.max_steps - self.step))
-        done = -(-position // loader.global_batch)
+        done = loader.steps_done(position)
         return None if math.isinf(self.max_epochs) else int(self.max_epochs), steps + done, done

@@ -28,6 +28,7 @@ from dtrain.config.schema import Call, Offer, calls, is_component, is_data, refu
 from dtrain.config.signatures import Callee, Dynamic, is_standard
 
 MAX_ERROR = 2000  # characters of a component's own error; some hold whole tensors
+MAX_ARGUMENTS = 120  # characters of what a constructor was given
 
 
 def build(config: ConfigDict, key: str, *given: Any, **given_names: Any) -> Any:
@@ -68,7 +69,9 @@ def make(call: Call, *given: Any, **given_names: Any) -> Any:
 
 
 def _made(call: Call, given: tuple[Any, ...], given_names: dict[str, Any]) -> Any:
-    """Build the components inside a call, then call it."""
+    """Build the components inside a call, then call it; what was given in Python is itself what is wanted."""
+    if call.stands_for_object:
+        return _called(call, call.object, (_wanted_by(call.object, given[0]),), {}) if given else call.object
     imported = _imported(call)
     callee = call.target if isinstance(call.target, Callee) else _inspected(imported, call.target)
     parameter = supplied(call, callee) if given else None
@@ -93,6 +96,15 @@ def _made(call: Call, given: tuple[Any, ...], given_names: dict[str, Any]) -> An
     return _called(call, imported, positional, arguments | by_name | given_names)
 
 
+def _wanted_by(function: Callable[..., Any], given: Any) -> Any:
+    """The same for a function that was given in Python: the model where its first parameter is called as one is."""
+    with contextlib.suppress(TypeError, ValueError):
+        name = next(iter(inspect.signature(function).parameters), "")
+        name = "model" if name in ("module", "net", "network") else name
+        return given.get(name, next(iter(given.values()))) if isinstance(given, Offer) else given
+    return next(iter(given.values())) if isinstance(given, Offer) else given
+
+
 def _asked_for(given: Any, parameter: Parameter) -> Any:
     """What dtrain supplies; of an offer that which the parameter is named for, else the first."""
     return given.get(parameter.name, next(iter(given.values()))) if isinstance(given, Offer) else given
@@ -104,8 +116,15 @@ def _called(call: Call, imported: Callable[..., Any], positional: tuple[Any, ...
     except (ConfigError, MemoryError):
         raise
     except (Exception, SystemExit) as error:
-        subject = "" if isinstance(call.target, Callee) and is_own(call.target) else f"{call.name}(...) raised "
+        own = isinstance(call.target, Callee) and is_own(call.target)
+        subject = "" if own else f"{call.name}({_arguments_text(call)}) raised "
         raise refused(call.config, _key_at_fault(call, error), subject + _explained(error)) from error
+
+
+def _arguments_text(call: Call) -> str:
+    """The arguments as the config has them, so that the one to change is seen."""
+    text = ", ".join(f"{key}={to_plain(value)!r}" for key, value in call.arguments.items())
+    return text if len(text) <= MAX_ARGUMENTS else f"{text[:MAX_ARGUMENTS]}..."
 
 
 def _key_at_fault(call: Call, error: BaseException) -> KeyPath:

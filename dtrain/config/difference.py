@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from dtrain.config.errors import ConfigError, KeyPath, dotted, is_mapping, shown, to_plain
-from dtrain.config.schema import Call, Slot, calls
+from dtrain.config.schema import OBJECT, Call, Slot, calls, set_names
 from dtrain.config.signatures import Callee
 
 NOT_SET: Any = type("NotSet", (), {"__repr__": lambda self: "(not set)"})()
 # Calls, as in `calls`, and those of their keys that change nothing of what is computed, up to rounding.
 _FREE = [
     ("", r"device|experiment|run_name|modules"),
-    (r"mlflow|predictor|cluster|loaders\.(test|predict)(\.loader)?", r".*"),
+    (r"mlflow|predictor|cluster|loaders\.(test|predict)(/[\w-]+)?(\.loader)?", r".*"),
     (
-        r"loaders\.\w+\.loader",
+        r"loaders\.[\w/-]+\.loader",
         r"num_workers|pin_memory|persistent_workers|prefetch_factor|timeout|multiprocessing_context",
     ),
     (
@@ -30,7 +30,7 @@ _FREE = [
     (r"trainer\.ddp", r"(?!comm_hook).*"),
 ]
 # Calls that are also arguments of `trainer`, as which they are compared.
-_PARTS = ("trainer.fsdp", "trainer.pictures", "trainer.pre_trained")
+_PARTS = ("trainer.fsdp", "trainer.pictures", "trainer.pre_trained", "trainer.freeze")
 _BATCH_SIZES = ("batch_size", "global_batch_size")
 _TOP_DEFAULTS = {"seed": 0, "device": "auto", "modules": []}
 
@@ -80,7 +80,7 @@ def changes(before: ConfigDict, after: ConfigDict, ranks_before: int, ranks_afte
 
 
 def _calls(config: ConfigDict) -> dict[str, Call]:
-    return {key: call for key, call in calls(config).items() if key not in _PARTS}
+    return {key: call for key, call in calls(config).items() if not key.startswith(_PARTS)}
 
 
 def _of_top(before: ConfigDict, after: ConfigDict) -> Iterator[Change]:
@@ -113,6 +113,8 @@ def _of_call(key: str, before: Call, after: Call) -> Iterator[Change]:
 
 def _of_values(path: KeyPath, one: Any, other: Any, before: Call, after: Call) -> Iterator[tuple[KeyPath, Any, Any]]:
     """Where two values differ, as deep inside as can be said."""
+    if path[-1] == OBJECT:
+        one, other = _comparable(one, other)
     if is_mapping(one) and is_mapping(other):
         for key in dict.fromkeys((*one, *other)):
             yield from _of_values((*path, key), one.get(key, NOT_SET), other.get(key, NOT_SET), before, after)
@@ -121,6 +123,19 @@ def _of_values(path: KeyPath, one: Any, other: Any, before: Call, after: Call) -
             yield from _of_values((*path, index), item, other_item, before, after)
     elif not _is_same(path, one, other, before, after):
         yield path, one, other
+
+
+def _comparable(one: Any, other: Any) -> tuple[Any, Any]:
+    """Of the records of two objects given in Python, what tells whether they compute the same.
+
+    Not their files, in which there is much else; their code only where the same Python has compiled both.
+    """
+    if not (is_mapping(one) and is_mapping(other)):
+        return NOT_SET, NOT_SET  # one of them is not such a record: their names differ, or what they are is the same
+    versions = {str(item.get("code")).partition(" ")[0] for item in (one, other)}
+    keys = ("repr", "length", *(("code",) if len(versions) == 1 else ()))
+    first, second = ({key: item[key] for key in keys if key in item} for item in (one, other))
+    return first, second
 
 
 def _is_same(path: KeyPath, one: Any, other: Any, before: Call, after: Call) -> bool:
@@ -169,8 +184,8 @@ def _is_free(key: str, name: str) -> bool:
 def _global_batch(found: Mapping[str, Call], ranks: int) -> list[int]:
     """Samples per batch over all ranks, of training and validation."""
     batches = []
-    for phase in ("train", "val"):
-        call = found.get(f"loaders.{phase}.loader")
+    for name in (*(set_names(found, "train") or ["train"]), *(set_names(found, "val") or ["val"])):
+        call = found.get(f"loaders.{name}.loader")
         values = call.arguments if call else {"global_batch_size": 1}
         batches.append(values.get("global_batch_size") or (values.get("batch_size") or 1) * ranks)
     return batches

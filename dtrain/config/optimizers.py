@@ -1,10 +1,12 @@
-"""The section `optimizer`: one optimizer or several by name, and the groups of parameters in each."""
+"""Which parameters are trained, and how: `optimizer`, one or several, the groups in each, and `trainer.freeze`."""
 
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
 
 from dtrain.config.difference import defaults_of
 from dtrain.config.errors import ConfigError, KeyPath, Mistake, dotted, found, is_mapping, to_plain
@@ -25,6 +27,37 @@ class Rule(NamedTuple):
     rate: float | None  # of their own
     rate_scale: float | None  # times the section's
     settings: Mapping[str, Any]  # further arguments of the optimizer, by name
+
+
+class Frozen(NamedTuple):
+    """One entry of `trainer.freeze`."""
+
+    path: KeyPath
+    match: tuple[str, ...]  # patterns of the names of parameters
+    until_epoch: int | None  # the number of epochs; None: always
+
+
+def frozen_entries(config: ConfigDict) -> list[Frozen]:
+    """What `trainer.freeze` says: patterns and mappings, one or a list; without what is of another type."""
+    trainer = to_plain(config.get("trainer"))
+    wish = trainer.get("freeze") if isinstance(trainer, dict) else None
+    entries: list[tuple[KeyPath, Any]] = [(("trainer", "freeze"), wish)]
+    if isinstance(wish, list):
+        entries = [(("trainer", "freeze", index), item) for index, item in enumerate(wish)]
+    result = []
+    for path, item in entries:
+        if isinstance(item, str):
+            result.append(Frozen(path, (item,), None))
+        elif isinstance(item, dict):
+            result.append(Frozen(path, _texts(item.get("match")), item.get("until_epoch")))
+    return result
+
+
+def freeze_mistakes(config: ConfigDict) -> Iterator[Mistake]:
+    """Values under `trainer.freeze` of the right type that cannot be."""
+    for entry in frozen_entries(config):
+        if isinstance(entry.until_epoch, int) and entry.until_epoch < 0:
+            yield mistake(config, (*entry.path, "until_epoch"), f"must be at least 0, found {entry.until_epoch}")
 
 
 def optimizer_keys(calls: Calls) -> dict[str, str]:
@@ -125,8 +158,8 @@ def _of_group(call: Call, values: Mapping[str, Any]) -> Iterator[tuple[KeyPath, 
         yield (), f"sets nothing; add lr, lr_scale or another argument of {call.name}"
 
 
-def group_lines(calls: Calls) -> Iterator[tuple[str, str]]:
-    """For each group its key and what it says, as far as the config alone can tell."""
+def group_lines(config: ConfigDict, calls: Calls) -> Iterator[tuple[str, str]]:
+    """For each group, and what is frozen, its key and what it says, as far as the config alone can tell."""
     for key in optimizer_keys(calls).values():
         call, own = calls[key], calls[f"groups.{key}"].arguments
         of = dotted(call.path)
@@ -139,6 +172,9 @@ def group_lines(calls: Calls) -> Iterator[tuple[str, str]]:
             settings = ({} if rate is None else {"lr": f"{rate:.4g}"}) | dict(rule.settings)
             types = f" of {', '.join(rule.types)}" if rule.types else ""
             yield dotted(rule.path), f"{', '.join(rule.match or ('*',))}{types}: " + shown_settings(settings)
+    for entry in frozen_entries(config):
+        when = "" if entry.until_epoch is None else f", until epoch {entry.until_epoch}"
+        yield dotted(entry.path), f"frozen: {', '.join(entry.match)}{when}"
 
 
 def shown_settings(settings: Mapping[str, Any]) -> str:
@@ -156,7 +192,9 @@ def _written(calls: Calls, key: str) -> Iterator[tuple[KeyPath, Mapping[str, Any
 
 
 def _texts(value: Any) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value or ())
+    """A text or a list of them; what is neither is reported elsewhere."""
+    listed = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    return tuple(item for item in listed if isinstance(item, str))
 
 
 def _all_texts(values: list[Any]) -> bool:

@@ -266,6 +266,22 @@ class Source:
         written = module.attributes.get(f"{node.name}.{attribute}")
         return None if written is None else _plain(written)
 
+    def methods(self, module_name: str, name: str, above: tuple[str, str]) -> set[str] | None:
+        """The methods that a class and its bases define, without those of the base `above` (its module and name).
+
+        None where something of it cannot be read.
+        """
+        meaning = self._lookup(module_name, name, frozenset())
+        if not isinstance(meaning, Definition) or not isinstance(meaning.node, ast.ClassDef):
+            return None
+        found: set[str] = set()
+        for owner in self._lineage(meaning.module, meaning.node):
+            if owner is None:
+                return None
+            if (owner.module.name, owner.node.name) != above:
+                found |= {item.name for item, _ in _statements(owner.node.body) if isinstance(item, Function)}
+        return found
+
     def method(self, module_name: str, name: str, method: str) -> tuple[list[Parameter], bool] | None:
         """What a method of a class takes after `self`, and whether it takes anything else, too; None: not known."""
         meaning = self._lookup(module_name, name, frozenset())

@@ -76,6 +76,16 @@ class DDP:
         self.parameters = {name.replace("_orig_mod.", ""): item for name, item in named if item.requires_grad}
         return self._accelerator.prepare_model(model)
 
+    def rewrap(self, wrapped: Any, model: torch.nn.Module) -> torch.nn.Module:
+        """The model as the ranks train it from now on, where parameters were frozen or thawed.
+
+        The wrapper reduces what required a gradient when it was made. Its hooks on the parameters go with its reducer,
+        also where reference cycles keep the wrapper itself.
+        """
+        if wrapped is not model:
+            wrapped.reducer = wrapped.logger = None
+        return self.wrap(model)
+
     def divide(self, module: torch.nn.Module) -> torch.nn.Module:
         """The module as it is: every rank has all of it."""
         return module

@@ -98,6 +98,10 @@ class FSDP:
             model.register_forward_pre_hook(self._begin_with_same_buffers)
         return self.divide(model)
 
+    def rewrap(self, wrapped: torch.nn.Module, _model: torch.nn.Module) -> torch.nn.Module:
+        """As it is: each gathering of weights asks the shards whether they require a gradient."""
+        return wrapped
+
     def _begin_with_same_buffers(self, model: torch.nn.Module, _inputs: Any) -> None:
         """What DistributedDataParallel does before the first forward of each step."""
         if model.training and not self._is_amid_step:

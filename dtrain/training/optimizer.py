@@ -1,4 +1,4 @@
-"""get_optimizers: one optimizer, or several by name, over the parameters that are trained."""
+"""freeze and get_optimizers: which parameters are trained, and one optimizer, or several by name, over them."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 from dtrain.config.build import build
 from dtrain.config.difference import defaults_of
 from dtrain.config.errors import first_few
-from dtrain.config.optimizers import ONE, optimizer_keys, own_rate, rules, what_is_taken
+from dtrain.config.optimizers import ONE, frozen_entries, optimizer_keys, own_rate, rules, what_is_taken
 from dtrain.config.schema import Call, Offer, calls, refused
+from dtrain.training.freezing import Freezing
 from dtrain.training.parameter_groups import (
     Group,
     Layers,
@@ -41,6 +42,26 @@ class Built:
     def names(self) -> list[str]:
         """The parameters' names in the order in which the optimizer numbers them."""
         return [item.name for group in self.groups for item in group.items]
+
+
+def freeze(config: ConfigDict, model: torch.nn.Module, loss: torch.nn.Module | None = None) -> Freezing:
+    """Freeze what `trainer.freeze` says of a training's first epoch.
+
+    Raises:
+        ConfigError: A pattern fits no parameter, or nothing is left to train.
+    """
+    entries = frozen_entries(config)
+    if not entries:
+        return Freezing(model, loss, ())
+    every = named_parameters(model, loss)
+    for entry in entries:
+        if wrong := wrong_pattern(every, entry.match, ()):
+            raise refused(config, entry.path, wrong[1])
+    freezing = Freezing(model, loss, entries)
+    freezing.apply(0)
+    if not any(item.parameter.requires_grad for item in every):
+        raise refused(config, ("trainer", "freeze"), "freezes all parameters, so there is nothing to train")
+    return freezing
 
 
 def get_optimizers(
@@ -160,7 +181,8 @@ def _built(config: ConfigDict, key: str, items: list[Named], every: Sequence[Nam
         raise refused(config, call.path_of("name"), text)
     on_gpu = items[0].parameter.device.type == "cuda"
     chosen = {"fused", "foreach", "capturable", "differentiable"} & set(call.arguments)
-    if on_gpu and not chosen and "fused" in optimizer.defaults and type(optimizer).__module__.startswith("torch."):
+    is_ours = not chosen and not call.stands_for_object
+    if on_gpu and is_ours and "fused" in optimizer.defaults and type(optimizer).__module__.startswith("torch."):
         optimizer = build(config, key, offer, fused=True)
     _add_loss(optimizer, call, items)
     start_momentum(optimizer)

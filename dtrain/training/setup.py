@@ -25,7 +25,15 @@ from dtrain.config.build import build, defaults
 from dtrain.config.check import notes
 from dtrain.config.errors import ConfigError, first_few, to_plain
 from dtrain.config.load import place_of, run_folder, sources, to_yaml
-from dtrain.config.metric_rules import Monitored, higher_is_better, mode_text, monitored
+from dtrain.config.metric_rules import (
+    Monitored,
+    can_be_monitored,
+    higher_is_better,
+    measures_itself,
+    mode_text,
+    monitored,
+    val_sets,
+)
 from dtrain.config.optimizers import ONE
 from dtrain.config.rules import strategy_mistakes
 from dtrain.config.schema import PHASES, calls, refused
@@ -54,7 +62,7 @@ from dtrain.tracking.run_lock import RunLock
 from dtrain.tracking.secrets import redact, redacted_tree
 from dtrain.training.closure import closure_mistake
 from dtrain.training.ema import EMA
-from dtrain.training.optimizer import get_optimizers, shown
+from dtrain.training.optimizer import freeze, get_optimizers, shown
 from dtrain.training.same_training import compared
 from dtrain.training.schedule import end_points, get_schedule
 from dtrain.training.state import FORMAT, Trainables
@@ -76,7 +84,7 @@ class Parts:
     saver: Saver
     stop: StopRequest
     progress: Progress
-    pictures: Pictures
+    pictures: Mapping[str, Pictures]  # of each set of the validation, by name
     inference: Inference
     record: Mapping[str, Any]  # what the journal is given at the start
     places: Mapping[str, str]  # where each section of the config stands, as file:line
@@ -115,7 +123,7 @@ def make_parts(
     )
     if ranks.is_main:
         _tell_generators(loaders, progress.note)
-    spaces = {phase: space_of(_dataset(loader)) for phase, loader in loaders._asdict().items() if loader is not None}
+    spaces = {name: space_of(dataset) for name, dataset in loaders.datasets().items()}
     if ranks.is_main and purpose == "train" and (line := difference(spaces)):
         progress.note(f"loaders: {line}")
     loss = get_loss_criterion(config) if config.get("loss") or purpose != "predict" else None
@@ -210,15 +218,11 @@ def _predictor(config: ConfigDict, ranks: Ranks, progress: Progress, purpose: st
     return replace(predictor, activation=activation)
 
 
-def _dataset(loader: Any) -> Any:
-    """The user's own dataset, which a loader wraps."""
-    return getattr(loader, "loader", loader).dataset.dataset
-
-
 def _tests_volumes(config: ConfigDict, loaders: Loaders) -> bool:
     """Whether a test measures whole volumes."""
-    has_test = config.get("predictor") is not None and loaders.test is not None
-    return has_test and hasattr(_dataset(loaders.test), "volumes")
+    datasets = loaders.datasets()
+    has_volumes = any(hasattr(datasets[name], "volumes") for name in loaders.of("test"))
+    return config.get("predictor") is not None and has_volumes
 
 
 def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, sender: Popen[bytes] | None) -> None:
@@ -236,11 +240,12 @@ def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, 
     trainables, decay = parts.trainables, options["ema_decay"]
     if decay is not None:
         trainables.ema = EMA(ranks.strategy.divide(_copied(trainables.module)), decay)
+    trainables.freezing = freezing = freeze(config, trainables.module, trainables.loss)
     trainables.model = ranks.strategy.wrap(trainables.compiled)
     if (own := trainables.loss) is not None:
         ranks.share_weights(own)
         trainables.loss_ema = EMA(_copied(own), decay) if decay is not None else None
-    trainables.built = get_optimizers(config, trainables.module, own)
+    trainables.built = get_optimizers(config, trainables.module, own, freezing.thawed_later)
     if wrong := closure_mistake(options, trainables.optimizers.values(), ranks.strategy.is_sharded):
         raise refused(config, ("optimizer",), wrong)
     trainables.schedule = get_schedule(config, trainables.built, length, epochs, parts.mode)
@@ -389,9 +394,10 @@ def _compiled(module: Module, wish: bool | str | dict[str, Any]) -> Module:
 
 def _monitor(config: ConfigDict, options: Mapping[str, Any], metrics: Metrics) -> Monitored:
     """The figure that 'best' means, known to be one that the validation gives."""
-    figure = monitored(options["monitor"], metrics.names)
+    sets = val_sets(calls(config))
+    figure = monitored(options["monitor"], metrics.names, sets, measures_itself(config))
     if figure is None:
-        possible = ", ".join(f"val/{name}" for name in (*metrics.names, "loss"))
+        possible = ", ".join(can_be_monitored(metrics.names, sets))
         text = f"{options['monitor']!r} is not a metric of the validation; possible: {possible}"
         raise refused(config, ("trainer", "monitor"), text)
     return figure
@@ -411,11 +417,14 @@ def _mode(config: ConfigDict, figure: Monitored, metrics: Metrics, must_know: bo
     return "max" if higher is True else "min"
 
 
-def _pictures(config: ConfigDict, options: Mapping[str, Any], loaders: Loaders, start: Start) -> Pictures:
+def _pictures(config: ConfigDict, options: Mapping[str, Any], loaders: Loaders, start: Start) -> dict[str, Pictures]:
+    """What draws the validation, by the name of the set."""
     wish = options["pictures"]
     settings = wish if isinstance(wish, dict) else {} if wish else None
     try:
-        return Pictures(loaders.val, start.folder, settings, (options["input_key"], options["target_key"]))
+        keys = options["input_key"], options["target_key"]
+        named = loaders.of("val").items()
+        return {name: Pictures(loader, start.folder, settings, keys, name) for name, loader in named}
     except ValueError as error:
         raise refused(config, ("trainer", "pictures"), str(error)) from None
 
@@ -437,20 +446,22 @@ def _table(config: ConfigDict, options: Mapping[str, Any], parts: Parts, steps: 
     """What is shown before the first step."""
     ranks, start = parts.ranks, parts.start
     train: Any = parts.loaders.train
-    sizes = {phase: len(loader.loader.dataset if phase == "train" else loader.dataset)
-             for phase, loader in parts.loaders._asdict().items() if loader is not None}  # fmt: skip
+    sizes = {name: len(dataset) for name, dataset in parts.loaders.datasets().items()}
     table = {
         "model": report.model_line(str(config.model.name), *parameter_count(parts.trainables.module)),
         "data": ", ".join(f"{phase} {size:,}" for phase, size in sizes.items()) + " samples",
-        "global batch": f"{train.global_batch} = {train.shard.batch_size} x {ranks.world_size} rank(s)"
-        + (f" x {train.accumulate} accumulated" if train.accumulate > 1 else ""),
+        "global batch": train.step_size,
         "steps": f"{train.steps():,} per epoch, {steps:,} in all",
         "learning rate": rates,
         "device": f"{ranks.device}, {options['precision']}"
         + (", the model sharded (fsdp)" if ranks.strategy.is_sharded else ""),
         "run folder": str(start.folder),
     }
+    if (freezing := parts.trainables.freezing) and (frozen := "; ".join(freezing.lines())):
+        table["frozen"] = frozen
     table |= dict(shown(parts.trainables.built, most=8))
+    if train.sampler is not None:
+        table["sampler"] = train.described
     if trained := parts.trainables.loss and parameter_count(parts.trainables.loss)[1]:
         table["loss"] = f"{config.loss.name}, {trained:,} parameters trained"
     if parts.journal.tracking_uri:

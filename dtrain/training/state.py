@@ -19,6 +19,7 @@ from dtrain.distributed.fsdp import is_shard
 from dtrain.distributed.ranks import Ranks
 from dtrain.loss import Criterion
 from dtrain.training.ema import EMA
+from dtrain.training.freezing import Freezing
 from dtrain.training.optimizer import Built, in_the_way_of, regrouped, start_momentum
 from dtrain.training.parameter_groups import named_parameters
 from dtrain.training.schedule import Schedule, Schedules
@@ -132,6 +133,7 @@ class Trainables:
     built: Mapping[str, Built] = field(default_factory=dict)  # the optimizers with their groups, by name
     schedule: Schedule | Schedules | None = None  # the learning rates'
     scaler: torch.amp.GradScaler | None = None  # of the loss, with fp16
+    freezing: Freezing | None = None  # what is frozen in which epoch
     criterion: Criterion | None = None  # the loss
     loss: Module | None = None  # its own parameters and buffers; None where it has none
     loss_ema: EMA | None = None  # and their averages
@@ -151,6 +153,16 @@ class Trainables:
     def evaluated(self) -> Module:
         """The averaged weights where there are some, else the model."""
         return self.ema.module if self.ema else self.compiled
+
+    @property
+    def loss_objects(self) -> Mapping[str, Any]:
+        """All that may keep something in plain attributes of a loss, by name."""
+        return self.criterion.objects if self.criterion else {}
+
+    @property
+    def loss_now(self) -> Module | None:
+        """What the loss holds by now of modules and parameters: a forward may have made some."""
+        return self.criterion.modules_now() if self.criterion else None
 
     @property
     def all(self) -> Module:
@@ -188,6 +200,7 @@ class Activity:
     phase: str = "start-up"  # or "waiting for data", "forward", "validation" ...
     beats: int = 0  # grows as long as there is progress
     batch_start: int = 0  # the position of the batch at work or waited for
+    data_set: str = ""  # the name of the one that is, or was last, evaluated
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:

@@ -1196,6 +1196,7 @@ def only_lines_of_text(seed: int) -> bool:
         return True
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**64))
 @example(0)
 @settings(max_examples=300, deadline=timedelta(seconds=30), suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -1227,6 +1228,7 @@ def test_fifty_mutants_end_the_program_with_2_and_a_line_each() -> None:
     print(f"50 of 50; {sorted(seconds)[25]:.2f} s each, {max(seconds):.2f} s at most")
 
 
+@pytest.mark.slow
 def test_mutants_are_mostly_wrong() -> None:
     assert sum(only_lines_of_text(seed) for seed in range(60)) > 30
 
