@@ -257,6 +257,8 @@ def _why_needed(config: ConfigDict, section: str) -> str | None:
     if takes and not takes[1] and len(takes[0]) == 1:
         return f"; {target.name}.forward({takes[0][0].name}) takes no target, so it cannot compute a loss itself"
     return None
+
+
 def _several(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
