@@ -139,9 +139,8 @@ def make_parts(
     loss = loss and loss.to(ranks.device)
     predictor = _predictor(config, ranks, progress, purpose)
     forward = Forward(
-        module, ranks.device, options["precision"], *keys, loss, predictor.output_key, counts,
-        progress.note if ranks.is_main else bool,
-    )  # fmt: skip
+        module, ranks.device, options["precision"], *keys, loss, predictor.output_key, counts, progress.note
+    )
     forward.channels_last = options["channels_last"]
     metrics = get_evaluation_metric(config, ranks, ranks.device)
     figure = _monitor(config, options, metrics)
