@@ -294,7 +294,7 @@ class Loaders(NamedTuple):
             batches: Any = getattr(loader, "loader", loader).dataset
             if batches.may_leave_out:
                 shard: Any = loader.shard if isinstance(loader, TrainLoader) else loader.batch_sampler
-                counts |= {min(shard.batch_size, len(batches)), len(batches) % shard.batch_size}
+                counts |= shard.sample_counts()
         return counts
 
 

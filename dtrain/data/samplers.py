@@ -113,6 +113,10 @@ class ShuffledShard:
                     *spare,
                 ]
 
+    def sample_counts(self) -> set[int]:
+        """How many samples the batches of a rank may have."""
+        return _counts(self.samples, self.batch_size)
+
     def checksum(self) -> int:
         """Of the epoch's order."""
         return zlib.crc32(self._indices(np.arange(self.samples)).tobytes())
@@ -186,6 +190,10 @@ class BatchShard:
         """How many samples of a round are this rank's: its batch, or none."""
         own = self.number(low) + self.rank
         return int(self.edges[own + 1] - self.edges[own]) if own < self.number(high) else 0
+
+    def sample_counts(self) -> set[int]:
+        """How many samples the batches of a rank may have."""
+        return {1, *np.diff(self.edges).tolist()}
 
     def checksum(self) -> int:
         """Of the epoch's batches."""
@@ -278,9 +286,17 @@ class EvaluationShard:
         self.place = rank, 0, 0, 1  # as a ShuffledShard's, and no training's
         self._starts = range(rank * batch_size, size, world_size * batch_size)
 
+    def sample_counts(self) -> set[int]:
+        """How many samples a batch may have."""
+        return _counts(self.size, self.batch_size)
+
     def __len__(self) -> int:
         return len(self._starts)
 
     def __iter__(self) -> Iterator[list[int]]:
         for start in self._starts:
             yield [0, *range(start, min(start + self.batch_size, self.size))]
+
+
+def _counts(size: int, batch_size: int) -> set[int]:
+    return {min(batch_size, size), size % batch_size}
