@@ -183,8 +183,9 @@ class TrainLoader:
         """This rank's batches; without any sample left, a batch is None."""
         shard, accumulate = self.shard, self.accumulate
         world, high, step_low, step_high = shard.world_size, start, start, start
-        for number, (batch, kept) in enumerate(self.loader.counted()):
-            low, high = high, shard.edge(start, number + 1)
+        dealt = zip(self.loader.counted(), shard.edges_from(start), strict=False)  # the second would go on for ever
+        for number, ((batch, kept), edge) in enumerate(dealt):
+            low, high = high, edge
             if number % accumulate == 0:
                 step_low, step_high = low, shard.edge(start, number + accumulate) if accumulate > 1 else high
             samples = min(kept, shard.own_samples(low, high))

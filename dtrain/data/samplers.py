@@ -67,6 +67,11 @@ class ShuffledShard:
         """The position after so many batches of all ranks from a start on; the end where there are fewer."""
         return min(start + batches * self.global_batch, self.end(start))
 
+    def edges_from(self, start: int) -> Iterator[int]:
+        """The positions after one batch of all ranks, after two, and so on."""
+        end = self.end(start)
+        return (min(high, end) for high in itertools.count(start + self.global_batch, self.global_batch))
+
     def own_samples(self, low: int, high: int) -> int:
         """How many samples of a batch of all ranks, from one position to another, are this rank's."""
         return max(0, -(-(high - low - self.rank) // self.world_size))
@@ -185,6 +190,10 @@ class BatchShard:
     def limit(self, limit: int | float) -> None:
         """Use so many first rounds, or a share of them."""
         self.most = limited(self.batches(0), 1, limit)
+
+    def edges_from(self, start: int) -> Iterator[int]:
+        """The positions after one round, after two, and so on."""
+        return (self.edge(start, rounds) for rounds in itertools.count(1))
 
     def own_samples(self, low: int, high: int) -> int:
         """How many samples of a round are this rank's: its batch, or none."""
