@@ -1,6 +1,5 @@
 """dtrain check --find-lr: the learning-rate range test (Smith, 2015), on weights that are put back afterwards."""
 
-import copy
 import itertools
 import json
 import math
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map
 
 from dtrain.data import rng
 from dtrain.dataloader import MicroBatch
@@ -41,8 +41,13 @@ def keep(trainer: Trainer) -> Kept:
     parts: Any = trainer.trainables
     of_loss = {} if parts.loss is None else parts.loss.state_dict()
     scaler = parts.scaler.state_dict() if parts.scaler else {}
-    states = copy.deepcopy((parts.module.state_dict(), of_loss, parts.optimizer.state_dict(), scaler))
-    return Kept(*states, rng.get_state())
+    states = parts.module.state_dict(), of_loss, parts.optimizer.state_dict(), scaler
+    return Kept(*map(_copied, states), rng.get_state())
+
+
+def _copied(tree: Any) -> Any:
+    """The same nested containers with copies of the tensors; Python's deepcopy fails for shards."""
+    return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, tree)
 
 
 def put_back(trainer: Trainer, kept: Kept) -> None:
@@ -51,7 +56,7 @@ def put_back(trainer: Trainer, kept: Kept) -> None:
     parts.module.load_state_dict(kept.weights)
     if parts.loss is not None:
         parts.loss.load_state_dict(kept.of_loss)
-    parts.optimizer.load_state_dict(copy.deepcopy(kept.optimizer))
+    parts.optimizer.load_state_dict(_copied(kept.optimizer))
     parts.optimizer.zero_grad()
     if parts.scaler and kept.scaler:
         parts.scaler.load_state_dict(kept.scaler)

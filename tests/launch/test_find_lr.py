@@ -58,10 +58,10 @@ def by_hand() -> tuple[list[float], list[float]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_the_curve_and_the_suggestion_are_those_of_a_plain_loop(place: Place, ranks: int) -> None:
+@pytest.mark.parametrize(("ranks", "strategy"), [(1, "ddp"), (2, "ddp"), (2, "fsdp")])
+def test_the_curve_and_the_suggestion_are_those_of_a_plain_loop(place: Place, ranks: int, strategy: str) -> None:
     (place.folder / "fixed.py").write_text(MODEL)
-    config = place.config(f"find-lr-{ranks}", **SETTINGS)
+    config = place.config(f"find-lr-{ranks}", **SETTINGS | {"trainer.strategy": strategy})
     done = place.run("check", config, "--find-lr", ranks=ranks)
     picture = Image.open(place.folder / "find-lr.png")
     rates, losses = by_hand()
