@@ -6,9 +6,10 @@ if TYPE_CHECKING:
     from dtrain.config.errors import ConfigError
     from dtrain.config.load import load_config
     from dtrain.trainer import Trainer, create_trainer
+    from dtrain.training.saved_model import load_model
 
 __version__ = "0.1.0"
-__all__ = ["ConfigError", "Trainer", "__version__", "create_trainer", "load_config"]
+__all__ = ["ConfigError", "Trainer", "__version__", "create_trainer", "load_config", "load_model"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,6 +18,8 @@ def __getattr__(name: str) -> Any:
         from dtrain import config as place
     elif name in ("create_trainer", "Trainer"):
         from dtrain import trainer as place  # type: ignore[no-redef]
+    elif name == "load_model":
+        from dtrain.training import saved_model as place  # type: ignore[no-redef]
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(place, name)

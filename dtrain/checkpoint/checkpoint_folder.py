@@ -131,8 +131,12 @@ class Checkpoints:
         First the one that the training itself chose: who tests or predicts may not know which scores are good.
         """
         readable, unreadable = self._scan()
-        chosen = (self.folder / "best").resolve().name
-        return _first_good([*unreadable, *sorted(self._ranked(readable), key=lambda path: path.name != chosen)])
+        return _first_good([*unreadable, *self._chosen_first(readable)])
+
+    def chosen(self) -> Path | None:
+        """The best checkpoint, else the last one, or None; unlike `best` and `last` it reads none of their files."""
+        readable, _ = self._scan()
+        return next(iter([*self._chosen_first(readable), *(path for path, _ in readable)]), None)
 
     def folders(self) -> list[Path]:
         """Those of all checkpoints, damaged ones included, newest last by name."""
@@ -272,6 +276,11 @@ class Checkpoints:
                 continue
             with suppress(CheckpointError):
                 yield read_manifest(path)
+
+    def _chosen_first(self, readable: list[tuple[Path, Manifest]]) -> list[Path]:
+        """The same as `_ranked`, but first the one that the link of the training's own says."""
+        chosen = (self.folder / "best").resolve().name
+        return sorted(self._ranked(readable), key=lambda path: path.name != chosen)
 
     def _ranked(self, readable: list[tuple[Path, Manifest]]) -> list[Path]:
         """Those with a score, best first: finite weights before others, the older of two equals first."""

@@ -60,7 +60,7 @@ def find_start(
     elif Path(resume).is_dir():
         start = _from_path(folder, Path(resume), run_name, limits)
     elif re.fullmatch(r"[0-9a-f]{32}", resume):
-        start = _continued(_folder_of_run(folder, resume, tracking_uri), run_name, limits)
+        start = _continued(folder_of_run(folder, resume, tracking_uri), run_name, limits)
     else:
         raise ResumeError(f"'{resume}' is neither auto, none, a checkpoint, a run folder, an MLflow run id nor last")
     return start._replace(busy=other_writer(start.folder), found_attempt=read_run(start.folder).get("attempt_started"))
@@ -115,7 +115,8 @@ def _from_path(folder: Path, path: Path, run_name: str, limits: Mapping[str, Any
     return Start(folder, checkpoint, run_name, is_verified=True)
 
 
-def _folder_of_run(folder: Path, run_id: str, tracking_uri: str | None) -> Path:
+def folder_of_run(folder: Path, run_id: str, tracking_uri: str | None) -> Path:
+    """The run folder of an MLflow run, perhaps this one; ResumeError where it is not known or not on this machine."""
     if read_run(folder).get("run_id") == run_id:
         return folder
     try:

@@ -16,6 +16,7 @@ from dtrain.checkpoint.checkpoint_files import (
     LOSS_EMA,
     MODEL,
     STATE,
+    read_manifest,
     read_tensors,
     read_torch_file,
     require_whole,
@@ -36,8 +37,10 @@ def load_for_use(
     path: Path | None,
     is_required: bool = False,
     criterion: Any = None,
-) -> None:
-    """Give every rank the weights to be used: the averaged ones where a checkpoint has them.
+) -> int | None:
+    """Give every rank the weights to be used, the averaged ones where a checkpoint has them; returns their step.
+
+    The step is that of a checkpoint; None: of a weight file, or where there is none.
 
     They are those of a checkpoint folder or weight file; without a path, the best checkpoint's, else the last one's,
     else the model's own. A loss (`dtrain.loss.Criterion`) with a state gets its own from the same checkpoint. Raises
@@ -48,13 +51,13 @@ def load_for_use(
     kept: dict[str, Any] | None = None  # of the loss's attributes
     loss: torch.nn.Module | None = criterion and criterion.module
 
-    def read() -> None:
+    def read() -> int | None:
         nonlocal weights, of_loss, kept
         chosen = path or checkpoints.best() or checkpoints.last()
         if chosen is None and is_required:
             raise ConfigError(f"{checkpoints.folder} holds no checkpoint; train first, or name one: --checkpoint")
         if chosen is None:
-            return
+            return None
         try:
             weights = fitted(module, load_weights(chosen, averaged=None, is_verified=path is None))
             if criterion is not None:
@@ -65,13 +68,15 @@ def load_for_use(
             raise ConfigError(f"{chosen} does not fit the model: {first_few(misfits, 10, '; ')}")
         if of_loss is not None and loss is not None and (misfits := misfits_of(loss, of_loss)):
             raise ConfigError(f"{chosen} does not fit the loss: {first_few(misfits, 10, '; ')}")
+        return int(read_manifest(chosen)["step"]) if chosen.is_dir() else None
 
-    ranks.decide(read)
+    step = ranks.decide(read)
     ranks.strategy.load_weights(module, weights)
     if loss is not None:
         ranks.strategy.load_weights(loss, of_loss)
     if criterion is not None and (kept := ranks.broadcast(kept)) is not None:
         criterion.kept.load_state_dict(kept)
+    return step
 
 
 def _state_of_loss(path: Path, has_weights: bool) -> tuple[dict[str, Any] | None, dict[str, Any]]:

@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from dtrain.config.errors import ConfigError, KeyPath, dotted, is_mapping, shown, to_plain
-from dtrain.config.schema import Call, Slot, calls
+from dtrain.config.schema import OBJECT, Call, Slot, calls, set_names
 from dtrain.config.signatures import Callee
 
 NOT_SET: Any = type("NotSet", (), {"__repr__": lambda self: "(not set)"})()
 # Calls, as in `calls`, and those of their keys that change nothing of what is computed, up to rounding.
 _FREE = [
     ("", r"device|experiment|run_name|modules|config_version"),
-    (r"mlflow|predictor|cluster|loaders\.(test|predict)(\.loader)?", r".*"),
+    (r"mlflow|predictor|cluster|loaders\.(test|predict)(/[\w-]+)?(\.loader)?", r".*"),
     (
-        r"loaders\.\w+\.loader",
+        r"loaders\.[\w/-]+\.loader",
         r"num_workers|pin_memory|persistent_workers|prefetch_factor|timeout|multiprocessing_context",
     ),
     (
@@ -32,7 +32,7 @@ _FREE = [
     (r"trainer\.fsdp", r"(?!param_dtype|reduce_dtype).*"),
 ]
 # Calls that are also arguments of `trainer`, as which they are compared.
-_PARTS = ("trainer.pictures", "trainer.pre_trained", "trainer.swa")
+_PARTS = ("trainer.pictures", "trainer.pre_trained", "trainer.freeze", "trainer.swa")
 _BATCH_SIZES = ("batch_size", "global_batch_size")
 _TOP_DEFAULTS = {"seed": 0, "device": "auto", "modules": [], "config_version": None}
 
@@ -82,7 +82,7 @@ def changes(before: ConfigDict, after: ConfigDict, ranks_before: int, ranks_afte
 
 
 def _calls(config: ConfigDict) -> dict[str, Call]:
-    return {key: call for key, call in calls(config).items() if key not in _PARTS}
+    return {key: call for key, call in calls(config).items() if not key.startswith(_PARTS)}
 
 
 def _of_top(before: ConfigDict, after: ConfigDict) -> Iterator[Change]:
@@ -102,7 +102,7 @@ def _of_call(key: str, before: Call, after: Call) -> Iterator[Change]:
         names = ".".join(old), ".".join(new)
     if names[0] != names[1] and (old != new or old is None):
         yield Change(after.path_of("name"), names[0], names[1], _is_free(key, "name"))
-    defaults = _defaults(before) | _defaults(after)
+    defaults = defaults_of(before) | defaults_of(after)
     for name in dict.fromkeys((*before.arguments, *after.arguments)):
         if key == "trainer" and name in ("ddp", "fsdp", "resume"):
             continue  # calls of their own; and what is asked for now
@@ -115,6 +115,8 @@ def _of_call(key: str, before: Call, after: Call) -> Iterator[Change]:
 
 def _of_values(path: KeyPath, one: Any, other: Any, before: Call, after: Call) -> Iterator[tuple[KeyPath, Any, Any]]:
     """Where two values differ, as deep inside as can be said."""
+    if path[-1] == OBJECT:
+        one, other = _comparable(one, other)
     if is_mapping(one) and is_mapping(other):
         for key in dict.fromkeys((*one, *other)):
             yield from _of_values((*path, key), one.get(key, NOT_SET), other.get(key, NOT_SET), before, after)
@@ -123,6 +125,19 @@ def _of_values(path: KeyPath, one: Any, other: Any, before: Call, after: Call) -
             yield from _of_values((*path, index), item, other_item, before, after)
     elif not _is_same(path, one, other, before, after):
         yield path, one, other
+
+
+def _comparable(one: Any, other: Any) -> tuple[Any, Any]:
+    """Of the records of two objects given in Python, what tells whether they compute the same.
+
+    Not their files, in which there is much else; their code only where the same Python has compiled both.
+    """
+    if not (is_mapping(one) and is_mapping(other)):
+        return NOT_SET, NOT_SET  # one of them is not such a record: their names differ, or what they are is the same
+    versions = {str(item.get("code")).partition(" ")[0] for item in (one, other)}
+    keys = ("repr", "length", *(("code",) if len(versions) == 1 else ()))
+    first, second = ({key: item[key] for key in keys if key in item} for item in (one, other))
+    return first, second
 
 
 def _is_same(path: KeyPath, one: Any, other: Any, before: Call, after: Call) -> bool:
@@ -148,7 +163,7 @@ def _target(call: Call, name: Any) -> tuple[str, str] | None:
     return target.module, target.name
 
 
-def _defaults(call: Call) -> dict[str, Any]:
+def defaults_of(call: Call) -> dict[str, Any]:
     """The defaults of what is called, as far as its source text says them."""
     found: dict[str, Any] = {}
     try:
@@ -171,8 +186,8 @@ def _is_free(key: str, name: str) -> bool:
 def _global_batch(found: Mapping[str, Call], ranks: int) -> list[int]:
     """Samples per batch over all ranks, of training and validation."""
     batches = []
-    for phase in ("train", "val"):
-        call = found.get(f"loaders.{phase}.loader")
+    for name in (*(set_names(found, "train") or ["train"]), *(set_names(found, "val") or ["val"])):
+        call = found.get(f"loaders.{name}.loader")
         values = call.arguments if call else {"global_batch_size": 1}
         batches.append(values.get("global_batch_size") or (values.get("batch_size") or 1) * ranks)
     return batches

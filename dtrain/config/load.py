@@ -61,6 +61,8 @@ def from_mapping(values: Mapping[str, Any] | ConfigDict) -> ConfigDict:
     if mistakes:
         raise ConfigError(mistakes)
     canonical_names(tree.values, tree.places)
+    if tree.values.get("experiment") is None:  # else a copy in a file would be named by that
+        tree.values["experiment"] = "default"
     return _to_config(tree)
 
 

@@ -120,6 +120,10 @@ class FSDP:
             model.register_forward_pre_hook(self._begin_with_same_buffers)
         return self.divide(model)
 
+    def rewrap(self, wrapped: torch.nn.Module, _model: torch.nn.Module) -> torch.nn.Module:
+        """As it is: each gathering of weights asks the shards whether they require a gradient."""
+        return wrapped
+
     def _begin_with_same_buffers(self, model: torch.nn.Module, _inputs: Any) -> None:
         """What DistributedDataParallel does before the first forward of each step."""
         if model.training and not self._is_amid_step:
@@ -173,6 +177,23 @@ class FSDP:
         """Around a batch that is not the last of its step: gradients are reduced all the same, which saves memory."""
         yield
         self._is_amid_step = True
+
+    def gradients(
+        self, loss: torch.Tensor, seed: torch.Tensor, parameters: list[torch.nn.Parameter], retain_graph: bool
+    ) -> list[torch.Tensor | None]:
+        """The mean over the ranks of a loss's gradients; of a sharded model a backward reduces them, as shards."""
+        kept = [item.grad for item in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        loss.backward(seed, retain_graph=retain_graph)
+        found = [item.grad for item in parameters]
+        for parameter, gradient in zip(parameters, kept, strict=True):
+            parameter.grad = gradient
+        whole = [number for number, item in enumerate(parameters) if not is_shard(item)]  # of the loss
+        means = self._ranks.average([found[number] for number in whole], [parameters[number] for number in whole])
+        for number, mean in zip(whole, means, strict=True):
+            found[number] = mean
+        return found
 
     def total_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         """The 2-norm of all whole gradients as one vector, the same on every rank; a loss's own are not sharded."""

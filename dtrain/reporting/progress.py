@@ -99,10 +99,13 @@ class Progress:
         clock = self._clock
         self._write(f"epoch {clock.epoch_text()}", f"step {step:,}", *figure_texts(figures).values(), clock.left_text())
 
-    def evaluation(self, phase: str, step: int, figures: Mapping[str, float], best: bool = False) -> None:
-        """The loss and metrics of an evaluation, the best one so far or not; the phase may stand before their names."""
+    def evaluation(self, phase: str, step: int | None, figures: Mapping[str, float], best: bool = False) -> None:
+        """The loss and metrics of an evaluation, the best one so far or not; the phase may stand before their names.
+
+        `step` is that of the weights; None: it is not known.
+        """
         texts = figure_texts(without_phase(phase, figures)).values()
-        self._write(phase, f"step {step:,}", *texts, "best so far" if best else "")
+        self._write(phase, "" if step is None else f"step {step:,}", *texts, "best so far" if best else "")
 
     def note(self, text: str) -> None:
         """A text of one line or several, with a time stamp before each of them."""

@@ -79,12 +79,12 @@ class TerminalProgress(Progress):
         if self._clock.done >= self._clock.steps and perf_counter() - self._row_start[0] > REFRESH_SECONDS:
             self._live.refresh()
 
-    def evaluation(self, phase: str, step: int, figures: Mapping[str, float], best: bool = False) -> None:
+    def evaluation(self, phase: str, step: int | None, figures: Mapping[str, float], best: bool = False) -> None:
         """A row in the table of epochs; of another phase than val, a line."""
         super().evaluation(phase, step, figures, best)
         bare = without_phase(phase, figures)
         if phase == "val":
-            self._step = step
+            self._step = step or 0
             self._evaluated = {f"{phase}/{name}": value for name, value in bare.items()}
             self._print_row({name: figure_text(value) for name, value in self._evaluated.items()}, best)
         else:

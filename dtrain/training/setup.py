@@ -25,7 +25,16 @@ from dtrain.config.build import build, defaults
 from dtrain.config.check import notes
 from dtrain.config.errors import ConfigError, first_few, to_plain
 from dtrain.config.load import place_of, run_folder, sources, to_yaml
-from dtrain.config.metric_rules import Monitored, higher_is_better, mode_text, monitored
+from dtrain.config.metric_rules import (
+    Monitored,
+    can_be_monitored,
+    higher_is_better,
+    measures_itself,
+    mode_text,
+    monitored,
+    val_sets,
+)
+from dtrain.config.optimizers import ONE
 from dtrain.config.rules import strategy_mistakes
 from dtrain.config.schema import PHASES, calls, refused
 from dtrain.data import rng
@@ -53,11 +62,12 @@ from dtrain.tracking.run_folder import RunFolder, why_not_writable
 from dtrain.tracking.run_lock import RunLock
 from dtrain.tracking.secrets import redact, redacted_tree
 from dtrain.training.activation_checkpointing import checkpoint_activations
+from dtrain.training.closure import closure_mistake
 from dtrain.training.ema import EMA
 from dtrain.training.memory_format import to_channels_last
-from dtrain.training.optimizer import get_optimizer
+from dtrain.training.optimizer import freeze, get_optimizers, shown
 from dtrain.training.same_training import compared
-from dtrain.training.schedule import end_points, get_lr_scheduler
+from dtrain.training.schedule import end_points, get_schedule
 from dtrain.training.state import FORMAT, Trainables
 from dtrain.training.swa import SWA
 
@@ -78,7 +88,7 @@ class Parts:
     saver: Saver
     stop: StopRequest
     progress: Progress
-    pictures: Pictures
+    pictures: Mapping[str, Pictures]  # of each set of the validation, by name
     inference: Inference
     record: Mapping[str, Any]  # what the journal is given at the start
     places: Mapping[str, str]  # where each section of the config stands, as file:line
@@ -117,19 +127,20 @@ def make_parts(
     )
     if ranks.is_main:
         _tell_generators(loaders, progress.note)
-    spaces = {phase: space_of(_dataset(loader)) for phase, loader in loaders._asdict().items() if loader is not None}
+    spaces = {name: space_of(dataset) for name, dataset in loaders.datasets().items()}
     if ranks.is_main and purpose == "train" and (line := difference(spaces)):
         progress.note(f"loaders: {line}")
-    loss = get_loss_criterion(config) if config.get("loss") else None
-    keys = options["input_key"], options["target_key"]
-    make_lazy_parts(Forward(module, torch.device("cpu"), "fp32", *keys, loss), loaders)
+    loss = get_loss_criterion(config) if config.get("loss") or purpose != "predict" else None
+    keys, counts = (options["input_key"], options["target_key"]), loaders.sample_counts()
+    make_lazy_parts(Forward(module, torch.device("cpu"), "fp32", *keys, loss, sample_counts=counts), loaders)
     module = _prepared_model(config, module, options, ranks, start, progress.note)
     compiled = module if ranks.strategy.is_sharded else _compiled(module, options["compile"])
     loss = loss and loss.to(ranks.device)
     predictor = _predictor(config, ranks, progress, purpose)
     forward = Forward(
-        module, ranks.device, options["precision"], *keys, loss, predictor.output_key, loaders.sample_counts()
-    )
+        module, ranks.device, options["precision"], *keys, loss, predictor.output_key, counts,
+        progress.note if ranks.is_main else bool,
+    )  # fmt: skip
     forward.channels_last = options["channels_last"]
     metrics = get_evaluation_metric(config, ranks, ranks.device)
     figure = _monitor(config, options, metrics)
@@ -174,7 +185,7 @@ def make_lazy_parts(forward: Forward, loaders: Loaders) -> None:
         return
     module = forward.module.eval()  # else it would begin with statistics of this batch
     with torch.no_grad():
-        if of_loss:
+        if of_loss or (criterion is not None and criterion.of_model):
             criterion.train(False)
             forward(module, first_batch(loaders))
             criterion.train()
@@ -213,15 +224,11 @@ def _predictor(config: ConfigDict, ranks: Ranks, progress: Progress, purpose: st
     return replace(predictor, activation=activation)
 
 
-def _dataset(loader: Any) -> Any:
-    """The user's own dataset, which a loader wraps."""
-    return getattr(loader, "loader", loader).dataset.dataset
-
-
 def _tests_volumes(config: ConfigDict, loaders: Loaders) -> bool:
     """Whether a test measures whole volumes."""
-    has_test = config.get("predictor") is not None and loaders.test is not None
-    return has_test and hasattr(_dataset(loaders.test), "volumes")
+    datasets = loaders.datasets()
+    has_volumes = any(hasattr(datasets[name], "volumes") for name in loaders.of("test"))
+    return config.get("predictor") is not None and has_volumes
 
 
 def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, sender: Popen[bytes] | None) -> None:
@@ -240,20 +247,23 @@ def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, 
     if decay is not None or options["swa"]:
         trainables.ema = _average(ranks.strategy.divide(_copied(trainables.module)), options)
     _checkpoint_activations(config, options, parts)
+    trainables.freezing = freezing = freeze(config, trainables.module, trainables.loss)
     trainables.model = ranks.strategy.wrap(trainables.compiled)
     if isinstance(ranks.strategy, FSDP) and options["compile"]:
         ranks.strategy.compile(trainables.model, _compile_options(options["compile"]))
     if (own := trainables.loss) is not None:
         ranks.share_weights(own)
         trainables.loss_ema = _average(_copied(own), options) if trainables.ema else None
-    trainables.optimizer = optimizer = get_optimizer(config, trainables.module, own)
-    trainables.schedule = get_lr_scheduler(config, optimizer, length, epochs, parts.mode)
+    trainables.built = get_optimizers(config, trainables.module, own, freezing.thawed_later)
+    if wrong := closure_mistake(options, trainables.optimizers.values(), ranks.strategy.is_sharded):
+        raise refused(config, ("optimizer",), wrong)
+    trainables.schedule = get_schedule(config, trainables.built, length, epochs, parts.mode)
     if options["precision"] == "fp16":
         trainables.scaler = torch.amp.GradScaler(ranks.device.type)
     if ranks.is_main:
         of_run = {"experiment": config.get("experiment") or "default", "run_name": start.run_name}
         parts.journal = build(config, "mlflow", folder=start.folder, sender=sender, **of_run)
-    rates = end_points(config, optimizer, trainables.schedule, length, epochs)
+    rates = end_points(config, trainables.schedule, length, epochs)
     parts.table = _table(config, options, parts, steps, rates)
     parts.loaded = _loaded(config, trainables, ranks, start)
 
@@ -417,9 +427,10 @@ def _compile_options(wish: bool | str | dict[str, Any]) -> dict[str, Any]:
 
 def _monitor(config: ConfigDict, options: Mapping[str, Any], metrics: Metrics) -> Monitored:
     """The figure that 'best' means, known to be one that the validation gives."""
-    figure = monitored(options["monitor"], metrics.names)
+    sets = val_sets(calls(config))
+    figure = monitored(options["monitor"], metrics.names, sets, measures_itself(config))
     if figure is None:
-        possible = ", ".join(f"val/{name}" for name in (*metrics.names, "loss"))
+        possible = ", ".join(can_be_monitored(metrics.names, sets))
         text = f"{options['monitor']!r} is not a metric of the validation; possible: {possible}"
         raise refused(config, ("trainer", "monitor"), text)
     return figure
@@ -439,11 +450,14 @@ def _mode(config: ConfigDict, figure: Monitored, metrics: Metrics, must_know: bo
     return "max" if higher is True else "min"
 
 
-def _pictures(config: ConfigDict, options: Mapping[str, Any], loaders: Loaders, start: Start) -> Pictures:
+def _pictures(config: ConfigDict, options: Mapping[str, Any], loaders: Loaders, start: Start) -> dict[str, Pictures]:
+    """What draws the validation, by the name of the set."""
     wish = options["pictures"]
     settings = wish if isinstance(wish, dict) else {} if wish else None
     try:
-        return Pictures(loaders.val, start.folder, settings, (options["input_key"], options["target_key"]))
+        keys = options["input_key"], options["target_key"]
+        named = loaders.of("val").items()
+        return {name: Pictures(loader, start.folder, settings, keys, name) for name, loader in named}
     except ValueError as error:
         raise refused(config, ("trainer", "pictures"), str(error)) from None
 
@@ -465,19 +479,22 @@ def _table(config: ConfigDict, options: Mapping[str, Any], parts: Parts, steps: 
     """What is shown before the first step."""
     ranks, start = parts.ranks, parts.start
     train: Any = parts.loaders.train
-    sizes = {phase: len(loader.loader.dataset if phase == "train" else loader.dataset)
-             for phase, loader in parts.loaders._asdict().items() if loader is not None}  # fmt: skip
+    sizes = {name: len(dataset) for name, dataset in parts.loaders.datasets().items()}
     table = {
         "model": report.model_line(str(config.model.name), *parameter_count(parts.trainables.module)),
         "data": ", ".join(f"{phase} {size:,}" for phase, size in sizes.items()) + " samples",
-        "global batch": f"{train.global_batch} = {train.shard.batch_size} x {ranks.world_size} rank(s)"
-        + (f" x {train.accumulate} accumulated" if train.accumulate > 1 else ""),
+        "global batch": train.step_size,
         "steps": f"{train.steps():,} per epoch, {steps:,} in all",
         "learning rate": rates,
         "device": f"{ranks.device}, {options['precision']}"
         + (", the model sharded (fsdp)" if ranks.strategy.is_sharded else ""),
         "run folder": str(start.folder),
     }
+    if (freezing := parts.trainables.freezing) and (frozen := "; ".join(freezing.lines())):
+        table["frozen"] = frozen
+    table |= dict(shown(parts.trainables.built, most=8))
+    if train.sampler is not None:
+        table["sampler"] = train.described
     if options["limit_batches"] or options["overfit_batches"]:
         table["data"] += f", of which are used {parts.loaders.used()}"
     if trained := parts.trainables.loss and parameter_count(parts.trainables.loss)[1]:
@@ -513,7 +530,8 @@ def _misfit(trainables: Trainables, loaded: Loaded) -> str:
     misfits = misfits_of(trainables.module, loaded.weights)
     if (loss := trainables.loss) is not None and (LOSS in loaded.others or [*loss.parameters()]):
         misfits += [f"of the loss, {line}" for line in misfits_of(loss, loaded.others.get(LOSS, {}))]
-    before, now = loaded.state["optimizer_name"], type(trainables.optimizer).__name__
+    names = {name: type(optimizer).__name__ for name, optimizer in trainables.optimizers.items()}
+    before, now = loaded.state["optimizer_name"], names.get(ONE, names)
     if before != now:
         misfits.insert(0, f"its optimizer is {before}, the config's {now}")
     return f"of another training: {first_few(misfits, 10, '; ')}" if misfits else ""

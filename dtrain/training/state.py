@@ -12,6 +12,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from dtrain.checkpoint.checkpoint_files import LOSS, LOSS_EMA, Loaded
+from dtrain.config.optimizers import ONE
 from dtrain.data import rng
 from dtrain.data.kept_attributes import KeptAttributes
 from dtrain.data.samplers import ORDER
@@ -19,9 +20,11 @@ from dtrain.distributed.fsdp import is_shard
 from dtrain.distributed.ranks import Ranks
 from dtrain.loss import Criterion
 from dtrain.training.ema import EMA
+from dtrain.training.freezing import Freezing
 from dtrain.training.memory_format import follow_weights
-from dtrain.training.optimizer import in_the_way_of, start_momentum
-from dtrain.training.schedule import Schedule
+from dtrain.training.optimizer import Built, in_the_way_of, regrouped, start_momentum
+from dtrain.training.parameter_groups import named_parameters
+from dtrain.training.schedule import Schedule, Schedules
 
 FORMAT = 1  # raised when a state of before can no longer be restored
 PLAIN_FIELDS = (
@@ -29,6 +32,7 @@ PLAIN_FIELDS = (
     *("rate", "skipped", "overflows", "samples", "unsummed", "left_out", "skipped_batches", "order"),
     *("averaged_epoch", "swa_rates"),
 )
+SAMPLES_OF = ":samples"  # behind a figure's name: the sum of the samples that it is of
 OF_BEFORE: dict[str, Any] = {
     "averaged_epoch": -1,
     "swa_rates": [],
@@ -89,6 +93,11 @@ class TrainState:
             total = self.sums[name] = self._zero()
         total.add_(value, alpha=samples)
 
+    def add_figure(self, name: str, value: Tensor, samples: int) -> None:
+        """The same of a figure that not every batch gives: its samples are added up, too."""
+        self.add(name, value, samples)
+        self.add(name + SAMPLES_OF, torch.ones((), dtype=value.dtype, device=value.device), samples)
+
     def clear(self) -> None:
         """Begin new sums: the old ones were logged."""
         self.sums = {"loss": self._zero()}
@@ -114,6 +123,12 @@ class TrainState:
         self.sums = {name: self._zero().fill_(value) for name, value in state["sums"].items()}
 
 
+def means(sums: Mapping[str, float], samples: int) -> dict[str, float]:
+    """The figures of a training whose sums over the ranks and over so many samples these are."""
+    counts = {name: sums.get(name + SAMPLES_OF, samples) for name in sums if not name.endswith(SAMPLES_OF)}
+    return {f"train/{name}": sums[name] / count for name, count in counts.items() if count}
+
+
 @dataclass
 class Trainables:
     """Everything with weights or a state of its own; `ema` to `scaler` and `loss_ema` are None where not trained."""
@@ -122,18 +137,39 @@ class Trainables:
     compiled: Module  # the same, compiled if so configured: what is evaluated
     model: Module  # the same, wrapped for the ranks: what is trained
     ema: EMA | None = None  # the averaged weights, if an average is kept; EMA or SWA
-    optimizer: Optimizer | None = None
-    schedule: Schedule | None = None  # the learning rate's
+    built: Mapping[str, Built] = field(default_factory=dict)  # the optimizers with their groups, by name
+    schedule: Schedule | Schedules | None = None  # the learning rates'
     scaler: torch.amp.GradScaler | None = None  # of the loss, with fp16
+    freezing: Freezing | None = None  # what is frozen in which epoch
     criterion: Criterion | None = None  # the loss
     loss: Module | None = None  # its own parameters and buffers; None where it has none
     loss_ema: EMA | None = None  # and their averages
     kept: Mapping[str, KeptAttributes] = field(default_factory=dict)  # what loss and metrics keep in plain attributes
 
     @property
+    def optimizers(self) -> dict[str, Optimizer]:
+        """The optimizers by name; a single one is called `optimizer`."""
+        return {name: built.optimizer for name, built in self.built.items()}
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The only optimizer, or the first one."""
+        return next(iter(self.optimizers.values()), None)
+
+    @property
     def evaluated(self) -> Module:
         """The averaged weights where there are some, else the model."""
         return self.ema.module if self.ema and self.ema.is_ready else self.compiled
+
+    @property
+    def loss_objects(self) -> Mapping[str, Any]:
+        """All that may keep something in plain attributes of a loss, by name."""
+        return self.criterion.objects if self.criterion else {}
+
+    @property
+    def loss_now(self) -> Module | None:
+        """What the loss holds by now of modules and parameters: a forward may have made some."""
+        return self.criterion.modules_now() if self.criterion else None
 
     @property
     def all(self) -> Module:
@@ -171,6 +207,7 @@ class Activity:
     phase: str = "start-up"  # or "waiting for data", "forward", "validation" ...
     beats: int = 0  # grows as long as there is progress
     batch_start: int = 0  # the position of the batch at work or waited for
+    data_set: str = ""  # the name of the one that is, or was last, evaluated
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
@@ -191,7 +228,7 @@ def capture(
     Raises:
         RuntimeError: The ranks' weights are no longer the same.
     """
-    assert trainables.optimizer is not None and trainables.schedule is not None
+    assert trainables.schedule is not None
     values = state.state_dict()
     if generators is None:
         sums = ranks.sum_(torch.stack(list(state.sums.values())))
@@ -199,11 +236,12 @@ def capture(
         generator_states = _generators_of_all(trainables.all, ranks)
     else:
         generator_states = list(generators.values())
-    ema = trainables.ema
+    ema, optimizers = trainables.ema, trainables.optimizers
     values |= {
         "format": FORMAT,
-        "optimizer": ranks.strategy.whole(trainables.optimizer.state_dict()),
-        "optimizer_name": type(trainables.optimizer).__name__,
+        "optimizer": _one_or_all({name: ranks.strategy.whole(each.state_dict()) for name, each in optimizers.items()}),
+        "optimizer_name": _one_or_all({name: type(each).__name__ for name, each in optimizers.items()}),
+        "parameters": _one_or_all({name: built.names for name, built in trainables.built.items()}),
         "schedule": trainables.schedule.state_dict(),
         "scaler": trainables.scaler.state_dict() if trainables.scaler else {},
         "averaged": ema.updates if ema else 0,
@@ -216,10 +254,29 @@ def capture(
     return values, ranks.strategy.whole(trainables.module.state_dict()), averaged, of_loss
 
 
+def _one_or_all(values: dict[str, Any]) -> Any:
+    """What a checkpoint holds of the optimizers: of a single one the value itself, of several all by name."""
+    return values if [*values] != [ONE] else values[ONE]
+
+
 def _parts_of_loss(trainables: Trainables) -> dict[str, Module]:
     """What a checkpoint holds of the loss, by the name of its file."""
     own, ema = trainables.loss, trainables.loss_ema
     return ({LOSS: own} if own is not None else {}) | ({LOSS_EMA: ema.module} if ema is not None else {})
+
+
+def _restore_optimizers(trainables: Trainables, ranks: Ranks, states: Any, names: Any) -> None:
+    """Load the optimizers' states, which the main rank has (None elsewhere); older checkpoints have no names."""
+    if [*trainables.built] == [ONE]:
+        states, names = {ONE: states}, {ONE: names}
+    for name, built in trainables.built.items():
+        state = (states or {}).get(name)
+        if state is not None:
+            fallback = [item.name for item in named_parameters(trainables.module, trainables.loss)]
+            state = regrouped(built, state, (names or {}).get(name) or fallback)
+        ranks.strategy.load_optimizer(built.optimizer, in_the_way_of(built.optimizer, state))
+        start_momentum(built.optimizer)
+        follow_weights(built.optimizer)
 
 
 def _generators_of_all(module: Module, ranks: Ranks) -> list[Any] | None:
@@ -252,7 +309,7 @@ def fingerprint(module: Module) -> dict[str, int]:
 
 def restore(loaded: Loaded | None, state: TrainState, trainables: Trainables, ranks: Ranks, seed: int) -> None:
     """Resume from a checkpoint, which only the main rank has read (None elsewhere). All ranks call it."""
-    assert trainables.optimizer is not None and trainables.schedule is not None
+    assert trainables.schedule is not None
     ranks.strategy.load_weights(trainables.module, loaded.weights if loaded else None)
     if trainables.ema:
         own = loaded.ema or loaded.weights if loaded else None  # an average that begins now begins with the weights
@@ -261,10 +318,7 @@ def restore(loaded: Loaded | None, state: TrainState, trainables: Trainables, ra
         others = loaded.others if loaded else {}
         ranks.strategy.load_weights(part, others.get(name, others.get(LOSS)))
     values = dict(loaded.state) if loaded else {}
-    optimizer = trainables.optimizer
-    ranks.strategy.load_optimizer(optimizer, in_the_way_of(optimizer, values.pop("optimizer", None)))
-    start_momentum(optimizer)
-    follow_weights(optimizer)
+    _restore_optimizers(trainables, ranks, values.pop("optimizer", None), values.pop("parameters", None))
     values = ranks.broadcast(values)
     if not ranks.is_main:  # all ranks add up the same sums; what was summed so far is rank 0's
         values["sums"] = dict.fromkeys(values["sums"], 0.0)

@@ -44,7 +44,13 @@ class Conv3d(nn.Conv3d):
     def forward(self, x: Tensor) -> Tensor:
         """From (N, in, D, H, W) to (N, out, D, H, W)."""
         large = self.cut_from and x[0, 0].numel() >= self.cut_from
-        if len(x) > 1 or not large or x.device.type != "cpu" or x[0, ..., 0].numel() > 20_480:
+        if (
+            not large
+            or torch.compiler.is_exporting()
+            or x.shape[0] > 1
+            or x.device.type != "cpu"
+            or x[0, ..., 0].numel() > 20_480
+        ):
             return super().forward(x)
         depth, border = x.shape[2], self.kernel_size[0] // 2
         half = -(-depth // 2)

@@ -86,7 +86,7 @@ class ViT(nn.Module):
             ValueError: The image cannot be cut into patches, or has more of them than `image_size` allows.
         """
         patches = self.to_patch_embedding(image)  # (N, P, D)
-        tokens = torch.cat((self.cls_token.expand(len(image), -1, -1), patches), dim=1)
+        tokens = torch.cat((self.cls_token.expand(image.shape[0], -1, -1), patches), dim=1)
         if tokens.shape[1] > len(self.pos_embedding):
             raise ValueError(f"ViT: an image of {tuple(image.shape)} has more patches than the model's image_size")
         tokens = self.transformer(self.dropout(tokens + self.pos_embedding[: tokens.shape[1]]))
