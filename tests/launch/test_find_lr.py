@@ -93,7 +93,7 @@ def test_weights_optimizer_and_random_numbers_are_put_back(
     lines = list(find_lr(trainer, before))
     assert lines[-1] == "learning rate: the curve is in find-lr.png"
     after = keep(trainer)
-    assert equal(before.weights, after.weights)
+    assert equal(before.states, after.states)
     assert trainer.optimizer.param_groups[0]["lr"] == rate
     assert not trainer.optimizer.state
     assert torch.equal(torch.get_rng_state(), before.generators["torch"])

@@ -147,3 +147,12 @@ def test_sharded_it_is_the_same_average(averaged: Place) -> None:
     assert one.keys() == other.keys()
     for name, value in one.items():
         np.testing.assert_allclose(value, other[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.slow
+def test_statistics_that_are_frozen_stay_in_the_average(averaged: Place) -> None:
+    averaged.run(averaged.config("swa-frozen", **SETTINGS | {"trainer.freeze": ["norm.*"], "trainer.max_epochs": 3}))
+    steps = sorted((averaged.path("swa-frozen") / "checkpoints").glob("step-*"))
+    found, newest = (load_file(steps[-1] / f"{file}.safetensors") for file in ("ema", "model"))
+    assert found["norm.running_mean"].tolist() == newest["norm.running_mean"].tolist() == [0.0] * 6
+    assert not found["first.weight"].equal(newest["first.weight"])
