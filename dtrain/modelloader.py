@@ -67,6 +67,7 @@ class Forward:
         self._computes_loss: bool = getattr(self.criterion, "of_model", False)
         self._whole: batches.Form | None = None  # of whole batches, once a model was seen to take them
         self._has_result = False  # of a whole batch
+        self.gives_several = False  # outputs, of which `predict` returns one
         self._check_target: Any = getattr(self.criterion, "check_target", None)
 
     def autocast(self) -> Any:
@@ -169,6 +170,7 @@ class Forward:
             ConfigError: Keys do not tell which of several outputs that is.
         """
         output = self.run(model, inputs)
+        self.gives_several = not isinstance(output, Tensor)
         try:
             main = output_of(output, self.output_key)
         except ValueError as error:

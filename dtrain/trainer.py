@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
 from dtrain.checkpoint.checkpoint_files import Loaded
-from dtrain.checkpoint.weights import load_for_use, load_weights
+from dtrain.checkpoint.weights import load_weights
 from dtrain.config.build import build
 from dtrain.config.check import check
 from dtrain.config.errors import ConfigError, to_plain
@@ -31,6 +31,7 @@ from dtrain.distributed.launched_rank import mark_first_step
 from dtrain.distributed.stop_request import StopWaiting
 from dtrain.distributed.vote import Vote
 from dtrain.predict.inference import Result
+from dtrain.predict.members import load_to_test
 from dtrain.predict.run import compare_with_training, logits, predict
 from dtrain.tracking.secrets import keep_secret
 from dtrain.training.anomaly import detecting_anomalies
@@ -640,7 +641,7 @@ class Trainer:
             if state.stopped:
                 return False
             score = figures.get(self.monitor)
-            if score is None:
+            if score is None and self.inference.gives(self.monitor, self.loaders.of("val"), self.epoch):
                 self.save()  # what was trained must not be lost for a name; the next start validates it
                 raise ConfigError(not_given(self.monitor, figures))
             is_best = is_new_best(state, score, self.mode)
@@ -683,22 +684,21 @@ class Trainer:
         figures: dict[str, float] = {}
         for name, loader in self.loaders.of(phase).items():
             self.activity.data_set = name
-            means = self._evaluated(name, loader, module)
+            of_volumes = self.inference.measures_volumes(name, self.epoch)
+            means = (self._evaluate_volumes if of_volumes else self._evaluate_set)(name, loader, module)
             self.model.train()
             if means is None:
                 self.stop()
                 return {}
-            figures |= {f"{name}/{figure}": value for figure, value in means.items()}
+            kind = self.inference.kind(name, self.epoch)
+            figures |= {f"{kind}{figure}": value for figure, value in means.items()}
         self.journal.log(self.step, figures)
         return figures
 
-    def _evaluated(self, name: str, loader: Any, module: torch.nn.Module) -> dict[str, float] | None:
+    def _evaluate_set(self, name: str, loader: Any, module: torch.nn.Module) -> dict[str, float] | None:
         """Loss and metrics over one set; None where a request to stop came meanwhile."""
         pictures, stop = self.parts.pictures.get(name), self.asked_to_stop
         album = pictures.album(self.step, self.journal, self.progress.note) if pictures else None
-        of_volumes = self.inference.tests_volumes and hasattr(loader.dataset.dataset, "volumes")
-        if of_volumes and name.startswith("test"):
-            return evaluate_volumes(module, logits(self.inference, loader), self.metrics, self.ranks, stop)
         counted = loader.counted()
         # With shards all ranks wait.
         batches = counted if self.ranks.strategy.is_sharded else self.stop_request.waiting(counted)
@@ -710,33 +710,52 @@ class Trainer:
             return measured.figures | {"left_out_samples": left_out}
         return measured and measured.figures
 
-    def test(self, checkpoint: Path | None = None) -> dict[str, float]:
+    def _evaluate_volumes(self, name: str, loader: Any, module: torch.nn.Module) -> dict[str, float] | None:
+        """Metrics over whole volumes, of a validation the loss as well."""
+        is_val, pictures = name.startswith("val"), self.parts.pictures.get(name)
+        inference = self.inference.of_training(module, name) if is_val else self.inference
+        if is_val and self._shares_loss:
+            self.ranks.agree_on_buffers(self.trainables.loss)  # type: ignore[arg-type]
+        # Without patches it would draw what the model makes of an item, which is a whole volume.
+        draws = pictures is not None and getattr(loader.dataset.dataset, "patch_shape", None) is not None
+        album = pictures.album(self.step, self.journal, self.progress.note) if pictures and draws else None
+        with self.trainables.evaluating(module):
+            rest = (self.metrics, self.ranks, self.asked_to_stop, self.forward if is_val else None, album)
+            return evaluate_volumes(module, logits(inference, loader), *rest)
+
+    def test(self, checkpoint: Path | Sequence[Path] | None = None) -> dict[str, float]:
         """Loss and metrics on the test data, with the weights of a checkpoint. All ranks call it and get the same.
 
         The model keeps these weights.
 
         Args:
-            checkpoint: A checkpoint folder or a weight file. Default: the best, else the last.
+            checkpoint: A checkpoint folder, a weight file or a run folder; of several, an ensemble is tested, whose
+                probabilities are the mean of theirs. Default: the best, else the last.
         """
         with self.activity.during("test"):
             self.saver.wait()
-            step = load_for_use(
-                self.module, self.ranks, self.saver.checkpoints, checkpoint, criterion=self.trainables.criterion
-            )
+            called, criterion = self.trainables.compiled, self.trainables.criterion
+            model, step, path = load_to_test(self.inference, called, self.saver.checkpoints, checkpoint, criterion)
+            self.inference = replace(self.inference, model=model)
             if self.train_loader is None:  # else all phases were compared at the start
                 for loader in self.loaders.of("test").values():
-                    compare_with_training(self.inference, loader, checkpoint)
-            figures = self.evaluate("test", self.trainables.compiled)
+                    compare_with_training(self.inference, loader, path)
+            figures = self.evaluate("test", model)
             if figures:
                 self.progress.evaluation("test", step if self.train_loader is None else self.step, figures)
         return figures
 
     def predict(
-        self, checkpoint: str | Path | None = None, output_dir: str | Path | None = None, overwrite: bool = False
+        self,
+        checkpoint: str | Path | Sequence[str | Path] | None = None,
+        output_dir: str | Path | None = None,
+        overwrite: bool = False,
+        folds: Mapping[str, Any] | None = None,
     ) -> Result:
         """Predict what `loaders.predict` holds, else `loaders.test`, into files; see `dtrain.predict.run.predict`."""
+        settings = checkpoint, output_dir, overwrite, folds
         with self.stop_request.listening():
-            return predict(self.inference, self.loaders, self.saver.checkpoints, checkpoint, output_dir, overwrite)
+            return predict(self.inference, self.loaders, self.saver.checkpoints, *settings)
 
     def asked_to_stop(self) -> bool:
         """Whether this rank, or during an evaluation any other, was asked to stop; costs no collective."""

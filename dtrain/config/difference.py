@@ -20,7 +20,7 @@ _FREE = [
     (r"mlflow|predictor|cluster|loaders\.(test|predict)(/[\w-]+)?(\.loader)?", r".*"),
     (
         r"loaders\.[\w/-]+\.loader",
-        r"num_workers|pin_memory|persistent_workers|prefetch_factor|timeout|multiprocessing_context",
+        r"every_epochs|num_workers|pin_memory|persistent_workers|prefetch_factor|timeout|multiprocessing_context",
     ),
     (
         r"trainer",

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict
 from dtrain.config.annotations import wrong_type
 from dtrain.config.did_you_mean import did_you_mean
 from dtrain.config.errors import ConfigError, KeyPath, Mistake, found, is_mapping, shown
+from dtrain.config.folds import are_folds, fold_mistakes
 from dtrain.config.schema import PHASES, SLOTS, Call, has_several, mistake, own_loop, read
 from dtrain.config.signatures import SOURCE
 
@@ -56,6 +58,7 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # where the type alone ad
     },
     "loaders": {
         "batch_size": _SOME, "global_batch_size": _SOME, "num_workers": _ANY, "prefetch_factor": _SOME, "timeout": _ANY,
+        "every_epochs": _SOME,
     },
     "optimizer": {"layer_decay": _PART},
     "lr_scheduler": {"warmup_steps": _ANY, "warmup_start": _ANY},
@@ -109,9 +112,14 @@ def value_mistakes(config: ConfigDict) -> Iterator[Mistake]:
             if _at(mapping, "batch_size") is not None and _at(mapping, "global_batch_size") is not None:
                 text = "cannot be combined with 'batch_size'; keep one of them, or set the other to null"
                 yield mistake(config, (*where, "global_batch_size"), text)
+    loaders = config.get("loaders")
+    for key, text in fold_mistakes(loaders["folds"]) if are_folds(loaders) else ():
+        yield mistake(config, ("loaders", "folds", key), text)
     yield from _limit_mistakes(config)
     for path in _sums(config):
         yield mistake(config, path, f"sum {SUMMED}")
+    yield from _mirror_mistakes(config)
+    yield from _volume_mistakes(config)
     uri = _at(config.get("mlflow"), "tracking_uri")
     if isinstance(uri, str) and uri.lower().startswith("file:"):
         text = f"MLflow 3 no longer writes to {shown(uri)}; name the folder alone (sqlite is put in it), or a server"
@@ -160,6 +168,47 @@ def _is_count(value: Any) -> bool:
     return value >= 1 if type(value) is int else type(value) is float and 0 < value <= 1
 
 
+def _mirror_mistakes(config: ConfigDict) -> Iterator[Mistake]:
+    """Axes that no image has, as far as patches say how many there are."""
+    axes, loaders = _at(config.get("predictor"), "mirror"), config.get("loaders")
+    if not isinstance(axes, list) or not all(type(axis) is int for axis in axes):
+        return
+    owners = [config.get("predictor"), *(_at(each, "slice_builder") for each in (loaders, *_phases(loaders)))]
+    lengths = [len(shape) for owner in owners if isinstance(shape := _at(owner, "patch_shape"), list)]
+    if len(set(axes)) < len(axes) or min(axes, default=0) < 0:
+        text = "must be different axes, counted from 0 on, such as [0, 1, 2]"
+    elif lengths and max(axes, default=0) >= min(lengths):
+        text = f"must be axes of a patch, which are {', '.join(map(str, range(min(lengths))))}"
+    else:
+        return
+    yield mistake(config, ("predictor", "mirror"), f"{text}, found {axes}")
+
+
+def _volume_mistakes(config: ConfigDict) -> Iterator[Mistake]:
+    """What does not go together with a validation of whole volumes."""
+    loaders, trainer = config.get("loaders"), config.get("trainer")
+    for phase, key in product(PHASES, ("whole_volumes", "every_epochs")):
+        if phase != "val" and _at(_at(loaders, phase), key):
+            text = "is for loaders.val; a test measures whole volumes where there is a section predictor"
+            yield mistake(config, ("loaders", phase, key), text)
+    wishes: dict[str, tuple[KeyPath, Any]] = {}
+    for key in ("whole_volumes", "every_epochs"):
+        of_val = _at(_at(loaders, "val"), key)
+        wishes[key] = (("loaders", key), _at(loaders, key)) if of_val is None else (("loaders", "val", key), of_val)
+    (path, wish), (every_path, every) = wishes["whole_volumes"], wishes["every_epochs"]
+    if wish == "mirrored" and not _at(config.get("predictor"), "mirror"):
+        yield mistake(config, path, "mirrored needs predictor.mirror, such as mirror: [0, 1, 2]; else write true")
+    if every is not None and not wish:
+        yield mistake(config, every_path, "says how often whole volumes are measured; add whole_volumes: true")
+    elif every is not None and _at(trainer, "validate_every_steps") is not None:
+        text = "counts epochs, and trainer.validate_every_steps validates after steps: whole volumes in each validation"
+        yield mistake(config, every_path, f"{text}, without this key; remove one of the two")
+
+
+def _phases(loaders: Any) -> list[Any]:
+    return [_at(loaders, phase) for phase in PHASES]
+
+
 def _sums(config: ConfigDict) -> list[KeyPath]:
     """Where the loss, or a library's component within it, is asked to add its samples up.
 
@@ -184,6 +233,7 @@ def strategy_mistakes(config: ConfigDict, options: Any) -> list[Mistake]:
     """What cannot be combined with `trainer.strategy`; `options` may come from elsewhere than the config."""
     strategy = _at(options, "strategy")
     wrong: dict[KeyPath, str] = {}
+    own: list[Mistake] = []
     if strategy == "ddp" and _set_keys(options, "fsdp"):
         wrong["fsdp",] = "applies only with `trainer.strategy: fsdp`"
     if _at(_at(options, "ddp"), "static_graph") and (_at(options, "accumulate") or 1) > 1:
@@ -193,6 +243,10 @@ def strategy_mistakes(config: ConfigDict, options: Any) -> list[Mistake]:
         if has_several(config.get("optimizer")):
             why = "fsdp trains a model as a whole, with one optimizer, and here are several"
             wrong["strategy",] = f"{why} ({', '.join(config.optimizer)}); possible: ddp"
+        of_val = _at(_at(config.get("loaders"), "val"), "whole_volumes")
+        if of_val or (of_val is None and _at(config.get("loaders"), "whole_volumes")):
+            text = "measures whole volumes, which a sharded model (strategy: fsdp) cannot; validate patches, and use "
+            own = [mistake(config, ("loaders", "val", "whole_volumes"), f"{text}`dtrain test` after the training")]
         if _at(options, "sync_batchnorm"):
             wrong["sync_batchnorm",] = "has not been tried with a sharded model (strategy: fsdp)"
         if _at(options, "precision") == "fp16":
@@ -204,7 +258,7 @@ def strategy_mistakes(config: ConfigDict, options: Any) -> list[Mistake]:
         possible = ("backend", "timeout_seconds", "broadcast_buffers")
         text = f"is an option of DistributedDataParallel; with strategy: fsdp possible: {', '.join(possible)}"
         wrong |= {("ddp", key): text for key in _set_keys(options, "ddp") if key not in possible}
-    return [mistake(config, ("trainer", *path), text) for path, text in wrong.items()]
+    return own + [mistake(config, ("trainer", *path), text) for path, text in wrong.items()]
 
 
 def _exclusive_mistakes(config: ConfigDict) -> Iterator[Mistake]:

@@ -114,10 +114,10 @@ class Schedule:
         with warnings.catch_warnings():
             # A first step that was skipped for its gradient makes torch believe that the order of calls is wrong.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-            if isinstance(self.scheduler, ReduceLROnPlateau):
-                self.scheduler.step(score if score is not None else float("nan"))
-            else:
+            if not isinstance(self.scheduler, ReduceLROnPlateau):
                 self.scheduler.step()
+            elif score is not None:  # else the validation measured something else
+                self.scheduler.step(score)
 
     def state_dict(self) -> dict[str, Any]:
         """The scheduler's state, how far it came, and what it was planned from; the warm-up has none."""

@@ -29,10 +29,10 @@ from dtrain.config.metric_rules import (
     Monitored,
     can_be_monitored,
     higher_is_better,
+    kinds_of_validation,
     measures_itself,
     mode_text,
     monitored,
-    val_sets,
 )
 from dtrain.config.optimizers import ONE
 from dtrain.config.rules import strategy_mistakes
@@ -126,7 +126,7 @@ def make_parts(
         config, ranks.rank, ranks.world_size, seed, ranks.device.type == "cuda", options["accumulate"], phases
     )
     if ranks.is_main:
-        _tell_generators(loaders, progress.note)
+        _tell_of_data(loaders, progress.note)
     spaces = {name: space_of(dataset) for name, dataset in loaders.datasets().items()}
     if ranks.is_main and purpose == "train" and (line := difference(spaces)):
         progress.note(f"loaders: {line}")
@@ -152,7 +152,7 @@ def make_parts(
     inference = Inference(
         predictor, forward, compiled, ranks, progress, start.folder,
         _identity(config, options, phases), has_weights=bool(options["pre_trained"]) and start.checkpoint is None,
-        tests_volumes=_tests_volumes(config, loaders),
+        **_whole_volumes(config, loaders, predictor),
     )  # fmt: skip
     texts = {f"config/{name}": redact(text) for name, text in sources(config).items()}
     parts = Parts(
@@ -224,18 +224,36 @@ def _predictor(config: ConfigDict, ranks: Ranks, progress: Progress, purpose: st
     return replace(predictor, activation=activation)
 
 
-def _tests_volumes(config: ConfigDict, loaders: Loaders) -> bool:
-    """Whether a test measures whole volumes."""
+def _whole_volumes(config: ConfigDict, loaders: Loaders, predictor: Predictor) -> dict[str, Any]:
+    """The sets that measure whole volumes, in every how many epochs, and which validations mirror them.
+
+    A ConfigError where a validation of them is asked for and there are none, or patches do not fit.
+    """
     datasets = loaders.datasets()
-    has_volumes = any(hasattr(datasets[name], "volumes") for name in loaders.of("test"))
-    return config.get("predictor") is not None and has_volumes
+    tests = [name for name in loaders.of("test") if config.get("predictor") is not None]
+    found = {name: 1 for name in tests if hasattr(datasets[name], "volumes")}
+    mirrored = set()
+    for name in loaders.of("val"):
+        settings, dataset = defaults(config, f"loaders.{name}.loader"), datasets[name]
+        if not settings["whole_volumes"]:
+            continue
+        volumes = getattr(dataset, "volumes", ())
+        without = [str(volume.path) for volume in volumes if not volume.has_label]
+        if without or not volumes:
+            why = f"{without[0]} is read without label" if without else f"{type(dataset).__name__} has no volumes"
+            path = calls(config)[f"loaders.{name}.loader"].path_of("whole_volumes")
+            raise refused(config, path, f"{why}, so that none can be measured whole")
+        predictor.source(dataset)
+        found[name] = settings["every_epochs"] or 1
+        mirrored |= {name} if settings["whole_volumes"] == "mirrored" else set()
+    return {"whole_volumes": found, "mirrored": frozenset(mirrored)}
 
 
 def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, sender: Popen[bytes] | None) -> None:
     """Add what only a training needs: what is trained, the journal, and the checkpoint to resume from."""
     ranks, start, train = parts.ranks, parts.start, parts.loaders.train
     assert train is not None
-    if ranks.strategy.is_sharded and parts.inference.tests_volumes:
+    if ranks.strategy.is_sharded and parts.inference.whole_volumes.keys() & parts.loaders.of("test").keys():
         text = "tests whole volumes, which a sharded model cannot; train without, then `dtrain test`"
         raise refused(config, ("loaders", "test"), text)
     per_epoch = train.steps()
@@ -368,12 +386,15 @@ def _base_folder(package: str | Path | None) -> Path:
     return Path() if {"site-packages", "dist-packages"} & set(folder.resolve().parts) else folder
 
 
-def _tell_generators(loaders: Loaders, note: Callable[[str], None]) -> None:
+def _tell_of_data(loaders: Loaders, note: Callable[[str], None]) -> None:
     if seeded := loaders.seeded():
         note(f"generators that are seeded for each sample: {first_few(seeded, 5)}")
     if cut := loaders.not_searched():
         text = f"the search for generators to seed for each sample saw only a part of the datasets of {', '.join(cut)}"
         note(f"{text}; it passes over objects with `seeds_itself = True`, see docs/data.md")
+    for name, dataset in loaders.datasets().items():
+        for line in getattr(getattr(dataset, "places", None), "notes", ()):
+            note(f"loaders.{name}: {line}")
 
 
 def _prepared_model(
@@ -427,10 +448,10 @@ def _compile_options(wish: bool | str | dict[str, Any]) -> dict[str, Any]:
 
 def _monitor(config: ConfigDict, options: Mapping[str, Any], metrics: Metrics) -> Monitored:
     """The figure that 'best' means, known to be one that the validation gives."""
-    sets = val_sets(calls(config))
-    figure = monitored(options["monitor"], metrics.names, sets, measures_itself(config))
+    kinds = kinds_of_validation(calls(config))
+    figure = monitored(options["monitor"], metrics.names, kinds, measures_itself(config))
     if figure is None:
-        possible = ", ".join(can_be_monitored(metrics.names, sets))
+        possible = ", ".join(can_be_monitored(metrics.names, kinds))
         text = f"{options['monitor']!r} is not a metric of the validation; possible: {possible}"
         raise refused(config, ("trainer", "monitor"), text)
     return figure
