@@ -345,8 +345,8 @@ def get_train_loaders(
         dataset = _checked(config, path, _split(config, name, build(config, f"loaders.{name}")))
         limit = _limit(config, phase)
         if name == "train":
-            options |= {"accumulate": accumulate, **_sampling(config, dataset)}
-            options["shuffle"] = options["shuffle"] and not overfits
+            # Overfitting takes the dataset's own order, in place of any sampler's.
+            options |= {"accumulate": accumulate} | ({"shuffle": False} if overfits else _sampling(config, dataset))
             train = _train_loader(config, dataset, seed, rank, world_size, batch_size, options=options)
             if limit is not None:
                 train.shard.limit(limit)
