@@ -108,10 +108,11 @@ class Trainer:
         parts: The objects that it works with; `make_parts` builds them.
         max_epochs: Passes over the training data.
         max_steps: Optimizer steps; with max_epochs, whichever comes first.
+        steps_per_epoch: Optimizer steps of an epoch, over an endless order. Default: once through the data.
         checkpoint_dir: The run folder. Default: runs/<experiment>.
         resume: auto | last | none | a checkpoint | a run folder | an MLflow run id.
         pre_trained: A checkpoint or weight file to start a new training from; or a mapping, to fit it to the model.
-        monitor: The figure that 'best' means. Default: the first metric of the validation, else val/loss.
+        monitor: The figure that 'best' means. Default: the first metric of the validation's first set, else its loss.
         mode: min | max, what is better of it. Default: as the metric says (`higher_is_better`), min for a loss.
         closure: Give the optimizer's step a closure that evaluates the loss again, as SAM needs. Default: where its
             signature asks for one, as that of LBFGS.
@@ -151,6 +152,7 @@ class Trainer:
         *,
         max_epochs: int | None = None,
         max_steps: int | None = None,
+        steps_per_epoch: int | None = None,
         checkpoint_dir: str | None = None,
         resume: str = "auto",
         pre_trained: str | dict | None = None,
@@ -279,8 +281,7 @@ class Trainer:
             # A validation during which an earlier start was stopped comes first.
             if self.step and self.step % self.validate_every_steps == 0 and self.validate():
                 self.save()
-            criterion: Any = self.trainables.criterion
-            self.finite_step.begin(self.trainables.all, criterion.objects)
+            self.finite_step.begin(self.trainables.all, self.trainables.loss_objects)
             while self.epoch < self.max_epochs and self.step < self.max_steps and not self.state.ended:
                 self.train_epoch()
             self.after_last_step()
@@ -291,7 +292,7 @@ class Trainer:
     def train_epoch(self) -> None:
         """One pass over the training data, or what is left of it. All ranks call it, equally often."""
         loader, state, activity = self.train_loader, self.state, self.activity
-        end, global_batch = loader.shard.end(state.position), loader.shard.global_batch
+        end = loader.begin(state.epoch, state.position, state.order)
         self.progress.start_epoch(state.epoch + 1, *self._extent())
         self.freeze_and_thaw()
         self.model.train()
@@ -312,7 +313,7 @@ class Trainer:
                 self.saver.poll()
                 if state.ended or state.step >= self.max_steps:
                     break
-            activity.batch_start += global_batch
+            activity.batch_start = micro.end
             activity.phase = "waiting for data"
         if state.position >= end and not state.stopped:  # a stopped epoch ends when the training resumes
             self._after_epoch()
@@ -592,8 +593,7 @@ class Trainer:
             if state.stopped:
                 return False
             score = figures.get(self.monitor)
-            is_of_volumes = self.inference.measures_volumes("val", self.epoch)
-            if score is None and self.monitor.startswith(f"val/{VOLUMES}") == is_of_volumes:
+            if score is None and not self.inference.skips(self.monitor, self.epoch):
                 self.save()  # what was trained must not be lost for a name; the next start validates it
                 raise ConfigError(not_given(self.monitor, figures))
             is_best = is_new_best(state, score, self.mode)
@@ -629,40 +629,44 @@ class Trainer:
             module: What to evaluate. Default: the averaged weights where there are some, else the model.
 
         Returns:
-            The figures as <phase>/<name>; none where a request to stop came meanwhile.
+            The figures as <phase>/<name>, of several sets as <phase>/<label>/<name>; none where a request to stop came
+            meanwhile.
         """
         module = module or self.trainables.evaluated
-        pictures, is_sharded = self.parts.pictures, self.ranks.strategy.is_sharded
-        album = pictures.album(self.step, self.journal, self.progress.note) if phase == "val" else None
-        loader, stop = getattr(self.loaders, phase), self.asked_to_stop
-        of_volumes = self.inference.measures_volumes(phase, self.epoch)
-        if of_volumes:
-            means = self._evaluate_volumes(phase, module, album)
-        else:
-            counted = loader.counted()
-            batches = counted if is_sharded else self.stop_request.waiting(counted)  # with shards all ranks wait
-            if self._shares_loss:
-                self.ranks.agree_on_buffers(self.trainables.loss)  # type: ignore[arg-type]
-            with self.trainables.evaluating(module):
-                measured = evaluate(self._evaluate_batch, module, batches, self.metrics, self.ranks, stop, album)
-            means = measured and measured.figures
-            if measured and (left_out := len(loader.dataset) - measured.samples):
-                means = measured.figures | {"left_out_samples": left_out}
-        self.model.train()
-        if means is None:
-            self.stop()
-            return {}
-        kind = VOLUMES if of_volumes and phase == "val" else ""
-        figures = {f"{phase}/{kind}{name}": value for name, value in means.items()}
+        figures: dict[str, float] = {}
+        for name, loader in self.loaders.of(phase).items():
+            self.activity.data_set = name
+            means = self._evaluated(name, loader, module)
+            self.model.train()
+            if means is None:
+                self.stop()
+                return {}
+            kind = VOLUMES if self.inference.measures_volumes(name, self.epoch) and phase == "val" else ""
+            figures |= {f"{name}{kind}/{figure}": value for figure, value in means.items()}
         self.journal.log(self.step, figures)
         return figures
 
-    def _evaluate_volumes(self, phase: str, module: torch.nn.Module, album: Any) -> dict[str, float] | None:
-        """Metrics over whole volumes, of a validation the loss as well."""
-        loader, is_val = getattr(self.loaders, phase), phase == "val"
-        inference = self.inference.of_training(module) if is_val else self.inference
-        if is_val and self._shares_loss:
+    def _evaluated(self, name: str, loader: Any, module: torch.nn.Module) -> dict[str, float] | None:
+        """Loss and metrics over one set; None where a request to stop came meanwhile."""
+        pictures, stop = self.parts.pictures.get(name), self.asked_to_stop
+        album = pictures.album(self.step, self.journal, self.progress.note) if pictures else None
+        if self._shares_loss:
             self.ranks.agree_on_buffers(self.trainables.loss)  # type: ignore[arg-type]
+        if self.inference.measures_volumes(name, self.epoch):
+            return self._evaluate_volumes(name, loader, module, album)
+        counted = loader.counted()
+        # With shards all ranks wait.
+        batches = counted if self.ranks.strategy.is_sharded else self.stop_request.waiting(counted)
+        with self.trainables.evaluating(module):
+            measured = evaluate(self._evaluate_batch, module, batches, self.metrics, self.ranks, stop, album)
+        if measured and (left_out := len(loader.dataset) - measured.samples):
+            return measured.figures | {"left_out_samples": left_out}
+        return measured and measured.figures
+
+    def _evaluate_volumes(self, name: str, loader: Any, module: torch.nn.Module, album: Any) -> dict[str, float] | None:
+        """Metrics over the whole volumes of a set, of a validation the loss as well."""
+        is_val = name.startswith("val")
+        inference = self.inference.of_training(module, name) if is_val else self.inference
         if getattr(loader.dataset.dataset, "patch_shape", None) is None:
             album = None  # it would draw what the model makes of an item, which is a whole volume
         with self.trainables.evaluating(module):
@@ -683,7 +687,8 @@ class Trainer:
                 self.module, self.ranks, self.saver.checkpoints, checkpoint, criterion=self.trainables.criterion
             )
             if self.train_loader is None:  # else all phases were compared at the start
-                compare_with_training(self.inference, self.loaders.test, checkpoint)
+                for loader in self.loaders.of("test").values():
+                    compare_with_training(self.inference, loader, checkpoint)
             figures = self.evaluate("test", self.trainables.compiled)
             if figures:
                 self.progress.evaluation("test", step if self.train_loader is None else self.step, figures)
@@ -793,8 +798,7 @@ class Trainer:
     def _after_first_step(self) -> None:
         """Tell the launcher, and make the metrics: importing them takes seconds, but a mistake in them shows now."""
         self._is_first_step = False
-        criterion: Any = self.trainables.criterion
-        require_trained(self.optimizers.values(), self.module, criterion.modules_now())
+        require_trained(self.optimizers.values(), self.module, self.trainables.loss_now)
         mark_first_step()
         with self.throughput.paused(), self.activity.during("making the metrics"):
             self.metrics.prepare()
@@ -805,5 +809,5 @@ class Trainer:
         """Epochs, steps of an epoch, and how many of them are done, for the progress bar."""
         loader, position = self.train_loader, self.position
         steps = int(min(loader.steps(position), self.max_steps - self.step))
-        done = -(-position // loader.global_batch)
+        done = loader.steps_done(position)
         return None if math.isinf(self.max_epochs) else int(self.max_epochs), steps + done, done

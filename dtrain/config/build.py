@@ -6,6 +6,7 @@ schema (schema.py reads the calls, resolve.py follows the names, check.py compar
 
 import ast
 import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 import inspect
@@ -212,8 +213,17 @@ def _inspected(imported: Callable[..., Any], target: Dynamic) -> Callee:
         positional, keyword = item.kind != item.KEYWORD_ONLY, item.kind != item.POSITIONAL_ONLY
         if item.kind not in (item.VAR_POSITIONAL, item.VAR_KEYWORD):
             parameters.append(Parameter(item.name, annotation, default, positional, keyword))
-    is_open, variadic = inspect.Parameter.VAR_KEYWORD in kinds, inspect.Parameter.VAR_POSITIONAL in kinds
-    return Callee(*where, tuple(parameters), is_open, variadic)
+    is_open = inspect.Parameter.VAR_KEYWORD in kinds or _takes_more(imported)
+    return Callee(*where, tuple(parameters), is_open, inspect.Parameter.VAR_POSITIONAL in kinds)
+
+
+def _takes_more(imported: Any) -> bool:
+    """Whether a dataclass has an `__init__` around its own that takes any further key, as Hugging Face's configs."""
+    init: Any = getattr(imported, "__init__", None)
+    if not dataclasses.is_dataclass(imported) or not hasattr(init, "__wrapped__"):
+        return False
+    outer = inspect.signature(init, follow_wrapped=False).parameters.values()
+    return any(item.kind is item.VAR_KEYWORD for item in outer)
 
 
 def _explained(error: BaseException) -> str:

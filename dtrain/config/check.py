@@ -18,7 +18,7 @@ from dtrain.config.optimizers import freeze_mistakes, group_calls, group_mistake
 from dtrain.config.pytorch3dunet import OTHER_NAMES
 from dtrain.config.resolve import module_mistake
 from dtrain.config.rules import rule_mistakes, value_mistakes
-from dtrain.config.schema import NOT_REBUILT, Call, calls, is_component, listed_modules, mistake, read
+from dtrain.config.schema import NOT_REBUILT, Call, calls, is_component, listed_modules, mistake, read, set_names
 from dtrain.config.signatures import Callee, module_file
 from dtrain.config.yaml12 import HAS_DOT
 
@@ -33,7 +33,7 @@ def check(config: ConfigDict, purpose: str | None = "train") -> None:
     reading = read(config)
     mistakes = [*reading.mistakes]
     if not any(item.text.startswith("metrics") for item in mistakes):
-        trains = purpose in ("train", None) and "loaders.val" in reading.calls
+        trains = purpose in ("train", None) and bool(set_names(reading.calls, "val"))
         mistakes += monitor_mistakes(config, reading.calls, trains)
         mistakes += task_mistakes(config, reading.calls)
     for call in (*reading.calls.values(), *group_calls(reading.calls)):
@@ -185,12 +185,15 @@ def _shared_mistakes(config: ConfigDict, described: Mapping[str, Call]) -> Itera
 def supplied(call: Call, callee: Callee) -> Parameter | None:
     """The parameter by which dtrain supplies an object; by position where its `keyword` is false.
 
-    An optimizer is given the parameters, a scheduler the optimizer, and so are the optimizers or schedulers inside it.
-    Where the first argument has another name that the slot knows, that is what is supplied (`named_parameters`).
+    An optimizer is given the parameters, a scheduler the optimizer, and so are the optimizers or schedulers inside it;
+    a sampler the dataset, where it takes one. Where the first argument has another name that the slot knows, that is
+    what is supplied (`named_parameters`).
     """
     name = call.slot.given
     if not name:
         return None
+    if call.slot.named:
+        return next((item for item in callee.parameters if _is_dataset(item) and item.name not in call.arguments), None)
     if callee.parameters and callee.parameters[0].name in call.slot.given_instead:
         name = callee.parameters[0].name
     for item in callee.parameters:
@@ -198,6 +201,12 @@ def supplied(call: Call, callee: Callee) -> Parameter | None:
             return item
     first = next((item.name for item in callee.positional), "")
     return None if call.slot.nested or first in call.arguments else Parameter(first, keyword=False)
+
+
+def _is_dataset(parameter: Parameter) -> bool:
+    """Whether a sampler's argument is the dataset: by the names that torch's samplers have, or by its type."""
+    words = set(re.findall(r"\w+", ast.unparse(parameter.annotation))) if parameter.annotation is not None else set()
+    return parameter.name in ("dataset", "data_source") or bool(words & {"Dataset", "Sized"})
 
 
 def _given(call: Call, callee: Callee) -> frozenset[str]:

@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from dtrain.config.errors import ConfigError, KeyPath, dotted, is_mapping, shown, to_plain
-from dtrain.config.schema import OBJECT, Call, Slot, calls
+from dtrain.config.schema import OBJECT, Call, Slot, calls, set_names
 from dtrain.config.signatures import Callee
 
 NOT_SET: Any = type("NotSet", (), {"__repr__": lambda self: "(not set)"})()
 # Calls, as in `calls`, and those of their keys that change nothing of what is computed, up to rounding.
 _FREE = [
     ("", r"device|experiment|run_name|modules"),
-    (r"mlflow|predictor|cluster|loaders\.(test|predict)(\.loader)?", r".*"),
+    (r"mlflow|predictor|cluster|loaders\.(test|predict)(/[\w-]+)?(\.loader)?", r".*"),
     (
-        r"loaders\.\w+\.loader",
+        r"loaders\.[\w/-]+\.loader",
         r"every_epochs|num_workers|pin_memory|persistent_workers|prefetch_factor|timeout|multiprocessing_context",
     ),
     (
@@ -184,8 +184,8 @@ def _is_free(key: str, name: str) -> bool:
 def _global_batch(found: Mapping[str, Call], ranks: int) -> list[int]:
     """Samples per batch over all ranks, of training and validation."""
     batches = []
-    for phase in ("train", "val"):
-        call = found.get(f"loaders.{phase}.loader")
+    for name in (*(set_names(found, "train") or ["train"]), *(set_names(found, "val") or ["val"])):
+        call = found.get(f"loaders.{name}.loader")
         values = call.arguments if call else {"global_batch_size": 1}
         batches.append(values.get("global_batch_size") or (values.get("batch_size") or 1) * ranks)
     return batches

@@ -5,7 +5,6 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from ml_collections import ConfigDict
 from dtrain.config.annotations import wrong_type
 from dtrain.config.did_you_mean import did_you_mean
 from dtrain.config.errors import ConfigError, KeyPath, Mistake, found, is_mapping, shown
-from dtrain.config.schema import PHASES, SLOTS, Call, mistake, read
+from dtrain.config.schema import PHASES, SLOTS, Call, has_several, mistake, own_loop, read
+from dtrain.config.signatures import SOURCE
 
 MAX_NAME_BYTES = 200  # a moved-aside run folder has a time stamp, too, and file systems take 255; MLflow 250
 TOP_LEVEL = {  # the keys of a config with their types; those without one are checked elsewhere
@@ -43,11 +43,12 @@ SUMMED = (  # of a loss
     "batch size: use reduction: mean, with an optimizer.lr that is as many times as large"
 )
 _LIBRARIES = ("torch.", "monai.", "dtrain.")  # whose `reduction: sum` is known to be a sum
+_PLAIN = ("torch.nn.", "dtrain.components.", "monai.networks.nets.")  # whose models return outputs, never a loss
 _ANY, _SOME, _PART = (0, math.inf), (1, math.inf), (0, 1)
 RANGES: dict[str, dict[str, tuple[float, float]]] = {  # where the type alone admits more
     "": {"seed": _ANY},
     "trainer": {
-        "max_epochs": _ANY, "max_steps": _ANY, "accumulate": _SOME, "log_every_steps": _SOME,
+        "max_epochs": _ANY, "max_steps": _ANY, "steps_per_epoch": _SOME, "accumulate": _SOME, "log_every_steps": _SOME,
         "validate_every_steps": _SOME, "checkpoint_every_steps": _SOME, "keep_last": _SOME, "keep_best": _ANY,
         "checkpoint_every_minutes": _ANY, "hang_timeout_seconds": _ANY,
         "early_stop_patience": _SOME, "clip_grad_norm": _ANY, "ema_decay": _PART,
@@ -72,6 +73,7 @@ def rule_mistakes(config: ConfigDict, purpose: str | None) -> Iterator[Mistake]:
     yield from strategy_mistakes(config, config.get("trainer"))
     yield from _name_mistakes(config)
     yield from _missing_mistakes(config, purpose)
+    yield from _deep_supervision_mistakes(config)
 
 
 def _top_level_mistakes(config: ConfigDict) -> Iterator[Mistake]:
@@ -95,8 +97,9 @@ def value_mistakes(config: ConfigDict) -> Iterator[Mistake]:
     for section, ranges in RANGES.items():
         values = config.get(section) if section else config
         path: KeyPath = (section,) if section else ()
-        inner = values if section in ("optimizer", "lr_scheduler") and is_mapping(values) else PHASES
-        for where, mapping in [(path, values), *(((*path, key), _at(values, key)) for key in inner)]:
+        inner = values if section in ("optimizer", "lr_scheduler") and is_mapping(values) else ()
+        of_several = [((*path, key), _at(values, key)) for key in inner]
+        for where, mapping in [(path, values), *of_several, *_in_phases(path, values)]:
             for key, (least, most) in ranges.items():
                 value = _at(mapping, key)
                 if type(value) in (int, float) and not least <= value <= most:
@@ -120,7 +123,8 @@ def _mirror_mistakes(config: ConfigDict) -> Iterator[Mistake]:
     axes, loaders = _at(config.get("predictor"), "mirror"), config.get("loaders")
     if not isinstance(axes, list) or not all(type(axis) is int for axis in axes):
         return
-    owners = [config.get("predictor"), *(_at(each, "slice_builder") for each in (loaders, *_phases(loaders)))]
+    of_data = [loaders, *(values for _, values in _in_phases((), loaders))]
+    owners = [config.get("predictor"), *(_at(values, "slice_builder") for values in of_data)]
     lengths = [len(shape) for owner in owners if isinstance(shape := _at(owner, "patch_shape"), list)]
     if len(set(axes)) < len(axes) or min(axes, default=0) < 0:
         text = "must be different axes, counted from 0 on, such as [0, 1, 2]"
@@ -134,26 +138,37 @@ def _mirror_mistakes(config: ConfigDict) -> Iterator[Mistake]:
 def _volume_mistakes(config: ConfigDict) -> Iterator[Mistake]:
     """What does not go together with a validation of whole volumes."""
     loaders, trainer = config.get("loaders"), config.get("trainer")
-    for phase, key in product(PHASES, ("whole_volumes", "every_epochs")):
-        if phase != "val" and _at(_at(loaders, phase), key):
+    keys = ("whole_volumes", "every_epochs")
+    for path, values in _in_phases(("loaders",), loaders):
+        if path[1] != "val":
             text = "is for loaders.val; a test measures whole volumes where there is a section predictor"
-            yield mistake(config, ("loaders", phase, key), text)
-    wishes: dict[str, tuple[KeyPath, Any]] = {}
-    for key in ("whole_volumes", "every_epochs"):
-        of_val = _at(_at(loaders, "val"), key)
-        wishes[key] = (("loaders", key), _at(loaders, key)) if of_val is None else (("loaders", "val", key), of_val)
-    (path, wish), (every_path, every) = wishes["whole_volumes"], wishes["every_epochs"]
-    if wish == "mirrored" and not _at(config.get("predictor"), "mirror"):
-        yield mistake(config, path, "mirrored needs predictor.mirror, such as mirror: [0, 1, 2]; else write true")
-    if every is not None and not wish:
-        yield mistake(config, every_path, "says how often whole volumes are measured; add whole_volumes: true")
-    elif every is not None and _at(trainer, "validate_every_steps") is not None:
-        text = "counts epochs, and trainer.validate_every_steps validates after steps: whole volumes in each validation"
-        yield mistake(config, every_path, f"{text}, without this key; remove one of the two")
+            yield from (mistake(config, (*path, key), text) for key in keys if _at(values, key))
+            continue
+        is_own = {key: _at(values, key) is not None for key in keys}
+        wish, every = (_at(values if is_own[key] else loaders, key) for key in keys)
+        wish_path, every_path = ((*(path if is_own[key] else ("loaders",)), key) for key in keys)
+        if wish == "mirrored" and not _at(config.get("predictor"), "mirror"):
+            yield mistake(
+                config, wish_path, "mirrored needs predictor.mirror, such as mirror: [0, 1, 2]; else write true"
+            )
+        if every is not None and not wish:
+            yield mistake(config, every_path, "says how often whole volumes are measured; add whole_volumes: true")
+        elif every is not None and _at(trainer, "validate_every_steps") is not None:
+            text = "counts epochs, but trainer.validate_every_steps validates after steps; remove one of the two"
+            yield mistake(config, every_path, f"{text} (without every_epochs, each validation is of whole volumes)")
+        if wish and _at(trainer, "strategy") == "fsdp":
+            text = "measures whole volumes, which a sharded model (strategy: fsdp) cannot; validate patches, and use "
+            yield mistake(config, wish_path, f"{text}`dtrain test` after the training")
 
 
-def _phases(loaders: Any) -> list[Any]:
-    return [_at(loaders, phase) for phase in PHASES]
+def _in_phases(path: KeyPath, values: Any) -> Iterator[tuple[KeyPath, Any]]:
+    """The keys of each phase, of several sets of each, with their paths."""
+    for phase in PHASES:
+        own = _at(values, phase)
+        several = isinstance(own, list)
+        yield from (
+            (((*path, phase, index), item) for index, item in enumerate(own)) if several else [((*path, phase), own)]
+        )
 
 
 def _sums(config: ConfigDict) -> list[KeyPath]:
@@ -180,19 +195,17 @@ def strategy_mistakes(config: ConfigDict, options: Any) -> list[Mistake]:
     """What cannot be combined with `trainer.strategy`; `options` may come from elsewhere than the config."""
     strategy = _at(options, "strategy")
     wrong: dict[KeyPath, str] = {}
-    own: list[Mistake] = []
     if strategy == "ddp" and _set_keys(options, "fsdp"):
         wrong["fsdp",] = "applies only with `trainer.strategy: fsdp`"
     if _at(_at(options, "ddp"), "static_graph") and (_at(options, "accumulate") or 1) > 1:
         why = "reduces wrong gradients together with `trainer.accumulate` (pytorch issue 143580)"
         wrong["ddp", "static_graph"] = f"{why}; remove one of the two"
     if strategy == "fsdp":
+        if has_several(config.get("optimizer")):
+            why = "fsdp trains a model as a whole, with one optimizer, and here are several"
+            wrong["strategy",] = f"{why} ({', '.join(config.optimizer)}); possible: ddp"
         if _at(options, "compile"):
             wrong["compile",] = "is not possible with a sharded model (strategy: fsdp)"
-        of_val = _at(_at(config.get("loaders"), "val"), "whole_volumes")
-        if of_val or (of_val is None and _at(config.get("loaders"), "whole_volumes")):
-            text = "measures whole volumes, which a sharded model (strategy: fsdp) cannot; validate patches, and use "
-            own = [mistake(config, ("loaders", "val", "whole_volumes"), f"{text}`dtrain test` after the training")]
         if _at(options, "sync_batchnorm"):
             wrong["sync_batchnorm",] = "has not been tried with a sharded model (strategy: fsdp)"
         if _at(options, "precision") == "fp16":
@@ -201,7 +214,7 @@ def strategy_mistakes(config: ConfigDict, options: Any) -> list[Mistake]:
         possible = ("backend", "timeout_seconds", "broadcast_buffers")
         text = f"is an option of DistributedDataParallel; with strategy: fsdp possible: {', '.join(possible)}"
         wrong |= {("ddp", key): text for key in _set_keys(options, "ddp") if key not in possible}
-    return own + [mistake(config, ("trainer", *path), text) for path, text in wrong.items()]
+    return [mistake(config, ("trainer", *path), text) for path, text in wrong.items()]
 
 
 def _name_mistakes(config: ConfigDict) -> Iterator[Mistake]:
@@ -237,15 +250,63 @@ def _missing_mistakes(config: ConfigDict, purpose: str | None) -> Iterator[Mista
     sections, phases = PURPOSES[purpose]
     if purpose == "test" and config.get("metrics") is None:
         sections = (*sections, "loss")
+    has_own_loop = {"training_step", "evaluation_step"} <= own_loop(config)  # which may know their loss themselves
     for name in sections:
-        if config.get(name) is None:
-            yield mistake(config, (name,), f"missing, such as {name}: {REQUIRED[name]}")
+        needed = config.get(name) is None and not (name == "loss" and has_own_loop)
+        if needed and (why := _why_needed(config, name)) is not None:
+            yield mistake(config, (name,), f"missing, such as {name}: {REQUIRED[name]}{why}")
     if phases and is_mapping(loaders) and all(loaders.get(phase) is None for phase in phases):
         text = f"has no {' and no '.join(map(repr, phases))}, so there is nothing to {purpose}"
         yield mistake(config, ("loaders",), text + ("" if purpose == "predict" else " on"))
+    if purpose == "predict" and _at(loaders, "predict") is None and len(_several(_at(loaders, "test"))) > 1:
+        text = "holds several sets; name what is predicted: loaders.predict: {...}"
+        yield mistake(config, ("loaders", "test"), text)
     no_limit = _at(trainer, "max_epochs") is None and _at(trainer, "max_steps") is None
     if purpose == "train" and no_limit and (trainer is None or is_mapping(trainer)):
         yield mistake(config, ("trainer",), "needs max_epochs or max_steps, such as max_epochs: 10")
+
+
+def _deep_supervision_mistakes(config: ConfigDict) -> Iterator[Mistake]:
+    """Outputs of several levels for a loss that looks at the first alone, so that the others would not be trained."""
+    loss = read(config).calls.get("loss")
+    if loss is None or _at(config.get("model"), "deep_supervision") is not True:
+        return
+    with suppress(ConfigError):  # reported elsewhere
+        targets = [call.target for call in _with_inner(loss)]
+        names = {target.name for target in targets}
+        if targets[0].module.startswith(("torch.", "dtrain.")) and not names & {"DeepSupervision", "PIDNetLoss"}:
+            text = f"gives several outputs in training, and {targets[0].name} looks at the first alone; wrap it"
+            example = "loss: {name: DeepSupervision, loss: {name: ...}}"
+            yield mistake(config, ("model", "deep_supervision"), f"{text}: {example}")
+
+
+def _with_inner(call: Call) -> Iterator[Call]:
+    """A call and all those among its arguments."""
+    yield call
+    for inner in call.components.values():
+        yield from _with_inner(inner)
+
+
+def _why_needed(config: ConfigDict, section: str) -> str | None:
+    """Why a section may not be missing, '' where that is plain; None: it may, since the model may compute its loss.
+
+    A model of these libraries that takes nothing but its input cannot, whatever the batch; another may need no target.
+    """
+    model = read(config).calls.get("model") if section == "loss" else None
+    if model is None:
+        return ""
+    try:
+        target = model.target
+    except ConfigError:  # reported elsewhere
+        return ""
+    takes = SOURCE.method(target.module, target.name, "forward") if target.module.startswith(_PLAIN) else None
+    if takes and not takes[1] and len(takes[0]) == 1:
+        return f"; {target.name}.forward({takes[0][0].name}) takes no target, so it cannot compute a loss itself"
+    return None
+
+
+def _several(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _at(values: Any, key: str) -> Any:

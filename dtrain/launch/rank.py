@@ -21,6 +21,7 @@ from dtrain.reporting.summary import prediction_lines
 from dtrain.tracking.journal import NoJournal
 from dtrain.tracking.run_folder import RunFolder
 from dtrain.trainer import Trainer, create_trainer
+from dtrain.training.replay import Step
 from dtrain.training.replay import replay as repeated
 
 if TYPE_CHECKING:
@@ -75,7 +76,12 @@ def rehearse(config: ConfigDict) -> int:
 
 def replay(config: ConfigDict, folder: Path) -> int:
     """Repeat the failed step of a run folder on this one process, and say what is found; writes nothing."""
-    return _run_and_note(config, lambda it: repeated(it.forward, it.module, it.train_loader, folder))
+
+    def step(it: Trainer) -> Iterator[str]:
+        it.scaler = it.own.scaler = None  # gradients as they are
+        return repeated(Step(it.learn, it.state, it.trainables), it.train_loader, folder)
+
+    return _run_and_note(config, step)
 
 
 def _run_and_note(config: ConfigDict, action: Callable[[Trainer], Iterator[str]]) -> int:

@@ -15,8 +15,10 @@ from dtrain.config.errors import ConfigError, first_few
 from dtrain.config.metric_rules import VOLUMES, not_given
 from dtrain.config.optimizers import ONE
 from dtrain.config.schema import refused
+from dtrain.data.samplers import BatchShard
 from dtrain.loss import get_loss_criterion
 from dtrain.modelloader import get_model
+from dtrain.predict.inference import WholeVolumes
 from dtrain.predict.run import first_planes
 from dtrain.trainer import Trainer
 from dtrain.training.evaluate import evaluate, evaluate_volumes
@@ -46,13 +48,15 @@ def _parts(trainer: Trainer, config: ConfigDict) -> Iterator[str]:
         yield f"frozen: {text}"
     for label, text in shown(trainer.trainables.built):
         yield f"{label}: {text}"
+    if trainer.train_loader.sampler is not None:
+        yield f"train: sampled by {trainer.train_loader.described}"
     yield _first_step(trainer)
     if line := _smallest_batch(trainer, config):
         yield line
     for phase in ("val", "test"):
-        every = trainer.inference.whole_volumes.get(phase)
-        if getattr(trainer.loaders, phase) is not None:
-            yield from (_evaluation(trainer, phase, kind) for kind in _kinds(every))
+        for name, loader in trainer.loaders.of(phase).items():
+            for of_volumes in _kinds(trainer.inference.whole_volumes.get(name)):
+                yield _evaluation(trainer, name, loader, of_volumes)
     _require_resumable(trainer, config)
     yield "state: can be saved and resumed"
 
@@ -61,7 +65,7 @@ def _first_step(trainer: Trainer) -> str:
     """The first optimizer step of a training, as the loop takes it."""
     parts: Any = trainer.trainables
     trainer.model.train()
-    trainer.finite_step.begin(parts.all, parts.criterion.objects)
+    trainer.finite_step.begin(parts.all, parts.loss_objects)
     count = samples = 0
     for micro in trainer.train_loader.epoch(0):
         if micro.batch is not None:
@@ -69,7 +73,7 @@ def _first_step(trainer: Trainer) -> str:
             count, samples = count + 1, samples + micro.samples
         if micro.closes and count:
             break
-    require_trained(parts.optimizers.values(), parts.module, parts.criterion.modules_now())
+    require_trained(parts.optimizers.values(), parts.module, parts.loss_now)
     loss = float(trainer.state.sums["loss"]) / samples
     trainer.take_step()
     of = "one batch" if count == 1 else f"{count} batches"
@@ -77,10 +81,11 @@ def _first_step(trainer: Trainer) -> str:
 
 
 def _smallest_batch(trainer: Trainer, config: ConfigDict) -> str:
-    """The last batch of an epoch where it is shorter than the others: statistics over one sample are an error."""
+    """The smallest batch of an epoch, mostly its last one: statistics over one sample are an error."""
     shard = trainer.train_loader.shard
-    start = (shard.end(0) - 1) // shard.global_batch * shard.global_batch
-    if not start or shard.end(0) - start == shard.global_batch:
+    which = "smallest" if isinstance(shard, BatchShard) else "last"
+    start = shard.smallest()
+    if not start:
         return ""
     micro = next(iter(trainer.train_loader.epoch(0, start)))
     if micro.batch is None:
@@ -91,28 +96,27 @@ def _smallest_batch(trainer: Trainer, config: ConfigDict) -> str:
         trainer.learn(micro._replace(closes=False))  # gradients alone, of which no step is taken
     except Exception as error:
         cure = "leave it out with drop_last: true, or choose another batch_size"
-        text = f"the last batch of each epoch has {count}, with which the model fails ({error}); {cure}"
+        text = f"the {which} batch of each epoch has {count}, with which the model fails ({error}); {cure}"
         raise refused(config, ("loaders", "train"), text) from error
     trainer.own.end()
     for optimizer in trainer.trainables.optimizers.values():
         optimizer.zero_grad()
     loss = float(trainer.state.sums["loss"]) / max(1, micro.samples)
-    return f"train: the epoch's last batch of {count}, loss {loss:.4g}"
+    return f"train: the epoch's {which} batch of {count}, loss {loss:.4g}"
 
 
-def _kinds(every_epochs: int | None) -> list[bool]:
+def _kinds(volumes: WholeVolumes | None) -> list[bool]:
     """Whether an evaluation is of whole volumes: in none, in all, or in every so many epochs."""
-    return [False] if every_epochs is None else [True] if every_epochs == 1 else [False, True]
+    return [False] if volumes is None else [True] if volumes.every_epochs == 1 else [False, True]
 
 
-def _evaluation(trainer: Trainer, phase: str, of_volumes: bool) -> str:
+def _evaluation(trainer: Trainer, name: str, loader: Any, of_volumes: bool) -> str:
     """One batch, or of whole volumes the first planes of one, with all metrics."""
-    parts, loader = trainer.trainables, getattr(trainer.loaders, phase)
-    trainer.activity.phase = {"val": "validation", "test": "test"}[phase]
+    parts, is_val = trainer.trainables, name.startswith("val")
+    trainer.activity.phase, trainer.activity.data_set = "validation" if is_val else "test", name
     with parts.evaluating(parts.compiled):
         if of_volumes:
-            is_val = phase == "val"
-            inference = trainer.inference.of_training(parts.compiled) if is_val else trainer.inference
+            inference = trainer.inference.of_training(parts.compiled, name) if is_val else trainer.inference
             planes, forward = first_planes(inference, loader), trainer.forward if is_val else None
             figures = evaluate_volumes(parts.compiled, planes, trainer.metrics, trainer.ranks, forward=forward)
         else:
@@ -122,27 +126,30 @@ def _evaluation(trainer: Trainer, phase: str, of_volumes: bool) -> str:
                 lambda _, batch: trainer.evaluation_step(batch), parts.compiled, batch, trainer.metrics, trainer.ranks
             )
             figures = measured and measured.figures
-    given = [f"val/{VOLUMES if of_volumes else ''}{name}" for name in figures or {}]
-    is_judged = phase == "val" and trainer.monitor.startswith(f"val/{VOLUMES}") == of_volumes
+    kind = VOLUMES if of_volumes and is_val else ""
+    given = [f"{name}{kind}/{figure}" for figure in figures or {}]
+    is_of_volumes = trainer.monitor.startswith(f"{name}{VOLUMES}/")
+    is_judged = trainer.monitor.startswith(f"{name}/") and is_of_volumes == of_volumes
     if is_judged and trainer.monitor not in given:
         raise ConfigError(not_given(trainer.monitor, given))
     what = "the first planes of a volume" if of_volumes else "one batch"
-    return f"{phase}: {what}, {', '.join(f'{name} {value:.4g}' for name, value in (figures or {}).items())}"
+    return f"{name}: {what}, {', '.join(f'{figure} {value:.4g}' for figure, value in (figures or {}).items())}"
 
 
 def _require_resumable(trainer: Trainer, config: ConfigDict) -> None:
     """What a checkpoint would hold now can be written, and fits a model and an optimizer that are made anew."""
     values, weights, ema, others = capture(trainer.state, trainer.trainables, trainer.ranks, trainer.parts.seed)
     take_snapshot(weights, values, ema, others=others)
-    module, loss = get_model(config), get_loss_criterion(config)
+    module, loss = get_model(config), get_loss_criterion(config) if config.get("loss") else None
     on_cpu = replace(trainer.forward, module=module, criterion=loss, device=torch.device("cpu"), precision="fp32")
     make_lazy_parts(on_cpu, trainer.loaders)
     _require_fit(config, "model", module, weights)
-    if loss.module is not None and LOSS in others:
-        _require_fit(config, "loss", loss.module, others[LOSS])
+    of_loss = loss.module if loss else None
+    if of_loss is not None and LOSS in others:
+        _require_fit(config, "loss", of_loss, others[LOSS])
     try:
-        thawed_later = freeze(config, module, loss.module).thawed_later
-        for name, built in get_optimizers(config, module, loss.module, thawed_later).items():
+        thawed_later = freeze(config, module, of_loss).thawed_later
+        for name, built in get_optimizers(config, module, of_loss, thawed_later).items():
             built.optimizer.load_state_dict(values["optimizer"] if name == ONE else values["optimizer"][name])
     except Exception as error:
         raise refused(config, ("optimizer",), f"could not be resumed: load_state_dict raised {error}") from error

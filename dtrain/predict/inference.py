@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dtrain.config.metric_rules import VOLUMES
 from dtrain.distributed.ranks import Ranks
 from dtrain.modelloader import Forward
 from dtrain.predict.mirror import mirrored
@@ -22,6 +23,13 @@ CONTIGUOUS = dict.fromkeys(CHANNELS_LAST, torch.contiguous_format)
 
 class StoppedError(Exception):
     """A request to stop came between two batches."""
+
+
+class WholeVolumes(NamedTuple):
+    """How the whole volumes of a set are measured."""
+
+    every_epochs: int = 1
+    is_mirrored: bool = True  # as a prediction is
 
 
 class Result(NamedTuple):
@@ -46,18 +54,23 @@ class Inference:
     run_folder: Path  # in which a folder of predictions is made, unless another one is named
     identity: Mapping[str, Any]  # what a prediction depends on besides the predictor's settings and the file read
     has_weights: bool = False  # whether the model has weights to use without a checkpoint
-    whole_volumes: Mapping[str, int] = field(default_factory=dict)  # phases that measure them: in every so many epochs
-    mirrors_val: bool = False  # whether a validation of whole volumes mirrors as a prediction does
+    whole_volumes: Mapping[str, "WholeVolumes"] = field(default_factory=dict)  # by name the sets that measure them
     is_training: bool = False  # so that the model's tensors are to be left as they are
     asked_to_stop: Callable[[], bool] = bool  # asked after each batch
 
-    def measures_volumes(self, phase: str, epoch: int) -> bool:
-        """Whether what follows so many whole epochs and another one measures whole volumes, rather than items."""
-        return phase in self.whole_volumes and (epoch + 1) % self.whole_volumes[phase] == 0
+    def measures_volumes(self, name: str, epoch: int) -> bool:
+        """Whether an evaluation of a set after so many whole epochs and another one measures volumes, not items."""
+        return name in self.whole_volumes and (epoch + 1) % self.whole_volumes[name].every_epochs == 0
 
-    def of_training(self, module: nn.Module) -> "Inference":
-        """The same for a validation of another model, such as the averaged one, in the middle of the training."""
-        predictor = self.predictor if self.mirrors_val else replace(self.predictor, mirror=None)
+    def skips(self, figure: str, epoch: int) -> bool:
+        """Whether a validation then gives no such figure: it is of volumes, and it measures items, or the other way."""
+        name = next((name for name in self.whole_volumes if figure.startswith(f"{name}/")), None)
+        is_of_volumes = figure.startswith(f"{name}{VOLUMES}/")
+        return name is not None and is_of_volumes != self.measures_volumes(name, epoch)
+
+    def of_training(self, module: nn.Module, name: str) -> "Inference":
+        """The same for a set's validation, of another model such as the averaged one, in the middle of the training."""
+        predictor = self.predictor if self.whole_volumes[name].is_mirrored else replace(self.predictor, mirror=None)
         return replace(self, model=module, predictor=predictor, progress=Progress(), is_training=True)
 
     def output(self, inputs: Any) -> Tensor:

@@ -15,8 +15,11 @@ from dtrain.training.state import TrainState
 
 def asks_for_closure(optimizer: Any) -> bool:
     """Whether an optimizer's `step` cannot be called without a closure; some that need one do not say so."""
-    step = getattr(optimizer, "step", None)  # there is none where nothing is trained
-    return step is not None and any(item.default is item.empty for item in inspect.signature(step).parameters.values())
+    step = getattr(type(optimizer), "step", None)  # of the class: a scheduler wraps the object's
+    if step is None:  # nothing is trained
+        return False
+    _, *rest = inspect.signature(step).parameters.values()
+    return any(item.default is item.empty and item.kind is item.POSITIONAL_OR_KEYWORD for item in rest)
 
 
 def closure_mistake(options: Mapping[str, Any], optimizers: Iterable[Any], is_sharded: bool) -> str:

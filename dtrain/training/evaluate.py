@@ -192,6 +192,8 @@ def _told(result: Any) -> tuple[dict[str, torch.Tensor], Outcome | None]:
     """
     if isinstance(result, tuple) and len(result) == 3:
         loss, terms, outcome = result
+        if loss is None:  # of a model that computes it in train mode alone
+            return {}, outcome
         return {"loss": loss, **{f"loss_{key}": term for key, term in terms.items()}}, outcome
     if not isinstance(result, Mapping):
         expected = "expected a dict of figures, or (loss, terms, outcome) as self.forward gives it"

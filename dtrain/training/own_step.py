@@ -21,7 +21,7 @@ class OwnStep:
     def __init__(
         self, optimizers: Mapping[str, Optimizer], ranks: Ranks, scaler: torch.amp.GradScaler | None = None
     ) -> None:
-        self.optimizers, self._ranks, self._scaler = optimizers, ranks, scaler
+        self.optimizers, self._ranks, self.scaler = optimizers, ranks, scaler
         self.micro: MicroBatch | None = None  # the batch at work
         self.is_taken = False  # it has taken steps itself, in one of this step's batches
         self.has_several = len(optimizers) > 1
@@ -61,22 +61,22 @@ class OwnStep:
         value, parameters = loss.detach(), trained(self.optimizer(name)[1])
         # 0 * loss is NaN for a loss that is not finite; so then are its gradients, which every rank gets to see.
         seed = torch.add(torch.full_like(value, self.micro.weight), value, alpha=0)
-        scaled = self._scaler.scale(loss) if self._scaler else loss
+        scaled = self.scaler.scale(loss) if self.scaler else loss
         with torch.autocast(self._ranks.device.type, enabled=False):
             found = self._ranks.strategy.gradients(scaled, seed, parameters, retain_graph)
-        if self._scaler:
+        if self.scaler:
             torch._foreach_div_([item for item in found if item is not None], self._scale())
         return found
 
     def prepare(self, gradients: list[Tensor], factor: float) -> None:
         """Make gradients what an optimizer's step expects: times a factor, and with fp16 times the loss's scale."""
-        if gradients and (factor != 1 or self._scaler):
-            torch._foreach_mul_(gradients, self._scale() * factor if self._scaler else factor)
+        if gradients and (factor != 1 or self.scaler):
+            torch._foreach_mul_(gradients, self._scale() * factor if self.scaler else factor)
         torch.clear_autocast_cache()  # of weights that are about to change
 
     def _scale(self) -> Tensor:
-        assert self._scaler is not None
-        return self._scaler.scale(torch.ones((), device=self._ranks.device))
+        assert self.scaler is not None
+        return self.scaler.scale(torch.ones((), device=self._ranks.device))
 
     def add(self, name: str, gradients: list[Tensor | None]) -> bool:
         """Add gradients to those that an optimizer has; whether it shall step now: the step's last batch is at work.

@@ -27,11 +27,12 @@ from dtrain.config.errors import ConfigError, first_few, to_plain
 from dtrain.config.load import place_of, run_folder, sources, to_yaml
 from dtrain.config.metric_rules import (
     Monitored,
-    figures_of_validation,
+    can_be_monitored,
     higher_is_better,
-    kinds_of_validation,
+    measures_itself,
     mode_text,
     monitored,
+    val_sets,
 )
 from dtrain.config.optimizers import ONE
 from dtrain.config.rules import strategy_mistakes
@@ -48,7 +49,7 @@ from dtrain.loss import Criterion, get_loss_criterion
 from dtrain.metrics import Metrics, get_evaluation_metric
 from dtrain.modelloader import Forward, get_model, parameter_count
 from dtrain.predict.activation import activation_of
-from dtrain.predict.inference import IDLE_SECONDS, Inference
+from dtrain.predict.inference import IDLE_SECONDS, Inference, WholeVolumes
 from dtrain.predict.predictor import Predictor
 from dtrain.predict.work_folder import digest
 from dtrain.reporting import summary as report
@@ -83,7 +84,7 @@ class Parts:
     saver: Saver
     stop: StopRequest
     progress: Progress
-    pictures: Pictures
+    pictures: Mapping[str, Pictures]  # of each set of the validation, by name
     inference: Inference
     record: Mapping[str, Any]  # what the journal is given at the start
     places: Mapping[str, str]  # where each section of the config stands, as file:line
@@ -122,19 +123,20 @@ def make_parts(
     )
     if ranks.is_main:
         _tell_of_data(loaders, progress.note)
-    spaces = {phase: space_of(_dataset(loader)) for phase, loader in loaders._asdict().items() if loader is not None}
+    spaces = {name: space_of(dataset) for name, dataset in loaders.datasets().items()}
     if ranks.is_main and purpose == "train" and (line := difference(spaces)):
         progress.note(f"loaders: {line}")
-    loss = get_loss_criterion(config) if config.get("loss") else None
-    keys = options["input_key"], options["target_key"]
-    make_lazy_parts(Forward(module, torch.device("cpu"), "fp32", *keys, loss), loaders)
+    loss = get_loss_criterion(config) if config.get("loss") or purpose != "predict" else None
+    keys, counts = (options["input_key"], options["target_key"]), loaders.sample_counts()
+    make_lazy_parts(Forward(module, torch.device("cpu"), "fp32", *keys, loss, sample_counts=counts), loaders)
     module = _prepared_model(config, module, options, ranks, start, progress.note)
     compiled = _compiled(module, options["compile"])
     loss = loss and loss.to(ranks.device)
     predictor = _predictor(config, ranks, progress, purpose)
     forward = Forward(
-        module, ranks.device, options["precision"], *keys, loss, predictor.output_key, loaders.sample_counts()
-    )
+        module, ranks.device, options["precision"], *keys, loss, predictor.output_key, counts,
+        progress.note if ranks.is_main else bool,
+    )  # fmt: skip
     metrics = get_evaluation_metric(config, ranks, ranks.device)
     figure = _monitor(config, options, metrics)
     monitor, mode = figure.figure, options["mode"]
@@ -146,7 +148,7 @@ def make_parts(
     inference = Inference(
         predictor, forward, compiled, ranks, progress, start.folder,
         _identity(config, options, phases), has_weights=bool(options["pre_trained"]) and start.checkpoint is None,
-        **_whole_volumes(config, loaders, predictor),
+        whole_volumes=_whole_volumes(config, loaders, predictor),
     )  # fmt: skip
     texts = {f"config/{name}": redact(text) for name, text in sources(config).items()}
     parts = Parts(
@@ -179,7 +181,7 @@ def make_lazy_parts(forward: Forward, loaders: Loaders) -> None:
         return
     module = forward.module.eval()  # else it would begin with statistics of this batch
     with torch.no_grad():
-        if of_loss:
+        if of_loss or (criterion is not None and criterion.of_model):
             criterion.train(False)
             forward(module, first_batch(loaders))
             criterion.train()
@@ -217,40 +219,39 @@ def _predictor(config: ConfigDict, ranks: Ranks, progress: Progress, purpose: st
     return replace(predictor, activation=activation)
 
 
-def _dataset(loader: Any) -> Any:
-    """The user's own dataset, which a loader wraps."""
-    return getattr(loader, "loader", loader).dataset.dataset
-
-
-def _whole_volumes(config: ConfigDict, loaders: Loaders, predictor: Predictor) -> dict[str, Any]:
-    """The phases that measure whole volumes, in every how many epochs, and whether a validation mirrors them.
+def _whole_volumes(config: ConfigDict, loaders: Loaders, predictor: Predictor) -> dict[str, WholeVolumes]:
+    """The sets of which whole volumes are measured.
 
     A ConfigError where a validation of them is asked for and there are none, or patches do not fit.
     """
-    has_test = config.get("predictor") is not None and loaders.test is not None
-    phases = {"test": 1} if has_test and hasattr(_dataset(loaders.test), "volumes") else {}
-    if loaders.val is None:
-        return {"whole_volumes": phases}
-    settings, dataset = defaults(config, "loaders.val.loader"), _dataset(loaders.val)
-    if settings["whole_volumes"]:
+    datasets = loaders.datasets()
+    tests = loaders.of("test") if config.get("predictor") is not None else ()
+    result = {name: WholeVolumes() for name in tests if hasattr(datasets[name], "volumes")}
+    for name in loaders.of("val"):
+        settings, dataset = defaults(config, f"loaders.{name}.loader"), datasets[name]
+        if not settings["whole_volumes"]:
+            continue
         volumes = getattr(dataset, "volumes", ())
         without = [str(volume.path) for volume in volumes if not volume.has_label]
         if without or not volumes:
             why = f"{without[0]} is read without label" if without else f"{type(dataset).__name__} has no volumes"
-            path = calls(config)["loaders.val.loader"].path_of("whole_volumes")
+            path = calls(config)[f"loaders.{name}.loader"].path_of("whole_volumes")
             raise refused(config, path, f"{why}, so that none can be measured whole")
         predictor.source(dataset)
-        phases["val"] = settings["every_epochs"] or 1
-    return {"whole_volumes": phases, "mirrors_val": settings["whole_volumes"] == "mirrored"}
+        result[name] = WholeVolumes(settings["every_epochs"] or 1, settings["whole_volumes"] == "mirrored")
+    return result
 
 
 def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, sender: Popen[bytes] | None) -> None:
     """Add what only a training needs: what is trained, the journal, and the checkpoint to resume from."""
     ranks, start, train = parts.ranks, parts.start, parts.loaders.train
     assert train is not None
-    if ranks.strategy.is_sharded and "test" in parts.inference.whole_volumes:
-        text = "tests whole volumes, which a sharded model cannot; train without, then `dtrain test`"
-        raise refused(config, ("loaders", "test"), text)
+    if ranks.strategy.is_sharded and (phases := {name.partition("/")[0] for name in parts.inference.whole_volumes}):
+        phase = max(phases)
+        text = f"{phase}s whole volumes" if phase == "test" else "measures whole volumes"
+        raise refused(
+            config, ("loaders", phase), f"{text}, which a sharded model cannot; train without, then `dtrain test`"
+        )
     per_epoch = train.steps()
     most, passes = (math.inf if options[key] is None else options[key] for key in ("max_steps", "max_epochs"))
     steps = int(min(most, passes * per_epoch))
@@ -364,10 +365,9 @@ def _tell_of_data(loaders: Loaders, note: Callable[[str], None]) -> None:
     if cut := loaders.not_searched():
         text = f"the search for generators to seed for each sample saw only a part of the datasets of {', '.join(cut)}"
         note(f"{text}; it passes over objects with `seeds_itself = True`, see docs/data.md")
-    for phase, loader in loaders._asdict().items():
-        places = getattr(_dataset(loader), "places", None) if loader is not None else None
-        for line in getattr(places, "notes", ()):
-            note(f"loaders.{phase}: {line}")
+    for name, dataset in loaders.datasets().items():
+        for line in getattr(getattr(dataset, "places", None), "notes", ()):
+            note(f"loaders.{name}: {line}")
 
 
 def _prepared_model(
@@ -417,10 +417,10 @@ def _compiled(module: Module, wish: bool | str | dict[str, Any]) -> Module:
 
 def _monitor(config: ConfigDict, options: Mapping[str, Any], metrics: Metrics) -> Monitored:
     """The figure that 'best' means, known to be one that the validation gives."""
-    described = calls(config)
-    figure = monitored(options["monitor"], metrics.names, kinds_of_validation(described))
+    sets = val_sets(calls(config))
+    figure = monitored(options["monitor"], metrics.names, sets, measures_itself(config))
     if figure is None:
-        possible = ", ".join(figures_of_validation(described, metrics.names))
+        possible = ", ".join(can_be_monitored(metrics.names, sets))
         text = f"{options['monitor']!r} is not a metric of the validation; possible: {possible}"
         raise refused(config, ("trainer", "monitor"), text)
     return figure
@@ -440,11 +440,14 @@ def _mode(config: ConfigDict, figure: Monitored, metrics: Metrics, must_know: bo
     return "max" if higher is True else "min"
 
 
-def _pictures(config: ConfigDict, options: Mapping[str, Any], loaders: Loaders, start: Start) -> Pictures:
+def _pictures(config: ConfigDict, options: Mapping[str, Any], loaders: Loaders, start: Start) -> dict[str, Pictures]:
+    """What draws the validation, by the name of the set."""
     wish = options["pictures"]
     settings = wish if isinstance(wish, dict) else {} if wish else None
     try:
-        return Pictures(loaders.val, start.folder, settings, (options["input_key"], options["target_key"]))
+        keys = options["input_key"], options["target_key"]
+        named = loaders.of("val").items()
+        return {name: Pictures(loader, start.folder, settings, keys, name) for name, loader in named}
     except ValueError as error:
         raise refused(config, ("trainer", "pictures"), str(error)) from None
 
@@ -466,13 +469,11 @@ def _table(config: ConfigDict, options: Mapping[str, Any], parts: Parts, steps: 
     """What is shown before the first step."""
     ranks, start = parts.ranks, parts.start
     train: Any = parts.loaders.train
-    sizes = {phase: len(loader.loader.dataset if phase == "train" else loader.dataset)
-             for phase, loader in parts.loaders._asdict().items() if loader is not None}  # fmt: skip
+    sizes = {name: len(dataset) for name, dataset in parts.loaders.datasets().items()}
     table = {
         "model": report.model_line(str(config.model.name), *parameter_count(parts.trainables.module)),
         "data": ", ".join(f"{phase} {size:,}" for phase, size in sizes.items()) + " samples",
-        "global batch": f"{train.global_batch} = {train.shard.batch_size} x {ranks.world_size} rank(s)"
-        + (f" x {train.accumulate} accumulated" if train.accumulate > 1 else ""),
+        "global batch": train.step_size,
         "steps": f"{train.steps():,} per epoch, {steps:,} in all",
         "learning rate": rates,
         "device": f"{ranks.device}, {options['precision']}"
@@ -482,6 +483,8 @@ def _table(config: ConfigDict, options: Mapping[str, Any], parts: Parts, steps: 
     if (freezing := parts.trainables.freezing) and (frozen := "; ".join(freezing.lines())):
         table["frozen"] = frozen
     table |= dict(shown(parts.trainables.built, most=8))
+    if train.sampler is not None:
+        table["sampler"] = train.described
     if trained := parts.trainables.loss and parameter_count(parts.trainables.loss)[1]:
         table["loss"] = f"{config.loss.name}, {trained:,} parameters trained"
     if parts.journal.tracking_uri:

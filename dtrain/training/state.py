@@ -155,6 +155,16 @@ class Trainables:
         return self.ema.module if self.ema else self.compiled
 
     @property
+    def loss_objects(self) -> Mapping[str, Any]:
+        """All that may keep something in plain attributes of a loss, by name."""
+        return self.criterion.objects if self.criterion else {}
+
+    @property
+    def loss_now(self) -> Module | None:
+        """What the loss holds by now of modules and parameters: a forward may have made some."""
+        return self.criterion.modules_now() if self.criterion else None
+
+    @property
     def all(self) -> Module:
         """The bare model, together with the loss where that has weights."""
         return self.module if self.loss is None else torch.nn.ModuleDict({"model": self.module, "loss": self.loss})
@@ -190,6 +200,7 @@ class Activity:
     phase: str = "start-up"  # or "waiting for data", "forward", "validation" ...
     beats: int = 0  # grows as long as there is progress
     batch_start: int = 0  # the position of the batch at work or waited for
+    data_set: str = ""  # the name of the one that is, or was last, evaluated
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:

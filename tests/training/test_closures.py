@@ -12,6 +12,7 @@ from torch import Tensor
 from whole_runs import Place, equal, figures, last
 
 from dtrain.config.errors import ConfigError
+from dtrain.training.closure import asks_for_closure
 from dtrain.training.finite_step import NonFiniteError
 
 pytestmark = pytest.mark.timeout(600)
@@ -159,3 +160,11 @@ def test_what_a_closure_cannot_be_combined_with_is_said(train: Callable[..., Pat
         train("bent-fp16", **{"optimizer": LBFGS, "trainer.precision": "fp16"})
     with pytest.raises(AssertionError, match="requires closure"):
         train("bent-without", **{"optimizer": {"name": "SAM", "lr": 0.1, "rho": 0.2}})
+
+
+@pytest.mark.parametrize(("name", "asks"), [("AdamW", False), ("SGD", False), ("LBFGS", True)])
+def test_a_scheduler_around_its_step_makes_no_optimizer_ask_for_a_closure(name: str, asks: bool) -> None:
+    optimizer = getattr(torch.optim, name)([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    assert asks_for_closure(optimizer) is asks
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    assert asks_for_closure(optimizer) is asks

@@ -3,6 +3,7 @@
 import itertools
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -123,3 +124,50 @@ def test_a_teacher_is_neither_trained_nor_saved(page: Place) -> None:
     for step in (1, 7):  # the two figures, and the loss of them that is minimised
         parts = logged["train/hard"][step] + logged["train/soft"][step]
         assert abs(logged["train/loss"][step] - parts / 2) < 1e-5 * parts
+
+
+def step_of(optimizer: torch.optim.Optimizer, model: torch.nn.Module, loss: torch.Tensor) -> None:
+    model.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 0.05)
+    optimizer.step()
+
+
+def test_a_gan_is_what_a_plain_loop_computes(page: Place) -> None:
+    """On one rank and on two, where the noise is of the images, since ranks draw different numbers."""
+    source = code_of_page()["my_gan.py"]
+    drawn = "torch.randn(len(real), self.module.noise, device=self.device)"
+    assert source.count(drawn) == 1
+    (page.folder / "even_gan.py").write_text(source.replace(drawn, "real.detach().flatten(1)[:, 20:36]"))
+    own = ["loaders.shuffle=false", "modules=[even_gan]", "trainer.ema_decay=null", "trainer.clip_grad_norm=0.05"]
+    one = train(page, "gan.yaml", "gan-one", 7, *own, ranks=1)
+    two = train(page, "gan.yaml", "gan-two", 7, *own)
+    close(figures(one), figures(two))
+    _, x, _ = model_and_data()
+    rng.seed_all(0)
+    sys.path.insert(0, str(page.folder))
+    import even_gan
+
+    model = even_gan.DigitsGAN()
+    optimizers = [torch.optim.Adam(part.parameters(), 5e-4, (0.5, 0.99)) for part in (model.generator, model.critic)]
+    for rows in batches():
+        real = x[rows].clone().requires_grad_()
+        fake = model.generator(real.detach().flatten(1)[:, 20:36])
+        of_real, of_fake = model.critic(real), model.critic(fake.detach())
+        (slope,) = torch.autograd.grad(of_real.sum(), real, create_graph=True)
+        critic = F.softplus(-of_real).mean() + F.softplus(of_fake).mean()
+        step_of(optimizers[1], model, critic + 0.1 * slope.square().sum((1, 2, 3)).mean())
+        step_of(optimizers[0], model, F.softplus(-model.critic(fake)).mean())
+    for run in (one, two):
+        same_weights(run, model)
+    noise = torch.randn(500, 16, generator=torch.Generator().manual_seed(0))
+    images = torch.stack([image for image, _ in Digits(split="val")])
+    with torch.no_grad():
+        distance = torch.cdist(images.flatten(1), model.generator(noise).flatten(1)).amin(1).mean()
+    assert figures(two)["val/distance"][7] == pytest.approx(float(distance), rel=1e-5)
+
+
+def test_a_gan_resumes_with_all_its_optimizers(page: Place) -> None:
+    run = last(resumes(page, "gan.yaml", "gan"))
+    assert [*run.state["optimizer"]] == ["generator", "critic"]
+    assert run.ema is not None
