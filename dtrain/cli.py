@@ -125,6 +125,9 @@ DOCTOR = CONFIG | {
     "config": CONFIG["config"] | {"nargs": "?"},
     "--json": dict(action="store_true", help="print one JSON object"),
 }
+CHECK = RUN | {
+    "--find-lr": dict(action="store_true", help="try ever higher learning rates, suggest one, draw find-lr.png")
+}
 TEST = RUN | {"--checkpoint": dict(metavar="PATH", help="a checkpoint or weight file (default: the best)")}
 PREDICT = TEST | {
     "--output-dir": dict(metavar="DIR", help="default: predictions in the run folder"),
@@ -224,11 +227,11 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    """Build everything and try one batch of each phase; train nothing, write nothing."""
+    """Build everything and try one batch of each phase; train nothing, write nothing but --find-lr's picture."""
     config = _checked(options, "train")
     from dtrain.launch import rank
 
-    return rank.rehearse(config)
+    return rank.rehearse(config, options.find_lr)
 
 
 def _checked(options: argparse.Namespace, purpose: str | None) -> Any:
@@ -258,7 +261,7 @@ def _config(options: argparse.Namespace) -> int:
     for line in notes_on(config):
         print(f"# {one_line(line)}")
     for name, call in calls(config).items():
-        if name.endswith((".loader", ".schedule", ".ddp", ".fsdp", ".pictures")) or name.startswith(
+        if name.endswith((".loader", ".schedule", ".ddp", ".fsdp", ".pictures", ".swa")) or name.startswith(
             ("cluster", "metric.", "groups.", "trainer.freeze")
         ):
             continue  # dtrain's own keys beside a component's, and what is not part of a training
@@ -327,7 +330,7 @@ COMMANDS = {
     "test": (_test, TEST, "configfiles/digits.yaml --checkpoint runs/digits/checkpoints/best"),
     "predict": (_predict, PREDICT, "configfiles/digits.yaml --output-dir predictions predictor.format=csv"),
     "export": (_export, EXPORT, "runs/digits --output digits.onnx"),
-    "check": (_check, RUN, "configfiles/digits.yaml"),
+    "check": (_check, CHECK, "configfiles/digits.yaml --find-lr"),
     "config": (_config, CONFIG, "configfiles/digits.yaml optimizer.lr=5e-4"),
     "submit": (_submit, SUBMIT, "configfiles/digits.yaml --nodes 2 --gpus-per-node 4 --time 12:00:00"),
     "sync": (_sync, RUN_FOLDER, "runs/digits"),

@@ -18,6 +18,7 @@ from dtrain.config.signatures import SOURCE
 
 MAX_NAME_BYTES = 200  # a moved-aside run folder has a time stamp, too, and file systems take 255; MLflow 250
 TOP_LEVEL = {  # the keys of a config with their types; those without one are checked elsewhere
+    "config_version": "int | None",
     "experiment": "str | None",
     "run_name": "str | None",
     "seed": "int | None",
@@ -46,7 +47,7 @@ _LIBRARIES = ("torch.", "monai.", "dtrain.")  # whose `reduction: sum` is known 
 _PLAIN = ("torch.nn.", "dtrain.components.", "monai.networks.nets.")  # whose models return outputs, never a loss
 _ANY, _SOME, _PART = (0, math.inf), (1, math.inf), (0, 1)
 RANGES: dict[str, dict[str, tuple[float, float]]] = {  # where the type alone admits more
-    "": {"seed": _ANY},
+    "": {"seed": _ANY, "config_version": _SOME},
     "trainer": {
         "max_epochs": _ANY, "max_steps": _ANY, "steps_per_epoch": _SOME, "accumulate": _SOME, "log_every_steps": _SOME,
         "validate_every_steps": _SOME, "checkpoint_every_steps": _SOME, "keep_last": _SOME, "keep_best": _ANY,
@@ -71,6 +72,7 @@ def rule_mistakes(config: ConfigDict, purpose: str | None) -> Iterator[Mistake]:
     """What is wrong with a config as a whole, for a purpose (None: what its data are for)."""
     yield from _top_level_mistakes(config)
     yield from strategy_mistakes(config, config.get("trainer"))
+    yield from _exclusive_mistakes(config)
     yield from _name_mistakes(config)
     yield from _missing_mistakes(config, purpose)
     yield from _deep_supervision_mistakes(config)
@@ -108,6 +110,7 @@ def value_mistakes(config: ConfigDict) -> Iterator[Mistake]:
             if _at(mapping, "batch_size") is not None and _at(mapping, "global_batch_size") is not None:
                 text = "cannot be combined with 'batch_size'; keep one of them, or set the other to null"
                 yield mistake(config, (*where, "global_batch_size"), text)
+    yield from _limit_mistakes(config)
     for path in _sums(config):
         yield mistake(config, path, f"sum {SUMMED}")
     yield from _mirror_mistakes(config)
@@ -116,6 +119,48 @@ def value_mistakes(config: ConfigDict) -> Iterator[Mistake]:
     if isinstance(uri, str) and uri.lower().startswith("file:"):
         text = f"MLflow 3 no longer writes to {shown(uri)}; name the folder alone (sqlite is put in it), or a server"
         yield mistake(config, ("mlflow", "tracking_uri"), text)
+
+
+def _in_phases(path: KeyPath, values: Any) -> Iterator[tuple[KeyPath, Any]]:
+    """The keys of each phase, of several sets of each, with their paths."""
+    for phase in PHASES:
+        own = _at(values, phase)
+        several = isinstance(own, list)
+        yield from (
+            (((*path, phase, index), item) for index, item in enumerate(own)) if several else [((*path, phase), own)]
+        )
+
+
+def _limit_mistakes(config: ConfigDict) -> Iterator[Mistake]:
+    """Numbers of batches that are none, and what `trainer.swa` cannot be."""
+    trainer = config.get("trainer")
+    limit, overfit = _at(trainer, "limit_batches"), _at(trainer, "overfit_batches")
+    values: dict[KeyPath, Any] = {("overfit_batches",): overfit, ("limit_batches",): limit}
+    if is_mapping(limit):
+        values = {("overfit_batches",): overfit, **{("limit_batches", key): limit[key] for key in limit}}
+    for path, value in values.items():
+        if path[1:] and path[1] not in PHASES[:3]:
+            text = f"is not a phase{did_you_mean(str(path[1]), PHASES[:3])}; possible: {', '.join(PHASES[:3])}"
+        elif value is None or _is_count(value):
+            continue
+        else:
+            text = f"must be a number of batches from 1 on, or a share of them between 0 and 1, {found(value)}"
+            text += "; loaders.val=null leaves the validation out" if value == 0 and path[-1] == "val" else ""
+        yield mistake(config, ("trainer", *path), text)
+    if limit is not None and overfit is not None:
+        yield mistake(
+            config, ("trainer", "overfit_batches"), "cannot be combined with 'limit_batches'; keep one of them"
+        )
+    swa = _at(trainer, "swa")
+    for key, least in (("start_epoch", 1), ("anneal_epochs", 0), ("lr", 0)):
+        value = _at(swa, key)
+        if type(value) in (int, float) and value < least:
+            yield mistake(config, ("trainer", "swa", key), f"must be at least {least}, found {value}")
+
+
+def _is_count(value: Any) -> bool:
+    """A number of batches, or a share of them."""
+    return value >= 1 if type(value) is int else type(value) is float and 0 < value <= 1
 
 
 def _mirror_mistakes(config: ConfigDict) -> Iterator[Mistake]:
@@ -161,16 +206,6 @@ def _volume_mistakes(config: ConfigDict) -> Iterator[Mistake]:
             yield mistake(config, wish_path, f"{text}`dtrain test` after the training")
 
 
-def _in_phases(path: KeyPath, values: Any) -> Iterator[tuple[KeyPath, Any]]:
-    """The keys of each phase, of several sets of each, with their paths."""
-    for phase in PHASES:
-        own = _at(values, phase)
-        several = isinstance(own, list)
-        yield from (
-            (((*path, phase, index), item) for index, item in enumerate(own)) if several else [((*path, phase), own)]
-        )
-
-
 def _sums(config: ConfigDict) -> list[KeyPath]:
     """Where the loss, or a library's component within it, is asked to add its samples up.
 
@@ -204,17 +239,27 @@ def strategy_mistakes(config: ConfigDict, options: Any) -> list[Mistake]:
         if has_several(config.get("optimizer")):
             why = "fsdp trains a model as a whole, with one optimizer, and here are several"
             wrong["strategy",] = f"{why} ({', '.join(config.optimizer)}); possible: ddp"
-        if _at(options, "compile"):
-            wrong["compile",] = "is not possible with a sharded model (strategy: fsdp)"
         if _at(options, "sync_batchnorm"):
             wrong["sync_batchnorm",] = "has not been tried with a sharded model (strategy: fsdp)"
         if _at(options, "precision") == "fp16":
             why = "fp16 needs its gradients scaled, which is not possible with strategy: fsdp"
             wrong["precision",] = f"{why}; possible: bf16, fp32"
+        fsdp = _at(options, "fsdp")
+        if _at(fsdp, "param_dtype") == "bf16" and _at(options, "precision") == "fp32":
+            wrong["fsdp", "param_dtype"] = "bf16 needs trainer.precision: bf16, in which the model then computes"
         possible = ("backend", "timeout_seconds", "broadcast_buffers")
         text = f"is an option of DistributedDataParallel; with strategy: fsdp possible: {', '.join(possible)}"
         wrong |= {("ddp", key): text for key in _set_keys(options, "ddp") if key not in possible}
     return [mistake(config, ("trainer", *path), text) for path, text in wrong.items()]
+
+
+def _exclusive_mistakes(config: ConfigDict) -> Iterator[Mistake]:
+    trainer = config.get("trainer")
+    if _at(trainer, "swa") and _at(trainer, "ema_decay") is not None:
+        yield mistake(config, ("trainer", "swa"), "cannot be combined with 'ema_decay': one average is kept")
+    if _at(trainer, "cudnn_benchmark") and _at(trainer, "deterministic"):
+        text = "cannot be combined with 'deterministic': what is fastest differs from start to start"
+        yield mistake(config, ("trainer", "cudnn_benchmark"), text)
 
 
 def _name_mistakes(config: ConfigDict) -> Iterator[Mistake]:

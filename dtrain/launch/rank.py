@@ -14,6 +14,7 @@ from dtrain.config.errors import ConfigError
 from dtrain.data.loader_workers import end_workers
 from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EARLY
 from dtrain.distributed.stop_request import StopWaiting, was_pressed
+from dtrain.launch.find_lr import find_lr, keep
 from dtrain.launch.last_words import say_last
 from dtrain.launch.rehearsal import rehearse as rehearsed
 from dtrain.predict.work_folder import PredictionError
@@ -69,9 +70,15 @@ def predict(
     return _run(config, write, purpose="predict")
 
 
-def rehearse(config: ConfigDict) -> int:
-    """Build everything and try each part once; trains nothing, writes nothing."""
-    return _run_and_note(config, lambda trainer: rehearsed(trainer, config))
+def rehearse(config: ConfigDict, finds_lr: bool = False) -> int:
+    """Build everything and try each part once, then learning rates if asked; writes nothing but their picture."""
+
+    def lines(trainer: Trainer) -> Iterator[str]:
+        kept = keep(trainer) if finds_lr else None
+        yield from rehearsed(trainer, config)
+        yield from find_lr(trainer, kept) if kept else ()
+
+    return _run_and_note(config, lines)
 
 
 def replay(config: ConfigDict, folder: Path) -> int:

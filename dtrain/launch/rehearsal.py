@@ -18,7 +18,6 @@ from dtrain.config.schema import refused
 from dtrain.data.samplers import BatchShard
 from dtrain.loss import get_loss_criterion
 from dtrain.modelloader import get_model
-from dtrain.predict.inference import WholeVolumes
 from dtrain.predict.run import first_planes
 from dtrain.trainer import Trainer
 from dtrain.training.evaluate import evaluate, evaluate_volumes
@@ -55,8 +54,8 @@ def _parts(trainer: Trainer, config: ConfigDict) -> Iterator[str]:
         yield line
     for phase in ("val", "test"):
         for name, loader in trainer.loaders.of(phase).items():
-            for of_volumes in _kinds(trainer.inference.whole_volumes.get(name)):
-                yield _evaluation(trainer, name, loader, of_volumes)
+            every = trainer.inference.whole_volumes.get(name)
+            yield from (_evaluation(trainer, name, loader, kind) for kind in _kinds(every))
     _require_resumable(trainer, config)
     yield "state: can be saved and resumed"
 
@@ -105,17 +104,18 @@ def _smallest_batch(trainer: Trainer, config: ConfigDict) -> str:
     return f"train: the epoch's {which} batch of {count}, loss {loss:.4g}"
 
 
-def _kinds(volumes: WholeVolumes | None) -> list[bool]:
+def _kinds(every_epochs: int | None) -> list[bool]:
     """Whether an evaluation is of whole volumes: in none, in all, or in every so many epochs."""
-    return [False] if volumes is None else [True] if volumes.every_epochs == 1 else [False, True]
+    return [False] if every_epochs is None else [True] if every_epochs == 1 else [False, True]
 
 
 def _evaluation(trainer: Trainer, name: str, loader: Any, of_volumes: bool) -> str:
     """One batch, or of whole volumes the first planes of one, with all metrics."""
-    parts, is_val = trainer.trainables, name.startswith("val")
-    trainer.activity.phase, trainer.activity.data_set = "validation" if is_val else "test", name
+    parts, phase = trainer.trainables, name.partition("/")[0]
+    trainer.activity.phase, trainer.activity.data_set = {"val": "validation", "test": "test"}[phase], name
     with parts.evaluating(parts.compiled):
         if of_volumes:
+            is_val = phase == "val"
             inference = trainer.inference.of_training(parts.compiled, name) if is_val else trainer.inference
             planes, forward = first_planes(inference, loader), trainer.forward if is_val else None
             figures = evaluate_volumes(parts.compiled, planes, trainer.metrics, trainer.ranks, forward=forward)
@@ -126,11 +126,10 @@ def _evaluation(trainer: Trainer, name: str, loader: Any, of_volumes: bool) -> s
                 lambda _, batch: trainer.evaluation_step(batch), parts.compiled, batch, trainer.metrics, trainer.ranks
             )
             figures = measured and measured.figures
-    kind = VOLUMES if of_volumes and is_val else ""
-    given = [f"{name}{kind}/{figure}" for figure in figures or {}]
-    is_of_volumes = trainer.monitor.startswith(f"{name}{VOLUMES}/")
-    is_judged = trainer.monitor.startswith(f"{name}/") and is_of_volumes == of_volumes
-    if is_judged and trainer.monitor not in given:
+    kind = f"{name}/{VOLUMES}" if of_volumes and phase == "val" else f"{name}/"
+    given = [f"{kind}{figure}" for figure in figures or {}]
+    is_judged = trainer.monitor.startswith(kind) and trainer.monitor.startswith(f"{name}/{VOLUMES}") == of_volumes
+    if phase == "val" and is_judged and trainer.monitor not in given:
         raise ConfigError(not_given(trainer.monitor, given))
     what = "the first planes of a volume" if of_volumes else "one batch"
     return f"{name}: {what}, {', '.join(f'{figure} {value:.4g}' for figure, value in (figures or {}).items())}"

@@ -1,7 +1,7 @@
 """Inference: what a prediction or a test of whole volumes works with, and how the model is called in it."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,13 +23,6 @@ CONTIGUOUS = dict.fromkeys(CHANNELS_LAST, torch.contiguous_format)
 
 class StoppedError(Exception):
     """A request to stop came between two batches."""
-
-
-class WholeVolumes(NamedTuple):
-    """How the whole volumes of a set are measured."""
-
-    every_epochs: int = 1
-    is_mirrored: bool = True  # as a prediction is
 
 
 class Result(NamedTuple):
@@ -54,23 +47,28 @@ class Inference:
     run_folder: Path  # in which a folder of predictions is made, unless another one is named
     identity: Mapping[str, Any]  # what a prediction depends on besides the predictor's settings and the file read
     has_weights: bool = False  # whether the model has weights to use without a checkpoint
-    whole_volumes: Mapping[str, "WholeVolumes"] = field(default_factory=dict)  # by name the sets that measure them
+    whole_volumes: Mapping[str, int] = field(default_factory=dict)  # sets that measure them: in every so many epochs
+    mirrored: frozenset[str] = frozenset()  # validations of whole volumes that mirror as a prediction does
     is_training: bool = False  # so that the model's tensors are to be left as they are
     asked_to_stop: Callable[[], bool] = bool  # asked after each batch
 
     def measures_volumes(self, name: str, epoch: int) -> bool:
-        """Whether an evaluation of a set after so many whole epochs and another one measures volumes, not items."""
-        return name in self.whole_volumes and (epoch + 1) % self.whole_volumes[name].every_epochs == 0
+        """Whether what follows so many whole epochs and another one measures whole volumes, rather than items."""
+        return name in self.whole_volumes and (epoch + 1) % self.whole_volumes[name] == 0
 
-    def skips(self, figure: str, epoch: int) -> bool:
-        """Whether a validation then gives no such figure: it is of volumes, and it measures items, or the other way."""
-        name = next((name for name in self.whole_volumes if figure.startswith(f"{name}/")), None)
-        is_of_volumes = figure.startswith(f"{name}{VOLUMES}/")
-        return name is not None and is_of_volumes != self.measures_volumes(name, epoch)
+    def kind(self, name: str, epoch: int) -> str:
+        """What stands before the figures of a set: `val/`, of whole volumes `val/volume/`, but of a test `test/`."""
+        is_named = name.startswith("val") and self.measures_volumes(name, epoch)
+        return f"{name}/{VOLUMES}" if is_named else f"{name}/"
+
+    def gives(self, figure: str, names: Iterable[str], epoch: int) -> bool:
+        """Whether a figure of that name is one of these sets', measured as they are in that epoch."""
+        kinds = [self.kind(name, epoch) for name in names]
+        return any(figure.startswith(kind) and not figure.startswith(f"{kind}{VOLUMES}") for kind in kinds)
 
     def of_training(self, module: nn.Module, name: str) -> "Inference":
-        """The same for a set's validation, of another model such as the averaged one, in the middle of the training."""
-        predictor = self.predictor if self.whole_volumes[name].is_mirrored else replace(self.predictor, mirror=None)
+        """The same for a validation, by its name, of another model, such as the averaged one, within the training."""
+        predictor = self.predictor if name in self.mirrored else replace(self.predictor, mirror=None)
         return replace(self, model=module, predictor=predictor, progress=Progress(), is_training=True)
 
     def output(self, inputs: Any) -> Tensor:

@@ -56,6 +56,7 @@ class Schedule:
         self.optimizer, self.scheduler, self.interval = optimizer, scheduler, interval
         self.warmup_steps, self.warmup_start, self.plan = warmup_steps, warmup_start, plan
         self.ticks = {"step": 0, "epoch": 0, "validation": 0}
+        self.is_held = False  # another sets the rates from now on
         settings = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
         self._settings_at_start = copy.deepcopy(settings)
         self._names = [*names] if len(set(names)) > 1 and len(names) == len(settings) else []  # of the groups' rates
@@ -101,6 +102,8 @@ class Schedule:
 
     def tick(self, clock: str, score: float | None = None) -> None:
         """Something ended: a 'step', an 'epoch' or a 'validation'. The scheduler steps if that is its clock."""
+        if self.is_held:
+            return
         self.ticks[clock] += 1
         if self.scheduler is None or clock != self.interval:
             return
