@@ -4,6 +4,7 @@ The order of samples is a function of (seed, epoch), a sample's randomness of (s
 the number of ranks, workers or restarts. Progress is a position, counted in samples of the epoch's order.
 """
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.utils.data import IterableDataset
 from dtrain.config.build import build, defaults
 from dtrain.config.errors import KeyPath, is_mapping, mark_section
 from dtrain.config.schema import PHASES, SAMPLERS, calls, refused, set_names
+from dtrain.data.folds import split
 from dtrain.data.loader_workers import fork_when_native_threads_are_idle
 from dtrain.data.orders import Endless, Shuffled, order_of, require_same_on_ranks
 from dtrain.data.samplers import ORDER, BatchShard, EvaluationShard, ShuffledShard, limited
@@ -339,7 +341,8 @@ def get_train_loaders(
             shard = EvaluationShard(size, rank, world_size, batch_size)
             sets[name] = batch_loader(train.batches.dataset, seed, shard, options)
             continue
-        dataset, limit = _checked(config, path, build(config, f"loaders.{name}")), _limit(config, phase)
+        dataset = _checked(config, path, _split(config, name, build(config, f"loaders.{name}")))
+        limit = _limit(config, phase)
         if name == "train":
             options |= {"accumulate": accumulate, **_sampling(config, dataset)}
             options["shuffle"] = options["shuffle"] and not overfits
@@ -356,6 +359,19 @@ def get_train_loaders(
         phase: next((sets[name] for name in sets if name.partition("/")[0] == phase), None) for phase in PHASES[1:]
     }
     return Loaders(train, **firsts, sets=sets)
+
+
+def _split(config: ConfigDict, phase: str, dataset: Any) -> Any:
+    """The part of a dataset that the phase has, where folds split it."""
+    if phase not in ("train", "val") or "loaders.folds" not in calls(config):
+        return dataset
+    settings = build(config, "loaders.folds")
+    try:
+        return split(dataset, settings, phase)
+    except ValueError as error:
+        key = re.match(r"\w+", str(error))
+        path = ("loaders", "folds", *([key[0]] if key and key[0] in settings else []))
+        raise refused(config, path, str(error)) from None
 
 
 def _sampling(config: ConfigDict, dataset: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
 from dtrain.checkpoint.checkpoint_files import Loaded
-from dtrain.checkpoint.weights import load_for_use, load_weights
+from dtrain.checkpoint.weights import load_weights
 from dtrain.config.build import build
 from dtrain.config.check import check
 from dtrain.config.errors import ConfigError, to_plain
@@ -31,6 +31,7 @@ from dtrain.distributed.launched_rank import mark_first_step
 from dtrain.distributed.stop_request import StopWaiting
 from dtrain.distributed.vote import Vote
 from dtrain.predict.inference import Result
+from dtrain.predict.members import load_to_test
 from dtrain.predict.run import compare_with_training, logits, predict
 from dtrain.tracking.secrets import keep_secret
 from dtrain.training.anomaly import detecting_anomalies
@@ -722,33 +723,39 @@ class Trainer:
             rest = (self.metrics, self.ranks, self.asked_to_stop, self.forward if is_val else None, album)
             return evaluate_volumes(module, logits(inference, loader), *rest)
 
-    def test(self, checkpoint: Path | None = None) -> dict[str, float]:
+    def test(self, checkpoint: Path | Sequence[Path] | None = None) -> dict[str, float]:
         """Loss and metrics on the test data, with the weights of a checkpoint. All ranks call it and get the same.
 
         The model keeps these weights.
 
         Args:
-            checkpoint: A checkpoint folder or a weight file. Default: the best, else the last.
+            checkpoint: A checkpoint folder, a weight file or a run folder; of several, an ensemble is tested, whose
+                probabilities are the mean of theirs. Default: the best, else the last.
         """
         with self.activity.during("test"):
             self.saver.wait()
-            step = load_for_use(
-                self.module, self.ranks, self.saver.checkpoints, checkpoint, criterion=self.trainables.criterion
-            )
+            called, criterion = self.trainables.compiled, self.trainables.criterion
+            model, step, path = load_to_test(self.inference, called, self.saver.checkpoints, checkpoint, criterion)
+            self.inference = replace(self.inference, model=model)
             if self.train_loader is None:  # else all phases were compared at the start
                 for loader in self.loaders.of("test").values():
-                    compare_with_training(self.inference, loader, checkpoint)
-            figures = self.evaluate("test", self.trainables.compiled)
+                    compare_with_training(self.inference, loader, path)
+            figures = self.evaluate("test", model)
             if figures:
                 self.progress.evaluation("test", step if self.train_loader is None else self.step, figures)
         return figures
 
     def predict(
-        self, checkpoint: str | Path | None = None, output_dir: str | Path | None = None, overwrite: bool = False
+        self,
+        checkpoint: str | Path | Sequence[str | Path] | None = None,
+        output_dir: str | Path | None = None,
+        overwrite: bool = False,
+        folds: Mapping[str, Any] | None = None,
     ) -> Result:
         """Predict what `loaders.predict` holds, else `loaders.test`, into files; see `dtrain.predict.run.predict`."""
+        settings = checkpoint, output_dir, overwrite, folds
         with self.stop_request.listening():
-            return predict(self.inference, self.loaders, self.saver.checkpoints, checkpoint, output_dir, overwrite)
+            return predict(self.inference, self.loaders, self.saver.checkpoints, *settings)
 
     def asked_to_stop(self) -> bool:
         """Whether this rank, or during an evaluation any other, was asked to stop; costs no collective."""

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from dtrain.config.annotations import wrong_type
 from dtrain.config.did_you_mean import did_you_mean
 from dtrain.config.errors import ConfigError, KeyPath, Mistake, found, is_mapping, shown
+from dtrain.config.folds import are_folds, fold_mistakes
 from dtrain.config.schema import PHASES, SLOTS, Call, has_several, mistake, own_loop, read
 from dtrain.config.signatures import SOURCE
 
@@ -110,6 +111,9 @@ def value_mistakes(config: ConfigDict) -> Iterator[Mistake]:
             if _at(mapping, "batch_size") is not None and _at(mapping, "global_batch_size") is not None:
                 text = "cannot be combined with 'batch_size'; keep one of them, or set the other to null"
                 yield mistake(config, (*where, "global_batch_size"), text)
+    loaders = config.get("loaders")
+    for key, text in fold_mistakes(loaders["folds"]) if are_folds(loaders) else ():
+        yield mistake(config, ("loaders", "folds", key), text)
     yield from _limit_mistakes(config)
     for path in _sums(config):
         yield mistake(config, path, f"sum {SUMMED}")

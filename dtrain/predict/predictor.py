@@ -22,9 +22,9 @@ class Predictor:
         name: StandardPredictor or LazyPredictor, as pytorch-3dunet's files say; both mean this one.
         checkpoint: A checkpoint folder or weight file. Default: the best of checkpoint_dir, else the last.
         output_dir: Where the files go. Default: predictions in the run folder.
-        format: hdf5 | tiff | png | nifti | npy, for a dataset without volumes hdf5 | npy | csv. Default: hdf5; nifti
-            for NIfTI files; png for the segmentation of images.
-        output_dataset: The dataset in an HDF5 file.
+        format: hdf5 | tiff | png | nifti | npy | zarr | ome-zarr, for a dataset without volumes hdf5 | npy | zarr |
+            csv. Default: hdf5; nifti for NIfTI files, zarr or ome-zarr for such stores; png for images' segmentation.
+        output_dataset: The dataset in an HDF5 file, the array in a Zarr store.
         compression: gzip | lzf. Default: none.
         dtype: Of the numbers in the files: float32 for probabilities, the smallest sufficient type for labels.
         output_key: Which of a model's several outputs: a key of a dict, an index of a tuple. Default: the main one.
@@ -54,7 +54,7 @@ class Predictor:
     name: Literal["StandardPredictor", "LazyPredictor"] | None = None
     checkpoint: str | None = None
     output_dir: str | None = None
-    format: Literal["hdf5", "tiff", "png", "nifti", "npy", "csv"] | None = None
+    format: Literal["hdf5", "tiff", "png", "nifti", "npy", "zarr", "ome-zarr", "csv"] | None = None
     output_dataset: str = "predictions"
     compression: Literal["gzip", "lzf"] | None = None
     dtype: Literal["float16", "float32", "uint8", "uint16", "uint32"] | None = None
@@ -108,7 +108,8 @@ class Predictor:
         volumes: Sequence[Volume] = dataset.volumes
         grids, halos = [], []
         for volume in volumes:
-            patch = self._voxels("patch_shape", dataset, volume, volume.shape)
+            whole = [1 if axis == getattr(dataset, "axis", None) else side for axis, side in enumerate(volume.shape)]
+            patch = self._voxels("patch_shape", dataset, volume, whole)
             stride = self._voxels("stride_shape", dataset, volume, patch)
             if any(step > length for step, length in zip(stride, patch, strict=True)):
                 text = f"predictor.stride_shape: {list(stride)} is larger than the patch, {list(patch)}"
@@ -129,6 +130,9 @@ class Predictor:
         if values is None and not goes_with_patch:  # the dataset's stride goes with the dataset's patch
             values = getattr(dataset, key, None)
         voxels = tuple(default if values is None else values)
+        axis = getattr(dataset, "axis", None)
+        if axis is not None and len(voxels) == len(volume.shape) - 1:  # of slices
+            voxels = (*voxels[:axis], 0 if key == "halo_shape" else 1, *voxels[axis:])
         if len(voxels) != len(volume.shape) or min(voxels) < least:
             text = f"predictor.{key}: {list(voxels)} does not fit {volume.path} of {volume.shape}"
             raise ConfigError(f"{text}; expected {len(volume.shape)} integers of at least {least}")

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dtrain.predict.patch_grid import Grid, Region
 
@@ -44,6 +45,19 @@ class Source(NamedTuple):
         """The volumes, in the dataset's order."""
         return self.dataset.volumes
 
+    @property
+    def axis(self) -> int | None:
+        """The axis of volumes that the model does not see, where it is a 2-D one that gets slices."""
+        return getattr(self.dataset, "axis", None)
+
+    def flat(self, images: Tensor) -> Tensor:
+        """Patches (N, C, *spatial) as the model takes them: slices without their axis."""
+        return images if self.axis is None else images.squeeze(2 + self.axis)
+
+    def deep(self, output: Tensor) -> Tensor:
+        """The model's output (N, K, *spatial) with that axis."""
+        return output if self.axis is None else output.unsqueeze(2 + self.axis)
+
     def patch(self, number: int, index: int) -> np.ndarray:
         """One patch of a volume with its halo, (C, *spatial).
 
@@ -52,6 +66,7 @@ class Source(NamedTuple):
         """
         region = self.grids[number].region(index, self.halos[number])
         image = np.asarray(self._sample(number, region, only_image=True)["image"], np.float32)
+        image = image if self.axis is None else np.expand_dims(image, 1 + self.axis)
         extent = tuple(side.stop - side.start for side in region)
         if image.shape[1:] != extent:
             text = f"{self.volumes[number].path}: the transforms changed a patch of {extent} to {image.shape[1:]}"
@@ -78,7 +93,14 @@ class Source(NamedTuple):
         return label, torch.from_numpy(np.asarray(sample["weight"], np.float32))[None]
 
     def _sample(self, number: int, region: Region, only_image: bool) -> dict[str, Any]:
-        """What stands in a region of a volume, as the dataset's transforms make it."""
+        """What stands in a region of a volume, as the dataset's transforms make it; slices are made one by one."""
+        if (at := self.axis) is not None and region[at].stop - region[at].start > 1:
+            slices = [
+                self._sample(number, (*region[:at], slice(low, low + 1), *region[at + 1 :]), only_image)
+                for low in range(region[at].start, region[at].stop)
+            ]
+            names = [name for name in ("image", "label", "weight") if name in slices[0]]
+            return {name: np.stack([each[name] for each in slices], at - 3) for name in names}
         with READING:
             if hasattr(self.dataset, "sample"):
                 sample = self.dataset.sample(number, region, only_image=only_image)

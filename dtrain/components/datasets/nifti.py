@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dtrain.components.datasets.files import found_files, one_line, paired, stem_of, unique_names
+from dtrain.components.datasets.flat import Axis
 from dtrain.components.datasets.patches import PatchDataset, whole
 from dtrain.components.datasets.slices import SliceBuilder
 from dtrain.components.datasets.volumes import ArrayVolume, Checks, Region, Volume, read_region
@@ -38,6 +39,8 @@ class NiftiDataset(PatchDataset):
         num_classes: Refuse labels other than 0 to num_classes - 1.
         ignore_index: One label more that is possible.
         check_finite: Refuse NaN and infinity in the images.
+        axis: z | y | x of the file: items are slices across this axis, (C, H, W), for a 2-D network. A slice_builder
+            then has two numbers per shape; without one, an item is a whole slice.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -59,6 +62,7 @@ class NiftiDataset(PatchDataset):
         num_classes: int | None = None,
         ignore_index: int | None = None,
         check_finite: bool = True,
+        axis: Axis | None = None,
     ) -> None:
         found = found_files(images, SUFFIXES, "images", "NIfTI file")
         pairs: Sequence[tuple[Path, Path | None]] = [(path, None) for path in found]
@@ -72,8 +76,15 @@ class NiftiDataset(PatchDataset):
             volumes.append(volume.load() if in_memory else volume)
         files = [file for pair in pairs for file in pair if file]
         super().__init__(
-            volumes, files, slice_builder, transforms, global_normalization, random_scale, random_scale_probability
-        )
+            volumes,
+            files,
+            slice_builder,
+            transforms,
+            global_normalization,
+            random_scale,
+            random_scale_probability,
+            axis,
+        )  # fmt: skip  # fmt: skip
 
 
 class NiftiVolume:
@@ -94,6 +105,7 @@ class NiftiVolume:
     """
 
     has_weight = False
+    axis_names = "xyz"
 
     def __init__(self, path: Path, label: Path | None = None, name: str = "", checks: Checks | None = None) -> None:
         self.path, self.label, self.name = path, label, name or stem_of(path, SUFFIXES)
@@ -157,6 +169,7 @@ class PlacedArray(ArrayVolume):
         header: The image's header, nibabel's object.
     """
 
+    axis_names = "xyz"
     affine: np.ndarray
     header: Any
 

@@ -1,5 +1,6 @@
 """The dataset of all patches of some volumes: read, augment, hand over as tensors."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from dtrain.components.datasets.flat import Axis, across, axis_number, flattened, slices_of, with_axis
 from dtrain.components.datasets.slices import Draws, Places, SliceBuilder
 from dtrain.components.datasets.statistics import Statistics
 from dtrain.components.datasets.volumes import Pad, Region, Volume, padded
@@ -34,6 +36,8 @@ class PatchDataset(Dataset[Any]):
         random_scale: Voxels by which a patch may be larger or smaller along each axis, one number or one per axis; it
             is resampled to the patch's shape, the image and the weight linearly, the label to the nearest.
         random_scale_probability: How often that is done.
+        axis: z | y | x: an item is a slice across this axis, or a patch of one, without the axis: (C, H, W). A
+            slice_builder then has two numbers per shape.
 
     Attributes:
         volumes: The volumes.
@@ -44,6 +48,7 @@ class PatchDataset(Dataset[Any]):
         halo_shape: What prediction reads around each patch.
         pad: What lies outside of a volume that is smaller than the patch, and around one that is predicted; None: such
             a volume is refused, and what is around one is reflected.
+        axis: The number of the axis that items lack, or None. The shapes above have 1, 1 and 0 there.
         stats: Each volume's statistics, or None.
         random: Whether items draw random numbers, from torch's global generator.
 
@@ -60,21 +65,23 @@ class PatchDataset(Dataset[Any]):
         global_normalization: bool = False,
         random_scale: int | list[int] | None = None,
         random_scale_probability: float = 0.5,
+        axis: Axis | None = None,
     ) -> None:
         _check_alike(volumes)
         self.volumes, self.files = list(volumes), tuple(path.resolve() for path in files)
         dims = len(self.volumes[0].shape)
+        self.axis = None if axis is None else axis_number(axis, self.volumes)
+        if slice_builder and self.axis is not None:
+            slice_builder = across(slice_builder, self.axis)
         self.patch_shape = slice_builder.patch_shape if slice_builder else None
         self.stride_shape = slice_builder.stride_shape if slice_builder else None
         self.halo_shape = slice_builder.halo_shape if slice_builder else (0,) * dims
         self.pad: Pad | None = slice_builder.pad if slice_builder else None
         self.ignore_index = _void(self.volumes[0], slice_builder)
-        self.places: Places = (
-            slice_builder.places_of(self.volumes) if slice_builder else Places([[whole(item)] for item in self.volumes])
-        )
+        self.places = self._placed(slice_builder)
         self.pipeline = Pipeline(transforms)
         self.still = self.pipeline.without_random()
-        self.random_scale = _scales(random_scale, self.patch_shape)
+        self.random_scale = _scales(random_scale, self.patch_shape, self.axis)
         if not 0 <= random_scale_probability <= 1:
             raise ValueError(f"random_scale_probability is {random_scale_probability}; possible: 0 to 1")
         self.random_scale_probability = random_scale_probability
@@ -82,6 +89,13 @@ class PatchDataset(Dataset[Any]):
             self.pipeline.random or bool(self.random_scale and random_scale_probability) or self.places.are_drawn
         )
         self.stats = [Statistics(volume) for volume in self.volumes] if global_normalization else None
+
+    def _placed(self, slice_builder: SliceBuilder | None) -> Places:
+        if slice_builder:
+            return slice_builder.places_of(self.volumes)
+        if self.axis is not None:
+            return slices_of(self.volumes, self.axis)
+        return Places([[whole(item)] for item in self.volumes])
 
     def __len__(self) -> int:
         return len(self.places)
@@ -95,7 +109,8 @@ class PatchDataset(Dataset[Any]):
         if self.random_scale and rng.random() < self.random_scale_probability:
             assert self.patch_shape is not None
             sample = self.sample(number, _scaled(region, self.random_scale, self.volumes[number].shape, rng))
-            sample = resampled(sample, self.patch_shape)
+            kept = (extent for number, extent in enumerate(self.patch_shape) if number != self.axis)
+            sample = resampled(sample, tuple(kept))
         else:
             sample = self.sample(number, region)
         sample = self.pipeline(sample, rng)
@@ -106,6 +121,16 @@ class PatchDataset(Dataset[Any]):
         if "weight" not in sample:
             return image, label
         return image, (label, torch.from_numpy(sample["weight"].astype(np.float32, copy=False)))
+
+    def only(self, numbers: Sequence[int]) -> "PatchDataset":
+        """The same of some of the volumes, by their numbers; what was read of them is shared."""
+        result = copy.copy(self)
+        parts = self.places.parts
+        result.volumes = [self.volumes[number] for number in numbers]
+        result.files = tuple(volume.path.resolve() for volume in result.volumes)
+        result.places = Places([parts[number] for number in numbers])
+        result.stats = None if self.stats is None else [self.stats[number] for number in numbers]
+        return result
 
     def where(self, index: int) -> str:
         """The file and the region of an item, for messages; transforms may have changed what lies where in it."""
@@ -123,8 +148,8 @@ class PatchDataset(Dataset[Any]):
             only_image: Leave out the label and the weight.
 
         Returns:
-            `image`, and where there are any `label`, `weight` and `stats`; and `affine`, from the patch's voxels to
-            millimetres, float64 (4, 4), where the file tells it.
+            `image`, without the dataset's `axis`, and where there are any `label`, `weight` and `stats`; and `affine`,
+            from the patch's voxels to millimetres, float64 (4, 4), where the file tells it.
         """
         volume = self.volumes[number]
         sample: Sample = {"image": padded(volume.read, region, volume.shape, self.pad)}
@@ -138,7 +163,7 @@ class PatchDataset(Dataset[Any]):
                 sample["weight"] = padded(volume.read_weight, region, volume.shape, 0 if void else fill)
         if self.stats is not None:
             sample["stats"] = self.stats[number]
-        return sample
+        return sample if self.axis is None else flattened(sample, self.axis)
 
     def prepared(self, sample: Sample) -> Sample:
         """A sample after the transforms that draw nothing; what prediction uses, which writes each voxel where it was.
@@ -213,13 +238,16 @@ def _scaled(region: Region, most: tuple[int, ...], shape: tuple[int, ...], rng: 
     return tuple(result)
 
 
-def _scales(wish: int | Sequence[int] | None, patch: tuple[int, ...] | None) -> tuple[int, ...]:
+def _scales(
+    wish: int | Sequence[int] | None, patch: tuple[int, ...] | None, axis: int | None = None
+) -> tuple[int, ...]:
     """The largest change of extent along each axis; empty where there is none."""
     if not wish:
         return ()
     if patch is None:
         raise ValueError("random_scale needs patches; give a slice_builder")
-    most = (wish,) * len(patch) if isinstance(wish, int) else tuple(wish)
+    most = (wish,) * (len(patch) - (axis is not None)) if isinstance(wish, int) else tuple(wish)
+    most = most if axis is None else with_axis(most, axis, 0)
     if len(most) != len(patch) or any(not 0 <= change < extent for change, extent in zip(most, patch, strict=False)):
         raise ValueError(
             f"random_scale is {wish} and patch_shape {patch}; expected a number smaller than the patch along each axis"
