@@ -181,7 +181,10 @@ def mistakes(folder: Path, changes: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"loaders.val": [{"label": "a", "every_epochs": 2}]}, "loaders.val.0.every_epochs: says how often"),
+        (
+            {"loaders.val": [{"label": "a", "file_paths": "b", "every_epochs": 2}]},
+            "loaders.val.0.every_epochs: says how often",
+        ),
         ({"loaders.val.every_epochs": 0}, "loaders.val.every_epochs: must be at least 1, found 0"),
         ({"loaders.val.whole_volumes": "all"}, "loaders.val.whole_volumes: expected"),
         ({"loaders.val.whole_volumes": False}, "loaders.val.every_epochs: says how often whole volumes are measured"),
