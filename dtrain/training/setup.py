@@ -125,8 +125,7 @@ def make_parts(
     loaders = get_train_loaders(
         config, ranks.rank, ranks.world_size, seed, ranks.device.type == "cuda", options["accumulate"], phases
     )
-    if ranks.is_main:
-        _tell_of_data(loaders, progress.note)
+    _tell_of_data(loaders, progress.note if ranks.is_main else bool)
     spaces = {name: space_of(dataset) for name, dataset in loaders.datasets().items()}
     if ranks.is_main and purpose == "train" and (line := difference(spaces)):
         progress.note(f"loaders: {line}")
@@ -387,7 +386,7 @@ def _base_folder(package: str | Path | None) -> Path:
     return Path() if {"site-packages", "dist-packages"} & set(folder.resolve().parts) else folder
 
 
-def _tell_of_data(loaders: Loaders, note: Callable[[str], None]) -> None:
+def _tell_of_data(loaders: Loaders, note: Callable[[str], Any]) -> None:
     if seeded := loaders.seeded():
         note(f"generators that are seeded for each sample: {first_few(seeded, 5)}")
     if cut := loaders.not_searched():
