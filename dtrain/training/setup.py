@@ -126,8 +126,7 @@ def make_parts(
     loaders = get_train_loaders(
         config, ranks.rank, ranks.world_size, seed, ranks.device.type == "cuda", options["accumulate"], phases
     )
-    if ranks.is_main:
-        _tell_of_data(loaders, progress.note)
+    _tell_of_data(loaders, progress.note if ranks.is_main else bool)
     spaces = {name: space_of(dataset) for name, dataset in loaders.datasets().items()}
     if ranks.is_main and purpose == "train" and (line := difference(spaces)):
         progress.note(f"loaders: {line}")
@@ -253,9 +252,10 @@ def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, 
     """Add what only a training needs: what is trained, the journal, and the checkpoint to resume from."""
     ranks, start, train = parts.ranks, parts.start, parts.loaders.train
     assert train is not None
-    if ranks.strategy.is_sharded and parts.inference.whole_volumes.keys() & parts.loaders.of("test").keys():
-        text = "tests whole volumes, which a sharded model cannot; train without, then `dtrain test`"
-        raise refused(config, ("loaders", "test"), text)
+    if ranks.strategy.is_sharded and (phases := {name.partition("/")[0] for name in parts.inference.whole_volumes}):
+        phase, does = ("test", "tests") if "test" in phases else ("val", "measures")
+        text = f"{does} whole volumes, which a sharded model cannot; train without, then `dtrain test`"
+        raise refused(config, ("loaders", phase), text)
     per_epoch = train.steps()
     most, passes = (math.inf if options[key] is None else options[key] for key in ("max_steps", "max_epochs"))
     steps = int(min(most, passes * per_epoch))
@@ -403,7 +403,7 @@ def _base_folder(package: str | Path | None) -> Path:
     return Path() if {"site-packages", "dist-packages"} & set(folder.resolve().parts) else folder
 
 
-def _tell_of_data(loaders: Loaders, note: Callable[[str], None]) -> None:
+def _tell_of_data(loaders: Loaders, note: Callable[[str], Any]) -> None:
     if seeded := loaders.seeded():
         note(f"generators that are seeded for each sample: {first_few(seeded, 5)}")
     if cut := loaders.not_searched():
