@@ -252,17 +252,11 @@ def test_a_2d_network_on_slices_of_stores(place: Place) -> None:
     }
     first, second = (str(place.folder / "stores" / f"{name}.ome.zarr") for name in ("a", "b"))
     builder = {"name": "SliceBuilder", "patch_shape": [16, 16], "stride_shape": [4, 8]}
+    own = {"batch_size": 2, "num_workers": 2, "slice_builder": builder}
     config = place.config(
         "zarr-slices",
         model={"name": "UNet2D", "in_channels": 2, "out_channels": 4, "f_maps": 8, "num_levels": 2},
-        loaders=shared
-        | {
-            "batch_size": 2,
-            "num_workers": 2,
-            "slice_builder": builder,
-            "train": {"file_paths": first},
-            "val": {"file_paths": second},
-        },
+        loaders=shared | own | {"train": {"file_paths": first}, "val": {"file_paths": second}},
         metrics=None,
         trainer={"max_steps": 8, "checkpoint_dir": "run-zarr-slices", "log_every_steps": 1},
         predictor={"activation": "softmax"},
