@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -12,11 +13,14 @@ from dtrain import __version__
 from dtrain.config.errors import ConfigError, one_line, to_plain
 from dtrain.distributed.environment import environment, is_main
 from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EARLY, WRONG_CONFIG
+from dtrain.distributed.launched_rank import tell_torchrun
 from dtrain.distributed.process import run_to_end
 from dtrain.distributed.stop_request import end_at_once
+from dtrain.reporting.own_frames import SHOWS_ALL
 
 # torchrun ends all ranks as soon as one has ended, and rank 0 may be the last to find a mistake.
 MAIN_RANK_SPEAKS_SECONDS = 10.0
+SAME_MISTAKE_SECONDS = 3.0  # where the user's code raised, which it may do on one rank alone
 
 
 def program() -> int:
@@ -30,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words and words[0].endswith((".yaml", ".yml")):
         words.insert(0, "train")
     options = parse(words)
+    if getattr(options, "traceback", False):
+        os.environ[SHOWS_ALL] = "1"
     # For `modules:` of the current folder, as `python -m` has it; a job has a copy of them, and says so.
     if "PYTHONSAFEPATH" not in os.environ and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
@@ -46,12 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _refuse(error: ConfigError) -> int:
     """One line per mistake, by rank 0; by each rank where there is a cause: code ran, which may fail on one alone."""
-    if is_main() or error.__cause__ is not None:
-        prefix = "" if is_main() else f"rank {environment().rank}: "
-        for mistake in error.mistakes:
-            print(f"{prefix}{mistake}", file=sys.stderr)
-    else:
-        time.sleep(MAIN_RANK_SPEAKS_SECONDS)
+    tell_torchrun("; ".join(map(str, error.mistakes)))
+    prefix = ""
+    if not is_main():  # where rank 0 has said the same, the launcher ends this one meanwhile
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(WRONG_CONFIG))
+        time.sleep(MAIN_RANK_SPEAKS_SECONDS if error.__cause__ is None else SAME_MISTAKE_SECONDS)
+        prefix = f"rank {environment().rank}: "
+    for mistake in error.mistakes if is_main() or error.__cause__ is not None else ():
+        print(f"{prefix}{mistake}", file=sys.stderr)
     return WRONG_CONFIG
 
 
@@ -111,16 +119,21 @@ CONFIG: Arguments = {
     "config": dict(metavar="CONFIG", help="a YAML file"),
     "overrides": dict(metavar="KEY=VALUE", nargs="*", default=[], help="dotted keys, values in YAML"),
 }
+TRACEBACK: Arguments = {"--traceback": dict(action="store_true", help="show the whole traceback of an error")}
+RUN = CONFIG | TRACEBACK
 DOCTOR = CONFIG | {
     "config": CONFIG["config"] | {"nargs": "?"},
     "--json": dict(action="store_true", help="print one JSON object"),
 }
-TEST = CONFIG | {"--checkpoint": dict(metavar="PATH", help="a checkpoint or weight file (default: the best)")}
+CHECK = RUN | {
+    "--find-lr": dict(action="store_true", help="try ever higher learning rates, suggest one, draw find-lr.png")
+}
+TEST = RUN | {"--checkpoint": dict(metavar="PATH", help="a checkpoint or weight file (default: the best)")}
 PREDICT = TEST | {
     "--output-dir": dict(metavar="DIR", help="default: predictions in the run folder"),
     "--overwrite": dict(action="store_true", help="replace files that were made with other settings"),
 }
-LAUNCH = CONFIG | {
+LAUNCH = RUN | {
     "--nproc-per-node": dict(metavar="N|auto", default="auto", help="ranks on this machine; auto: all GPUs, else 1"),
     "--nnodes": dict(metavar="N", type=_natural, default=1, help="number of machines (default 1)"),
     "--rdzv-endpoint": dict(metavar="HOST:PORT", help="where the nodes meet: one of them, and a port"),
@@ -214,11 +227,11 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    """Build everything and try one batch of each phase; train nothing, write nothing."""
+    """Build everything and try one batch of each phase; train nothing, write nothing but --find-lr's picture."""
     config = _checked(options, "train")
     from dtrain.launch import rank
 
-    return rank.rehearse(config)
+    return rank.rehearse(config, options.find_lr)
 
 
 def _checked(options: argparse.Namespace, purpose: str | None) -> Any:
@@ -240,6 +253,7 @@ def _say(line: str) -> None:
 def _config(options: argparse.Namespace) -> int:
     """Print the resolved config, with the class of each section."""
     from dtrain.config.load import notes_on, to_yaml
+    from dtrain.config.optimizers import group_lines
     from dtrain.config.schema import calls
     from dtrain.config.signatures import Callee
 
@@ -247,13 +261,15 @@ def _config(options: argparse.Namespace) -> int:
     for line in notes_on(config):
         print(f"# {one_line(line)}")
     for name, call in calls(config).items():
-        if name.endswith((".loader", ".schedule", ".ddp", ".fsdp", ".pictures")) or name.startswith(
-            ("cluster", "metric.")
+        if name.endswith((".loader", ".schedule", ".ddp", ".fsdp", ".pictures", ".swa")) or name.startswith(
+            ("cluster", "metric.", "groups.", "trainer.freeze")
         ):
             continue  # dtrain's own keys beside a component's, and what is not part of a training
         target = call.target
         where = f"  {target.file}:{target.line}" if isinstance(target, Callee) else ""
         print(f"# {name + ':':<22} {target.module}.{target.name}{where}")
+    for key, text in group_lines(config, calls(config)):
+        print(f"# {key + ':':<22} {text}")
     print(to_yaml(config), end="")
     return DONE
 
@@ -309,16 +325,16 @@ def _job(options: argparse.Namespace) -> int:
 
 # Each command: what runs it, whose docstring is its help; its arguments; an example for its help.
 COMMANDS = {
-    "train": (_train, CONFIG, "configfiles/digits.yaml trainer.max_epochs=3 optimizer.lr=5e-4"),
+    "train": (_train, RUN, "configfiles/digits.yaml trainer.max_epochs=3 optimizer.lr=5e-4"),
     "launch": (_launch, LAUNCH, "configfiles/digits.yaml --nproc-per-node 4 --max-restarts 3"),
     "test": (_test, TEST, "configfiles/digits.yaml --checkpoint runs/digits/checkpoints/best"),
     "predict": (_predict, PREDICT, "configfiles/digits.yaml --output-dir predictions predictor.format=csv"),
     "export": (_export, EXPORT, "runs/digits --output digits.onnx"),
-    "check": (_check, CONFIG, "configfiles/digits.yaml"),
+    "check": (_check, CHECK, "configfiles/digits.yaml --find-lr"),
     "config": (_config, CONFIG, "configfiles/digits.yaml optimizer.lr=5e-4"),
     "submit": (_submit, SUBMIT, "configfiles/digits.yaml --nodes 2 --gpus-per-node 4 --time 12:00:00"),
     "sync": (_sync, RUN_FOLDER, "runs/digits"),
-    "replay": (_replay, RUN_FOLDER, "runs/digits"),
+    "replay": (_replay, RUN_FOLDER | TRACEBACK, "runs/digits"),
     "doctor": (_doctor, DOCTOR, "configfiles/digits.yaml"),
     "job": (_job, JOB, "--run-folder runs/digits -- srun dtrain launch configfiles/digits.yaml"),
 }

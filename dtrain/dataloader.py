@@ -4,7 +4,8 @@ The order of samples is a function of (seed, epoch), a sample's randomness of (s
 the number of ranks, workers or restarts. Progress is a position, counted in samples of the epoch's order.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +14,12 @@ import torch.distributed as dist
 from ml_collections import ConfigDict
 from torch.utils.data import IterableDataset
 
-from dtrain.config.build import build
-from dtrain.config.errors import mark_section
-from dtrain.config.schema import PHASES, refused
+from dtrain.config.build import build, defaults
+from dtrain.config.errors import KeyPath, is_mapping, mark_section
+from dtrain.config.schema import PHASES, SAMPLERS, calls, refused, set_names
 from dtrain.data.loader_workers import fork_when_native_threads_are_idle
-from dtrain.data.samplers import ORDER, EvaluationShard, ShuffledShard
+from dtrain.data.orders import Endless, Shuffled, order_of, require_same_on_ranks
+from dtrain.data.samplers import ORDER, BatchShard, EvaluationShard, ShuffledShard, limited
 from dtrain.data.seeded_samples import BatchLoader, SeededBatches, batch_loader
 
 MOST_TRIED = 100  # batches, to find one with samples
@@ -28,7 +30,9 @@ def loader_settings(  # noqa: PLR0913
     batch_size: int | None = None,
     global_batch_size: int | None = None,
     num_workers: int = 0,
-    shuffle: bool = True,
+    shuffle: bool | None = True,
+    sampler: dict | None = None,
+    batch_sampler: dict | None = None,
     drop_last: bool = False,
     pin_memory: bool | None = None,
     persistent_workers: bool = True,
@@ -44,6 +48,8 @@ def loader_settings(  # noqa: PLR0913
         global_batch_size: Samples per batch over all ranks; instead of `batch_size`.
         num_workers: Processes that load, per rank.
         shuffle: For `train` only; the other phases keep the dataset's order.
+        sampler: Which samples come, and in which order; for `train` only, in place of `shuffle`.
+        batch_sampler: Which samples make up a batch; for `train` only, in place of `batch_size` and `shuffle`.
         drop_last: For `train` only: leave out the last samples of an epoch where they fill no batch of all ranks.
         pin_memory: Default: yes on a GPU.
         persistent_workers: Keep the workers from epoch to epoch.
@@ -66,6 +72,7 @@ class MicroBatch(NamedTuple):
     position: int  # samples of the epoch done by all ranks once that step is done
     start: int  # the position at which this batch of all ranks begins
     step_samples: int  # of that step, on all ranks, from which a collate_fn may have left some out
+    end: int = 0  # the position at which this batch of all ranks ends
 
 
 class LeftOut(NamedTuple):
@@ -76,12 +83,29 @@ class LeftOut(NamedTuple):
 
 
 class TrainLoader:
-    """This rank's part of the training data, epoch by epoch, from any position."""
+    """This rank's part of the training data, epoch by epoch, from any position.
+
+    `sampler` or `batch_sampler` replaces the shuffled order; an epoch has `steps_per_epoch` steps of an endless one.
+    """
 
     def __init__(self, dataset: Any, seed: int, rank: int, world_size: int, batch_size: int, **options: Any) -> None:
         self.accumulate = options.pop("accumulate", 1)
-        order = {key: options.pop(key) for key in ("shuffle", "drop_last")}
-        self.shard = ShuffledShard(len(dataset), seed, rank, world_size, batch_size, **order)
+        own = {key: options.pop(key, None) for key in (*SAMPLERS, "steps_per_epoch")}
+        shuffle, drop_last = options.pop("shuffle") is not False, options.pop("drop_last")
+        of_batches, steps = own["batch_sampler"] is not None, own["steps_per_epoch"]
+        self.sampler = own["batch_sampler"] if of_batches else own["sampler"]
+        order = None if self.sampler is None else order_of(self.sampler, seed, len(dataset), of_batches)
+        self.is_drawn = order is not None and not hasattr(self.sampler, "at")  # so that ranks could differ
+        if steps is not None:
+            order = order or Shuffled(len(dataset), seed, shuffle)
+            order = Endless(order, steps * self.accumulate * world_size * (1 if of_batches else batch_size), of_batches)
+        self.shard: ShuffledShard | BatchShard
+        if of_batches:
+            self.shard = BatchShard(order, rank, world_size, drop_last)
+        else:
+            self.shard = ShuffledShard(
+                len(dataset), seed, rank, world_size, batch_size, shuffle=shuffle, drop_last=drop_last, source=order
+            )
         self.loader = batch_loader(dataset, seed, self.shard, options)
         self.may_leave_out: bool = self.batches.may_leave_out  # samples, so that ranks must count what they have
         self._counts: list[tuple[torch.Tensor, Any]] = []  # of this step's batches, each with its sum over ranks
@@ -93,17 +117,58 @@ class TrainLoader:
 
     @property
     def global_batch(self) -> int:
-        """Samples per optimizer step, over all ranks."""
+        """Samples per optimizer step, over all ranks; without a batch sampler."""
+        assert isinstance(self.shard, ShuffledShard)
         return self.shard.global_batch * self.accumulate
+
+    @property
+    def step_size(self) -> str:
+        """What an optimizer step works on: samples or batches, ranks, accumulation."""
+        shard = self.shard
+        world = f"{shard.world_size} rank(s)" + (f" x {self.accumulate} accumulated" if self.accumulate > 1 else "")
+        if isinstance(shard, BatchShard):
+            return f"{shard.world_size * self.accumulate} batches of the sampler, {world}"
+        return f"{self.global_batch} = {shard.batch_size} x {world}"
+
+    @property
+    def described(self) -> str:
+        """The sampler as it says itself (its repr), and what it gives."""
+        named = "__repr__" in {name for each in type(self.sampler).__mro__[:-1] for name in vars(each)}
+        count = f"{self.shard.end(0):,} samples"
+        if isinstance(self.shard, BatchShard):
+            count = f"{len(self.shard.edges) - 1:,} batches of {count}"
+        return f"{self.sampler if named else type(self.sampler).__name__}, {count} an epoch"
 
     def steps(self, start: int = 0) -> int:
         """Optimizer steps from a position to the end of the epoch."""
-        return -(-(self.shard.end(start) - start) // self.global_batch)
+        return -(-self.shard.batches(start) // self.accumulate)
+
+    def steps_done(self, position: int) -> int:
+        """Optimizer steps from the epoch's beginning to a position."""
+        if isinstance(self.shard, BatchShard):
+            return -(-self.shard.number(position) // (self.shard.world_size * self.accumulate))
+        return -(-position // self.global_batch)
+
+    def shard_as(self, rank: int, world_size: int, batch_size: int, order: int) -> ShuffledShard | BatchShard:
+        """What another rank has of the data, in a training with other ranks than this one's."""
+        shard, source = self.shard, self.shard.source
+        if isinstance(source, Endless):
+            steps = source.length // (shard.world_size * max(1, shard.batch_size))
+            source = replace(source, length=steps * world_size * max(1, batch_size))
+        return replace(shard, rank=rank, world_size=world_size, batch_size=batch_size, order=order, source=source)
+
+    def begin(self, epoch: int, start: int = 0, order: int = ORDER) -> int:
+        """Choose what `epoch` gives: an epoch from a position on, in an order of that version; returns its end."""
+        self.shard.set_epoch(epoch, start, order)
+        self.batches.begin_epoch(epoch)
+        return self.shard.end(start)
 
     def epoch(self, epoch: int, start: int = 0, order: int = ORDER) -> Iterator[MicroBatch]:
         """The batches of an epoch from a position on, in an order of that version; nothing before it is loaded."""
-        self.shard.set_epoch(epoch, start, order)
         try:
+            self.begin(epoch, start, order)
+            if self.is_drawn:
+                require_same_on_ranks(self.shard)
             yield from self._agreed(self._dealt(start)) if self.may_leave_out else self._dealt(start)
         except Exception as error:
             mark_section(error, "loaders")
@@ -111,17 +176,16 @@ class TrainLoader:
 
     def _dealt(self, start: int) -> Iterator[MicroBatch]:
         """This rank's batches; without any sample left, a batch is None."""
-        rank, world, end = self.shard.rank, self.shard.world_size, self.shard.end(start)
-        all_ranks, whole_step = self.shard.global_batch, self.global_batch
+        shard, accumulate = self.shard, self.accumulate
+        world, high, step_low, step_high = shard.world_size, start, start, start
         for number, (batch, kept) in enumerate(self.loader.counted()):
-            low = start + number * all_ranks
-            high = min(low + all_ranks, end)
-            step_low = start + number // self.accumulate * whole_step
-            step_high = min(step_low + whole_step, end)
-            samples = min(kept, max(0, -(-(high - low - rank) // world)))
-            weight = samples * world / (step_high - step_low)
+            low, high = high, shard.edge(start, number + 1)
+            if number % accumulate == 0:
+                step_low, step_high = low, shard.edge(start, number + accumulate) if accumulate > 1 else high
+            samples = min(kept, shard.own_samples(low, high))
             of_step = step_high - step_low
-            yield MicroBatch(batch if kept else None, weight, samples, high == step_high, step_high, low, of_step)
+            weight = samples * world / of_step
+            yield MicroBatch(batch if kept else None, weight, samples, high == step_high, step_high, low, of_step, high)
 
     def _agreed(self, micros: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         """The same batches, with a dummy batch for a rank without samples where others have some.
@@ -155,7 +219,7 @@ class TrainLoader:
 
     def _sum_started(self, micro: MicroBatch) -> tuple[torch.Tensor, Any]:
         """Samples and empty batches of all ranks, once the work beside them is done."""
-        was_dealt = micro.start + self.shard.rank < self.shard.end(self.shard.start)
+        was_dealt = self.shard.own_samples(micro.start, micro.end) > 0
         sums = torch.tensor([micro.samples, int(was_dealt and not micro.samples)])
         return sums, dist.all_reduce(sums, async_op=True) if self.shard.world_size > 1 else None
 
@@ -168,20 +232,36 @@ class TrainLoader:
     def _spare(self) -> Any:
         """Any batch with samples: the first that this rank has in the epoch."""
         shard = self.shard
-        tried = shard.batches_from(shard.epoch, 0, MOST_TRIED)
-        for samples in tried:
-            if (batch := self.batches.batch(shard.epoch, *samples)) is not None:
+        tried = shard.requests_from(shard.epoch, 0, MOST_TRIED)
+        for request in tried:
+            if (batch := self.batches.batch(*request)) is not None:
                 return batch
         raise ValueError(f"collate_fn leaves nothing of any of the {len(tried)} batches that were tried")
 
 
 class Loaders(NamedTuple):
-    """What each phase reads; None where the config has no such phase."""
+    """What each phase reads; None where the config has no such phase. Of several sets of one, the first."""
 
     train: TrainLoader | None = None
     val: BatchLoader | None = None
     test: BatchLoader | None = None
     predict: BatchLoader | None = None
+    sets: Mapping[str, BatchLoader] = {}  # all but train's by name: val, or of several val/near, val/far
+
+    def of(self, phase: str) -> dict[str, BatchLoader]:
+        """The sets of a phase other than train, by name."""
+        named = {name: loader for name, loader in self.sets.items() if name.partition("/")[0] == phase}
+        first = getattr(self, phase)
+        return named if named or first is None else {phase: first}
+
+    def by_name(self) -> dict[str, Any]:
+        """Every loader that there is."""
+        others = {name: loader for phase in PHASES[1:] for name, loader in self.of(phase).items()}
+        return others if self.train is None else {"train": self.train, **others}
+
+    def datasets(self) -> dict[str, Any]:
+        """The user's own datasets, which the loaders wrap, by name."""
+        return {name: samples.dataset for name, samples in self._samples()}
 
     def seeded(self) -> list[str]:
         """The generators that the datasets and collate functions hold and that are seeded for each sample."""
@@ -192,28 +272,33 @@ class Loaders(NamedTuple):
         """The phases whose datasets hold so much that the search for generators ended before it had seen all."""
         return [phase for phase, samples in self._samples() if not samples.is_searched]
 
+    def used(self) -> str:
+        """How many samples of each phase are used, where `limit_batches` or `overfit_batches` may leave some out."""
+        counts = {"train": self.train.shard.end(0)} if self.train else {}
+        of_others = {name: loader for phase in ("val", "test") for name, loader in self.of(phase).items()}
+        counts |= {name: loader.batch_sampler.size for name, loader in of_others.items()}  # type: ignore[union-attr]
+        return ", ".join(f"{phase} {count:,}" for phase, count in counts.items())
+
     def _samples(self) -> list[tuple[str, Any]]:
-        of_others = [(phase, loader.dataset) for phase, loader in self._asdict().items() if phase != "train" and loader]
-        return [("train", self.train.batches), *of_others] if self.train else of_others
+        return [(name, getattr(loader, "loader", loader).dataset) for name, loader in self.by_name().items()]
 
     def sample_counts(self) -> set[int]:
         """How many samples the batches have that collate functions of the user's own make, on this rank."""
         counts: set[int] = set()
-        for loader in self:
-            batches: Any = getattr(loader, "batches", None) or getattr(loader, "dataset", None)
-            if batches is not None and batches.may_leave_out:
-                shard: Any = loader.shard if isinstance(loader, TrainLoader) else loader.batch_sampler  # type: ignore[union-attr]
+        for loader in self.by_name().values():
+            batches: Any = getattr(loader, "loader", loader).dataset
+            if batches.may_leave_out:
+                shard: Any = loader.shard if isinstance(loader, TrainLoader) else loader.batch_sampler
                 counts |= {min(shard.batch_size, len(batches)), len(batches) % shard.batch_size}
         return counts
 
 
 def first_batch(loaders: Loaders) -> Any:
     """A batch of the first phase that there is, loaded in this process."""
-    for loader in loaders:
+    for loader in loaders.by_name().values():
         if isinstance(loader, TrainLoader):
-            return loader.batches.batch(0, *loader.shard.batches_from(0, 0, 1)[0])
-        if loader is not None:
-            return loader.dataset.batch(0, 0)  # type: ignore[attr-defined]
+            return loader.batches.batch(*loader.shard.requests_from(0, 0, 1)[0])
+        return loader.dataset.batch(0, 0)
     raise ValueError("there are no data")
 
 
@@ -233,35 +318,82 @@ def get_train_loaders(
     """
     if world_size > 1:
         fork_when_native_threads_are_idle()
-    result: dict[str, Any] = {}
-    for phase in PHASES:
-        if phase not in phases or config.loaders.get(phase) is None:
-            continue
-        options = build(config, f"loaders.{phase}.loader")
-        batch_size = _batch_size(config, phase, options, world_size)
+    train: TrainLoader | None = None
+    sets: dict[str, BatchLoader] = {}
+    described = calls(config)
+    overfits = (config.get("trainer") or {}).get("overfit_batches") is not None
+    for name in (name for phase in PHASES if phase in phases for name in set_names(described, phase)):
+        options = build(config, f"loaders.{name}.loader")
+        path = described[f"loaders.{name}.loader"].path
+        batch_size = _batch_size(config, path, options, world_size)
         if options["pin_memory"] is None:
             options["pin_memory"] = pin_memory
-        dataset = _checked(config, phase, build(config, f"loaders.{phase}"))
-        if phase == "train":
-            loader = TrainLoader(dataset, seed, rank, world_size, batch_size, accumulate=accumulate, **options)
-            if not loader.steps():
-                counts = f"{len(dataset)} samples, and a batch of all ranks has {loader.shard.global_batch}"
-                raise refused(config, ("loaders", phase), f"drop_last leaves no batch: {counts}")
-            result[phase] = loader
-        else:
-            shard = EvaluationShard(len(dataset), rank, world_size, batch_size)
-            del options["shuffle"], options["drop_last"]
-            result[phase] = batch_loader(dataset, seed, shard, options)
-    if result.get("train") and result.get("val"):
-        _refuse_shared_files(config, result["train"].loader.dataset.dataset, result["val"].dataset.dataset)
-    return Loaders(**result)
+        phase = name.partition("/")[0]
+        if overfits and phase == "val" and train is not None:  # on the very samples that are trained on
+            size: Any = train.shard.most
+            shard = EvaluationShard(size, rank, world_size, batch_size)
+            sets[name] = batch_loader(train.batches.dataset, seed, shard, options)
+            continue
+        dataset, limit = _checked(config, path, build(config, f"loaders.{name}")), _limit(config, phase)
+        if name == "train":
+            options |= {"accumulate": accumulate, **_sampling(config, dataset)}
+            options["shuffle"] = options["shuffle"] and not overfits
+            train = _train_loader(config, dataset, seed, rank, world_size, batch_size, options=options)
+            if limit is not None:
+                train.shard.limit(limit)
+            continue
+        size = len(dataset) if limit is None else limited(len(dataset), batch_size * world_size, limit)
+        shard = EvaluationShard(size, rank, world_size, batch_size)
+        sets[name] = batch_loader(dataset, seed, shard, options)
+        if train is not None and name.startswith("val"):
+            _refuse_shared_files(config, path, train.loader.dataset.dataset, dataset)  # type: ignore[attr-defined]
+    firsts = {
+        phase: next((sets[name] for name in sets if name.partition("/")[0] == phase), None) for phase in PHASES[1:]
+    }
+    return Loaders(train, **firsts, sets=sets)
 
 
-def _refuse_shared_files(config: ConfigDict, train: Any, val: Any) -> None:
+def _sampling(config: ConfigDict, dataset: Any) -> dict[str, Any]:
+    """The samplers of the training data, and the steps of an epoch, as far as the config has them."""
+    keys = [key for key in SAMPLERS if f"loaders.train.{key}" in calls(config)]
+    steps = defaults(config, "trainer").get("steps_per_epoch")
+    return {key: build(config, f"loaders.train.{key}", dataset) for key in keys} | {"steps_per_epoch": steps}
+
+
+def _train_loader(config: ConfigDict, dataset: Any, *layout: int, options: dict[str, Any]) -> TrainLoader:
+    """The loader of the training data; `layout` are seed, rank, world size and batch size."""
+    key = next((key for key in SAMPLERS if options.get(key) is not None), None)
+    path = ("loaders", "train")
+    try:
+        loader = TrainLoader(dataset, *layout, **options)
+        steps = loader.steps()
+    except Exception as error:  # of a sampler's own code, or of what it gives
+        if key is None:
+            raise
+        what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise refused(config, (*path, key), what) from error
+    if not steps:
+        of = f"a batch of all ranks has {loader.shard.batch_size * loader.shard.world_size}"
+        of = "each rank needs a batch" if key == "batch_sampler" else of
+        text = f"drop_last leaves no batch: {loader.shard.samples} samples, and {of}"
+        raise refused(config, path, text)
+    return loader
+
+
+def _limit(config: ConfigDict, phase: str) -> int | float | None:
+    """How many batches of a phase are used, or which share of them; None: all."""
+    trainer: Any = config.get("trainer") or {}
+    overfit, limit = trainer.get("overfit_batches"), trainer.get("limit_batches")
+    if phase == "predict" or (overfit is not None and phase == "train"):
+        return overfit if phase == "train" else None
+    return limit.get(phase) if is_mapping(limit) else limit
+
+
+def _refuse_shared_files(config: ConfigDict, path: KeyPath, train: Any, val: Any) -> None:
     """A validation score means nothing where the model was trained on the same file."""
     if shared := sorted(_files(train) & _files(val)):
         more = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
-        raise refused(config, ("loaders", "val"), f"{shared[0]}{more} is also in train; no file may be in both")
+        raise refused(config, path, f"{shared[0]}{more} is also in train; no file may be in both")
 
 
 def _files(dataset: Any) -> set[Path]:
@@ -271,10 +403,9 @@ def _files(dataset: Any) -> set[Path]:
     return {file.resolve() for file in listed if isinstance(file, Path) and file.is_absolute()}
 
 
-def _batch_size(config: ConfigDict, phase: str, options: dict[str, Any], world_size: int) -> int:
+def _batch_size(config: ConfigDict, path: KeyPath, options: dict[str, Any], world_size: int) -> int:
     """Samples per rank and batch; takes both keys out of the options."""
     per_rank, of_all_ranks = options.pop("batch_size"), options.pop("global_batch_size")
-    path = ("loaders", phase)
     if per_rank is not None and of_all_ranks is not None:
         raise refused(config, path, "'batch_size' and 'global_batch_size' are mutually exclusive; keep one of them")
     if of_all_ranks is not None:
@@ -289,8 +420,7 @@ def _batch_size(config: ConfigDict, phase: str, options: dict[str, Any], world_s
     return per_rank
 
 
-def _checked(config: ConfigDict, phase: str, dataset: Any) -> Any:
-    path = ("loaders", phase)
+def _checked(config: ConfigDict, path: KeyPath, dataset: Any) -> Any:
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         reason = "so that ranks can share it and a stopped training can resume"
         text = f"{type(dataset).__name__} has no length; a dataset here has __len__ and __getitem__, {reason}"

@@ -5,7 +5,7 @@ import functools
 import types
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from ml_collections import ConfigDict
@@ -38,6 +38,8 @@ class Criterion:
         TypeError: The loss returned something else, or more than one number.
     """
 
+    of_model = False  # whether a model computes it itself
+
     def __init__(self, loss: Any) -> None:
         self.loss = loss
         function = getattr(loss, "func", loss)  # with arguments, a function is a partial
@@ -64,7 +66,10 @@ class Criterion:
         """The value to minimise (a scalar) and its named terms (none for a plain loss)."""
         if self.main_only and not (isinstance(output, torch.Tensor) and isinstance(target, torch.Tensor)):
             output, target = self._pair(output, target)
-        value = self.loss(output, target)
+        return self._number(self.loss(output, target))
+
+    def _number(self, value: Any) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        """A scalar, or the sum of a dict of scalars, and these."""
         if not isinstance(value, Mapping):
             return self._scalar(value), {}
         terms = {name: self._scalar(term, name) for name, term in value.items()}
@@ -109,6 +114,87 @@ class Criterion:
     def train(self, mode: bool = True) -> None:
         """Put the loss into train mode, or into eval mode."""
         self._modules.train(mode)
+
+
+class Own(NamedTuple):
+    """What a model that computes its own loss returned."""
+
+    loss: torch.Tensor | None  # None: there is none, as of a detector in eval mode
+    terms: Mapping[str, torch.Tensor]
+    output: Any  # the predictions, for metrics; None: there are none
+
+
+class ModelLoss(Criterion):
+    """Without a section `loss`: the model is called with the whole batch, and what it returns holds its loss.
+
+    Nothing of it is trained or saved.
+    """
+
+    of_model = True
+
+    def __init__(self) -> None:
+        super().__init__(_of_model)
+        self.name = "of the model"
+
+    def __call__(self, output: Any, target: Any) -> tuple[Any, Mapping[str, torch.Tensor]]:
+        """Of a model that gives no loss: none."""
+        return None, {}
+
+    def read(self, result: Any) -> Own:
+        """Loss, terms and predictions in what a model returned.
+
+        A scalar is the loss. Of a mapping, or an object with an attribute `loss`, the entry `loss` is: a scalar, or a
+        dict of scalars, which is summed; other scalars there whose name contains `loss` are its terms. A mapping of
+        nothing but scalars is a dict of losses. Of a sequence, the only scalar in it is the loss. What is left are the
+        predictions. Terms are named without `loss_` in front, which their figures have anyway.
+
+        Raises:
+            TypeError: The loss is not one number.
+        """
+        entries = _entries(result)
+        if entries is None:
+            return self._in_sequence(result)
+        if entries and "loss" not in entries and all(map(_is_scalar, entries.values())):
+            return Own(*self._number(_short(entries)), None)
+        rest = {key: value for key, value in entries.items() if key != "loss" and value is not None}
+        if entries.get("loss") is None:
+            return Own(None, {}, rest if "loss" in entries else result)
+        terms = {key: value for key, value in rest.items() if "loss" in str(key) and _is_scalar(value)}
+        output = {key: value for key, value in rest.items() if key not in terms} or None
+        if isinstance(entries["loss"], Mapping):
+            return Own(*self._number(_short(entries["loss"])), output)
+        return Own(self._scalar(entries["loss"]), _short(terms), output)
+
+    def _in_sequence(self, result: Any) -> Own:
+        items = list(result) if isinstance(result, list | tuple) else [result]
+        losses = [item for item in items if _is_scalar(item)]
+        if len(losses) != 1:
+            return Own(None, {}, result)
+        rest = [item for item in items if item is not losses[0]]
+        return Own(losses[0], {}, rest[0] if len(rest) == 1 else rest or None)
+
+
+def _of_model(output: Any, target: Any) -> None:
+    """What stands for the loss where a model computes it."""
+
+
+def _entries(result: Any) -> Mapping[str, Any] | None:
+    """A mapping's entries, a named tuple's fields, the attributes of an object with a `loss`; None of anything else."""
+    if isinstance(result, Mapping):
+        return result
+    if hasattr(result, "_asdict"):
+        return dict(result._asdict())
+    return dict(vars(result)) if hasattr(result, "loss") and hasattr(result, "__dict__") else None
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() == 0 and value.is_floating_point()
+
+
+def _short(losses: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Losses by name without `loss_` in front, unless two would then have one name."""
+    names = [str(name).removeprefix("loss_") for name in losses]
+    return dict(zip(names if len(set(names)) == len(losses) else losses, losses.values(), strict=True))
 
 
 class _Held(torch.nn.Module):
@@ -227,11 +313,13 @@ def _refuse_no_share(output: Any, target: Any) -> None:
 
 
 def get_loss_criterion(config: ConfigDict) -> Criterion:
-    """Build `loss`.
+    """Build `loss`; without that section, what reads the loss that the model computes.
 
     Raises:
         ConfigError: The name or an argument is wrong, or the loss is a sum over its samples.
     """
+    if config.get("loss") is None:
+        return ModelLoss()
     loss = build(config, "loss")
     if _adds_up(loss):
         raise refused(config, ("loss",), f"{config.loss.name} {SUMMED}")

@@ -96,6 +96,9 @@ class Metrics:
 
     def _pair(self, name: str, output: Any, target: Any, samples: int) -> tuple[Any, Any]:
         """What a metric compares."""
+        if output is None:
+            text = "the model returned its loss in eval mode, and no predictions that could be measured"
+            raise ConfigError(f"metrics.{name}: {text}; let it return them beside the loss, or remove metrics")
         try:
             keys = self._settings.get(name, {})
             # A model that has once returned several outputs does so in a batch of just as many samples, too.

@@ -1,5 +1,6 @@
 """get_model: the network that the config names; Forward: how it is called with a batch of any form."""
 
+import inspect
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -8,12 +9,17 @@ from typing import Any, NamedTuple
 import torch
 from ml_collections import ConfigDict
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from dtrain.config.build import build
 from dtrain.config.errors import ConfigError, mark_section
+from dtrain.config.rules import REQUIRED
 from dtrain.config.schema import refused
 from dtrain.data import batch as batches
 from dtrain.data.heads import output_of
+from dtrain.distributed.fsdp import is_shard
+
+_CURE = f"add a section such as loss: {REQUIRED['loss']}"
 
 
 def get_model(config: ConfigDict) -> torch.nn.Module:
@@ -50,24 +56,39 @@ class Forward:
     criterion: Callable[[Any, Any], tuple[Tensor, Mapping[str, Tensor]]] | None = None
     output_key: str | int | None = None  # which of several outputs is predicted; see `data.heads.output_of`
     sample_counts: Collection[int] = ()  # see `data.batch.call_form`
+    say: Callable[[str], Any] = bool  # told once how a model is called that computes its own loss
+    channels_last: bool = False  # the memory format of images and volumes among the inputs
 
     def __post_init__(self) -> None:
+        self._name = type(self.module).__name__  # of now: sharding makes a class of another name
         self._is_on_cpu = self.device.type == "cpu"
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-        self._autocast: Any = nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+        self._autocast = self.autocast()
         self._form: batches.Form | None = None  # of the inputs, once a batch was seen
+        self._computes_loss: bool = getattr(self.criterion, "of_model", False)
+        self._whole: batches.Form | None = None  # of whole batches, once a model was seen to take them
+        self._has_result = False  # of a whole batch
         self._check_target: Any = getattr(self.criterion, "check_target", None)
+
+    def autocast(self) -> Any:
+        """A context in which a model is called in this precision."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, Mapping[str, Tensor], Outcome]:
         """The loss (mean over the batch), its terms, and what metrics look at.
 
         The model may be compiled or wrapped for the ranks, the batch of any form that `data.batch.split` takes.
-        An error passes on with the config's section that it came from: model or loss.
+        An error passes on with the config's section that it came from: model or loss. A model that computes its own
+        loss may give none in eval mode; then it is None.
         """
         as_loaded = batch
         if not self._is_on_cpu:
             batch = batches.to_device(batch, self.device)
+        if self._computes_loss and self._takes_whole(model, batch):
+            return self._with_own_loss(model, batches.whole(batch))
         inputs, target = batches.split(batch, self.input_key, self.target_key)
+        if self.channels_last:
+            inputs = batches.in_channels_last(inputs)
         if self._form is None:
             self._form = batches.call_form(self.module, inputs, self.sample_counts)
         with self._autocast:
@@ -83,21 +104,71 @@ class Forward:
                 raise
         return loss, terms, Outcome(inputs, output, target)
 
+    def run(self, model: nn.Module, inputs: Any) -> Any:
+        """All that the model makes of inputs of any form, which are moved to the device."""
+        if not self._is_on_cpu:
+            inputs = batches.to_device(inputs, self.device)
+        if self.channels_last:
+            inputs = batches.in_channels_last(inputs)
+        with self._autocast:
+            return batches.call(model, inputs, batches.call_form(self.module, inputs, self.sample_counts))
+
+    def _takes_whole(self, model: nn.Module, batch: Any) -> bool:
+        """Whether the model is given whole batches, so that it can compute a loss; in a training it has to be."""
+        if self._whole is None:
+            batch = batches.whole(batch)
+            self._whole = batches.whole_form(self.module, batch, model.training)
+            if self._whole:
+                called = self._name + batches.call_text(self.module, batch, self._whole)
+                self.say(f"without a section loss the model computes it, called as {called}")
+            elif model.training:
+                takes = ", ".join(inspect.signature(self.module.forward).parameters)
+                text = f"{self._name}.forward({takes}) does not take {batches.described(batch)}"
+                raise ConfigError(f"loss: missing, and the model cannot compute it: {text}, a whole batch; {_CURE}")
+        return self._whole is not None
+
+    def _with_own_loss(self, model: nn.Module, batch: Any) -> tuple[Any, Mapping[str, Tensor], Outcome]:
+        """The same for a model that is given the whole batch; without a loss in train mode a ConfigError."""
+        with self._autocast:
+            try:
+                result = batches.call(model, batch, self._whole)  # type: ignore[arg-type]
+            except Exception as error:
+                mark_section(error, "model")
+                raise
+        if not self._has_result:
+            self._has_result = True
+            self._refuse_what_fsdp_cannot_follow(result)
+        loss, terms, output = self.criterion.read(result)  # type: ignore[union-attr]
+        if loss is None and model.training:
+            called = self._name + batches.call_text(self.module, batch, self._whole)  # type: ignore[arg-type]
+            text = f"{called} returned {batches.described(result)} in train mode, which holds no loss"
+            raise ConfigError(f"loss: missing, and {text}; {_CURE}, or return a scalar, a dict of losses or a .loss")
+        inputs, target = batches.parts_of_whole(batch, self.input_key, self.target_key)
+        return loss, terms, Outcome(inputs, output, target)
+
+    def _refuse_what_fsdp_cannot_follow(self, result: Any) -> None:
+        """FSDP gathers a part's weights for the backward pass when a gradient reaches its output, if it finds it."""
+        is_opaque = not isinstance(result, Tensor) and any(item is result for item in tree_leaves([result]))
+        if is_opaque and any(map(is_shard, self.module.parameters())):
+            text = f"returns a {type(result).__name__}, in which the tensors of a sharded model are not found"
+            cure = "return a dict, a tuple or a scalar, or use trainer.strategy: ddp"
+            raise ConfigError(f"model: {self._name} {text}; {cure}")
+
     def predict(self, model: nn.Module, inputs: Any) -> Tensor:
         """The output that is asked for, or the main one, for inputs of any form, which are moved to the device.
 
         Raises:
             ConfigError: Keys do not tell which of several outputs that is.
         """
-        if not self._is_on_cpu:
-            inputs = batches.to_device(inputs, self.device)
-        with self._autocast:
-            form = batches.call_form(self.module, inputs, self.sample_counts)
-            output = batches.call(model, inputs, form)
+        output = self.run(model, inputs)
         try:
-            return output_of(output, self.output_key)
+            main = output_of(output, self.output_key)
         except ValueError as error:
             raise ConfigError(f"predictor: {error}") from None
+        if not isinstance(main, Tensor):
+            text = f"the model returned {batches.described(main)}, and what is written is one tensor per batch"
+            raise ConfigError(f"predictor: {text}; name one with predictor.output_key")
+        return main
 
     def inputs(self, batch: Any) -> Any:
         """The input of a batch, with or without a target."""

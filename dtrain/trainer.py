@@ -5,6 +5,7 @@ import functools
 import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from subprocess import Popen
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
 from dtrain.checkpoint.checkpoint_files import Loaded
-from dtrain.checkpoint.weights import load_for_use
+from dtrain.checkpoint.weights import load_for_use, load_weights
 from dtrain.config.build import build
 from dtrain.config.check import check
 from dtrain.config.errors import ConfigError, to_plain
@@ -32,18 +33,24 @@ from dtrain.distributed.vote import Vote
 from dtrain.predict.inference import Result
 from dtrain.predict.run import compare_with_training, logits, predict
 from dtrain.tracking.secrets import keep_secret
+from dtrain.training.anomaly import detecting_anomalies
 from dtrain.training.best_score import is_new_best, judge_patience
+from dtrain.training.closure import Closure, asks_for_closure
+from dtrain.training.ema import EMA
 from dtrain.training.evaluate import evaluate, evaluate_volumes
 from dtrain.training.evidence import Evidence
 from dtrain.training.failure_card import reported
 from dtrain.training.finite_step import FiniteStep, NonFiniteError
+from dtrain.training.gpu_memory import peak_gb
 from dtrain.training.held_folder import keep_whole
-from dtrain.training.optimizer import require_trained
+from dtrain.training.optimizer import require_one_optimizer, require_trained
+from dtrain.training.own_step import OwnStep, trained
 from dtrain.training.rescue import LastStep, rescue
 from dtrain.training.result import FitResult, fit_result
 from dtrain.training.run_status import session
 from dtrain.training.setup import Parts, make_parts
-from dtrain.training.state import Activity, TrainState, capture, restore
+from dtrain.training.state import Activity, TrainState, capture, means, restore
+from dtrain.training.swa import SWA
 from dtrain.training.throughput import Throughput
 from dtrain.training.watchdog import watchdog
 
@@ -89,6 +96,8 @@ def create_trainer(  # noqa: PLR0913
     check(config, purpose)
     parts = make_parts(config, package, sender, purpose)
     trainer: Trainer = build(config, "trainer", parts, monitor=parts.monitor, mode=parts.mode)
+    if purpose == "train" and type(trainer).training_step is Trainer.training_step:
+        require_one_optimizer(config)
     # Dropout differs between ranks; the weights, drawn before, do not.
     rng.seed_all(parts.seed, 1 + parts.ranks.rank)
     if parts.start.checkpoint is not None and purpose == "train":
@@ -103,14 +112,18 @@ class Trainer:
         parts: The objects that it works with; `make_parts` builds them.
         max_epochs: Passes over the training data.
         max_steps: Optimizer steps; with max_epochs, whichever comes first.
+        steps_per_epoch: Optimizer steps of an epoch, over an endless order. Default: once through the data.
         checkpoint_dir: The run folder. Default: runs/<experiment>.
         resume: auto | last | none | a checkpoint | a run folder | an MLflow run id.
         pre_trained: A checkpoint or weight file to start a new training from; or a mapping, to fit it to the model.
-        monitor: The figure that 'best' means. Default: the first metric of the validation, else val/loss.
+        monitor: The figure that 'best' means. Default: the first metric of the validation's first set, else its loss.
         mode: min | max, what is better of it. Default: as the metric says (`higher_is_better`), min for a loss.
+        closure: Give the optimizer's step a closure that evaluates the loss again, as SAM needs. Default: where its
+            signature asks for one, as that of LBFGS.
         precision: fp32 | bf16 | fp16. Default: accelerate's own setting, else fp32.
         accumulate: Batches per optimizer step.
         clip_grad_norm: The largest total gradient norm; larger ones are scaled down to it.
+        log_grad_norm: Log the total gradient norm; with clip_grad_norm it is logged anyway.
         log_every_steps: train/loss is the mean since its last point; also at each epoch's end.
         validate_every_steps: Default: at each epoch's end.
         checkpoint_every_steps: Besides the checkpoints after each validation and epoch.
@@ -120,7 +133,16 @@ class Trainer:
         on_nonfinite: stop | skip, when a loss or gradient on any rank is NaN or infinite.
         early_stop_patience: Validations without a new best after which the training ends.
         ema_decay: Keep an exponential moving average of the weights, validate and test it.
+        swa: Average the weights of epochs' ends (stochastic weight averaging): its settings as a mapping.
+        limit_batches: So many batches of a phase, or such a share of them; a mapping for train, val and test.
+        overfit_batches: Train on so many first batches again and again, and validate on the same.
+        anomaly: torch's anomaly detection: where backward fails, the failure card names the line of forward.
         compile: true, a mode of torch.compile, or its arguments.
+        activation_checkpointing: Parts that compute their activations again in backward: true, or patterns over
+            modules' names or class names.
+        channels_last: Convolutions' weights and inputs in channels_last (channels_last_3d) memory format.
+        matmul_precision: highest | high | medium: of float32 matrix products. Default: torch's own setting.
+        cudnn_benchmark: Let cuDNN time its algorithms for each shape of input. Default: torch's own setting.
         sync_batchnorm: BatchNorm over all ranks (GPU only).
         deterministic: torch's deterministic algorithms.
         pictures: What is drawn at validations: its settings as a mapping; false or null: nothing.
@@ -131,9 +153,11 @@ class Trainer:
         hang_timeout_seconds: A rank that makes no progress for so long is named, and the job ends; 0: never.
         input_key: Which entry of a dict batch is the input.
         target_key: Which entry of a dict batch is the target; a list of several gives a dict of them.
+        freeze: Patterns of parameters that are not trained; or mappings with match and until_epoch.
 
     A subclass, named by `trainer.name`, may override the methods without a leading underscore. It may read `step`,
-    `epoch`, `position`, `state`, `trainables`, `module`, `loaders`, `ranks`, `journal` and `progress`.
+    `epoch`, `position`, `state`, `trainables`, `module`, `model`, `evaluated`, `forward`, `optimizers`, `optimizer`,
+    `scaler`, `loaders`, `ranks`, `device`, `journal` and `progress`. See docs/own-loop.md.
     """
 
     def __init__(  # noqa: PLR0913
@@ -142,14 +166,17 @@ class Trainer:
         *,
         max_epochs: int | None = None,
         max_steps: int | None = None,
+        steps_per_epoch: int | None = None,
         checkpoint_dir: str | None = None,
         resume: str = "auto",
         pre_trained: str | dict | None = None,
         monitor: str | None = None,
         mode: Literal["min", "max"] | None = None,
+        closure: bool | None = None,
         precision: Literal["fp32", "bf16", "fp16"] | None = None,
         accumulate: int = 1,
         clip_grad_norm: float | None = None,
+        log_grad_norm: bool = False,
         log_every_steps: int = 50,
         validate_every_steps: int | None = None,
         checkpoint_every_steps: int | None = None,
@@ -159,7 +186,15 @@ class Trainer:
         on_nonfinite: Literal["stop", "skip"] = "stop",
         early_stop_patience: int | None = None,
         ema_decay: float | None = None,
+        swa: dict | None = None,
+        limit_batches: int | float | dict | None = None,
+        overfit_batches: int | float | None = None,
+        anomaly: bool = False,
         compile: bool | str | dict = False,
+        activation_checkpointing: bool | str | list[str] = False,
+        channels_last: bool = False,
+        matmul_precision: Literal["highest", "high", "medium"] | None = None,
+        cudnn_benchmark: bool | None = None,
         sync_batchnorm: bool = False,
         deterministic: bool = False,
         pictures: bool | dict | None = True,
@@ -170,23 +205,18 @@ class Trainer:
         hang_timeout_seconds: float = 1800.0,
         input_key: str | None = None,
         target_key: str | list[str] | None = None,
+        freeze: str | list[str | dict] | dict | None = None,
     ) -> None:
-        given: Any = parts.trainables  # the purpose at hand has what it takes
-        self.parts, self.ranks, self.loaders, self.metrics = parts, parts.ranks, parts.loaders, parts.metrics
-        self.trainables, self.module, self.model = parts.trainables, given.module, given.model
-        self.optimizer, self.schedule, self.ema, self.scaler = given.optimizer, given.schedule, given.ema, given.scaler
-        self.forward, self.saver, self.stop_request = parts.forward, parts.saver, parts.stop
-        self.journal, self.progress = parts.journal, parts.progress
-        self.train_loader: Any = parts.loaders.train
+        self._take_over(parts)
         self.max_epochs = math.inf if max_epochs is None else max_epochs
         self.max_steps = math.inf if max_steps is None else max_steps
-        self.monitor, self.mode = monitor or "val/loss", mode or "min"
-        self.clip_grad_norm, self.on_nonfinite = clip_grad_norm, on_nonfinite
+        self.monitor, self.mode, self.on_nonfinite = monitor or "val/loss", mode or "min", on_nonfinite
+        self.clip_grad_norm, self.device = clip_grad_norm, self.ranks.device
+        self.logs_grad_norm, self.anomaly = log_grad_norm or clip_grad_norm is not None, anomaly
         self.log_every_steps, self.early_stop_patience = log_every_steps, early_stop_patience
         self.validate_every_steps = validate_every_steps or math.inf
         self.checkpoint_every_steps = checkpoint_every_steps or math.inf
         self.hang_timeout_seconds = hang_timeout_seconds
-        self.device = self.ranks.device
         self.state, self.activity = TrainState(self.device), Activity()
         self.inference = replace(parts.inference, asked_to_stop=self.asked_to_stop)
         self.last_step = LastStep(self.state, keeps_sums=accumulate > 1)
@@ -194,16 +224,37 @@ class Trainer:
         self._collect_parameters(syncs_buffers=(ddp or {}).get("broadcast_buffers") is not False)
         self._is_first_step = True  # of this start
         self.finite_step = FiniteStep(
-            given.optimizer, given.scaler, self.state, on_nonfinite, self.progress.note, self.ranks
+            self.optimizer, self.scaler, self.state, on_nonfinite, self.progress.note, self.ranks
         )
+        if closure or (closure is None and asks_for_closure(self.optimizer)):
+            self.finite_step.closure = Closure(self.state, self.ranks, self.learn, self._clipped)
+
+    def _take_over(self, parts: Parts) -> None:
+        """The objects that it works with."""
+        given: Any = parts.trainables  # the purpose at hand has what it takes
+        self.parts, self.ranks, self.loaders, self.metrics = parts, parts.ranks, parts.loaders, parts.metrics
+        self.trainables, self.module, self.model = parts.trainables, given.module, given.model
+        self.optimizers, self.optimizer, self.schedule = given.optimizers, given.optimizer, given.schedule
+        self.scaler = given.scaler
+        self.swa: SWA | None = given.ema if isinstance(given.ema, SWA) else None
+        self.ema: EMA | None = None if self.swa else given.ema  # of every step
+        self.forward, self.saver, self.stop_request = parts.forward, parts.saver, parts.stop
+        self.journal, self.progress = parts.journal, parts.progress
+        self.train_loader: Any = parts.loaders.train
 
     def _collect_parameters(self, syncs_buffers: bool) -> None:
-        """The parameters that are trained, and what the ranks have to do for those of a loss."""
+        """The parameters that are trained, now or later, and what the ranks have to do for those of a loss."""
+        self.evaluated: torch.nn.Module = self.trainables.evaluated
+        self.own = OwnStep(self.optimizers, self.ranks, self.scaler)
         loss: Any = self.trainables.loss
-        self._loss_parameters = [item for item in loss.parameters() if item.requires_grad] if loss else []
+        trained = {
+            id(item) for each in self.optimizers.values() for group in each.param_groups for item in group["params"]
+        }
+        self._loss_parameters = [item for item in loss.parameters() if id(item) in trained] if loss else []
         self._shares_loss = loss is not None and self.ranks.world_size > 1  # no wrapper does it
         self._shares_buffers = loss is not None and syncs_buffers and any(True for _ in loss.buffers())
-        of_model = [item for item in self.module.parameters() if item.requires_grad]
+        self._syncs_buffers = syncs_buffers and self.ranks.world_size > 1
+        of_model = [item for item in self.module.parameters() if id(item) in trained]
         self._parameters = of_model + self._loss_parameters
         # Of a sharded model, shards and the loss's own cannot be scaled in one call.
         self._to_clip = [of_model, self._loss_parameters] if self._loss_parameters else [of_model]
@@ -251,13 +302,13 @@ class Trainer:
             reported(evidence),
             watchdog(evidence, self.hang_timeout_seconds),
             self._rescuing(),
+            detecting_anomalies(self.anomaly),
         ):
             self._check_that_it_can_be_saved()
             # A validation during which an earlier start was stopped comes first.
             if self.step and self.step % self.validate_every_steps == 0 and self.validate():
                 self.save()
-            criterion: Any = self.trainables.criterion
-            self.finite_step.begin(self.trainables.all, criterion.objects)
+            self.finite_step.begin(self.trainables.all, self.trainables.loss_objects)
             while self.epoch < self.max_epochs and self.step < self.max_steps and not self.state.ended:
                 self.train_epoch()
             self.after_last_step()
@@ -268,8 +319,11 @@ class Trainer:
     def train_epoch(self) -> None:
         """One pass over the training data, or what is left of it. All ranks call it, equally often."""
         loader, state, activity = self.train_loader, self.state, self.activity
-        end, global_batch = loader.shard.end(state.position), loader.shard.global_batch
+        end = loader.begin(state.epoch, state.position, state.order)
         self.progress.start_epoch(state.epoch + 1, *self._extent())
+        self.freeze_and_thaw()
+        if self.swa:
+            self.swa.begin_epoch(self.optimizer, self.schedule, state)
         self.model.train()
         self.throughput.restart()
         self.last_step.mark()
@@ -278,34 +332,61 @@ class Trainer:
             activity.beats += 1
             self.throughput.data_came()
             if micro.batch is not None:
-                with contextlib.nullcontext() if micro.closes else self.ranks.strategy.no_sync(self.model):
-                    activity.phase = "forward"
-                    loss, terms = self.training_step(micro.batch)
-                    activity.phase = "backward"
-                    self.backward(loss, terms, micro)
+                self.learn(micro)
             if micro.closes:
                 activity.phase = "optimizer step"
                 if not loader.may_leave_out or self._has_samples(micro):
-                    self.optimizer_step()
+                    self.take_step()
                 self.after_step(micro.position)
                 self.last_step.mark()
                 self.saver.poll()
                 if state.ended or state.step >= self.max_steps:
                     break
-            activity.batch_start += global_batch
+            activity.batch_start = micro.end
             activity.phase = "waiting for data"
         if state.position >= end and not state.stopped:  # a stopped epoch ends when the training resumes
             self._after_epoch()
         self.progress.end_epoch()
 
-    def training_step(self, batch: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def freeze_and_thaw(self) -> None:
+        """Before an epoch: freeze and thaw what `freeze` says of it. Called on every rank."""
+        if self.trainables.freezing and self.trainables.freezing.apply(self.epoch):
+            self.model = self.trainables.model = self.ranks.strategy.rewrap(self.model, self.trainables.compiled)
+
+    def learn(self, micro: MicroBatch) -> None:
+        """Forward and backward of one batch, or the steps that its `training_step` takes itself. On every rank."""
+        activity, own = self.activity, self.own
+        if self.finite_step.closure is not None:
+            self.finite_step.closure.note(micro)
+        with contextlib.nullcontext() if micro.closes else self.ranks.strategy.no_sync(self.model):
+            activity.phase = "forward"
+            own.micro, own.loss = micro, None
+            result = self.training_step(micro.batch)
+            activity.phase = "backward"
+            if own.is_taken or own.has_several or type(result) is not tuple:
+                self._follow(result, micro)
+            else:
+                loss, terms = result
+                self.backward(loss, terms, micro)
+
+    def take_step(self) -> None:
+        """The optimizer's step, or what is left to do where `training_step` has taken it. On every rank."""
+        if self.own.is_taken:
+            self._finish_own_step()
+        else:
+            self.optimizer_step()
+
+    def training_step(self, batch: Any) -> Any:
         """The loss of one batch. Called on every rank for each of its batches, with the model in train mode.
 
         Args:
             batch: As the loader gives it, on the CPU.
 
         Returns:
-            The loss, a scalar that is the mean over the batch's samples, and its named terms, which are logged.
+            The loss, a scalar that is the mean over the batch's samples: as a tensor; as (loss, terms), whose terms are
+            logged as train/loss_<term>; or as a dict with 'loss', whose other numbers are logged as train/<name>, means
+            over the samples of the batches that give them. Where it took its steps itself, with `minimize`, the figures
+            alone, or nothing.
         """
         loss, terms, _ = self.forward(self.model, batch)
         return loss, terms
@@ -323,6 +404,97 @@ class Trainer:
         if self._shares_loss and micro.closes:
             self._share_loss()
         self.throughput.exchanged()
+
+    def _follow(self, result: Any, micro: MicroBatch) -> None:
+        """What follows a `training_step` that took its steps itself, or gave its figures in another form."""
+        loss, figures = self.own.told(result)
+        if not self.own.is_taken:
+            if len(self.optimizers) > 1:
+                self.own.optimizer(None)  # raises: there are several
+            self.backward(loss, {}, micro)  # type: ignore[arg-type]
+        elif loss is not None:
+            self.state.add("loss", loss.detach(), micro.samples)
+        for name, value in figures.items():
+            self.state.add_figure(name, value, micro.samples)
+
+    # ------------------------------------------------------------------------------- steps of a training_step's own
+
+    def minimize(self, loss: Tensor, optimizer: str | None = None, retain_graph: bool = False) -> None:
+        """A step of one optimizer, taken within `training_step`: `apply_gradients` of the loss's `gradients`.
+
+        Args:
+            loss: A scalar, the mean over the batch's samples. Only the optimizer's own parameters get gradients of it.
+            optimizer: Its name, where the config has several.
+            retain_graph: Whether another loss that is minimised later shares a part of its graph.
+        """
+        value = loss.detach()
+        self.own.loss = value if self.own.loss is None else self.own.loss + value
+        self.apply_gradients(self.gradients(loss, optimizer, retain_graph), optimizer)
+
+    def gradients(self, loss: Tensor, optimizer: str | None = None, retain_graph: bool = False) -> list[Tensor | None]:
+        """The gradients of the mean over all ranks' samples, for `parameters(optimizer)`. All ranks call it.
+
+        They are new tensors, equal on all ranks; None for a parameter that the loss does not depend on.
+        """
+        self.throughput.forward_done()
+        found = self.own.gradients(loss, optimizer, retain_graph)
+        self.throughput.exchanged()
+        return found
+
+    def apply_gradients(self, gradients: Sequence[Tensor | None], optimizer: str | None = None) -> None:
+        """Step with these gradients, equal on all ranks, which are taken over; with `accumulate`, add them up first.
+
+        The step is taken by `optimizer_step`: clipped, and left out where a gradient is not finite.
+        """
+        name, _ = self.own.optimizer(optimizer)
+        if self.finite_step.closure is not None:
+            raise ValueError("an optimizer with a closure evaluates training_step itself: let it return the loss")
+        if not self.own.is_taken:
+            self.finite_step.begin_parts()
+        if self.own.add(name, list(gradients)):
+            self._step_of(name)
+
+    def parameters(self, optimizer: str | None = None) -> list[torch.nn.Parameter]:
+        """What an optimizer trains now, in the order of its groups."""
+        return trained(self.own.optimizer(optimizer)[1])
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context in which a model of one's own is called in `trainer.precision`; `forward` has it."""
+        return self.forward.autocast()
+
+    def frozen(self, module: torch.nn.Module, weights: str | Path | None = None) -> torch.nn.Module:
+        """A module that is used and not trained, such as a teacher: in eval mode, without gradients, on the device.
+
+        It is part of no checkpoint. `weights`: a checkpoint folder or a weight file that it takes them from; averaged
+        ones where there are some.
+        """
+        if weights is not None:
+            module.load_state_dict(load_weights(Path(weights), averaged=None))
+        return module.to(self.device).eval().requires_grad_(False)
+
+    def _step_of(self, name: str) -> None:
+        """`optimizer_step` of one optimizer, while `optimizer` is that one."""
+        kept = self.optimizer, self._parameters, self._to_clip
+        self.optimizer = self.finite_step.optimizer = self.optimizers[name]
+        if len(self.optimizers) > 1:
+            self._parameters = trained(self.optimizer)
+            self._to_clip = [self._parameters]
+        factor = 1.0
+        if self.train_loader.may_leave_out:  # the mean is over the samples that are left
+            step_samples = self.own.micro.step_samples  # type: ignore[union-attr]
+            factor = step_samples / max(1, step_samples - self.train_loader.left_out(step_samples).samples)
+        self.own.prepare([item.grad for item in self._parameters if item.grad is not None], factor)
+        self.finite_step.part = name
+        self.optimizer_step()
+        self.optimizer, self._parameters, self._to_clip = kept
+
+    def _finish_own_step(self) -> None:
+        """What remains of a step that `training_step` has taken: gradients that wait, and what the ranks share."""
+        for name in self.own.end():
+            self._step_of(name)
+        if self._syncs_buffers:  # which else the ranks' wrapper does, where the model is called through it
+            self.ranks.agree_on_buffers(self.trainables.all)
+        self.finite_step.finish_parts()
 
     def _share_loss(self) -> None:
         """What the ranks' wrapper does for the model: the mean of the gradients, and the main rank's buffers."""
@@ -347,23 +519,30 @@ class Trainer:
             text += f", all those of {left_out.batches} batch(es), which are skipped" if left_out.batches else ""
             text += "" if kept else ": the weights stay as they are"
             self.progress.note(f"warning: {text}; further ones are counted (left_out_samples, skipped_batches)")
-        if kept:
+        if kept and not self.own.is_taken:
             gradients = [item.grad for item in self._parameters if item.grad is not None]
             torch._foreach_mul_(gradients, step_samples / kept)
         return kept > 0
 
     def optimizer_step(self) -> None:
-        """Clip, and step unless a gradient is not finite. Called on every rank after a step's last `backward`."""
+        """Clip, and step unless a gradient is not finite. Called on every rank after a step's last `backward`.
+
+        Where `training_step` takes the steps itself, it is called for each of them, while `optimizer` is the one.
+        """
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
-        gradients = [item.grad for item in self._parameters if item.grad is not None]
-        self.state.grad_norm = norm = self.ranks.strategy.total_norm(gradients)
-        if self.clip_grad_norm is not None:
-            for parameters in self._to_clip:
-                clip_grads_with_norm_(parameters, self.clip_grad_norm, norm)
+        self.state.grad_norm = norm = self._clipped()
         with self.schedule.rate_of(self.state.step) as self.state.rate:
             self.finite_step.take(norm)
         self.optimizer.zero_grad()
+
+    def _clipped(self) -> Tensor:
+        """Clip the gradients; their norm before."""
+        norm = self.ranks.strategy.total_norm([item.grad for item in self._parameters if item.grad is not None])
+        if self.clip_grad_norm is not None:
+            for parameters in self._to_clip:
+                clip_grads_with_norm_(parameters, self.clip_grad_norm, norm)
+        return norm
 
     def after_step(self, position: int) -> None:
         """What follows each optimizer step, in this order. Called on every rank.
@@ -400,11 +579,29 @@ class Trainer:
         Where a validation is stopped, the epoch ends when the training resumes.
         """
         self.log()
+        if self.swa and self.swa.is_due(self.state) and not self.average_epoch():
+            return
         if self.validate_every_steps == math.inf and not self.validate():
             return
         self.state.epoch, self.state.position, self.state.order = self.epoch + 1, 0, ORDER
         self.schedule.tick("epoch")
         self.save()
+
+    def average_epoch(self) -> bool:
+        """Take this epoch's last weights into the average of `swa`, with BatchNorm's statistics. On every rank.
+
+        Returns:
+            False where it was stopped meanwhile.
+        """
+        assert self.swa is not None
+        self.last_step.mark()  # this step is whole, even where a rank is asked to stop
+        with self.throughput.paused(), self.activity.during("BatchNorm's statistics"):
+            is_done = self.swa.end_epoch(
+                self.trainables, self.train_loader, self.forward, self.ranks, self.state, self.asked_to_stop
+            )
+        if not is_done:
+            self.stop()
+        return is_done
 
     def _after_epoch(self) -> None:
         """The name of before: a subclass that overrides it works as ever."""
@@ -452,6 +649,25 @@ class Trainer:
             judge_patience(state, self.early_stop_patience, self.monitor)
         return True
 
+    def evaluation_step(self, batch: Any) -> Any:
+        """What is measured of one batch. Called for each of an evaluation's batches, without gradients, in eval mode.
+
+        Each batch is one rank's; ranks call it as often as they have batches, so that it must not call a collective.
+        `self.evaluated` is the module to call: the averaged weights where there are some, else the bare model.
+
+        Args:
+            batch: As the loader gives it, on the CPU.
+
+        Returns:
+            What `self.forward` gives: loss, terms and what metrics and pictures see, an `Outcome` of inputs, output
+            and target; or a dict of figures, each the mean over the batch's samples, which are logged as val/<name>.
+        """
+        return self.forward(self.evaluated, batch)
+
+    def _evaluate_batch(self, module: torch.nn.Module, batch: Any) -> Any:
+        self.evaluated = module
+        return self.evaluation_step(batch)
+
     def evaluate(self, phase: str, module: torch.nn.Module | None = None) -> dict[str, float]:
         """Loss and metrics over a whole phase, written to the journal. All ranks call it and get the same.
 
@@ -460,31 +676,39 @@ class Trainer:
             module: What to evaluate. Default: the averaged weights where there are some, else the model.
 
         Returns:
-            The figures as <phase>/<name>; none where a request to stop came meanwhile.
+            The figures as <phase>/<name>, of several sets as <phase>/<label>/<name>; none where a request to stop came
+            meanwhile.
         """
         module = module or self.trainables.evaluated
-        pictures, is_sharded = self.parts.pictures, self.ranks.strategy.is_sharded
-        album = pictures.album(self.step, self.journal, self.progress.note) if phase == "val" else None
-        loader, stop = getattr(self.loaders, phase), self.asked_to_stop
-        if phase == "test" and self.inference.tests_volumes:
-            means = evaluate_volumes(module, logits(self.inference, loader), self.metrics, self.ranks, stop)
-        else:
-            counted = loader.counted()
-            batches = counted if is_sharded else self.stop_request.waiting(counted)  # with shards all ranks wait
-            if self._shares_loss:
-                self.ranks.agree_on_buffers(self.trainables.loss)  # type: ignore[arg-type]
-            with self.trainables.evaluating(module):
-                measured = evaluate(self.forward, module, batches, self.metrics, self.ranks, stop, album)
-            means = measured and measured.figures
-            if measured and (left_out := len(loader.dataset) - measured.samples):
-                means = measured.figures | {"left_out_samples": left_out}
-        self.model.train()
-        if means is None:
-            self.stop()
-            return {}
-        figures = {f"{phase}/{name}": value for name, value in means.items()}
+        figures: dict[str, float] = {}
+        for name, loader in self.loaders.of(phase).items():
+            self.activity.data_set = name
+            means = self._evaluated(name, loader, module)
+            self.model.train()
+            if means is None:
+                self.stop()
+                return {}
+            figures |= {f"{name}/{figure}": value for figure, value in means.items()}
         self.journal.log(self.step, figures)
         return figures
+
+    def _evaluated(self, name: str, loader: Any, module: torch.nn.Module) -> dict[str, float] | None:
+        """Loss and metrics over one set; None where a request to stop came meanwhile."""
+        pictures, stop = self.parts.pictures.get(name), self.asked_to_stop
+        album = pictures.album(self.step, self.journal, self.progress.note) if pictures else None
+        of_volumes = self.inference.tests_volumes and hasattr(loader.dataset.dataset, "volumes")
+        if of_volumes and name.startswith("test"):
+            return evaluate_volumes(module, logits(self.inference, loader), self.metrics, self.ranks, stop)
+        counted = loader.counted()
+        # With shards all ranks wait.
+        batches = counted if self.ranks.strategy.is_sharded else self.stop_request.waiting(counted)
+        if self._shares_loss:
+            self.ranks.agree_on_buffers(self.trainables.loss)  # type: ignore[arg-type]
+        with self.trainables.evaluating(module):
+            measured = evaluate(self._evaluate_batch, module, batches, self.metrics, self.ranks, stop, album)
+        if measured and (left_out := loader.batch_sampler.size - measured.samples):
+            return measured.figures | {"left_out_samples": left_out}
+        return measured and measured.figures
 
     def test(self, checkpoint: Path | None = None) -> dict[str, float]:
         """Loss and metrics on the test data, with the weights of a checkpoint. All ranks call it and get the same.
@@ -500,7 +724,8 @@ class Trainer:
                 self.module, self.ranks, self.saver.checkpoints, checkpoint, criterion=self.trainables.criterion
             )
             if self.train_loader is None:  # else all phases were compared at the start
-                compare_with_training(self.inference, self.loaders.test, checkpoint)
+                for loader in self.loaders.of("test").values():
+                    compare_with_training(self.inference, loader, checkpoint)
             figures = self.evaluate("test", self.trainables.compiled)
             if figures:
                 self.progress.evaluation("test", step if self.train_loader is None else self.step, figures)
@@ -531,7 +756,8 @@ class Trainer:
             if "train/loss" not in figures and self.on_nonfinite == "stop":
                 raise NonFiniteError(f"train/loss is not finite at step {state.step}")
             figures |= {"lr": state.rate, "samples_per_second": self.throughput.samples_per_second}
-            if self.clip_grad_norm is not None and math.isfinite(norm := float(state.grad_norm)):
+            figures |= {f"lr/{name}": rate for name, rate in self.schedule.rates_by_group().items()}
+            if self.logs_grad_norm and math.isfinite(norm := float(state.grad_norm)):
                 figures["grad_norm"] = norm
             if state.skipped:
                 figures["skipped_steps"] = state.skipped
@@ -545,12 +771,13 @@ class Trainer:
 
     def _train_figures(self) -> dict[str, float]:
         sums = self.state.sums
-        own = torch.tensor(self.throughput.own(), dtype=sums["loss"].dtype, device=self.device)
+        peaks = peak_gb(self.ranks)
+        own = torch.tensor([*self.throughput.own(), *peaks], dtype=sums["loss"].dtype, device=self.device)
         values = self.ranks.sum_(torch.cat([torch.stack(list(sums.values())), own])).tolist()
         if slow := self.throughput.judge(values[len(sums) :]):
             self.progress.note(f"warning: {slow}")
-        samples = self.state.samples - self.state.unsummed
-        return {f"train/{name}": value / samples for name, value in zip(sums, values, strict=False)} if samples else {}
+        memory = {"gpu_memory_gb": max(values[-len(peaks) :])} if peaks else {}
+        return memory | means(dict(zip(sums, values, strict=False)), self.state.samples - self.state.unsummed)
 
     def save(self) -> None:
         """Save all that the training is, unless nothing happened since the last time. All ranks call it.
@@ -610,8 +837,7 @@ class Trainer:
     def _after_first_step(self) -> None:
         """Tell the launcher, and make the metrics: importing them takes seconds, but a mistake in them shows now."""
         self._is_first_step = False
-        criterion: Any = self.trainables.criterion
-        require_trained(self.optimizer, self.module, criterion.modules_now())
+        require_trained(self.optimizers.values(), self.module, self.trainables.loss_now)
         mark_first_step()
         with self.throughput.paused(), self.activity.during("making the metrics"):
             self.metrics.prepare()
@@ -622,5 +848,5 @@ class Trainer:
         """Epochs, steps of an epoch, and how many of them are done, for the progress bar."""
         loader, position = self.train_loader, self.position
         steps = int(min(loader.steps(position), self.max_steps - self.step))
-        done = -(-position // loader.global_batch)
+        done = loader.steps_done(position)
         return None if math.isinf(self.max_epochs) else int(self.max_epochs), steps + done, done

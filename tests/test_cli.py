@@ -117,8 +117,9 @@ def test_many_mistakes_are_as_many_lines(run_cli: RunCli) -> None:
 def test_under_torchrun_a_mistake_is_told_once(run_cli: RunCli) -> None:
     result = run_cli(["c.yaml", "optimizer.lrr=1", "model.dim=a"], nproc=2, timeout=120)
     assert result.rc == 1, "torchrun makes 1 of every status but 0"
-    assert result.text.count("SGD got an unexpected argument 'lrr'") == 1
-    assert result.text.count("expected int, found string 'a'") == 1
+    said, _, of_torchrun = result.text.partition("ChildFailedError")
+    assert said.count("SGD got an unexpected argument 'lrr'") == said.count("expected int, found string 'a'") == 1
+    assert "SGD got an unexpected argument 'lrr'" in of_torchrun.rpartition("Root Cause")[2]
     assert "exitcode  : 2" in result.text
     assert "dtrain.config.yaml12" not in result.text, "a traceback"
 
@@ -129,16 +130,14 @@ def test_an_error_that_one_rank_alone_may_have_is_told_by_each(run_cli: RunCli, 
     result = run_cli(["c.yaml", "model.fail=true"], nproc=2, timeout=120)
     assert result.rc == 1
     line = next(line for line in result.text.splitlines() if "own words" in line)
-    assert line.startswith("rank 1: argument 'model.fail=true'") or line.startswith(
-        "rank 1: c.yaml:3:1: model: Net(...) raised"
-    )
+    assert line.startswith("rank 1: argument 'model.fail=true'") or line.startswith("rank 1: c.yaml:3:1: model: Net(")
 
 
 def test_a_constructors_error_is_one_line_with_its_place(run_cli: RunCli, project: Path) -> None:
     messages = lines(run_cli(["check", "c.yaml", "model.fail=true"], timeout=120))
     raising = PARTS.splitlines().index('            raise RuntimeError("the constructor\'s own words")') + 1
     assert messages == [
-        f"c.yaml:3:1: model: Net(...) raised RuntimeError: the constructor's own words ({project}/parts.py:{raising})"
+        f"c.yaml:3:1: model: Net(fail=True) raised RuntimeError: the constructor's own words ({project}/parts.py:{raising})"
     ]
 
 

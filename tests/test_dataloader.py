@@ -442,6 +442,7 @@ def test_workers_are_forked_whatever_python_would_do(monkeypatch: pytest.MonkeyP
     assert loader(num_workers=1).loader.multiprocessing_context.get_start_method() == "fork"
 
 
+@pytest.mark.slow
 def test_workers_begin_where_python_starts_processes_by_a_fork_server(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
@@ -467,6 +468,7 @@ class SlowToBegin(Numbers):
         signalled_to_end()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_a_worker_that_is_just_beginning_outlives_a_signal_to_the_whole_job(
     context: str, monkeypatch: pytest.MonkeyPatch
@@ -497,6 +499,7 @@ class HoldsTheInterpreter(Numbers):
             ctypes.PyDLL(None).sleep(3600)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="files in memory are Linux's")
 @pytest.mark.parametrize("context", ["fork", "spawn", "forkserver"])
 def test_workers_say_where_they_hang(context: str, tmp_path: Path) -> None:
@@ -599,6 +602,7 @@ def test_a_dataset_that_gives_whole_batches_names_them() -> None:
     assert failure.value.__notes__ == ["while loading the samples [4, 5, 6, 7] of Batched"]
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_ends_after_the_timeout() -> None:
     slow = loader(dataset=Stuck(8), num_workers=1, timeout=1, batch_size=8)
     with pytest.raises(RuntimeError, match="timed out after 1"):

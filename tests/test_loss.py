@@ -1,5 +1,7 @@
 """Losses of every form: torch's own, a user's class or function, one number or a dict of terms."""
 
+import dataclasses
+import types
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 
 from dtrain.config.errors import ConfigError
 from dtrain.config.load import from_mapping
-from dtrain.loss import Criterion, get_loss_criterion
+from dtrain.loss import Criterion, ModelLoss, get_loss_criterion
 
 # What a user's module holds. `modules: [test_loss]` finds it here.
 
@@ -172,3 +174,51 @@ def test_a_losss_own_tensors_move_with_it(loss: dict[str, Any], labels: Tensor) 
 def test_a_wrong_argument_is_a_mistake_in_the_config() -> None:
     with pytest.raises(ConfigError, match="CrossEntropyLoss got an unexpected argument 'weigth'"):
         criterion(name="CrossEntropyLoss", weigth=[1.0])
+
+
+@dataclasses.dataclass
+class Output:
+    loss: Any
+    logits: Tensor
+
+
+ONE, TWO, LOGITS = torch.tensor(1.0), torch.tensor(2.0), torch.zeros(2, 3)
+BOXES = [{"boxes": torch.zeros(0, 4)}]
+
+
+@pytest.mark.parametrize(
+    ("result", "loss", "terms", "output"),
+    [
+        (ONE, 1.0, {}, None),
+        ({"loss_box_reg": ONE, "loss_classifier": TWO}, 3.0, {"box_reg": 1.0, "classifier": 2.0}, None),
+        ({"loss_a": ONE, "a": TWO}, 3.0, {"loss_a": 1.0, "a": 2.0}, None),  # one name would be two figures
+        ({"loss": ONE, "logits": LOGITS, "hidden": None}, 1.0, {}, {"logits": LOGITS}),
+        ({"loss": TWO, "loss_ce": ONE, "accuracy": ONE}, 2.0, {"ce": 1.0}, {"accuracy": ONE}),
+        ({"loss": {"ce": ONE, "dice": TWO}, "out": LOGITS}, 3.0, {"ce": 1.0, "dice": 2.0}, {"out": LOGITS}),
+        (Output(TWO, LOGITS), 2.0, {}, {"logits": LOGITS}),
+        (types.SimpleNamespace(loss=torch.ones(1), logits=LOGITS), 1.0, {}, {"logits": LOGITS}),
+        ((LOGITS, ONE), 1.0, {}, LOGITS),
+        ((ONE, LOGITS, LOGITS), 1.0, {}, [LOGITS, LOGITS]),
+        ({"loss": None, "logits": LOGITS}, None, {}, {"logits": LOGITS}),
+        (LOGITS, None, {}, LOGITS),
+        (BOXES, None, {}, BOXES),
+        ((ONE, TWO), None, {}, (ONE, TWO)),  # which of them?
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_loss_that_a_model_returns_is_found(result: Any, loss: Any, terms: Any, output: Any) -> None:
+    found = ModelLoss().read(result)
+    assert (None if found.loss is None else float(found.loss)) == loss
+    assert {name: float(value) for name, value in found.terms.items()} == terms
+    if isinstance(output, dict):
+        assert list(found.output) == list(output)
+        assert all(found.output[name] is value for name, value in output.items())
+    elif isinstance(output, Tensor) or output is None or output is result:
+        assert found.output is output
+    else:
+        assert len(found.output) == len(output)
+
+
+def test_a_loss_of_a_model_that_is_not_one_number_is_told() -> None:
+    with pytest.raises(TypeError, match=r"the loss of the model returned a tensor of shape \(2, 3\)"):
+        ModelLoss().read({"loss": LOGITS})

@@ -226,6 +226,7 @@ def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[st
 ALL = [f"{case}, {size}" for case in CASES for size in SIZES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", WORLDS)
 @pytest.mark.parametrize("case", ALL)
 def test_the_figures_of_several_ranks_are_those_of_one_process(

@@ -13,7 +13,8 @@ from torch import Tensor
 
 
 def _name(kind: type) -> str:
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    public = kind.__module__.partition("._")[0]  # pathlib's own from 3.13 on is pathlib._local
+    return kind.__qualname__ if public == "builtins" else f"{public}.{kind.__qualname__}"
 
 
 # What torch.load(weights_only=True) builds without being told to trust anything (torch/_weights_only_unpickler.py).

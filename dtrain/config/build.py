@@ -6,6 +6,7 @@ schema (schema.py reads the calls, resolve.py follows the names, check.py compar
 
 import ast
 import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 import inspect
@@ -23,10 +24,11 @@ from dtrain.config.check import argument_mistakes, call_mistakes, is_own, is_pas
 from dtrain.config.errors import ConfigError, KeyPath, bad_syntax, is_mapping, to_plain
 from dtrain.config.load import to_config_dict
 from dtrain.config.resolve import STANDARD
-from dtrain.config.schema import Call, calls, is_component, is_data, refused
+from dtrain.config.schema import Call, Offer, calls, is_component, is_data, refused
 from dtrain.config.signatures import Callee, Dynamic, is_standard
 
 MAX_ERROR = 2000  # characters of a component's own error; some hold whole tensors
+MAX_ARGUMENTS = 120  # characters of what a constructor was given
 
 
 def build(config: ConfigDict, key: str, *given: Any, **given_names: Any) -> Any:
@@ -69,12 +71,13 @@ def make(call: Call, *given: Any, **given_names: Any) -> Any:
 def _made(call: Call, given: tuple[Any, ...], given_names: dict[str, Any]) -> Any:
     """Build the components inside a call, then call it; what was given in Python is itself what is wanted."""
     if call.stands_for_object:
-        return _called(call, call.object, given, {}) if given else call.object
+        return _called(call, call.object, (_wanted_by(call.object, given[0]),), {}) if given else call.object
     imported = _imported(call)
     callee = call.target if isinstance(call.target, Callee) else _inspected(imported, call.target)
     parameter = supplied(call, callee) if given else None
-    positional = given if parameter and not parameter.keyword else ()
-    by_name = {parameter.name: given[0]} if parameter and parameter.keyword else {}
+    offered = _asked_for(given[0], parameter) if parameter else None
+    positional: tuple[Any, ...] = (offered,) if parameter and not parameter.keyword else ()
+    by_name = {parameter.name: offered} if parameter and parameter.keyword else {}
     if takes_config(call, callee):
         positional = (*positional, to_config_dict({"name": call.name, **call.arguments}))
         return _called(call, imported, positional, by_name | given_names)
@@ -93,14 +96,35 @@ def _made(call: Call, given: tuple[Any, ...], given_names: dict[str, Any]) -> An
     return _called(call, imported, positional, arguments | by_name | given_names)
 
 
+def _wanted_by(function: Callable[..., Any], given: Any) -> Any:
+    """The same for a function that was given in Python: the model where its first parameter is called as one is."""
+    with contextlib.suppress(TypeError, ValueError):
+        name = next(iter(inspect.signature(function).parameters), "")
+        name = "model" if name in ("module", "net", "network") else name
+        return given.get(name, next(iter(given.values()))) if isinstance(given, Offer) else given
+    return next(iter(given.values())) if isinstance(given, Offer) else given
+
+
+def _asked_for(given: Any, parameter: Parameter) -> Any:
+    """What dtrain supplies; of an offer that which the parameter is named for, else the first."""
+    return given.get(parameter.name, next(iter(given.values()))) if isinstance(given, Offer) else given
+
+
 def _called(call: Call, imported: Callable[..., Any], positional: tuple[Any, ...], by_name: dict[str, Any]) -> Any:
     try:
         return imported(*positional, **by_name)
     except (ConfigError, MemoryError):
         raise
     except (Exception, SystemExit) as error:
-        subject = "" if isinstance(call.target, Callee) and is_own(call.target) else f"{call.name}(...) raised "
+        own = isinstance(call.target, Callee) and is_own(call.target)
+        subject = "" if own else f"{call.name}({_arguments_text(call)}) raised "
         raise refused(call.config, _key_at_fault(call, error), subject + _explained(error)) from error
+
+
+def _arguments_text(call: Call) -> str:
+    """The arguments as the config has them, so that the one to change is seen."""
+    text = ", ".join(f"{key}={to_plain(value)!r}" for key, value in call.arguments.items())
+    return text if len(text) <= MAX_ARGUMENTS else f"{text[:MAX_ARGUMENTS]}..."
 
 
 def _key_at_fault(call: Call, error: BaseException) -> KeyPath:
@@ -189,8 +213,17 @@ def _inspected(imported: Callable[..., Any], target: Dynamic) -> Callee:
         positional, keyword = item.kind != item.KEYWORD_ONLY, item.kind != item.POSITIONAL_ONLY
         if item.kind not in (item.VAR_POSITIONAL, item.VAR_KEYWORD):
             parameters.append(Parameter(item.name, annotation, default, positional, keyword))
-    is_open, variadic = inspect.Parameter.VAR_KEYWORD in kinds, inspect.Parameter.VAR_POSITIONAL in kinds
-    return Callee(*where, tuple(parameters), is_open, variadic)
+    is_open = inspect.Parameter.VAR_KEYWORD in kinds or _takes_more(imported)
+    return Callee(*where, tuple(parameters), is_open, inspect.Parameter.VAR_POSITIONAL in kinds)
+
+
+def _takes_more(imported: Any) -> bool:
+    """Whether a dataclass has an `__init__` around its own that takes any further key, as Hugging Face's configs."""
+    init: Any = getattr(imported, "__init__", None)
+    if not dataclasses.is_dataclass(imported) or not hasattr(init, "__wrapped__"):
+        return False
+    outer = inspect.signature(init, follow_wrapped=False).parameters.values()
+    return any(item.kind is item.VAR_KEYWORD for item in outer)
 
 
 def _explained(error: BaseException) -> str:

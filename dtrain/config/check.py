@@ -14,11 +14,13 @@ from dtrain.config.errors import ConfigError, KeyPath, Mistake, dotted, is_mappi
 from dtrain.config.ignored import ignored_differently
 from dtrain.config.load import notes_on
 from dtrain.config.metric_rules import mode_notes, monitor_mistakes, task_mistakes, task_notes
+from dtrain.config.optimizers import freeze_mistakes, group_calls, group_mistakes
 from dtrain.config.pytorch3dunet import OTHER_NAMES
 from dtrain.config.resolve import module_mistake
 from dtrain.config.rules import rule_mistakes, value_mistakes
-from dtrain.config.schema import NOT_REBUILT, Call, calls, is_component, listed_modules, mistake, read
+from dtrain.config.schema import NOT_REBUILT, Call, calls, is_component, listed_modules, mistake, read, set_names
 from dtrain.config.signatures import Callee, module_file
+from dtrain.config.versions import changes_since, newer_version
 from dtrain.config.yaml12 import HAS_DOT
 
 
@@ -29,14 +31,17 @@ def check(config: ConfigDict, purpose: str | None = "train") -> None:
     `purpose` is train, test or predict: what must be there; None: whichever the phases under `loaders` are for.
     A ConfigError has every mistake, each with its place.
     """
+    if newer := newer_version(config):  # of whose keys nothing can be said
+        raise ConfigError(newer)
     reading = read(config)
     mistakes = [*reading.mistakes]
     if not any(item.text.startswith("metrics") for item in mistakes):
-        trains = purpose in ("train", None) and "loaders.val" in reading.calls
+        trains = purpose in ("train", None) and bool(set_names(reading.calls, "val"))
         mistakes += monitor_mistakes(config, reading.calls, trains)
         mistakes += task_mistakes(config, reading.calls)
-    for call in reading.calls.values():
+    for call in (*reading.calls.values(), *group_calls(reading.calls)):
         mistakes += call_mistakes(call)
+    mistakes += [*group_mistakes(reading.calls), *freeze_mistakes(config)]
     mistakes += [*_shared_mistakes(config, reading.calls), *_module_mistakes(config), *rule_mistakes(config, purpose)]
     wrong_keys = {item.text.partition(":")[0] for item in mistakes}
     mistakes += [item for item in value_mistakes(config) if item.text.partition(":")[0] not in wrong_keys]
@@ -51,6 +56,7 @@ def notes(config: ConfigDict) -> list[str]:
     described = calls(config)
     result = [
         *notes_on(config),
+        *changes_since(config),
         *task_notes(described),
         *mode_notes(config, described),
         *ignored_differently(described),
@@ -183,16 +189,28 @@ def _shared_mistakes(config: ConfigDict, described: Mapping[str, Call]) -> Itera
 def supplied(call: Call, callee: Callee) -> Parameter | None:
     """The parameter by which dtrain supplies an object; by position where its `keyword` is false.
 
-    An optimizer is given the parameters, a scheduler the optimizer, and so are the optimizers or schedulers inside it.
+    An optimizer is given the parameters, a scheduler the optimizer, and so are the optimizers or schedulers inside it;
+    a sampler the dataset, where it takes one. Where the first argument has another name that the slot knows, that is
+    what is supplied (`named_parameters`).
     """
     name = call.slot.given
     if not name:
         return None
+    if call.slot.named:
+        return next((item for item in callee.parameters if _is_dataset(item) and item.name not in call.arguments), None)
+    if callee.parameters and callee.parameters[0].name in call.slot.given_instead:
+        name = callee.parameters[0].name
     for item in callee.parameters:
         if item.name == name and item.keyword:
             return item
     first = next((item.name for item in callee.positional), "")
     return None if call.slot.nested or first in call.arguments else Parameter(first, keyword=False)
+
+
+def _is_dataset(parameter: Parameter) -> bool:
+    """Whether a sampler's argument is the dataset: by the names that torch's samplers have, or by its type."""
+    words = set(re.findall(r"\w+", ast.unparse(parameter.annotation))) if parameter.annotation is not None else set()
+    return parameter.name in ("dataset", "data_source") or bool(words & {"Dataset", "Sized"})
 
 
 def _given(call: Call, callee: Callee) -> frozenset[str]:

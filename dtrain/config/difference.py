@@ -10,29 +10,31 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from dtrain.config.errors import ConfigError, KeyPath, dotted, is_mapping, shown, to_plain
-from dtrain.config.schema import OBJECT, Call, Slot, calls
+from dtrain.config.schema import OBJECT, Call, Slot, calls, set_names
 from dtrain.config.signatures import Callee
 
 NOT_SET: Any = type("NotSet", (), {"__repr__": lambda self: "(not set)"})()
 # Calls, as in `calls`, and those of their keys that change nothing of what is computed, up to rounding.
 _FREE = [
-    ("", r"device|experiment|run_name|modules"),
-    (r"mlflow|predictor|cluster|loaders\.(test|predict)(\.loader)?", r".*"),
+    ("", r"device|experiment|run_name|modules|config_version"),
+    (r"mlflow|predictor|cluster|loaders\.(test|predict)(/[\w-]+)?(\.loader)?", r".*"),
     (
-        r"loaders\.\w+\.loader",
+        r"loaders\.[\w/-]+\.loader",
         r"num_workers|pin_memory|persistent_workers|prefetch_factor|timeout|multiprocessing_context",
     ),
     (
         r"trainer",
         r"max_.*|.*_every_.*|keep_.*|checkpoint_dir|early_stop_.*|time_limit|hang_timeout_seconds|pictures|profile"
-        r"|compile|deterministic|strategy|fsdp|activation_checkpointing|channels_last|cudnn_benchmark",
+        r"|compile|deterministic|strategy|activation_checkpointing|channels_last|cudnn_benchmark"
+        r"|limit_batches|anomaly|log_grad_norm",
     ),
     (r"trainer\.ddp", r"(?!comm_hook).*"),
+    (r"trainer\.fsdp", r"(?!param_dtype|reduce_dtype).*"),
 ]
 # Calls that are also arguments of `trainer`, as which they are compared.
-_PARTS = ("trainer.fsdp", "trainer.pictures", "trainer.pre_trained")
+_PARTS = ("trainer.pictures", "trainer.pre_trained", "trainer.freeze", "trainer.swa")
 _BATCH_SIZES = ("batch_size", "global_batch_size")
-_TOP_DEFAULTS = {"seed": 0, "device": "auto", "modules": []}
+_TOP_DEFAULTS = {"seed": 0, "device": "auto", "modules": [], "config_version": None}
 
 
 class Change(NamedTuple):
@@ -80,7 +82,7 @@ def changes(before: ConfigDict, after: ConfigDict, ranks_before: int, ranks_afte
 
 
 def _calls(config: ConfigDict) -> dict[str, Call]:
-    return {key: call for key, call in calls(config).items() if key not in _PARTS}
+    return {key: call for key, call in calls(config).items() if not key.startswith(_PARTS)}
 
 
 def _of_top(before: ConfigDict, after: ConfigDict) -> Iterator[Change]:
@@ -100,10 +102,10 @@ def _of_call(key: str, before: Call, after: Call) -> Iterator[Change]:
         names = ".".join(old), ".".join(new)
     if names[0] != names[1] and (old != new or old is None):
         yield Change(after.path_of("name"), names[0], names[1], _is_free(key, "name"))
-    defaults = _defaults(before) | _defaults(after)
+    defaults = defaults_of(before) | defaults_of(after)
     for name in dict.fromkeys((*before.arguments, *after.arguments)):
-        if key == "trainer" and name in ("ddp", "resume"):
-            continue  # a call of its own; and what is asked for now
+        if key == "trainer" and name in ("ddp", "fsdp", "resume"):
+            continue  # calls of their own; and what is asked for now
         default = defaults.get(name, NOT_SET)
         one, other = (to_plain(call.arguments.get(name, default)) for call in (before, after))
         path = after.path_of(name) if name in after.arguments else before.path_of(name)
@@ -161,7 +163,7 @@ def _target(call: Call, name: Any) -> tuple[str, str] | None:
     return target.module, target.name
 
 
-def _defaults(call: Call) -> dict[str, Any]:
+def defaults_of(call: Call) -> dict[str, Any]:
     """The defaults of what is called, as far as its source text says them."""
     found: dict[str, Any] = {}
     try:
@@ -184,8 +186,8 @@ def _is_free(key: str, name: str) -> bool:
 def _global_batch(found: Mapping[str, Call], ranks: int) -> list[int]:
     """Samples per batch over all ranks, of training and validation."""
     batches = []
-    for phase in ("train", "val"):
-        call = found.get(f"loaders.{phase}.loader")
+    for name in (*(set_names(found, "train") or ["train"]), *(set_names(found, "val") or ["val"])):
+        call = found.get(f"loaders.{name}.loader")
         values = call.arguments if call else {"global_batch_size": 1}
         batches.append(values.get("global_batch_size") or (values.get("batch_size") or 1) * ranks)
     return batches

@@ -51,8 +51,6 @@ def with_objects(config: ConfigDict, objects: Mapping[str, Any]) -> ConfigDict:
     for path, (text, value) in given.items():
         _put(values, path, {"name": _name_of(value), OBJECT: _record(value, text)}, notes)
     found = {path: value for path, (_, value) in given.items()}
-    if "optimizer" in objects and "model" in objects and _takes_model(objects["optimizer"]):
-        found["optimizer",] = _of_model(objects["optimizer"], objects["model"])
     result = to_config_dict(values, locked=True)
     kept = {name: getattr(config, name, {}) for name in ("_places", "_texts")}
     for name, value in {**kept, "_notes": notes, "_objects": found}.items():
@@ -141,17 +139,6 @@ def _note(notes: list[str], where: str, before: Any) -> None:
     if before:
         named = before.get("name") if is_mapping(before) else None
         notes.append(f"{where}: the object given in Python takes the place of {named or 'what the config says'}")
-
-
-def _takes_model(optimizer: Any) -> bool:
-    """Whether the function's first parameter is called as a model is."""
-    with suppress(TypeError, ValueError):
-        return next(iter(inspect.signature(optimizer).parameters), "") in ("model", "module", "net", "network")
-    return False
-
-
-def _of_model(optimizer: Any, model: Any) -> Any:
-    return lambda _parameters: optimizer(model)
 
 
 def _kind(value: Any) -> str:

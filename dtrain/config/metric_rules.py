@@ -1,7 +1,7 @@
 """What the config says of metrics beyond their signatures: the one monitored, which way is better, task, classes."""
 
 import ast
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -9,33 +9,59 @@ from ml_collections import ConfigDict
 
 from dtrain.config.did_you_mean import did_you_mean
 from dtrain.config.errors import ConfigError, Mistake, first_few, is_mapping, shown
-from dtrain.config.schema import Call, mistake
+from dtrain.config.schema import Call, mistake, own_loop, set_names
 from dtrain.config.signatures import SOURCE, Callee
 from dtrain.config.task import COUNTS, count_argument, takes_task
 
 
 class Monitored(NamedTuple):
-    """The figure that 'best' means: `val/<label>`, or with a part `val/<label>_<part>`."""
+    """The figure that 'best' means: `val/<label>`, or with a part `val/<label>_<part>`; of a set, `val/<set>/...`."""
 
     figure: str
     label: str  # of a metric, or 'loss'
     part: str  # of a vector, a dict or a loss's terms
 
 
-def monitored(wish: str | None, labels: list[str]) -> Monitored | None:
+def monitored(
+    wish: str | None, labels: list[str], sets: Sequence[str] = ("val",), has_own_figures: bool = False
+) -> Monitored | None:
     """What a `trainer.monitor` means where the metrics have these labels; None where no metric's name begins it.
 
-    Default: the first metric, else the loss.
+    Default: the first metric, else the loss, of the first of the validation's sets. With figures of its own an
+    evaluation may give any.
     """
-    name = [*labels, "loss"][0] if wish is None else wish.removeprefix("val/")
+    if wish is None:
+        wish = f"{sets[0]}/{[*labels, 'loss'][0]}"
+    wish = f"val/{wish.removeprefix('val/')}"
+    data_set = next((name for name in sets if wish.startswith(f"{name}/")), None)
+    if data_set is None:
+        return None
+    name = wish.removeprefix(f"{data_set}/")
     fitting = [label for label in (*labels, "loss") if name == label or name.startswith(f"{label}_")]
     label = max(fitting, key=len, default=None)
-    return None if label is None else Monitored(f"val/{name}", label, name[len(label) + 1 :])
+    if label is None and has_own_figures:
+        return Monitored(wish, name, "")
+    return None if label is None else Monitored(wish, label, name[len(label) + 1 :])
+
+
+def can_be_monitored(labels: Iterable[str], sets: Iterable[str]) -> list[str]:
+    """The figures that there surely are."""
+    return [f"{data_set}/{label}" for data_set in sets for label in (*labels, "loss")]
+
+
+def measures_itself(config: ConfigDict) -> bool:
+    """Whether the trainer's class may give figures of its own in a validation."""
+    return bool(own_loop(config) & {"evaluation_step", "evaluate", "validate"})
 
 
 def labels_of(calls: Mapping[str, Call]) -> list[str]:
     """The names under which the metrics are logged."""
     return [key.removeprefix("metrics.") for key in calls if key.startswith("metrics.")]
+
+
+def val_sets(calls: Mapping[str, Call]) -> list[str]:
+    """The names of the validation's sets; one where there are none."""
+    return set_names(calls, "val") or ["val"]
 
 
 def monitor_mistakes(config: ConfigDict, calls: Mapping[str, Call], trains: bool) -> Iterator[Mistake]:
@@ -46,9 +72,10 @@ def monitor_mistakes(config: ConfigDict, calls: Mapping[str, Call], trains: bool
     wish, mode = (_of_trainer(calls, key) for key in ("monitor", "mode"))
     if wish is not None and not isinstance(wish, str):
         return  # a wrong type, which is reported, or a subclass's own affair
-    figure = monitored(wish, labels_of(calls))
+    sets = val_sets(calls)
+    figure = monitored(wish, labels_of(calls), sets, measures_itself(config))
     if figure is None:
-        known = [f"val/{label}" for label in (*labels_of(calls), "loss")]
+        known = can_be_monitored(labels_of(calls), sets)
         hint = did_you_mean(f"val/{str(wish).removeprefix('val/')}", known)
         text = f"{shown(wish)} is not a metric of the validation{hint}; possible: {', '.join(known)}"
         yield mistake(config, ("trainer", "monitor"), text)
@@ -80,7 +107,7 @@ def task_notes(calls: Mapping[str, Call]) -> Iterator[str]:
 def mode_notes(config: ConfigDict, calls: Mapping[str, Call]) -> Iterator[str]:
     """Where a `mode` of the config contradicts what the monitored metric says of itself; the config's holds."""
     wish, mode = (_of_trainer(calls, key) for key in ("monitor", "mode"))
-    figure = monitored(wish, labels_of(calls)) if wish is None or isinstance(wish, str) else None
+    figure = monitored(wish, labels_of(calls), val_sets(calls)) if wish is None or isinstance(wish, str) else None
     said = {True: "max", False: "min"}.get(higher_is_better(calls, figure)) if figure else None
     if figure and said and mode in ("min", "max") and mode != said:
         yield f"trainer.mode: {mode}, though by what the metric itself says it is {said} for {figure.figure}"
@@ -94,12 +121,19 @@ def mode_notes(config: ConfigDict, calls: Mapping[str, Call]) -> Iterator[str]:
 def not_given(monitor: str, given: Iterable[str]) -> str:
     """That a validation, which was made, does not give the figure that is monitored."""
     names = list(given)
+    if monitor == "val/loss":
+        text = "trainer.monitor: the model computes no loss in eval mode, so 'val/loss' cannot say which epoch is best"
+        return f"{text}; " + (f"possible: {first_few(names, 30)}" if names else "add metrics and monitor one")
     hint = did_you_mean(monitor, names)
     return f"trainer.monitor: the validation gives no {monitor!r}{hint}; possible: {first_few(names, 30)}"
 
 
 def mode_text(calls: Mapping[str, Call], figure: Monitored) -> str:
     """What is asked of the user where nothing says whether more of a figure is better."""
+    if f"metrics.{figure.label}" not in calls:
+        return (
+            f"missing: nothing says whether a higher or a lower {figure.figure} is better; add mode: max or mode: min"
+        )
     text = f"missing: {calls[f'metrics.{figure.label}'].name} does not say whether a higher or a lower {figure.figure}"
     cure = "add mode: max or mode: min, give the metric higher_is_better = True or False"
     return f"{text} is better; {cure}, or monitor another figure, such as monitor: val/loss"
@@ -112,6 +146,8 @@ def higher_is_better(calls: Mapping[str, Call], figure: Monitored) -> Any:
     """
     if figure.label == "loss":
         return False
+    if f"metrics.{figure.label}" not in calls:  # a figure of an evaluation_step
+        return False if figure.label.lower().endswith("loss") else None
     call = calls[f"metrics.{figure.label}"]
     try:
         target = call.target

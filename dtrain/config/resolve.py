@@ -24,6 +24,7 @@ LIBRARIES = {  # where a section's bare names are searched, after the user's mod
         "dtrain.components.datasets", "dtrain.components.transforms", "torch.utils.data",
         "monai.transforms", "monai.data", "torchvision.transforms", "torchvision.datasets",
     ),
+    "sampler": ("dtrain.components.samplers", "torch.utils.data"),
     "loss": ("dtrain.components.losses", "torch.nn", "torch.nn.functional", "monai.losses"),
     "metrics": (
         "dtrain.components.metrics", "torchmetrics", "torchmetrics.classification", "torchmetrics.segmentation",

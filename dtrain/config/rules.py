@@ -13,10 +13,12 @@ from ml_collections import ConfigDict
 from dtrain.config.annotations import wrong_type
 from dtrain.config.did_you_mean import did_you_mean
 from dtrain.config.errors import ConfigError, KeyPath, Mistake, found, is_mapping, shown
-from dtrain.config.schema import PHASES, SLOTS, Call, mistake, read
+from dtrain.config.schema import PHASES, SLOTS, Call, has_several, mistake, own_loop, read
+from dtrain.config.signatures import SOURCE
 
 MAX_NAME_BYTES = 200  # a moved-aside run folder has a time stamp, too, and file systems take 255; MLflow 250
 TOP_LEVEL = {  # the keys of a config with their types; those without one are checked elsewhere
+    "config_version": "int | None",
     "experiment": "str | None",
     "run_name": "str | None",
     "seed": "int | None",
@@ -42,11 +44,12 @@ SUMMED = (  # of a loss
     "batch size: use reduction: mean, with an optimizer.lr that is as many times as large"
 )
 _LIBRARIES = ("torch.", "monai.", "dtrain.")  # whose `reduction: sum` is known to be a sum
+_PLAIN = ("torch.nn.", "dtrain.components.", "monai.networks.nets.")  # whose models return outputs, never a loss
 _ANY, _SOME, _PART = (0, math.inf), (1, math.inf), (0, 1)
 RANGES: dict[str, dict[str, tuple[float, float]]] = {  # where the type alone admits more
-    "": {"seed": _ANY},
+    "": {"seed": _ANY, "config_version": _SOME},
     "trainer": {
-        "max_epochs": _ANY, "max_steps": _ANY, "accumulate": _SOME, "log_every_steps": _SOME,
+        "max_epochs": _ANY, "max_steps": _ANY, "steps_per_epoch": _SOME, "accumulate": _SOME, "log_every_steps": _SOME,
         "validate_every_steps": _SOME, "checkpoint_every_steps": _SOME, "keep_last": _SOME, "keep_best": _ANY,
         "checkpoint_every_minutes": _ANY, "hang_timeout_seconds": _ANY,
         "early_stop_patience": _SOME, "clip_grad_norm": _ANY, "ema_decay": _PART,
@@ -54,6 +57,7 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # where the type alone ad
     "loaders": {
         "batch_size": _SOME, "global_batch_size": _SOME, "num_workers": _ANY, "prefetch_factor": _SOME, "timeout": _ANY,
     },
+    "optimizer": {"layer_decay": _PART},
     "lr_scheduler": {"warmup_steps": _ANY, "warmup_start": _ANY},
     "mlflow": {"exit_timeout_seconds": _ANY},
     "cluster": {"gpus_per_node": _ANY, "nproc_per_node": _SOME, "cpus_per_node": _SOME, "signal_seconds": _SOME},
@@ -67,8 +71,10 @@ def rule_mistakes(config: ConfigDict, purpose: str | None) -> Iterator[Mistake]:
     """What is wrong with a config as a whole, for a purpose (None: what its data are for)."""
     yield from _top_level_mistakes(config)
     yield from strategy_mistakes(config, config.get("trainer"))
+    yield from _exclusive_mistakes(config)
     yield from _name_mistakes(config)
     yield from _missing_mistakes(config, purpose)
+    yield from _deep_supervision_mistakes(config)
 
 
 def _top_level_mistakes(config: ConfigDict) -> Iterator[Mistake]:
@@ -92,7 +98,9 @@ def value_mistakes(config: ConfigDict) -> Iterator[Mistake]:
     for section, ranges in RANGES.items():
         values = config.get(section) if section else config
         path: KeyPath = (section,) if section else ()
-        for where, mapping in [(path, values), *(((*path, phase), _at(values, phase)) for phase in PHASES)]:
+        inner = values if section in ("optimizer", "lr_scheduler") and is_mapping(values) else ()
+        of_several = [((*path, key), _at(values, key)) for key in inner]
+        for where, mapping in [(path, values), *of_several, *_in_phases(path, values)]:
             for key, (least, most) in ranges.items():
                 value = _at(mapping, key)
                 if type(value) in (int, float) and not least <= value <= most:
@@ -101,12 +109,55 @@ def value_mistakes(config: ConfigDict) -> Iterator[Mistake]:
             if _at(mapping, "batch_size") is not None and _at(mapping, "global_batch_size") is not None:
                 text = "cannot be combined with 'batch_size'; keep one of them, or set the other to null"
                 yield mistake(config, (*where, "global_batch_size"), text)
+    yield from _limit_mistakes(config)
     for path in _sums(config):
         yield mistake(config, path, f"sum {SUMMED}")
     uri = _at(config.get("mlflow"), "tracking_uri")
     if isinstance(uri, str) and uri.lower().startswith("file:"):
         text = f"MLflow 3 no longer writes to {shown(uri)}; name the folder alone (sqlite is put in it), or a server"
         yield mistake(config, ("mlflow", "tracking_uri"), text)
+
+
+def _in_phases(path: KeyPath, values: Any) -> Iterator[tuple[KeyPath, Any]]:
+    """The keys of each phase, of several sets of each, with their paths."""
+    for phase in PHASES:
+        own = _at(values, phase)
+        several = isinstance(own, list)
+        yield from (
+            (((*path, phase, index), item) for index, item in enumerate(own)) if several else [((*path, phase), own)]
+        )
+
+
+def _limit_mistakes(config: ConfigDict) -> Iterator[Mistake]:
+    """Numbers of batches that are none, and what `trainer.swa` cannot be."""
+    trainer = config.get("trainer")
+    limit, overfit = _at(trainer, "limit_batches"), _at(trainer, "overfit_batches")
+    values: dict[KeyPath, Any] = {("overfit_batches",): overfit, ("limit_batches",): limit}
+    if is_mapping(limit):
+        values = {("overfit_batches",): overfit, **{("limit_batches", key): limit[key] for key in limit}}
+    for path, value in values.items():
+        if path[1:] and path[1] not in PHASES[:3]:
+            text = f"is not a phase{did_you_mean(str(path[1]), PHASES[:3])}; possible: {', '.join(PHASES[:3])}"
+        elif value is None or _is_count(value):
+            continue
+        else:
+            text = f"must be a number of batches from 1 on, or a share of them between 0 and 1, {found(value)}"
+            text += "; loaders.val=null leaves the validation out" if value == 0 and path[-1] == "val" else ""
+        yield mistake(config, ("trainer", *path), text)
+    if limit is not None and overfit is not None:
+        yield mistake(
+            config, ("trainer", "overfit_batches"), "cannot be combined with 'limit_batches'; keep one of them"
+        )
+    swa = _at(trainer, "swa")
+    for key, least in (("start_epoch", 1), ("anneal_epochs", 0), ("lr", 0)):
+        value = _at(swa, key)
+        if type(value) in (int, float) and value < least:
+            yield mistake(config, ("trainer", "swa", key), f"must be at least {least}, found {value}")
+
+
+def _is_count(value: Any) -> bool:
+    """A number of batches, or a share of them."""
+    return value >= 1 if type(value) is int else type(value) is float and 0 < value <= 1
 
 
 def _sums(config: ConfigDict) -> list[KeyPath]:
@@ -139,17 +190,30 @@ def strategy_mistakes(config: ConfigDict, options: Any) -> list[Mistake]:
         why = "reduces wrong gradients together with `trainer.accumulate` (pytorch issue 143580)"
         wrong["ddp", "static_graph"] = f"{why}; remove one of the two"
     if strategy == "fsdp":
-        if _at(options, "compile"):
-            wrong["compile",] = "is not possible with a sharded model (strategy: fsdp)"
+        if has_several(config.get("optimizer")):
+            why = "fsdp trains a model as a whole, with one optimizer, and here are several"
+            wrong["strategy",] = f"{why} ({', '.join(config.optimizer)}); possible: ddp"
         if _at(options, "sync_batchnorm"):
             wrong["sync_batchnorm",] = "has not been tried with a sharded model (strategy: fsdp)"
         if _at(options, "precision") == "fp16":
             why = "fp16 needs its gradients scaled, which is not possible with strategy: fsdp"
             wrong["precision",] = f"{why}; possible: bf16, fp32"
+        fsdp = _at(options, "fsdp")
+        if _at(fsdp, "param_dtype") == "bf16" and _at(options, "precision") == "fp32":
+            wrong["fsdp", "param_dtype"] = "bf16 needs trainer.precision: bf16, in which the model then computes"
         possible = ("backend", "timeout_seconds", "broadcast_buffers")
         text = f"is an option of DistributedDataParallel; with strategy: fsdp possible: {', '.join(possible)}"
         wrong |= {("ddp", key): text for key in _set_keys(options, "ddp") if key not in possible}
     return [mistake(config, ("trainer", *path), text) for path, text in wrong.items()]
+
+
+def _exclusive_mistakes(config: ConfigDict) -> Iterator[Mistake]:
+    trainer = config.get("trainer")
+    if _at(trainer, "swa") and _at(trainer, "ema_decay") is not None:
+        yield mistake(config, ("trainer", "swa"), "cannot be combined with 'ema_decay': one average is kept")
+    if _at(trainer, "cudnn_benchmark") and _at(trainer, "deterministic"):
+        text = "cannot be combined with 'deterministic': what is fastest differs from start to start"
+        yield mistake(config, ("trainer", "cudnn_benchmark"), text)
 
 
 def _name_mistakes(config: ConfigDict) -> Iterator[Mistake]:
@@ -185,15 +249,63 @@ def _missing_mistakes(config: ConfigDict, purpose: str | None) -> Iterator[Mista
     sections, phases = PURPOSES[purpose]
     if purpose == "test" and config.get("metrics") is None:
         sections = (*sections, "loss")
+    has_own_loop = {"training_step", "evaluation_step"} <= own_loop(config)  # which may know their loss themselves
     for name in sections:
-        if config.get(name) is None:
-            yield mistake(config, (name,), f"missing, such as {name}: {REQUIRED[name]}")
+        needed = config.get(name) is None and not (name == "loss" and has_own_loop)
+        if needed and (why := _why_needed(config, name)) is not None:
+            yield mistake(config, (name,), f"missing, such as {name}: {REQUIRED[name]}{why}")
     if phases and is_mapping(loaders) and all(loaders.get(phase) is None for phase in phases):
         text = f"has no {' and no '.join(map(repr, phases))}, so there is nothing to {purpose}"
         yield mistake(config, ("loaders",), text + ("" if purpose == "predict" else " on"))
+    if purpose == "predict" and _at(loaders, "predict") is None and len(_several(_at(loaders, "test"))) > 1:
+        text = "holds several sets; name what is predicted: loaders.predict: {...}"
+        yield mistake(config, ("loaders", "test"), text)
     no_limit = _at(trainer, "max_epochs") is None and _at(trainer, "max_steps") is None
     if purpose == "train" and no_limit and (trainer is None or is_mapping(trainer)):
         yield mistake(config, ("trainer",), "needs max_epochs or max_steps, such as max_epochs: 10")
+
+
+def _deep_supervision_mistakes(config: ConfigDict) -> Iterator[Mistake]:
+    """Outputs of several levels for a loss that looks at the first alone, so that the others would not be trained."""
+    loss = read(config).calls.get("loss")
+    if loss is None or _at(config.get("model"), "deep_supervision") is not True:
+        return
+    with suppress(ConfigError):  # reported elsewhere
+        targets = [call.target for call in _with_inner(loss)]
+        names = {target.name for target in targets}
+        if targets[0].module.startswith(("torch.", "dtrain.")) and not names & {"DeepSupervision", "PIDNetLoss"}:
+            text = f"gives several outputs in training, and {targets[0].name} looks at the first alone; wrap it"
+            example = "loss: {name: DeepSupervision, loss: {name: ...}}"
+            yield mistake(config, ("model", "deep_supervision"), f"{text}: {example}")
+
+
+def _with_inner(call: Call) -> Iterator[Call]:
+    """A call and all those among its arguments."""
+    yield call
+    for inner in call.components.values():
+        yield from _with_inner(inner)
+
+
+def _why_needed(config: ConfigDict, section: str) -> str | None:
+    """Why a section may not be missing, '' where that is plain; None: it may, since the model may compute its loss.
+
+    A model of these libraries that takes nothing but its input cannot, whatever the batch; another may need no target.
+    """
+    model = read(config).calls.get("model") if section == "loss" else None
+    if model is None:
+        return ""
+    try:
+        target = model.target
+    except ConfigError:  # reported elsewhere
+        return ""
+    takes = SOURCE.method(target.module, target.name, "forward") if target.module.startswith(_PLAIN) else None
+    if takes and not takes[1] and len(takes[0]) == 1:
+        return f"; {target.name}.forward({takes[0][0].name}) takes no target, so it cannot compute a loss itself"
+    return None
+
+
+def _several(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _at(values: Any, key: str) -> Any:

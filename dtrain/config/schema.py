@@ -20,6 +20,8 @@ from dtrain.config.task import task_arguments
 
 PHASES = ("train", "val", "test", "predict")
 OBJECT = "_object_"  # the key of a section that stands for an object given in Python; see live_objects.py
+SAMPLERS = ("sampler", "batch_sampler")
+OF_SEVERAL_SETS = ("val", "test")  # the phases that may have a list of sets
 
 
 class Slot(NamedTuple):
@@ -29,7 +31,13 @@ class Slot(NamedTuple):
     given: str = ""  # the argument that dtrain supplies: of this name, else the first one
     given_names: frozenset[str] = frozenset()  # keyword arguments that dtrain supplies
     pairs: bool = False  # a function of (output, target) is itself what is wanted
+    named: bool = False  # only an argument of that name is supplied, or one that stands for a dataset
     nested: bool = False  # inside another call: any section's library will do, a function may itself be what is wanted
+    given_instead: tuple[str, ...] = ()  # by these names of its first argument, a callee asks for something else
+
+
+class Offer(dict[str, Any]):
+    """What dtrain can supply, by the argument's name; a callee is given the one that it asks for, else the first."""
 
 
 SLOTS = {
@@ -37,11 +45,12 @@ SLOTS = {
     "loaders": Slot(LIBRARIES["loaders"]),
     "loss": Slot(LIBRARIES["loss"], pairs=True),
     "metrics": Slot(LIBRARIES["metrics"], pairs=True),
-    "optimizer": Slot(LIBRARIES["optimizer"], given="params"),
+    "optimizer": Slot(LIBRARIES["optimizer"], given="params", given_instead=("named_parameters", "model")),
     "lr_scheduler": Slot(LIBRARIES["lr_scheduler"], given="optimizer"),
     "trainer": Slot(("dtrain.trainer",), given="parts"),
     "mlflow": Slot(given_names=frozenset({"folder", "experiment", "run_name", "sender"})),
 }
+SAMPLER_SLOT = Slot(LIBRARIES["sampler"], given="dataset", named=True)
 # dtrain's own settings are the arguments of these functions, so they are checked like everything else.
 OWN_SETTINGS = {
     "trainer": "dtrain.trainer:Trainer",
@@ -51,8 +60,11 @@ OWN_SETTINGS = {
     "loader": "dtrain.dataloader:loader_settings",
     "ddp": "dtrain.distributed.ddp:ddp_options",
     "fsdp": "dtrain.distributed.fsdp:fsdp_options",
+    "swa": "dtrain.training.swa:swa_settings",
     "pictures": "dtrain.reporting.validation_pictures:picture_settings",
     "pre_trained": "dtrain.checkpoint.weights:weight_settings",
+    "freeze": "dtrain.training.freezing:freeze_settings",
+    "groups": "dtrain.training.parameter_groups:group_settings",
     "schedule": "dtrain.training.schedule:schedule_settings",
     "metric": "dtrain.metrics:metric_settings",
 }
@@ -115,7 +127,13 @@ class Call:
     @functools.cached_property
     def components(self) -> dict[KeyPath, "Call"]:
         """The calls written among the arguments, by path; those inside a component are the component's own."""
-        slot = Slot(self.slot.libraries, given=self.slot.given, nested=True)
+        slot = Slot(
+            self.slot.libraries,
+            given=self.slot.given,
+            named=self.slot.named,
+            nested=True,
+            given_instead=self.slot.given_instead,
+        )
         annotations = self.annotations
         result: dict[KeyPath, Call] = {}
         for key, value in self.arguments.items():
@@ -140,6 +158,23 @@ class Call:
         return {item.name: item.annotation for item in target.parameters} if isinstance(target, Callee) else {}
 
 
+def own_loop(config: ConfigDict) -> set[str]:
+    """The methods by which the class that `trainer.name` names differs from dtrain's Trainer, as far as can be read.
+
+    Of one that cannot be read, those that a training may have of its own.
+    """
+    section = config.get("trainer")
+    name = section.get("name") if is_mapping(section) else None
+    found: set[str] = set()
+    for item in name if isinstance(name, list) else [name] if name else []:
+        base = ("dtrain.trainer", "Trainer")
+        with suppress(ConfigError, SyntaxError):  # reported elsewhere
+            target = locate(item, own_modules(config), SLOTS["trainer"].libraries).target
+            methods = SOURCE.methods(target.module, target.name, base)
+            found |= {"training_step", "evaluation_step"} if methods is None else methods
+    return found
+
+
 def own_modules(config: ConfigDict) -> list[str]:
     """The modules of the user's own, searched first; of `optional_modules` those that are there."""
     listed = [item for _, item in listed_modules(config, "modules") if isinstance(item, str)]
@@ -158,6 +193,12 @@ def listed_modules(config: ConfigDict, key: str) -> list[tuple[KeyPath, Any]]:
 def is_component(value: Any) -> bool:
     """A mapping with a `name`: a call inside a call, unless it says that it is data."""
     return is_mapping(value) and "name" in value and not is_data(value)
+
+
+def has_several(section: Any) -> bool:
+    """Whether a section of optimizers or schedulers holds several by name: without a `name`, but mappings with one."""
+    values = [section[key] for key in section] if is_mapping(section) and "name" not in section else []
+    return any(map(is_component, values)) and all(item is None or is_mapping(item) for item in values)
 
 
 def is_data(value: Any) -> bool:
@@ -250,7 +291,7 @@ class _Reader:
             "loaders": self.loaders,
             "loss": self.component,
             "metrics": self.metrics,
-            "optimizer": self.component,
+            "optimizer": self.optimizers,
             "lr_scheduler": self.scheduler,
             "trainer": self.trainer,
             **dict.fromkeys(("mlflow", "predictor", "cluster"), self.settings),
@@ -289,8 +330,7 @@ class _Reader:
 
     def component(self, section: str, values: Mapping[str, Any]) -> None:
         if self.has_name((section,), values):
-            call = _call_at(self.config, (section,), values, SLOTS[section])
-            self.calls[section] = _with_own_rate(call) if section == "optimizer" else call
+            self.calls[section] = _call_at(self.config, (section,), values, SLOTS[section])
 
     def settings(self, section: str, values: Mapping[str, Any]) -> None:
         self.calls[section] = self.own_call((section,), section, values)
@@ -303,37 +343,133 @@ class _Reader:
         """The trainer's settings; `name` may name another trainer than dtrain's."""
         own = self.own_call((section,), section, {key: values[key] for key in values if key != "name"})
         self.calls[section] = own if values.get("name") is None else replace(own, name=values["name"])
-        for key in ("ddp", "fsdp", "pictures", "pre_trained"):
-            settings: Any = values.get(key) if key == "pre_trained" else values.get(key) or {}
+        for key in ("ddp", "fsdp", "pictures", "pre_trained", "swa"):
+            settings: Any = values.get(key) if key in ("pre_trained", "swa") else values.get(key) or {}
             if is_mapping(settings):  # `pre_trained` may be a path alone
                 self.calls[f"{section}.{key}"] = self.own_call((section, key), key, settings)
+        wish = values.get("freeze")
+        for index, settings in enumerate(wish if isinstance(wish, list) else [wish]):
+            if is_mapping(settings):
+                path: KeyPath = (section, "freeze", index) if isinstance(wish, list) else (section, "freeze")
+                self.calls[dotted(path)] = self.own_call(path, "freeze", settings)
 
     def loaders(self, section: str, values: Mapping[str, Any]) -> None:
         """For each phase its dataset and its loader; keys beside the phases go to all of them."""
-        phases = {phase: values[phase] for phase in PHASES if values.get(phase) is not None}
         shared = {key: values[key] for key in values if key not in PHASES}
-        some_phase_has_a_name = any(map(is_component, phases.values()))
-        for phase, value in phases.items():
-            path = (section, phase)
-            if (own := self.mapping(path, value)) is None:
-                continue
+        data_sets = [item for phase in PHASES for item in self.data_sets(phase, values.get(phase))]
+        some_phase_has_a_name = any(is_component(own) for _, _, own in data_sets)
+        for phase, path, own in data_sets:
             merged = _phase_values(shared, own)
             paths = {key: (*path, key) if key in own else (section, key) for key in merged}
             for_loader, for_dataset = _split(merged, "loader")
+            samplers = {key: for_loader.pop(key) for key in SAMPLERS if key in for_loader}
+            samplers = {key: value for key, value in samplers.items() if value is not None}
             self.calls[f"loaders.{phase}.loader"] = replace(self.own_call(path, "loader", for_loader), paths=paths)
             if self.has_name(path, for_dataset) if some_phase_has_a_name else self.has_name((section,), values):
                 dataset = _call_at(self.config, path, for_dataset, SLOTS[section])
                 self.calls[f"loaders.{phase}"] = replace(dataset, paths=paths, others=_names_of("loader"))
+            if phase == "train":
+                self.samplers(samplers, paths)
+                self.beside_samplers(samplers, for_loader, paths)
+            for key in samplers if phase != "train" else ():
+                if key in own:  # else it is written for all phases, and meant for train
+                    self.wrong(paths[key], "is for loaders.train alone: an evaluation has each sample once, in order")
+
+    def data_sets(self, phase: str, value: Any) -> Iterator[tuple[str, KeyPath, Mapping[str, Any]]]:
+        """Name, path and own keys of each data set of a phase: `val`, or of a list with labels `val/near`."""
+        path: KeyPath = ("loaders", phase)
+        if value is None:
+            return
+        if phase not in OF_SEVERAL_SETS or not isinstance(value, list):
+            if (own := self.mapping(path, value)) is not None:
+                yield phase, path, own
+            return
+        if not value:
+            self.wrong(path, "the list is empty; remove it, or name some data")
+        labels: list[Any] = []
+        for index, item in enumerate(value):
+            if (own := self.mapping(where := (*path, index), item)) is None:
+                continue
+            label = own.get("label")
+            if text := _label_mistake(label, labels, needed=len(value) > 1):
+                self.wrong((*where, "label") if "label" in own else where, text)
+                continue
+            labels.append(label)
+            name = phase if label is None else f"{phase}/{label}"
+            yield name, where, {key: own[key] for key in own if key != "label"}
+
+    def samplers(self, given: Mapping[str, Any], paths: Mapping[str, KeyPath]) -> None:
+        """The samplers of the training data, calls of their own."""
+        for key, value in given.items():
+            if (values := self.mapping(paths[key], value)) is None or not self.has_name(paths[key], values):
+                continue
+            if _short_name(values["name"]) == "DistributedSampler":
+                text = "DistributedSampler is not needed: dtrain deals the samples to the ranks; remove it"
+                self.wrong(paths[key], text)
+            else:
+                self.calls[f"loaders.train.{key}"] = _call_at(self.config, paths[key], values, SAMPLER_SLOT)
+
+    def beside_samplers(
+        self, given: Mapping[str, Any], for_loader: Mapping[str, Any], paths: Mapping[str, KeyPath]
+    ) -> None:
+        """What cannot stand beside a sampler; a batch size beside the phases may be that of the others."""
+        if len(given) > 1:
+            self.wrong(paths["batch_sampler"], "cannot be combined with 'sampler'; keep one of them")
+        for key in given:
+            decides = "which samples come, and when" if key == "sampler" else "which samples make up a batch"
+            excluded = [other for other in ("batch_size", "global_batch_size") if len(paths.get(other, ())) > 2]
+            for other in ["shuffle", *(excluded if key == "batch_sampler" else [])]:
+                if for_loader.get(other) is not None:
+                    self.wrong(paths[other], f"cannot be combined with '{key}', which decides {decides}; remove it")
+
+    def optimizers(self, section: str, values: Mapping[str, Any]) -> None:
+        """One optimizer, or several by name: `{generator: {name: Adam, ...}, critic: {name: Adam, ...}}`."""
+        if not has_several(values):
+            if self.has_name((section,), values):
+                self.optimizer(section, (section,), values)
+            return
+        for name, own in values.items():
+            if name == "schedule":
+                self.wrong((section, name), "is a word of dtrain's own under 'lr_scheduler'; name it otherwise")
+            elif self.has_name((section, name), own):
+                self.optimizer(f"{section}.{name}", (section, name), own)
+
+    def optimizer(self, key: str, path: KeyPath, values: Mapping[str, Any]) -> None:
+        """One optimizer, without dtrain's own keys beside its arguments, as far as they are not the optimizer's."""
+        call = _call_at(self.config, path, values, SLOTS["optimizer"])
+        own, _ = _split(call.arguments, "groups")
+        if own:
+            with suppress(ConfigError):  # reported elsewhere
+                taken = call.target.keywords if isinstance(call.target, Callee) else set()
+                own = {name: own[name] for name in own if name not in taken}
+        rest = {name: call.arguments[name] for name in call.arguments if name not in own}
+        self.calls[key] = _with_own_rate(_changed(call, arguments=rest, others=_names_of("groups")))
+        self.calls[f"groups.{key}"] = self.own_call(path, "groups", own)
 
     def scheduler(self, section: str, values: Mapping[str, Any]) -> None:
-        """The scheduler, and when and from where it moves the rate."""
+        """One scheduler, or one for each of several optimizers by their names."""
+        if not has_several(values):
+            self.one_scheduler(section, (section,), values)
+            return
+        known = [key.removeprefix("optimizer.") for key in self.calls if key.startswith("optimizer.")]
+        for name, own in values.items():
+            if name not in known:
+                possible = (
+                    f"the config's optimizers are {', '.join(known)}" if known else "the config has one optimizer"
+                )
+                self.wrong((section, name), f"is not the name of an optimizer; {possible}")
+            elif own:
+                self.one_scheduler(f"{section}.{name}", (section, name), own)
+
+    def one_scheduler(self, key: str, path: KeyPath, values: Mapping[str, Any]) -> None:
+        """A scheduler, and when and from where it moves the rate."""
         settings, rest = _split(values, "schedule")
-        self.calls[f"{section}.schedule"] = self.own_call((section,), "schedule", settings)
-        if self.has_name((section,), values):
-            call = _call_at(self.config, (section,), rest, SLOTS[section])
+        self.calls[f"{key}.schedule"] = self.own_call(path, "schedule", settings)
+        if self.has_name(path, values):
+            call = _call_at(self.config, path, rest, SLOTS["lr_scheduler"])
             filled = FILLED.get(_short_name(call.name))
             others = _names_of("schedule")
-            self.calls[section] = replace(call, others=others, filled=frozenset({filled} if filled else ()))
+            self.calls[key] = replace(call, others=others, filled=frozenset({filled} if filled else ()))
 
     def metrics(self, section: str, values: Mapping[str, Any]) -> None:
         """`{name: A}`, `{name: [A, B], shared: 1, B: {own: 2}}` or `{label: {name: A}}`."""
@@ -413,6 +549,21 @@ class _Reader:
             path = where if several else (section,)
             call = Call(self.config, path, SLOTS[section], name, arguments, paths | {"name": where}, dropped)
             self.calls[f"metrics.{label}"] = call
+
+
+def set_names(calls: Mapping[str, Call], phase: str) -> list[str]:
+    """The names of a phase's data sets, in order: `val`, or where it is a list with labels `val/near`, `val/far`."""
+    names = [key[len("loaders.") : -len(".loader")] for key in calls if re.fullmatch(r"loaders\..*\.loader", key)]
+    return [name for name in names if name.partition("/")[0] == phase]
+
+
+def _label_mistake(label: Any, others: list[Any], needed: bool) -> str:
+    """What is wrong with the label of one of several data sets."""
+    if label is None:
+        return "needs a 'label', by which its figures are told from the others': {label: near, ...}" if needed else ""
+    if not isinstance(label, str) or not re.fullmatch(r"[\w-]+", label):
+        return f"expected a label of letters, digits, - and _, {found(label)}"
+    return f"a second set with the label '{label}'" if label in others else ""
 
 
 def _with_own_rate(call: Call) -> Call:

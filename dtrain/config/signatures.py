@@ -266,6 +266,38 @@ class Source:
         written = module.attributes.get(f"{node.name}.{attribute}")
         return None if written is None else _plain(written)
 
+    def methods(self, module_name: str, name: str, above: tuple[str, str]) -> set[str] | None:
+        """The methods that a class and its bases define, without those of the base `above` (its module and name).
+
+        None where something of it cannot be read.
+        """
+        meaning = self._lookup(module_name, name, frozenset())
+        if not isinstance(meaning, Definition) or not isinstance(meaning.node, ast.ClassDef):
+            return None
+        found: set[str] = set()
+        for owner in self._lineage(meaning.module, meaning.node):
+            if owner is None:
+                return None
+            if (owner.module.name, owner.node.name) != above:
+                found |= {item.name for item, _ in _statements(owner.node.body) if isinstance(item, Function)}
+        return found
+
+    def method(self, module_name: str, name: str, method: str) -> tuple[list[Parameter], bool] | None:
+        """What a method of a class takes after `self`, and whether it takes anything else, too; None: not known."""
+        meaning = self._lookup(module_name, name, frozenset())
+        if not isinstance(meaning, Definition) or not isinstance(meaning.node, ast.ClassDef):
+            return None
+        for owner in self._lineage(meaning.module, meaning.node):
+            if owner is None:
+                return None
+            for item, _ in _statements(owner.node.body):
+                if isinstance(item, ast.FunctionDef) and item.name == method:
+                    takes = self._takes(owner.module, item, (), method=True)
+                    return takes and (list(takes.parameters), takes.open or takes.variadic)
+                if isinstance(item, ast.Assign) and method in map(ast.unparse, item.targets):
+                    return None
+        return None
+
     def _class_attribute(self, lineage: Lineage, attribute: str) -> Any:
         for owner in lineage:
             if owner is None:

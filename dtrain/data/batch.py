@@ -12,6 +12,8 @@ from dtrain.config.errors import ConfigError
 INPUT_KEYS = ("input", "image", "images", "x")
 TARGET_KEYS = ("target", "label", "labels", "mask", "y")
 TargetKey = str | list[str] | None
+WHOLE = "batch"  # the argument of a forward that takes all of a batch at once
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by a tensor's number of axes
 KEPT = "kept_samples"  # the key, field or attribute by which a batch says how many samples a collate function kept
 
 
@@ -32,7 +34,7 @@ def split(batch: Any, input_key: str | None = None, target_key: TargetKey = None
     batch = _without_count(batch)
     if _are_several(batch) and len(batch) >= 2:
         return (batch[0] if len(batch) == 2 else tuple(batch[:-1])), batch[-1]
-    raise ValueError(f"a batch is (input, target) or a dict, found {_described(batch)}")
+    raise ValueError(f"a batch is (input, target) or a dict, found {described(batch)}")
 
 
 def inputs(batch: Any, input_key: str | None = None, target_key: TargetKey = None) -> Any:
@@ -105,9 +107,12 @@ def _key(batch: Mapping[str, Any], usual: Sequence[str], setting: str = "") -> s
     return found[0] if found else None
 
 
-def _described(batch: Any) -> str:
+def described(batch: Any) -> str:
+    """What a batch or an output is, in words."""
     if isinstance(batch, torch.Tensor):
         return f"one tensor of shape {tuple(batch.shape)}"
+    if isinstance(batch, Mapping):
+        return f"a {type(batch).__name__} with the keys {', '.join(map(repr, batch))}"
     size = f" of {len(batch)}" if hasattr(batch, "__len__") else ""
     return f"a {type(batch).__name__}{size}"
 
@@ -140,6 +145,56 @@ def _requires(model: torch.nn.Module, count: int) -> bool:
     return any(item.kind is item.VAR_POSITIONAL for item in items) or 1 < count == required
 
 
+def whole_form(model: torch.nn.Module, batch: Any, is_training: bool) -> Form | None:
+    """How a model that computes its own loss takes a whole batch, target included; None: it does not.
+
+    A dict goes by name and a sequence by position, where the signature of `forward` takes all of it; anything else (a
+    tensor, a graph), and any batch of a `forward(batch)`, is one argument. Outside training a model need not compute a
+    loss, so there it must require the last part of a sequence, or call it what targets are called.
+    """
+    if isinstance(batch, Mapping) and _accepts(model, (), batch):
+        return "named"
+    items = list(inspect.signature(model.forward).parameters.values())
+    if items and items[0].name == WHOLE and not _requires(model, 2):
+        return "one"
+    if isinstance(batch, Mapping):
+        return None
+    if not _are_several(batch):
+        return "one" if _accepts(model, (batch,), {}) else None
+    if not _accepts(model, batch, {}):
+        return None
+    certain = is_training or len(batch) == 1 or _requires(model, len(batch))
+    return "several" if certain or items[len(batch) - 1].name.removesuffix("s") in TARGET_KEYS else None
+
+
+def whole(batch: Any) -> Any:
+    """A whole batch as a model is given it: without what a collate function says of it."""
+    if isinstance(batch, Mapping):
+        return {key: value for key, value in batch.items() if key != KEPT}
+    return _without_count(batch)
+
+
+def parts_of_whole(batch: Any, input_key: str | None = None, target_key: TargetKey = None) -> tuple[Any, Any]:
+    """(input, target) of a batch that a model takes whole, for metrics and pictures; where it is not clear, all of it.
+
+    A metric then names what it compares by its `target_key`.
+    """
+    try:
+        return split(batch, input_key, target_key)
+    except (ValueError, ConfigError):
+        if input_key or target_key:
+            raise
+        return batch, batch
+
+
+def call_text(model: torch.nn.Module, batch: Any, form: Form) -> str:
+    """`(images, targets)`: how a whole batch is handed over, in words."""
+    if form == "named":
+        return f"({', '.join(f'{key}=...' for key in batch)})"
+    names = [key for key, item in inspect.signature(model.forward).parameters.items() if item.kind != item.VAR_KEYWORD]
+    return f"({', '.join(names[: len(batch) if form == 'several' else 1])})"
+
+
 def call(model: torch.nn.Module, inputs: Any, form: Form) -> Any:
     """What a model makes of an input that it takes in this form."""
     if form == "named":
@@ -161,6 +216,18 @@ def main_output(output: Any) -> Any:
         key = _key(output, ("out", "logits"))
         return main_output(output[key] if key else next(iter(output.values())))
     return main_output(output[0]) if isinstance(output, list | tuple) else output
+
+
+def in_channels_last(value: Any) -> Any:
+    """The same with its images (N, C, H, W) and volumes (N, C, D, H, W) in the memory format of that name."""
+    if isinstance(value, torch.Tensor):
+        memory_format = CHANNELS_LAST.get(value.dim())
+        return value.contiguous(memory_format=memory_format) if memory_format and value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {key: in_channels_last(item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return value if isinstance(value, PackedSequence) else type(value)(*map(in_channels_last, value))
+    return type(value)(map(in_channels_last, value)) if isinstance(value, list | tuple) else value
 
 
 def to_device(value: Any, device: torch.device) -> Any:

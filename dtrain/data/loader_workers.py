@@ -16,6 +16,7 @@ from dtrain.distributed.stop_request import SIGNALS
 
 # ------------------------------------------------------------------------------------------- forks and native threads
 
+KILL_SECONDS = 1.0  # within which a killed worker is gone
 IDLE_WAIT_SECONDS = 0.5  # one that spins for ever, as OpenMP's may, must not keep workers from being started
 _LOOK_SECONDS = 0.0005
 _no_wait_until = 0.0  # the next workers of a loader are not waited for again where it was in vain for the first one
@@ -120,8 +121,11 @@ def end_workers() -> None:
     """Kill the loader workers, which ignore milder signals; they hold nothing that could be lost."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a killed worker for an accident
-    for child in multiprocessing.active_children():
+    children = multiprocessing.active_children()
+    for child in children:
         child.kill()
+    for child in children:  # so that nobody takes them for something that was left running
+        child.join(KILL_SECONDS)
 
 
 # ------------------------------------------------------------------------------------------------- where workers hang

@@ -74,13 +74,15 @@ def without_drawing(make: Callable[[], Any]) -> tuple[bool, Any]:
     return False, None
 
 
-def seed_sample(seed: int, epoch: int, index: int) -> int:
-    """Seed the CPU generators for one sample, so that its augmentation depends on these three numbers alone.
+def seed_sample(seed: int, epoch: int, *index: int) -> int:
+    """Seed the CPU generators for one sample, so that its augmentation depends on these numbers alone.
+
+    `index` is the sample's; where it may come more than once in an epoch, its position in the epoch follows.
 
     Returns:
         Torch's seed, of 64 bits, for other generators to follow.
     """
-    own = _seed_python_and_numpy((seed, epoch, index))
+    own = _seed_python_and_numpy((seed, epoch, *index))
     # Not torch.manual_seed: it would reseed the accelerator's generator, too, which dropout draws from.
     torch.default_generator.manual_seed(own)
     return own

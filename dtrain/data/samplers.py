@@ -2,8 +2,10 @@
 
 import functools
 import itertools
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +31,13 @@ class ShuffledShard:
     epoch: int = 0
     start: int = 0  # the position to begin at
     order: int = ORDER  # its version; a training of before ends its epoch in the order in which it began
+    source: Any = None  # a sampler's order (see `orders`), by which a sample may come more than once in an epoch
+    most: int | None = None  # samples of an epoch, where not all are used
+
+    @property
+    def samples(self) -> int:
+        """Positions of the epoch."""
+        return self.size if self.source is None else self.source.size(self.epoch)
 
     @property
     def global_batch(self) -> int:
@@ -46,32 +55,179 @@ class ShuffledShard:
 
     def end(self, start: int) -> int:
         """The position after the last sample that is used."""
-        return start + (self.size - start) // self.global_batch * self.global_batch if self.drop_last else self.size
+        size = self.samples
+        end = start + (size - start) // self.global_batch * self.global_batch if self.drop_last else size
+        return end if self.most is None else max(start, min(end, self.most))
+
+    def limit(self, limit: int | float) -> None:
+        """Use so many first batches of all ranks, or a share of them."""
+        self.most = limited(self.end(0), self.global_batch, limit)
+
+    def edge(self, start: int, batches: int) -> int:
+        """The position after so many batches of all ranks from a start on; the end where there are fewer."""
+        return min(start + batches * self.global_batch, self.end(start))
+
+    def own_samples(self, low: int, high: int) -> int:
+        """How many samples of a batch of all ranks, from one position to another, are this rank's."""
+        return max(0, -(-(high - low - self.rank) // self.world_size))
+
+    def batches(self, start: int) -> int:
+        """Batches of all ranks from a position to the end of the epoch."""
+        return -(-(self.end(start) - start) // self.global_batch)
+
+    def smallest(self) -> int:
+        """The position at which the epoch's smallest batch of all ranks begins: the last one, or the first."""
+        return (self.end(0) - 1) // self.global_batch * self.global_batch if self.end(0) % self.global_batch else 0
 
     def __len__(self) -> int:
-        return -(-(self.end(self.start) - self.start) // self.global_batch)
+        return self.batches(self.start)
 
     def batches_from(self, epoch: int, start: int, count: int) -> list[list[int]]:
         """The samples of this rank's next few batches, from a position of an epoch on."""
-        shard = replace(self, epoch=epoch, start=start)
-        return [indices for _, *indices in itertools.islice(shard, count)]
+        return [indices for _, *indices in self.requests_from(epoch, start, count)]
 
-    def __iter__(self) -> Iterator[list[int]]:
-        """Batches as [epoch, index, index, ...]: the epoch travels with the indices to the workers that live on."""
+    def requests_from(self, epoch: int, start: int, count: int) -> list[list[Any]]:
+        """The same as they are asked for, so that each sample has its random numbers."""
+        return list(itertools.islice(replace(self, epoch=epoch, start=start), count))
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        """Batches as [epoch, index, index, ...]: the epoch travels with the indices to the workers that live on.
+
+        Where a sample may come again, each one's position travels, too: [(epoch, position, ...), index, ...].
+        """
         epoch, end = self.epoch, self.end(self.start)
         block = self.global_batch * max(1, 8192 // self.batch_size)  # permuting in blocks costs a tenth
         for low in range(self.start, end, block):
             high = min(low + block, end)
             own = np.arange(low + self.rank, high, self.world_size)
-            indices = self._indices(own).tolist()
+            indices, places = self._indices(own).tolist(), own.tolist() if self.source else None
             full = (high - low) // self.global_batch * self.batch_size
             for first in range(0, full, self.batch_size):
-                yield [epoch, *indices[first : first + self.batch_size]]
+                of_batch = slice(first, first + self.batch_size)
+                yield [(epoch, *places[of_batch]) if places else epoch, *indices[of_batch]]
             if (high - low) % self.global_batch:
-                yield [epoch, *(indices[full:] or self._indices(np.array([high - 1])).tolist())]
+                spare = [] if indices[full:] else self._indices(np.array([high - 1])).tolist()
+                yield [
+                    (epoch, *(places[full:] or [high - 1])) if places is not None else epoch,
+                    *indices[full:],
+                    *spare,
+                ]
+
+    def checksum(self) -> int:
+        """Of the epoch's order."""
+        return zlib.crc32(self._indices(np.arange(self.samples)).tobytes())
 
     def _indices(self, positions: np.ndarray) -> np.ndarray:
+        if self.source is not None:
+            return self.source.at(self.epoch, positions)
         return permuted(positions, self.size, self.seed, self.epoch, self.order) if self.shuffle else positions
+
+
+@dataclass
+class BatchShard:
+    """Deals the batches of a batch sampler whole to the ranks: rank r of W has the batches r, r + W, ... of an epoch.
+
+    The position counts samples, as everywhere; it lies between two batches. A rank that has no batch left in the last
+    round takes a sample that does not count.
+    """
+
+    source: Any  # an order of batches, see `orders`
+    rank: int
+    world_size: int
+    drop_last: bool = False  # leave out the last round where it does not give each rank a batch
+    epoch: int = 0
+    start: int = 0  # the position to begin at
+    order: int = ORDER  # as a ShuffledShard has it; these orders have one version
+    batch_size: int = 0  # as a ShuffledShard has it; here each batch has its own
+    most: int | None = None  # rounds of an epoch, where not all are used
+    _edges: tuple[int, np.ndarray] = (-1, np.zeros(1, np.int64))  # of an epoch: where each batch begins
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """What tells this rank's batches from another's, and from those of another start."""
+        return self.rank, self.epoch, self.start
+
+    @property
+    def samples(self) -> int:
+        """Positions of the epoch."""
+        return int(self.edges[-1])
+
+    @property
+    def edges(self) -> np.ndarray:
+        """The positions at which the epoch's batches begin, and its end."""
+        if self._edges[0] != self.epoch:
+            self._edges = self.epoch, np.concatenate([[0], np.cumsum(self.source.sizes(self.epoch))])
+        return self._edges[1]
+
+    def set_epoch(self, epoch: int, start: int = 0, order: int = ORDER) -> None:
+        """Choose the epoch whose order is used, and the position to begin at."""
+        self.epoch, self.start, self.order = epoch, start, order
+
+    def number(self, position: int) -> int:
+        """Batches before a position."""
+        return int(np.searchsorted(self.edges, position))
+
+    def edge(self, start: int, batches: int) -> int:
+        """The position after so many rounds from a start on; the end where there are fewer."""
+        first, last = self.number(start), len(self.edges) - 1
+        last -= (last - first) % self.world_size if self.drop_last else 0
+        last = last if self.most is None else min(last, self.most * self.world_size)
+        return int(self.edges[min(first + batches * self.world_size, last)])
+
+    def end(self, start: int) -> int:
+        """The position after the last sample that is used."""
+        return self.edge(start, len(self.edges))
+
+    def limit(self, limit: int | float) -> None:
+        """Use so many first rounds, or a share of them."""
+        self.most = limited(self.batches(0), 1, limit)
+
+    def own_samples(self, low: int, high: int) -> int:
+        """How many samples of a round are this rank's: its batch, or none."""
+        own = self.number(low) + self.rank
+        return int(self.edges[own + 1] - self.edges[own]) if own < self.number(high) else 0
+
+    def checksum(self) -> int:
+        """Of the epoch's batches."""
+        indices = self.source.at(self.epoch, np.arange(len(self.edges) - 1))
+        return zlib.crc32(np.concatenate([self.edges, *indices]).tobytes())
+
+    def batches(self, start: int) -> int:
+        """Rounds from a position to the end of the epoch."""
+        return -(-(self.number(self.end(start)) - self.number(start)) // self.world_size)
+
+    def smallest(self) -> int:
+        """The position at which the epoch's smallest batch begins."""
+        return int(self.edges[int(np.diff(self.edges[: self.number(self.end(0)) + 1]).argmin())])
+
+    def __len__(self) -> int:
+        return self.batches(self.start)
+
+    def batches_from(self, epoch: int, start: int, count: int) -> list[list[int]]:
+        """The samples of this rank's next few batches, from a position of an epoch on."""
+        return [indices for _, *indices in self.requests_from(epoch, start, count)]
+
+    def requests_from(self, epoch: int, start: int, count: int) -> list[list[Any]]:
+        """The same as they are asked for, so that each sample has its random numbers."""
+        return list(itertools.islice(replace(self, epoch=epoch, start=start), count))
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        """Batches as [(epoch, position, position, ...), index, index, ...], as those of a ShuffledShard."""
+        epoch, edges = self.epoch, self.edges
+        first, end = self.number(self.start), self.number(self.end(self.start))
+        for low in range(first, end, 64 * self.world_size):
+            own = np.arange(low + self.rank, min(low + 64 * self.world_size, end), self.world_size)
+            for number, indices in zip(own.tolist(), self.source.at(epoch, own), strict=True):
+                yield [(epoch, *range(edges[number], edges[number + 1])), *np.asarray(indices).tolist()]
+        if (end - first) % self.world_size > 0 and self.rank >= (end - first) % self.world_size:
+            last = self.source.at(epoch, np.array([end - 1]))[0]
+            yield [(epoch, int(edges[end - 1])), int(last[0])]
+
+
+def limited(size: int, batch_size: int, limit: int | float) -> int:
+    """The samples in so many first batches, or in a share of them (0 to 1, at least one batch)."""
+    batches = limit if isinstance(limit, int) else max(1, int(limit * -(-size // batch_size)))
+    return min(size, batches * batch_size)
 
 
 def permuted(positions: np.ndarray, size: int, seed: int, epoch: int, version: int = ORDER) -> np.ndarray:
@@ -94,7 +250,7 @@ def permuted(positions: np.ndarray, size: int, seed: int, epoch: int, version: i
     while outside.any():
         left, right = result[outside] >> half, result[outside] & mask
         for key in keys[:6]:
-            left, right = right, left ^ (_mixed(right ^ key) & mask)
+            left, right = right, left ^ (mixed(right ^ key) & mask)
         result[outside] = (left << half) | right
         outside = result >= size
     return result.astype(np.int64)
@@ -107,7 +263,7 @@ def _listed(size: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.RandomState(bits).permutation(size)
 
 
-def _mixed(value: np.ndarray) -> np.ndarray:
+def mixed(value: np.ndarray) -> np.ndarray:
     """The finalizer of splitmix64 (Steele, Lea and Flood, 2014): every input bit reaches every output bit."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -11,16 +11,22 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate, get_worker_info
 
 from dtrain.data import rng
 from dtrain.data.batch import kept_samples
 from dtrain.data.loader_workers import begin_worker, signals_blocked
 from dtrain.data.own_generators import generators_in, seed_generator
 
+OF_SAMPLERS = ("shuffle", "drop_last", "sampler", "batch_sampler")
+
 
 def batch_loader(dataset: Any, seed: int, batch_sampler: Any, options: dict[str, Any]) -> "BatchLoader":
-    """A loader of the batches whose [epoch, index, ...] the sampler yields, with DataLoader's options."""
+    """A loader of the batches whose [epoch, index, ...] the sampler yields, with DataLoader's options.
+
+    Those that say which samples come are the sampler's.
+    """
+    options = {key: value for key, value in options.items() if key not in OF_SAMPLERS}
     method = options["multiprocessing_context"] or multiprocessing.get_start_method(allow_none=True)
     if method is None:  # forks share the data set's memory; Python's own choice differs from version to version
         method = "fork" if sys.platform == "linux" else multiprocessing.get_all_start_methods()[0]
@@ -65,6 +71,9 @@ class BatchLoader(DataLoader):
 class SeededBatches(Dataset):
     """A dataset as the loaders see it: asked for [epoch, index, ...], it gives that batch, collated, and its samples.
 
+    Where a sample may come more than once in an epoch, it is asked for [(epoch, position, ...), index, ...], and the
+    positions are in its samples' seeds. A dataset with `set_epoch` is told each epoch before the first sample of it, in
+    every process.
     The generators are seeded for each sample, those that the dataset or the collate function hold included; what the
     collate function draws follows the last one's numbers. Seeding takes 25 us a sample, so it is done only where
     something is drawn: of a dataset that does not say (`random`, True or False) and holds no generator, a batch is made
@@ -81,19 +90,36 @@ class SeededBatches(Dataset):
         self.generators: dict[str, Any] = {}  # that dataset and collate function hold, by where they are
         self.is_searched = True  # to the end for them
         self._process = 0  # in which they were looked for after a first batch, which may have made some
+        self.has_epochs, self._epoch = _with_epochs(dataset) is not None, -1
         if self.random is not False and self.tensors is None:
             self._look_for_generators()
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def batch(self, epoch: int, *indices: int) -> Any:
+    def batch(self, epoch: Any, *indices: int) -> Any:
         """One batch as the loader gives it; None where nothing is left of it."""
         batch, samples = self.__getitems__([epoch, *indices])
         return batch if samples else None
 
-    def __getitems__(self, request: list[int]) -> tuple[Any, int]:
+    def begin_epoch(self, epoch: int) -> None:
+        """Tell the dataset which epoch comes, where it wants to know.
+
+        Raises:
+            ValueError: It has another number of samples now.
+        """
+        if not self.has_epochs or epoch == self._epoch:
+            return
+        before, self._epoch = len(self.dataset), epoch
+        _with_epochs(self.dataset).set_epoch(epoch)
+        if len(self.dataset) != before:
+            text = f"{type(self.dataset).__name__}.set_epoch({epoch}) changed its length from {before} to"
+            raise ValueError(f"{text} {len(self.dataset)}; an epoch's samples are chosen by loaders.train.sampler")
+
+    def __getitems__(self, request: list[Any]) -> tuple[Any, int]:
         epoch, *indices = request
+        if self.has_epochs:
+            self.begin_epoch(epoch[0] if isinstance(epoch, tuple) else epoch)
         if self.tensors is not None:
             rows = torch.tensor(indices)  # what collating its items gives, in a tenth of the time
             return [tensor.index_select(0, rows.to(tensor.device)) for tensor in self.tensors], len(indices)
@@ -114,7 +140,7 @@ class SeededBatches(Dataset):
             self.random = True
         return any(before.get(name) is not generator for name, generator in self.generators.items())
 
-    def _made(self, epoch: int, indices: list[int]) -> tuple[Any, int]:
+    def _made(self, epoch: Any, indices: list[int]) -> tuple[Any, int]:
         if self.random is None:
             drew_nothing, counted = rng.without_drawing(lambda: self._collated(self._items(indices), indices))
             if drew_nothing:
@@ -143,10 +169,11 @@ class SeededBatches(Dataset):
             error.add_note(f"while loading the samples {indices} of {type(self.dataset).__name__}")
             raise
 
-    def _seeded_items(self, epoch: int, indices: list[int]) -> list[Any]:
+    def _seeded_items(self, epoch: Any, indices: list[int]) -> list[Any]:
         items = []
-        for index in indices:
-            seed = rng.seed_sample(self.seed, epoch, index)
+        epoch, *positions = epoch if isinstance(epoch, tuple) else (epoch,)
+        for number, index in enumerate(indices):
+            seed = rng.seed_sample(self.seed, epoch, index, *positions[number : number + 1])
             for name, generator in self.generators.items():
                 seed_generator(generator, name, seed)
             items.append(self._item(index))
@@ -168,3 +195,12 @@ class SeededBatches(Dataset):
 
 def _already_collated(batch: Any) -> Any:
     return batch
+
+
+def _with_epochs(dataset: Any) -> Any:
+    """The dataset that wants to know the epoch, itself or the one that it is a subset of; None where none does."""
+    while not callable(getattr(dataset, "set_epoch", None)):
+        if not isinstance(dataset, Subset):
+            return None
+        dataset = dataset.dataset
+    return dataset

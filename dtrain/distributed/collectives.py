@@ -1,7 +1,7 @@
 """What all ranks do together."""
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -84,6 +84,30 @@ class Collectives:
             dist.all_reduce(gradient.div_(self.world_size))
             # The host waits for the device only where this rank cannot know.
             parameter.grad = gradient if had_one or owned[number].item() else None
+
+    def average(
+        self, gradients: list[torch.Tensor | None], parameters: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor | None]:
+        """The mean over the ranks of each gradient of these parameters, in one message for each dtype.
+
+        A rank without a gradient counts as one of zeros. Where no rank has one, it stays None.
+        """
+        if self.world_size == 1:
+            return gradients
+        means = list(gradients)
+        for dtype in dict.fromkeys(item.dtype for item in parameters):
+            numbers = [number for number, item in enumerate(parameters) if item.dtype == dtype]
+            own = [torch.zeros_like(parameters[number]) if (item := gradients[number]) is None else item.to_dense()
+                   for number in numbers]  # fmt: skip
+            has_one = torch.tensor([gradients[number] is not None for number in numbers], dtype=dtype)
+            flat = torch.cat([*(item.reshape(-1) for item in own), has_one.to(self.device)])
+            dist.all_reduce(flat.div_(self.world_size))
+            *parts, owned = flat.split([*(item.numel() for item in own), len(own)])
+            for place, (number, part) in enumerate(zip(numbers, parts, strict=True)):
+                # The host waits for the device only where this rank cannot know.
+                if gradients[number] is not None or owned[place].item():
+                    means[number] = part.view_as(own[place])
+        return means
 
     def agree_on_buffers(self, model: torch.nn.Module) -> None:
         """Give every rank the main rank's buffers: BatchNorm's running statistics differ between ranks."""

@@ -76,6 +76,16 @@ class DDP:
         self.parameters = {name.replace("_orig_mod.", ""): item for name, item in named if item.requires_grad}
         return self._accelerator.prepare_model(model)
 
+    def rewrap(self, wrapped: Any, model: torch.nn.Module) -> torch.nn.Module:
+        """The model as the ranks train it from now on, where parameters were frozen or thawed.
+
+        The wrapper reduces what required a gradient when it was made. Its hooks on the parameters go with its reducer,
+        also where reference cycles keep the wrapper itself.
+        """
+        if wrapped is not model:
+            wrapped.reducer = wrapped.logger = None
+        return self.wrap(model)
+
     def divide(self, module: torch.nn.Module) -> torch.nn.Module:
         """The module as it is: every rank has all of it."""
         return module
@@ -83,6 +93,16 @@ class DDP:
     def no_sync(self, model: Any) -> AbstractContextManager[None]:
         """A context in which gradients add up on each rank alone, until the last batch of a step."""
         return model.no_sync() if hasattr(model, "no_sync") else nullcontext()
+
+    def gradients(
+        self, loss: torch.Tensor, seed: torch.Tensor, parameters: list[torch.nn.Parameter], retain_graph: bool
+    ) -> list[torch.Tensor | None]:
+        """The mean over the ranks of a loss's gradients, beside the wrapper, which knows of no part of a model.
+
+        What is None was used on no rank.
+        """
+        found = torch.autograd.grad(loss, parameters, seed, retain_graph=retain_graph, allow_unused=True)
+        return self._ranks.average(list(found), parameters)
 
     def total_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         """The 2-norm of all gradients as one vector; torch's own function sorts them first, and takes twice as long."""

@@ -222,3 +222,8 @@ def launcher_precision() -> str | None:
 def cores() -> int:
     """The processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def error_file() -> str:
+    """Where torchrun looks for what a rank says of its failure, to repeat it as its own last words; '' elsewhere."""
+    return os.environ.get("TORCHELASTIC_ERROR_FILE", "")

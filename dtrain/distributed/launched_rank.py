@@ -3,11 +3,13 @@
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from dtrain.distributed.environment import environment
+from dtrain.distributed.environment import environment, error_file
 from dtrain.distributed.exit_status import DONE, FAILED, STOPPED_EARLY, status_of
 from dtrain.distributed.process import end_with
 
@@ -84,9 +86,22 @@ def is_closed_for_another() -> bool:
     return _launch is not None and _launch.closing.exists()
 
 
+def is_read_by_launcher() -> bool:
+    """Whether the launcher shows what this rank prints, and writes it into the rank's log."""
+    return _is_read
+
+
 def is_written_by_launcher(log: Path) -> bool:
     """Whether this file gets all that this rank prints, from its launcher."""
     return _is_read and _launch is not None and log.absolute() == Path(_launch.log_folder) / log.name
+
+
+def tell_torchrun(line: str) -> None:
+    """Leave a failure where torchrun looks for it, to repeat it as its own last words; else those say `<N/A>`."""
+    if (path := error_file()) and _launch is None:
+        said = {"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps(said))
 
 
 def _print_into(pipe: Path) -> bool:

@@ -6,7 +6,6 @@ import select
 import sys
 import threading
 import time
-from collections import deque
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,11 +13,9 @@ from dtrain.tracking.secrets import redact
 
 MAX_LINE_BYTES = 1 << 20  # of a line that does not end
 MAX_PENDING_CHARACTERS = 1 << 26  # of what waits for a rank's file to be opened
-KEPT_LINES = 400  # of each rank, to find its last traceback in
+ONLY_LOGGED = "\x1e"  # begins a line that goes into the rank's log, and not to the screen
 POLL_SECONDS = 1.0  # between two looks whether a rank's file may be opened
 DRAIN_SECONDS = 2.0  # what a dead rank wrote is read in milliseconds; a child of its that lives on is not waited for
-# To the first line that is not indented: the error itself.
-_TRACEBACK = re.compile(r"^Traceback \(most recent call last\).*\n(?:(?:[ \t].*)?\n)*.*", re.M)
 _TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 
 
@@ -30,7 +27,6 @@ class Console:
         self._clear = "\r\x1b[K" if is_terminal else ""  # of a bar that stands where the next line goes
         self._lock = threading.Lock()
         self._readers: list[tuple[threading.Thread, int]] = []
-        self._lines: dict[int, deque[str]] = {}
 
     def listen(self, pipe: Path, rank: int, mark: Path | None = None) -> None:
         """Make a pipe for a rank, and show and keep what comes through it.
@@ -40,7 +36,6 @@ class Console:
         os.mkfifo(pipe)
         held = os.open(pipe, os.O_RDWR)  # so that the pipe does not end before its writer has come
         end = os.open(pipe, os.O_RDONLY)
-        self._lines[rank] = deque(maxlen=KEPT_LINES)
         log = _Log(self.log_folder / f"rank-{rank}.log", mark)
         reader = threading.Thread(target=self._read, args=(end, rank, log), name=f"rank {rank}", daemon=True)
         reader.start()
@@ -59,11 +54,6 @@ class Console:
         """A message of the launcher's own, on stderr."""
         with self._lock:
             _write(2, f"{self._clear}{text}\n".encode(errors="backslashreplace"))
-
-    def traceback_of(self, rank: int) -> str:
-        """The last traceback among a rank's last lines; '' if there is none."""
-        text = "".join(f"{line}\n" for line in self._lines.get(rank, ()))
-        return (_TRACEBACK.findall(text) or [""])[-1]
 
     def _read(self, end: int, rank: int, log: "_Log") -> None:
         rest = b""
@@ -85,11 +75,10 @@ class Console:
 
     def _show(self, raw: list[bytes], rank: int, log: "_Log") -> None:
         lines = [redact(line.decode(errors="backslashreplace")) for line in raw]
-        self._lines[rank].extend(lines)
-        log.write("".join(f"{line}\n" for line in lines))
+        log.write("".join(f"{line.removeprefix(ONLY_LOGGED)}\n" for line in lines))
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         text = ""
-        for line in lines:
+        for line in [line for line in lines if not line.startswith(ONLY_LOGGED)]:
             visible = line.rstrip("\r").rpartition("\r")[2]  # of a bar that redraws itself, its last state
             timestamp = "" if _TIMESTAMP.match(visible) else f"{now}  "
             text += f"{self._clear}rank {rank}  {timestamp}{visible}\n"

@@ -261,7 +261,7 @@ class NodeRun:
         return next((status for holds, status in table if holds), max(statuses, default=FAILED))
 
     def _first_failure(self) -> str:
-        """Which rank failed first, how, where its output is, and its traceback; or why there was none, or not again."""
+        """Which rank failed first, how, and where its output is; or why there was none, or not again."""
         if not self.ends:
             kind = type(self.raised).__name__
             text = NO_RENDEZVOUS.get(kind, "{kind}: {raised}")
@@ -271,18 +271,18 @@ class NodeRun:
         if card.get("time", 0.0) < self.start_began:  # of another start, or of another machine's disk
             card = {}
         if silent := card.get("silent_ranks"):
-            rank, error, trace = silent[0], "", ""
+            rank, error = silent[0], ""
         elif card:
             first_line = (card["message"].splitlines() or [""])[0]
-            rank, error, trace = card["rank"], f": {card['error']}: {first_line}", card.get("traceback", "")
+            rank, error = card["rank"], f": {card['error']}: {first_line}"
+            error += f" at {card['where']}" if card.get("where") else ""
         else:
-            rank = min(self.ends, key=_likelihood).rank
-            error, trace = "", self.console.traceback_of(rank)
+            rank, error = min(self.ends, key=_likelihood).rank, ""
         facts = [_how(end) for end in self.ends if end.rank == rank]
         if facts and (log := self.console.log_folder / f"rank-{rank}.log").exists():  # none of rank 0 on a terminal
             facts.append(f"its output: {log}")
         details = f" ({'; '.join(facts)})" if facts else ""
-        return "\n".join([f"dtrain launch: rank {rank} failed first{error}{details}", *trace.rstrip().splitlines()])
+        return f"dtrain launch: rank {rank} failed first{error}{details}"
 
 
 def _likelihood(end: End) -> tuple[int, float]:

@@ -3,7 +3,6 @@
 import os
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +11,18 @@ from ml_collections import ConfigDict
 
 from dtrain.checkpoint.background_saver import WRITER
 from dtrain.config.errors import ConfigError
+from dtrain.data.loader_workers import end_workers
 from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EARLY
 from dtrain.distributed.stop_request import StopWaiting, was_pressed
+from dtrain.launch.find_lr import find_lr, keep
+from dtrain.launch.last_words import say_last
 from dtrain.launch.rehearsal import rehearse as rehearsed
 from dtrain.predict.work_folder import PredictionError
 from dtrain.reporting.summary import prediction_lines
 from dtrain.tracking.journal import NoJournal
+from dtrain.tracking.run_folder import RunFolder
 from dtrain.trainer import Trainer, create_trainer
+from dtrain.training.replay import Step
 from dtrain.training.replay import replay as repeated
 
 if TYPE_CHECKING:
@@ -66,14 +70,25 @@ def predict(
     return _run(config, write, purpose="predict")
 
 
-def rehearse(config: ConfigDict) -> int:
-    """Build everything and try each part once; trains nothing, writes nothing."""
-    return _run_and_note(config, lambda trainer: rehearsed(trainer, config))
+def rehearse(config: ConfigDict, finds_lr: bool = False) -> int:
+    """Build everything and try each part once, then learning rates if asked; writes nothing but their picture."""
+
+    def lines(trainer: Trainer) -> Iterator[str]:
+        kept = keep(trainer) if finds_lr else None
+        yield from rehearsed(trainer, config)
+        yield from find_lr(trainer, kept) if kept else ()
+
+    return _run_and_note(config, lines)
 
 
 def replay(config: ConfigDict, folder: Path) -> int:
     """Repeat the failed step of a run folder on this one process, and say what is found; writes nothing."""
-    return _run_and_note(config, lambda it: repeated(it.forward, it.module, it.train_loader, folder))
+
+    def step(it: Trainer) -> Iterator[str]:
+        it.scaler = it.own.scaler = None  # gradients as they are
+        return repeated(Step(it.learn, it.state, it.trainables), it.train_loader, folder)
+
+    return _run_and_note(config, step)
 
 
 def _run_and_note(config: ConfigDict, action: Callable[[Trainer], Iterator[str]]) -> int:
@@ -93,6 +108,7 @@ def _run(config: ConfigDict, action: Callable[[Trainer], bool], **options: Any) 
 
     After an error nothing here waits for other ranks: they may be gone.
     """
+    trainer = None
     try:
         trainer = create_trainer(config, **options)
         stopped = action(trainer)
@@ -105,7 +121,7 @@ def _run(config: ConfigDict, action: Callable[[Trainer], bool], **options: Any) 
         raise
     except KeyboardInterrupt as error:
         if not was_pressed(error):  # a constructor has raised it
-            traceback.print_exc()
+            say_last(error)
             return FAILED
         if any(thread.name == WRITER for thread in threading.enumerate()):
             sys.stdout.flush()
@@ -115,7 +131,15 @@ def _run(config: ConfigDict, action: Callable[[Trainer], bool], **options: Any) 
     except PredictionError as error:
         print(error, file=sys.stderr, flush=True)
         return FAILED
-    except (Exception, SystemExit):  # after somebody's own sys.exit(0 or 75), too, the work is neither done nor saved
-        traceback.print_exc()
-        sys.stderr.flush()
+    except (Exception, SystemExit) as error:  # after somebody's own sys.exit(0 or 75), too, nothing is done or saved
+        say_last(error, _own_log(trainer, error))
         return FAILED
+    finally:
+        end_workers()  # else torch's handler for them raises while others of this process's are ended
+
+
+def _own_log(trainer: Trainer | None, error: BaseException) -> Path | None:
+    """The log into which this rank of a training writes its traceback itself; the main rank's has all that was said."""
+    if trainer is None or trainer.ranks.is_main or not hasattr(error, "failure_card"):
+        return None
+    return RunFolder(trainer.parts.start.folder).rank_log(trainer.ranks.rank)

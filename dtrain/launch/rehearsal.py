@@ -13,14 +13,16 @@ from dtrain.checkpoint.contents import take_snapshot
 from dtrain.checkpoint.weights import misfits_of
 from dtrain.config.errors import ConfigError, first_few
 from dtrain.config.metric_rules import not_given
+from dtrain.config.optimizers import ONE
 from dtrain.config.schema import refused
+from dtrain.data.samplers import BatchShard
 from dtrain.loss import get_loss_criterion
 from dtrain.modelloader import get_model
 from dtrain.predict.run import first_planes
 from dtrain.trainer import Trainer
 from dtrain.training.evaluate import evaluate, evaluate_volumes
 from dtrain.training.evidence import Evidence
-from dtrain.training.optimizer import get_optimizer, require_trained
+from dtrain.training.optimizer import freeze, get_optimizers, require_trained, shown
 from dtrain.training.setup import make_lazy_parts
 from dtrain.training.state import capture
 
@@ -41,12 +43,18 @@ def rehearse(trainer: Trainer, config: ConfigDict) -> Iterator[str]:
 
 
 def _parts(trainer: Trainer, config: ConfigDict) -> Iterator[str]:
+    for text in trainer.trainables.freezing.lines() if trainer.trainables.freezing else ():
+        yield f"frozen: {text}"
+    for label, text in shown(trainer.trainables.built):
+        yield f"{label}: {text}"
+    if trainer.train_loader.sampler is not None:
+        yield f"train: sampled by {trainer.train_loader.described}"
     yield _first_step(trainer)
     if line := _smallest_batch(trainer, config):
         yield line
     for phase in ("val", "test"):
-        if getattr(trainer.loaders, phase) is not None:
-            yield _evaluation(trainer, phase)
+        for name, loader in trainer.loaders.of(phase).items():
+            yield _evaluation(trainer, phase, name, loader)
     _require_resumable(trainer, config)
     yield "state: can be saved and resumed"
 
@@ -55,74 +63,84 @@ def _first_step(trainer: Trainer) -> str:
     """The first optimizer step of a training, as the loop takes it."""
     parts: Any = trainer.trainables
     trainer.model.train()
-    trainer.finite_step.begin(parts.all, parts.criterion.objects)
-    losses = []
+    trainer.finite_step.begin(parts.all, parts.loss_objects)
+    count = samples = 0
     for micro in trainer.train_loader.epoch(0):
         if micro.batch is not None:
-            loss, terms = trainer.training_step(micro.batch)
-            trainer.backward(loss, terms, micro)
-            losses.append(float(loss.detach()))
-        if micro.closes and losses:
+            trainer.learn(micro)
+            count, samples = count + 1, samples + micro.samples
+        if micro.closes and count:
             break
-    require_trained(parts.optimizer, parts.module, parts.criterion.modules_now())
-    trainer.optimizer_step()
-    of = "one batch" if len(losses) == 1 else f"{len(losses)} batches"
-    return f"train: {of} forward and backward, loss {sum(losses) / len(losses):.4g}, and an optimizer step"
+    require_trained(parts.optimizers.values(), parts.module, parts.loss_now)
+    loss = float(trainer.state.sums["loss"]) / samples
+    trainer.take_step()
+    of = "one batch" if count == 1 else f"{count} batches"
+    return f"train: {of} forward and backward, loss {loss:.4g}, and an optimizer step"
 
 
 def _smallest_batch(trainer: Trainer, config: ConfigDict) -> str:
-    """The last batch of an epoch where it is shorter than the others: statistics over one sample are an error."""
+    """The smallest batch of an epoch, mostly its last one: statistics over one sample are an error."""
     shard = trainer.train_loader.shard
-    start = (shard.end(0) - 1) // shard.global_batch * shard.global_batch
-    if not start or shard.end(0) - start == shard.global_batch:
+    which = "smallest" if isinstance(shard, BatchShard) else "last"
+    start = shard.smallest()
+    if not start:
         return ""
     micro = next(iter(trainer.train_loader.epoch(0, start)))
     if micro.batch is None:
         return ""
     count = f"{micro.samples} sample{'s' if micro.samples > 1 else ''}"
+    trainer.state.clear()
     try:
-        loss, terms = trainer.training_step(micro.batch)
-        trainer.backward(loss, terms, micro)
+        trainer.learn(micro._replace(closes=False))  # gradients alone, of which no step is taken
     except Exception as error:
         cure = "leave it out with drop_last: true, or choose another batch_size"
-        text = f"the last batch of each epoch has {count}, with which the model fails ({error}); {cure}"
+        text = f"the {which} batch of each epoch has {count}, with which the model fails ({error}); {cure}"
         raise refused(config, ("loaders", "train"), text) from error
-    trainer.trainables.optimizer.zero_grad()  # type: ignore[union-attr]
-    return f"train: the epoch's last batch of {count}, loss {float(loss.detach()):.4g}"
+    trainer.own.end()
+    for optimizer in trainer.trainables.optimizers.values():
+        optimizer.zero_grad()
+    loss = float(trainer.state.sums["loss"]) / max(1, micro.samples)
+    return f"train: the epoch's {which} batch of {count}, loss {loss:.4g}"
 
 
-def _evaluation(trainer: Trainer, phase: str) -> str:
+def _evaluation(trainer: Trainer, phase: str, name: str, loader: Any) -> str:
     """One batch, or for a test of whole volumes the first planes of one, with all metrics."""
-    parts, loader = trainer.trainables, getattr(trainer.loaders, phase)
-    trainer.activity.phase = {"val": "validation", "test": "test"}[phase]
-    of_volumes = phase == "test" and trainer.inference.tests_volumes
+    parts = trainer.trainables
+    trainer.activity.phase, trainer.activity.data_set = {"val": "validation", "test": "test"}[phase], name
+    of_volumes = phase == "test" and trainer.inference.tests_volumes and hasattr(loader.dataset.dataset, "volumes")
     with parts.evaluating(parts.compiled):
         if of_volumes:
             planes = first_planes(trainer.inference, loader)
             figures = evaluate_volumes(parts.compiled, planes, trainer.metrics, trainer.ranks)
         else:
             batch = islice((counted for counted in loader.counted() if counted[1]), 1)
-            measured = evaluate(trainer.forward, parts.compiled, batch, trainer.metrics, trainer.ranks)
+            trainer.evaluated = parts.compiled
+            measured = evaluate(
+                lambda _, batch: trainer.evaluation_step(batch), parts.compiled, batch, trainer.metrics, trainer.ranks
+            )
             figures = measured and measured.figures
-    given = [f"val/{name}" for name in figures or {}]
-    if phase == "val" and trainer.monitor not in given:
+    given = [f"{name}/{figure}" for figure in figures or {}]
+    if trainer.monitor.startswith(f"{name}/") and trainer.monitor not in given:
         raise ConfigError(not_given(trainer.monitor, given))
     what = "the first planes of a volume" if of_volumes else "one batch"
-    return f"{phase}: {what}, {', '.join(f'{name} {value:.4g}' for name, value in (figures or {}).items())}"
+    return f"{name}: {what}, {', '.join(f'{figure} {value:.4g}' for figure, value in (figures or {}).items())}"
 
 
 def _require_resumable(trainer: Trainer, config: ConfigDict) -> None:
     """What a checkpoint would hold now can be written, and fits a model and an optimizer that are made anew."""
     values, weights, ema, others = capture(trainer.state, trainer.trainables, trainer.ranks, trainer.parts.seed)
     take_snapshot(weights, values, ema, others=others)
-    module, loss = get_model(config), get_loss_criterion(config)
+    module, loss = get_model(config), get_loss_criterion(config) if config.get("loss") else None
     on_cpu = replace(trainer.forward, module=module, criterion=loss, device=torch.device("cpu"), precision="fp32")
     make_lazy_parts(on_cpu, trainer.loaders)
     _require_fit(config, "model", module, weights)
-    if loss.module is not None and LOSS in others:
-        _require_fit(config, "loss", loss.module, others[LOSS])
+    of_loss = loss.module if loss else None
+    if of_loss is not None and LOSS in others:
+        _require_fit(config, "loss", of_loss, others[LOSS])
     try:
-        get_optimizer(config, module, loss.module).load_state_dict(values["optimizer"])
+        thawed_later = freeze(config, module, of_loss).thawed_later
+        for name, built in get_optimizers(config, module, of_loss, thawed_later).items():
+            built.optimizer.load_state_dict(values["optimizer"] if name == ONE else values["optimizer"][name])
     except Exception as error:
         raise refused(config, ("optimizer",), f"could not be resumed: load_state_dict raised {error}") from error
 

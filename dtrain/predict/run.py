@@ -48,6 +48,8 @@ def predict(
     loader: Any = loaders.test if loaders.predict is None else loaders.predict  # it may be empty on this rank
     if ranks.strategy.is_sharded:
         raise ConfigError("a sharded model cannot predict: use create_trainer(..., purpose='predict')")
+    if loaders.predict is None and len(loaders.of("test")) > 1:
+        raise ConfigError("loaders.test: holds several sets; name what is predicted: loaders.predict: {...}")
     if loader is None:
         raise ConfigError("loaders: has neither 'predict' nor 'test', so there is nothing to predict")
     path = checkpoint or predictor.checkpoint

@@ -49,7 +49,8 @@ def figure_text(value: float) -> str:
 
 def figure_texts(figures: Mapping[str, float]) -> dict[str, str]:
     """What to show for each figure, by its name."""
-    texts = {name: f"{name.removeprefix('train/')} {figure_text(value)}" for name, value in figures.items()}
+    shown = {name: value for name, value in figures.items() if not name.startswith("lr/")}  # there may be many groups
+    texts = {name: f"{name.removeprefix('train/')} {figure_text(value)}" for name, value in shown.items()}
     if "samples_per_second" in figures:
         texts["samples_per_second"] = f"{count_text(figures['samples_per_second'])} samples/s"
     if "lr" in figures:

@@ -52,7 +52,8 @@ class Pictures:
     """Draws for the validations of a training: nothing where `settings` are None.
 
     The loader is the validation's: its dataset is asked for single samples, seeded as the loader seeds them. `keys` are
-    those of input and target in a batch that is a dict; see `batch.split`.
+    those of input and target in a batch that is a dict; see `batch.split`. `name` is that of the data set: of one of
+    several, `val/near`, the files' names begin with its label.
 
     Raises:
         ValueError: A number is out of range, or the validation data have no such sample.
@@ -64,8 +65,9 @@ class Pictures:
         folder: Path,
         settings: Mapping[str, Any] | None,
         keys: tuple[str | None, TargetKey] = (None, None),
+        name: str = "val",
     ) -> None:
-        self.loader, self.folder, self.keys = loader, RunFolder(folder).pictures, keys
+        self.loader, self.folder, self.keys, self.name = loader, RunFolder(folder).pictures, keys, name
         self._validations = 0
         self._warned_of: set[type] = set()
         self.settings = {} if loader is None or settings is None else picture_settings(**settings)
@@ -203,10 +205,13 @@ class Album:
         return self._pictures.loader.dataset.batch(0, index)
 
     def _keep(self, name: str, image: Any, facts: Mapping[str, str]) -> None:
-        path = self._pictures.folder / f"step-{self._step:08d}" / f"{name}.png"
+        label = self._pictures.name.removeprefix("val").removeprefix("/")
+        path = self._pictures.folder / f"step-{self._step:08d}" / f"{label}{'-' if label else ''}{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, png(image, {"step": str(self._step), **facts}), durable=True)
-        self._journal.image(str(path.relative_to(self._pictures.folder.parent)), f"val/{name}", self._step)
+        self._journal.image(
+            str(path.relative_to(self._pictures.folder.parent)), f"{self._pictures.name}/{name}", self._step
+        )
 
 
 def chosen(samples: int | list[int], size: int) -> list[int]:

@@ -1,6 +1,6 @@
 """One pass over a phase's data: loss and metrics, exact over ranks."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -10,8 +10,9 @@ from dtrain.config.errors import mark_section
 from dtrain.data import rng
 from dtrain.distributed.ranks import Ranks
 from dtrain.metrics import Metrics
-from dtrain.modelloader import Forward
+from dtrain.modelloader import Outcome
 from dtrain.reporting.validation_pictures import Album
+from dtrain.training.own_step import figure_of
 
 
 class Measured(NamedTuple):
@@ -19,12 +20,13 @@ class Measured(NamedTuple):
 
     figures: dict[str, float]
     samples: int  # that they are of
+    has_outcomes: bool = True  # which metrics and pictures see; else there are figures alone
 
 
 @torch.no_grad()
 @rng.untouched()
 def evaluate(
-    forward: Forward,
+    step: Callable[[torch.nn.Module, Any], Any],
     module: torch.nn.Module,
     loader: Iterable[tuple[Any, int]],
     metrics: Metrics,
@@ -37,6 +39,9 @@ def evaluate(
     How often and when a training is validated changes no random number that it draws on the CPU. `stop` is asked before
     each batch. An error passes on with the number of this rank's batch, `batch_number`, by which its samples are found.
 
+    `step(module, batch)` gives what `Forward` does, or a dict of figures, each the mean over the batch's samples; then
+    metrics and pictures see nothing of it.
+
     `module` is the model without the ranks' wrapper, whose collectives would wait for a rank without batches; a sharded
     one has no wrapper, and is called equally often on all ranks. `loader` gives this rank's batches, each with its
     number of samples, by which its figures weigh; every sample of the phase is in one rank's batches, once.
@@ -47,21 +52,17 @@ def evaluate(
     ranks.agree_on_buffers(module)
     module.eval()
     metrics.reset()
-    sums: dict[str, tuple[Any, int]] = {}
-    stopped = False
+    own, stopped = _Own(), False
     for number, (batch, count, stopped) in enumerate(ranks.strategy.rounds(_batches(loader), stop)):
         if stopped:
             break
         if batch is None:
             continue
         try:
-            loss, terms, outcome = forward(module, batch)
-            if not count:
+            outcome = own.add(step(module, batch), count)
+            if outcome is None or not count:
                 continue
             of_all_ranks = ranks.rank + number * ranks.world_size
-            for name, value in {"loss": loss, **{f"loss_{key}": term for key, term in terms.items()}}.items():
-                total, samples = sums.get(name, (0.0, 0))
-                sums[name] = (total + value.detach().to(_sum_dtype(value)) * count, samples + count)
             with _from_section("metrics"):
                 metrics.update(outcome.output, outcome.target, of_all_ranks, count)
             if album:
@@ -69,20 +70,18 @@ def evaluate(
         except Exception as error:
             error.batch_number = number  # type: ignore[attr-defined]
             raise
-    own = None if stopped else {name: (float(total), count) for name, (total, count) in sums.items()}
-    everybody = ranks.gather((own, album.seen() if album and not stopped else None))
-    own_result = _measured([its_sums for its_sums, _ in everybody]) if everybody else None
-    measured: Measured | None = ranks.broadcast(own_result)
-    result = None
+    everybody = ranks.gather((None if stopped else own.plain(), album.seen() if album and not stopped else None))
+    measured: Measured | None = ranks.broadcast(_measured([own for own, _ in everybody]) if everybody else None)
     if measured is not None:
         with _from_section("loaders"):
             _refuse_none(measured.samples)
-        result = measured._replace(figures=measured.figures | metrics.compute())
+        if measured.has_outcomes:
+            measured = measured._replace(figures=measured.figures | metrics.compute())
     metrics.reset()
-    if album and result is not None:
+    if album and measured is not None and measured.has_outcomes:
         seen = [seen for _, seen in everybody or ()]
-        ranks.strategy.lead(module, forward, lambda forward: album.draw(seen, module, forward))
-    return result
+        ranks.strategy.lead(module, step, lambda step: album.draw(seen, module, step))
+    return measured
 
 
 @torch.no_grad()
@@ -136,11 +135,51 @@ def _refuse_none(samples: int) -> None:
         raise ValueError("there is no sample to evaluate: collate_fn left out all of them")
 
 
-def _measured(sums_of_ranks: list[Any]) -> Measured | None:
+class _Own:
+    """What one rank has seen."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, tuple[Any, int]] = {}  # of each figure, with the samples that it is of
+        self.samples, self.has_outcomes = 0, False
+
+    def add(self, result: Any, count: int) -> Outcome | None:
+        """One more batch of so many samples, 0 for a dummy one; what metrics see of it."""
+        values, outcome = _told(result)
+        self.samples, self.has_outcomes = self.samples + count, self.has_outcomes or outcome is not None
+        for name, value in values.items() if count else ():
+            total, samples = self.sums.get(name, (0.0, 0))
+            self.sums[name] = (total + value.detach().to(_sum_dtype(value)) * count, samples + count)
+        return outcome
+
+    def plain(self) -> tuple[dict[str, tuple[float, int]], int, bool]:
+        """Sums, samples, and whether metrics have seen any."""
+        sums = {name: (float(total), count) for name, (total, count) in self.sums.items()}
+        return sums, self.samples, self.has_outcomes
+
+
+def _measured(of_ranks: list[Any]) -> Measured | None:
     """The means of every rank's sums, each with its number of samples; None where a rank stopped, and has None."""
-    if None in sums_of_ranks:
+    if None in of_ranks:
         return None
+    sums_of_ranks, samples, have_outcomes = zip(*of_ranks, strict=True)
     names = dict.fromkeys(name for sums in sums_of_ranks for name in sums)
     parts = {name: [sums[name] for sums in sums_of_ranks if name in sums] for name in names}
     means = {name: sum(t for t, _ in part) / sum(n for _, n in part) for name, part in parts.items()}
-    return Measured(means, sum(count for _, count in parts.get("loss", ())))
+    return Measured(means, sum(samples), any(have_outcomes))
+
+
+def _told(result: Any) -> tuple[dict[str, torch.Tensor], Outcome | None]:
+    """The figures of one batch, and what metrics see of it.
+
+    Raises:
+        TypeError: An `evaluation_step` returned something else.
+    """
+    if isinstance(result, tuple) and len(result) == 3:
+        loss, terms, outcome = result
+        if loss is None:  # of a model that computes it in train mode alone
+            return {}, outcome
+        return {"loss": loss, **{f"loss_{key}": term for key, term in terms.items()}}, outcome
+    if not isinstance(result, Mapping):
+        expected = "expected a dict of figures, or (loss, terms, outcome) as self.forward gives it"
+        raise TypeError(f"evaluation_step returned a {type(result).__name__}; {expected}")
+    return {str(name): figure_of("evaluation_step", name, value) for name, value in result.items()}, None

@@ -32,7 +32,7 @@ class Evidence:
             # What shows only where figures are logged, began with the step that the training now stands before.
             begin = self.state.position if self.activity.phase == "logging" else self.activity.batch_start
             return next(iter(shard.batches_from(self.state.epoch, begin, 1)), []) if shard else []
-        loader: Any = loaders.test if self.activity.phase == "test" else loaders.val
+        loader: Any = self._evaluated()
         number = getattr(error, "batch_number", None)  # none where it was not the model, the loss or a metric
         if loader is None or number is None:
             return []
@@ -48,13 +48,19 @@ class Evidence:
         if number is None or number >= len(samples):
             return
         loaders: Any = self.parts.loaders
-        loader = {"validation": loaders.val, "test": loaders.test}.get(self.activity.phase) or loaders.train
+        loader = self._evaluated() or loaders.train
         dataset: Any = getattr(loader, "loader", loader).dataset.dataset
         index = samples[number]
         while isinstance(dataset, Subset):
             index, dataset = dataset.indices[index], dataset.dataset
         where = getattr(dataset, "where", None)
         error.add_note(f"sample {samples[number]}" + (f" is {where(index)}" if callable(where) else ""))
+
+    def _evaluated(self) -> Any:
+        """The loader of the set that is evaluated; None where none is."""
+        phase = {"validation": "val", "test": "test"}.get(self.activity.phase)
+        named = self.parts.loaders.of(phase) if phase else {}
+        return named.get(self.activity.data_set, next(iter(named.values()), None))
 
     def keep_step(self, exact: bool, timeout_seconds: float) -> str:
         """Keep the step at work, to be replayed: every rank leaves its random numbers, rank 0 writes.

@@ -6,7 +6,6 @@ Nothing here is a collective: the other ranks may be gone.
 import os
 import re
 import time
-import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,13 +16,12 @@ import torch
 
 from dtrain.distributed.ranks import is_lost_rank
 from dtrain.distributed.stop_request import Interrupted
+from dtrain.reporting.own_frames import Frame, message_of, only_own, place_of_error, whole_traceback
 from dtrain.tracking.run_folder import RunFolder
 from dtrain.tracking.secrets import redact
 from dtrain.tracking.whole_file import read_json, write_json
 from dtrain.training.evidence import Evidence
 
-# Components apart: a config names them as it names a user's own.
-_ENGINE = re.compile(rf"{re.escape(str(Path(__file__).resolve().parents[1]))}/(?!components/)")
 OTHERS_SECONDS = 3.0  # so long rank 0 waits for the word of the rank that failed first
 NUMBERS_SECONDS = 2.0  # and for the others' random numbers, where it failed itself
 _MOST_SAMPLES = 64
@@ -48,6 +46,10 @@ _CURES = {  # by what the error says; the first that applies
     r"ready only once": (
         "checkpoint(..., use_reentrant=False) where the model recomputes activations; for parameters that one forward "
         "uses several times trainer.ddp.static_graph=true (with trainer.accumulate=1)"
+    ),
+    r"returned nan values in its": (
+        "this operation has no finite gradient for what it got (sqrt or norm of 0, log of 0, 0/0): keep it away from "
+        "there, as by adding an epsilon; where the loss was NaN before, dtrain replay RUN_FOLDER finds its beginning"
     ),
     r"NonFiniteError|not finite": (
         "dtrain replay RUN_FOLDER repeats the step; a lower optimizer.lr, trainer.clip_grad_norm=1, "
@@ -111,12 +113,14 @@ _CURE_OF_SILENCE = (
 
 @contextmanager
 def reported(evidence: Evidence) -> Iterator[None]:
-    """Tell an error that comes from inside as a card; a second Ctrl-C is none."""
+    """Give an error that comes from inside a card, as a note, which is shown last; a second Ctrl-C has none."""
     try:
         yield
     except BaseException as error:
-        for line in [] if isinstance(error, Interrupted) else report(evidence, error):
-            evidence.parts.progress.note(line)
+        lines = [] if isinstance(error, Interrupted) else report(evidence, error)
+        error.failure_card = lines  # type: ignore[attr-defined]
+        if lines:
+            error.add_note("\n".join(lines))
         raise
 
 
@@ -141,6 +145,8 @@ def report(evidence: Evidence, error: BaseException) -> list[str]:
             return []
         notes = mailbox.notes("failure")
         first = first_of(notes.values())
+        alike = [rank for rank, each in sorted(notes.items()) if _is_alike(each, first)]
+        first |= {"ranks_alike": alike} if len(alike) > 1 else {}
         if first["consequence"]:
             silent = [rank for rank in range(ranks.world_size) if rank not in notes]
             first |= {"silent_ranks": silent, "cure": _CURE_OF_SILENCE if silent else ""}
@@ -155,6 +161,11 @@ def first_of(notes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return dict(min(notes, key=lambda note: (note["consequence"], not note["bad_loss"], note["time"])))
 
 
+def _is_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two ranks failed in the same way at the same place."""
+    return all(one[key] == other[key] for key in ("error", "where", "step", "phase", "consequence"))
+
+
 def first_failure(folder: Path, rank: int) -> str:
     """What failure.json says of a failure that began on another rank than this one, in a line; '' of its own."""
     note = read_json(RunFolder(folder).failure)
@@ -165,12 +176,19 @@ def first_failure(folder: Path, rank: int) -> str:
 
 def card(note: Mapping[str, Any], folder: Path) -> list[str]:
     """A failure in a few lines."""
-    what = f"{note['error']}: {note['message'].splitlines()[0][:200]}" if note["message"] else note["error"]
-    lines = [f"rank {note['rank']} failed at step {note['step'] + 1} ({note['phase']}): {what}"]
+    first, *rest = note["message"].splitlines() or [""]
+    what = f"{note['error']}: {first[:200]}" if first else note["error"]
+    what += next((f" ({line})" for line in rest if line.startswith("while loading ")), "")
+    ranks = f"rank {note['rank']}"
+    if also := [str(rank) for rank in note.get("ranks_alike", ()) if rank != note["rank"]]:
+        ranks += f" (and {', '.join(also[:8])}{', ...' if len(also) > 8 else ''} alike)"
+    lines = [f"{ranks} failed at step {note['step'] + 1} ({note['phase']}): {what}"]
     if note.get("silent_ranks"):
         lines.append(f"  exited without reporting an error: rank {', '.join(map(str, note['silent_ranks']))}")
     if note["where"]:
         lines.append(f"  at {note['where']}")
+    if note.get("forward"):
+        lines.append(f"  backward of {note['forward']}")
     if note["config"]:
         lines.append(f"  built from {note['config']}")
     if note["samples"]:
@@ -179,7 +197,13 @@ def card(note: Mapping[str, Any], folder: Path) -> list[str]:
     lines.append(f"  memory {note['memory']}")
     if note["cure"]:
         lines.append(f"  what helps: {note['cure'].replace('RUN_FOLDER', str(folder))}")
-    return [*lines, f"  all of it: {RunFolder(folder).failure}"]
+    return [*lines, f"  all of it, the traceback included: {RunFolder(folder).failure}"]
+
+
+def cure_of(error: BaseException) -> str:
+    """What helps against a usual mistake; '' where none is known."""
+    text = redact(whole_traceback(error))
+    return next((cure for pattern, cure in _CURES.items() if re.search(pattern, text)), "")
 
 
 def memory_text() -> str:
@@ -211,9 +235,8 @@ def _about_parameters(parameters: Mapping[str, torch.nn.Parameter], message: str
 
 
 def _note(evidence: Evidence, error: BaseException, consequence: bool) -> dict[str, Any]:
-    message = redact("\n".join([str(error), *getattr(error, "__notes__", [])]).strip())
+    message = redact(message_of(error))
     message = _about_parameters(evidence.parts.ranks.strategy.parameters, message)
-    text = redact("".join(traceback.format_exception(error)))
     # A number that is not finite shows in the optimizer's step, which is seldom its cause.
     section = "" if isinstance(error, ArithmeticError) else getattr(error, "section", "")
     place = evidence.parts.places.get(section)
@@ -228,19 +251,20 @@ def _note(evidence: Evidence, error: BaseException, consequence: bool) -> dict[s
         "phase": evidence.activity.phase,
         "error": type(error).__name__,
         "message": message,
-        "where": _where(error),
+        "where": place_of_error(error),
+        "forward": _forward(error),
         "config": f"{section} ({place})" if place else "",
         "samples": evidence.samples(error)[:_MOST_SAMPLES],
         "memory": memory_text(),
-        "cure": next((cure for pattern, cure in _CURES.items() if re.search(pattern, text)), ""),
-        "traceback": text,
+        "cure": cure_of(error),
+        "traceback": redact(whole_traceback(error)),
         "consequence": consequence,
         "bad_loss": not bool(torch.isfinite(state.sums["loss"])),
     }
 
 
-def _where(error: BaseException) -> str:
-    """The innermost line that is neither of dtrain's engine nor, if there is another, of an installed package."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _ENGINE.match(frame.filename)]
-    frames = [frame for frame in frames if "site-packages" not in frame.filename] or frames
-    return f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
+def _forward(error: BaseException) -> str:
+    """The line of forward whose backward failed, as far as `trainer.anomaly` has found it; else nothing."""
+    lines = {Frame(*frame[:3]): frame[3] for frame in getattr(error, "forward_frames", ())}
+    frames = only_own(lines) or list(lines)
+    return f"{frames[-1]}: {lines[frames[-1]]}" if frames else ""

@@ -1,5 +1,6 @@
 """An optimizer step that is not taken where a gradient is not finite, and what such a step must not leave behind."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, TypeGuard
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from dtrain.config.errors import mark_section
 from dtrain.distributed.ranks import Ranks
+from dtrain.training.closure import Closure
 from dtrain.training.state import TrainState
 
 _MOST_STEPS = 1000  # after which the host looks at their norms, however seldom figures are logged
@@ -29,6 +31,11 @@ class _Step(NamedTuple):
     samples: int  # since figures were last logged, before it
     norm: Tensor  # of its gradients, the same on all ranks
     has_finite_loss: Tensor | None  # on this rank; with fp16
+    parts: dict[str, Tensor]  # the same of each optimizer that stepped in it, in their order, where a step has several
+
+
+class _AbandonedError(Exception):
+    """A closure's loss or gradient is not finite."""
 
 
 class FiniteStep:
@@ -38,7 +45,14 @@ class FiniteStep:
     each step; if bad steps end the training, the device takes none after the first. With fp16 it steps through the
     loss's scaler: a gradient that is too large for fp16 lowers the scale, and is an error only where no scale helps.
     `say` is given a line for skipped steps.
+
+    A training step with several optimizers is one step: `begin_parts`, `take` for each of them, `finish_parts`.
+    An optimizer that asks for a closure is given `closure`, which evaluates the loss again: called with the optimizer,
+    it returns the loss and the norm of the gradients, the same on all ranks.
     """
+
+    closure: Closure | None = None
+    part = ""  # the name of `optimizer`, where there are several
 
     def __init__(
         self,
@@ -55,6 +69,7 @@ class FiniteStep:
         self._was_bad = torch.zeros((), dtype=torch.float32, device=state.device)  # 1 from the first bad step on
         self._places: list[_Place] = []  # of buffers and plain tensors that a forward may change
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}  # of figures, each with its copy
+        self._parts: dict[str, tuple[Tensor, bool | None]] | None = None  # of the step at work: norm, and if it is good
 
     def begin(self, module: torch.nn.Module, others: Mapping[str, Any] | None = None) -> None:
         """The module is about to be trained: where bad steps are skipped, its buffers are put back after them.
@@ -73,27 +88,81 @@ class FiniteStep:
 
         Where the host knows of it, and it may end the training, `judge` follows.
         """
-        state = self.state
-        if len(self._steps) == _MOST_STEPS:
-            self.judge()
-        loss = torch.isfinite(state.sums["loss"]) if self.scaler else None
-        self._steps.append(_Step(state.step + 1, state.position, state.samples, norm, loss))
-        is_good: bool | None = None  # known to the device alone
+        if self._parts is None:
+            self._end(*self._stepped(norm))
+        elif self._skips or all(is_good is not False for _, is_good in self._parts.values()):
+            self._parts[self.part] = self._stepped(norm)
+        else:  # an optimizer before it has ended the training
+            self._parts[self.part] = norm, False
+
+    def begin_parts(self) -> None:
+        """The step at work has a `take` for each of its optimizers."""
+        self._parts = {}
+
+    def finish_parts(self) -> None:
+        """All that is to be taken of this step is: it counts as one, and is good where all its parts are."""
+        parts, self._parts = self._parts or {}, None
+        norms = [norm for norm, _ in parts.values()] or [torch.zeros((), device=self.state.device)]
+        self.state.grad_norm = norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+        known = [is_good for _, is_good in parts.values()]
+        is_good = None if None in known else all(known)
+        self._end(norm, is_good, {name: part for name, (part, _) in parts.items()} if len(parts) > 1 else None)
+
+    def _stepped(self, norm: Tensor) -> tuple[Tensor, bool | None]:
+        """The norm, and whether the step was taken; None: known to the device alone."""
         is_fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)
         try:
             if self.scaler:  # skips a step that overflowed, and lowers its scale
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
-                is_good = None if is_fused else math.isfinite(norm.item())  # for which it has waited itself
-            elif is_fused:
+                return norm, None if is_fused else math.isfinite(norm.item())  # for which it has waited itself
+            if is_fused and self.closure is None:
                 bad = torch.isfinite(norm).logical_not().float()
                 self.optimizer.found_inf = bad if self._skips else torch.maximum(self._was_bad, bad, out=self._was_bad)
                 self.optimizer.step()
-            elif is_good := math.isfinite(norm.item()):
-                self.optimizer.step()
+                return norm, None
+            if not math.isfinite(norm.item()):
+                return norm, False
+            if self.closure is not None:
+                return self._stepped_by_closure(self.closure, norm)
+            self.optimizer.step()
+            return norm, True
         except Exception as error:
             mark_section(error, "optimizer")
             raise
+
+    def _stepped_by_closure(self, evaluate: Closure, norm: Tensor) -> tuple[Tensor, bool | None]:
+        """The same for an optimizer that evaluates the loss itself; where that is not finite, all is put back."""
+        weights = [item for group in self.optimizer.param_groups for item in group["params"]]
+        before = [item.detach().clone() for item in weights]
+        state = copy.deepcopy(self.optimizer.state_dict()) if self._skips else None
+        bad: list[Tensor] = []
+
+        def closure() -> Tensor:
+            with torch.enable_grad():
+                loss, its_norm = evaluate(self.optimizer)
+            if not math.isfinite(its_norm.item()):
+                bad.append(its_norm)
+                raise _AbandonedError
+            return loss
+
+        try:
+            self.optimizer.step(closure)
+        except _AbandonedError:
+            with torch.no_grad():
+                torch._foreach_copy_(weights, before)
+            if state is not None:
+                self.optimizer.load_state_dict(state)
+            return bad[0], False
+        return norm, True
+
+    def _end(self, norm: Tensor, is_good: bool | None, parts: dict[str, Tensor] | None = None) -> None:
+        """A step was taken or left out: note it, to be looked at later; keep or put back what its forward changed."""
+        if len(self._steps) == _MOST_STEPS:
+            self.judge()
+        state = self.state
+        loss = torch.isfinite(state.sums["loss"]) if self.scaler else None
+        self._steps.append(_Step(state.step + 1, state.position, state.samples, norm, loss, parts or {}))
         if self._skips:
             self._keep_or_put_back(torch.isfinite(norm) if is_good is None else is_good)
         elif is_good is False:
@@ -168,13 +237,15 @@ class FiniteStep:
     def _tell(self, steps: list[tuple[_Step, float]], what: str) -> None:
         """Say that steps were skipped, or raise NonFiniteError for the first, which the training then stands before."""
         state, (first, norm) = self.state, steps[0]
+        names, taken = _parts_of(first)
+        what = f"{names}: {what}" if names else what
         if self._skips:
             self._say(f"{_named(steps)}: {what} (gradient norm {norm}); skipped, {state.skipped} so far")
             return
         if self.scaler is None:  # the device has taken no step since
             state.step, state.position = first.number - 1, first.position
         is_late = first.number <= state.step
-        weights = "later steps were taken" if is_late else "the weights are those of before it"
+        weights = "later steps were taken" if is_late else taken or "the weights are those of before it"
         text = f"step {first.number}: {what} (gradient norm {norm}); {weights}"
         raise NonFiniteError(f"{text}. trainer.on_nonfinite=skip would continue")
 
@@ -259,6 +330,15 @@ def _is_plain(value: Any) -> TypeGuard[Tensor]:
     """Whether it is a tensor that training may change, and that can be copied."""
     is_tensor = isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter)
     return is_tensor and not value.requires_grad and value.layout == torch.strided and 0 not in value.stride()
+
+
+def _parts_of(step: _Step) -> tuple[str, str]:
+    """Of a step with several optimizers, those whose gradients are not finite, and which had stepped before them."""
+    is_good = {name: math.isfinite(float(norm)) for name, norm in step.parts.items()}
+    names = [*is_good]
+    before = names[: [*is_good.values()].index(False)] if False in is_good.values() else []
+    bad = ", ".join(name for name in names if not is_good[name])
+    return bad, f"{', '.join(before)} had stepped before" if before else ""
 
 
 def _named(steps: list[tuple[_Step, float]]) -> str:

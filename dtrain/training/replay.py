@@ -1,8 +1,8 @@
 """dtrain replay: the failed step once more, on one process, with a look at every number."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,25 @@ from dtrain.checkpoint.checkpoint_files import LOSS, Loaded, load
 from dtrain.checkpoint.checkpoint_folder import Checkpoints
 from dtrain.config.errors import ConfigError
 from dtrain.data import rng
-from dtrain.dataloader import TrainLoader
-from dtrain.modelloader import Forward
+from dtrain.dataloader import MicroBatch, TrainLoader
 from dtrain.tracking.run_folder import RunFolder
+from dtrain.training.state import SAMPLES_OF, Trainables, TrainState
 
 
-def replay(forward: Forward, module: torch.nn.Module, loader: TrainLoader, folder: Path) -> Iterator[str]:
+@dataclass
+class Step:
+    """What takes the step: the trainer's own means, but that no optimizer steps."""
+
+    learn: Callable[[MicroBatch], None]  # forward and backward of one batch
+    state: TrainState  # where it adds up the loss
+    trainables: Trainables
+
+
+def replay(step: Step, loader: TrainLoader, folder: Path) -> Iterator[str]:
     """Repeat the failed step of a run folder, rank by rank; yields what is found, a line at a time.
 
-    The module is made of the run's own config; its weights are overwritten.
+    The step's model is made of the run's own config; its weights are overwritten. Of a `training_step` that takes steps
+    itself, each gradient is that of the weights before the first of them.
 
     Raises:
         ConfigError: The folder holds no failed step.
@@ -31,46 +41,47 @@ def replay(forward: Forward, module: torch.nn.Module, loader: TrainLoader, folde
         raise ConfigError(f"{folder} holds no failed step; one is kept when a training fails in a step")
     loaded = load(kept)
     state = loaded.state
-    module.load_state_dict(loaded.weights)
-    module.train()
-    _restore_loss(forward.criterion, loaded)
+    step.trainables.module.load_state_dict(loaded.weights)
+    step.trainables.module.train()
+    step.state.step, step.state.epoch, step.state.position = state["step"], state["epoch"], state["position"]
+    _restore_loss(step.trainables.criterion, loaded)
     yield f"step {state['step'] + 1} in epoch {state['epoch'] + 1}, as on {state['world_size']} rank(s)"
     if not state["exact"]:
         yield "it was found some steps later: running statistics and dropout, with fp16 also weights, are those of then"
     for rank in range(state["world_size"]):
-        yield from _of_rank(forward, module, loader, state, rank)
+        yield from _of_rank(step, loader, state, rank)
 
 
 def _restore_loss(criterion: Any, loaded: Loaded) -> None:
     """The loss's own weights and attributes, as they were."""
+    if criterion is None:
+        return
     if LOSS in loaded.others and criterion.module is not None:
         criterion.module.load_state_dict(loaded.others[LOSS])
     criterion.kept.load_state_dict(loaded.state.get("kept", {}).get("loss", {}))
 
 
-def _of_rank(
-    forward: Forward, module: torch.nn.Module, loader: TrainLoader, state: dict[str, Any], rank: int
-) -> Iterator[str]:
-    layout = {"world_size": state["world_size"], "batch_size": state["batch_size"], "order": state.get("order", 1)}
-    shard = replace(loader.shard, rank=rank, **layout)
+def _of_rank(step: Step, loader: TrainLoader, state: dict[str, Any], rank: int) -> Iterator[str]:
+    shard = loader.shard_as(rank, state["world_size"], state["batch_size"], state.get("order", 1))
     if rank in state["rng"]:
         rng.set_state(state["rng"][rank])
     else:
         yield f"rank {rank}: its random numbers are not known; dropout may differ"
-    for number, ids in enumerate(shard.batches_from(state["epoch"], state["position"], state["accumulate"])):
+    requests = shard.requests_from(state["epoch"], state["position"], state["accumulate"])
+    for number, (epoch, *ids) in enumerate(requests):
         micro = f", batch {number + 1}" if state["accumulate"] > 1 else ""
-        batch = loader.batches.batch(state["epoch"], *ids)
+        batch = loader.batches.batch(epoch, *ids)
         if batch is None:
             yield f"rank {rank}{micro}: collate_fn left out all samples, {', '.join(map(str, ids))}"
             continue
-        found, loss = _examined(forward, module, batch, ids)
+        found, loss = _examined(step, batch, ids)
         yield f"rank {rank}{micro}: loss {loss:.6g}, samples {', '.join(map(str, ids))}"
         yield from (f"  {line}" for line in found)
 
 
-def _examined(forward: Forward, module: torch.nn.Module, batch: Any, ids: list[int]) -> tuple[list[str], float]:
+def _examined(step: Step, batch: Any, ids: list[int]) -> tuple[list[str], float]:
     """What is not finite in one forward and backward: in the samples, after which module, in which gradients."""
-    found = list(_bad_samples(batch, ids))
+    found, module = list(_bad_samples(batch, ids)), step.trainables.module
     names = {part: name or "the model" for name, part in module.named_modules()}
     bad_outputs: list[str] = []  # the modules, in the order of their calls, that gave something that is not finite
 
@@ -81,16 +92,20 @@ def _examined(forward: Forward, module: torch.nn.Module, batch: Any, ids: list[i
             bad_outputs.append(f"{names[part]} ({type(part).__name__}); {what}")
 
     module.zero_grad()
+    step.state.clear()
+    count = len(ids)
     with register_module_forward_hook(look):
-        loss, terms, _ = forward(module, batch)
+        step.learn(MicroBatch(batch, 1.0, count, closes=False, position=0, start=0, step_samples=count))
     found += [f"first bad output: {text}" for text in bad_outputs[:1]]
-    found += [f"loss term {name}: {float(term):.6g}" for name, term in terms.items()]
-    if math.isfinite(float(loss.detach())):
-        loss.backward()
+    means = {name: float(total) / count for name, total in step.state.sums.items()}
+    loss = means.pop("loss")
+    terms = {name.removeprefix("loss_"): value for name, value in means.items() if not name.endswith(SAMPLES_OF)}
+    found += [f"loss term {name}: {value:.6g}" for name, value in terms.items()]
+    if math.isfinite(loss):
         bad = [name for name, item in module.named_parameters() if item.grad is not None and not _is_finite(item.grad)]
         more = ", ..." if len(bad) > 10 else ""
         found += [f"gradients that are not finite: {', '.join(bad[:10])}{more}"] if bad else []
-    return found, float(loss.detach())
+    return found, loss
 
 
 def _bad_samples(batch: Any, ids: list[int]) -> Iterator[str]:

@@ -13,6 +13,7 @@ from dtrain.data.loader_workers import end_workers
 from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EARLY, WRONG_CONFIG
 from dtrain.distributed.launched_rank import is_written_by_launcher
 from dtrain.distributed.stop_request import Interrupted
+from dtrain.reporting.own_frames import one_line_of
 from dtrain.reporting.summary import summary_table
 from dtrain.tracking.journal import Status
 from dtrain.tracking.run_folder import RunFolder
@@ -55,7 +56,7 @@ def session(parts: Parts, state: TrainState) -> Iterator[Ending]:
             ending.exit_status = STOPPED_EARLY if state.stopped else DONE
         except BaseException as error:
             other = first_failure(parts.start.folder, parts.ranks.rank) if parts.ranks.is_main else ""
-            ending.reason = other or f"{type(error).__name__}: {error}"
+            ending.reason = other or one_line_of(error)
             if isinstance(error, Interrupted):
                 ending.status, ending.exit_status = "KILLED", INTERRUPTED
             elif isinstance(error, ConfigError):

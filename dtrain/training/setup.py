@@ -25,14 +25,24 @@ from dtrain.config.build import build, defaults
 from dtrain.config.check import notes
 from dtrain.config.errors import ConfigError, first_few, to_plain
 from dtrain.config.load import place_of, run_folder, sources, to_yaml
-from dtrain.config.metric_rules import Monitored, higher_is_better, mode_text, monitored
+from dtrain.config.metric_rules import (
+    Monitored,
+    can_be_monitored,
+    higher_is_better,
+    measures_itself,
+    mode_text,
+    monitored,
+    val_sets,
+)
+from dtrain.config.optimizers import ONE
 from dtrain.config.rules import strategy_mistakes
 from dtrain.config.schema import PHASES, calls, refused
 from dtrain.data import rng
 from dtrain.data.space import difference, space_of
 from dtrain.dataloader import Loaders, first_batch, get_train_loaders
+from dtrain.distributed.device import set_kernels
 from dtrain.distributed.environment import batch_job, environment, job_ends_at, launcher_precision
-from dtrain.distributed.fsdp import launcher_strategy, settings_of_accelerate
+from dtrain.distributed.fsdp import FSDP, launcher_strategy, settings_of_accelerate
 from dtrain.distributed.process_group import set_up
 from dtrain.distributed.ranks import Ranks
 from dtrain.distributed.stop_request import StopRequest
@@ -51,11 +61,15 @@ from dtrain.tracking.journal import Journal, NoJournal, flatten
 from dtrain.tracking.run_folder import RunFolder, why_not_writable
 from dtrain.tracking.run_lock import RunLock
 from dtrain.tracking.secrets import redact, redacted_tree
+from dtrain.training.activation_checkpointing import checkpoint_activations
+from dtrain.training.closure import closure_mistake
 from dtrain.training.ema import EMA
-from dtrain.training.optimizer import get_optimizer
+from dtrain.training.memory_format import to_channels_last
+from dtrain.training.optimizer import freeze, get_optimizers, shown
 from dtrain.training.same_training import compared
-from dtrain.training.schedule import end_points, get_lr_scheduler
+from dtrain.training.schedule import end_points, get_schedule
 from dtrain.training.state import FORMAT, Trainables
+from dtrain.training.swa import SWA
 
 
 @dataclass
@@ -74,7 +88,7 @@ class Parts:
     saver: Saver
     stop: StopRequest
     progress: Progress
-    pictures: Pictures
+    pictures: Mapping[str, Pictures]  # of each set of the validation, by name
     inference: Inference
     record: Mapping[str, Any]  # what the journal is given at the start
     places: Mapping[str, str]  # where each section of the config stands, as file:line
@@ -113,24 +127,25 @@ def make_parts(
     )
     if ranks.is_main:
         _tell_generators(loaders, progress.note)
-    spaces = {phase: space_of(_dataset(loader)) for phase, loader in loaders._asdict().items() if loader is not None}
+    spaces = {name: space_of(dataset) for name, dataset in loaders.datasets().items()}
     if ranks.is_main and purpose == "train" and (line := difference(spaces)):
         progress.note(f"loaders: {line}")
-    loss = get_loss_criterion(config) if config.get("loss") else None
-    keys = options["input_key"], options["target_key"]
-    make_lazy_parts(Forward(module, torch.device("cpu"), "fp32", *keys, loss), loaders)
+    loss = get_loss_criterion(config) if config.get("loss") or purpose != "predict" else None
+    keys, counts = (options["input_key"], options["target_key"]), loaders.sample_counts()
+    make_lazy_parts(Forward(module, torch.device("cpu"), "fp32", *keys, loss, sample_counts=counts), loaders)
     module = _prepared_model(config, module, options, ranks, start, progress.note)
-    compiled = _compiled(module, options["compile"])
+    compiled = module if ranks.strategy.is_sharded else _compiled(module, options["compile"])
     loss = loss and loss.to(ranks.device)
     predictor = _predictor(config, ranks, progress, purpose)
     forward = Forward(
-        module, ranks.device, options["precision"], *keys, loss, predictor.output_key, loaders.sample_counts()
-    )
+        module, ranks.device, options["precision"], *keys, loss, predictor.output_key, counts,
+        progress.note if ranks.is_main else bool,
+    )  # fmt: skip
+    forward.channels_last = options["channels_last"]
     metrics = get_evaluation_metric(config, ranks, ranks.device)
     figure = _monitor(config, options, metrics)
-    monitor, mode = figure.figure, options["mode"]
-    if mode is None:
-        mode = _mode(config, figure, metrics, must_know=purpose == "train" and loaders.val is not None)
+    has_validation = purpose == "train" and loaders.val is not None
+    mode = options["mode"] or _mode(config, figure, metrics, must_know=has_validation)
     checkpoints = Checkpoints(
         RunFolder(start.folder).checkpoints, keep_last=options["keep_last"], keep_best=options["keep_best"], mode=mode
     )
@@ -141,7 +156,7 @@ def make_parts(
     )  # fmt: skip
     texts = {f"config/{name}": redact(text) for name, text in sources(config).items()}
     parts = Parts(
-        ranks, start, seed, _untrained(module, compiled, loss, metrics), forward, loaders, metrics, monitor, mode,
+        ranks, start, seed, _untrained(module, compiled, loss, metrics), forward, loaders, metrics, figure.figure, mode,
         Saver(checkpoints, options["checkpoint_every_minutes"], progress.note, not ranks.strategy.is_sharded),
         StopRequest(options["time_limit"], job_ends_at(), alone=ranks.world_size == 1),
         progress, _pictures(config, options, loaders, start), inference,
@@ -170,7 +185,7 @@ def make_lazy_parts(forward: Forward, loaders: Loaders) -> None:
         return
     module = forward.module.eval()  # else it would begin with statistics of this batch
     with torch.no_grad():
-        if of_loss:
+        if of_loss or (criterion is not None and criterion.of_model):
             criterion.train(False)
             forward(module, first_batch(loaders))
             criterion.train()
@@ -183,11 +198,12 @@ def _is_lazy(module: Module) -> bool:
     return any(map(is_lazy, (*module.parameters(), *module.buffers())))
 
 
-def _ranks(config: ConfigDict, options: Mapping[str, Any], purpose: str) -> tuple[Ranks, Progress]:
+def _ranks(config: ConfigDict, options: dict[str, Any], purpose: str) -> tuple[Ranks, Progress]:
     """This rank among the others, and what shows its progress, which begins with what is worth knowing of both."""
     ddp = ({"timeout_seconds": IDLE_SECONDS} if purpose == "predict" else {}) | (options["ddp"] or {})
     fsdp = _fsdp(config, options) if purpose == "train" else None  # else each rank has a whole model
     ranks = set_up(config.get("device", "auto"), ddp, options["deterministic"], fsdp)
+    set_kernels(options["matmul_precision"], options["cudnn_benchmark"])
     progress = get_progress(ranks.is_main)
     for line in (ranks.notes + notes(config)) if ranks.is_main else ():
         progress.note(line)
@@ -208,15 +224,11 @@ def _predictor(config: ConfigDict, ranks: Ranks, progress: Progress, purpose: st
     return replace(predictor, activation=activation)
 
 
-def _dataset(loader: Any) -> Any:
-    """The user's own dataset, which a loader wraps."""
-    return getattr(loader, "loader", loader).dataset.dataset
-
-
 def _tests_volumes(config: ConfigDict, loaders: Loaders) -> bool:
     """Whether a test measures whole volumes."""
-    has_test = config.get("predictor") is not None and loaders.test is not None
-    return has_test and hasattr(_dataset(loaders.test), "volumes")
+    datasets = loaders.datasets()
+    has_volumes = any(hasattr(datasets[name], "volumes") for name in loaders.of("test"))
+    return config.get("predictor") is not None and has_volumes
 
 
 def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, sender: Popen[bytes] | None) -> None:
@@ -232,22 +244,42 @@ def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, 
     length, epochs = max(1, steps), max(1, -(-steps // per_epoch))  # of a schedule, which has no length of 0
 
     trainables, decay = parts.trainables, options["ema_decay"]
-    if decay is not None:
-        trainables.ema = EMA(ranks.strategy.divide(_copied(trainables.module)), decay)
+    if decay is not None or options["swa"]:
+        trainables.ema = _average(ranks.strategy.divide(_copied(trainables.module)), options)
+    _checkpoint_activations(config, options, parts)
+    trainables.freezing = freezing = freeze(config, trainables.module, trainables.loss)
     trainables.model = ranks.strategy.wrap(trainables.compiled)
+    if isinstance(ranks.strategy, FSDP) and options["compile"]:
+        ranks.strategy.compile(trainables.model, _compile_options(options["compile"]))
     if (own := trainables.loss) is not None:
         ranks.share_weights(own)
-        trainables.loss_ema = EMA(_copied(own), decay) if decay is not None else None
-    trainables.optimizer = optimizer = get_optimizer(config, trainables.module, own)
-    trainables.schedule = get_lr_scheduler(config, optimizer, length, epochs, parts.mode)
+        trainables.loss_ema = _average(_copied(own), options) if trainables.ema else None
+    trainables.built = get_optimizers(config, trainables.module, own, freezing.thawed_later)
+    if wrong := closure_mistake(options, trainables.optimizers.values(), ranks.strategy.is_sharded):
+        raise refused(config, ("optimizer",), wrong)
+    trainables.schedule = get_schedule(config, trainables.built, length, epochs, parts.mode)
     if options["precision"] == "fp16":
         trainables.scaler = torch.amp.GradScaler(ranks.device.type)
     if ranks.is_main:
         of_run = {"experiment": config.get("experiment") or "default", "run_name": start.run_name}
         parts.journal = build(config, "mlflow", folder=start.folder, sender=sender, **of_run)
-    rates = end_points(config, optimizer, trainables.schedule, length, epochs)
+    rates = end_points(config, trainables.schedule, length, epochs)
     parts.table = _table(config, options, parts, steps, rates)
     parts.loaded = _loaded(config, trainables, ranks, start)
+
+
+def _average(module: Module, options: Mapping[str, Any]) -> EMA:
+    """The average of weights that is asked for, which begins with a copy of them."""
+    return SWA(module, **options["swa"]) if options["swa"] else EMA(module, options["ema_decay"])
+
+
+def _checkpoint_activations(config: ConfigDict, options: Mapping[str, Any], parts: Parts) -> None:
+    try:
+        names = checkpoint_activations(parts.trainables.module, options["activation_checkpointing"])
+    except ValueError as error:
+        raise refused(config, ("trainer", "activation_checkpointing"), str(error)) from None
+    if names and parts.ranks.is_main:
+        parts.progress.note(f"activations are computed again in backward: {first_few(names, 5)}")
 
 
 def _copied(module: Module) -> Module:
@@ -256,8 +288,11 @@ def _copied(module: Module) -> Module:
     return copy.deepcopy(module, {id(value): value.detach().clone() for value in attributes if not value.is_leaf})
 
 
-def _fsdp(config: ConfigDict, options: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The options of sharding the model; None where it is not. A ConfigError says what does not go with it."""
+def _fsdp(config: ConfigDict, options: dict[str, Any]) -> dict[str, Any] | None:
+    """The options of sharding the model; None where it is not. A ConfigError says what does not go with it.
+
+    What accelerate's settings say of activation checkpointing goes into the trainer's options.
+    """
     asked_by_launcher = launcher_strategy()
     strategy = options["strategy"] or asked_by_launcher or "ddp"
     if mistakes := strategy_mistakes(config, {**options, "strategy": strategy}):
@@ -265,7 +300,10 @@ def _fsdp(config: ConfigDict, options: Mapping[str, Any]) -> dict[str, Any] | No
     if strategy == "ddp":
         return None
     own = {key: value for key, value in (options["fsdp"] or {}).items() if value is not None}
-    return (settings_of_accelerate() if asked_by_launcher else {}) | own
+    given = settings_of_accelerate() if asked_by_launcher else {}
+    if given.pop("activation_checkpointing", False) and not options["activation_checkpointing"]:
+        options["activation_checkpointing"] = given.get("layers") or True
+    return given | own
 
 
 def _phases(config: ConfigDict, purpose: str) -> tuple[str, ...]:
@@ -357,7 +395,10 @@ def _prepared_model(
             raise refused(config, ("trainer", "sync_batchnorm"), "requires CUDA; PyTorch has no CPU implementation")
         module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
     # A model that is too large for a device goes there part by part.
-    return module if ranks.strategy.is_sharded else module.to(ranks.device)
+    module = module if ranks.strategy.is_sharded else module.to(ranks.device)
+    if options["channels_last"] and not ranks.strategy.is_sharded:  # a shard has no channels
+        to_channels_last(module)
+    return module
 
 
 def _load_pre_trained(
@@ -377,17 +418,19 @@ def _load_pre_trained(
 
 
 def _compiled(module: Module, wish: bool | str | dict[str, Any]) -> Module:
-    if not wish:
-        return module
-    options = wish if isinstance(wish, dict) else {"mode": wish} if isinstance(wish, str) else {}
-    return torch.compile(module, **options)  # type: ignore[return-value]
+    return torch.compile(module, **_compile_options(wish)) if wish else module  # type: ignore[return-value]
+
+
+def _compile_options(wish: bool | str | dict[str, Any]) -> dict[str, Any]:
+    return wish if isinstance(wish, dict) else {"mode": wish} if isinstance(wish, str) else {}
 
 
 def _monitor(config: ConfigDict, options: Mapping[str, Any], metrics: Metrics) -> Monitored:
     """The figure that 'best' means, known to be one that the validation gives."""
-    figure = monitored(options["monitor"], metrics.names)
+    sets = val_sets(calls(config))
+    figure = monitored(options["monitor"], metrics.names, sets, measures_itself(config))
     if figure is None:
-        possible = ", ".join(f"val/{name}" for name in (*metrics.names, "loss"))
+        possible = ", ".join(can_be_monitored(metrics.names, sets))
         text = f"{options['monitor']!r} is not a metric of the validation; possible: {possible}"
         raise refused(config, ("trainer", "monitor"), text)
     return figure
@@ -407,11 +450,14 @@ def _mode(config: ConfigDict, figure: Monitored, metrics: Metrics, must_know: bo
     return "max" if higher is True else "min"
 
 
-def _pictures(config: ConfigDict, options: Mapping[str, Any], loaders: Loaders, start: Start) -> Pictures:
+def _pictures(config: ConfigDict, options: Mapping[str, Any], loaders: Loaders, start: Start) -> dict[str, Pictures]:
+    """What draws the validation, by the name of the set."""
     wish = options["pictures"]
     settings = wish if isinstance(wish, dict) else {} if wish else None
     try:
-        return Pictures(loaders.val, start.folder, settings, (options["input_key"], options["target_key"]))
+        keys = options["input_key"], options["target_key"]
+        named = loaders.of("val").items()
+        return {name: Pictures(loader, start.folder, settings, keys, name) for name, loader in named}
     except ValueError as error:
         raise refused(config, ("trainer", "pictures"), str(error)) from None
 
@@ -433,19 +479,24 @@ def _table(config: ConfigDict, options: Mapping[str, Any], parts: Parts, steps: 
     """What is shown before the first step."""
     ranks, start = parts.ranks, parts.start
     train: Any = parts.loaders.train
-    sizes = {phase: len(loader.loader.dataset if phase == "train" else loader.dataset)
-             for phase, loader in parts.loaders._asdict().items() if loader is not None}  # fmt: skip
+    sizes = {name: len(dataset) for name, dataset in parts.loaders.datasets().items()}
     table = {
         "model": report.model_line(str(config.model.name), *parameter_count(parts.trainables.module)),
         "data": ", ".join(f"{phase} {size:,}" for phase, size in sizes.items()) + " samples",
-        "global batch": f"{train.global_batch} = {train.shard.batch_size} x {ranks.world_size} rank(s)"
-        + (f" x {train.accumulate} accumulated" if train.accumulate > 1 else ""),
+        "global batch": train.step_size,
         "steps": f"{train.steps():,} per epoch, {steps:,} in all",
         "learning rate": rates,
         "device": f"{ranks.device}, {options['precision']}"
         + (", the model sharded (fsdp)" if ranks.strategy.is_sharded else ""),
         "run folder": str(start.folder),
     }
+    if (freezing := parts.trainables.freezing) and (frozen := "; ".join(freezing.lines())):
+        table["frozen"] = frozen
+    table |= dict(shown(parts.trainables.built, most=8))
+    if train.sampler is not None:
+        table["sampler"] = train.described
+    if options["limit_batches"] or options["overfit_batches"]:
+        table["data"] += f", of which are used {parts.loaders.used()}"
     if trained := parts.trainables.loss and parameter_count(parts.trainables.loss)[1]:
         table["loss"] = f"{config.loss.name}, {trained:,} parameters trained"
     if parts.journal.tracking_uri:
@@ -479,7 +530,8 @@ def _misfit(trainables: Trainables, loaded: Loaded) -> str:
     misfits = misfits_of(trainables.module, loaded.weights)
     if (loss := trainables.loss) is not None and (LOSS in loaded.others or [*loss.parameters()]):
         misfits += [f"of the loss, {line}" for line in misfits_of(loss, loaded.others.get(LOSS, {}))]
-    before, now = loaded.state["optimizer_name"], type(trainables.optimizer).__name__
+    names = {name: type(optimizer).__name__ for name, optimizer in trainables.optimizers.items()}
+    before, now = loaded.state["optimizer_name"], names.get(ONE, names)
     if before != now:
         misfits.insert(0, f"its optimizer is {before}, the config's {now}")
     return f"of another training: {first_few(misfits, 10, '; ')}" if misfits else ""

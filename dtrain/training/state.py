@@ -1,5 +1,6 @@
 """What a training is at one step: TrainState, Trainables, Activity; into a checkpoint's plain values and back."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from dtrain.checkpoint.checkpoint_files import LOSS, LOSS_EMA, Loaded
+from dtrain.config.optimizers import ONE
 from dtrain.data import rng
 from dtrain.data.kept_attributes import KeptAttributes
 from dtrain.data.samplers import ORDER
@@ -18,15 +20,22 @@ from dtrain.distributed.fsdp import is_shard
 from dtrain.distributed.ranks import Ranks
 from dtrain.loss import Criterion
 from dtrain.training.ema import EMA
-from dtrain.training.optimizer import in_the_way_of, start_momentum
-from dtrain.training.schedule import Schedule
+from dtrain.training.freezing import Freezing
+from dtrain.training.memory_format import follow_weights
+from dtrain.training.optimizer import Built, in_the_way_of, regrouped, start_momentum
+from dtrain.training.parameter_groups import named_parameters
+from dtrain.training.schedule import Schedule, Schedules
 
 FORMAT = 1  # raised when a state of before can no longer be restored
 PLAIN_FIELDS = (
     *("step", "epoch", "position", "best", "bad_validations", "validated_step", "score"),
     *("rate", "skipped", "overflows", "samples", "unsummed", "left_out", "skipped_batches", "order"),
+    *("averaged_epoch", "swa_rates"),
 )
-OF_BEFORE = {
+SAMPLES_OF = ":samples"  # behind a figure's name: the sum of the samples that it is of
+OF_BEFORE: dict[str, Any] = {
+    "averaged_epoch": -1,
+    "swa_rates": [],
     "overflows": 0,
     "unsummed": 0,
     "left_out": 0,
@@ -55,6 +64,8 @@ class TrainState:
     step_left_out: int = 0  # of them those of the step at work
     skipped_batches: int = 0  # of which it left nothing
     order: int = ORDER  # the version of the order in which this epoch began
+    averaged_epoch: int = -1  # the last whose weights are in `trainer.swa`'s average, counted from 0
+    swa_rates: list[float] = field(default_factory=list)  # the groups' rates from which it began to set them
     samples: int = 0  # samples of all ranks since figures were last logged
     unsummed: int = 0  # those of them whose losses are not in the sums
     sums: dict[str, Tensor] = field(init=False)  # this rank's since then, on the device: of the loss, and loss_<term>
@@ -82,6 +93,11 @@ class TrainState:
             total = self.sums[name] = self._zero()
         total.add_(value, alpha=samples)
 
+    def add_figure(self, name: str, value: Tensor, samples: int) -> None:
+        """The same of a figure that not every batch gives: its samples are added up, too."""
+        self.add(name, value, samples)
+        self.add(name + SAMPLES_OF, torch.ones((), dtype=value.dtype, device=value.device), samples)
+
     def clear(self) -> None:
         """Begin new sums: the old ones were logged."""
         self.sums = {"loss": self._zero()}
@@ -100,11 +116,17 @@ class TrainState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         for name in PLAIN_FIELDS:
-            setattr(self, name, state[name] if name in state else OF_BEFORE[name])
+            setattr(self, name, copy.copy(state[name] if name in state else OF_BEFORE[name]))
         if not self.position:
             self.order = ORDER
         self.grad_norm.fill_(state["grad_norm"])
         self.sums = {name: self._zero().fill_(value) for name, value in state["sums"].items()}
+
+
+def means(sums: Mapping[str, float], samples: int) -> dict[str, float]:
+    """The figures of a training whose sums over the ranks and over so many samples these are."""
+    counts = {name: sums.get(name + SAMPLES_OF, samples) for name in sums if not name.endswith(SAMPLES_OF)}
+    return {f"train/{name}": sums[name] / count for name, count in counts.items() if count}
 
 
 @dataclass
@@ -114,19 +136,40 @@ class Trainables:
     module: Module  # the bare model: what is saved
     compiled: Module  # the same, compiled if so configured: what is evaluated
     model: Module  # the same, wrapped for the ranks: what is trained
-    ema: EMA | None = None  # the averaged weights, if an average is kept
-    optimizer: Optimizer | None = None
-    schedule: Schedule | None = None  # the learning rate's
+    ema: EMA | None = None  # the averaged weights, if an average is kept; EMA or SWA
+    built: Mapping[str, Built] = field(default_factory=dict)  # the optimizers with their groups, by name
+    schedule: Schedule | Schedules | None = None  # the learning rates'
     scaler: torch.amp.GradScaler | None = None  # of the loss, with fp16
+    freezing: Freezing | None = None  # what is frozen in which epoch
     criterion: Criterion | None = None  # the loss
     loss: Module | None = None  # its own parameters and buffers; None where it has none
     loss_ema: EMA | None = None  # and their averages
     kept: Mapping[str, KeptAttributes] = field(default_factory=dict)  # what loss and metrics keep in plain attributes
 
     @property
+    def optimizers(self) -> dict[str, Optimizer]:
+        """The optimizers by name; a single one is called `optimizer`."""
+        return {name: built.optimizer for name, built in self.built.items()}
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The only optimizer, or the first one."""
+        return next(iter(self.optimizers.values()), None)
+
+    @property
     def evaluated(self) -> Module:
         """The averaged weights where there are some, else the model."""
-        return self.ema.module if self.ema else self.compiled
+        return self.ema.module if self.ema and self.ema.is_ready else self.compiled
+
+    @property
+    def loss_objects(self) -> Mapping[str, Any]:
+        """All that may keep something in plain attributes of a loss, by name."""
+        return self.criterion.objects if self.criterion else {}
+
+    @property
+    def loss_now(self) -> Module | None:
+        """What the loss holds by now of modules and parameters: a forward may have made some."""
+        return self.criterion.modules_now() if self.criterion else None
 
     @property
     def all(self) -> Module:
@@ -164,6 +207,7 @@ class Activity:
     phase: str = "start-up"  # or "waiting for data", "forward", "validation" ...
     beats: int = 0  # grows as long as there is progress
     batch_start: int = 0  # the position of the batch at work or waited for
+    data_set: str = ""  # the name of the one that is, or was last, evaluated
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
@@ -184,7 +228,7 @@ def capture(
     Raises:
         RuntimeError: The ranks' weights are no longer the same.
     """
-    assert trainables.optimizer is not None and trainables.schedule is not None
+    assert trainables.schedule is not None
     values = state.state_dict()
     if generators is None:
         sums = ranks.sum_(torch.stack(list(state.sums.values())))
@@ -192,11 +236,12 @@ def capture(
         generator_states = _generators_of_all(trainables.all, ranks)
     else:
         generator_states = list(generators.values())
-    ema = trainables.ema
+    ema, optimizers = trainables.ema, trainables.optimizers
     values |= {
         "format": FORMAT,
-        "optimizer": ranks.strategy.whole(trainables.optimizer.state_dict()),
-        "optimizer_name": type(trainables.optimizer).__name__,
+        "optimizer": _one_or_all({name: ranks.strategy.whole(each.state_dict()) for name, each in optimizers.items()}),
+        "optimizer_name": _one_or_all({name: type(each).__name__ for name, each in optimizers.items()}),
+        "parameters": _one_or_all({name: built.names for name, built in trainables.built.items()}),
         "schedule": trainables.schedule.state_dict(),
         "scaler": trainables.scaler.state_dict() if trainables.scaler else {},
         "averaged": ema.updates if ema else 0,
@@ -204,15 +249,34 @@ def capture(
         "seed": seed,
         "rng": generator_states,
     }
-    averaged = ranks.strategy.whole(ema.module.state_dict()) if ema else None
+    averaged = ranks.strategy.whole(ema.module.state_dict()) if ema and ema.is_ready else None
     of_loss = {name: ranks.strategy.whole(part.state_dict()) for name, part in _parts_of_loss(trainables).items()}
     return values, ranks.strategy.whole(trainables.module.state_dict()), averaged, of_loss
+
+
+def _one_or_all(values: dict[str, Any]) -> Any:
+    """What a checkpoint holds of the optimizers: of a single one the value itself, of several all by name."""
+    return values if [*values] != [ONE] else values[ONE]
 
 
 def _parts_of_loss(trainables: Trainables) -> dict[str, Module]:
     """What a checkpoint holds of the loss, by the name of its file."""
     own, ema = trainables.loss, trainables.loss_ema
     return ({LOSS: own} if own is not None else {}) | ({LOSS_EMA: ema.module} if ema is not None else {})
+
+
+def _restore_optimizers(trainables: Trainables, ranks: Ranks, states: Any, names: Any) -> None:
+    """Load the optimizers' states, which the main rank has (None elsewhere); older checkpoints have no names."""
+    if [*trainables.built] == [ONE]:
+        states, names = {ONE: states}, {ONE: names}
+    for name, built in trainables.built.items():
+        state = (states or {}).get(name)
+        if state is not None:
+            fallback = [item.name for item in named_parameters(trainables.module, trainables.loss)]
+            state = regrouped(built, state, (names or {}).get(name) or fallback)
+        ranks.strategy.load_optimizer(built.optimizer, in_the_way_of(built.optimizer, state))
+        start_momentum(built.optimizer)
+        follow_weights(built.optimizer)
 
 
 def _generators_of_all(module: Module, ranks: Ranks) -> list[Any] | None:
@@ -245,7 +309,7 @@ def fingerprint(module: Module) -> dict[str, int]:
 
 def restore(loaded: Loaded | None, state: TrainState, trainables: Trainables, ranks: Ranks, seed: int) -> None:
     """Resume from a checkpoint, which only the main rank has read (None elsewhere). All ranks call it."""
-    assert trainables.optimizer is not None and trainables.schedule is not None
+    assert trainables.schedule is not None
     ranks.strategy.load_weights(trainables.module, loaded.weights if loaded else None)
     if trainables.ema:
         own = loaded.ema or loaded.weights if loaded else None  # an average that begins now begins with the weights
@@ -254,9 +318,7 @@ def restore(loaded: Loaded | None, state: TrainState, trainables: Trainables, ra
         others = loaded.others if loaded else {}
         ranks.strategy.load_weights(part, others.get(name, others.get(LOSS)))
     values = dict(loaded.state) if loaded else {}
-    optimizer = trainables.optimizer
-    ranks.strategy.load_optimizer(optimizer, in_the_way_of(optimizer, values.pop("optimizer", None)))
-    start_momentum(optimizer)
+    _restore_optimizers(trainables, ranks, values.pop("optimizer", None), values.pop("parameters", None))
     values = ranks.broadcast(values)
     if not ranks.is_main:  # all ranks add up the same sums; what was summed so far is rank 0's
         values["sums"] = dict.fromkeys(values["sums"], 0.0)
@@ -265,9 +327,9 @@ def restore(loaded: Loaded | None, state: TrainState, trainables: Trainables, ra
     if trainables.scaler and values["scaler"]:
         trainables.scaler.load_state_dict(values["scaler"])
     if trainables.ema:
-        trainables.ema.updates = values["averaged"]
+        trainables.ema.resume(values["averaged"], state.averaged_epoch)
     if trainables.loss_ema:
-        trainables.loss_ema.updates = values["averaged"]
+        trainables.loss_ema.resume(values["averaged"], state.averaged_epoch)
     for name, kept in trainables.kept.items():
         kept.load_state_dict(values.get("kept", {}).get(name, {}))
     if len(values["rng"]) == ranks.world_size:

@@ -129,6 +129,7 @@ def trained(steps=3):
 # What comes back
 
 
+@pytest.mark.slow
 def test_a_training_comes_back_to_the_bit_and_continues_alike(tmp_path_factory):
     torch.manual_seed(3)
     model, optimizer, scheduler = trained()
@@ -336,7 +337,7 @@ REFUSED = {
     "collections.defaultdict": collections.defaultdict(list, a=[1]),
     "collections.deque": collections.deque([1]),
     "datetime.datetime": datetime.datetime(2026, 1, 2),
-    "torch._C.Generator": torch.Generator(),
+    "torch.Generator": torch.Generator(),
     "torch.nn.modules.linear.Linear": nn.Linear(1, 1),
     "frozenset": frozenset([1]),
     "range": range(3),
@@ -935,6 +936,7 @@ def test_links_that_cannot_be_followed_are_not_needed(mounted):
 # Kills, and more than one writer
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_the_acknowledged_checkpoint(tmp_path):
     seed = random.randrange(1 << 30)
     report = in_a_process("random_kills", tmp_path, seed, 50)
@@ -957,6 +959,7 @@ def test_five_hundred_kills_on_a_disk_that_is_full_now_and_then(tmp_path, mounte
     assert report["failures"] == [] and report["acknowledged"] > 100 and report["full"] > 50, report
 
 
+@pytest.mark.slow
 def test_a_kill_before_any_single_file_operation_leaves_the_acknowledged_checkpoint(tmp_path):
     report = in_a_process("kill_at_every_operation", tmp_path)
     assert report["failures"] == []
@@ -1234,7 +1237,7 @@ def test_what_was_loaded_does_not_change_with_the_file(tmp_path):
         ([torch.ones(3)], "no weights but a list"),
         ({}, r"no weights but the keys \[\]"),
         ({"model": nn.Linear(1, 1)}, "torch.nn.modules.linear.Linear, which is code"),
-        ({"w": torch.ones(1), "args": Path("x")}, "pathlib.PosixPath, which is code"),
+        ({"w": torch.ones(1), "args": Path("x")}, "PosixPath, which is code"),
     ],
 )
 def test_a_torch_file_without_weights_says_what_it_holds(tmp_path, content, message):

@@ -631,6 +631,7 @@ def rank_main(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_the_figures_of_two_ranks_are_those_of_one_process_and_of_one_batch(tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dtrain.components.metrics", "dtrain.metrics", "dtrain.distributed.process_group"])

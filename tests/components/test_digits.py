@@ -142,6 +142,7 @@ def run(code: str, **env: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_data_are_read_without_importing_scikit_learn() -> None:
     code = "import sys; from dtrain.components.datasets.digits import Digits; Digits('train')"
     assert run(f"{code}; print('sklearn' in sys.modules)") == "False\n"
@@ -155,6 +156,7 @@ def test_where_sys_path_does_not_show_the_file_scikit_learn_is_asked(monkeypatch
     assert torch.equal(found.labels, expected.labels)
 
 
+@pytest.mark.slow
 def test_without_scikit_learn_the_cure_is_named(tmp_path: Path) -> None:
     # A package of the same name that is found first and has nothing in it.
     with zipfile.ZipFile(tmp_path / "empty.zip", "w") as archive:

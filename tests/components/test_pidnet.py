@@ -39,6 +39,7 @@ def parameters_of(model: torch.nn.Module) -> int:
 # The model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "parameters", "plain", "two_classes", "plain_two_classes", "keys", "plain_keys"),
     [

@@ -324,6 +324,7 @@ def test_an_index_beyond_the_end_is_refused():
         ToothArch("train", length=3)[3]
 
 
+@pytest.mark.slow
 def test_relations_tell_more_than_features():
     """A short training on few teeth; the figures of a whole one are in the docs."""
 

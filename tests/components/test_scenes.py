@@ -341,6 +341,7 @@ def test_rows_of_teeth_are_written_as_one_table(tmp_path):
             assert np.array_equal(file[name][4], expected)
 
 
+@pytest.mark.slow
 def test_another_process_makes_the_same_bytes(tmp_path):
     commands = {
         "cells": ["cell-volume", "--shape", "8", "24", "32", "--cell-size", "10", "--seed", "3", "--count", "2"],

@@ -1196,6 +1196,7 @@ def only_lines_of_text(seed: int) -> bool:
         return True
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**64))
 @example(0)
 @settings(max_examples=300, deadline=timedelta(seconds=30), suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -1227,6 +1228,7 @@ def test_fifty_mutants_end_the_program_with_2_and_a_line_each() -> None:
     print(f"50 of 50; {sorted(seconds)[25]:.2f} s each, {max(seconds):.2f} s at most")
 
 
+@pytest.mark.slow
 def test_mutants_are_mostly_wrong() -> None:
     assert sum(only_lines_of_text(seed) for seed in range(60)) > 30
 
@@ -1247,3 +1249,27 @@ print(sorted({"torch", "torchmetrics", "numpy.linalg", "loud", "parts", "mlflow"
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_a_model_may_compute_its_loss_unless_it_certainly_cannot(folder: Path) -> None:
+    without = GOOD.replace("loss: {name: CrossEntropyLoss}\n", "")
+    assert told(without) == []  # whatever the batch is: nothing is executed to know it
+    unet = without.replace("{name: Maze, dim: 8}", "{name: UNet2D, in_channels: 1, out_channels: 10}")
+    assert told(unet) == [
+        "c.yaml:1:1: loss: missing, such as loss: {name: CrossEntropyLoss}"
+        "; UNet2D.forward(x) takes no target, so it cannot compute a loss itself"
+    ]
+    (folder / "mine.py").write_text("from dtrain.components.models import UNet2D\nclass Mine(UNet2D):\n    pass\n")
+    mine = unet.replace("[parts]", "[parts, mine]").replace("UNet2D", "Mine")
+    assert told(mine) == []  # it may well override what forward calls
+
+
+def test_lower_outputs_that_no_loss_looks_at_are_a_mistake() -> None:
+    unet = "{name: UNet2D, in_channels: 1, out_channels: 10, deep_supervision: true}"
+    config = GOOD.replace("{name: Maze, dim: 8}", unet)
+    text = "c.yaml:2:57: model.deep_supervision: gives several outputs in training, and CrossEntropyLoss looks at the "
+    (line,) = told(config)
+    assert line.startswith(text) and line.endswith("loss: {name: DeepSupervision, loss: {name: ...}}")
+    wrapped = config.replace("{name: CrossEntropyLoss}", "{name: DeepSupervision, loss: {name: CrossEntropyLoss}}")
+    assert told(wrapped) == []
+    assert told(config.replace("true}", "false}")) == []

@@ -45,6 +45,7 @@ def source() -> Source:
     return Source()
 
 
+@pytest.mark.slow
 def test_every_class_of_the_libraries_takes_what_inspect_says(source: Source) -> None:
     """Names, order and which are required, for some 290 classes; and no class is left to an import."""
     compared, differing = set(), []

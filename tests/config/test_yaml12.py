@@ -234,6 +234,7 @@ def test_all_mistakes_of_a_document_are_told() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_hostile_text_is_refused_in_little_time_and_memory() -> None:
     code = f"""
 import json, resource, sys

@@ -9,7 +9,18 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from dtrain.config.errors import ConfigError
-from dtrain.data.batch import call, call_form, inputs, main_output, split, to_device
+from dtrain.data.batch import (
+    KEPT,
+    call,
+    call_form,
+    inputs,
+    main_output,
+    parts_of_whole,
+    split,
+    to_device,
+    whole,
+    whole_form,
+)
 
 Pair = namedtuple("Pair", "image label")
 Counted = namedtuple("Counted", "image label kept_samples")
@@ -164,3 +175,43 @@ def test_all_tensors_of_a_batch_move() -> None:
     assert moved["id"] == ["a", "b"]
     assert isinstance(moved["packed"], PackedSequence) and moved["packed"].data.device.type == "meta"
     assert X.device.type == "cpu"
+
+
+class Whole(nn.Module):
+    def __init__(self, forward: Any) -> None:
+        super().__init__()
+        self.forward = forward
+
+
+@pytest.mark.parametrize(
+    ("forward", "batch", "in_training", "otherwise"),
+    [
+        (lambda images, targets=None: 0, [X, Y], "several", "several"),
+        (lambda x, y: 0, (X, Y), "several", "several"),
+        (lambda x, mask=None: 0, (X, Y), "several", "several"),
+        (lambda x, scale=1.0: 0, (X, Y), "several", None),  # outside training nothing shows whether it is a target
+        (lambda x: 0, [X, Y], None, None),
+        (lambda x: 0, [X], "several", "several"),
+        (lambda x: 0, X, "one", "one"),
+        (lambda batch: 0, [X, Y], "one", "one"),
+        (lambda batch: 0, {"x": X, "y": Y}, "one", "one"),
+        (lambda batch, scale=1.0: 0, [X, Y], "one", "one"),
+        (lambda x, y=None: 0, {"x": X, "y": Y}, "named", "named"),
+        (lambda **more: 0, {"x": X, "label": Y}, "named", "named"),
+        (lambda x: 0, {"x": X, "y": Y}, None, None),
+        (lambda data: 0, object(), "one", "one"),
+    ],
+)
+def test_how_a_model_takes_a_whole_batch(forward, batch, in_training, otherwise):
+    assert whole_form(Whole(forward), batch, is_training=True) == in_training
+    assert whole_form(Whole(forward), batch, is_training=False) == otherwise
+
+
+def test_input_and_target_of_a_whole_batch_are_told_where_they_are_clear():
+    image, label = parts_of_whole({"image": X, "label": Y})
+    assert image is X and label is Y
+    unclear = {"input_ids": X, "start_positions": Y, "end_positions": Y}
+    assert parts_of_whole(unclear) == (unclear, unclear)
+    with pytest.raises(ValueError, match="no target in a batch"):
+        parts_of_whole(unclear, target_key="ends")
+    assert whole({"x": X, KEPT: 2}).keys() == {"x"}

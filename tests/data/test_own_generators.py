@@ -84,6 +84,7 @@ def test_what_is_drawn_from_them_follows_from_seed_epoch_and_index_alone() -> No
         assert not {number for row in other.values() for number in row} & {n for row in expected.values() for n in row}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", ["spawn", "forkserver"])
 def test_workers_that_are_not_forked_draw_the_same(context: str) -> None:
     assert found(3, num_workers=1, multiprocessing_context=context, make=Pickled) == found(3, make=Pickled)

@@ -271,6 +271,7 @@ def test_a_device_that_is_not_there_is_refused(wish, found, gpus, message):
         choose_device(wish, found, gpus)
 
 
+@pytest.mark.slow
 def test_a_script_between_launcher_and_rank_that_gives_each_a_gpu(monkeypatch):
     """As `--gpu-bind=closest`, under launchers whose variables do not say so: LOCAL_RANK 3 is beyond what it sees."""
     mine = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -379,6 +380,7 @@ def two_ranks(tmp_path_factory):
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_ranks_find_one_another(two_ranks):
     assert [(found["rank"], found["world"]) for found in two_ranks] == [(0, 2), (1, 2)]
     assert [found["sum"] for found in two_ranks] == [3.0, 3.0]
@@ -410,6 +412,7 @@ def test_each_rank_gets_its_share_of_the_cores(two_ranks):
     assert [found["threads"] for found in two_ranks] == [share, share]
 
 
+@pytest.mark.slow
 def test_the_users_number_of_threads_is_kept(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     env = {k: v for k, v in os.environ.items() if k not in RANK_NAMES}
@@ -420,6 +423,7 @@ def test_the_users_number_of_threads_is_kept(tmp_path):
     assert json.loads((tmp_path / "0.json").read_text())["threads"] == 3
 
 
+@pytest.mark.slow
 def test_two_tasks_of_srun_find_one_another(tmp_path):
     """srun's variables alone, as it sets them for two tasks on one node (measured on SLURM 22.05)."""
     (tmp_path / "script.py").write_text(SCRIPT)

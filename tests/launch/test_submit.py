@@ -159,6 +159,7 @@ NASTY = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_no_name_or_path_breaks_out_of_500_scripts(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seed = random.randrange(1 << 30)
     print("seed", seed)

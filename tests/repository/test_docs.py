@@ -41,6 +41,7 @@ from dtrain.predict.predictor import Predictor
 from dtrain.reporting.validation_pictures import picture_settings
 from dtrain.tracking.journal import Journal
 from dtrain.trainer import Trainer
+from dtrain.training.parameter_groups import group_settings
 from dtrain.training.schedule import schedule_settings
 
 README = REPOSITORY / "README.md"
@@ -407,6 +408,7 @@ OWN_SETTINGS: dict[tuple[str, ...], tuple[Callable, set[str]]] = {
     ("predictor",): (Predictor, set()),
     ("cluster",): (cluster_settings, set()),
     ("loaders",): (loader_settings, set()),
+    ("optimizer",): (group_settings, set()),
     ("lr_scheduler",): (schedule_settings, set()),
     ("metrics",): (metric_settings, {"activation"}),  # of monai.metrics alone
 }
@@ -428,6 +430,7 @@ def test_the_reference_has_every_key_and_no_other(path: tuple[str, ...]) -> None
     for key in path:
         section = section[key]
     components_own = {"name", *PHASES} if path in (("loaders",), ("lr_scheduler",)) else set()
+    components_own |= {"name", "lr"} if path == ("optimizer",) else set()
     components_own |= {"name", "task", "num_classes", "Precision"} if path == ("metrics",) else set()
     assert set(section) - components_own == set(settings(path))
 

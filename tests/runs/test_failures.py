@@ -193,7 +193,7 @@ def test_a_folder_without_a_failed_step_is_told(place: Place, tmp_path: Path) ->
 
 def test_a_model_that_leaves_the_program_has_failed(place: Place) -> None:
     result = place.run(place.config("leaves"), expect=1, do="train 3 rank 0 exit")
-    assert "rank 0 failed at step 3 (forward): SystemExit: 3" in result.stdout
+    assert "rank 0 failed at step 3 (forward): SystemExit: 3" in result.text
     facts = read_run(place.path("leaves"))
     assert (facts["state"], facts["reason"]) == ("FAILED", "SystemExit: 3")
     assert failure_of(place.path("leaves"))["samples"]

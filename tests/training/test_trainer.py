@@ -89,6 +89,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_overridden_method_is_called_in_the_order_that_is_documented(config: dict[str, Any]) -> None:
     config["trainer"]["name"] = "Told"
     trainer = dtrain.create_trainer(config)
@@ -103,6 +104,7 @@ def test_every_overridden_method_is_called_in_the_order_that_is_documented(confi
     assert (trainer.step, trainer.epoch, trainer.position) == (6, 2, 0)
 
 
+@pytest.mark.slow
 def test_a_subclass_that_overrides_the_name_of_before_works(config: dict[str, Any], tmp_path: Path) -> None:
     config["trainer"]["name"] = "Earlier"
     assert dtrain.create_trainer(config).fit() == "FINISHED"
@@ -131,6 +133,7 @@ BEFORE = (
 )  # five steps, written by the program before its new layout
 
 
+@pytest.mark.slow
 def test_a_training_of_before_the_new_layout_resumes_as_if_it_had_never_stopped(
     config: dict[str, Any], tmp_path: Path
 ) -> None:

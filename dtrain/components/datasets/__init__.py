@@ -1,6 +1,7 @@
 """Datasets a config can name."""
 
 from dtrain.components.datasets.cell_volume import CellVolume
+from dtrain.components.datasets.collate import detection_collate
 from dtrain.components.datasets.digits import Digits, DigitsClassification
 from dtrain.components.datasets.digits_scene import DigitsScene
 from dtrain.components.datasets.hdf5 import LazyHDF5Dataset, StandardHDF5Dataset
@@ -24,4 +25,5 @@ __all__ = [
     "SliceBuilder",
     "StandardHDF5Dataset",
     "ToothArch",
+    "detection_collate",
 ]

@@ -55,6 +55,9 @@ class _UNet(nn.Module):
         pool_type: max | avg.
         basic_module: DoubleConv | ResNetBlock | ResNetBlockSE. Default: the class's own.
         se_module: What a ResNetBlockSE excites: scse (both, the default), cse (channels), sse (voxels).
+        deep_supervision: In train mode, also return logits of the lower levels on the way up, each by a 1 x 1
+            convolution of its own, for the loss DeepSupervision (Lee et al. 2015, arXiv:1409.5185; Isensee et al. 2021,
+            nnU-Net). In eval mode nothing changes, and all other parameters keep their names.
 
     Raises:
         ValueError: An argument has no meaning, or contradicts another one.
@@ -83,6 +86,7 @@ class _UNet(nn.Module):
         pool_type: Literal["max", "avg"] = "max",
         basic_module: Literal["DoubleConv", "ResNetBlock", "ResNetBlockSE"] | None = None,
         se_module: Literal["scse", "cse", "sse"] | None = None,
+        deep_supervision: bool = False,
     ) -> None:
         super().__init__()
         block = basic_module or self.block
@@ -108,8 +112,11 @@ class _UNet(nn.Module):
             for level in reversed(range(len(channels) - 1))
         )
         self.final_conv = layers.conv(channels[0], out_channels, 1)
+        lower = channels[1:-1] if deep_supervision else ()
+        self.deep_heads = nn.ModuleList(layers.conv(width, out_channels, 1) for width in lower)  # from top to bottom
+        self.deep_supervision = deep_supervision
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Make the logits of images.
 
         Args:
@@ -117,22 +124,29 @@ class _UNet(nn.Module):
                 hold images.
 
         Returns:
-            Logits of the same size: (N, K, D, H, W) or (N, K, H, W), or (N, K, 1, H, W).
+            Logits of the same size: (N, K, D, H, W) or (N, K, H, W), or (N, K, 1, H, W). With `deep_supervision`, in
+            train mode, a list: these, then those of each lower level on the way up, in that level's size.
 
         Raises:
             ValueError: The dimensions or channels are wrong, or the image is too small for the number of levels.
         """
         if self.dims == 2 and x.dim() == 5 and x.shape[2] == 1:
-            return self(x.squeeze(2)).unsqueeze(2)
+            made = self(x.squeeze(2))
+            return [item.unsqueeze(2) for item in made] if isinstance(made, list) else made.unsqueeze(2)
         self._check_size(x)
         skips = []
         for encoder in self.encoders:
             x = encoder(x)
             skips.append(x)
         skips.pop()
+        levels = []
         for decoder in self.decoders:
             x = decoder(skips.pop(), x)
-        return self.final_conv(x)
+            levels.append(x)
+        main = self.final_conv(x)
+        if not (self.deep_supervision and self.training):
+            return main
+        return [main, *(head(level) for head, level in zip(self.deep_heads, levels[-2::-1], strict=True))]
 
     def _check_size(self, x: Tensor) -> None:
         name, axes = type(self).__name__, "DHW"[-self.dims :]
