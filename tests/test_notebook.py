@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import signal
+import subprocess
 import sys
 import weakref
 from collections.abc import Callable
@@ -82,7 +83,11 @@ def made(steps: int, folder: str = "run", model: nn.Module | None = None, **chan
         "optimizer": lambda params: torch.optim.SGD(params, lr=0.5, momentum=0.9),
         "metrics": [right],
     }
-    config = {"device": "cpu", "loaders": {"batch_size": 4}, "mlflow": {"exit_timeout_seconds": 0}}
+    config = {
+        "device": "cpu",
+        "loaders": changes.pop("batch", {"batch_size": 4}),
+        "mlflow": {"exit_timeout_seconds": 0},
+    }
     config["trainer"] = {"max_steps": steps, "checkpoint_dir": folder, "validate_every_steps": 4, "pictures": False}
     return dtrain.create_trainer(config, **{**objects, **changes})
 
@@ -154,6 +159,49 @@ def test_another_training_in_this_process_finds_the_memory_free() -> None:
     del trainer
     gc.collect()
     assert seen() is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("argument", ["params", "model", "named_parameters"])
+def test_an_optimizer_is_given_what_it_asks_for(argument: str) -> None:
+    seen: list[Any] = []
+    space = {"seen": seen, "torch": torch}
+    exec(
+        f"def make({argument}): seen.append({argument}); return torch.optim.SGD(list(net.parameters()), lr=0.1)", space
+    )
+    space["net"] = net = Net()
+    trainer = made(1, model=net, optimizer=space["make"])
+    assert trainer.module is net and trainer.optimizer.param_groups[0]["params"][0] is net.layers[0].weight
+    kinds = {"params": list, "model": Net, "named_parameters": list}
+    assert isinstance(seen[0], kinds[argument])
+    if argument == "named_parameters":
+        assert [name for name, _ in seen[0]] == [name for name, _ in net.named_parameters()]
+
+
+SCRIPT = """
+import json, sys
+from test_notebook import made, SPLIT, Points
+result = made(8, "two", datasets={"train": Points(20), "val": Points(10, 1)}, batch=SPLIT).fit()
+print(json.dumps({"figures": result.last, "best": str(result.best_checkpoint), "status": result}))
+"""
+SPLIT = {"global_batch_size": 4}
+
+
+@pytest.mark.slow
+def test_two_ranks_give_what_one_gives(tmp_path: Path) -> None:
+    one = made(8, "one", datasets={"train": Points(20), "val": Points(10, 1)}, batch=SPLIT).fit()
+    (tmp_path / "script.py").write_text(SCRIPT)
+    path = os.pathsep.join([os.environ["PYTHONPATH"], str(Path(__file__).parent)])
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "script.py"],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(lines) == 2 and lines[0] == lines[1], done.stdout + done.stderr
+    assert lines[0]["status"] == one and lines[0]["figures"] == pytest.approx(one.last, abs=1e-5)
 
 
 class Interrupting(Points):

@@ -284,14 +284,19 @@ class Checkpoints:
 
     def _ranked(self, readable: list[tuple[Path, Manifest]]) -> list[Path]:
         """Those with a score, best first: finite weights before others, the older of two equals first."""
-        sign = -1 if self._mode == "max" else 1
         after = readable[0][1].get("scores_after", 0) if readable else 0
         ranks = [
-            (not manifest["finite"], sign * float(manifest["score"]), manifest["serial"], path)
+            (not manifest["finite"], distance_from_best(manifest["score"], self._mode), manifest["serial"], path)
             for path, manifest in readable
-            if manifest["serial"] > after and manifest["score"] is not None and math.isfinite(float(manifest["score"]))
+            if manifest["serial"] > after
         ]
-        return [path for *_, path in sorted(ranks)]
+        return [path for _, distance, _, path in sorted(ranks) if distance < math.inf]
+
+
+def distance_from_best(score: float | str | None, mode: str) -> float:
+    """What is smaller for a better score; infinite for none, and for one that is not finite."""
+    value = math.nan if score is None else float(score)
+    return math.inf if not math.isfinite(value) else -value if mode == "max" else value
 
 
 @contextmanager

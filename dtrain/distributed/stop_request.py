@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dtrain.distributed.exit_status import INTERRUPTED, STOPPED_EARLY
 
@@ -69,6 +69,7 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
+        real_signal = signal.signal
         taken = self._taken = (*stop_signals(), signal.SIGALRM)
         before = {number: signal.signal(number, self._handle) for number in taken}
         if self._limit:  # a signal, too: it reaches a loop that waits for data
@@ -80,6 +81,7 @@ class StopRequest:
                 raise
             raise RuntimeError("KeyboardInterrupt was raised by the program itself: nobody pressed Ctrl-C") from error
         finally:
+            signal.signal = real_signal  # see `_hold`
             signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in before.items():
                 if handler not in _ends_at_once:  # which is not for what comes afterwards: it may be a failure
@@ -88,18 +90,30 @@ class StopRequest:
                     signal.signal(number, signal.default_int_handler)
 
     def keep_listening(self, say: Callable[[str], object]) -> None:
-        """Takes signals back that other code ignores since; says so once, and of those that have another handler."""
+        """Takes back, for good, signals that other code ignores; says so once, and of those with another handler."""
         for number in self._taken if threading.current_thread() is threading.main_thread() else ():
             handler = signal.getsignal(number)
             if handler == self._handle or (number == signal.SIGALRM and not self._limit):
                 continue
             if is_dead := handler in (signal.SIG_IGN, signal.SIG_DFL):
                 signal.signal(number, self._handle)
+                self._hold(number)
             if number not in self._not_ours:
                 self._not_ours.add(number)
                 name, other = signal.Signals(number).name, getattr(handler, "__qualname__", handler)
                 taken_back = "was ignored by the training's code, which would keep it from saving; it is heard again"
                 say(f"warning: {name} {taken_back if is_dead else f'goes to {other} of the training, not to dtrain'}")
+
+    def _hold(self, number: int) -> None:
+        """Let no code of this process have a signal ignored any more: a dataset may try so with each sample."""
+        before, process = signal.signal, os.getpid()  # workers that are forked ignore what they want
+
+        def kept(other: int, handler: Any) -> Any:
+            if other == number and handler in (signal.SIG_IGN, signal.SIG_DFL) and os.getpid() == process:
+                return signal.getsignal(number)
+            return before(other, handler)
+
+        signal.signal = kept  # type: ignore[assignment]
 
     def waiting(self, items: Iterable[T]) -> Iterator[T]:
         """The same items; while the next one is waited for, a request raises StopWaiting."""

@@ -1,8 +1,8 @@
 """Whether a validation is the best so far, and when too many have brought no better one: early stopping."""
 
-import math
 from typing import Literal
 
+from dtrain.checkpoint.checkpoint_folder import distance_from_best
 from dtrain.training.state import TrainState
 
 
@@ -11,8 +11,7 @@ def is_new_best(state: TrainState, score: float | None, mode: Literal["min", "ma
     state.validated_step, state.score = state.step, score
     if score is None:
         return False
-    better = state.best is None or (score > state.best if mode == "max" else score < state.best)
-    if better and math.isfinite(score):
+    if distance_from_best(score, mode) < distance_from_best(state.best, mode):
         state.best, state.bad_validations = score, 0
         return True
     state.bad_validations += 1
