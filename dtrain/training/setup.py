@@ -153,7 +153,6 @@ def make_parts(
         _identity(config, options, phases), has_weights=bool(options["pre_trained"]) and start.checkpoint is None,
         **_whole_volumes(config, loaders, predictor),
     )  # fmt: skip
-    texts = {f"config/{name}": redact(text) for name, text in sources(config).items()}
     parts = Parts(
         ranks, start, seed, _untrained(module, compiled, loss, metrics), forward, loaders, metrics, figure.figure, mode,
         Saver(checkpoints, options["checkpoint_every_minutes"], progress.note, not ranks.strategy.is_sharded),
@@ -161,11 +160,17 @@ def make_parts(
         progress, _pictures(config, options, loaders, start), inference,
         record=_record(config, options, ranks, start) | {"space": spaces.get("train")},
         places={key: str(place) for key in config if (place := place_of(config, (key,)))},
-        texts={"config.yaml": to_yaml(redacted_tree(to_plain(config)))} | texts,
+        texts=_texts(config),
     )  # fmt: skip
     if purpose == "train":
         _add_training(config, options, parts, sender)
     return parts
+
+
+def _texts(config: ConfigDict) -> dict[str, str]:
+    """The config, resolved and as it was written, without secrets."""
+    resolved = {"config.yaml": to_yaml(redacted_tree(to_plain(config)))}
+    return resolved | {f"config/{name}": redact(text) for name, text in sources(config).items()}
 
 
 def _untrained(module: Module, compiled: Module, loss: Criterion | None, metrics: Metrics) -> Trainables:

@@ -199,10 +199,12 @@ def rank_variables(file: Source) -> list[tuple[str, int]]:
 
 
 def function_lengths(file: Source) -> Iterator[tuple[str, int, int]]:
-    """(name, line, lines without the docstring) of each function."""
+    """(name, line, lines without the docstring) of each function; without the keys where they are a config's section."""
     for node in ast.walk(file.tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            is_section = len(node.args.kwonlyargs) > 7
+            begin = node.body[0].lineno if is_section else node.lineno
+            length = (node.end_lineno or begin) - begin + 1
             if ast.get_docstring(node, clean=False) is not None:
                 first = node.body[0]
                 length -= (first.end_lineno or first.lineno) - first.lineno + 1
