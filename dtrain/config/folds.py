@@ -10,7 +10,7 @@ CHANGES = ("transforms", "random_scale")  # what a training may do to its data, 
 
 
 def are_folds(loaders: Any) -> bool:
-    """Whether a section of loaders has folds. A dataset's own argument of that name is not a mapping with a count."""
+    """Whether a section of loaders has folds. A dataset may have an argument of that name."""
     return is_mapping(loaders) and is_mapping(loaders.get("folds")) and not is_mapping(loaders["folds"].get("name"))
 
 

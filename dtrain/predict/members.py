@@ -59,7 +59,7 @@ def checkpoints_of(wishes: Sequence[str | Path]) -> list[Path]:
 
 
 def _in_folder(path: Path) -> list[Path]:
-    """The checkpoints of one path; what is neither a run folder nor one of runs is itself one, or will be refused later."""
+    """The checkpoints of one path; neither a run folder nor one of runs, it is itself one, or will be refused later."""
     if _is_run(path):
         checkpoints = Checkpoints(RunFolder(path).checkpoints)
         chosen = checkpoints.best() or checkpoints.last()
