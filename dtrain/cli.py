@@ -125,9 +125,18 @@ DOCTOR = CONFIG | {
     "config": CONFIG["config"] | {"nargs": "?"},
     "--json": dict(action="store_true", help="print one JSON object"),
 }
-TEST = RUN | {"--checkpoint": dict(metavar="PATH", help="a checkpoint or weight file (default: the best)")}
+CHECK = RUN | {
+    "--find-lr": dict(action="store_true", help="try ever higher learning rates, suggest one, draw find-lr.png")
+}
+TEST = RUN | {
+    "--checkpoint": dict(
+        metavar="PATH", action="append", default=[],
+        help="a checkpoint, weight file or run folder; several, or a pattern: an ensemble (default: the best)",
+    ),
+}  # fmt: skip
 PREDICT = TEST | {
     "--output-dir": dict(metavar="DIR", help="default: predictions in the run folder"),
+    "--folds": dict(metavar="DIR", help="of the folds' run folders: each predicts what it was not trained on"),
     "--overwrite": dict(action="store_true", help="replace files that were made with other settings"),
 }
 LAUNCH = RUN | {
@@ -138,6 +147,11 @@ LAUNCH = RUN | {
     "--max-restarts": dict(metavar="N", type=_natural, default=0, help="restart failed ranks from the last checkpoint"),
     "--launcher": dict(choices=("torchrun", "accelerate"), default="torchrun", help="whose settings to use"),
     "--log-dir": dict(metavar="DIR", type=Path, help="default: logs in the run folder"),
+}
+SWEEP = CONFIG | {
+    "overrides": CONFIG["overrides"] | {"help": "one value, or several: 1e-3,1e-2 or 0..4"},
+    "--nproc-per-node": dict(metavar="N|auto", help="ranks of each trial, as with launch (default: one process)"),
+    "--dry-run": dict(action="store_true", help="print each trial's command; train nothing"),
 }
 _NAME = dict(metavar="NAME", help="as the cluster calls it")
 CLUSTER: Arguments = {  # options of submit, which stand for keys of the config's `cluster`
@@ -194,6 +208,13 @@ def _launch(options: argparse.Namespace) -> int:
     return launch(config, options, host, port)
 
 
+def _sweep(options: argparse.Namespace) -> int:
+    """Train once for each combination of the values that keys are given, one after another; skip what is finished."""
+    from dtrain.launch.sweep import sweep
+
+    return sweep(options.config, options.overrides, options.nproc_per_node, options.dry_run)
+
+
 def _test(options: argparse.Namespace) -> int:
     """Loss and metrics of a checkpoint on the test data."""
     config = _checked(options, "test")
@@ -204,11 +225,11 @@ def _test(options: argparse.Namespace) -> int:
 
 def _predict(options: argparse.Namespace) -> int:
     """Predict the data of loaders.predict, else loaders.test, into files; resume where an earlier start ended."""
-    config = _checked(options, "predict")
+    config = _checked(options, "predict" if options.folds is None else None)
     end_at_once(_say)
     from dtrain.launch import rank
 
-    return rank.predict(config, options.checkpoint, options.output_dir, options.overwrite)
+    return rank.predict(config, options.checkpoint, options.output_dir, options.overwrite, options.folds)
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -224,11 +245,11 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    """Build everything and try one batch of each phase; train nothing, write nothing."""
+    """Build everything and try one batch of each phase; train nothing, write nothing but --find-lr's picture."""
     config = _checked(options, "train")
     from dtrain.launch import rank
 
-    return rank.rehearse(config)
+    return rank.rehearse(config, options.find_lr)
 
 
 def _checked(options: argparse.Namespace, purpose: str | None) -> Any:
@@ -258,7 +279,7 @@ def _config(options: argparse.Namespace) -> int:
     for line in notes_on(config):
         print(f"# {one_line(line)}")
     for name, call in calls(config).items():
-        if name.endswith((".loader", ".schedule", ".ddp", ".fsdp", ".pictures")) or name.startswith(
+        if name.endswith((".loader", ".schedule", ".folds", ".ddp", ".fsdp", ".pictures", ".swa")) or name.startswith(
             ("cluster", "metric.", "groups.", "trainer.freeze")
         ):
             continue  # dtrain's own keys beside a component's, and what is not part of a training
@@ -326,8 +347,9 @@ COMMANDS = {
     "launch": (_launch, LAUNCH, "configfiles/digits.yaml --nproc-per-node 4 --max-restarts 3"),
     "test": (_test, TEST, "configfiles/digits.yaml --checkpoint runs/digits/checkpoints/best"),
     "predict": (_predict, PREDICT, "configfiles/digits.yaml --output-dir predictions predictor.format=csv"),
+    "sweep": (_sweep, SWEEP, "configfiles/digits.yaml optimizer.lr=1e-3,1e-2 seed=0..2"),
     "export": (_export, EXPORT, "runs/digits --output digits.onnx"),
-    "check": (_check, RUN, "configfiles/digits.yaml"),
+    "check": (_check, CHECK, "configfiles/digits.yaml --find-lr"),
     "config": (_config, CONFIG, "configfiles/digits.yaml optimizer.lr=5e-4"),
     "submit": (_submit, SUBMIT, "configfiles/digits.yaml --nodes 2 --gpus-per-node 4 --time 12:00:00"),
     "sync": (_sync, RUN_FOLDER, "runs/digits"),

@@ -4,10 +4,11 @@ The order of samples is a function of (seed, epoch), a sample's randomness of (s
 the number of ranks, workers or restarts. Progress is a position, counted in samples of the epoch's order.
 """
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,11 +16,12 @@ from ml_collections import ConfigDict
 from torch.utils.data import IterableDataset
 
 from dtrain.config.build import build, defaults
-from dtrain.config.errors import KeyPath, mark_section
+from dtrain.config.errors import KeyPath, is_mapping, mark_section
 from dtrain.config.schema import PHASES, SAMPLERS, calls, refused, set_names
+from dtrain.data.folds import split
 from dtrain.data.loader_workers import fork_when_native_threads_are_idle
 from dtrain.data.orders import Endless, Shuffled, order_of, require_same_on_ranks
-from dtrain.data.samplers import ORDER, BatchShard, EvaluationShard, ShuffledShard
+from dtrain.data.samplers import ORDER, BatchShard, EvaluationShard, ShuffledShard, limited
 from dtrain.data.seeded_samples import BatchLoader, SeededBatches, batch_loader
 
 MOST_TRIED = 100  # batches, to find one with samples
@@ -40,6 +42,8 @@ def loader_settings(  # noqa: PLR0913
     timeout: float = 0,
     multiprocessing_context: str | None = None,
     collate_fn: Callable | None = None,
+    whole_volumes: Literal["mirrored"] | bool = False,
+    every_epochs: int | None = None,
 ) -> dict[str, Any]:
     """The loader's own keys under `loaders`; the other keys are the dataset's.
 
@@ -58,6 +62,9 @@ def loader_settings(  # noqa: PLR0913
         multiprocessing_context: fork, spawn or forkserver. Default: fork on Linux, else Python's own choice.
         collate_fn: A function by name that makes a batch of a list of samples; see `kept_samples` for one that leaves
             samples out.
+        whole_volumes: For `val` only: measure whole volumes, put together as a prediction's, in place of patches; true
+            leaves `predictor.mirror` out, mirrored does not.
+        every_epochs: Do so in every so many epochs, and measure patches in the others. Default: in each validation.
     """
     return dict(locals())
 
@@ -272,6 +279,13 @@ class Loaders(NamedTuple):
         """The phases whose datasets hold so much that the search for generators ended before it had seen all."""
         return [phase for phase, samples in self._samples() if not samples.is_searched]
 
+    def used(self) -> str:
+        """How many samples of each phase are used, where `limit_batches` or `overfit_batches` may leave some out."""
+        counts = {"train": self.train.shard.end(0)} if self.train else {}
+        of_others = {name: loader for phase in ("val", "test") for name, loader in self.of(phase).items()}
+        counts |= {name: loader.batch_sampler.size for name, loader in of_others.items()}  # type: ignore[union-attr]
+        return ", ".join(f"{phase} {count:,}" for phase, count in counts.items())
+
     def _samples(self) -> list[tuple[str, Any]]:
         return [(name, getattr(loader, "loader", loader).dataset) for name, loader in self.by_name().items()]
 
@@ -314,18 +328,30 @@ def get_train_loaders(
     train: TrainLoader | None = None
     sets: dict[str, BatchLoader] = {}
     described = calls(config)
+    overfits = (config.get("trainer") or {}).get("overfit_batches") is not None
     for name in (name for phase in PHASES if phase in phases for name in set_names(described, phase)):
         options = build(config, f"loaders.{name}.loader")
         path = described[f"loaders.{name}.loader"].path
         batch_size = _batch_size(config, path, options, world_size)
         if options["pin_memory"] is None:
             options["pin_memory"] = pin_memory
-        dataset = _checked(config, path, build(config, f"loaders.{name}"))
+        phase = name.partition("/")[0]
+        if overfits and phase == "val" and train is not None:  # on the very samples that are trained on
+            size: Any = train.shard.most
+            shard = EvaluationShard(size, rank, world_size, batch_size)
+            sets[name] = batch_loader(train.batches.dataset, seed, shard, options)
+            continue
+        dataset = _checked(config, path, _split(config, name, build(config, f"loaders.{name}")))
+        limit = _limit(config, phase)
         if name == "train":
             options |= {"accumulate": accumulate, **_sampling(config, dataset)}
+            options["shuffle"] = options["shuffle"] and not overfits
             train = _train_loader(config, dataset, seed, rank, world_size, batch_size, options=options)
+            if limit is not None:
+                train.shard.limit(limit)
             continue
-        shard = EvaluationShard(len(dataset), rank, world_size, batch_size)
+        size = len(dataset) if limit is None else limited(len(dataset), batch_size * world_size, limit)
+        shard = EvaluationShard(size, rank, world_size, batch_size)
         sets[name] = batch_loader(dataset, seed, shard, options)
         if train is not None and name.startswith("val"):
             _refuse_shared_files(config, path, train.loader.dataset.dataset, dataset)  # type: ignore[attr-defined]
@@ -333,6 +359,19 @@ def get_train_loaders(
         phase: next((sets[name] for name in sets if name.partition("/")[0] == phase), None) for phase in PHASES[1:]
     }
     return Loaders(train, **firsts, sets=sets)
+
+
+def _split(config: ConfigDict, phase: str, dataset: Any) -> Any:
+    """The part of a dataset that the phase has, where folds split it."""
+    if phase not in ("train", "val") or "loaders.folds" not in calls(config):
+        return dataset
+    settings = build(config, "loaders.folds")
+    try:
+        return split(dataset, settings, phase)
+    except ValueError as error:
+        key = re.match(r"\w+", str(error))
+        path = ("loaders", "folds", *([key[0]] if key and key[0] in settings else []))
+        raise refused(config, path, str(error)) from None
 
 
 def _sampling(config: ConfigDict, dataset: Any) -> dict[str, Any]:
@@ -360,6 +399,15 @@ def _train_loader(config: ConfigDict, dataset: Any, *layout: int, options: dict[
         text = f"drop_last leaves no batch: {loader.shard.samples} samples, and {of}"
         raise refused(config, path, text)
     return loader
+
+
+def _limit(config: ConfigDict, phase: str) -> int | float | None:
+    """How many batches of a phase are used, or which share of them; None: all."""
+    trainer: Any = config.get("trainer") or {}
+    overfit, limit = trainer.get("overfit_batches"), trainer.get("limit_batches")
+    if phase == "predict" or (overfit is not None and phase == "train"):
+        return overfit if phase == "train" else None
+    return limit.get(phase) if is_mapping(limit) else limit
 
 
 def _refuse_shared_files(config: ConfigDict, path: KeyPath, train: Any, val: Any) -> None:

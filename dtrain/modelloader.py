@@ -57,6 +57,7 @@ class Forward:
     output_key: str | int | None = None  # which of several outputs is predicted; see `data.heads.output_of`
     sample_counts: Collection[int] = ()  # see `data.batch.call_form`
     say: Callable[[str], Any] = bool  # told once how a model is called that computes its own loss
+    channels_last: bool = False  # the memory format of images and volumes among the inputs
 
     def __post_init__(self) -> None:
         self._name = type(self.module).__name__  # of now: sharding makes a class of another name
@@ -66,6 +67,7 @@ class Forward:
         self._computes_loss: bool = getattr(self.criterion, "of_model", False)
         self._whole: batches.Form | None = None  # of whole batches, once a model was seen to take them
         self._has_result = False  # of a whole batch
+        self.gives_several = False  # outputs, of which `predict` returns one
         self._check_target: Any = getattr(self.criterion, "check_target", None)
 
     def autocast(self) -> Any:
@@ -86,6 +88,8 @@ class Forward:
         if self._computes_loss and self._takes_whole(model, batch):
             return self._with_own_loss(model, batches.whole(batch))
         inputs, target = batches.split(batch, self.input_key, self.target_key)
+        if self.channels_last:
+            inputs = batches.in_channels_last(inputs)
         if self._form is None:
             self._form = batches.call_form(self.module, inputs, self.sample_counts)
         with self._autocast:
@@ -100,6 +104,15 @@ class Forward:
                 mark_section(error, section)
                 raise
         return loss, terms, Outcome(inputs, output, target)
+
+    def run(self, model: nn.Module, inputs: Any) -> Any:
+        """All that the model makes of inputs of any form, which are moved to the device."""
+        if not self._is_on_cpu:
+            inputs = batches.to_device(inputs, self.device)
+        if self.channels_last:
+            inputs = batches.in_channels_last(inputs)
+        with self._autocast:
+            return batches.call(model, inputs, batches.call_form(self.module, inputs, self.sample_counts))
 
     def _takes_whole(self, model: nn.Module, batch: Any) -> bool:
         """Whether the model is given whole batches, so that it can compute a loss; in a training it has to be."""
@@ -148,11 +161,8 @@ class Forward:
         Raises:
             ConfigError: Keys do not tell which of several outputs that is.
         """
-        if not self._is_on_cpu:
-            inputs = batches.to_device(inputs, self.device)
-        with self._autocast:
-            form = batches.call_form(self.module, inputs, self.sample_counts)
-            output = batches.call(model, inputs, form)
+        output = self.run(model, inputs)
+        self.gives_several = not isinstance(output, Tensor)
         try:
             main = output_of(output, self.output_key)
         except ValueError as error:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
 from dtrain.checkpoint.checkpoint_files import Loaded
-from dtrain.checkpoint.weights import load_for_use, load_weights
+from dtrain.checkpoint.weights import load_weights
 from dtrain.config.build import build
 from dtrain.config.check import check
 from dtrain.config.errors import ConfigError, to_plain
@@ -31,14 +31,18 @@ from dtrain.distributed.launched_rank import mark_first_step
 from dtrain.distributed.stop_request import StopWaiting
 from dtrain.distributed.vote import Vote
 from dtrain.predict.inference import Result
+from dtrain.predict.members import load_to_test
 from dtrain.predict.run import compare_with_training, logits, predict
 from dtrain.tracking.secrets import keep_secret
+from dtrain.training.anomaly import detecting_anomalies
 from dtrain.training.best_score import is_new_best, judge_patience
 from dtrain.training.closure import Closure, asks_for_closure
+from dtrain.training.ema import EMA
 from dtrain.training.evaluate import evaluate, evaluate_volumes
 from dtrain.training.evidence import Evidence
 from dtrain.training.failure_card import reported
 from dtrain.training.finite_step import FiniteStep, NonFiniteError
+from dtrain.training.gpu_memory import peak_gb
 from dtrain.training.held_folder import keep_whole
 from dtrain.training.optimizer import require_one_optimizer, require_trained
 from dtrain.training.own_step import OwnStep, trained
@@ -47,6 +51,7 @@ from dtrain.training.result import FitResult, fit_result
 from dtrain.training.run_status import session
 from dtrain.training.setup import Parts, make_parts
 from dtrain.training.state import Activity, TrainState, capture, means, restore
+from dtrain.training.swa import SWA
 from dtrain.training.throughput import Throughput
 from dtrain.training.watchdog import watchdog
 
@@ -119,6 +124,7 @@ class Trainer:
         precision: fp32 | bf16 | fp16. Default: accelerate's own setting, else fp32.
         accumulate: Batches per optimizer step.
         clip_grad_norm: The largest total gradient norm; larger ones are scaled down to it.
+        log_grad_norm: Log the total gradient norm; with clip_grad_norm it is logged anyway.
         log_every_steps: train/loss is the mean since its last point; also at each epoch's end.
         validate_every_steps: Default: at each epoch's end.
         checkpoint_every_steps: Besides the checkpoints after each validation and epoch.
@@ -128,7 +134,16 @@ class Trainer:
         on_nonfinite: stop | skip, when a loss or gradient on any rank is NaN or infinite.
         early_stop_patience: Validations without a new best after which the training ends.
         ema_decay: Keep an exponential moving average of the weights, validate and test it.
+        swa: Average the weights of epochs' ends (stochastic weight averaging): its settings as a mapping.
+        limit_batches: So many batches of a phase, or such a share of them; a mapping for train, val and test.
+        overfit_batches: Train on so many first batches again and again, and validate on the same.
+        anomaly: torch's anomaly detection: where backward fails, the failure card names the line of forward.
         compile: true, a mode of torch.compile, or its arguments.
+        activation_checkpointing: Parts that compute their activations again in backward: true, or patterns over
+            modules' names or class names.
+        channels_last: Convolutions' weights and inputs in channels_last (channels_last_3d) memory format.
+        matmul_precision: highest | high | medium: of float32 matrix products. Default: torch's own setting.
+        cudnn_benchmark: Let cuDNN time its algorithms for each shape of input. Default: torch's own setting.
         sync_batchnorm: BatchNorm over all ranks (GPU only).
         deterministic: torch's deterministic algorithms.
         pictures: What is drawn at validations: its settings as a mapping; false or null: nothing.
@@ -162,6 +177,7 @@ class Trainer:
         precision: Literal["fp32", "bf16", "fp16"] | None = None,
         accumulate: int = 1,
         clip_grad_norm: float | None = None,
+        log_grad_norm: bool = False,
         log_every_steps: int = 50,
         validate_every_steps: int | None = None,
         checkpoint_every_steps: int | None = None,
@@ -171,7 +187,15 @@ class Trainer:
         on_nonfinite: Literal["stop", "skip"] = "stop",
         early_stop_patience: int | None = None,
         ema_decay: float | None = None,
+        swa: dict | None = None,
+        limit_batches: int | float | dict | None = None,
+        overfit_batches: int | float | None = None,
+        anomaly: bool = False,
         compile: bool | str | dict = False,
+        activation_checkpointing: bool | str | list[str] = False,
+        channels_last: bool = False,
+        matmul_precision: Literal["highest", "high", "medium"] | None = None,
+        cudnn_benchmark: bool | None = None,
         sync_batchnorm: bool = False,
         deterministic: bool = False,
         pictures: bool | dict | None = True,
@@ -189,21 +213,12 @@ class Trainer:
         self.max_steps = math.inf if max_steps is None else max_steps
         self.monitor, self.mode, self.on_nonfinite = monitor or "val/loss", mode or "min", on_nonfinite
         self.clip_grad_norm, self.device = clip_grad_norm, self.ranks.device
+        self.logs_grad_norm, self.anomaly = log_grad_norm or clip_grad_norm is not None, anomaly
         self.log_every_steps, self.early_stop_patience = log_every_steps, early_stop_patience
         self.validate_every_steps = validate_every_steps or math.inf
         self.checkpoint_every_steps = checkpoint_every_steps or math.inf
         self.hang_timeout_seconds = hang_timeout_seconds
-        self.state, self.activity = TrainState(self.device), Activity()
-        self.inference = replace(parts.inference, asked_to_stop=self.asked_to_stop)
-        self.last_step = LastStep(self.state, keeps_sums=accumulate > 1)
-        self.vote, self.throughput = Vote(self.ranks), Throughput(self.ranks.rank, self.ranks.world_size)
-        self._collect_parameters(syncs_buffers=(ddp or {}).get("broadcast_buffers") is not False)
-        self._is_first_step = True  # of this start
-        self.finite_step = FiniteStep(
-            self.optimizer, self.scaler, self.state, on_nonfinite, self.progress.note, self.ranks
-        )
-        if closure or (closure is None and asks_for_closure(self.optimizer)):
-            self.finite_step.closure = Closure(self.state, self.ranks, self.learn, self._clipped)
+        self._make_means(accumulate, closure, syncs_buffers=(ddp or {}).get("broadcast_buffers") is not False)
 
     def _take_over(self, parts: Parts) -> None:
         """The objects that it works with."""
@@ -211,10 +226,26 @@ class Trainer:
         self.parts, self.ranks, self.loaders, self.metrics = parts, parts.ranks, parts.loaders, parts.metrics
         self.trainables, self.module, self.model = parts.trainables, given.module, given.model
         self.optimizers, self.optimizer, self.schedule = given.optimizers, given.optimizer, given.schedule
-        self.ema, self.scaler = given.ema, given.scaler
+        self.scaler = given.scaler
+        self.swa: SWA | None = given.ema if isinstance(given.ema, SWA) else None
+        self.ema: EMA | None = None if self.swa else given.ema  # of every step
         self.forward, self.saver, self.stop_request = parts.forward, parts.saver, parts.stop
         self.journal, self.progress = parts.journal, parts.progress
         self.train_loader: Any = parts.loaders.train
+
+    def _make_means(self, accumulate: int, closure: bool | None, syncs_buffers: bool) -> None:
+        """The counters, and what the loop does its steps with."""
+        self.state, self.activity = TrainState(self.device), Activity()
+        self.inference = replace(self.parts.inference, asked_to_stop=self.asked_to_stop)
+        self.last_step = LastStep(self.state, keeps_sums=accumulate > 1)
+        self.vote, self.throughput = Vote(self.ranks), Throughput(self.ranks.rank, self.ranks.world_size)
+        self._collect_parameters(syncs_buffers)
+        self._is_first_step = True  # of this start
+        self.finite_step = FiniteStep(
+            self.optimizer, self.scaler, self.state, self.on_nonfinite, self.progress.note, self.ranks
+        )
+        if closure or (closure is None and asks_for_closure(self.optimizer)):
+            self.finite_step.closure = Closure(self.state, self.ranks, self.learn, self._clipped)
 
     def _collect_parameters(self, syncs_buffers: bool) -> None:
         """The parameters that are trained, now or later, and what the ranks have to do for those of a loss."""
@@ -276,6 +307,7 @@ class Trainer:
             reported(evidence),
             watchdog(evidence, self.hang_timeout_seconds),
             self._rescuing(),
+            detecting_anomalies(self.anomaly),
         ):
             self._check_that_it_can_be_saved()
             # A validation during which an earlier start was stopped comes first.
@@ -295,6 +327,8 @@ class Trainer:
         end = loader.begin(state.epoch, state.position, state.order)
         self.progress.start_epoch(state.epoch + 1, *self._extent())
         self.freeze_and_thaw()
+        if self.swa:
+            self.swa.begin_epoch(self.optimizer, self.schedule, state)
         self.model.train()
         self.throughput.restart()
         self.last_step.mark()
@@ -550,11 +584,29 @@ class Trainer:
         Where a validation is stopped, the epoch ends when the training resumes.
         """
         self.log()
+        if self.swa and self.swa.is_due(self.state) and not self.average_epoch():
+            return
         if self.validate_every_steps == math.inf and not self.validate():
             return
         self.state.epoch, self.state.position, self.state.order = self.epoch + 1, 0, ORDER
         self.schedule.tick("epoch")
         self.save()
+
+    def average_epoch(self) -> bool:
+        """Take this epoch's last weights into the average of `swa`, with BatchNorm's statistics. On every rank.
+
+        Returns:
+            False where it was stopped meanwhile.
+        """
+        assert self.swa is not None
+        self.last_step.mark()  # this step is whole, even where a rank is asked to stop
+        with self.throughput.paused(), self.activity.during("BatchNorm's statistics"):
+            is_done = self.swa.end_epoch(
+                self.trainables, self.train_loader, self.forward, self.ranks, self.state, self.asked_to_stop
+            )
+        if not is_done:
+            self.stop()
+        return is_done
 
     def _after_epoch(self) -> None:
         """The name of before: a subclass that overrides it works as ever."""
@@ -593,7 +645,7 @@ class Trainer:
             if state.stopped:
                 return False
             score = figures.get(self.monitor)
-            if score is None:
+            if score is None and self.inference.gives(self.monitor, self.loaders.of("val"), self.epoch):
                 self.save()  # what was trained must not be lost for a name; the next start validates it
                 raise ConfigError(not_given(self.monitor, figures))
             is_best = is_new_best(state, score, self.mode)
@@ -636,22 +688,21 @@ class Trainer:
         figures: dict[str, float] = {}
         for name, loader in self.loaders.of(phase).items():
             self.activity.data_set = name
-            means = self._evaluated(name, loader, module)
+            of_volumes = self.inference.measures_volumes(name, self.epoch)
+            means = (self._evaluate_volumes if of_volumes else self._evaluate_set)(name, loader, module)
             self.model.train()
             if means is None:
                 self.stop()
                 return {}
-            figures |= {f"{name}/{figure}": value for figure, value in means.items()}
+            kind = self.inference.kind(name, self.epoch)
+            figures |= {f"{kind}{figure}": value for figure, value in means.items()}
         self.journal.log(self.step, figures)
         return figures
 
-    def _evaluated(self, name: str, loader: Any, module: torch.nn.Module) -> dict[str, float] | None:
+    def _evaluate_set(self, name: str, loader: Any, module: torch.nn.Module) -> dict[str, float] | None:
         """Loss and metrics over one set; None where a request to stop came meanwhile."""
         pictures, stop = self.parts.pictures.get(name), self.asked_to_stop
         album = pictures.album(self.step, self.journal, self.progress.note) if pictures else None
-        of_volumes = self.inference.tests_volumes and hasattr(loader.dataset.dataset, "volumes")
-        if of_volumes and name.startswith("test"):
-            return evaluate_volumes(module, logits(self.inference, loader), self.metrics, self.ranks, stop)
         counted = loader.counted()
         # With shards all ranks wait.
         batches = counted if self.ranks.strategy.is_sharded else self.stop_request.waiting(counted)
@@ -659,37 +710,56 @@ class Trainer:
             self.ranks.agree_on_buffers(self.trainables.loss)  # type: ignore[arg-type]
         with self.trainables.evaluating(module):
             measured = evaluate(self._evaluate_batch, module, batches, self.metrics, self.ranks, stop, album)
-        if measured and (left_out := len(loader.dataset) - measured.samples):
+        if measured and (left_out := loader.batch_sampler.size - measured.samples):
             return measured.figures | {"left_out_samples": left_out}
         return measured and measured.figures
 
-    def test(self, checkpoint: Path | None = None) -> dict[str, float]:
+    def _evaluate_volumes(self, name: str, loader: Any, module: torch.nn.Module) -> dict[str, float] | None:
+        """Metrics over whole volumes, of a validation the loss as well."""
+        is_val, pictures = name.startswith("val"), self.parts.pictures.get(name)
+        inference = self.inference.of_training(module, name) if is_val else self.inference
+        if is_val and self._shares_loss:
+            self.ranks.agree_on_buffers(self.trainables.loss)  # type: ignore[arg-type]
+        # Without patches it would draw what the model makes of an item, which is a whole volume.
+        draws = pictures is not None and getattr(loader.dataset.dataset, "patch_shape", None) is not None
+        album = pictures.album(self.step, self.journal, self.progress.note) if pictures and draws else None
+        with self.trainables.evaluating(module):
+            rest = (self.metrics, self.ranks, self.asked_to_stop, self.forward if is_val else None, album)
+            return evaluate_volumes(module, logits(inference, loader), *rest)
+
+    def test(self, checkpoint: Path | Sequence[Path] | None = None) -> dict[str, float]:
         """Loss and metrics on the test data, with the weights of a checkpoint. All ranks call it and get the same.
 
         The model keeps these weights.
 
         Args:
-            checkpoint: A checkpoint folder or a weight file. Default: the best, else the last.
+            checkpoint: A checkpoint folder, a weight file or a run folder; of several, an ensemble is tested, whose
+                probabilities are the mean of theirs. Default: the best, else the last.
         """
         with self.activity.during("test"):
             self.saver.wait()
-            step = load_for_use(
-                self.module, self.ranks, self.saver.checkpoints, checkpoint, criterion=self.trainables.criterion
-            )
+            called, criterion = self.trainables.compiled, self.trainables.criterion
+            model, step, path = load_to_test(self.inference, called, self.saver.checkpoints, checkpoint, criterion)
+            self.inference = replace(self.inference, model=model)
             if self.train_loader is None:  # else all phases were compared at the start
                 for loader in self.loaders.of("test").values():
-                    compare_with_training(self.inference, loader, checkpoint)
-            figures = self.evaluate("test", self.trainables.compiled)
+                    compare_with_training(self.inference, loader, path)
+            figures = self.evaluate("test", model)
             if figures:
                 self.progress.evaluation("test", step if self.train_loader is None else self.step, figures)
         return figures
 
     def predict(
-        self, checkpoint: str | Path | None = None, output_dir: str | Path | None = None, overwrite: bool = False
+        self,
+        checkpoint: str | Path | Sequence[str | Path] | None = None,
+        output_dir: str | Path | None = None,
+        overwrite: bool = False,
+        folds: Mapping[str, Any] | None = None,
     ) -> Result:
         """Predict what `loaders.predict` holds, else `loaders.test`, into files; see `dtrain.predict.run.predict`."""
+        settings = checkpoint, output_dir, overwrite, folds
         with self.stop_request.listening():
-            return predict(self.inference, self.loaders, self.saver.checkpoints, checkpoint, output_dir, overwrite)
+            return predict(self.inference, self.loaders, self.saver.checkpoints, *settings)
 
     def asked_to_stop(self) -> bool:
         """Whether this rank, or during an evaluation any other, was asked to stop; costs no collective."""
@@ -710,7 +780,7 @@ class Trainer:
                 raise NonFiniteError(f"train/loss is not finite at step {state.step}")
             figures |= {"lr": state.rate, "samples_per_second": self.throughput.samples_per_second}
             figures |= {f"lr/{name}": rate for name, rate in self.schedule.rates_by_group().items()}
-            if self.clip_grad_norm is not None and math.isfinite(norm := float(state.grad_norm)):
+            if self.logs_grad_norm and math.isfinite(norm := float(state.grad_norm)):
                 figures["grad_norm"] = norm
             if state.skipped:
                 figures["skipped_steps"] = state.skipped
@@ -724,11 +794,13 @@ class Trainer:
 
     def _train_figures(self) -> dict[str, float]:
         sums = self.state.sums
-        own = torch.tensor(self.throughput.own(), dtype=sums["loss"].dtype, device=self.device)
+        peaks = peak_gb(self.ranks)
+        own = torch.tensor([*self.throughput.own(), *peaks], dtype=sums["loss"].dtype, device=self.device)
         values = self.ranks.sum_(torch.cat([torch.stack(list(sums.values())), own])).tolist()
         if slow := self.throughput.judge(values[len(sums) :]):
             self.progress.note(f"warning: {slow}")
-        return means(dict(zip(sums, values, strict=False)), self.state.samples - self.state.unsummed)
+        memory = {"gpu_memory_gb": max(values[-len(peaks) :])} if peaks else {}
+        return memory | means(dict(zip(sums, values, strict=False)), self.state.samples - self.state.unsummed)
 
     def save(self) -> None:
         """Save all that the training is, unless nothing happened since the last time. All ranks call it.

@@ -20,6 +20,7 @@ from dtrain.config.resolve import module_mistake
 from dtrain.config.rules import rule_mistakes, value_mistakes
 from dtrain.config.schema import NOT_REBUILT, Call, calls, is_component, listed_modules, mistake, read, set_names
 from dtrain.config.signatures import Callee, module_file
+from dtrain.config.versions import changes_since, newer_version
 from dtrain.config.yaml12 import HAS_DOT
 
 
@@ -30,6 +31,8 @@ def check(config: ConfigDict, purpose: str | None = "train") -> None:
     `purpose` is train, test or predict: what must be there; None: whichever the phases under `loaders` are for.
     A ConfigError has every mistake, each with its place.
     """
+    if newer := newer_version(config):  # of whose keys nothing can be said
+        raise ConfigError(newer)
     reading = read(config)
     mistakes = [*reading.mistakes]
     if not any(item.text.startswith("metrics") for item in mistakes):
@@ -53,6 +56,7 @@ def notes(config: ConfigDict) -> list[str]:
     described = calls(config)
     result = [
         *notes_on(config),
+        *changes_since(config),
         *task_notes(described),
         *mode_notes(config, described),
         *ignored_differently(described),

@@ -16,23 +16,25 @@ from dtrain.config.signatures import Callee
 NOT_SET: Any = type("NotSet", (), {"__repr__": lambda self: "(not set)"})()
 # Calls, as in `calls`, and those of their keys that change nothing of what is computed, up to rounding.
 _FREE = [
-    ("", r"device|experiment|run_name|modules"),
+    ("", r"device|experiment|run_name|modules|config_version"),
     (r"mlflow|predictor|cluster|loaders\.(test|predict)(/[\w-]+)?(\.loader)?", r".*"),
     (
         r"loaders\.[\w/-]+\.loader",
-        r"num_workers|pin_memory|persistent_workers|prefetch_factor|timeout|multiprocessing_context",
+        r"every_epochs|num_workers|pin_memory|persistent_workers|prefetch_factor|timeout|multiprocessing_context",
     ),
     (
         r"trainer",
         r"max_.*|.*_every_.*|keep_.*|checkpoint_dir|early_stop_.*|time_limit|hang_timeout_seconds|pictures|profile"
-        r"|compile|deterministic|strategy|fsdp|activation_checkpointing|channels_last|cudnn_benchmark",
+        r"|compile|deterministic|strategy|activation_checkpointing|channels_last|cudnn_benchmark"
+        r"|limit_batches|anomaly|log_grad_norm",
     ),
     (r"trainer\.ddp", r"(?!comm_hook).*"),
+    (r"trainer\.fsdp", r"(?!param_dtype|reduce_dtype).*"),
 ]
 # Calls that are also arguments of `trainer`, as which they are compared.
-_PARTS = ("trainer.fsdp", "trainer.pictures", "trainer.pre_trained", "trainer.freeze")
+_PARTS = ("trainer.pictures", "trainer.pre_trained", "trainer.freeze", "trainer.swa")
 _BATCH_SIZES = ("batch_size", "global_batch_size")
-_TOP_DEFAULTS = {"seed": 0, "device": "auto", "modules": []}
+_TOP_DEFAULTS = {"seed": 0, "device": "auto", "modules": [], "config_version": None}
 
 
 class Change(NamedTuple):
@@ -102,8 +104,8 @@ def _of_call(key: str, before: Call, after: Call) -> Iterator[Change]:
         yield Change(after.path_of("name"), names[0], names[1], _is_free(key, "name"))
     defaults = defaults_of(before) | defaults_of(after)
     for name in dict.fromkeys((*before.arguments, *after.arguments)):
-        if key == "trainer" and name in ("ddp", "resume"):
-            continue  # a call of its own; and what is asked for now
+        if key == "trainer" and name in ("ddp", "fsdp", "resume"):
+            continue  # calls of their own; and what is asked for now
         default = defaults.get(name, NOT_SET)
         one, other = (to_plain(call.arguments.get(name, default)) for call in (before, after))
         path = after.path_of(name) if name in after.arguments else before.path_of(name)

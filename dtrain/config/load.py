@@ -9,6 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dtrain.config.errors import ConfigError, KeyPath, Mistake, Place, dotted, found, is_mapping, type_name
+from dtrain.config.folds import fill_in_validation
 from dtrain.config.overrides import override
 from dtrain.config.pytorch3dunet import canonical_names, translate
 from dtrain.config.variables import expand
@@ -212,6 +213,7 @@ def _merge(into: _Tree, other: _Tree) -> None:
 def _to_config(tree: _Tree) -> ConfigDict:
     values = expand(tree.values, tree.places, tree.values)
     notes = translate(values, tree.places)
+    fill_in_validation(values, tree.places)
     config = to_config_dict(values, locked=True)
     # Places are kept beside the fields: they are not settings, and a copy of a section needs none.
     for name, kept in (("_places", tree.places), ("_texts", tree.texts), ("_notes", notes)):

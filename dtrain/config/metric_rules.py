@@ -13,9 +13,11 @@ from dtrain.config.schema import Call, mistake, own_loop, set_names
 from dtrain.config.signatures import SOURCE, Callee
 from dtrain.config.task import COUNTS, count_argument, takes_task
 
+VOLUMES = "volume/"  # in the names of what a validation of whole volumes gives
+
 
 class Monitored(NamedTuple):
-    """The figure that 'best' means: `val/<label>`, or with a part `val/<label>_<part>`; of a set, `val/<set>/...`."""
+    """The figure that 'best' means: `<kind>/<label>`, or with a part `<label>_<part>`; see `kinds_of_validation`."""
 
     figure: str
     label: str  # of a metric, or 'loss'
@@ -23,20 +25,20 @@ class Monitored(NamedTuple):
 
 
 def monitored(
-    wish: str | None, labels: list[str], sets: Sequence[str] = ("val",), has_own_figures: bool = False
+    wish: str | None, labels: list[str], kinds: Sequence[str] = ("val",), has_own_figures: bool = False
 ) -> Monitored | None:
     """What a `trainer.monitor` means where the metrics have these labels; None where no metric's name begins it.
 
-    Default: the first metric, else the loss, of the first of the validation's sets. With figures of its own an
+    Default: the first metric, else the loss, of the first of the validation's kinds. With figures of its own an
     evaluation may give any.
     """
     if wish is None:
-        wish = f"{sets[0]}/{[*labels, 'loss'][0]}"
+        wish = f"{kinds[0]}/{[*labels, 'loss'][0]}"
     wish = f"val/{wish.removeprefix('val/')}"
-    data_set = next((name for name in sets if wish.startswith(f"{name}/")), None)
-    if data_set is None:
+    kind = next((kind for kind in kinds if wish.startswith(f"{kind}/")), None)
+    if kind is None:
         return None
-    name = wish.removeprefix(f"{data_set}/")
+    name = wish.removeprefix(f"{kind}/")
     fitting = [label for label in (*labels, "loss") if name == label or name.startswith(f"{label}_")]
     label = max(fitting, key=len, default=None)
     if label is None and has_own_figures:
@@ -44,9 +46,9 @@ def monitored(
     return None if label is None else Monitored(wish, label, name[len(label) + 1 :])
 
 
-def can_be_monitored(labels: Iterable[str], sets: Iterable[str]) -> list[str]:
+def can_be_monitored(labels: Iterable[str], kinds: Iterable[str]) -> list[str]:
     """The figures that there surely are."""
-    return [f"{data_set}/{label}" for data_set in sets for label in (*labels, "loss")]
+    return [f"{kind}/{label}" for kind in kinds for label in (*labels, "loss")]
 
 
 def measures_itself(config: ConfigDict) -> bool:
@@ -59,9 +61,21 @@ def labels_of(calls: Mapping[str, Call]) -> list[str]:
     return [key.removeprefix("metrics.") for key in calls if key.startswith("metrics.")]
 
 
-def val_sets(calls: Mapping[str, Call]) -> list[str]:
-    """The names of the validation's sets; one where there are none."""
-    return set_names(calls, "val") or ["val"]
+def kinds_of_validation(calls: Mapping[str, Call]) -> list[str]:
+    """What stands before a figure's name: each of the validation's sets, of whole volumes with VOLUMES behind it.
+
+    Of a set, volumes come first; the first of all is what 'best' is judged by, unless `monitor` names another.
+    """
+    return [kind for name in set_names(calls, "val") or ["val"] for kind in _kinds_of_set(calls, name)]
+
+
+def _kinds_of_set(calls: Mapping[str, Call], name: str) -> list[str]:
+    loader = calls.get(f"loaders.{name}.loader")
+    wishes = loader.arguments if loader else {}
+    if not wishes.get("whole_volumes"):
+        return [name]
+    every, of_volumes = wishes.get("every_epochs"), f"{name}/{VOLUMES}".rstrip("/")
+    return [of_volumes, name] if isinstance(every, int) and every > 1 else [of_volumes]
 
 
 def monitor_mistakes(config: ConfigDict, calls: Mapping[str, Call], trains: bool) -> Iterator[Mistake]:
@@ -72,10 +86,10 @@ def monitor_mistakes(config: ConfigDict, calls: Mapping[str, Call], trains: bool
     wish, mode = (_of_trainer(calls, key) for key in ("monitor", "mode"))
     if wish is not None and not isinstance(wish, str):
         return  # a wrong type, which is reported, or a subclass's own affair
-    sets = val_sets(calls)
-    figure = monitored(wish, labels_of(calls), sets, measures_itself(config))
+    kinds = kinds_of_validation(calls)
+    figure = monitored(wish, labels_of(calls), kinds, measures_itself(config))
     if figure is None:
-        known = can_be_monitored(labels_of(calls), sets)
+        known = can_be_monitored(labels_of(calls), kinds)
         hint = did_you_mean(f"val/{str(wish).removeprefix('val/')}", known)
         text = f"{shown(wish)} is not a metric of the validation{hint}; possible: {', '.join(known)}"
         yield mistake(config, ("trainer", "monitor"), text)
@@ -107,7 +121,8 @@ def task_notes(calls: Mapping[str, Call]) -> Iterator[str]:
 def mode_notes(config: ConfigDict, calls: Mapping[str, Call]) -> Iterator[str]:
     """Where a `mode` of the config contradicts what the monitored metric says of itself; the config's holds."""
     wish, mode = (_of_trainer(calls, key) for key in ("monitor", "mode"))
-    figure = monitored(wish, labels_of(calls), val_sets(calls)) if wish is None or isinstance(wish, str) else None
+    is_known = wish is None or isinstance(wish, str)
+    figure = monitored(wish, labels_of(calls), kinds_of_validation(calls)) if is_known else None
     said = {True: "max", False: "min"}.get(higher_is_better(calls, figure)) if figure else None
     if figure and said and mode in ("min", "max") and mode != said:
         yield f"trainer.mode: {mode}, though by what the metric itself says it is {said} for {figure.figure}"

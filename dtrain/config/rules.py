@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from ml_collections import ConfigDict
 from dtrain.config.annotations import wrong_type
 from dtrain.config.did_you_mean import did_you_mean
 from dtrain.config.errors import ConfigError, KeyPath, Mistake, found, is_mapping, shown
+from dtrain.config.folds import are_folds, fold_mistakes
 from dtrain.config.schema import PHASES, SLOTS, Call, has_several, mistake, own_loop, read
 from dtrain.config.signatures import SOURCE
 
 MAX_NAME_BYTES = 200  # a moved-aside run folder has a time stamp, too, and file systems take 255; MLflow 250
 TOP_LEVEL = {  # the keys of a config with their types; those without one are checked elsewhere
+    "config_version": "int | None",
     "experiment": "str | None",
     "run_name": "str | None",
     "seed": "int | None",
@@ -46,7 +49,7 @@ _LIBRARIES = ("torch.", "monai.", "dtrain.")  # whose `reduction: sum` is known 
 _PLAIN = ("torch.nn.", "dtrain.components.", "monai.networks.nets.")  # whose models return outputs, never a loss
 _ANY, _SOME, _PART = (0, math.inf), (1, math.inf), (0, 1)
 RANGES: dict[str, dict[str, tuple[float, float]]] = {  # where the type alone admits more
-    "": {"seed": _ANY},
+    "": {"seed": _ANY, "config_version": _SOME},
     "trainer": {
         "max_epochs": _ANY, "max_steps": _ANY, "steps_per_epoch": _SOME, "accumulate": _SOME, "log_every_steps": _SOME,
         "validate_every_steps": _SOME, "checkpoint_every_steps": _SOME, "keep_last": _SOME, "keep_best": _ANY,
@@ -55,6 +58,7 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # where the type alone ad
     },
     "loaders": {
         "batch_size": _SOME, "global_batch_size": _SOME, "num_workers": _ANY, "prefetch_factor": _SOME, "timeout": _ANY,
+        "every_epochs": _SOME,
     },
     "optimizer": {"layer_decay": _PART},
     "lr_scheduler": {"warmup_steps": _ANY, "warmup_start": _ANY},
@@ -70,6 +74,7 @@ def rule_mistakes(config: ConfigDict, purpose: str | None) -> Iterator[Mistake]:
     """What is wrong with a config as a whole, for a purpose (None: what its data are for)."""
     yield from _top_level_mistakes(config)
     yield from strategy_mistakes(config, config.get("trainer"))
+    yield from _exclusive_mistakes(config)
     yield from _name_mistakes(config)
     yield from _missing_mistakes(config, purpose)
     yield from _deep_supervision_mistakes(config)
@@ -107,8 +112,14 @@ def value_mistakes(config: ConfigDict) -> Iterator[Mistake]:
             if _at(mapping, "batch_size") is not None and _at(mapping, "global_batch_size") is not None:
                 text = "cannot be combined with 'batch_size'; keep one of them, or set the other to null"
                 yield mistake(config, (*where, "global_batch_size"), text)
+    loaders = config.get("loaders")
+    for key, text in fold_mistakes(loaders["folds"]) if are_folds(loaders) else ():
+        yield mistake(config, ("loaders", "folds", key), text)
+    yield from _limit_mistakes(config)
     for path in _sums(config):
         yield mistake(config, path, f"sum {SUMMED}")
+    yield from _mirror_mistakes(config)
+    yield from _volume_mistakes(config)
     uri = _at(config.get("mlflow"), "tracking_uri")
     if isinstance(uri, str) and uri.lower().startswith("file:"):
         text = f"MLflow 3 no longer writes to {shown(uri)}; name the folder alone (sqlite is put in it), or a server"
@@ -123,6 +134,79 @@ def _in_phases(path: KeyPath, values: Any) -> Iterator[tuple[KeyPath, Any]]:
         yield from (
             (((*path, phase, index), item) for index, item in enumerate(own)) if several else [((*path, phase), own)]
         )
+
+
+def _limit_mistakes(config: ConfigDict) -> Iterator[Mistake]:
+    """Numbers of batches that are none, and what `trainer.swa` cannot be."""
+    trainer = config.get("trainer")
+    limit, overfit = _at(trainer, "limit_batches"), _at(trainer, "overfit_batches")
+    values: dict[KeyPath, Any] = {("overfit_batches",): overfit, ("limit_batches",): limit}
+    if is_mapping(limit):
+        values = {("overfit_batches",): overfit, **{("limit_batches", key): limit[key] for key in limit}}
+    for path, value in values.items():
+        if path[1:] and path[1] not in PHASES[:3]:
+            text = f"is not a phase{did_you_mean(str(path[1]), PHASES[:3])}; possible: {', '.join(PHASES[:3])}"
+        elif value is None or _is_count(value):
+            continue
+        else:
+            text = f"must be a number of batches from 1 on, or a share of them between 0 and 1, {found(value)}"
+            text += "; loaders.val=null leaves the validation out" if value == 0 and path[-1] == "val" else ""
+        yield mistake(config, ("trainer", *path), text)
+    if limit is not None and overfit is not None:
+        yield mistake(
+            config, ("trainer", "overfit_batches"), "cannot be combined with 'limit_batches'; keep one of them"
+        )
+    swa = _at(trainer, "swa")
+    for key, least in (("start_epoch", 1), ("anneal_epochs", 0), ("lr", 0)):
+        value = _at(swa, key)
+        if type(value) in (int, float) and value < least:
+            yield mistake(config, ("trainer", "swa", key), f"must be at least {least}, found {value}")
+
+
+def _is_count(value: Any) -> bool:
+    """A number of batches, or a share of them."""
+    return value >= 1 if type(value) is int else type(value) is float and 0 < value <= 1
+
+
+def _mirror_mistakes(config: ConfigDict) -> Iterator[Mistake]:
+    """Axes that no image has, as far as patches say how many there are."""
+    axes, loaders = _at(config.get("predictor"), "mirror"), config.get("loaders")
+    if not isinstance(axes, list) or not all(type(axis) is int for axis in axes):
+        return
+    owners = [config.get("predictor"), *(_at(each, "slice_builder") for each in (loaders, *_phases(loaders)))]
+    lengths = [len(shape) for owner in owners if isinstance(shape := _at(owner, "patch_shape"), list)]
+    if len(set(axes)) < len(axes) or min(axes, default=0) < 0:
+        text = "must be different axes, counted from 0 on, such as [0, 1, 2]"
+    elif lengths and max(axes, default=0) >= min(lengths):
+        text = f"must be axes of a patch, which are {', '.join(map(str, range(min(lengths))))}"
+    else:
+        return
+    yield mistake(config, ("predictor", "mirror"), f"{text}, found {axes}")
+
+
+def _volume_mistakes(config: ConfigDict) -> Iterator[Mistake]:
+    """What does not go together with a validation of whole volumes."""
+    loaders, trainer = config.get("loaders"), config.get("trainer")
+    for phase, key in product(PHASES, ("whole_volumes", "every_epochs")):
+        if phase != "val" and _at(_at(loaders, phase), key):
+            text = "is for loaders.val; a test measures whole volumes where there is a section predictor"
+            yield mistake(config, ("loaders", phase, key), text)
+    wishes: dict[str, tuple[KeyPath, Any]] = {}
+    for key in ("whole_volumes", "every_epochs"):
+        of_val = _at(_at(loaders, "val"), key)
+        wishes[key] = (("loaders", key), _at(loaders, key)) if of_val is None else (("loaders", "val", key), of_val)
+    (path, wish), (every_path, every) = wishes["whole_volumes"], wishes["every_epochs"]
+    if wish == "mirrored" and not _at(config.get("predictor"), "mirror"):
+        yield mistake(config, path, "mirrored needs predictor.mirror, such as mirror: [0, 1, 2]; else write true")
+    if every is not None and not wish:
+        yield mistake(config, every_path, "says how often whole volumes are measured; add whole_volumes: true")
+    elif every is not None and _at(trainer, "validate_every_steps") is not None:
+        text = "counts epochs, and trainer.validate_every_steps validates after steps: whole volumes in each validation"
+        yield mistake(config, every_path, f"{text}, without this key; remove one of the two")
+
+
+def _phases(loaders: Any) -> list[Any]:
+    return [_at(loaders, phase) for phase in PHASES]
 
 
 def _sums(config: ConfigDict) -> list[KeyPath]:
@@ -149,6 +233,7 @@ def strategy_mistakes(config: ConfigDict, options: Any) -> list[Mistake]:
     """What cannot be combined with `trainer.strategy`; `options` may come from elsewhere than the config."""
     strategy = _at(options, "strategy")
     wrong: dict[KeyPath, str] = {}
+    own: list[Mistake] = []
     if strategy == "ddp" and _set_keys(options, "fsdp"):
         wrong["fsdp",] = "applies only with `trainer.strategy: fsdp`"
     if _at(_at(options, "ddp"), "static_graph") and (_at(options, "accumulate") or 1) > 1:
@@ -158,17 +243,31 @@ def strategy_mistakes(config: ConfigDict, options: Any) -> list[Mistake]:
         if has_several(config.get("optimizer")):
             why = "fsdp trains a model as a whole, with one optimizer, and here are several"
             wrong["strategy",] = f"{why} ({', '.join(config.optimizer)}); possible: ddp"
-        if _at(options, "compile"):
-            wrong["compile",] = "is not possible with a sharded model (strategy: fsdp)"
+        of_val = _at(_at(config.get("loaders"), "val"), "whole_volumes")
+        if of_val or (of_val is None and _at(config.get("loaders"), "whole_volumes")):
+            text = "measures whole volumes, which a sharded model (strategy: fsdp) cannot; validate patches, and use "
+            own = [mistake(config, ("loaders", "val", "whole_volumes"), f"{text}`dtrain test` after the training")]
         if _at(options, "sync_batchnorm"):
             wrong["sync_batchnorm",] = "has not been tried with a sharded model (strategy: fsdp)"
         if _at(options, "precision") == "fp16":
             why = "fp16 needs its gradients scaled, which is not possible with strategy: fsdp"
             wrong["precision",] = f"{why}; possible: bf16, fp32"
+        fsdp = _at(options, "fsdp")
+        if _at(fsdp, "param_dtype") == "bf16" and _at(options, "precision") == "fp32":
+            wrong["fsdp", "param_dtype"] = "bf16 needs trainer.precision: bf16, in which the model then computes"
         possible = ("backend", "timeout_seconds", "broadcast_buffers")
         text = f"is an option of DistributedDataParallel; with strategy: fsdp possible: {', '.join(possible)}"
         wrong |= {("ddp", key): text for key in _set_keys(options, "ddp") if key not in possible}
-    return [mistake(config, ("trainer", *path), text) for path, text in wrong.items()]
+    return own + [mistake(config, ("trainer", *path), text) for path, text in wrong.items()]
+
+
+def _exclusive_mistakes(config: ConfigDict) -> Iterator[Mistake]:
+    trainer = config.get("trainer")
+    if _at(trainer, "swa") and _at(trainer, "ema_decay") is not None:
+        yield mistake(config, ("trainer", "swa"), "cannot be combined with 'ema_decay': one average is kept")
+    if _at(trainer, "cudnn_benchmark") and _at(trainer, "deterministic"):
+        text = "cannot be combined with 'deterministic': what is fastest differs from start to start"
+        yield mistake(config, ("trainer", "cudnn_benchmark"), text)
 
 
 def _name_mistakes(config: ConfigDict) -> Iterator[Mistake]:

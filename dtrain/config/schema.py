@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from dtrain.config.annotations import takes_callables, takes_mapping, takes_objects
 from dtrain.config.did_you_mean import nearest
 from dtrain.config.errors import ConfigError, KeyPath, Mistake, bad_syntax, dotted, found, is_mapping, to_plain
+from dtrain.config.folds import are_folds
 from dtrain.config.load import place_of
 from dtrain.config.mixins import joined
 from dtrain.config.resolve import LIBRARIES, Found, locate
@@ -59,8 +60,10 @@ OWN_SETTINGS = {
     "predictor": "dtrain.predict.predictor:Predictor",
     "cluster": "dtrain.launch.batch_script:cluster_settings",
     "loader": "dtrain.dataloader:loader_settings",
+    "folds": "dtrain.data.folds:fold_settings",
     "ddp": "dtrain.distributed.ddp:ddp_options",
     "fsdp": "dtrain.distributed.fsdp:fsdp_options",
+    "swa": "dtrain.training.swa:swa_settings",
     "pictures": "dtrain.reporting.validation_pictures:picture_settings",
     "pre_trained": "dtrain.checkpoint.weights:weight_settings",
     "freeze": "dtrain.training.freezing:freeze_settings",
@@ -358,8 +361,8 @@ class _Reader:
         """The trainer's settings; `name` may name another trainer than dtrain's."""
         own = self.own_call((section,), section, {key: values[key] for key in values if key != "name"})
         self.calls[section] = own if values.get("name") is None else replace(own, name=values["name"])
-        for key in ("ddp", "fsdp", "pictures", "pre_trained"):
-            settings: Any = values.get(key) if key == "pre_trained" else values.get(key) or {}
+        for key in ("ddp", "fsdp", "pictures", "pre_trained", "swa"):
+            settings: Any = values.get(key) if key in ("pre_trained", "swa") else values.get(key) or {}
             if is_mapping(settings):  # `pre_trained` may be a path alone
                 self.calls[f"{section}.{key}"] = self.own_call((section, key), key, settings)
         wish = values.get("freeze")
@@ -371,6 +374,10 @@ class _Reader:
     def loaders(self, section: str, values: Mapping[str, Any]) -> None:
         """For each phase its dataset and its loader; keys beside the phases go to all of them."""
         shared = {key: values[key] for key in values if key not in PHASES}
+        if are_folds(values):
+            self.calls["loaders.folds"] = self.own_call((section, "folds"), "folds", shared.pop("folds"))
+        elif values.get("folds", ...) is None:
+            del shared["folds"]
         data_sets = [item for phase in PHASES for item in self.data_sets(phase, values.get(phase))]
         some_phase_has_a_name = any(is_component(own) for _, _, own in data_sets)
         for phase, path, own in data_sets:

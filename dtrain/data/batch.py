@@ -13,6 +13,7 @@ INPUT_KEYS = ("input", "image", "images", "x")
 TARGET_KEYS = ("target", "label", "labels", "mask", "y")
 TargetKey = str | list[str] | None
 WHOLE = "batch"  # the argument of a forward that takes all of a batch at once
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by a tensor's number of axes
 KEPT = "kept_samples"  # the key, field or attribute by which a batch says how many samples a collate function kept
 
 
@@ -215,6 +216,18 @@ def main_output(output: Any) -> Any:
         key = _key(output, ("out", "logits"))
         return main_output(output[key] if key else next(iter(output.values())))
     return main_output(output[0]) if isinstance(output, list | tuple) else output
+
+
+def in_channels_last(value: Any) -> Any:
+    """The same with its images (N, C, H, W) and volumes (N, C, D, H, W) in the memory format of that name."""
+    if isinstance(value, torch.Tensor):
+        memory_format = CHANNELS_LAST.get(value.dim())
+        return value.contiguous(memory_format=memory_format) if memory_format and value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {key: in_channels_last(item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return value if isinstance(value, PackedSequence) else type(value)(*map(in_channels_last, value))
+    return type(value)(map(in_channels_last, value)) if isinstance(value, list | tuple) else value
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -32,6 +32,7 @@ class ShuffledShard:
     start: int = 0  # the position to begin at
     order: int = ORDER  # its version; a training of before ends its epoch in the order in which it began
     source: Any = None  # a sampler's order (see `orders`), by which a sample may come more than once in an epoch
+    most: int | None = None  # samples of an epoch, where not all are used
 
     @property
     def samples(self) -> int:
@@ -55,7 +56,12 @@ class ShuffledShard:
     def end(self, start: int) -> int:
         """The position after the last sample that is used."""
         size = self.samples
-        return start + (size - start) // self.global_batch * self.global_batch if self.drop_last else size
+        end = start + (size - start) // self.global_batch * self.global_batch if self.drop_last else size
+        return end if self.most is None else max(start, min(end, self.most))
+
+    def limit(self, limit: int | float) -> None:
+        """Use so many first batches of all ranks, or a share of them."""
+        self.most = limited(self.end(0), self.global_batch, limit)
 
     def edge(self, start: int, batches: int) -> int:
         """The position after so many batches of all ranks from a start on; the end where there are fewer."""
@@ -133,6 +139,7 @@ class BatchShard:
     start: int = 0  # the position to begin at
     order: int = ORDER  # as a ShuffledShard has it; these orders have one version
     batch_size: int = 0  # as a ShuffledShard has it; here each batch has its own
+    most: int | None = None  # rounds of an epoch, where not all are used
     _edges: tuple[int, np.ndarray] = (-1, np.zeros(1, np.int64))  # of an epoch: where each batch begins
 
     @property
@@ -164,11 +171,16 @@ class BatchShard:
         """The position after so many rounds from a start on; the end where there are fewer."""
         first, last = self.number(start), len(self.edges) - 1
         last -= (last - first) % self.world_size if self.drop_last else 0
+        last = last if self.most is None else min(last, self.most * self.world_size)
         return int(self.edges[min(first + batches * self.world_size, last)])
 
     def end(self, start: int) -> int:
         """The position after the last sample that is used."""
         return self.edge(start, len(self.edges))
+
+    def limit(self, limit: int | float) -> None:
+        """Use so many first rounds, or a share of them."""
+        self.most = limited(self.batches(0), 1, limit)
 
     def own_samples(self, low: int, high: int) -> int:
         """How many samples of a round are this rank's: its batch, or none."""
@@ -210,6 +222,12 @@ class BatchShard:
         if (end - first) % self.world_size > 0 and self.rank >= (end - first) % self.world_size:
             last = self.source.at(epoch, np.array([end - 1]))[0]
             yield [(epoch, int(edges[end - 1])), int(last[0])]
+
+
+def limited(size: int, batch_size: int, limit: int | float) -> int:
+    """The samples in so many first batches, or in a share of them (0 to 1, at least one batch)."""
+    batches = limit if isinstance(limit, int) else max(1, int(limit * -(-size // batch_size)))
+    return min(size, batches * batch_size)
 
 
 def permuted(positions: np.ndarray, size: int, seed: int, epoch: int, version: int = ORDER) -> np.ndarray:

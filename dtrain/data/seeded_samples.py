@@ -18,7 +18,8 @@ from dtrain.data.batch import kept_samples
 from dtrain.data.loader_workers import begin_worker, signals_blocked
 from dtrain.data.own_generators import generators_in, seed_generator
 
-OF_SAMPLERS = ("shuffle", "drop_last", "sampler", "batch_sampler")
+# Which samples come, and what a validation is of: not torch's affair.
+NOT_OF_TORCH = ("shuffle", "drop_last", "sampler", "batch_sampler", "whole_volumes", "every_epochs")
 
 
 def batch_loader(dataset: Any, seed: int, batch_sampler: Any, options: dict[str, Any]) -> "BatchLoader":
@@ -26,7 +27,7 @@ def batch_loader(dataset: Any, seed: int, batch_sampler: Any, options: dict[str,
 
     Those that say which samples come are the sampler's.
     """
-    options = {key: value for key, value in options.items() if key not in OF_SAMPLERS}
+    options = {key: value for key, value in options.items() if key not in NOT_OF_TORCH}
     method = options["multiprocessing_context"] or multiprocessing.get_start_method(allow_none=True)
     if method is None:  # forks share the data set's memory; Python's own choice differs from version to version
         method = "fork" if sys.platform == "linux" else multiprocessing.get_all_start_methods()[0]

@@ -14,6 +14,16 @@ if TYPE_CHECKING:
     import torch
 
 
+def set_kernels(matmul_precision: str | None = None, cudnn_benchmark: bool | None = None) -> None:
+    """How exact float32 matrix products are, and whether cuDNN times its algorithms; None leaves torch's setting."""
+    import torch
+
+    if matmul_precision is not None:
+        torch.set_float32_matmul_precision(matmul_precision)
+    if cudnn_benchmark is not None:
+        torch.backends.cudnn.benchmark = cudnn_benchmark
+
+
 def choose_device(
     wish: str | Sequence[str], found: Environment, gpus: int, backend: str | None = None
 ) -> "tuple[torch.device, list[str]]":

@@ -9,7 +9,7 @@ import contextlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -21,15 +21,28 @@ MIN_PARAMETERS = 1_000_000  # smaller parts are not worth a message of their own
 
 
 def fsdp_options(
-    *, layers: list[str] | None = None, min_parameters: int | None = None, reshard_after_forward: bool | None = None
+    *,
+    layers: list[str] | None = None,
+    min_parameters: int | None = None,
+    reshard_after_forward: bool | None = None,
+    param_dtype: Literal["fp32", "bf16"] | None = None,
+    reduce_dtype: Literal["fp32", "bf16"] | None = None,
+    cpu_offload: bool | None = None,
+    replicate: int | Literal["nodes"] | None = None,
 ) -> dict[str, Any]:
-    """The keys under `trainer.fsdp`: what is gathered at a time.
+    """The keys under `trainer.fsdp`: what is gathered at a time, in which types, and where it lies meanwhile.
 
     Args:
         layers: Class names of the parts that are gathered one by one. Default: by size.
         min_parameters: Without `layers`, the elements of a ModuleList or Sequential with at least so many.
         reshard_after_forward: Free a part's weights until the backward pass (default true); false takes memory and
             saves messages.
+        param_dtype: In which type weights are gathered for forward and backward (default fp32); bf16 takes half the
+            messages and memory, with `trainer.precision: bf16` alone. Each rank's own part and its optimizer stay fp32.
+        reduce_dtype: In which type gradients are summed over the ranks (default fp32).
+        cpu_offload: Keep each rank's part, its gradients and its optimizer in host memory.
+        replicate: So many copies of the sharded model (HSDP): each is divided over world size / replicate ranks, and
+            gradients are averaged over the copies. nodes: one copy for each node.
     """
     return dict(locals())
 
@@ -40,7 +53,10 @@ def launcher_strategy() -> str | None:
 
 
 def settings_of_accelerate() -> dict[str, Any]:
-    """What accelerate's FSDP settings say, as `fsdp_options`; ConfigError where they ask for what is not done here."""
+    """What accelerate's FSDP settings say, as `fsdp_options`, and `activation_checkpointing`, which is the trainer's.
+
+    A ConfigError says what is not done here.
+    """
     from accelerate.utils import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import CPUOffloadPolicy
     from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
@@ -49,13 +65,12 @@ def settings_of_accelerate() -> dict[str, Any]:
         raise ConfigError("accelerate is set to FSDP 1; here it is FSDP 2: `accelerate to-fsdp2` turns a file into one")
     plugin = FullyShardedDataParallelPlugin()
     asked = {
-        "fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
-        "fsdp_activation_checkpointing": plugin.activation_checkpointing,
-        "fsdp_ignored_modules": plugin.ignored_modules,
+        "cpu_offload": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+        "activation_checkpointing": bool(plugin.activation_checkpointing),
     }
-    if unknown := [key for key, wish in asked.items() if wish]:
-        raise ConfigError(f"accelerate's settings ask for {', '.join(unknown)}, which dtrain does not do; turn it off")
-    found: dict[str, Any] = {"reshard_after_forward": plugin.reshard_after_forward, "min_parameters": None}
+    if plugin.ignored_modules:
+        raise ConfigError("accelerate's settings ask for fsdp_ignored_modules, which dtrain does not do; turn it off")
+    found: dict[str, Any] = {"reshard_after_forward": plugin.reshard_after_forward, "min_parameters": None, **asked}
     if plugin.auto_wrap_policy is transformer_auto_wrap_policy:
         found["layers"] = list(plugin.transformer_cls_names_to_wrap or []) or None
     elif plugin.auto_wrap_policy is size_based_auto_wrap_policy:
@@ -88,7 +103,14 @@ class FSDP:
         self._ranks, self._options, self._syncs_buffers = ranks, options, syncs_buffers
         self._is_amid_step = False  # the next forward is not the first of its step
         self.parameters: dict[str, torch.nn.Parameter] = {}  # nothing numbers them
-        self._mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
+        self._units: list[torch.nn.Module] = []  # of the trained model
+        copies = options.get("replicate") or 1
+        if ranks.world_size % copies:
+            possible = ", ".join(str(n) for n in range(1, ranks.world_size + 1) if not ranks.world_size % n)
+            text = f"{ranks.world_size} ranks cannot hold {copies} copies of the model, each with as many ranks"
+            raise ConfigError(f"trainer.fsdp.replicate: {text}; possible: {possible}")
+        shape = (copies, ranks.world_size // copies) if copies > 1 else (ranks.world_size,)
+        self._mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=("copies", "shards")[-len(shape) :])
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
         """The model as the ranks train it: itself, divided."""
@@ -116,12 +138,39 @@ class FSDP:
         if scalars := [name for name, item in module.named_parameters() if not item.dim()]:
             raise ConfigError(f"trainer.strategy: fsdp cannot divide {', '.join(scalars)}: give it the shape (1,)")
         least, reshard = self._options.get("min_parameters"), self._options.get("reshard_after_forward")
-        parts = units(module, self._options.get("layers"), MIN_PARAMETERS if least is None else least)
-        for part in parts:
-            fully_shard(part, mesh=self._mesh, reshard_after_forward=reshard is not False)
+        self._units = units(module, self._options.get("layers"), MIN_PARAMETERS if least is None else least)
+        policies = self._policies()
+        for part in self._units:
+            fully_shard(part, mesh=self._mesh, reshard_after_forward=reshard is not False, **policies)
         # The outermost always: else its weights would be whole after an evaluation, and sharded after a step.
-        fully_shard(module, mesh=self._mesh, reshard_after_forward=True)
+        fully_shard(module, mesh=self._mesh, reshard_after_forward=True, **policies)
         return module
+
+    def _policies(self) -> dict[str, Any]:
+        """In which types weights and gradients travel, and whether shards lie in host memory, as fully_shard takes it.
+
+        Inputs are left as they are: what is computed in bf16, torch.autocast decides, as it does without shards.
+        """
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+
+        dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}
+        gathered, reduced = (dtypes[self._options.get(key)] for key in ("param_dtype", "reduce_dtype"))
+        if gathered is not None and reduced is None:  # where torch would take that of the weights
+            reduced = torch.float32
+        policies: dict[str, Any] = {}
+        if gathered is not None or reduced is not None:
+            policies["mp_policy"] = MixedPrecisionPolicy(gathered, reduced, cast_forward_inputs=False)
+        if self._options.get("cpu_offload"):
+            policies["offload_policy"] = CPUOffloadPolicy(pin_memory=self._ranks.device.type == "cuda")
+        return policies
+
+    def compile(self, model: torch.nn.Module, options: Mapping[str, Any]) -> None:
+        """Compile, in place, each part that is gathered at a time, or all where that is one: names stay as they are.
+
+        Between the parts, weights are gathered by what torch.compile does not see.
+        """
+        for part in self._units or [model]:
+            part.compile(**options)
 
     @contextlib.contextmanager
     def no_sync(self, model: Any) -> Iterator[None]:
@@ -151,6 +200,7 @@ class FSDP:
         parts = [[item for item in gradients if is_shard(item) is sharded] for sharded in (True, False)]
         norms: list[Any] = [torch.nn.utils.get_total_norm(part) for part in parts if part]
         whole = [norm.full_tensor() if is_shard(norm) else norm for norm in norms]
+        whole = [norm.to(self._ranks.device) for norm in whole]  # shards may lie in host memory
         return whole[0] if len(whole) == 1 else torch.linalg.vector_norm(torch.stack(whole))
 
     # torch.distributed.checkpoint.state_dict has functions for what follows. In torch 2.13 they do not do the same:

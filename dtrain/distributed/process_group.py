@@ -58,6 +58,8 @@ def set_up(
         if chosen.type == "cuda" and backend != "gloo" and gpus_are_bound(found, gpus):
             _refuse_shared_gpus(ranks)
         syncs_buffers = options.get("broadcast_buffers") is not False
+        if fsdp and fsdp.get("replicate") == "nodes":
+            fsdp = {**fsdp, "replicate": found.world_size // found.local_world_size}
         ranks.strategy = DDP(ranks, accelerator) if fsdp is None else FSDP(ranks, fsdp, syncs_buffers)
     elif fsdp is not None:
         ranks.notes.append("trainer.strategy: fsdp shards the model over several ranks; one process holds all of it")

@@ -3,7 +3,7 @@
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,9 @@ from dtrain.config.errors import ConfigError
 from dtrain.data.loader_workers import end_workers
 from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EARLY
 from dtrain.distributed.stop_request import StopWaiting, was_pressed
+from dtrain.launch.find_lr import find_lr, keep
 from dtrain.launch.last_words import say_last
+from dtrain.launch.out_of_fold import of_all_folds
 from dtrain.launch.rehearsal import rehearse as rehearsed
 from dtrain.predict.work_folder import PredictionError
 from dtrain.reporting.summary import prediction_lines
@@ -38,29 +40,43 @@ def train(config: ConfigDict, sender: "Popen[bytes] | None" = None) -> int:
     return _run(config, fit, sender=sender)
 
 
-def test(config: ConfigDict, checkpoint: str | None = None) -> int:
-    """Evaluate a checkpoint (default: the best) on the test data and print the figures; writes nothing."""
+def test(config: ConfigDict, checkpoints_wanted: Sequence[str] = ()) -> int:
+    """Evaluate a checkpoint (default: the best) or several on the test data, print the figures; writes nothing."""
 
     def measure(trainer: Trainer) -> bool:
-        path = Path(checkpoint) if checkpoint else None
+        paths = [Path(path) for path in checkpoints_wanted]
         checkpoints = trainer.saver.checkpoints
-        if path is None and trainer.ranks.is_main and checkpoints.last() is None:
+        if not paths and trainer.ranks.is_main and checkpoints.last() is None:
             raise ConfigError(f"{checkpoints.folder} holds no checkpoint; train first, or name one: --checkpoint")
         with trainer.stop_request.listening():
-            trainer.test(path)
+            trainer.test(paths or None)
         return trainer.state.stopped
 
     return _run(config, measure, purpose="test")
 
 
 def predict(
-    config: ConfigDict, checkpoint: str | None = None, output_dir: str | None = None, overwrite: bool = False
+    config: ConfigDict,
+    checkpoints: Sequence[str] = (),
+    output_dir: str | None = None,
+    overwrite: bool = False,
+    folds: str | None = None,
 ) -> int:
-    """Predict into files; 0 done, 1 failed, 75 stopped early: the next start resumes."""
+    """Predict into files; 0 done, 1 failed, 75 stopped early: the next start resumes.
+
+    With `folds`, a folder of the runs of all folds, each predicts the part of their data that it has not seen.
+    """
+    settings: dict[str, Any] | None = None
+    members: Sequence[str | Path] = checkpoints
+    if folds is not None:
+        if checkpoints:
+            raise ConfigError("--folds: names the checkpoints, too; leave out --checkpoint, which makes an ensemble")
+        config, members, settings = of_all_folds(config, Path(folds))
+        output_dir = output_dir or (config.get("predictor") or {}).get("output_dir") or str(Path(folds) / "predictions")
 
     def write(trainer: Trainer) -> bool:
         with trainer.stop_request.listening():
-            result = trainer.predict(checkpoint, output_dir, overwrite)
+            result = trainer.predict(members or None, output_dir, overwrite, settings)
             trainer.progress.close()
             for line in prediction_lines(**result._asdict()):
                 trainer.progress.note(line)
@@ -69,9 +85,15 @@ def predict(
     return _run(config, write, purpose="predict")
 
 
-def rehearse(config: ConfigDict) -> int:
-    """Build everything and try each part once; trains nothing, writes nothing."""
-    return _run_and_note(config, lambda trainer: rehearsed(trainer, config))
+def rehearse(config: ConfigDict, finds_lr: bool = False) -> int:
+    """Build everything and try each part once, then learning rates if asked; writes nothing but their picture."""
+
+    def lines(trainer: Trainer) -> Iterator[str]:
+        kept = keep(trainer) if finds_lr else None
+        yield from rehearsed(trainer, config)
+        yield from find_lr(trainer, kept) if kept else ()
+
+    return _run_and_note(config, lines)
 
 
 def replay(config: ConfigDict, folder: Path) -> int:

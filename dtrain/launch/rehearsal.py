@@ -12,7 +12,7 @@ from dtrain.checkpoint.checkpoint_files import LOSS
 from dtrain.checkpoint.contents import take_snapshot
 from dtrain.checkpoint.weights import misfits_of
 from dtrain.config.errors import ConfigError, first_few
-from dtrain.config.metric_rules import not_given
+from dtrain.config.metric_rules import VOLUMES, not_given
 from dtrain.config.optimizers import ONE
 from dtrain.config.schema import refused
 from dtrain.data.samplers import BatchShard
@@ -54,7 +54,8 @@ def _parts(trainer: Trainer, config: ConfigDict) -> Iterator[str]:
         yield line
     for phase in ("val", "test"):
         for name, loader in trainer.loaders.of(phase).items():
-            yield _evaluation(trainer, phase, name, loader)
+            every = trainer.inference.whole_volumes.get(name)
+            yield from (_evaluation(trainer, name, loader, kind) for kind in _kinds(every))
     _require_resumable(trainer, config)
     yield "state: can be saved and resumed"
 
@@ -103,15 +104,21 @@ def _smallest_batch(trainer: Trainer, config: ConfigDict) -> str:
     return f"train: the epoch's {which} batch of {count}, loss {loss:.4g}"
 
 
-def _evaluation(trainer: Trainer, phase: str, name: str, loader: Any) -> str:
-    """One batch, or for a test of whole volumes the first planes of one, with all metrics."""
-    parts = trainer.trainables
+def _kinds(every_epochs: int | None) -> list[bool]:
+    """Whether an evaluation is of whole volumes: in none, in all, or in every so many epochs."""
+    return [False] if every_epochs is None else [True] if every_epochs == 1 else [False, True]
+
+
+def _evaluation(trainer: Trainer, name: str, loader: Any, of_volumes: bool) -> str:
+    """One batch, or of whole volumes the first planes of one, with all metrics."""
+    parts, phase = trainer.trainables, name.partition("/")[0]
     trainer.activity.phase, trainer.activity.data_set = {"val": "validation", "test": "test"}[phase], name
-    of_volumes = phase == "test" and trainer.inference.tests_volumes and hasattr(loader.dataset.dataset, "volumes")
     with parts.evaluating(parts.compiled):
         if of_volumes:
-            planes = first_planes(trainer.inference, loader)
-            figures = evaluate_volumes(parts.compiled, planes, trainer.metrics, trainer.ranks)
+            is_val = phase == "val"
+            inference = trainer.inference.of_training(parts.compiled, name) if is_val else trainer.inference
+            planes, forward = first_planes(inference, loader), trainer.forward if is_val else None
+            figures = evaluate_volumes(parts.compiled, planes, trainer.metrics, trainer.ranks, forward=forward)
         else:
             batch = islice((counted for counted in loader.counted() if counted[1]), 1)
             trainer.evaluated = parts.compiled
@@ -119,8 +126,10 @@ def _evaluation(trainer: Trainer, phase: str, name: str, loader: Any) -> str:
                 lambda _, batch: trainer.evaluation_step(batch), parts.compiled, batch, trainer.metrics, trainer.ranks
             )
             figures = measured and measured.figures
-    given = [f"{name}/{figure}" for figure in figures or {}]
-    if trainer.monitor.startswith(f"{name}/") and trainer.monitor not in given:
+    kind = f"{name}/{VOLUMES}" if of_volumes and phase == "val" else f"{name}/"
+    given = [f"{kind}{figure}" for figure in figures or {}]
+    is_judged = trainer.monitor.startswith(kind) and trainer.monitor.startswith(f"{name}/{VOLUMES}") == of_volumes
+    if phase == "val" and is_judged and trainer.monitor not in given:
         raise ConfigError(not_given(trainer.monitor, given))
     what = "the first planes of a volume" if of_volumes else "one batch"
     return f"{name}: {what}, {', '.join(f'{figure} {value:.4g}' for figure, value in (figures or {}).items())}"

@@ -1,8 +1,8 @@
-"""The files of predictions: HDF5, TIFF, PNG, NIfTI, NPY, written from chunks of planes."""
+"""The files of predictions: HDF5, TIFF, PNG, NIfTI, NPY, Zarr, written from chunks of planes."""
 
 import gzip
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from math import prod
 from pathlib import Path
@@ -10,10 +10,14 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-Format = Literal["hdf5", "tiff", "png", "nifti", "npy"]
-ENDINGS = {"hdf5": ".h5", "tiff": ".tif", "png": ".png", "nifti": ".nii.gz", "npy": ".npy"}
-PACKAGES = ("h5py", "tifffile", "nibabel", "scipy")  # not installed with dtrain itself
+Format = Literal["hdf5", "tiff", "png", "nifti", "npy", "zarr", "ome-zarr"]
+ENDINGS = {
+    **{"hdf5": ".h5", "tiff": ".tif", "png": ".png", "nifti": ".nii.gz", "npy": ".npy"},
+    **{"zarr": ".zarr", "ome-zarr": ".ome.zarr"},  # folders
+}
+PACKAGES = ("h5py", "tifffile", "nibabel", "scipy", "zarr")  # not installed with dtrain itself
 CHUNK_SIDE = 256  # voxels of an HDF5 chunk along the last two axes; it has one plane, so that none is written twice
+ZARR_PLANES = 16  # of a Zarr chunk, which is a file of its own; as many planes are collected before they are written
 
 
 class FileSpec(NamedTuple):
@@ -25,7 +29,8 @@ class FileSpec(NamedTuple):
     dtype: str | None = None  # of the numbers in the file; None: the chunks' own
     dataset: str = "predictions"  # of an HDF5 file
     compression: str | None = None  # gzip, lzf (HDF5 only) or None
-    source: Path | None = None  # the file that the volume was read from, for NIfTI's header
+    source: Path | None = None  # the file that the volume was read from, for NIfTI's header and Zarr's version
+    space: Sequence[Mapping[str, Any]] = ()  # of each axis of the volume name, unit, scale, translation; for OME-Zarr
 
 
 def write(target: Path, file_format: Format, chunks: Iterator[np.ndarray], spec: FileSpec) -> None:
@@ -208,4 +213,95 @@ def _placed(array: np.ndarray, spec: FileSpec) -> Any:
     return image
 
 
-WRITERS = {"hdf5": _hdf5, "tiff": _tiff, "png": _png, "nifti": _nifti, "npy": _npy}
+def _zarr(path: Path, chunks: Iterator[np.ndarray], channels: tuple[int, ...], spec: FileSpec) -> None:
+    """A group with one array."""
+    import zarr
+
+    group = zarr.open_group(str(path), mode="w-", zarr_format=_zarr_version(spec))
+    _fill(group, spec.dataset, chunks, channels, spec)
+
+
+def _ome_zarr(path: Path, chunks: Iterator[np.ndarray], channels: tuple[int, ...], spec: FileSpec) -> None:
+    """An image of one resolution, with the axes of the volume that was read: OME-NGFF 0.4 in version 2, 0.5 in 3."""
+    import zarr
+
+    version = _zarr_version(spec)
+    group = zarr.open_group(str(path), mode="w-", zarr_format=version)
+    space = [dict(axis) for axis in spec.space] or [{"name": name} for name in "zyx"[-len(spec.shape) :]]
+    axes = [{"name": "c", "type": "channel"}] * len(channels)
+    axes += [{"name": axis["name"], "type": "space", **_only(axis, "unit")} for axis in space]
+    scale = [*(1.0 for _ in channels), *(float(axis.get("scale", 1.0)) for axis in space)]
+    shift = [*(0.0 for _ in channels), *(float(axis.get("translation", 0.0)) for axis in space)]
+    changes: list[dict[str, Any]] = [{"type": "scale", "scale": scale}]
+    if any(shift):
+        changes.append({"type": "translation", "translation": shift})
+    tag = {"version": "0.4"} if version == 2 else {}
+    levels = [{"path": "0", "coordinateTransformations": changes}]
+    content: dict[str, Any] = {"multiscales": [{**tag, "name": spec.dataset, "axes": axes, "datasets": levels}]}
+    if not channels and np.dtype(spec.dtype).kind == "u":
+        content["image-label"] = tag
+    group.attrs.update(content if version == 2 else {"ome": {"version": "0.5", **content}})
+    _fill(group, "0", chunks, channels, spec, [axis["name"] for axis in axes])
+
+
+def _only(values: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: values[key] for key in keys if values.get(key) is not None}
+
+
+def _zarr_version(spec: FileSpec) -> Any:
+    """2 where the volume was read from a store of version 2, else 3."""
+    if spec.source is not None and any((spec.source / mark).exists() for mark in (".zgroup", ".zarray")):
+        return 2
+    return 3
+
+
+def _fill(
+    group: Any,
+    name: str,
+    chunks: Iterator[np.ndarray],
+    channels: tuple[int, ...],
+    spec: FileSpec,
+    names: Sequence[str] | None = None,
+) -> None:
+    """An array of a group, each of whose chunks is written once: planes are collected as far as one reaches."""
+    depth = min(CHUNK_SIDE if len(spec.shape) == 2 else ZARR_PLANES, spec.shape[0])
+    blocks = (*(1 for _ in channels), depth, *(min(CHUNK_SIDE, extent) for extent in spec.shape[1:]))
+    options: dict[str, Any] = {"compressors": None, "fill_value": 0}
+    gzip_codec: Any
+    if group.metadata.zarr_format == 3:
+        from zarr.codecs import GzipCodec
+
+        gzip_codec, options["dimension_names"] = GzipCodec, names
+    else:
+        from numcodecs import GZip
+
+        gzip_codec = GZip
+        options["chunk_key_encoding"] = {"name": "v2", "separator": "/"}  # as OME-NGFF 0.4 has it
+    if spec.compression:
+        options["compressors"] = [gzip_codec()]
+    shape = (*channels, *spec.shape)
+    array = group.create_array(name, shape=shape, chunks=blocks, dtype=spec.dtype, **options)
+    _copy(_regrouped(chunks, depth), array, channels)
+
+
+def _regrouped(chunks: Iterator[np.ndarray], planes: int) -> Iterator[np.ndarray]:
+    """The same planes in blocks of so many, which begin at multiples of that; the last may have fewer."""
+    waiting: list[np.ndarray] = []
+    count = 0
+    for chunk in chunks:
+        low = 0
+        while low < len(chunk):
+            part = chunk[low : low + planes - count]
+            low, count = low + len(part), count + len(part)
+            waiting.append(part.copy())  # a chunk is to be used before the next is asked for
+            if count == planes:
+                yield np.concatenate(waiting)
+                waiting, count = [], 0
+    if waiting:
+        yield np.concatenate(waiting)
+
+
+WRITERS = {
+    **{"hdf5": _hdf5, "tiff": _tiff, "png": _png, "nifti": _nifti, "npy": _npy},
+    **{"zarr": _zarr, "ome-zarr": _ome_zarr},
+}

@@ -14,6 +14,7 @@ from dtrain.config.errors import ConfigError
 from dtrain.distributed.ranks import Ranks
 from dtrain.predict.formats import ENDINGS, Format
 from dtrain.predict.inference import Inference
+from dtrain.predict.members import Members
 from dtrain.predict.predictor import Predictor
 from dtrain.predict.source import Source, Volume
 from dtrain.predict.stitching import Run
@@ -40,8 +41,13 @@ class Task(NamedTuple):
         """Where the slabs are until the file is finished."""
         return [self.file.part(*slab) for slab in self.slabs]
 
+    def sum_of(self, slab: Slab, member: int) -> Path:
+        """Where the sum of a slab's predictions by this member and those before it is, while others are missing."""
+        part = self.file.part(*slab)
+        return part.with_name(f"{part.stem}.sum-{member}.npy")
 
-def plan(inference: Inference, source: Source, folder: Path, overwrite: bool) -> list[Task]:
+
+def plan(inference: Inference, source: Source, folder: Path, overwrite: bool, members: Members) -> list[Task]:
     """A task for each volume; the main rank alone calls it.
 
     Raises:
@@ -55,7 +61,7 @@ def plan(inference: Inference, source: Source, folder: Path, overwrite: bool) ->
             text = f"{volume.path} is read without labels; name their dataset: predictor.gt_internal_path"
             raise ConfigError(f"predictor.performance_metric: {text}")
         name = volume.name.replace(os.sep, "-") + "_predictions" + ENDINGS[formats[number]]
-        files.append(PredictionFile(folder / name, _stamp(inference, source, number)))
+        files.append(PredictionFile(folder / name, _stamp(inference, source, number, members)))
     tasks = []
     for number, is_finished in enumerate(are_finished(files, overwrite)):
         plane_voxels = max(1, prod(source.volumes[number].shape[1:]))
@@ -71,6 +77,8 @@ def _format(predictor: Predictor, volume: Volume) -> Format:
         file_format = "nifti"
     if file_format is None and predictor.choice.labels and len(volume.shape) == 2 and name.endswith(IMAGES):
         file_format = "png"
+    if file_format is None and name.endswith(".zarr"):
+        file_format = "ome-zarr" if any("scale" in axis for axis in getattr(volume, "space", ())) else "zarr"
     if file_format == "nifti" and predictor.dtype == "float16":
         raise ConfigError("predictor.dtype: NIfTI has no float16; possible: float32, and uint8 for probabilities")
     if file_format == "csv":
@@ -81,10 +89,10 @@ def _format(predictor: Predictor, volume: Volume) -> Format:
     return file_format or "hdf5"
 
 
-def _stamp(inference: Inference, source: Source, number: int) -> dict[str, Any]:
+def _stamp(inference: Inference, source: Source, number: int, members: Members) -> dict[str, Any]:
     """What a volume's prediction depends on."""
     predictor, volume, grid = inference.predictor, source.volumes[number], source.grids[number]
-    settings = {
+    settings: dict[str, Any] = {
         "input": [volume.name, _version_of(volume.path)],
         "patches": [grid.shape, grid.patch, grid.starts, source.halos[number], predictor.blend],
         "activation": predictor.activation,
@@ -94,13 +102,36 @@ def _stamp(inference: Inference, source: Source, number: int) -> dict[str, Any]:
         "file": [predictor.output_dataset, predictor.compression, predictor.dtype],
         "performance_metric": [predictor.performance_metric, predictor.gt_internal_path],
     }
-    return {**inference.identity, **{key: digest(value) for key, value in settings.items()}}
+    if predictor.mirror:  # what is there of before has no such entry
+        settings["mirror"] = sorted(predictor.mirror)
+    weights = {"weights": members.identity(number)} if any(members.weights) else {}
+    return {**inference.identity, **weights, **{key: digest(value) for key, value in settings.items()}}
+
+
+def left_at(tasks: Sequence[Task], member: int, members: Members) -> list[Task]:
+    """What one of several members has to predict: the slabs of which there is neither its sum nor a later one."""
+    result = []
+    for task in tasks:
+        own = members.of(task.volume)
+        later = own[own.index(member) :] if member in own else []
+        missing = [
+            slab
+            for slab in task.slabs
+            if later and not task.is_finished and not task.file.part(*slab).exists()
+            and not any(task.sum_of(slab, each).exists() for each in later[:-1])
+        ]  # fmt: skip
+        result.append(task._replace(missing=missing))
+    return result
 
 
 def _version_of(path: Path) -> dict[str, Any]:
-    """What tells one version of an input file from another without reading it."""
+    """What tells one version of an input file, or of a store's files, from another without reading it."""
     try:
         status = path.stat()
+        if path.is_dir():
+            of_files = [entry.stat() for entry in path.rglob("*") if entry.is_file()]
+            newest = max((its.st_mtime_ns for its in of_files), default=0)
+            return {"bytes": sum(its.st_size for its in of_files), "files": len(of_files), "modified": newest}
     except OSError:
         return {}
     return {"bytes": status.st_size, "modified": status.st_mtime_ns}

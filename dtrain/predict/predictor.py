@@ -22,9 +22,9 @@ class Predictor:
         name: StandardPredictor or LazyPredictor, as pytorch-3dunet's files say; both mean this one.
         checkpoint: A checkpoint folder or weight file. Default: the best of checkpoint_dir, else the last.
         output_dir: Where the files go. Default: predictions in the run folder.
-        format: hdf5 | tiff | png | nifti | npy, for a dataset without volumes hdf5 | npy | csv. Default: hdf5; nifti
-            for NIfTI files; png for the segmentation of images.
-        output_dataset: The dataset in an HDF5 file.
+        format: hdf5 | tiff | png | nifti | npy | zarr | ome-zarr, for a dataset without volumes hdf5 | npy | zarr |
+            csv. Default: hdf5; nifti for NIfTI files, zarr or ome-zarr for such stores; png for images' segmentation.
+        output_dataset: The dataset in an HDF5 file, the array in a Zarr store.
         compression: gzip | lzf. Default: none.
         dtype: Of the numbers in the files: float32 for probabilities, the smallest sufficient type for labels.
         output_key: Which of a model's several outputs: a key of a dict, an index of a tuple. Default: the main one.
@@ -34,6 +34,8 @@ class Predictor:
         stride_shape: From patch to patch. Default: the dataset's, else the patch's.
         halo_shape: Voxels read around a patch and cut off its prediction. Default: the dataset's.
         blend: gaussian | constant | last: how overlapping patches are averaged; last: a later patch wins, none is.
+        mirror: Spatial axes, such as [0, 1, 2], along which each patch or image is mirrored: in all combinations, whose
+            outputs are averaged before the activation. That takes 2, 4 or 8 times as long. Default: none.
         batch_size: Patches that the model gets at once. Default: the loader's.
         save_segmentation: Classes instead of probabilities.
         threshold: What counts as foreground where there is one channel.
@@ -52,7 +54,7 @@ class Predictor:
     name: Literal["StandardPredictor", "LazyPredictor"] | None = None
     checkpoint: str | None = None
     output_dir: str | None = None
-    format: Literal["hdf5", "tiff", "png", "nifti", "npy", "csv"] | None = None
+    format: Literal["hdf5", "tiff", "png", "nifti", "npy", "zarr", "ome-zarr", "csv"] | None = None
     output_dataset: str = "predictions"
     compression: Literal["gzip", "lzf"] | None = None
     dtype: Literal["float16", "float32", "uint8", "uint16", "uint32"] | None = None
@@ -62,6 +64,7 @@ class Predictor:
     stride_shape: list[int] | None = None
     halo_shape: list[int] | None = None
     blend: Literal["gaussian", "constant", "last"] = "gaussian"
+    mirror: list[int] | None = None
     batch_size: int | None = None
     save_segmentation: bool = False
     threshold: float = 0.5
@@ -78,7 +81,10 @@ class Predictor:
         has_integer_logits = not labels and "uint" in dtype and self.activation == "none"
         measures_instances = self.instances and self.performance_metric
         lacks_lzf = self.compression == "lzf" and self.format not in (None, "hdf5")
+        mirror = self.mirror or []
+        is_no_choice = len(set(mirror)) < len(mirror) or min(mirror, default=0) < 0
         contradictions = {
+            f"mirror: must be different axes, counted from 0 on, such as [0, 1, 2], found {mirror}": is_no_choice,
             "dtype: labels need an integer type; possible: uint8, uint16, uint32": labels and "float" in dtype,
             "dtype: an integer type can hold probabilities, but not what activation: none gives": has_integer_logits,
             "performance_metric: compares classes, not numbered instances; remove one of them": measures_instances,
@@ -102,11 +108,15 @@ class Predictor:
         volumes: Sequence[Volume] = dataset.volumes
         grids, halos = [], []
         for volume in volumes:
-            patch = self._voxels("patch_shape", dataset, volume, volume.shape)
+            whole = [1 if axis == getattr(dataset, "axis", None) else side for axis, side in enumerate(volume.shape)]
+            patch = self._voxels("patch_shape", dataset, volume, whole)
             stride = self._voxels("stride_shape", dataset, volume, patch)
             if any(step > length for step, length in zip(stride, patch, strict=True)):
                 text = f"predictor.stride_shape: {list(stride)} is larger than the patch, {list(patch)}"
                 raise ConfigError(f"{text}; the voxels between patches would have no prediction")
+            if max(self.mirror or [0]) >= len(volume.shape):
+                axes = f"the axes of {volume.path} are {', '.join(map(str, range(len(volume.shape))))}"
+                raise ConfigError(f"predictor.mirror: {self.mirror}: {axes}")
             grids.append(Grid(volume.shape, patch, stride, self.blend))
             halos.append(self._voxels("halo_shape", dataset, volume, (0,) * len(volume.shape), least=0))
         return Source(dataset, grids, halos)
@@ -120,6 +130,9 @@ class Predictor:
         if values is None and not goes_with_patch:  # the dataset's stride goes with the dataset's patch
             values = getattr(dataset, key, None)
         voxels = tuple(default if values is None else values)
+        axis = getattr(dataset, "axis", None)
+        if axis is not None and len(voxels) == len(volume.shape) - 1:  # of slices
+            voxels = (*voxels[:axis], 0 if key == "halo_shape" else 1, *voxels[axis:])
         if len(voxels) != len(volume.shape) or min(voxels) < least:
             text = f"predictor.{key}: {list(voxels)} does not fit {volume.path} of {volume.shape}"
             raise ConfigError(f"{text}; expected {len(volume.shape)} integers of at least {least}")

@@ -102,11 +102,11 @@ def _delayed(items: Iterable[Any], count: int) -> Iterator[Any]:
     yield from waiting
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: in the middle of a training a model may keep a tensor for its next step
 def _predicted(images: Tensor, request: list[Patch], source: Source, inference: Inference) -> tuple[Tensor, Any]:
     """A batch's logits on the CPU without their halos; from a GPU they have arrived at the event beside them."""
     volume = request[0][0].volume
-    output = inference.output(images)
+    output = source.deep(inference.output(source.flat(images)))
     extent = tuple(images.shape[2:])
     if tuple(output.shape[2:]) != extent or len(output) != len(images):
         shapes = f"the model returned {tuple(output.shape)} for patches {tuple(images.shape)}"

@@ -19,7 +19,7 @@ from dtrain.config.errors import ConfigError, first_few
 from dtrain.distributed.ranks import Ranks
 from dtrain.predict.formats import FileSpec, write
 from dtrain.tracking.run_folder import locked_file
-from dtrain.tracking.whole_file import read_json, whole_file, write_json
+from dtrain.tracking.whole_file import read_json, remove, size_of, whole_file, write_json
 
 HIDDEN = ".dtrain"
 
@@ -52,7 +52,7 @@ class PredictionFile:
         if not self.path.exists():
             return None
         record = self.record()
-        if record.get("bytes") != self.path.stat().st_size:
+        if record.get("bytes") != size_of(self.path):
             return "of unknown origin"
         before = record["stamp"]
         return ", ".join(key for key in {**before, **self.stamp} if before.get(key) != self.stamp.get(key))
@@ -74,7 +74,7 @@ class PredictionFile:
 
     def note(self, temporary: Path, facts: Mapping[str, Any]) -> None:
         """Note what the file was made with, and facts about it, just before it gets its own name."""
-        record = {"stamp": self.stamp, "bytes": temporary.stat().st_size, **facts}
+        record = {"stamp": self.stamp, "bytes": size_of(temporary), **facts}
         write_json(self._record, record, durable=True)
 
     def clean_up(self, is_finished: bool) -> None:
@@ -84,8 +84,8 @@ class PredictionFile:
         for entry in self._all_parts.iterdir() if self._all_parts.is_dir() else ():
             if entry != self._parts:
                 shutil.rmtree(entry, ignore_errors=True)
-        for left in (*self._all_parts.glob("*/.*"), *self.path.parent.glob(f".*-{self.path.name}")):
-            left.unlink(missing_ok=True)
+        for left in (*self._all_parts.glob("*/.*"), *self.path.parent.glob(f".*-{self.path.name}*")):
+            remove(left)
 
 
 @contextlib.contextmanager

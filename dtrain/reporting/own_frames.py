@@ -4,6 +4,7 @@ import linecache
 import re
 import sysconfig
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,11 +52,16 @@ def _extracted(error: BaseException) -> traceback.StackSummary:
 
 
 def own_frames(error: BaseException) -> list[Frame]:
+    """Those of an error in files that are neither dtrain's engine nor installed."""
+    return only_own(frames_of(error))
+
+
+def only_own(frames: Iterable[Frame]) -> list[Frame]:
     """Those in files that are neither dtrain's engine nor installed."""
     standard = tuple(map(sysconfig.get_path, ("stdlib", "platstdlib")))
     return [
         frame
-        for frame in frames_of(error)
+        for frame in frames
         if not (_ENGINE.match(frame.file) or _INSTALLED.search(frame.file) or frame.file.startswith(("<", *standard)))
     ]
 

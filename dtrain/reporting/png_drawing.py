@@ -1,6 +1,7 @@
 """Pictures from arrays, drawn by Pillow: tiles on a sheet with a legend, a matrix of counts, as PNG files."""
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import zip_longest
@@ -11,6 +12,7 @@ import numpy as np
 from dtrain.reporting.number_text import short_count
 
 Colour = tuple[int, int, int]
+Place = tuple[float, float]
 
 # Okabe & Ito, "Color Universal Design", 2008: distinct for colour-blind people, too; then lighter, then darker ones.
 _HEX = ("e69f00", "56b4e9", "009e73", "f0e442", "0072b2", "cc79a7", "d55e00")
@@ -130,6 +132,30 @@ def matrix(title: str, counts: np.ndarray, names: Sequence[str], notes: Sequence
     return paper.image
 
 
+def curve(title: str, x: Sequence[float], y: Sequence[float], marked: int | None, labels: tuple[str, str]) -> Any:
+    """A PIL image, RGB: a line over a logarithmic x axis, one of its points marked; `labels` are those of both axes."""
+    width, height, left, top = 640, 360, _MARGIN + 70, _TOP
+    paper = _Paper(left + width + _MARGIN, top + height + 2 * _TEXT_HEIGHT + _MARGIN, title)
+    across = np.log10(np.asarray(x, dtype=float))
+    up = np.asarray(y, dtype=float)
+    highest, lowest = float(np.percentile(up, 95)) if len(up) else 1.0, float(up.min(initial=np.inf))
+    span = max(highest - lowest, 1e-12) * 1.1
+    points = [
+        (left + float(a - across[0]) / max(float(across[-1] - across[0]), 1e-12) * width,
+         top + height * (1 - (min(float(b), lowest + span) - lowest) / span))
+        for a, b in zip(across, up, strict=True)
+    ]  # fmt: skip
+    paper.put_line((left, top, left + width, top + height), points, points[marked] if marked is not None else None)
+    for exponent in range(math.ceil(across[0]), math.floor(across[-1]) + 1) if len(across) else ():
+        at = left + (exponent - float(across[0])) / max(float(across[-1] - across[0]), 1e-12) * width
+        paper.write((at, top + height + 4), f"1e{exponent}", _SMALL, _FAINT, "ma")
+    for value in (lowest, lowest + span / 2, lowest + span):
+        paper.write((left - 6, top + height * (1 - (value - lowest) / span)), f"{value:.3g}", _SMALL, _FAINT, "rm")
+    paper.write((left + width / 2, top + height + 4 + _TEXT_HEIGHT), labels[0], ink=_FAINT, anchor="ma")
+    paper.write_upright(labels[1], (_MARGIN + _TEXT_HEIGHT // 2, top + height // 2))
+    return paper.image
+
+
 def png(image: Any, facts: Mapping[str, str]) -> bytes:
     """The image as a PNG file, with facts in it as text chunks."""
     from PIL.PngImagePlugin import PngInfo
@@ -187,6 +213,14 @@ class _Paper:
             height, width = tile.pixels.shape[:2]
             self._draw.rectangle((x, y, x + width + 1, y + height + 1), outline=_LINE)
             self.image.paste(Image.fromarray(np.ascontiguousarray(tile.pixels)), (x + 1, y + 1))
+
+    def put_line(self, box: tuple[float, float, float, float], points: Sequence[Place], marked: Place | None) -> None:
+        """A line in a frame, and a dot on it."""
+        self._draw.rectangle(box, outline=_LINE)
+        self._draw.line(points, fill=RIGHT, width=2)
+        if marked is not None:
+            x, y = marked
+            self._draw.ellipse((x - 5, y - 5, x + 5, y + 5), fill=ERROR)
 
     def put_count(self, box: tuple[int, int, int, int], size: int, count: int, total: int, right: bool) -> None:
         """A cell of a matrix, coloured by the count's share of the row's total."""

@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,19 +17,46 @@ _log = logging.getLogger(__name__)
 def whole_file(path: Path, durable: bool = False) -> Iterator[Path]:
     """Gives a temporary path to write to; at the end of the block, what is there gets the file's own name.
 
-    Until then an older file of that name is untouched; after an error it still is, and nothing is left of the new one.
-    The temporary name has the file's own ending, which some libraries choose a format by. What is `durable` survives a
-    power failure, too.
+    That may be a folder, as a Zarr store is one. Until then an older file of that name is untouched; after an error it
+    still is, and nothing is left of the new one. The temporary name has the file's own ending, which some libraries
+    choose a format by. What is `durable` survives a power failure, too.
     """
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         yield temporary
         if durable:
-            fsync(temporary)
+            fsync_all(temporary)
+        if path.is_dir():  # the one thing that no rename replaces
+            remove(path)
         temporary.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
         raise
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, if it is there; under its own name it is gone at once."""
+    if path.is_dir() and not path.is_symlink():
+        away = path.with_name(f".{os.getpid()}-{path.name}.old")
+        path.replace(away)
+        shutil.rmtree(away, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def fsync_all(path: Path) -> None:
+    """Has a file, or a folder with all that is in it, written to the disk itself."""
+    if path.is_dir():
+        for entry in path.rglob("*"):
+            fsync(entry)
+    fsync(path)
+
+
+def size_of(path: Path) -> int:
+    """The bytes of a file, or of all files in a folder."""
+    if path.is_dir():
+        return sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
+    return path.stat().st_size
 
 
 def fsync(path: Path) -> None:

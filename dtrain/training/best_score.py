@@ -6,9 +6,11 @@ from typing import Literal
 from dtrain.training.state import TrainState
 
 
-def is_new_best(state: TrainState, score: float, mode: Literal["min", "max"]) -> bool:
-    """Note a validation's score; one that is not finite is never the best."""
+def is_new_best(state: TrainState, score: float | None, mode: Literal["min", "max"]) -> bool:
+    """Note a validation's score; one that is not finite is never the best. None: it measured something else."""
     state.validated_step, state.score = state.step, score
+    if score is None:
+        return False
     better = state.best is None or (score > state.best if mode == "max" else score < state.best)
     if better and math.isfinite(score):
         state.best, state.bad_validations = score, 0

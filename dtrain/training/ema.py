@@ -30,6 +30,19 @@ class EMA:
         self._moves = [moves and (item.is_floating_point() or item.is_complex()) for moves, item in averaged]
         self._is_sharded = any(is_shard(item) for item in module.parameters())
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether it is worth being evaluated and saved."""
+        return True
+
+    def resume(self, updates: int, averaged_epoch: int) -> None:
+        """Continue an average of so many updates; `averaged_epoch` is -1 where it was not of epochs' ends."""
+        self.updates = updates
+
+    def kept_share(self) -> float:
+        """The old average's share in the next one."""
+        return min(self.decay, (1 + self.updates) / (10 + self.updates))
+
     @torch.no_grad()
     def update(self, module: Module) -> None:
         """Take the weights of one more step in."""
@@ -46,6 +59,5 @@ class EMA:
             else:
                 average.copy_(weight)
         if moving:
-            decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-            torch._foreach_lerp_(moving, newest, 1 - decay)
+            torch._foreach_lerp_(moving, newest, 1 - self.kept_share())
         self.updates += 1

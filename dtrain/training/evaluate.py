@@ -8,9 +8,10 @@ import torch
 
 from dtrain.config.errors import mark_section
 from dtrain.data import rng
+from dtrain.data.batch import to_device
 from dtrain.distributed.ranks import Ranks
 from dtrain.metrics import Metrics
-from dtrain.modelloader import Outcome
+from dtrain.modelloader import Forward, Outcome
 from dtrain.reporting.validation_pictures import Album
 from dtrain.training.own_step import figure_of
 
@@ -88,26 +89,41 @@ def evaluate(
 @rng.untouched()
 def evaluate_volumes(
     module: torch.nn.Module,
-    outcomes: Iterable[tuple[int, torch.Tensor, torch.Tensor]],
+    outcomes: Iterable[tuple[int, torch.Tensor, Any]],
     metrics: Metrics,
     ranks: Ranks,
     stop: Callable[[], bool] = bool,
+    forward: Forward | None = None,
+    album: Album | None = None,
 ) -> dict[str, float] | None:
     """Metrics over whole volumes, each one sample, the same on every rank; None where a rank stopped.
 
     `outcomes` are this rank's volumes: number, output (1, K, *spatial), target; every volume is one rank's. `stop` is
-    asked at the end.
+    asked at the end. With `forward`, its loss and terms, too: their means over the volumes. A loss of several outputs
+    has none: of them, one is put together.
     """
+    criterion: Any = forward.criterion if forward else None
     ranks.agree_on_buffers(module)
     module.eval()
     metrics.reset()
+    own = _Own()
     for number, output, target in outcomes:
-        output, target = output.to(ranks.device), target.to(ranks.device)
+        outcome = Outcome(None, output.to(ranks.device), to_device(target, ranks.device))
+        is_of_several = forward is not None and forward.gives_several and not criterion.main_only
+        with _from_section("loss"):
+            told = (None, {}) if criterion is None or is_of_several else criterion(*outcome[1:])
+            own.add({} if told[0] is None else (*told, outcome), 1)
         with _from_section("metrics"):
-            metrics.update(output, target, number, 1)
-    everybody = ranks.gather(stop())
-    result = None if ranks.broadcast(any(everybody or ())) else metrics.compute()
+            metrics.update(outcome.output, outcome.target, number, 1)
+        if album:
+            album.see(outcome, number, 1)
+    everybody = ranks.gather((None if stop() else own.plain(), album.seen() if album else None))
+    measured: Measured | None = ranks.broadcast(_measured([own for own, _ in everybody]) if everybody else None)
+    result = None if measured is None else measured.figures | metrics.compute()
     metrics.reset()
+    if album and forward and result is not None:
+        seen = [seen for _, seen in everybody or ()]
+        ranks.strategy.lead(module, forward, lambda forward: album.draw(seen, module, forward))
     return result
 
 

@@ -16,7 +16,7 @@ import torch
 
 from dtrain.distributed.ranks import is_lost_rank
 from dtrain.distributed.stop_request import Interrupted
-from dtrain.reporting.own_frames import message_of, place_of_error, whole_traceback
+from dtrain.reporting.own_frames import Frame, message_of, only_own, place_of_error, whole_traceback
 from dtrain.tracking.run_folder import RunFolder
 from dtrain.tracking.secrets import redact
 from dtrain.tracking.whole_file import read_json, write_json
@@ -46,6 +46,10 @@ _CURES = {  # by what the error says; the first that applies
     r"ready only once": (
         "checkpoint(..., use_reentrant=False) where the model recomputes activations; for parameters that one forward "
         "uses several times trainer.ddp.static_graph=true (with trainer.accumulate=1)"
+    ),
+    r"returned nan values in its": (
+        "this operation has no finite gradient for what it got (sqrt or norm of 0, log of 0, 0/0): keep it away from "
+        "there, as by adding an epsilon; where the loss was NaN before, dtrain replay RUN_FOLDER finds its beginning"
     ),
     r"NonFiniteError|not finite": (
         "dtrain replay RUN_FOLDER repeats the step; a lower optimizer.lr, trainer.clip_grad_norm=1, "
@@ -183,6 +187,8 @@ def card(note: Mapping[str, Any], folder: Path) -> list[str]:
         lines.append(f"  exited without reporting an error: rank {', '.join(map(str, note['silent_ranks']))}")
     if note["where"]:
         lines.append(f"  at {note['where']}")
+    if note.get("forward"):
+        lines.append(f"  backward of {note['forward']}")
     if note["config"]:
         lines.append(f"  built from {note['config']}")
     if note["samples"]:
@@ -246,6 +252,7 @@ def _note(evidence: Evidence, error: BaseException, consequence: bool) -> dict[s
         "error": type(error).__name__,
         "message": message,
         "where": place_of_error(error),
+        "forward": _forward(error),
         "config": f"{section} ({place})" if place else "",
         "samples": evidence.samples(error)[:_MOST_SAMPLES],
         "memory": memory_text(),
@@ -254,3 +261,10 @@ def _note(evidence: Evidence, error: BaseException, consequence: bool) -> dict[s
         "consequence": consequence,
         "bad_loss": not bool(torch.isfinite(state.sums["loss"])),
     }
+
+
+def _forward(error: BaseException) -> str:
+    """The line of forward whose backward failed, as far as `trainer.anomaly` has found it; else nothing."""
+    lines = {Frame(*frame[:3]): frame[3] for frame in getattr(error, "forward_frames", ())}
+    frames = only_own(lines) or list(lines)
+    return f"{frames[-1]}: {lines[frames[-1]]}" if frames else ""

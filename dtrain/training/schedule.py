@@ -56,6 +56,7 @@ class Schedule:
         self.optimizer, self.scheduler, self.interval = optimizer, scheduler, interval
         self.warmup_steps, self.warmup_start, self.plan = warmup_steps, warmup_start, plan
         self.ticks = {"step": 0, "epoch": 0, "validation": 0}
+        self.is_held = False  # another sets the rates from now on
         settings = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
         self._settings_at_start = copy.deepcopy(settings)
         self._names = [*names] if len(set(names)) > 1 and len(names) == len(settings) else []  # of the groups' rates
@@ -101,16 +102,18 @@ class Schedule:
 
     def tick(self, clock: str, score: float | None = None) -> None:
         """Something ended: a 'step', an 'epoch' or a 'validation'. The scheduler steps if that is its clock."""
+        if self.is_held:
+            return
         self.ticks[clock] += 1
         if self.scheduler is None or clock != self.interval:
             return
         with warnings.catch_warnings():
             # A first step that was skipped for its gradient makes torch believe that the order of calls is wrong.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-            if isinstance(self.scheduler, ReduceLROnPlateau):
-                self.scheduler.step(score if score is not None else float("nan"))
-            else:
+            if not isinstance(self.scheduler, ReduceLROnPlateau):
                 self.scheduler.step()
+            elif score is not None:  # else the validation measured something else
+                self.scheduler.step(score)
 
     def state_dict(self) -> dict[str, Any]:
         """The scheduler's state, how far it came, and what it was planned from; the warm-up has none."""

@@ -31,6 +31,15 @@ class ScheduleFree:
         for optimizer in self._switched:
             optimizer.train()
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether it is worth being evaluated and saved."""
+        return True
+
+    def resume(self, updates: int, averaged_epoch: int) -> None:
+        """Continue after so many updates."""
+        self.updates = updates
+
     def update(self, module: Module) -> None:
         """The weights of one more step are there."""
         self.updates, self._is_of_now = self.updates + 1, False

@@ -29,10 +29,10 @@ from dtrain.config.metric_rules import (
     Monitored,
     can_be_monitored,
     higher_is_better,
+    kinds_of_validation,
     measures_itself,
     mode_text,
     monitored,
-    val_sets,
 )
 from dtrain.config.optimizers import ONE
 from dtrain.config.rules import strategy_mistakes
@@ -40,8 +40,9 @@ from dtrain.config.schema import PHASES, calls, refused
 from dtrain.data import rng
 from dtrain.data.space import difference, space_of
 from dtrain.dataloader import Loaders, first_batch, get_train_loaders
+from dtrain.distributed.device import set_kernels
 from dtrain.distributed.environment import batch_job, environment, job_ends_at, launcher_precision
-from dtrain.distributed.fsdp import launcher_strategy, settings_of_accelerate
+from dtrain.distributed.fsdp import FSDP, launcher_strategy, settings_of_accelerate
 from dtrain.distributed.process_group import set_up
 from dtrain.distributed.ranks import Ranks
 from dtrain.distributed.stop_request import StopRequest
@@ -60,13 +61,16 @@ from dtrain.tracking.journal import Journal, NoJournal, flatten
 from dtrain.tracking.run_folder import RunFolder, why_not_writable
 from dtrain.tracking.run_lock import RunLock
 from dtrain.tracking.secrets import redact, redacted_tree
+from dtrain.training.activation_checkpointing import checkpoint_activations
 from dtrain.training.closure import closure_mistake
 from dtrain.training.ema import EMA
+from dtrain.training.memory_format import to_channels_last
 from dtrain.training.optimizer import freeze, get_optimizers, shown
 from dtrain.training.same_training import compared
 from dtrain.training.schedule import end_points, get_schedule
 from dtrain.training.schedule_free import ScheduleFree, is_schedule_free
 from dtrain.training.state import FORMAT, Trainables
+from dtrain.training.swa import SWA
 
 
 @dataclass
@@ -122,38 +126,36 @@ def make_parts(
     loaders = get_train_loaders(
         config, ranks.rank, ranks.world_size, seed, ranks.device.type == "cuda", options["accumulate"], phases
     )
-    if ranks.is_main:
-        _tell_generators(loaders, progress.note)
     spaces = {name: space_of(dataset) for name, dataset in loaders.datasets().items()}
-    if ranks.is_main and purpose == "train" and (line := difference(spaces)):
-        progress.note(f"loaders: {line}")
+    if ranks.is_main:
+        _tell_of_data(loaders, progress.note, spaces if purpose == "train" else {})
     loss = get_loss_criterion(config) if config.get("loss") or purpose != "predict" else None
     keys, counts = (options["input_key"], options["target_key"]), loaders.sample_counts()
     make_lazy_parts(Forward(module, torch.device("cpu"), "fp32", *keys, loss, sample_counts=counts), loaders)
     module = _prepared_model(config, module, options, ranks, start, progress.note)
-    compiled = _compiled(module, options["compile"])
+    compiled = module if ranks.strategy.is_sharded else _compiled(module, options["compile"])
     loss = loss and loss.to(ranks.device)
     predictor = _predictor(config, ranks, progress, purpose)
     forward = Forward(
         module, ranks.device, options["precision"], *keys, loss, predictor.output_key, counts,
         progress.note if ranks.is_main else bool,
     )  # fmt: skip
+    forward.channels_last = options["channels_last"]
     metrics = get_evaluation_metric(config, ranks, ranks.device)
     figure = _monitor(config, options, metrics)
-    monitor, mode = figure.figure, options["mode"]
-    if mode is None:
-        mode = _mode(config, figure, metrics, must_know=purpose == "train" and loaders.val is not None)
+    has_validation = purpose == "train" and loaders.val is not None
+    mode = options["mode"] or _mode(config, figure, metrics, must_know=has_validation)
     checkpoints = Checkpoints(
         RunFolder(start.folder).checkpoints, keep_last=options["keep_last"], keep_best=options["keep_best"], mode=mode
     )
     inference = Inference(
         predictor, forward, compiled, ranks, progress, start.folder,
         _identity(config, options, phases), has_weights=bool(options["pre_trained"]) and start.checkpoint is None,
-        tests_volumes=_tests_volumes(config, loaders),
+        **_whole_volumes(config, loaders, predictor),
     )  # fmt: skip
     texts = {f"config/{name}": redact(text) for name, text in sources(config).items()}
     parts = Parts(
-        ranks, start, seed, _untrained(module, compiled, loss, metrics), forward, loaders, metrics, monitor, mode,
+        ranks, start, seed, _untrained(module, compiled, loss, metrics), forward, loaders, metrics, figure.figure, mode,
         Saver(checkpoints, options["checkpoint_every_minutes"], progress.note, not ranks.strategy.is_sharded),
         StopRequest(options["time_limit"], job_ends_at(), alone=ranks.world_size == 1),
         progress, _pictures(config, options, loaders, start), inference,
@@ -195,11 +197,12 @@ def _is_lazy(module: Module) -> bool:
     return any(map(is_lazy, (*module.parameters(), *module.buffers())))
 
 
-def _ranks(config: ConfigDict, options: Mapping[str, Any], purpose: str) -> tuple[Ranks, Progress]:
+def _ranks(config: ConfigDict, options: dict[str, Any], purpose: str) -> tuple[Ranks, Progress]:
     """This rank among the others, and what shows its progress, which begins with what is worth knowing of both."""
     ddp = ({"timeout_seconds": IDLE_SECONDS} if purpose == "predict" else {}) | (options["ddp"] or {})
     fsdp = _fsdp(config, options) if purpose == "train" else None  # else each rank has a whole model
     ranks = set_up(config.get("device", "auto"), ddp, options["deterministic"], fsdp)
+    set_kernels(options["matmul_precision"], options["cudnn_benchmark"])
     progress = get_progress(ranks.is_main)
     for line in (ranks.notes + notes(config)) if ranks.is_main else ():
         progress.note(line)
@@ -220,18 +223,36 @@ def _predictor(config: ConfigDict, ranks: Ranks, progress: Progress, purpose: st
     return replace(predictor, activation=activation)
 
 
-def _tests_volumes(config: ConfigDict, loaders: Loaders) -> bool:
-    """Whether a test measures whole volumes."""
+def _whole_volumes(config: ConfigDict, loaders: Loaders, predictor: Predictor) -> dict[str, Any]:
+    """The sets that measure whole volumes, in every how many epochs, and which validations mirror them.
+
+    A ConfigError where a validation of them is asked for and there are none, or patches do not fit.
+    """
     datasets = loaders.datasets()
-    has_volumes = any(hasattr(datasets[name], "volumes") for name in loaders.of("test"))
-    return config.get("predictor") is not None and has_volumes
+    tests = [name for name in loaders.of("test") if config.get("predictor") is not None]
+    found = {name: 1 for name in tests if hasattr(datasets[name], "volumes")}
+    mirrored = set()
+    for name in loaders.of("val"):
+        settings, dataset = defaults(config, f"loaders.{name}.loader"), datasets[name]
+        if not settings["whole_volumes"]:
+            continue
+        volumes = getattr(dataset, "volumes", ())
+        without = [str(volume.path) for volume in volumes if not volume.has_label]
+        if without or not volumes:
+            why = f"{without[0]} is read without label" if without else f"{type(dataset).__name__} has no volumes"
+            path = calls(config)[f"loaders.{name}.loader"].path_of("whole_volumes")
+            raise refused(config, path, f"{why}, so that none can be measured whole")
+        predictor.source(dataset)
+        found[name] = settings["every_epochs"] or 1
+        mirrored |= {name} if settings["whole_volumes"] == "mirrored" else set()
+    return {"whole_volumes": found, "mirrored": frozenset(mirrored)}
 
 
 def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, sender: Popen[bytes] | None) -> None:
     """Add what only a training needs: what is trained, the journal, and the checkpoint to resume from."""
     ranks, start, train = parts.ranks, parts.start, parts.loaders.train
     assert train is not None
-    if ranks.strategy.is_sharded and parts.inference.tests_volumes:
+    if ranks.strategy.is_sharded and parts.inference.whole_volumes.keys() & parts.loaders.of("test").keys():
         text = "tests whole volumes, which a sharded model cannot; train without, then `dtrain test`"
         raise refused(config, ("loaders", "test"), text)
     per_epoch = train.steps()
@@ -240,13 +261,16 @@ def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, 
     length, epochs = max(1, steps), max(1, -(-steps // per_epoch))  # of a schedule, which has no length of 0
 
     trainables, decay = parts.trainables, options["ema_decay"]
-    if decay is not None:
-        trainables.ema = EMA(ranks.strategy.divide(_copied(trainables.module)), decay)
+    if decay is not None or options["swa"]:
+        trainables.ema = _average(ranks.strategy.divide(_copied(trainables.module)), options)
+    _checkpoint_activations(config, options, parts)
     trainables.freezing = freezing = freeze(config, trainables.module, trainables.loss)
     trainables.model = ranks.strategy.wrap(trainables.compiled)
+    if isinstance(ranks.strategy, FSDP) and options["compile"]:
+        ranks.strategy.compile(trainables.model, _compile_options(options["compile"]))
     if (own := trainables.loss) is not None:
         ranks.share_weights(own)
-        trainables.loss_ema = EMA(_copied(own), decay) if decay is not None else None
+        trainables.loss_ema = _average(_copied(own), options) if trainables.ema else None
     trainables.built = get_optimizers(config, trainables.module, own, freezing.thawed_later)
     if wrong := closure_mistake(options, trainables.optimizers.values(), ranks.strategy.is_sharded):
         raise refused(config, ("optimizer",), wrong)
@@ -268,8 +292,9 @@ def _add_averages(config: ConfigDict, options: Mapping[str, Any], trainables: Tr
     name = next((type(item).__name__ for item in optimizers if is_schedule_free(item)), "")
     if not name:
         return
-    if options["ema_decay"] is not None:
-        raise refused(config, ("trainer", "ema_decay"), f"{name} averages the weights itself; remove one of the two")
+    for key in ("ema_decay", "swa"):
+        if options[key] is not None:
+            raise refused(config, ("trainer", key), f"{name} averages the weights itself; remove one of the two")
     if ranks.strategy.is_sharded:
         text = f"{name} averages the weights itself, which has not been tried with a sharded model; possible: ddp"
         raise refused(config, ("optimizer",), text)
@@ -278,14 +303,31 @@ def _add_averages(config: ConfigDict, options: Mapping[str, Any], trainables: Tr
         trainables.loss_ema = ScheduleFree(_copied(trainables.loss), trainables.loss, optimizers)
 
 
+def _average(module: Module, options: Mapping[str, Any]) -> EMA:
+    """The average of weights that is asked for, which begins with a copy of them."""
+    return SWA(module, **options["swa"]) if options["swa"] else EMA(module, options["ema_decay"])
+
+
+def _checkpoint_activations(config: ConfigDict, options: Mapping[str, Any], parts: Parts) -> None:
+    try:
+        names = checkpoint_activations(parts.trainables.module, options["activation_checkpointing"])
+    except ValueError as error:
+        raise refused(config, ("trainer", "activation_checkpointing"), str(error)) from None
+    if names and parts.ranks.is_main:
+        parts.progress.note(f"activations are computed again in backward: {first_few(names, 5)}")
+
+
 def _copied(module: Module) -> Module:
     """A deep copy, also of weights that are computed from others before each call (weight_norm): torch copies none."""
     attributes = [value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor)]
     return copy.deepcopy(module, {id(value): value.detach().clone() for value in attributes if not value.is_leaf})
 
 
-def _fsdp(config: ConfigDict, options: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The options of sharding the model; None where it is not. A ConfigError says what does not go with it."""
+def _fsdp(config: ConfigDict, options: dict[str, Any]) -> dict[str, Any] | None:
+    """The options of sharding the model; None where it is not. A ConfigError says what does not go with it.
+
+    What accelerate's settings say of activation checkpointing goes into the trainer's options.
+    """
     asked_by_launcher = launcher_strategy()
     strategy = options["strategy"] or asked_by_launcher or "ddp"
     if mistakes := strategy_mistakes(config, {**options, "strategy": strategy}):
@@ -293,7 +335,10 @@ def _fsdp(config: ConfigDict, options: Mapping[str, Any]) -> dict[str, Any] | No
     if strategy == "ddp":
         return None
     own = {key: value for key, value in (options["fsdp"] or {}).items() if value is not None}
-    return (settings_of_accelerate() if asked_by_launcher else {}) | own
+    given = settings_of_accelerate() if asked_by_launcher else {}
+    if given.pop("activation_checkpointing", False) and not options["activation_checkpointing"]:
+        options["activation_checkpointing"] = given.get("layers") or True
+    return given | own
 
 
 def _phases(config: ConfigDict, purpose: str) -> tuple[str, ...]:
@@ -358,12 +403,18 @@ def _base_folder(package: str | Path | None) -> Path:
     return Path() if {"site-packages", "dist-packages"} & set(folder.resolve().parts) else folder
 
 
-def _tell_generators(loaders: Loaders, note: Callable[[str], None]) -> None:
+def _tell_of_data(loaders: Loaders, note: Callable[[str], None], spaces: Mapping[str, Any]) -> None:
+    """Notes on the datasets, and where the spaces of those that are compared differ."""
     if seeded := loaders.seeded():
         note(f"generators that are seeded for each sample: {first_few(seeded, 5)}")
     if cut := loaders.not_searched():
         text = f"the search for generators to seed for each sample saw only a part of the datasets of {', '.join(cut)}"
         note(f"{text}; it passes over objects with `seeds_itself = True`, see docs/data.md")
+    for name, dataset in loaders.datasets().items():
+        for line in getattr(getattr(dataset, "places", None), "notes", ()):
+            note(f"loaders.{name}: {line}")
+    if line := difference(spaces):
+        note(f"loaders: {line}")
 
 
 def _prepared_model(
@@ -385,7 +436,10 @@ def _prepared_model(
             raise refused(config, ("trainer", "sync_batchnorm"), "requires CUDA; PyTorch has no CPU implementation")
         module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
     # A model that is too large for a device goes there part by part.
-    return module if ranks.strategy.is_sharded else module.to(ranks.device)
+    module = module if ranks.strategy.is_sharded else module.to(ranks.device)
+    if options["channels_last"] and not ranks.strategy.is_sharded:  # a shard has no channels
+        to_channels_last(module)
+    return module
 
 
 def _load_pre_trained(
@@ -405,18 +459,19 @@ def _load_pre_trained(
 
 
 def _compiled(module: Module, wish: bool | str | dict[str, Any]) -> Module:
-    if not wish:
-        return module
-    options = wish if isinstance(wish, dict) else {"mode": wish} if isinstance(wish, str) else {}
-    return torch.compile(module, **options)  # type: ignore[return-value]
+    return torch.compile(module, **_compile_options(wish)) if wish else module  # type: ignore[return-value]
+
+
+def _compile_options(wish: bool | str | dict[str, Any]) -> dict[str, Any]:
+    return wish if isinstance(wish, dict) else {"mode": wish} if isinstance(wish, str) else {}
 
 
 def _monitor(config: ConfigDict, options: Mapping[str, Any], metrics: Metrics) -> Monitored:
     """The figure that 'best' means, known to be one that the validation gives."""
-    sets = val_sets(calls(config))
-    figure = monitored(options["monitor"], metrics.names, sets, measures_itself(config))
+    kinds = kinds_of_validation(calls(config))
+    figure = monitored(options["monitor"], metrics.names, kinds, measures_itself(config))
     if figure is None:
-        possible = ", ".join(can_be_monitored(metrics.names, sets))
+        possible = ", ".join(can_be_monitored(metrics.names, kinds))
         text = f"{options['monitor']!r} is not a metric of the validation; possible: {possible}"
         raise refused(config, ("trainer", "monitor"), text)
     return figure
@@ -481,6 +536,8 @@ def _table(config: ConfigDict, options: Mapping[str, Any], parts: Parts, steps: 
     table |= dict(shown(parts.trainables.built, most=8))
     if train.sampler is not None:
         table["sampler"] = train.described
+    if options["limit_batches"] or options["overfit_batches"]:
+        table["data"] += f", of which are used {parts.loaders.used()}"
     if trained := parts.trainables.loss and parameter_count(parts.trainables.loss)[1]:
         table["loss"] = f"{config.loss.name}, {trained:,} parameters trained"
     if parts.journal.tracking_uri:

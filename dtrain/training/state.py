@@ -1,5 +1,6 @@
 """What a training is at one step: TrainState, Trainables, Activity; into a checkpoint's plain values and back."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from dtrain.distributed.ranks import Ranks
 from dtrain.loss import Criterion
 from dtrain.training.ema import EMA
 from dtrain.training.freezing import Freezing
+from dtrain.training.memory_format import follow_weights
 from dtrain.training.optimizer import Built, in_the_way_of, regrouped, start_momentum
 from dtrain.training.parameter_groups import named_parameters
 from dtrain.training.schedule import Schedule, Schedules
@@ -29,9 +31,12 @@ FORMAT = 1  # raised when a state of before can no longer be restored
 PLAIN_FIELDS = (
     *("step", "epoch", "position", "best", "bad_validations", "validated_step", "score"),
     *("rate", "skipped", "overflows", "samples", "unsummed", "left_out", "skipped_batches", "order"),
+    *("averaged_epoch", "swa_rates"),
 )
 SAMPLES_OF = ":samples"  # behind a figure's name: the sum of the samples that it is of
-OF_BEFORE = {
+OF_BEFORE: dict[str, Any] = {
+    "averaged_epoch": -1,
+    "swa_rates": [],
     "overflows": 0,
     "unsummed": 0,
     "left_out": 0,
@@ -60,6 +65,8 @@ class TrainState:
     step_left_out: int = 0  # of them those of the step at work
     skipped_batches: int = 0  # of which it left nothing
     order: int = ORDER  # the version of the order in which this epoch began
+    averaged_epoch: int = -1  # the last whose weights are in `trainer.swa`'s average, counted from 0
+    swa_rates: list[float] = field(default_factory=list)  # the groups' rates from which it began to set them
     samples: int = 0  # samples of all ranks since figures were last logged
     unsummed: int = 0  # those of them whose losses are not in the sums
     sums: dict[str, Tensor] = field(init=False)  # this rank's since then, on the device: of the loss, and loss_<term>
@@ -110,7 +117,7 @@ class TrainState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         for name in PLAIN_FIELDS:
-            setattr(self, name, state[name] if name in state else OF_BEFORE[name])
+            setattr(self, name, copy.copy(state[name] if name in state else OF_BEFORE[name]))
         if not self.position:
             self.order = ORDER
         self.grad_norm.fill_(state["grad_norm"])
@@ -130,7 +137,7 @@ class Trainables:
     module: Module  # the bare model: what is saved
     compiled: Module  # the same, compiled if so configured: what is evaluated
     model: Module  # the same, wrapped for the ranks: what is trained
-    ema: EMA | ScheduleFree | None = None  # the averaged weights, if an average is kept
+    ema: EMA | ScheduleFree | None = None  # the averaged weights, if an average is kept; SWA is an EMA
     built: Mapping[str, Built] = field(default_factory=dict)  # the optimizers with their groups, by name
     schedule: Schedule | Schedules | None = None  # the learning rates'
     scaler: torch.amp.GradScaler | None = None  # of the loss, with fp16
@@ -153,7 +160,7 @@ class Trainables:
     @property
     def evaluated(self) -> Module:
         """The averaged weights where there are some, else the model."""
-        return self.ema.module if self.ema else self.compiled
+        return self.ema.module if self.ema and self.ema.is_ready else self.compiled
 
     @property
     def loss_objects(self) -> Mapping[str, Any]:
@@ -243,7 +250,7 @@ def capture(
         "seed": seed,
         "rng": generator_states,
     }
-    averaged = ranks.strategy.whole(ema.module.state_dict()) if ema else None
+    averaged = ranks.strategy.whole(ema.module.state_dict()) if ema and ema.is_ready else None
     of_loss = {name: ranks.strategy.whole(part.state_dict()) for name, part in _parts_of_loss(trainables).items()}
     return values, ranks.strategy.whole(trainables.module.state_dict()), averaged, of_loss
 
@@ -270,6 +277,7 @@ def _restore_optimizers(trainables: Trainables, ranks: Ranks, states: Any, names
             state = regrouped(built, state, (names or {}).get(name) or fallback)
         ranks.strategy.load_optimizer(built.optimizer, in_the_way_of(built.optimizer, state))
         start_momentum(built.optimizer)
+        follow_weights(built.optimizer)
 
 
 def _generators_of_all(module: Module, ranks: Ranks) -> list[Any] | None:
@@ -320,9 +328,9 @@ def restore(loaded: Loaded | None, state: TrainState, trainables: Trainables, ra
     if trainables.scaler and values["scaler"]:
         trainables.scaler.load_state_dict(values["scaler"])
     if trainables.ema:
-        trainables.ema.updates = values["averaged"]
+        trainables.ema.resume(values["averaged"], state.averaged_epoch)
     if trainables.loss_ema:
-        trainables.loss_ema.updates = values["averaged"]
+        trainables.loss_ema.resume(values["averaged"], state.averaged_epoch)
     for name, kept in trainables.kept.items():
         kept.load_state_dict(values.get("kept", {}).get(name, {}))
     if len(values["rng"]) == ranks.world_size:

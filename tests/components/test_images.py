@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from dtrain.components.datasets.files import stem_of
-from dtrain.components.datasets.images import DSB2018Dataset, ImageMaskFolder, read_image
+from dtrain.components.datasets.images import ImageMaskFolder, read_image
 from dtrain.components.datasets.nifti import NiftiDataset
+from dtrain.components.datasets.nuclei import DSB2018Dataset
 from dtrain.components.datasets.slices import FilterSliceBuilder, SliceBuilder
 
 MEMORY = pytest.mark.parametrize("in_memory", [False, True])

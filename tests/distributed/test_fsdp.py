@@ -146,7 +146,6 @@ def test_accelerates_own_fsdp_file_is_used(place: Place, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "key", "possible"),
     [
-        ({"trainer.compile": True}, "trainer.compile", "strategy: fsdp"),
         ({"trainer.sync_batchnorm": True}, "trainer.sync_batchnorm", "strategy: fsdp"),
         ({"trainer.precision": "fp16"}, "trainer.precision", "possible: bf16, fp32"),
         ({"trainer.ddp": {"static_graph": True}}, "trainer.ddp.static_graph", "possible: backend, timeout_seconds"),

@@ -430,6 +430,7 @@ def test_the_reference_has_every_key_and_no_other(path: tuple[str, ...]) -> None
     for key in path:
         section = section[key]
     components_own = {"name", *PHASES} if path in (("loaders",), ("lr_scheduler",)) else set()
+    components_own |= {"folds"} if path == ("loaders",) else set()
     components_own |= {"name", "lr"} if path == ("optimizer",) else set()
     components_own |= {"name", "task", "num_classes", "Precision"} if path == ("metrics",) else set()
     assert set(section) - components_own == set(settings(path))

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def found_files(wish: str | Sequence[str], suffixes: Sequence[str], key: str, kind: str) -> list[Path]:
+def found_files(
+    wish: str | Sequence[str], suffixes: Sequence[str], key: str, kind: str, marks: Sequence[str] = ()
+) -> list[Path]:
     """The files that a list of files, folders and patterns stands for.
 
     Args:
@@ -13,6 +15,7 @@ def found_files(wish: str | Sequence[str], suffixes: Sequence[str], key: str, ki
         suffixes: The endings that count in folders, in lower case.
         key: The argument's name, for messages.
         kind: What the files are, for messages.
+        marks: Where a "file" is itself a folder, as a Zarr store is: it holds an entry of one of these names.
 
     Returns:
         Absolute paths without links; those of a folder or pattern sorted.
@@ -24,13 +27,15 @@ def found_files(wish: str | Sequence[str], suffixes: Sequence[str], key: str, ki
     result: list[Path] = []
     for item in [wish] if isinstance(wish, str) else wish:
         path = Path(item).expanduser()
-        if path.is_dir():
-            found = sorted(file for file in path.iterdir() if _is_one(file, suffixes))
+        if path.is_dir() and marks and _is_there(path, marks):
+            found = [path]
+        elif path.is_dir():
+            found = sorted(file for file in path.iterdir() if _is_one(file, suffixes, marks))
             if not found:
                 raise FileNotFoundError(f"{key}: no {kind} in the folder {path}; endings: {', '.join(suffixes)}")
         elif any(sign in item for sign in "*?[") and not path.exists():
             anchor = Path(path.anchor)
-            found = sorted(file for file in anchor.glob(str(path.relative_to(anchor))) if file.is_file())
+            found = sorted(file for file in anchor.glob(str(path.relative_to(anchor))) if _is_there(file, marks))
             if not found:
                 raise FileNotFoundError(f"{key}: no file fits the pattern {item}")
         elif not path.is_file():
@@ -116,5 +121,10 @@ def unique_names(paths: Sequence[Path], stems: Sequence[str]) -> list[str]:
     return [f"{stem}_{number}" for number, stem in enumerate(stems)]
 
 
-def _is_one(file: Path, suffixes: Sequence[str]) -> bool:
-    return file.name.lower().endswith(tuple(suffixes)) and not file.name.startswith(".") and file.is_file()
+def _is_one(file: Path, suffixes: Sequence[str], marks: Sequence[str]) -> bool:
+    return file.name.lower().endswith(tuple(suffixes)) and not file.name.startswith(".") and _is_there(file, marks)
+
+
+def _is_there(file: Path, marks: Sequence[str]) -> bool:
+    """Whether it is a file, or a folder that stands for one."""
+    return any((file / mark).is_file() for mark in marks) if marks else file.is_file()

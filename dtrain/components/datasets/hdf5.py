@@ -3,6 +3,7 @@
 from typing import Any, ClassVar
 
 from dtrain.components.datasets.files import found_files, unique_names
+from dtrain.components.datasets.flat import Axis
 from dtrain.components.datasets.patches import PatchDataset
 from dtrain.components.datasets.slices import SliceBuilder
 from dtrain.components.datasets.volumes import Checks, HDF5Volume, Volume
@@ -22,7 +23,7 @@ class LazyHDF5Dataset(PatchDataset):
         label_internal_path: The label's, of the image's extent, with or without channels; several are stacked; null: an
             item is the image alone.
         weight_internal_path: The dataset of each voxel's weight, of the image's extent.
-        slice_builder: A SliceBuilder or FilterSliceBuilder. Default: each file is one item.
+        slice_builder: A SliceBuilder, FilterSliceBuilder or ForegroundSlices. Default: each file is one item.
         transforms: What is done to each patch, in this order.
         global_normalization: Read each file once when the dataset is built and give its statistics to Standardize,
             Normalize and PercentileNormalizer, which else take the patch's.
@@ -32,6 +33,8 @@ class LazyHDF5Dataset(PatchDataset):
         num_classes: Refuse labels other than 0 to num_classes - 1, and read them as integers.
         ignore_index: One label more that is possible.
         check_finite: Refuse NaN and infinity in the image and the weight.
+        axis: z | y | x: items are slices across this axis, (C, H, W), for a 2-D network. A slice_builder then has two
+            numbers per shape; without one, an item is a whole slice.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -55,6 +58,7 @@ class LazyHDF5Dataset(PatchDataset):
         num_classes: int | None = None,
         ignore_index: int | None = None,
         check_finite: bool = True,
+        axis: Axis | None = None,
     ) -> None:
         files = found_files(file_paths, SUFFIXES, "file_paths", "HDF5 file")
         checks = Checks(check_finite, num_classes, ignore_index)
@@ -68,8 +72,15 @@ class LazyHDF5Dataset(PatchDataset):
             volume = HDF5Volume(file, raw, label, weight_internal_path, name, checks)
             volumes.append(volume.load() if self.in_memory else volume)
         super().__init__(
-            volumes, files, slice_builder, transforms, global_normalization, random_scale, random_scale_probability
-        )
+            volumes,
+            files,
+            slice_builder,
+            transforms,
+            global_normalization,
+            random_scale,
+            random_scale_probability,
+            axis,
+        )  # fmt: skip  # fmt: skip
 
 
 class StandardHDF5Dataset(LazyHDF5Dataset):

@@ -65,59 +65,12 @@ class ImageMaskFolder(PatchDataset):
         ignore_index: int | None = None,
         check_finite: bool = True,
     ) -> None:
-        pairs = _pairs(images, masks, mask_suffix)
-        volumes = _volumes(pairs, color, mask_values, Checks(check_finite, num_classes, ignore_index), in_memory)
+        pairs = image_pairs(images, masks, mask_suffix)
+        volumes = image_volumes(pairs, color, mask_values, Checks(check_finite, num_classes, ignore_index), in_memory)
         files = [file for pair in pairs for file in pair if file]
         super().__init__(
             volumes, files, slice_builder, transforms, global_normalization, random_scale, random_scale_probability
         )
-
-
-class DSB2018Dataset(PatchDataset):
-    """Folders that each hold `images` and `masks`, as pytorch-3dunet reads the nuclei of the Data Science Bowl 2018.
-
-    An item is (C, H, W), not (C, 1, H, W). Without any folder `masks` an item is the image alone.
-
-    Args:
-        file_paths: The folders; one or a list.
-        slice_builder: See ImageMaskFolder.
-        transforms: See ImageMaskFolder.
-        color: See ImageMaskFolder.
-        mask_values: See ImageMaskFolder.
-        in_memory: See ImageMaskFolder.
-        global_normalization: See ImageMaskFolder.
-        num_classes: See ImageMaskFolder.
-        ignore_index: See ImageMaskFolder.
-
-    Raises:
-        FileNotFoundError: A folder lacks `images`, or lacks `masks` where another has it.
-        ValueError: See ImageMaskFolder.
-    """
-
-    def __init__(
-        self,
-        file_paths: str | list[str],
-        slice_builder: SliceBuilder | None = None,
-        transforms: list[Any] | None = None,
-        color: Color | None = None,
-        mask_values: list[int] | None = None,
-        in_memory: bool = True,
-        global_normalization: bool = False,
-        num_classes: int | None = None,
-        ignore_index: int | None = None,
-    ) -> None:
-        roots = [Path(item).expanduser() for item in ([file_paths] if isinstance(file_paths, str) else file_paths)]
-        labelled = [root for root in roots if (root / "masks").is_dir()]
-        if labelled and (without := [root for root in roots if root not in labelled]):
-            raise FileNotFoundError(f"{without[0]} lacks the folder 'masks', which {labelled[0]} has")
-        pairs = [
-            pair
-            for root in roots
-            for pair in _pairs(str(root / "images"), str(root / "masks") if labelled else None, suffix="")
-        ]
-        volumes = _volumes(pairs, color, mask_values, Checks(True, num_classes, ignore_index), in_memory)
-        files = [file for pair in pairs for file in pair if file]
-        super().__init__(volumes, files, slice_builder, transforms, global_normalization)
 
 
 class ImageVolume:
@@ -175,7 +128,12 @@ class ImageVolume:
         """
         image = _coloured(read_image(self.path), self.color)
         self.checks.values(image if self.channels > 1 else image[0], str(self.path), whole(self), self.shape)
-        return ArrayVolume(self.path, image, None if self.mask is None else self._label(self.mask), name=self.name)
+        result = ArrayVolume(self.path, image, self._own_label(), name=self.name)
+        result.checks = self.checks
+        return result
+
+    def _own_label(self) -> np.ndarray | None:
+        return None if self.mask is None else self._label(self.mask)
 
     def _label(self, mask: Path) -> np.ndarray:
         label = read_image(mask, palette=False)
@@ -198,7 +156,8 @@ def _recent(volume: ImageVolume) -> ArrayVolume:
     return volume.load()
 
 
-def _pairs(images: str | list[str], masks: str | list[str] | None, suffix: str) -> list[tuple[Path, Path | None]]:
+def image_pairs(images: str | list[str], masks: str | list[str] | None, suffix: str) -> list[tuple[Path, Path | None]]:
+    """Each image's file with its mask's; see `ImageMaskFolder`."""
     found = found_files(images, IMAGE_SUFFIXES, "images", "image")
     if masks is None:
         return [(path, None) for path in found]
@@ -206,13 +165,14 @@ def _pairs(images: str | list[str], masks: str | list[str] | None, suffix: str) 
     return [*pairs]
 
 
-def _volumes(
+def image_volumes(
     pairs: list[tuple[Path, Path | None]],
     color: Color | None,
     mask_values: list[int] | None,
     checks: Checks,
     in_memory: bool,
 ) -> list[Volume]:
+    """A volume for each pair; see `ImageMaskFolder`."""
     if color not in (None, "gray", "rgb"):
         raise ValueError(f"color is {color!r}; possible: gray, rgb")
     images = [image for image, _ in pairs]

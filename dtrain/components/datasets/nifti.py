@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dtrain.components.datasets.files import found_files, one_line, paired, stem_of, unique_names
+from dtrain.components.datasets.flat import Axis
 from dtrain.components.datasets.patches import PatchDataset, whole
 from dtrain.components.datasets.slices import SliceBuilder
 from dtrain.components.datasets.volumes import ArrayVolume, Checks, Region, Volume, read_region
@@ -28,7 +29,7 @@ class NiftiDataset(PatchDataset):
         images: Files (*.nii, *.nii.gz), folders or patterns; one or a list.
         labels: Likewise, as whole numbers, also where the file stores floats. Default: an item is the image alone.
         label_suffix: What a label's stem has behind its image's, as _seg in a_seg.nii.gz.
-        slice_builder: A SliceBuilder or FilterSliceBuilder. Default: each file is one item.
+        slice_builder: A SliceBuilder, FilterSliceBuilder or ForegroundSlices. Default: each file is one item.
         transforms: What is done to each patch, in this order.
         in_memory: Read all when the dataset is built. false: read each patch from the file, which is slow for .nii.gz,
             as these have to be unpacked from their beginning.
@@ -38,6 +39,8 @@ class NiftiDataset(PatchDataset):
         num_classes: Refuse labels other than 0 to num_classes - 1.
         ignore_index: One label more that is possible.
         check_finite: Refuse NaN and infinity in the images.
+        axis: z | y | x of the file: items are slices across this axis, (C, H, W), for a 2-D network. A slice_builder
+            then has two numbers per shape; without one, an item is a whole slice.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -59,6 +62,7 @@ class NiftiDataset(PatchDataset):
         num_classes: int | None = None,
         ignore_index: int | None = None,
         check_finite: bool = True,
+        axis: Axis | None = None,
     ) -> None:
         found = found_files(images, SUFFIXES, "images", "NIfTI file")
         pairs: Sequence[tuple[Path, Path | None]] = [(path, None) for path in found]
@@ -72,8 +76,15 @@ class NiftiDataset(PatchDataset):
             volumes.append(volume.load() if in_memory else volume)
         files = [file for pair in pairs for file in pair if file]
         super().__init__(
-            volumes, files, slice_builder, transforms, global_normalization, random_scale, random_scale_probability
-        )
+            volumes,
+            files,
+            slice_builder,
+            transforms,
+            global_normalization,
+            random_scale,
+            random_scale_probability,
+            axis,
+        )  # fmt: skip  # fmt: skip
 
 
 class NiftiVolume:
@@ -94,10 +105,12 @@ class NiftiVolume:
     """
 
     has_weight = False
+    axis_names = "xyz"
 
     def __init__(self, path: Path, label: Path | None = None, name: str = "", checks: Checks | None = None) -> None:
         self.path, self.label, self.name = path, label, name or stem_of(path, SUFFIXES)
         self.checks, self.has_label = checks or Checks(), label is not None
+        self.label_file = (label, "") if label else None
         image = opened(path)
         self.affine, self.header = image.affine, image.header
         shape = _shape(path, image)
@@ -144,6 +157,7 @@ class NiftiVolume:
         label = _smallest(self.read_label(whole(self))) if self.has_label else None
         result = PlacedArray(self.path, self.read(whole(self)), label, name=self.name)
         result.affine, result.header = self.affine, self.header
+        result.checks, result.label_file = self.checks, self.label_file
         return result
 
 
@@ -155,6 +169,7 @@ class PlacedArray(ArrayVolume):
         header: The image's header, nibabel's object.
     """
 
+    axis_names = "xyz"
     affine: np.ndarray
     header: Any
 

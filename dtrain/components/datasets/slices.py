@@ -4,11 +4,11 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, product
-from typing import overload
+from typing import Literal, overload
 
 import numpy as np
 
-from dtrain.components.datasets.volumes import Region, Volume
+from dtrain.components.datasets.volumes import Region, Volume, padded
 
 LEAST = 64  # voxels along the last two axes, of a patch that is checked
 
@@ -22,6 +22,8 @@ class SliceBuilder:
         halo_shape: Voxels that prediction reads around each patch, for context; reflected where the volume ends.
             Training does not use it.
         skip_shape_check: false: refuse patches of less than 64 voxels along one of the last two axes.
+        pad: What lies behind the end of a volume that is smaller than the patch: reflect, edge (the border's values),
+            or a number (constant: 0). Default: such a volume is refused. See `PatchDataset.sample` for the label.
 
     Raises:
         ValueError: Lengths that differ, or a number out of range.
@@ -33,7 +35,11 @@ class SliceBuilder:
         stride_shape: list[int] | None = None,
         halo_shape: list[int] | None = None,
         skip_shape_check: bool = True,
+        pad: Literal["reflect", "edge", "constant"] | float | None = None,
     ) -> None:
+        if isinstance(pad, str) and pad not in ("reflect", "edge", "constant"):
+            raise ValueError(f"pad is {pad!r}; possible: reflect, edge, constant, or a number")
+        self.pad = pad
         self.patch_shape = _extents("patch_shape", patch_shape, 1, len(patch_shape))
         self.stride_shape = _extents("stride_shape", stride_shape or patch_shape, 1, len(patch_shape))
         self.halo_shape = _extents("halo_shape", halo_shape or [0] * len(patch_shape), 0, len(patch_shape))
@@ -44,21 +50,31 @@ class SliceBuilder:
             )
 
     def places(self, volume: Volume) -> Sequence[Region]:
-        """The regions of a volume's patches, the last axis fastest.
+        """The regions of a volume's patches, the last axis fastest; of a padded volume they reach over its end.
 
         Raises:
-            ValueError: The patch is larger than the volume, or of other dimensions.
+            ValueError: The patch is larger than the volume and nothing pads it, or it is of other dimensions.
+        """
+        self.check(volume)
+        return Grid(volume.shape, self.patch_shape, self.stride_shape)
+
+    def check(self, volume: Volume) -> None:
+        """Whether patches can be taken of a volume.
+
+        Raises:
+            ValueError: See `places`.
         """
         if len(volume.shape) != len(self.patch_shape):
             raise ValueError(
                 f"patch_shape {self.patch_shape} has {len(self.patch_shape)} numbers, "
                 f"{volume.path} {len(volume.shape)} spatial dimensions: {volume.shape}"
             )
-        if any(patch > extent for patch, extent in zip(self.patch_shape, volume.shape, strict=True)):
+        is_larger = any(patch > extent for patch, extent in zip(self.patch_shape, volume.shape, strict=True))
+        if is_larger and self.pad is None:
             raise ValueError(
-                f"patch_shape {self.patch_shape} is larger than {volume.path}, whose extent is {volume.shape}"
+                f"patch_shape {self.patch_shape} is larger than {volume.path}, whose extent is {volume.shape}; "
+                "pad (reflect, edge or a number) in the slice_builder fills what is missing"
             )
-        return Grid(volume.shape, self.patch_shape, self.stride_shape)
 
     def places_of(self, volumes: Sequence[Volume]) -> "Places":
         """The patches of several volumes, one volume after the other.
@@ -83,6 +99,7 @@ class FilterSliceBuilder(SliceBuilder):
         slack_acceptance: The others are kept with this probability.
         ignore_index: A label that does not count. Default: all but 0 count.
         seed: Decides which of the others are kept; the same ones in every run.
+        pad: See SliceBuilder; what is padded does not count.
 
     Raises:
         ValueError: See SliceBuilder; or a share or probability that is not within 0 and 1.
@@ -98,8 +115,9 @@ class FilterSliceBuilder(SliceBuilder):
         slack_acceptance: float = 0.01,
         ignore_index: int | None = None,
         seed: int = 47,
+        pad: Literal["reflect", "edge", "constant"] | float | None = None,
     ) -> None:
-        super().__init__(patch_shape, stride_shape, halo_shape, skip_shape_check)
+        super().__init__(patch_shape, stride_shape, halo_shape, skip_shape_check, pad)
         for name, value in (("threshold", threshold), ("slack_acceptance", slack_acceptance)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value}; possible: 0 to 1")
@@ -139,7 +157,8 @@ class FilterSliceBuilder(SliceBuilder):
     def _shares(self, volume: Volume, row: Region, starts: Sequence[int]) -> np.ndarray:
         """The share of labels that count, for the patches of a row; no label is read twice for it."""
         patch = self.patch_shape[-1]
-        label = volume.read_label((*row, slice(0, volume.shape[-1])))
+        line = slice(0, max(volume.shape[-1], patch))
+        label = padded(volume.read_label, (*row, line), volume.shape, 0)
         counts = label != 0 if self.ignore_index is None else (label != 0) & (label != self.ignore_index)
         sums = np.concatenate(([0], counts.reshape(-1, counts.shape[-1]).sum(axis=0).cumsum()))
         lows = np.array(starts)
@@ -151,7 +170,7 @@ class Grid(Sequence[Region]):
 
     Args:
         shape: The volume's extent.
-        patch: A patch's, not larger.
+        patch: A patch's; where it is larger, the only one begins at 0.
         stride: From one start to the next.
     """
 
@@ -187,12 +206,12 @@ class Starts(Sequence[int]):
 
     Args:
         extent: Of the volume.
-        patch: Of a patch, not larger.
+        patch: Of a patch; a larger one begins at 0.
         stride: s.
     """
 
     def __init__(self, extent: int, patch: int, stride: int) -> None:
-        self.last, self.stride = extent - patch, stride
+        self.last, self.stride = max(extent - patch, 0), stride
 
     def __len__(self) -> int:
         return 1 + -(-self.last // self.stride)
@@ -232,15 +251,54 @@ class Chosen(Sequence[Region]):
         return self.grid[int(self.numbers[index])]
 
 
+class Draws(Sequence[Region]):
+    """Patches of a volume whose places are drawn when they are asked for; as a sequence, each is the whole volume.
+
+    Args:
+        shape: The volume's extent.
+        patch: A patch's; a larger one begins at 0.
+        patches: How many there are.
+    """
+
+    def __init__(self, shape: tuple[int, ...], patch: tuple[int, ...], patches: int) -> None:
+        self.shape, self.patch, self.patches = shape, patch, patches
+
+    def __len__(self) -> int:
+        return self.patches
+
+    @overload
+    def __getitem__(self, index: int) -> Region: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Region]: ...
+    def __getitem__(self, index: int | slice) -> Region | Sequence[Region]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        _within(index, len(self))
+        return tuple(slice(0, extent) for extent in self.shape)
+
+    def draw(self, rng: np.random.Generator) -> Region:
+        """A patch's region, each that lies within the volume as likely as any other."""
+        spans = (extent - patch for extent, patch in zip(self.shape, self.patch, strict=True))
+        return self.beginning([int(rng.integers(max(span, 0) + 1)) for span in spans])
+
+    def beginning(self, lows: Sequence[int]) -> Region:
+        """The region of a patch that begins there, moved to where it lies within the volume."""
+        sides = zip(lows, self.shape, self.patch, strict=True)
+        starts = [min(max(low, 0), max(extent - patch, 0)) for low, extent, patch in sides]
+        return tuple(slice(start, start + patch) for start, patch in zip(starts, self.patch, strict=True))
+
+
 class Places(Sequence[tuple[int, Region]]):
     """The patches of several volumes, one volume after the other, each with its volume's number.
 
     Args:
         parts: Each volume's patches.
+        notes: What is worth a line when they are first used.
     """
 
-    def __init__(self, parts: Sequence[Sequence[Region]]) -> None:
-        self.parts = parts
+    def __init__(self, parts: Sequence[Sequence[Region]], notes: Sequence[str] = ()) -> None:
+        self.parts, self.notes = parts, notes
+        self.are_drawn = any(isinstance(part, Draws) for part in parts)
         self.ends = list(accumulate(map(len, parts)))
 
     def __len__(self) -> int:

@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from dtrain.components.datasets.files import one_line
 
 Region = tuple[slice, ...]
 """Spatial; start and stop are integers and may lie outside of the volume: what is outside is reflected."""
+
+Pad = Literal["reflect", "edge", "constant"] | float
+"""What lies outside of a volume: reflected, the border's values, or a number; constant: 0."""
 
 Check = Callable[[np.ndarray, str, Region, tuple[int, ...]], np.ndarray]
 OPEN_FILES = 32  # that a process keeps open; one more closes the one that was longest unused
@@ -28,6 +31,9 @@ class Volume(Protocol):
         channels: Of the image.
         has_label: Whether `read_label` may be called.
         has_weight: Whether `read_weight` may be called.
+
+    It may also have `checks`, what its values are known to be, and `label_file`, the file that the label is in and
+    which part of it that is.
     """
 
     path: Path
@@ -141,9 +147,16 @@ class ArrayVolume:
         weight: (*spatial), or None.
         name: Default: the path's stem.
 
+    Attributes:
+        checks: What the values were found to be where they come from a file.
+        label_file: The file that the label is of, and which part of it that is; None where there is none.
+
     Raises:
         ValueError: The shapes do not fit.
     """
+
+    checks = Checks()
+    label_file: tuple[Path, str] | None = None
 
     def __init__(
         self,
@@ -177,53 +190,46 @@ class ArrayVolume:
         return read_region(self.weight.__getitem__, self.shape, region, 0).astype(np.float32)
 
 
-class HDF5Volume:
-    """A volume in an HDF5 file, of which only the regions asked for are read.
+class StoredVolume:
+    """A volume in a file of several arrays by name, of which only the regions asked for are read.
 
-    The file is opened read-only by the process that reads, at its first read, and stays open there; an open file is
-    neither pickled nor used after a fork. The object itself holds names and shapes.
-
-    Args:
-        path: The file.
-        raw: The datasets of the image, each (*spatial) or, in three dimensions, (C, *spatial); they are stacked.
-        label: Those of the label, likewise; several, or one with channels, give (K, *spatial). Empty: none.
-        weight: The dataset of the weight, (*spatial), or None.
-        name: Default: the path's stem.
-        checks: What each value that is read must be. Default: finite.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is not an HDF5 file, lacks a dataset, or the datasets are not numbers or do not fit together.
+    A subclass finds the shapes, and `_array` gives what can be sliced.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        raw: Sequence[str] = ("raw",),
-        label: Sequence[str] = (),
-        weight: str | None = None,
-        name: str = "",
-        checks: Checks | None = None,
-    ) -> None:
-        self.path, self.name = path, name or path.stem
-        self.raw, self.label, self.weight = tuple(raw), tuple(label), weight
-        self.checks = checks or Checks()
-        self.has_label, self.has_weight = bool(label), weight is not None
-        with open_hdf5(path) as file:
-            raws = [_shape(path, file, item) for item in self.raw]
-            labels = [_shape(path, file, item) for item in self.label]
-            weights = [_shape(path, file, item) for item in ([weight] if weight is not None else [])]
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    channels: int
+    has_label: bool
+    has_weight: bool
+    raw: tuple[str, ...]
+    label: tuple[str, ...]
+    weight: str | None
+    checks: Checks
+    label_file: tuple[Path, str] | None = None
+    word = "dataset"  # for one of the arrays, in messages
+
+    def _fit(self, raws: Sequence[Any], labels: Sequence[Any], weights: Sequence[Any]) -> None:
+        """Take over the arrays' shapes, which fit together, or ValueError."""
+        self.has_label, self.has_weight = bool(self.label), self.weight is not None
+        self.label_file = (self.path, ", ".join(self.label)) if self.label else None
         if len(raws[0]) not in (2, 3, 4):
             raise ValueError(
-                f"{path}: dataset '{self.raw[0]}' has the shape {raws[0]}; "
+                f"{self.path}: {self.word} '{self.raw[0]}' has the shape {raws[0]}; "
                 "expected (H, W), (D, H, W) or (C, D, H, W), 2 to 4 dimensions"
             )
         self.shape = raws[0][-3:]
-        for names, shapes, channels in ((self.raw, raws, True), (self.label, labels, True), ([weight], weights, False)):
+        parts = ((self.raw, raws, True), (self.label, labels, True), ([self.weight], weights, False))
+        for names, shapes, channels in parts:
             for item, shape in zip(names, shapes, strict=False):
-                check_extent(f"{path}: dataset '{item}'", shape, f"'{self.raw[0]}'", self.shape, channels=channels)
+                what = f"{self.path}: {self.word} '{item}'"
+                check_extent(what, shape, f"'{self.raw[0]}'", self.shape, channels=channels)
         self.channels = sum(self._layers(shape) for shape in raws)
         self._raw_shapes, self._label_shapes = raws, labels
+
+    def _array(self, name: str) -> Any:
+        """What gives a block when it is sliced."""
+        raise NotImplementedError
 
     def read(self, region: Region) -> np.ndarray:
         """See `Volume`.
@@ -264,8 +270,9 @@ class HDF5Volume:
         image = _single(self._image(everything))
         label = _single(self.read_label(everything)) if self.has_label else None
         weight = self.read_weight(everything) if self.has_weight else None
-        FILES.close()
-        return ArrayVolume(self.path, image, label, weight, self.name)
+        result = ArrayVolume(self.path, image, label, weight, self.name)
+        result.checks, result.label_file = self.checks, self.label_file
+        return result
 
     def _image(self, region: Region) -> np.ndarray:
         return self._stacked(self.raw, self._raw_shapes, region, self.checks.values)
@@ -274,13 +281,13 @@ class HDF5Volume:
         return shape[0] if len(shape) > len(self.shape) else 1
 
     def _one(self, name: str, leading: int, region: Region, check: Check) -> np.ndarray:
-        dataset = FILES.dataset(self.path, name)
+        array = self._array(name)
         try:
-            block = read_region(dataset.__getitem__, self.shape, region, leading)
+            block = read_region(array.__getitem__, self.shape, region, leading)
         except OSError as error:
-            raise ValueError(f"{self.path}: dataset '{name}' cannot be read: {one_line(error)}") from error
+            raise ValueError(f"{self.path}: {self.word} '{name}' cannot be read: {one_line(error)}") from error
         block = block if block.dtype.isnative else block.astype(block.dtype.newbyteorder("="))
-        return check(block, f"{self.path}: dataset '{name}'", region, self.shape)
+        return check(block, f"{self.path}: {self.word} '{name}'", region, self.shape)
 
     def _stacked(
         self, names: Sequence[str], shapes: Sequence[tuple[int, ...]], region: Region, check: Check
@@ -292,6 +299,56 @@ class HDF5Volume:
             block = self._one(name, leading, region, check)
             blocks.append(block if leading else block[np.newaxis])
         return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+
+
+class HDF5Volume(StoredVolume):
+    """A volume in an HDF5 file, of which only the regions asked for are read.
+
+    The file is opened read-only by the process that reads, at its first read, and stays open there; an open file is
+    neither pickled nor used after a fork. The object itself holds names and shapes.
+
+    Args:
+        path: The file.
+        raw: The datasets of the image, each (*spatial) or, in three dimensions, (C, *spatial); they are stacked.
+        label: Those of the label, likewise; several, or one with channels, give (K, *spatial). Empty: none.
+        weight: The dataset of the weight, (*spatial), or None.
+        name: Default: the path's stem.
+        checks: What each value that is read must be. Default: finite.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not an HDF5 file, lacks a dataset, or the datasets are not numbers or do not fit together.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        raw: Sequence[str] = ("raw",),
+        label: Sequence[str] = (),
+        weight: str | None = None,
+        name: str = "",
+        checks: Checks | None = None,
+    ) -> None:
+        self.path, self.name = path, name or path.stem
+        self.raw, self.label, self.weight = tuple(raw), tuple(label), weight
+        self.checks = checks or Checks()
+        with open_hdf5(path) as file:
+            parts = (self.raw, self.label, () if weight is None else (weight,))
+            shapes = [[_shape(path, file, item) for item in items] for items in parts]
+        self._fit(shapes[0], shapes[1], shapes[2])
+
+    def load(self) -> ArrayVolume:
+        """All of it in memory, in the types that are stored (double precision as single).
+
+        Raises:
+            ValueError: See the readers.
+        """
+        loaded = super().load()
+        FILES.close()
+        return loaded
+
+    def _array(self, name: str) -> Any:
+        return FILES.dataset(self.path, name)
 
 
 def _single(values: np.ndarray) -> np.ndarray:
@@ -410,6 +467,34 @@ def read_region(
         if len(at) != block.shape[axis] or (np.diff(at) != 1).any():
             block = block.take(at, axis=axis)
     return block
+
+
+def padded(read: Callable[[Region], np.ndarray], region: Region, shape: tuple[int, ...], pad: Pad | None) -> np.ndarray:
+    """A region of a volume of which some may lie outside.
+
+    Args:
+        read: Reads a region, (*leading, *region); it reflects what lies outside.
+        region: What is wanted; it reaches into the volume.
+        shape: The volume's extent.
+        pad: What lies outside; None: reflect.
+
+    Returns:
+        (*leading, *region), in a type that holds the number, too.
+    """
+    inside = tuple(
+        slice(max(part.start, 0), min(part.stop, extent)) for part, extent in zip(region, shape, strict=True)
+    )
+    if pad in (None, "reflect") or inside == region:
+        return read(region)
+    block = read(inside)
+    around = [(own.start - part.start, part.stop - own.stop) for part, own in zip(region, inside, strict=True)]
+    widths = [(0, 0)] * (block.ndim - len(shape)) + around
+    if pad == "edge":
+        return np.pad(block, widths, mode="edge")
+    value = 0 if pad == "constant" else pad
+    if block.dtype.kind in "iub":
+        block = block.astype(np.result_type(block.dtype, np.min_scalar_type(value)), copy=False)
+    return np.pad(block, widths, constant_values=value)
 
 
 def _reflected(part: slice, extent: int) -> np.ndarray:
