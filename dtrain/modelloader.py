@@ -86,7 +86,8 @@ class Forward:
         if not self._is_on_cpu:
             batch = batches.to_device(batch, self.device)
         if self._computes_loss and self._takes_whole(model, batch):
-            return self._with_own_loss(model, batches.whole(batch))
+            whole = batches.whole(batch)
+            return self._with_own_loss(model, batches.in_channels_last(whole) if self.channels_last else whole)
         inputs, target = batches.split(batch, self.input_key, self.target_key)
         if self.channels_last:
             inputs = batches.in_channels_last(inputs)
@@ -104,6 +105,13 @@ class Forward:
                 mark_section(error, section)
                 raise
         return loss, terms, Outcome(inputs, output, target)
+
+    def only(self, model: nn.Module, batch: Any) -> None:
+        """Call the model with a batch for what that does to it; where it can be without, no loss is computed."""
+        if self._computes_loss:
+            self(model, batch)
+        else:
+            self.run(model, self.inputs(batch))
 
     def run(self, model: nn.Module, inputs: Any) -> Any:
         """All that the model makes of inputs of any form, which are moved to the device."""
@@ -130,6 +138,8 @@ class Forward:
 
     def _with_own_loss(self, model: nn.Module, batch: Any) -> tuple[Any, Mapping[str, Tensor], Outcome]:
         """The same for a model that is given the whole batch; without a loss in train mode a ConfigError."""
+        if self.channels_last:
+            batch = batches.in_channels_last(batch)
         with self._autocast:
             try:
                 result = batches.call(model, batch, self._whole)  # type: ignore[arg-type]

@@ -328,7 +328,7 @@ class Trainer:
         self.progress.start_epoch(state.epoch + 1, *self._extent())
         self.freeze_and_thaw()
         if self.swa:
-            self.swa.begin_epoch(self.optimizer, self.schedule, state)
+            self.swa.begin_epoch(self.trainables, state)
         self.model.train()
         self.throughput.restart()
         self.last_step.mark()

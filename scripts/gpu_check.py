@@ -327,6 +327,46 @@ def fsdp(bench: Bench) -> str:
     return f"{close(whole.losses, losses, 1e-4)}, {same(whole, bench.train('parts', *options, ranks=1))}"
 
 
+def fsdp_options(bench: Bench) -> str:
+    """trainer.fsdp: host memory and compiled parts give the losses of plain shards; messages in bf16 nearly so."""
+    options = ("model.dropout=0", "model.batch_norm=false", "trainer.strategy=fsdp")
+    losses = bench.train("plain", *options, ranks=1).losses
+    host = bench.train("host", *options, "trainer.fsdp={min_parameters: 100, cpu_offload: true}", ranks=1)
+    bench.train("host", *options, "trainer.fsdp={cpu_offload: true}", "trainer.max_steps=22", ranks=1)  # it resumes
+    compiled = bench.train("compiled", *options, "trainer.compile=true", ranks=1)
+    small = ("trainer.fsdp={param_dtype: bf16, reduce_dtype: bf16}", "trainer.precision=bf16", "model.expects=bfloat16")
+    bf16 = bench.train("bf16", *options, *small, ranks=1)
+    texts = [close(host.losses, losses, 1e-4), close(compiled.losses, losses, 1e-3), close(bf16.losses, losses, 0.1)]
+    return f"host memory: {texts[0]}; compiled: {texts[1]}; bf16: {texts[2]}"
+
+
+def memory_formats(bench: Bench) -> str:
+    """trainer.channels_last and cudnn_benchmark: the losses of without; matmul_precision: nearly so."""
+    losses = bench.train("plain", "model.dropout=0").losses
+    last = bench.train("last", "model.dropout=0", "trainer.channels_last=true", "trainer.cudnn_benchmark=true").losses
+    tf32 = bench.train("tf32", "model.dropout=0", "trainer.matmul_precision=high").losses
+    return f"channels_last: {close(last, losses, 1e-3)}; TF32: {close(tf32, losses, 1e-2)}"
+
+
+def activations_again(bench: Bench) -> str:
+    """trainer.activation_checkpointing: bit for bit the weights of without."""
+    plain = bench.train("plain", "trainer.deterministic=true")
+    again = bench.train("again", "trainer.deterministic=true", "trainer.activation_checkpointing=[features, head]")
+    return same(plain, again)
+
+
+def memory_figure(bench: Bench) -> str:
+    """gpu_memory_gb is among the figures of each log step."""
+    needs_gpus(bench)
+    done = bench.train("memory")
+    lines = map(json.loads, (done.folder / "run" / "metrics.jsonl").read_text().splitlines())
+    values = [line["values"] for line in lines if line["kind"] == "metrics" and "train/loss" in line["values"]]
+    peaks = [float(value["gpu_memory_gb"]) for value in values]
+    if not all(0 < peak < 10 for peak in peaks):
+        raise AssertionError(f"peaks of {peaks} GB")
+    return f"{len(peaks)} figures, {max(peaks):.4f} GB at most"
+
+
 def launch(bench: Bench) -> str:
     """dtrain launch: its rank is killed, started again and goes on from the last checkpoint, bit for bit."""
     options = ("trainer.deterministic=true", "trainer.checkpoint_every_steps=5", "--nproc-per-node=1")
@@ -367,6 +407,10 @@ CHECKS: dict[str, Callable[[Bench], str]] = {
     "skipped-step": skipped_step,
     "stopped-step": stopped_step,
     "fsdp": fsdp,
+    "fsdp-options": fsdp_options,
+    "memory-formats": memory_formats,
+    "activations-again": activations_again,
+    "memory-figure": memory_figure,
     "launch": launch,
     "doctor": doctor,
 }

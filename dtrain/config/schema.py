@@ -519,7 +519,10 @@ class _Reader:
 
     def metric_task(self, key: str, call: Call) -> None:
         """Give a metric what loss and model leave no doubt about: the task and the number of classes."""
-        loss, model = (self.written(self.calls.get(section)) for section in ("loss", "model"))
+        outer = self.calls.get("loss")
+        if outer is not None and _short_name(outer.name) == "DeepSupervision":  # of the same classes as the loss within
+            outer = outer.components.get(outer.path_of("loss"))
+        loss, model = self.written(outer), self.written(self.calls.get("model"))
         has_heads = f"metric.{key.removeprefix('metrics.')}" in self.calls  # which of them has how many classes?
         if not has_heads and (metric := self.written(call)):
             certain = task_arguments(metric, loss, model)

@@ -1,16 +1,15 @@
 """dtrain check --find-lr: the learning-rate range test (Smith, 2015), on weights that are put back afterwards."""
 
-import copy
 import itertools
 import json
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map
 
 from dtrain.data import rng
 from dtrain.dataloader import MicroBatch
@@ -29,32 +28,32 @@ PICTURE = "find-lr.png"
 class Kept(NamedTuple):
     """All that a test changes."""
 
-    weights: dict[str, Any]
-    of_loss: dict[str, Any]
-    optimizer: dict[str, Any]
-    scaler: dict[str, Any]
+    states: dict[str, Any]  # state_dicts
     generators: Any
 
 
 def keep(trainer: Trainer) -> Kept:
     """A copy of weights, optimizer and random numbers, as they are now."""
+    return Kept({name: _copied(part.state_dict()) for name, part in _changing(trainer).items()}, rng.get_state())
+
+
+def _changing(trainer: Trainer) -> dict[str, Any]:
+    """What a step changes, by name."""
     parts: Any = trainer.trainables
-    of_loss = {} if parts.loss is None else parts.loss.state_dict()
-    scaler = parts.scaler.state_dict() if parts.scaler else {}
-    states = copy.deepcopy((parts.module.state_dict(), of_loss, parts.optimizer.state_dict(), scaler))
-    return Kept(*states, rng.get_state())
+    changing = {"model": parts.module, "loss": parts.loss, "scaler": parts.scaler, "optimizer": parts.optimizer}
+    return {name: part for name, part in changing.items() if part is not None}
+
+
+def _copied(tree: Any) -> Any:
+    """The same nested containers with copies of the tensors; Python's deepcopy fails for shards."""
+    return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, tree)
 
 
 def put_back(trainer: Trainer, kept: Kept) -> None:
     """Let all be as it was."""
-    parts: Any = trainer.trainables
-    parts.module.load_state_dict(kept.weights)
-    if parts.loss is not None:
-        parts.loss.load_state_dict(kept.of_loss)
-    parts.optimizer.load_state_dict(copy.deepcopy(kept.optimizer))
-    parts.optimizer.zero_grad()
-    if parts.scaler and kept.scaler:
-        parts.scaler.load_state_dict(kept.scaler)
+    for name, part in _changing(trainer).items():
+        part.load_state_dict(_copied(kept.states[name]))
+    trainer.optimizer.zero_grad()
     rng.set_state(kept.generators)
     trainer.state.clear()
 
@@ -64,6 +63,9 @@ def find_lr(trainer: Trainer, kept: Kept) -> Iterator[str]:
 
     All ranks call it. Warm-up and schedule have no part in it; groups keep the ratios of their rates.
     """
+    if len(trainer.optimizers) > 1:
+        yield f"learning rate: no suggestion: there are several optimizers ({', '.join(trainer.optimizers)})"
+        return
     put_back(trainer, kept)
     rates, losses = ramp(trainer)
     put_back(trainer, kept)
@@ -121,15 +123,13 @@ def _steps(trainer: Trainer) -> Iterator[list[MicroBatch]]:
 
 def _step(trainer: Trainer, micros: list[MicroBatch]) -> float:
     """One optimizer step; its loss over the samples of all ranks."""
-    total = torch.zeros((), dtype=torch.float32, device=trainer.device)
+    trainer.state.clear()
     for micro in micros:
         if micro.batch is not None:
-            with nullcontext() if micro.closes else trainer.ranks.strategy.no_sync(trainer.model):
-                loss, terms = trainer.training_step(micro.batch)
-                trainer.backward(loss, terms, micro)
-            total += loss.detach() * micro.samples
-    trainer.optimizer_step()
-    return float(trainer.ranks.sum_(total)) / micros[-1].step_samples
+            trainer.learn(micro)
+    total = trainer.ranks.sum_(trainer.state.sums["loss"].clone())
+    trainer.take_step()
+    return float(total) / micros[-1].step_samples
 
 
 def smoothed(losses: list[float]) -> list[float]:

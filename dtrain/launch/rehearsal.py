@@ -138,6 +138,8 @@ def _evaluation(trainer: Trainer, name: str, loader: Any, of_volumes: bool) -> s
 def _require_resumable(trainer: Trainer, config: ConfigDict) -> None:
     """What a checkpoint would hold now can be written, and fits a model and an optimizer that are made anew."""
     values, weights, ema, others = capture(trainer.state, trainer.trainables, trainer.ranks, trainer.parts.seed)
+    if not trainer.ranks.is_main:  # of a sharded model it is complete on the main rank alone
+        return
     take_snapshot(weights, values, ema, others=others)
     module, loss = get_model(config), get_loss_criterion(config) if config.get("loss") else None
     on_cpu = replace(trainer.forward, module=module, criterion=loss, device=torch.device("cpu"), precision="fp32")

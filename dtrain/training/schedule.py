@@ -100,6 +100,10 @@ class Schedule:
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate
 
+    def hold(self) -> None:
+        """Let the scheduler stand still: another sets the rates from now on."""
+        self.is_held = True
+
     def tick(self, clock: str, score: float | None = None) -> None:
         """Something ended: a 'step', an 'epoch' or a 'validation'. The scheduler steps if that is its clock."""
         if self.is_held:
@@ -181,6 +185,11 @@ class Schedules:
             found[name] = schedule.last_rate
             found |= {f"{name}/{group}": rate for group, rate in schedule.rates_by_group().items()}
         return found
+
+    def hold(self) -> None:
+        """Let all schedulers stand still: another sets the rates from now on."""
+        for schedule in self.of.values():
+            schedule.hold()
 
     def tick(self, clock: str, score: float | None = None) -> None:
         """Something ended: a 'step', an 'epoch' or a 'validation'; each scheduler steps if that is its clock."""

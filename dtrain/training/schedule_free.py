@@ -37,8 +37,8 @@ class ScheduleFree:
         return True
 
     def resume(self, updates: int, averaged_epoch: int) -> None:
-        """Continue after so many updates."""
-        self.updates = updates
+        """Continue after so many steps."""
+        self.updates, self._is_of_now = updates, False
 
     def update(self, module: Module) -> None:
         """The weights of one more step are there."""

@@ -126,9 +126,10 @@ def make_parts(
     loaders = get_train_loaders(
         config, ranks.rank, ranks.world_size, seed, ranks.device.type == "cuda", options["accumulate"], phases
     )
+    _tell_of_data(loaders, progress.note if ranks.is_main else bool)
     spaces = {name: space_of(dataset) for name, dataset in loaders.datasets().items()}
-    if ranks.is_main:
-        _tell_of_data(loaders, progress.note, spaces if purpose == "train" else {})
+    if ranks.is_main and purpose == "train" and (line := difference(spaces)):
+        progress.note(f"loaders: {line}")
     loss = get_loss_criterion(config) if config.get("loss") or purpose != "predict" else None
     keys, counts = (options["input_key"], options["target_key"]), loaders.sample_counts()
     make_lazy_parts(Forward(module, torch.device("cpu"), "fp32", *keys, loss, sample_counts=counts), loaders)
@@ -137,9 +138,8 @@ def make_parts(
     loss = loss and loss.to(ranks.device)
     predictor = _predictor(config, ranks, progress, purpose)
     forward = Forward(
-        module, ranks.device, options["precision"], *keys, loss, predictor.output_key, counts,
-        progress.note if ranks.is_main else bool,
-    )  # fmt: skip
+        module, ranks.device, options["precision"], *keys, loss, predictor.output_key, counts, progress.note
+    )
     forward.channels_last = options["channels_last"]
     metrics = get_evaluation_metric(config, ranks, ranks.device)
     figure = _monitor(config, options, metrics)
@@ -252,9 +252,10 @@ def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, 
     """Add what only a training needs: what is trained, the journal, and the checkpoint to resume from."""
     ranks, start, train = parts.ranks, parts.start, parts.loaders.train
     assert train is not None
-    if ranks.strategy.is_sharded and parts.inference.whole_volumes.keys() & parts.loaders.of("test").keys():
-        text = "tests whole volumes, which a sharded model cannot; train without, then `dtrain test`"
-        raise refused(config, ("loaders", "test"), text)
+    if ranks.strategy.is_sharded and (phases := {name.partition("/")[0] for name in parts.inference.whole_volumes}):
+        phase, does = ("test", "tests") if "test" in phases else ("val", "measures")
+        text = f"{does} whole volumes, which a sharded model cannot; train without, then `dtrain test`"
+        raise refused(config, ("loaders", phase), text)
     per_epoch = train.steps()
     most, passes = (math.inf if options[key] is None else options[key] for key in ("max_steps", "max_epochs"))
     steps = int(min(most, passes * per_epoch))
@@ -286,23 +287,6 @@ def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, 
     parts.loaded = _loaded(config, trainables, ranks, start)
 
 
-def _add_averages(config: ConfigDict, options: Mapping[str, Any], trainables: Trainables, ranks: Ranks) -> None:
-    """The averages that a schedule-free optimizer keeps, where there is one."""
-    optimizers = [*trainables.optimizers.values()]
-    name = next((type(item).__name__ for item in optimizers if is_schedule_free(item)), "")
-    if not name:
-        return
-    for key in ("ema_decay", "swa"):
-        if options[key] is not None:
-            raise refused(config, ("trainer", key), f"{name} averages the weights itself; remove one of the two")
-    if ranks.strategy.is_sharded:
-        text = f"{name} averages the weights itself, which has not been tried with a sharded model; possible: ddp"
-        raise refused(config, ("optimizer",), text)
-    trainables.ema = ScheduleFree(_copied(trainables.module), trainables.module, optimizers)
-    if trainables.loss is not None:
-        trainables.loss_ema = ScheduleFree(_copied(trainables.loss), trainables.loss, optimizers)
-
-
 def _average(module: Module, options: Mapping[str, Any]) -> EMA:
     """The average of weights that is asked for, which begins with a copy of them."""
     return SWA(module, **options["swa"]) if options["swa"] else EMA(module, options["ema_decay"])
@@ -315,6 +299,22 @@ def _checkpoint_activations(config: ConfigDict, options: Mapping[str, Any], part
         raise refused(config, ("trainer", "activation_checkpointing"), str(error)) from None
     if names and parts.ranks.is_main:
         parts.progress.note(f"activations are computed again in backward: {first_few(names, 5)}")
+
+
+def _add_averages(config: ConfigDict, options: Mapping[str, Any], trainables: Trainables, ranks: Ranks) -> None:
+    """The averages that a schedule-free optimizer keeps, where there is one."""
+    optimizers = [*trainables.optimizers.values()]
+    name = next((type(item).__name__ for item in optimizers if is_schedule_free(item)), "")
+    if not name:
+        return
+    if key := next((key for key in ("ema_decay", "swa") if options[key] is not None), ""):
+        raise refused(config, ("trainer", key), f"{name} averages the weights itself; remove one of the two")
+    if ranks.strategy.is_sharded:
+        text = f"{name} averages the weights itself, which has not been tried with a sharded model; possible: ddp"
+        raise refused(config, ("optimizer",), text)
+    trainables.ema = ScheduleFree(_copied(trainables.module), trainables.module, optimizers)
+    if trainables.loss is not None:
+        trainables.loss_ema = ScheduleFree(_copied(trainables.loss), trainables.loss, optimizers)
 
 
 def _copied(module: Module) -> Module:
@@ -403,8 +403,7 @@ def _base_folder(package: str | Path | None) -> Path:
     return Path() if {"site-packages", "dist-packages"} & set(folder.resolve().parts) else folder
 
 
-def _tell_of_data(loaders: Loaders, note: Callable[[str], None], spaces: Mapping[str, Any]) -> None:
-    """Notes on the datasets, and where the spaces of those that are compared differ."""
+def _tell_of_data(loaders: Loaders, note: Callable[[str], Any]) -> None:
     if seeded := loaders.seeded():
         note(f"generators that are seeded for each sample: {first_few(seeded, 5)}")
     if cut := loaders.not_searched():
@@ -413,8 +412,6 @@ def _tell_of_data(loaders: Loaders, note: Callable[[str], None], spaces: Mapping
     for name, dataset in loaders.datasets().items():
         for line in getattr(getattr(dataset, "places", None), "notes", ()):
             note(f"loaders.{name}: {line}")
-    if line := difference(spaces):
-        note(f"loaders: {line}")
 
 
 def _prepared_model(

@@ -137,7 +137,7 @@ class Trainables:
     module: Module  # the bare model: what is saved
     compiled: Module  # the same, compiled if so configured: what is evaluated
     model: Module  # the same, wrapped for the ranks: what is trained
-    ema: EMA | ScheduleFree | None = None  # the averaged weights, if an average is kept; SWA is an EMA
+    ema: EMA | ScheduleFree | None = None  # the averaged weights, if an average is kept; EMA, SWA, ...
     built: Mapping[str, Built] = field(default_factory=dict)  # the optimizers with their groups, by name
     schedule: Schedule | Schedules | None = None  # the learning rates'
     scaler: torch.amp.GradScaler | None = None  # of the loss, with fp16

@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import Module, SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim import Optimizer
 
 from dtrain.data import rng
 from dtrain.dataloader import MicroBatch, TrainLoader
 from dtrain.distributed.ranks import Ranks
 from dtrain.modelloader import Forward
 from dtrain.training.ema import EMA
-from dtrain.training.schedule import Schedule
 from dtrain.training.state import Trainables, TrainState
 
 
@@ -53,7 +51,7 @@ class SWA(EMA):
         """The old average's share in the next one."""
         return self.updates / (self.updates + 1)
 
-    def begin_epoch(self, optimizer: Optimizer, schedule: Schedule, state: TrainState) -> None:
+    def begin_epoch(self, trainables: Trainables, state: TrainState) -> None:
         """Set the learning rate of an epoch, the scheduler's from then on standing still; torch's SWALR, by a formula.
 
         The rates from which it began are in the state, so that a training resumes exactly.
@@ -61,13 +59,14 @@ class SWA(EMA):
         number = state.epoch + 1 - self.start_epoch  # of this epoch among those with a rate of their own
         if self.lr is None or number < 0:
             return
-        if not state.swa_rates:
-            state.swa_rates = [float(group["lr"]) for group in optimizer.param_groups]
-        schedule.is_held = True
+        groups = [group for optimizer in trainables.optimizers.values() for group in optimizer.param_groups]
+        if len(state.swa_rates) != len(groups):
+            state.swa_rates = [float(group["lr"]) for group in groups]
+        trainables.schedule.hold()  # type: ignore[union-attr]
         share = min(1.0, number / self.anneal_epochs) if self.anneal_epochs else 1.0
         way = (1 - math.cos(math.pi * share)) / 2
         first = state.swa_rates[0]
-        for group, rate in zip(optimizer.param_groups, state.swa_rates, strict=True):
+        for group, rate in zip(groups, state.swa_rates, strict=True):
             group["lr"] = rate + (self.lr * rate / first - rate) * way  # groups keep their ratios
 
     def end_epoch(
@@ -92,7 +91,11 @@ class SWA(EMA):
         micros = loader.epoch(state.epoch, 0, state.order)
         # Where the ranks exchange something for each batch, they cannot leave at different times.
         exchanges = loader.may_leave_out or any(isinstance(part, SyncBatchNorm) for part in self.module.modules())
-        return update_batchnorm(self.module, forward, micros, ranks, bool if exchanges else stop)
+        for part, trained in zip(self.module.modules(), trainables.module.modules(), strict=True):
+            part.training = trained.training  # what is frozen keeps its statistics
+        is_done = update_batchnorm(self.module, forward, micros, ranks, bool if exchanges else stop)
+        self.module.eval()
+        return is_done
 
     def is_due(self, state: TrainState) -> bool:
         """Whether the epoch that ends now is one of those whose weights are averaged."""
@@ -106,12 +109,14 @@ def update_batchnorm(
 ) -> bool:
     """Give BatchNorm the statistics of an epoch's batches, as torch's `update_bn` does, over the batches of all ranks.
 
-    Each batch counts by its samples; sums are reduced once, so every rank gets the same. All ranks call it.
+    The module's parts that train are in train mode. Each batch counts by its samples; sums are reduced once, so every
+    rank gets the same. All ranks call it.
 
     Returns:
         False where a rank was asked to stop meanwhile; then the statistics are as they were.
     """
-    norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.running_mean is not None]
+    norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.training]
+    norms = [part for part in norms if part.running_mean is not None]
     if not norms:
         return True
     before = [(part.momentum, part.running_mean.clone(), part.running_var.clone()) for part in norms]  # type: ignore[union-attr]
@@ -119,7 +124,6 @@ def update_batchnorm(
         value.new_zeros(value.shape, dtype=_sum_dtype(value)) for part in norms for value in _statistics(part)
     ]
     samples, stopped = 0, False
-    module.train()
     for part in norms:
         part.momentum = 1.0  # running statistics are then the last batch's
         part.reset_running_stats()
@@ -127,11 +131,10 @@ def update_batchnorm(
         if stopped:
             break
         if batch is not None:
-            forward.run(module, forward.inputs(batch))
+            forward.only(module, batch)
             samples += count
             for total, value in zip(sums, (value for part in norms for value in _statistics(part)), strict=True):
                 total.add_(value, alpha=count)
-    module.eval()
     counts = ranks.sum_(torch.tensor([samples, stopped], device=ranks.device))
     whole, is_stopped = counts.tolist()
     means = [ranks.sum_(total) / whole for total in sums] if not is_stopped else []

@@ -58,10 +58,10 @@ def by_hand() -> tuple[list[float], list[float]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_the_curve_and_the_suggestion_are_those_of_a_plain_loop(place: Place, ranks: int) -> None:
+@pytest.mark.parametrize(("ranks", "strategy"), [(1, "ddp"), (2, "ddp"), (2, "fsdp")])
+def test_the_curve_and_the_suggestion_are_those_of_a_plain_loop(place: Place, ranks: int, strategy: str) -> None:
     (place.folder / "fixed.py").write_text(MODEL)
-    config = place.config(f"find-lr-{ranks}", **SETTINGS)
+    config = place.config(f"find-lr-{ranks}", **SETTINGS | {"trainer.strategy": strategy})
     done = place.run("check", config, "--find-lr", ranks=ranks)
     picture = Image.open(place.folder / "find-lr.png")
     rates, losses = by_hand()
@@ -93,7 +93,7 @@ def test_weights_optimizer_and_random_numbers_are_put_back(
     lines = list(find_lr(trainer, before))
     assert lines[-1] == "learning rate: the curve is in find-lr.png"
     after = keep(trainer)
-    assert equal(before.weights, after.weights)
+    assert equal(before.states, after.states)
     assert trainer.optimizer.param_groups[0]["lr"] == rate
     assert not trainer.optimizer.state
     assert torch.equal(torch.get_rng_state(), before.generators["torch"])

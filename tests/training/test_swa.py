@@ -137,3 +137,22 @@ def test_what_cannot_be_is_one_message(tmp_path: Path, changes: Any, told: str) 
     with pytest.raises(ConfigError) as found:
         check(load_config(write_config(tmp_path, "wrong", SETTINGS | {"modules": ["toy"]} | changes)))
     assert [told in str(mistake) for mistake in found.value.mistakes] == [True] or told in str(found.value)
+
+
+@pytest.mark.slow
+def test_sharded_it_is_the_same_average(averaged: Place) -> None:
+    sharded = SETTINGS | {"trainer.strategy": "fsdp", "trainer.fsdp": {"min_parameters": 10}}
+    averaged.run(averaged.config("swa-sharded", **sharded), ranks=RANKS)
+    one, other = weights(whole(averaged), EPOCHS, "ema"), weights(averaged.path("swa-sharded"), EPOCHS, "ema")
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        np.testing.assert_allclose(value, other[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.slow
+def test_statistics_that_are_frozen_stay_in_the_average(averaged: Place) -> None:
+    averaged.run(averaged.config("swa-frozen", **SETTINGS | {"trainer.freeze": ["norm.*"], "trainer.max_epochs": 3}))
+    steps = sorted((averaged.path("swa-frozen") / "checkpoints").glob("step-*"))
+    found, newest = (load_file(steps[-1] / f"{file}.safetensors") for file in ("ema", "model"))
+    assert found["norm.running_mean"].tolist() == newest["norm.running_mean"].tolist() == [0.0] * 6
+    assert not found["first.weight"].equal(newest["first.weight"])
