@@ -218,17 +218,7 @@ class Trainer:
         self.validate_every_steps = validate_every_steps or math.inf
         self.checkpoint_every_steps = checkpoint_every_steps or math.inf
         self.hang_timeout_seconds = hang_timeout_seconds
-        self.state, self.activity = TrainState(self.device), Activity()
-        self.inference = replace(parts.inference, asked_to_stop=self.asked_to_stop)
-        self.last_step = LastStep(self.state, keeps_sums=accumulate > 1)
-        self.vote, self.throughput = Vote(self.ranks), Throughput(self.ranks.rank, self.ranks.world_size)
-        self._collect_parameters(syncs_buffers=(ddp or {}).get("broadcast_buffers") is not False)
-        self._is_first_step = True  # of this start
-        self.finite_step = FiniteStep(
-            self.optimizer, self.scaler, self.state, on_nonfinite, self.progress.note, self.ranks
-        )
-        if closure or (closure is None and asks_for_closure(self.optimizer)):
-            self.finite_step.closure = Closure(self.state, self.ranks, self.learn, self._clipped)
+        self._make_means(accumulate, closure, syncs_buffers=(ddp or {}).get("broadcast_buffers") is not False)
 
     def _take_over(self, parts: Parts) -> None:
         """The objects that it works with."""
@@ -242,6 +232,20 @@ class Trainer:
         self.forward, self.saver, self.stop_request = parts.forward, parts.saver, parts.stop
         self.journal, self.progress = parts.journal, parts.progress
         self.train_loader: Any = parts.loaders.train
+
+    def _make_means(self, accumulate: int, closure: bool | None, syncs_buffers: bool) -> None:
+        """The counters, and what the loop does its steps with."""
+        self.state, self.activity = TrainState(self.device), Activity()
+        self.inference = replace(self.parts.inference, asked_to_stop=self.asked_to_stop)
+        self.last_step = LastStep(self.state, keeps_sums=accumulate > 1)
+        self.vote, self.throughput = Vote(self.ranks), Throughput(self.ranks.rank, self.ranks.world_size)
+        self._collect_parameters(syncs_buffers)
+        self._is_first_step = True  # of this start
+        self.finite_step = FiniteStep(
+            self.optimizer, self.scaler, self.state, self.on_nonfinite, self.progress.note, self.ranks
+        )
+        if closure or (closure is None and asks_for_closure(self.optimizer)):
+            self.finite_step.closure = Closure(self.state, self.ranks, self.learn, self._clipped)
 
     def _collect_parameters(self, syncs_buffers: bool) -> None:
         """The parameters that are trained, now or later, and what the ranks have to do for those of a loss."""
