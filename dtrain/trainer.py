@@ -212,26 +212,24 @@ class Trainer:
         self.max_epochs = math.inf if max_epochs is None else max_epochs
         self.max_steps = math.inf if max_steps is None else max_steps
         self.monitor, self.mode, self.on_nonfinite = monitor or "val/loss", mode or "min", on_nonfinite
-        self.clip_grad_norm, self.device = clip_grad_norm, self.ranks.device
+        self.clip_grad_norm, self.hang_timeout_seconds = clip_grad_norm, hang_timeout_seconds
         self.logs_grad_norm, self.anomaly = log_grad_norm or clip_grad_norm is not None, anomaly
         self.log_every_steps, self.early_stop_patience = log_every_steps, early_stop_patience
         self.validate_every_steps = validate_every_steps or math.inf
         self.checkpoint_every_steps = checkpoint_every_steps or math.inf
-        self.hang_timeout_seconds = hang_timeout_seconds
-        self.state, self.activity = TrainState(self.device), Activity()
-        self.inference = replace(parts.inference, asked_to_stop=self.asked_to_stop)
         self.last_step = LastStep(self.state, keeps_sums=accumulate > 1)
-        self.vote, self.throughput = Vote(self.ranks), Throughput(self.ranks.rank, self.ranks.world_size)
         self._collect_parameters(syncs_buffers=(ddp or {}).get("broadcast_buffers") is not False)
-        self._is_first_step = True  # of this start
-        self.finite_step = FiniteStep(
-            self.optimizer, self.scaler, self.state, on_nonfinite, self.progress.note, self.ranks
-        )
+        self._prepare_step(closure)
+
+    def _prepare_step(self, closure: bool | None) -> None:
+        """How the optimizer steps; with a closure where that is asked for, by the settings or by its signature."""
+        note, on_nonfinite = self.progress.note, self.on_nonfinite
+        self.finite_step = FiniteStep(self.optimizer, self.scaler, self.state, on_nonfinite, note, self.ranks)
         if closure or (closure is None and asks_for_closure(self.optimizer)):
             self.finite_step.closure = Closure(self.state, self.ranks, self.learn, self._clipped)
 
     def _take_over(self, parts: Parts) -> None:
-        """The objects that it works with."""
+        """The objects that it works with, and those that it makes whatever its settings."""
         given: Any = parts.trainables  # the purpose at hand has what it takes
         self.parts, self.ranks, self.loaders, self.metrics = parts, parts.ranks, parts.loaders, parts.metrics
         self.trainables, self.module, self.model = parts.trainables, given.module, given.model
@@ -242,6 +240,11 @@ class Trainer:
         self.forward, self.saver, self.stop_request = parts.forward, parts.saver, parts.stop
         self.journal, self.progress = parts.journal, parts.progress
         self.train_loader: Any = parts.loaders.train
+        self.device = self.ranks.device
+        self.state, self.activity = TrainState(self.device), Activity()
+        self.inference = replace(parts.inference, asked_to_stop=self.asked_to_stop)
+        self.vote, self.throughput = Vote(self.ranks), Throughput(self.ranks.rank, self.ranks.world_size)
+        self._is_first_step = True  # of this start
 
     def _collect_parameters(self, syncs_buffers: bool) -> None:
         """The parameters that are trained, now or later, and what the ranks have to do for those of a loss."""

@@ -139,9 +139,8 @@ def make_parts(
     predictor = _predictor(config, ranks, progress, purpose)
     forward = Forward(
         module, ranks.device, options["precision"], *keys, loss, predictor.output_key, counts,
-        progress.note if ranks.is_main else bool,
+        progress.note if ranks.is_main else bool, options["channels_last"],
     )  # fmt: skip
-    forward.channels_last = options["channels_last"]
     metrics = get_evaluation_metric(config, ranks, ranks.device)
     figure = _monitor(config, options, metrics)
     has_validation = purpose == "train" and loaders.val is not None
