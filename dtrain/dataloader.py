@@ -185,8 +185,9 @@ class TrainLoader:
         """This rank's batches; without any sample left, a batch is None."""
         shard, accumulate = self.shard, self.accumulate
         world, high, step_low, step_high = shard.world_size, start, start, start
-        for number, (batch, kept) in enumerate(self.loader.counted()):
-            low, high = high, shard.edge(start, number + 1)
+        dealt = zip(self.loader.counted(), shard.edges_from(start), strict=False)  # the second would go on for ever
+        for number, ((batch, kept), edge) in enumerate(dealt):
+            low, high = high, edge
             if number % accumulate == 0:
                 step_low, step_high = low, shard.edge(start, number + accumulate) if accumulate > 1 else high
             samples = min(kept, shard.own_samples(low, high))
@@ -296,7 +297,7 @@ class Loaders(NamedTuple):
             batches: Any = getattr(loader, "loader", loader).dataset
             if batches.may_leave_out:
                 shard: Any = loader.shard if isinstance(loader, TrainLoader) else loader.batch_sampler
-                counts |= {min(shard.batch_size, len(batches)), len(batches) % shard.batch_size}
+                counts |= shard.sample_counts()
         return counts
 
 

@@ -138,6 +138,8 @@ class Forward:
 
     def _with_own_loss(self, model: nn.Module, batch: Any) -> tuple[Any, Mapping[str, Tensor], Outcome]:
         """The same for a model that is given the whole batch; without a loss in train mode a ConfigError."""
+        if self.channels_last:
+            batch = batches.in_channels_last(batch)
         with self._autocast:
             try:
                 result = batches.call(model, batch, self._whole)  # type: ignore[arg-type]

@@ -23,8 +23,9 @@ from dtrain.config.annotations import Parameter, is_numbers, takes_mapping, take
 from dtrain.config.check import argument_mistakes, call_mistakes, is_own, is_passed_on, supplied, takes_config
 from dtrain.config.errors import ConfigError, KeyPath, bad_syntax, is_mapping, to_plain
 from dtrain.config.load import to_config_dict
+from dtrain.config.mixins import compose, mixin_mistakes
 from dtrain.config.resolve import STANDARD
-from dtrain.config.schema import Call, Offer, calls, is_component, is_data, refused
+from dtrain.config.schema import OWN_SETTINGS, Call, Offer, calls, is_component, is_data, refused
 from dtrain.config.signatures import Callee, Dynamic, is_standard
 
 MAX_ERROR = 2000  # characters of a component's own error; some hold whole tensors
@@ -174,6 +175,8 @@ def _is_weight(call: Call, path: KeyPath, value: list[Any]) -> bool:
 
 def _imported(call: Call) -> Callable[..., Any]:
     """Import what a call's name leads to, and look at the object itself, not only at its name."""
+    if call.parts:
+        return _composed(call)
     target, path, modules_before = call.target, call.path_of("name"), set(sys.modules)
     try:
         imported: Any = importlib.import_module(target.module)
@@ -193,6 +196,20 @@ def _imported(call: Call) -> Callable[..., Any]:
     if is_standard(str(getattr(imported, "__module__", None) or getattr(of, "__module__", None) or "builtins")):
         raise refused(call.config, path, f"'{call.name}' is {STANDARD}")
     return imported
+
+
+def _composed(call: Call) -> type:
+    """One class of those that a list names."""
+    classes: list[Any] = [_imported(part) for part in call.parts]
+    module, name = OWN_SETTINGS["trainer"].split(":")
+    base = getattr(importlib.import_module(module), name)
+    for number, text in mixin_mistakes(classes, base):
+        raise refused(call.config, call.parts[number].path, text)
+    try:
+        return compose(classes, base)
+    except TypeError as error:
+        text = f"do not become one class: {' '.join(str(error).split())}"
+        raise refused(call.config, call.path_of("name"), text) from error
 
 
 def _inspected(imported: Callable[..., Any], target: Dynamic) -> Callee:

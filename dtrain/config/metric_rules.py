@@ -136,8 +136,8 @@ def mode_notes(config: ConfigDict, calls: Mapping[str, Call]) -> Iterator[str]:
 def not_given(monitor: str, given: Iterable[str]) -> str:
     """That a validation, which was made, does not give the figure that is monitored."""
     names = list(given)
-    if monitor == "val/loss":
-        text = "trainer.monitor: the model computes no loss in eval mode, so 'val/loss' cannot say which epoch is best"
+    if monitor.endswith("/loss") and not any(name.endswith("/loss") for name in names):
+        text = f"trainer.monitor: the model computes no loss in eval mode, so {monitor!r} cannot say which is best"
         return f"{text}; " + (f"possible: {first_few(names, 30)}" if names else "add metrics and monitor one")
     hint = did_you_mean(monitor, names)
     return f"trainer.monitor: the validation gives no {monitor!r}{hint}; possible: {first_few(names, 30)}"

@@ -5,7 +5,6 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +156,9 @@ def _limit_mistakes(config: ConfigDict) -> Iterator[Mistake]:
             config, ("trainer", "overfit_batches"), "cannot be combined with 'limit_batches'; keep one of them"
         )
     swa = _at(trainer, "swa")
+    if swa and has_several(config.get("optimizer")):
+        why = "sets the rate of one optimizer, and here are several"
+        yield mistake(config, ("trainer", "swa"), f"{why} ({', '.join(config.optimizer)}); ema_decay averages as well")
     for key, least in (("start_epoch", 1), ("anneal_epochs", 0), ("lr", 0)):
         value = _at(swa, key)
         if type(value) in (int, float) and value < least:
@@ -173,7 +175,8 @@ def _mirror_mistakes(config: ConfigDict) -> Iterator[Mistake]:
     axes, loaders = _at(config.get("predictor"), "mirror"), config.get("loaders")
     if not isinstance(axes, list) or not all(type(axis) is int for axis in axes):
         return
-    owners = [config.get("predictor"), *(_at(each, "slice_builder") for each in (loaders, *_phases(loaders)))]
+    of_data = [loaders, *(values for _, values in _in_phases((), loaders))]
+    owners = [config.get("predictor"), *(_at(values, "slice_builder") for values in of_data)]
     lengths = [len(shape) for owner in owners if isinstance(shape := _at(owner, "patch_shape"), list)]
     if len(set(axes)) < len(axes) or min(axes, default=0) < 0:
         text = "must be different axes, counted from 0 on, such as [0, 1, 2]"
@@ -187,26 +190,27 @@ def _mirror_mistakes(config: ConfigDict) -> Iterator[Mistake]:
 def _volume_mistakes(config: ConfigDict) -> Iterator[Mistake]:
     """What does not go together with a validation of whole volumes."""
     loaders, trainer = config.get("loaders"), config.get("trainer")
-    for phase, key in product(PHASES, ("whole_volumes", "every_epochs")):
-        if phase != "val" and _at(_at(loaders, phase), key):
+    keys = ("whole_volumes", "every_epochs")
+    for path, values in _in_phases(("loaders",), loaders):
+        if path[1] != "val":
             text = "is for loaders.val; a test measures whole volumes where there is a section predictor"
-            yield mistake(config, ("loaders", phase, key), text)
-    wishes: dict[str, tuple[KeyPath, Any]] = {}
-    for key in ("whole_volumes", "every_epochs"):
-        of_val = _at(_at(loaders, "val"), key)
-        wishes[key] = (("loaders", key), _at(loaders, key)) if of_val is None else (("loaders", "val", key), of_val)
-    (path, wish), (every_path, every) = wishes["whole_volumes"], wishes["every_epochs"]
-    if wish == "mirrored" and not _at(config.get("predictor"), "mirror"):
-        yield mistake(config, path, "mirrored needs predictor.mirror, such as mirror: [0, 1, 2]; else write true")
-    if every is not None and not wish:
-        yield mistake(config, every_path, "says how often whole volumes are measured; add whole_volumes: true")
-    elif every is not None and _at(trainer, "validate_every_steps") is not None:
-        text = "counts epochs, and trainer.validate_every_steps validates after steps: whole volumes in each validation"
-        yield mistake(config, every_path, f"{text}, without this key; remove one of the two")
-
-
-def _phases(loaders: Any) -> list[Any]:
-    return [_at(loaders, phase) for phase in PHASES]
+            yield from (mistake(config, (*path, key), text) for key in keys if _at(values, key))
+            continue
+        is_own = {key: _at(values, key) is not None for key in keys}
+        wish, every = (_at(values if is_own[key] else loaders, key) for key in keys)
+        wish_path, every_path = ((*(path if is_own[key] else ("loaders",)), key) for key in keys)
+        if wish == "mirrored" and not _at(config.get("predictor"), "mirror"):
+            yield mistake(
+                config, wish_path, "mirrored needs predictor.mirror, such as mirror: [0, 1, 2]; else write true"
+            )
+        if every is not None and not wish:
+            yield mistake(config, every_path, "says how often whole volumes are measured; add whole_volumes: true")
+        elif every is not None and _at(trainer, "validate_every_steps") is not None:
+            text = "counts epochs, but trainer.validate_every_steps validates after steps; remove one of the two"
+            yield mistake(config, every_path, f"{text} (without every_epochs, each validation is of whole volumes)")
+        if wish and _at(trainer, "strategy") == "fsdp":
+            text = "measures whole volumes, which a sharded model (strategy: fsdp) cannot; validate patches, and use "
+            yield mistake(config, wish_path, f"{text}`dtrain test` after the training")
 
 
 def _sums(config: ConfigDict) -> list[KeyPath]:
@@ -233,7 +237,6 @@ def strategy_mistakes(config: ConfigDict, options: Any) -> list[Mistake]:
     """What cannot be combined with `trainer.strategy`; `options` may come from elsewhere than the config."""
     strategy = _at(options, "strategy")
     wrong: dict[KeyPath, str] = {}
-    own: list[Mistake] = []
     if strategy == "ddp" and _set_keys(options, "fsdp"):
         wrong["fsdp",] = "applies only with `trainer.strategy: fsdp`"
     if _at(_at(options, "ddp"), "static_graph") and (_at(options, "accumulate") or 1) > 1:
@@ -243,10 +246,6 @@ def strategy_mistakes(config: ConfigDict, options: Any) -> list[Mistake]:
         if has_several(config.get("optimizer")):
             why = "fsdp trains a model as a whole, with one optimizer, and here are several"
             wrong["strategy",] = f"{why} ({', '.join(config.optimizer)}); possible: ddp"
-        of_val = _at(_at(config.get("loaders"), "val"), "whole_volumes")
-        if of_val or (of_val is None and _at(config.get("loaders"), "whole_volumes")):
-            text = "measures whole volumes, which a sharded model (strategy: fsdp) cannot; validate patches, and use "
-            own = [mistake(config, ("loaders", "val", "whole_volumes"), f"{text}`dtrain test` after the training")]
         if _at(options, "sync_batchnorm"):
             wrong["sync_batchnorm",] = "has not been tried with a sharded model (strategy: fsdp)"
         if _at(options, "precision") == "fp16":
@@ -258,7 +257,7 @@ def strategy_mistakes(config: ConfigDict, options: Any) -> list[Mistake]:
         possible = ("backend", "timeout_seconds", "broadcast_buffers")
         text = f"is an option of DistributedDataParallel; with strategy: fsdp possible: {', '.join(possible)}"
         wrong |= {("ddp", key): text for key in _set_keys(options, "ddp") if key not in possible}
-    return own + [mistake(config, ("trainer", *path), text) for path, text in wrong.items()]
+    return [mistake(config, ("trainer", *path), text) for path, text in wrong.items()]
 
 
 def _exclusive_mistakes(config: ConfigDict) -> Iterator[Mistake]:

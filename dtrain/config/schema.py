@@ -15,6 +15,7 @@ from dtrain.config.did_you_mean import nearest
 from dtrain.config.errors import ConfigError, KeyPath, Mistake, bad_syntax, dotted, found, is_mapping, to_plain
 from dtrain.config.folds import are_folds
 from dtrain.config.load import place_of
+from dtrain.config.mixins import joined
 from dtrain.config.resolve import LIBRARIES, Found, locate
 from dtrain.config.signatures import SOURCE, Callee, Dynamic, module_file
 from dtrain.config.task import task_arguments
@@ -110,11 +111,26 @@ class Call:
         return getattr(self.config, "_objects", {}).get(self.path)
 
     @functools.cached_property
+    def parts(self) -> list["Call"]:
+        """Of a trainer whose name is a list, the classes that become one."""
+        if self.path != ("trainer",) or not isinstance(self.name, list):
+            return []
+        result = []
+        for index, item in enumerate(self.name):
+            path = (*self.path_of("name"), index)
+            result.append(Call(self.config, path, self.slot, item, paths={"name": path}))
+        return result
+
+    @functools.cached_property
     def found(self) -> Found:
         """What the name leads to, looked up once; a ConfigError where it leads nowhere or may not be used."""
         if self.stands_for_object:  # nothing of it is read from source text
             module, _, name = str(self.name).rpartition(".")
             return Found(Dynamic(module, name))
+        if self.parts:
+            base = SOURCE.lookup(*OWN_SETTINGS["trainer"].split(":"))
+            assert isinstance(base, Callee)
+            return Found(joined([part.target for part in self.parts], base))
         try:
             return locate(self.name, own_modules(self.config), self.slot.libraries, self.slot.nested)
         except (ConfigError, SyntaxError) as error:
@@ -503,7 +519,10 @@ class _Reader:
 
     def metric_task(self, key: str, call: Call) -> None:
         """Give a metric what loss and model leave no doubt about: the task and the number of classes."""
-        loss, model = (self.written(self.calls.get(section)) for section in ("loss", "model"))
+        outer = self.calls.get("loss")
+        if outer is not None and _short_name(outer.name) == "DeepSupervision":  # of the same classes as the loss within
+            outer = outer.components.get(outer.path_of("loss"))
+        loss, model = self.written(outer), self.written(self.calls.get("model"))
         has_heads = f"metric.{key.removeprefix('metrics.')}" in self.calls  # which of them has how many classes?
         if not has_heads and (metric := self.written(call)):
             certain = task_arguments(metric, loss, model)

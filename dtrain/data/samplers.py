@@ -67,6 +67,11 @@ class ShuffledShard:
         """The position after so many batches of all ranks from a start on; the end where there are fewer."""
         return min(start + batches * self.global_batch, self.end(start))
 
+    def edges_from(self, start: int) -> Iterator[int]:
+        """The positions after one batch of all ranks, after two, and so on."""
+        end = self.end(start)
+        return (min(high, end) for high in itertools.count(start + self.global_batch, self.global_batch))
+
     def own_samples(self, low: int, high: int) -> int:
         """How many samples of a batch of all ranks, from one position to another, are this rank's."""
         return max(0, -(-(high - low - self.rank) // self.world_size))
@@ -112,6 +117,10 @@ class ShuffledShard:
                     *indices[full:],
                     *spare,
                 ]
+
+    def sample_counts(self) -> set[int]:
+        """How many samples the batches of a rank may have."""
+        return _counts(self.samples, self.batch_size)
 
     def checksum(self) -> int:
         """Of the epoch's order."""
@@ -182,10 +191,18 @@ class BatchShard:
         """Use so many first rounds, or a share of them."""
         self.most = limited(self.batches(0), 1, limit)
 
+    def edges_from(self, start: int) -> Iterator[int]:
+        """The positions after one round, after two, and so on."""
+        return (self.edge(start, rounds) for rounds in itertools.count(1))
+
     def own_samples(self, low: int, high: int) -> int:
         """How many samples of a round are this rank's: its batch, or none."""
         own = self.number(low) + self.rank
         return int(self.edges[own + 1] - self.edges[own]) if own < self.number(high) else 0
+
+    def sample_counts(self) -> set[int]:
+        """How many samples the batches of a rank may have."""
+        return {1, *np.diff(self.edges).tolist()}
 
     def checksum(self) -> int:
         """Of the epoch's batches."""
@@ -278,9 +295,17 @@ class EvaluationShard:
         self.place = rank, 0, 0, 1  # as a ShuffledShard's, and no training's
         self._starts = range(rank * batch_size, size, world_size * batch_size)
 
+    def sample_counts(self) -> set[int]:
+        """How many samples a batch may have."""
+        return _counts(self.size, self.batch_size)
+
     def __len__(self) -> int:
         return len(self._starts)
 
     def __iter__(self) -> Iterator[list[int]]:
         for start in self._starts:
             yield [0, *range(start, min(start + self.batch_size, self.size))]
+
+
+def _counts(size: int, batch_size: int) -> set[int]:
+    return {min(batch_size, size), size % batch_size}

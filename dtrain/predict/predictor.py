@@ -114,9 +114,10 @@ class Predictor:
             if any(step > length for step, length in zip(stride, patch, strict=True)):
                 text = f"predictor.stride_shape: {list(stride)} is larger than the patch, {list(patch)}"
                 raise ConfigError(f"{text}; the voxels between patches would have no prediction")
-            if max(self.mirror or [0]) >= len(volume.shape):
-                axes = f"the axes of {volume.path} are {', '.join(map(str, range(len(volume.shape))))}"
-                raise ConfigError(f"predictor.mirror: {self.mirror}: {axes}")
+            axes = range(len(volume.shape) - (getattr(dataset, "axis", None) is not None))  # of what the model gets
+            if max(self.mirror or [0]) >= len(axes):
+                text = f"the axes of {volume.path} are {', '.join(map(str, axes))}"
+                raise ConfigError(f"predictor.mirror: {self.mirror}: {text}")
             grids.append(Grid(volume.shape, patch, stride, self.blend))
             halos.append(self._voxels("halo_shape", dataset, volume, (0,) * len(volume.shape), least=0))
         return Source(dataset, grids, halos)

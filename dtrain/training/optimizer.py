@@ -181,8 +181,9 @@ def _built(config: ConfigDict, key: str, items: list[Named], every: Sequence[Nam
         raise refused(config, call.path_of("name"), text)
     on_gpu = items[0].parameter.device.type == "cuda"
     chosen = {"fused", "foreach", "capturable", "differentiable"} & set(call.arguments)
-    is_ours = not chosen and not call.stands_for_object
-    if on_gpu and is_ours and "fused" in optimizer.defaults and type(optimizer).__module__.startswith("torch."):
+    # A function of the user's own may take no `fused`, also where it makes an optimizer of torch.
+    is_ours = not chosen and not call.stands_for_object and call.target.module.startswith("torch.")
+    if on_gpu and is_ours and "fused" in optimizer.defaults:
         optimizer = build(config, key, offer, fused=True)
     _add_loss(optimizer, call, items)
     start_momentum(optimizer)

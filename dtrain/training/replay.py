@@ -30,8 +30,8 @@ class Step:
 def replay(step: Step, loader: TrainLoader, folder: Path) -> Iterator[str]:
     """Repeat the failed step of a run folder, rank by rank; yields what is found, a line at a time.
 
-    The step's model is made of the run's own config; its weights are overwritten. Of a `training_step` that takes steps
-    itself, each gradient is that of the weights before the first of them.
+    The step's model is made of the run's own config; its weights are overwritten, and what was frozen is so again. Of a
+    `training_step` that takes steps itself, each gradient is that of the weights before the first of them.
 
     Raises:
         ConfigError: The folder holds no failed step.
@@ -42,6 +42,8 @@ def replay(step: Step, loader: TrainLoader, folder: Path) -> Iterator[str]:
     loaded = load(kept)
     state = loaded.state
     step.trainables.module.load_state_dict(loaded.weights)
+    if step.trainables.freezing:
+        step.trainables.freezing.apply(state["epoch"])
     step.trainables.module.train()
     step.state.step, step.state.epoch, step.state.position = state["step"], state["epoch"], state["position"]
     _restore_loss(step.trainables.criterion, loaded)

@@ -68,6 +68,7 @@ from dtrain.training.memory_format import to_channels_last
 from dtrain.training.optimizer import freeze, get_optimizers, shown
 from dtrain.training.same_training import compared
 from dtrain.training.schedule import end_points, get_schedule
+from dtrain.training.schedule_free import ScheduleFree, is_schedule_free
 from dtrain.training.state import FORMAT, Trainables
 from dtrain.training.swa import SWA
 
@@ -125,8 +126,7 @@ def make_parts(
     loaders = get_train_loaders(
         config, ranks.rank, ranks.world_size, seed, ranks.device.type == "cuda", options["accumulate"], phases
     )
-    if ranks.is_main:
-        _tell_of_data(loaders, progress.note)
+    _tell_of_data(loaders, progress.note if ranks.is_main else bool)
     spaces = {name: space_of(dataset) for name, dataset in loaders.datasets().items()}
     if ranks.is_main and purpose == "train" and (line := difference(spaces)):
         progress.note(f"loaders: {line}")
@@ -138,9 +138,9 @@ def make_parts(
     loss = loss and loss.to(ranks.device)
     predictor = _predictor(config, ranks, progress, purpose)
     forward = Forward(
-        module, ranks.device, options["precision"], *keys, loss, predictor.output_key, counts,
-        progress.note if ranks.is_main else bool, options["channels_last"],
-    )  # fmt: skip
+        module, ranks.device, options["precision"], *keys, loss, predictor.output_key, counts, progress.note
+    )
+    forward.channels_last = options["channels_last"]
     metrics = get_evaluation_metric(config, ranks, ranks.device)
     figure = _monitor(config, options, metrics)
     has_validation = purpose == "train" and loaders.val is not None
@@ -252,9 +252,10 @@ def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, 
     """Add what only a training needs: what is trained, the journal, and the checkpoint to resume from."""
     ranks, start, train = parts.ranks, parts.start, parts.loaders.train
     assert train is not None
-    if ranks.strategy.is_sharded and parts.inference.whole_volumes.keys() & parts.loaders.of("test").keys():
-        text = "tests whole volumes, which a sharded model cannot; train without, then `dtrain test`"
-        raise refused(config, ("loaders", "test"), text)
+    if ranks.strategy.is_sharded and (phases := {name.partition("/")[0] for name in parts.inference.whole_volumes}):
+        phase, does = ("test", "tests") if "test" in phases else ("val", "measures")
+        text = f"{does} whole volumes, which a sharded model cannot; train without, then `dtrain test`"
+        raise refused(config, ("loaders", phase), text)
     per_epoch = train.steps()
     most, passes = (math.inf if options[key] is None else options[key] for key in ("max_steps", "max_epochs"))
     steps = int(min(most, passes * per_epoch))
@@ -274,6 +275,7 @@ def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, 
     trainables.built = get_optimizers(config, trainables.module, own, freezing.thawed_later)
     if wrong := closure_mistake(options, trainables.optimizers.values(), ranks.strategy.is_sharded):
         raise refused(config, ("optimizer",), wrong)
+    _add_averages(config, options, trainables, ranks)
     trainables.schedule = get_schedule(config, trainables.built, length, epochs, parts.mode)
     if options["precision"] == "fp16":
         trainables.scaler = torch.amp.GradScaler(ranks.device.type)
@@ -297,6 +299,22 @@ def _checkpoint_activations(config: ConfigDict, options: Mapping[str, Any], part
         raise refused(config, ("trainer", "activation_checkpointing"), str(error)) from None
     if names and parts.ranks.is_main:
         parts.progress.note(f"activations are computed again in backward: {first_few(names, 5)}")
+
+
+def _add_averages(config: ConfigDict, options: Mapping[str, Any], trainables: Trainables, ranks: Ranks) -> None:
+    """The averages that a schedule-free optimizer keeps, where there is one."""
+    optimizers = [*trainables.optimizers.values()]
+    name = next((type(item).__name__ for item in optimizers if is_schedule_free(item)), "")
+    if not name:
+        return
+    if key := next((key for key in ("ema_decay", "swa") if options[key] is not None), ""):
+        raise refused(config, ("trainer", key), f"{name} averages the weights itself; remove one of the two")
+    if ranks.strategy.is_sharded:
+        text = f"{name} averages the weights itself, which has not been tried with a sharded model; possible: ddp"
+        raise refused(config, ("optimizer",), text)
+    trainables.ema = ScheduleFree(_copied(trainables.module), trainables.module, optimizers)
+    if trainables.loss is not None:
+        trainables.loss_ema = ScheduleFree(_copied(trainables.loss), trainables.loss, optimizers)
 
 
 def _copied(module: Module) -> Module:
@@ -385,7 +403,7 @@ def _base_folder(package: str | Path | None) -> Path:
     return Path() if {"site-packages", "dist-packages"} & set(folder.resolve().parts) else folder
 
 
-def _tell_of_data(loaders: Loaders, note: Callable[[str], None]) -> None:
+def _tell_of_data(loaders: Loaders, note: Callable[[str], Any]) -> None:
     if seeded := loaders.seeded():
         note(f"generators that are seeded for each sample: {first_few(seeded, 5)}")
     if cut := loaders.not_searched():

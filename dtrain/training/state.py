@@ -25,6 +25,7 @@ from dtrain.training.memory_format import follow_weights
 from dtrain.training.optimizer import Built, in_the_way_of, regrouped, start_momentum
 from dtrain.training.parameter_groups import named_parameters
 from dtrain.training.schedule import Schedule, Schedules
+from dtrain.training.schedule_free import ScheduleFree
 
 FORMAT = 1  # raised when a state of before can no longer be restored
 PLAIN_FIELDS = (
@@ -136,14 +137,14 @@ class Trainables:
     module: Module  # the bare model: what is saved
     compiled: Module  # the same, compiled if so configured: what is evaluated
     model: Module  # the same, wrapped for the ranks: what is trained
-    ema: EMA | None = None  # the averaged weights, if an average is kept; EMA or SWA
+    ema: EMA | ScheduleFree | None = None  # the averaged weights, if an average is kept; EMA, SWA, ...
     built: Mapping[str, Built] = field(default_factory=dict)  # the optimizers with their groups, by name
     schedule: Schedule | Schedules | None = None  # the learning rates'
     scaler: torch.amp.GradScaler | None = None  # of the loss, with fp16
     freezing: Freezing | None = None  # what is frozen in which epoch
     criterion: Criterion | None = None  # the loss
     loss: Module | None = None  # its own parameters and buffers; None where it has none
-    loss_ema: EMA | None = None  # and their averages
+    loss_ema: EMA | ScheduleFree | None = None  # and their averages
     kept: Mapping[str, KeptAttributes] = field(default_factory=dict)  # what loss and metrics keep in plain attributes
 
     @property

@@ -360,3 +360,31 @@ def test_predictions_of_padded_volumes_are_cut_back(tmp_path: Path) -> None:
         )
     expected = np.pad(dataset.volumes[0].image, [(0, 0), (0, 4), (0, 0), (0, 3)], constant_values=3)  # type: ignore[attr-defined]
     assert np.array_equal(seen[0][0], expected)
+
+
+def test_other_formats_and_slices_of_volumes(tmp_path: Path) -> None:
+    tifffile, zarr = pytest.importorskip("tifffile"), pytest.importorskip("zarr")
+    from dtrain.components.datasets.tiff_stack import TiffStackDataset
+    from dtrain.components.datasets.zarr_store import ZarrDataset
+
+    for folder, values in (("images", np.zeros(SHAPE, np.float32)), ("labels", labelled())):
+        (tmp_path / folder).mkdir()
+        tifffile.imwrite(tmp_path / folder / "a.tif", values, metadata={"axes": "ZYX"})
+    builder = ForegroundSlices(PATCH, 20, 1.0)
+    stack = TiffStackDataset(
+        str(tmp_path / "images"), str(tmp_path / "labels"), slice_builder=builder, ignore_index=255
+    )
+    assert has_foreground(labels_drawn(stack, 1)).all()
+    assert [path.parent.name for path in tmp_path.rglob(".*.npz")] == ["labels"], "beside what it is found in"
+    group = zarr.open_group(str(tmp_path / "a.zarr"), mode="w")
+    for name, values in (("raw", np.zeros(SHAPE, np.float32)), ("label", labelled())):
+        group.create_array(name, shape=SHAPE, dtype=values.dtype)[...] = values
+    store = ZarrDataset(str(tmp_path / "a.zarr"), "raw", "label", slice_builder=builder, ignore_index=255)
+    assert has_foreground(labels_drawn(store, 1)).all()
+    assert len(list(tmp_path.rglob(".*.npz"))) == 1, "a store's versions cannot be told"
+    slices = TiffStackDataset(
+        str(tmp_path / "images"), str(tmp_path / "labels"), slice_builder=ForegroundSlices([7, 9], 20, 1.0),
+        ignore_index=255, axis="z",
+    )  # fmt: skip
+    drawn = labels_drawn(slices, 1)
+    assert drawn.shape == (20, 7, 9) and has_foreground(drawn).all()

@@ -106,10 +106,11 @@ def test_whole_slices_are_predicted_and_tested(tmp_path: Path) -> None:
     predicted(tmp_path, sliced("y"), lambda images: images.cumsum(2))
     assert np.allclose(read(tmp_path / "a_predictions.h5"), IMAGE.cumsum(1), atol=1e-5)  # along z, rows of a slice
     loader = SimpleNamespace(dataset=SimpleNamespace(dataset=sliced("y")), batch_sampler=SimpleNamespace(batch_size=2))
-    ((number, output, label),) = logits(inference(Predictor(), lambda images: 2 * images), loader)
+    ((number, output, (label, weight)),) = logits(inference(Predictor(), lambda images: 2 * images), loader)
     assert number == 0
     assert np.allclose(output[0].numpy(), 2 * IMAGE)
     assert np.array_equal(label[0].numpy(), LABEL)
+    assert np.array_equal(weight[0].numpy(), LABEL / np.float32(2))
 
 
 def test_mistakes(tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ import torch
 import zarr
 from predicting import Counted, batches_of, inference, predicted
 from torch.utils.data import TensorDataset
+from whole_runs import Place, close, equal, figures, last
 
 from dtrain.components.datasets.slices import SliceBuilder
 from dtrain.components.datasets.zarr_store import ZarrDataset, ZarrVolume
+from dtrain.components.models.unet import UNet2D
 from dtrain.config.errors import ConfigError
 from dtrain.predict.formats import FileSpec, write
 from dtrain.predict.items import predict_items
@@ -235,3 +237,48 @@ def test_items_of_a_dataset_without_volumes(tmp_path: Path) -> None:
     predict_items(source, batches_of(TensorDataset(rows)), tmp_path, False)
     found: Any = zarr.open(str(tmp_path / "predictions.zarr"), mode="r")
     assert np.array_equal(found["predictions"][:], rows.numpy())
+
+
+@pytest.mark.slow
+def test_a_2d_network_on_slices_of_stores(place: Place) -> None:
+    for name in ("a", "b"):
+        ome(place.folder / "stores" / f"{name}.ome.zarr", 3)
+    shared = {
+        "name": "ZarrDataset",
+        "timepoint": 0,
+        "label_internal_path": "labels/cells",
+        "axis": "z",
+        "batch_size": 2,
+    }
+    first, second = (str(place.folder / "stores" / f"{name}.ome.zarr") for name in ("a", "b"))
+    builder = {"name": "SliceBuilder", "patch_shape": [16, 16], "stride_shape": [4, 8]}
+    own = {"batch_size": 2, "num_workers": 2, "slice_builder": builder}
+    config = place.config(
+        "zarr-slices",
+        model={"name": "UNet2D", "in_channels": 2, "out_channels": 4, "f_maps": 8, "num_levels": 2},
+        loaders=shared | own | {"train": {"file_paths": first}, "val": {"file_paths": second}},
+        metrics=None,
+        trainer={"max_steps": 8, "checkpoint_dir": "run-zarr-slices", "log_every_steps": 1},
+        predictor={"activation": "softmax"},
+    )
+    place.run(config)
+    place.run(config, "trainer.checkpoint_dir=run-zarr-halves", "trainer.max_steps=3")
+    place.run(config, "trainer.checkpoint_dir=run-zarr-halves")
+    whole = last(place.path("zarr-slices")).weights
+    assert equal(whole, last(place.path("zarr-halves")).weights)
+    place.run(config, "trainer.checkpoint_dir=run-zarr-two", "loaders.batch_size=1", ranks=2)
+    close(figures(place.path("zarr-two")), figures(place.path("zarr-slices")))
+
+    data = [f"loaders.predict={{file_paths: {second}, label_internal_path: null}}"]
+    place.run("predict", config, "--checkpoint", "run-zarr-slices/checkpoints/last", *data, ranks=2)
+    found: Any = zarr.open(str(place.path("zarr-slices") / "predictions/b_predictions.ome.zarr"), mode="r")
+    assert found["0"].shape == (4, 12, 20, 24)
+    scale = found.attrs["ome"]["multiscales"][0]["datasets"][0]["coordinateTransformations"][0]["scale"]
+    assert scale == [1.0, 2.0, 0.5, 0.5]
+    model = UNet2D(2, 4, f_maps=8, num_levels=2)
+    model.load_state_dict(whole)
+    model.eval()
+    with torch.no_grad():  # rows 0 to 3, columns 0 to 7 are in the first patch of a slice alone
+        images = torch.from_numpy(IMAGE[:, 5, :16, :16].astype(np.float32))
+        expected = model(images[None])[0].softmax(0)[:, :4, :8].numpy()
+    assert np.abs(found["0"][:, 5, :4, :8] - expected).max() < 1e-5

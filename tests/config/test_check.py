@@ -1273,3 +1273,4 @@ def test_lower_outputs_that_no_loss_looks_at_are_a_mistake() -> None:
     wrapped = config.replace("{name: CrossEntropyLoss}", "{name: DeepSupervision, loss: {name: CrossEntropyLoss}}")
     assert told(wrapped) == []
     assert told(config.replace("true}", "false}")) == []
+    assert told(wrapped.replace(", task: multiclass, num_classes: 10", "")) == []  # as the loss within has it

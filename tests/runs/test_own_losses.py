@@ -283,6 +283,15 @@ def test_a_sharded_model_gives_the_same_losses_or_is_refused(here: Place) -> Non
     assert "model: Scored returns a Holder, in which the tensors of a sharded model are not found" in text
 
 
+def test_a_test_needs_no_loss_where_there_are_metrics(here: Place) -> None:
+    """A model that takes no target is called with the input alone, as while it was trained."""
+    changes = {"loaders.test": {"size": 11, "seed": 1}, "trainer.max_epochs": 1}
+    here.run(here.config("own-tested", **changes))
+    (figure,) = figures(here.path("own-tested"))["val/Right"].values()
+    text = here.run("test", here.config("own-tested", **changes, loss=None)).text
+    assert f"Right {figure:.4f}" in text.partition(" test ")[2] and "loss" not in text.partition(" test ")[2]
+
+
 def test_what_has_no_loss_is_refused_in_a_line(here: Place) -> None:
     text = here.run(here.config("own-none", loss=None), expect=2).stderr
     assert (

@@ -167,6 +167,14 @@ def test_thawing_resumes_exactly_before_and_after_it(here: Callable[..., Path], 
     steps = {name: float(end.state["optimizer"]["state"][number]["step"])
              for number, name in enumerate(end.state["parameters"])}  # fmt: skip
     assert steps["head.weight"] == 12 and steps["body.0.weight"] == 6 and "middle.weight" not in steps
+    with pytest.raises(ConfigError, match=r"trainer.freeze.1.until_epoch: 2 -> 3"):
+        here("freeze-whole", **RUN | {"trainer.freeze": ["middle.weight", {"match": "body.*", "until_epoch": 3}]})
+    changes = {"trainer.freeze": "body.1.*", "trainer.max_epochs": 5, "trainer.resume": "last"}
+    after = last(here("freeze-whole", **RUN | changes))
+    steps = {name: float(after.state["optimizer"]["state"][number]["step"])
+             for number, name in enumerate(after.state["parameters"])}  # fmt: skip
+    assert steps["head.weight"] == 15 and steps["body.0.weight"] == 9 and steps["middle.weight"] == 3
+    assert "body.1.weight" not in steps and equal(after.weights["body.1.weight"], end.weights["body.1.weight"])
 
 
 @pytest.mark.slow

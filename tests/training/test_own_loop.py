@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import REPOSITORY
-from whole_runs import Place, close, equal, figures, last
+from whole_runs import Place, equal, figures, last
 
 from dtrain.components.datasets import Digits
 from dtrain.config.load import load_config
@@ -23,6 +23,7 @@ pytestmark = pytest.mark.timeout(600)
 PAGE = REPOSITORY / "docs" / "own-loop.md"
 # 1,257 images make three steps of an epoch, the last one of 417: 209 on one rank and 208 on the other.
 SHORT = ["loaders.global_batch_size=420", "lr_scheduler=null", "trainer.log_every_steps=1", "trainer.pictures=false"]
+LIGHT = ["metrics=null", "trainer.monitor=val/loss", "trainer.mode=min", "model.depth=1", "model.mlp_dim=32"]
 PLAIN = ["model.dropout=0", "model.emb_dropout=0"]  # nothing that differs between ranks
 
 
@@ -62,7 +63,7 @@ def resumes(page: Place, config: str, name: str, *more: str) -> Path:
 
 def model_and_data() -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
     """The model as it begins, and the training images."""
-    config = load_config(REPOSITORY / "configfiles" / "digits.yaml", ["model.dropout=0", "model.emb_dropout=0"])
+    config = load_config(REPOSITORY / "configfiles" / "digits.yaml", [*PLAIN, *LIGHT])
     rng.seed_all(0)
     x, y = zip(*(Digits(split="train")[index] for index in range(1257)), strict=True)
     return get_model(config), torch.stack(x), torch.tensor(y)
@@ -80,10 +81,8 @@ def same_weights(run: Path, model: torch.nn.Module) -> None:
 
 
 def test_sam_is_what_a_plain_loop_computes(page: Place) -> None:
-    order = ["loaders.shuffle=false", *PLAIN, "optimizer={name: SGD, lr: 0.05}"]
-    one = train(page, "sam.yaml", "sam-one", 7, *order, ranks=1)
-    two = resumes(page, "sam.yaml", "sam", *order)
-    close(figures(one), figures(two))
+    order = ["loaders.shuffle=false", *PLAIN, *LIGHT, "optimizer={name: SGD, lr: 0.05}"]
+    run = resumes(page, "sam.yaml", "sam", *order)
     model, x, y = model_and_data()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for rows in batches():
@@ -99,31 +98,40 @@ def test_sam_is_what_a_plain_loop_computes(page: Place) -> None:
             item.data.copy_(before)
         optimizer.step()
         optimizer.zero_grad()
-    same_weights(two, model)
+    same_weights(run, model)
 
 
-def test_mixup_draws_from_the_generator_of_its_rank(page: Place) -> None:
-    """A resume continues the draws, as it does dropout's; two ranks do not draw the same."""
-    run = resumes(page, "mixup.yaml", "mixup")
-    first, second = (state["torch"] for state in last(run).state["rng"])
+def test_mixup_and_a_teacher_resume_together(page: Place) -> None:
+    """Mixup hands a mixed batch to the distillation behind it, and draws from the generator of its rank."""
+    teacher, _, _ = model_and_data()
+    torch.save(teacher.state_dict(), page.folder / "teacher.pt")
+    own = ["trainer.name=[Mixup, Distillation]", "trainer.alpha=0.3", "modules=[my_mixup, my_distillation]"]
+    sizes = ["trainer.teacher.depth=1", "trainer.teacher.mlp_dim=32", "trainer.weights=teacher.pt"]
+    run = resumes(page, "distillation.yaml", "pupil", *own, *sizes, *LIGHT)
+    found, logged = last(run), figures(run)
+    first, second = (state["torch"] for state in found.state["rng"])
     assert not torch.equal(first, second)
-    losses = figures(run)["train/loss"]
-    assert losses[7] < losses[1]
-
-
-def test_a_teacher_is_neither_trained_nor_saved(page: Place) -> None:
-    train(page, "mixup.yaml", "teacher", 6, ranks=1)
-    weights = f"trainer.weights={page.path('teacher') / 'checkpoints' / 'last'}"
-    run = resumes(page, "distillation.yaml", "pupil", weights)
-    found = last(run)
-    assert (
-        found.weights["mlp_head.weight" if "mlp_head.weight" in found.weights else "linear_head.weight"].shape[1] == 16
-    )
     assert not any("teacher" in name for name in (*found.weights, *found.others, *found.state))
-    logged = figures(run)
     for step in (1, 7):  # the two figures, and the loss of them that is minimised
         parts = logged["train/hard"][step] + logged["train/soft"][step]
         assert abs(logged["train/loss"][step] - parts / 2) < 1e-5 * parts
+    assert logged["train/loss"][7] < logged["train/loss"][1]
+
+
+def test_a_teacher_says_what_the_pupil_learns(page: Place) -> None:
+    """The figure of the first step, from the two models as they begin."""
+    teacher, x, y = model_and_data()
+    torch.save({name: 3 * value for name, value in teacher.state_dict().items()}, page.folder / "loud.pt")
+    sizes = ["trainer.teacher.depth=1", "trainer.teacher.mlp_dim=32", "trainer.weights=loud.pt", *PLAIN, *LIGHT]
+    run = train(page, "distillation.yaml", "first", 1, "model.dim=64", "loaders.shuffle=false", *sizes)
+    with torch.no_grad():
+        pupil = teacher(x[:420])
+        teacher.load_state_dict({name: 3 * value for name, value in teacher.state_dict().items()})
+        wanted = (teacher.eval()(x[:420]) / 2).softmax(1)
+    distance = 4 * (wanted * (wanted.log() - (pupil / 2).log_softmax(1))).sum(1).mean()
+    assert figures(run)["train/soft"][1] == pytest.approx(float(distance), rel=1e-4)
+    hard = F.cross_entropy(pupil, y[:420], label_smoothing=0.1)
+    assert figures(run)["train/hard"][1] == pytest.approx(float(hard), rel=1e-5)
 
 
 def step_of(optimizer: torch.optim.Optimizer, model: torch.nn.Module, loss: torch.Tensor) -> None:
@@ -134,15 +142,13 @@ def step_of(optimizer: torch.optim.Optimizer, model: torch.nn.Module, loss: torc
 
 
 def test_a_gan_is_what_a_plain_loop_computes(page: Place) -> None:
-    """On one rank and on two, where the noise is of the images, since ranks draw different numbers."""
+    """On two ranks, with noise that is made of the images, since ranks draw different numbers."""
     source = code_of_page()["my_gan.py"]
     drawn = "torch.randn(len(real), self.module.noise, device=self.device)"
     assert source.count(drawn) == 1
     (page.folder / "even_gan.py").write_text(source.replace(drawn, "real.detach().flatten(1)[:, 20:36]"))
     own = ["loaders.shuffle=false", "modules=[even_gan]", "trainer.ema_decay=null", "trainer.clip_grad_norm=0.05"]
-    one = train(page, "gan.yaml", "gan-one", 7, *own, ranks=1)
-    two = train(page, "gan.yaml", "gan-two", 7, *own)
-    close(figures(one), figures(two))
+    run = train(page, "gan.yaml", "gan-even", 7, *own)
     _, x, _ = model_and_data()
     rng.seed_all(0)
     sys.path.insert(0, str(page.folder))
@@ -158,13 +164,12 @@ def test_a_gan_is_what_a_plain_loop_computes(page: Place) -> None:
         critic = F.softplus(-of_real).mean() + F.softplus(of_fake).mean()
         step_of(optimizers[1], model, critic + 0.1 * slope.square().sum((1, 2, 3)).mean())
         step_of(optimizers[0], model, F.softplus(-model.critic(fake)).mean())
-    for run in (one, two):
-        same_weights(run, model)
+    same_weights(run, model)
     noise = torch.randn(500, 16, generator=torch.Generator().manual_seed(0))
     images = torch.stack([image for image, _ in Digits(split="val")])
     with torch.no_grad():
         distance = torch.cdist(images.flatten(1), model.generator(noise).flatten(1)).amin(1).mean()
-    assert figures(two)["val/distance"][7] == pytest.approx(float(distance), rel=1e-5)
+    assert figures(run)["val/distance"][7] == pytest.approx(float(distance), rel=1e-5)
 
 
 def test_a_gan_resumes_with_all_its_optimizers(page: Place) -> None:

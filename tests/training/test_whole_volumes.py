@@ -151,12 +151,19 @@ def test_check_tries_patches_and_planes(place: Place) -> None:
     assert "val: one batch, loss " in text and "val: the first planes of a volume, loss " in text
 
 
-def test_patches_may_decide_what_is_best(place: Place) -> None:
-    place.run(config(place, "wv-patches", **{"trainer.monitor": "val/Accuracy", "trainer.early_stop_patience": 1}))
-    found = figures(place.path("wv-patches"))
-    judged = [value for step, value in sorted(found["val/Accuracy"].items())]
-    assert last(place.path("wv-patches")).state["best"] == max(judged)
-    assert 12 in found["val/volume/Accuracy"], "which was not counted as a validation without a new best"
+def test_patches_may_decide_what_is_best_and_each_set_is_measured_in_its_own_way(place: Place, run: Path) -> None:
+    val = {"file_paths": "wv-val", "slice_builder": PATCHES}
+    near = {**val, "label": "near", "whole_volumes": "mirrored", "every_epochs": 2}
+    changes = {"loaders.val": [near, {**val, "label": "far"}], "trainer.monitor": "val/near/Accuracy"}
+    place.run(config(place, "wv-sets", **changes, **{"trainer.early_stop_patience": 1}))
+    one, found = figures(run), figures(place.path("wv-sets"))
+    for name in ("loss", "Accuracy"):
+        assert found[f"val/near/{name}"] == one[f"val/{name}"]
+        assert found[f"val/near/volume/{name}"] == one[f"val/volume/{name}"]
+        assert list(found[f"val/far/{name}"]) == [6, 12, 18, 24]
+    best = max(found["val/near/Accuracy"].values())
+    assert last(place.path("wv-sets")).state["best"] == best
+    assert 12 in found["val/near/volume/Accuracy"], "which was not counted as a validation without a new best"
 
 
 def mistakes(folder: Path, changes: dict[str, Any]) -> list[str]:
@@ -174,6 +181,10 @@ def mistakes(folder: Path, changes: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
+        (
+            {"loaders.val": [{"label": "a", "file_paths": "b", "every_epochs": 2}]},
+            "loaders.val.0.every_epochs: says how often",
+        ),
         ({"loaders.val.every_epochs": 0}, "loaders.val.every_epochs: must be at least 1, found 0"),
         ({"loaders.val.whole_volumes": "all"}, "loaders.val.whole_volumes: expected"),
         ({"loaders.val.whole_volumes": False}, "loaders.val.every_epochs: says how often whole volumes are measured"),

@@ -201,7 +201,7 @@ def _least(voxels: np.ndarray, keys: np.ndarray, most: int) -> tuple[np.ndarray,
 def _kept(volume: Volume, ignore_index: int | None) -> tuple[Foreground, str]:
     """A volume's foreground, as it is kept beside the label's file or else found; and why it cannot be kept there."""
     label: tuple[Path, str] | None = getattr(volume, "label_file", None)
-    if label is None:
+    if label is None or not label[0].is_file():  # of a store's folder nothing tells one version from another
         return find(volume, ignore_index), ""
     file, part = label
     name = hashlib.sha256(json.dumps([part, ignore_index]).encode()).hexdigest()[:8]

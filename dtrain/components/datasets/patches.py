@@ -128,7 +128,7 @@ class PatchDataset(Dataset[Any]):
         parts = self.places.parts
         result.volumes = [self.volumes[number] for number in numbers]
         result.files = tuple(volume.path.resolve() for volume in result.volumes)
-        result.places = Places([parts[number] for number in numbers])
+        result.places = Places([parts[number] for number in numbers], self.places.notes)
         result.stats = None if self.stats is None else [self.stats[number] for number in numbers]
         return result
 

@@ -112,6 +112,7 @@ class TiffVolume(StoredVolume):
         self.checks = checks or Checks()
         image, labels = ([_stack(Path(file), axes, 0).shape for file in files] for files in (self.raw, self.label))
         self._fit(image, labels, [])
+        self.label_file = (label, axes or "") if label is not None else None
 
     def _array(self, name: str) -> "Stack":
         return _stack(Path(name), self.axes, os.getpid())
