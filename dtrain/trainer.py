@@ -212,7 +212,7 @@ class Trainer:
         self.max_epochs = math.inf if max_epochs is None else max_epochs
         self.max_steps = math.inf if max_steps is None else max_steps
         self.monitor, self.mode, self.on_nonfinite = monitor or "val/loss", mode or "min", on_nonfinite
-        self.clip_grad_norm, self.device = clip_grad_norm, self.ranks.device
+        self.clip_grad_norm, self.hang_timeout_seconds = clip_grad_norm, hang_timeout_seconds
         self.logs_grad_norm, self.anomaly = log_grad_norm or clip_grad_norm is not None, anomaly
         self.log_every_steps, self.early_stop_patience = log_every_steps, early_stop_patience
         self.validate_every_steps = validate_every_steps or math.inf
@@ -221,7 +221,7 @@ class Trainer:
         self._make_means(accumulate, closure, syncs_buffers=(ddp or {}).get("broadcast_buffers") is not False)
 
     def _take_over(self, parts: Parts) -> None:
-        """The objects that it works with."""
+        """The objects that it works with, and those that it makes whatever its settings."""
         given: Any = parts.trainables  # the purpose at hand has what it takes
         self.parts, self.ranks, self.loaders, self.metrics = parts, parts.ranks, parts.loaders, parts.metrics
         self.trainables, self.module, self.model = parts.trainables, given.module, given.model
@@ -232,6 +232,11 @@ class Trainer:
         self.forward, self.saver, self.stop_request = parts.forward, parts.saver, parts.stop
         self.journal, self.progress = parts.journal, parts.progress
         self.train_loader: Any = parts.loaders.train
+        self.device = self.ranks.device
+        self.state, self.activity = TrainState(self.device), Activity()
+        self.inference = replace(parts.inference, asked_to_stop=self.asked_to_stop)
+        self.vote, self.throughput = Vote(self.ranks), Throughput(self.ranks.rank, self.ranks.world_size)
+        self._is_first_step = True  # of this start
 
     def _make_means(self, accumulate: int, closure: bool | None, syncs_buffers: bool) -> None:
         """The counters, and what the loop does its steps with."""
