@@ -185,7 +185,7 @@ class TrainLoader:
         """This rank's batches; without any sample left, a batch is None."""
         shard, accumulate = self.shard, self.accumulate
         world, high, step_low, step_high = shard.world_size, start, start, start
-        dealt = zip(self.loader.counted(), shard.edges_from(start), strict=False)  # the second would go on for ever
+        dealt = zip(self.loader.counted(), shard.edges_from(start), strict=False)  # the second would continue for ever
         for number, ((batch, kept), edge) in enumerate(dealt):
             low, high = high, edge
             if number % accumulate == 0:

@@ -199,7 +199,7 @@ def rank_variables(file: Source) -> list[tuple[str, int]]:
 
 
 def function_lengths(file: Source) -> Iterator[tuple[str, int, int]]:
-    """(name, line, lines without the docstring) of each function; without the keys where they are a config's section."""
+    """(name, line, lines without the docstring) of each function; of a config's section without its keys."""
     for node in ast.walk(file.tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             is_section = len(node.args.kwonlyargs) > 7

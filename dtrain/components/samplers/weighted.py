@@ -11,7 +11,7 @@ from dtrain.components.samplers.values import Values, values_of
 class Weighted:
     """Samples that are drawn with replacement, each as often as its weight says.
 
-    As torch's WeightedRandomSampler, but each position is computed on its own, and there may be more than 2**24 samples.
+    As torch's WeightedRandomSampler, but each position is computed on its own, and more than 2**24 samples will do.
 
     Args:
         dataset: What is sampled.
