@@ -217,7 +217,6 @@ class Trainer:
         self.log_every_steps, self.early_stop_patience = log_every_steps, early_stop_patience
         self.validate_every_steps = validate_every_steps or math.inf
         self.checkpoint_every_steps = checkpoint_every_steps or math.inf
-        self.hang_timeout_seconds = hang_timeout_seconds
         self._make_means(accumulate, closure, syncs_buffers=(ddp or {}).get("broadcast_buffers") is not False)
 
     def _take_over(self, parts: Parts) -> None:
@@ -239,13 +238,9 @@ class Trainer:
         self._is_first_step = True  # of this start
 
     def _make_means(self, accumulate: int, closure: bool | None, syncs_buffers: bool) -> None:
-        """The counters, and what the loop does its steps with."""
-        self.state, self.activity = TrainState(self.device), Activity()
-        self.inference = replace(self.parts.inference, asked_to_stop=self.asked_to_stop)
+        """What the loop does its steps with."""
         self.last_step = LastStep(self.state, keeps_sums=accumulate > 1)
-        self.vote, self.throughput = Vote(self.ranks), Throughput(self.ranks.rank, self.ranks.world_size)
         self._collect_parameters(syncs_buffers)
-        self._is_first_step = True  # of this start
         self.finite_step = FiniteStep(
             self.optimizer, self.scaler, self.state, self.on_nonfinite, self.progress.note, self.ranks
         )
