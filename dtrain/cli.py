@@ -169,7 +169,7 @@ SUBMIT["--dry-run"] = dict(action="store_true", help="print the batch script; wr
 EXPORT = {
     "config": dict(metavar="RUN|CONFIG", help="a run folder, or a YAML file whose run folder has checkpoints"),
     "overrides": CONFIG["overrides"],
-    "--checkpoint": TEST["--checkpoint"],
+    "--checkpoint": dict(metavar="PATH", help="a checkpoint or weight file (default: the best)"),
     "--format": dict(choices=("onnx", "torch"), help="default: by the ending of --output, else onnx"),
     "--output": dict(metavar="FILE", help="default: model.onnx or model.pt2 in the run folder"),
     "--input-shape": dict(metavar="N,N,...", type=_sizes, help="of one sample; default: the data are asked"),

@@ -49,7 +49,7 @@ cd -- "$root"
 "$python" -m mypy
 
 cores=$(getconf _NPROCESSORS_ONLN)
-# One thread per worker: the tests start processes of their own, and none depends on speed. One worker more than cores,
-# since some wait; each takes a stretch of neighbours, which share what takes long to make, then some of another's.
+# One thread per worker: the tests start processes of their own, and none depends on speed. Two workers more than cores,
+# since many wait; each takes a stretch of neighbours, which share what takes long to make, then some of another's.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$python" -m pytest --numprocesses $((cores < 8 ? cores + 1 : 8)) --dist worksteal "$@"
+exec "$python" -m pytest --numprocesses $((cores < 7 ? cores + 2 : 8)) --dist worksteal "$@"

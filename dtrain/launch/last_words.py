@@ -8,7 +8,7 @@ from pathlib import Path
 from dtrain.distributed.environment import environment, is_main
 from dtrain.distributed.launched_rank import is_read_by_launcher, tell_torchrun
 from dtrain.launch.console import ONLY_LOGGED
-from dtrain.reporting.own_frames import SHOWS_ALL, frame_lines, one_line_of, place_of_error, whole_traceback
+from dtrain.reporting.own_frames import SHOWS_ALL, frame_lines, message_of, one_line_of, place_of_error, whole_traceback
 from dtrain.tracking.secrets import redact
 from dtrain.training.failure_card import cure_of
 
@@ -36,7 +36,7 @@ def say_last(error: BaseException, log: Path | None = None) -> None:
     if card is None:
         _show([*frame_lines(error), *_plain_card(error)])
     elif card:
-        _show([*frame_lines(error), *card])
+        _show(card)
     elif environment().launcher not in ("torchrun", "none") and not is_read_by_launcher():
         _show([f"rank {environment().rank}: {_in_one_line(error)}"])  # rank 0 may be gone
 
@@ -51,6 +51,9 @@ def _plain_card(error: BaseException) -> list[str]:
     rank = "" if is_main() else f"rank {environment().rank}: "
     cure = cure_of(error)
     lines = [f"{rank}{redact(one_line_of(error))}"]
+    lines += [
+        f"  {redact(line)}" for line in message_of(error).splitlines()[1:5] if not line.startswith("while loading ")
+    ]
     lines += [f"  at {place}"] if (place := place_of_error(error)) else []
     lines += [f"  what helps: {cure}"] if cure else []
     return [*lines, "  the whole traceback: --traceback"]

@@ -16,7 +16,7 @@ import torch
 
 from dtrain.distributed.ranks import is_lost_rank
 from dtrain.distributed.stop_request import Interrupted
-from dtrain.reporting.own_frames import Frame, message_of, only_own, place_of_error, whole_traceback
+from dtrain.reporting.own_frames import Frame, frame_lines, message_of, only_own, place_of_error, whole_traceback
 from dtrain.tracking.run_folder import RunFolder
 from dtrain.tracking.secrets import redact
 from dtrain.tracking.whole_file import read_json, write_json
@@ -25,6 +25,7 @@ from dtrain.training.evidence import Evidence
 OTHERS_SECONDS = 3.0  # so long rank 0 waits for the word of the rank that failed first
 NUMBERS_SECONDS = 2.0  # and for the others' random numbers, where it failed itself
 _MOST_SAMPLES = 64
+_MOST_CHARACTERS, _MOST_LINES = 500, 4  # of an error's message: of a line, and of the lines after the first
 STEP_PHASES = ("forward", "backward", "optimizer step", "logging")  # these can be repeated
 _CURES = {  # by what the error says; the first that applies
     r"out of memory|OutOfMemory": "lower loaders.batch_size and raise trainer.accumulate; trainer.precision=bf16",
@@ -175,14 +176,16 @@ def first_failure(folder: Path, rank: int) -> str:
 
 
 def card(note: Mapping[str, Any], folder: Path) -> list[str]:
-    """A failure in a few lines."""
+    """A failure in a few lines, after those of the user's own files that led to it."""
     first, *rest = note["message"].splitlines() or [""]
-    what = f"{note['error']}: {first[:200]}" if first else note["error"]
+    what = f"{note['error']}: {first[:_MOST_CHARACTERS]}" if first else note["error"]
     what += next((f" ({line})" for line in rest if line.startswith("while loading ")), "")
+    rest = [line for line in rest if line.strip() and not line.startswith("while loading ")]
     ranks = f"rank {note['rank']}"
     if also := [str(rank) for rank in note.get("ranks_alike", ()) if rank != note["rank"]]:
         ranks += f" (and {', '.join(also[:8])}{', ...' if len(also) > 8 else ''} alike)"
     lines = [f"{ranks} failed at step {note['step'] + 1} ({note['phase']}): {what}"]
+    lines += [f"  {line[:_MOST_CHARACTERS]}" for line in rest[:_MOST_LINES]]
     if note.get("silent_ranks"):
         lines.append(f"  exited without reporting an error: rank {', '.join(map(str, note['silent_ranks']))}")
     if note["where"]:
@@ -197,6 +200,7 @@ def card(note: Mapping[str, Any], folder: Path) -> list[str]:
     lines.append(f"  memory {note['memory']}")
     if note["cure"]:
         lines.append(f"  what helps: {note['cure'].replace('RUN_FOLDER', str(folder))}")
+    lines = [*note.get("frames", ()), *lines]
     return [*lines, f"  all of it, the traceback included: {RunFolder(folder).failure}"]
 
 
@@ -252,6 +256,7 @@ def _note(evidence: Evidence, error: BaseException, consequence: bool) -> dict[s
         "error": type(error).__name__,
         "message": message,
         "where": place_of_error(error),
+        "frames": [redact(line) for line in frame_lines(error)],
         "forward": _forward(error),
         "config": f"{section} ({place})" if place else "",
         "samples": evidence.samples(error)[:_MOST_SAMPLES],

@@ -292,11 +292,11 @@ def test_a_copy_that_fails_ends_the_training_and_is_not_waited_for(here: Here, m
 # ------------------------------------------------------------------------------------------------------------- memory
 
 
-def test_memory_that_is_used_up_is_told_as_such(here: Here, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_memory_that_is_used_up_is_told_as_such(here: Here, tmp_path: Path) -> None:
     changes = eventful(tmp_path, tmp_path / "run-narrow" / "checkpoints", {3: "narrow"})
-    with pytest.raises(RuntimeError, match="allocate"):
+    with pytest.raises(RuntimeError, match="allocate") as failure:
         here("narrow", **changes)
-    assert "what helps: out of host memory: lower loaders.num_workers" in capfd.readouterr().out
+    assert "what helps: out of host memory: lower loaders.num_workers" in failure.value.__notes__[-1]
     assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
 
 
@@ -306,8 +306,8 @@ def test_a_gpu_that_is_full_on_one_rank_ends_both_with_what_helps(place: Place) 
     started = place.start(place.config("gpu", **changes), ranks=2)
     results = [running.result(90) for running in started]
     assert [result.rc for result in results] == [1, 1]
-    assert "rank 1 failed at step 3 (forward): OutOfMemoryError: CUDA out of memory" in results[0].stdout
-    assert "what helps: lower loaders.batch_size and raise trainer.accumulate" in results[0].stdout
+    assert "rank 1 failed at step 3 (forward): OutOfMemoryError: CUDA out of memory" in results[0].stderr
+    assert "what helps: lower loaders.batch_size and raise trainer.accumulate" in results[0].stderr
     assert last(place.path("gpu")).state["step"] == 2
 
 

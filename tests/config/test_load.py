@@ -562,6 +562,7 @@ def test_a_mapping_made_in_python_becomes_a_config() -> None:
         "optimizer": {"lr": 0.5, "betas": [1, 2]},
         "seed": 1,
         "model": {"a": 1, "b": [{"c": True}]},
+        "experiment": "default",
     }
     assert config.model.b[0].is_locked
     assert given_values["trainer"]["max_num_epochs"] == 3, "the caller's own mapping is left alone"

@@ -376,7 +376,8 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_with_finite_weights(pla
     running = place.start(config, ranks=2, do=f"train 3 rank {rank} nan")
     results = [one.result(WAIT_SECONDS) for one in running]
     assert [one.rc for one in results] == [1, 1]
-    assert all("NonFiniteError: step 3" in one.stderr for one in results)
+    logs = [(place.path(name) / "logs" / f"rank-{number}.log").read_text() for number in (0, 1)]
+    assert all("NonFiniteError: step 3" in log for log in logs) and "NonFiniteError: step 3" in results[0].stderr
     saved = last(place.path(name))
     assert saved.state["step"] == 2
     assert all(value.isfinite().all() for value in saved.weights.values())

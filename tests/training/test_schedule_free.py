@@ -87,9 +87,9 @@ def by_hand(steps: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_the_averages_are_what_is_validated_tested_and_saved(place: Place) -> None:
     (place.folder / "without_schedule.py").write_text(MINE)
-    config = place.config("free", **SETTINGS)
+    config = place.config("schedule-free", **SETTINGS)
     place.run(config, "trainer.max_steps=6", ranks=2)
-    run = last(place.path("free"))
+    run = last(place.path("schedule-free"))
     x, y = by_hand(6)
     assert run.ema is not None
     for found, expected in ((run.ema, x), (run.weights, y)):
@@ -98,9 +98,9 @@ def test_the_averages_are_what_is_validated_tested_and_saved(place: Place) -> No
     points = torch.randn(11, 8, generator=torch.Generator().manual_seed(1))
     labels = (points @ torch.randn(8, 3, generator=torch.Generator().manual_seed(99))).argmax(1)
     loss = F.cross_entropy(torch.cat([points, torch.ones(11, 1)], 1).double() @ x.T, labels)
-    assert figures(place.path("free"))["val/loss"][6] == pytest.approx(float(loss), rel=1e-5)
+    assert figures(place.path("schedule-free"))["val/loss"][6] == pytest.approx(float(loss), rel=1e-5)
     result = place.run("test", config)
-    tested = f"loss {figures(place.path('free'))['test/loss'][6]:.4f}"
+    tested = f"loss {figures(place.path('schedule-free'))['test/loss'][6]:.4f}"
     assert tested in result.stdout + result.stderr
 
 
