@@ -88,6 +88,15 @@ def local_part(value: Any) -> Any:
     return value.to_local() if is_shard(value) else value
 
 
+def copies_mistake(copies: int, world_size: int) -> str:
+    """Why the ranks cannot hold so many copies of the model; '' where they can."""
+    if not world_size % copies:
+        return ""
+    possible = ", ".join(str(number) for number in range(1, world_size + 1) if not world_size % number)
+    text = f"{world_size} ranks cannot hold {copies} copies of the model, each with as many ranks"
+    return f"trainer.fsdp.replicate: {text}; possible: {possible}"
+
+
 class FSDP:
     """Every rank has a part of each weight; all ranks call the model equally often, since each call gathers weights.
 
@@ -105,10 +114,6 @@ class FSDP:
         self.parameters: dict[str, torch.nn.Parameter] = {}  # nothing numbers them
         self._units: list[torch.nn.Module] = []  # of the trained model
         copies = options.get("replicate") or 1
-        if ranks.world_size % copies:
-            possible = ", ".join(str(n) for n in range(1, ranks.world_size + 1) if not ranks.world_size % n)
-            text = f"{ranks.world_size} ranks cannot hold {copies} copies of the model, each with as many ranks"
-            raise ConfigError(f"trainer.fsdp.replicate: {text}; possible: {possible}")
         shape = (copies, ranks.world_size // copies) if copies > 1 else (ranks.world_size,)
         self._mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=("copies", "shards")[-len(shape) :])
 

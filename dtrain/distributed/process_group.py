@@ -21,7 +21,7 @@ from dtrain.distributed.environment import (
     export_rank_variables,
     tasks_of_job,
 )
-from dtrain.distributed.fsdp import FSDP
+from dtrain.distributed.fsdp import FSDP, copies_mistake
 from dtrain.distributed.mailbox import Mailbox
 from dtrain.distributed.ranks import Ranks
 
@@ -52,14 +52,17 @@ def set_up(
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     ranks = Ranks(found.rank, found.local_rank, found.world_size, chosen, found.launcher, notes=notes + device_notes)
+    if fsdp and fsdp.get("replicate") == "nodes":
+        fsdp = {**fsdp, "replicate": found.world_size // found.local_world_size}
+    # Before the ranks meet: one that leaves would take the store away from those that are still on their way.
+    if fsdp and (text := copies_mistake(fsdp.get("replicate") or 1, found.world_size)) and found.world_size > 1:
+        raise ConfigError(text)
     if found.world_size > 1:
         accelerator = _join(found, chosen, backend, timeout_seconds, options)
         ranks.mailbox = Mailbox(found.rank, found.world_size, dist.distributed_c10d._get_default_store())
         if chosen.type == "cuda" and backend != "gloo" and gpus_are_bound(found, gpus):
             _refuse_shared_gpus(ranks)
         syncs_buffers = options.get("broadcast_buffers") is not False
-        if fsdp and fsdp.get("replicate") == "nodes":
-            fsdp = {**fsdp, "replicate": found.world_size // found.local_world_size}
         ranks.strategy = DDP(ranks, accelerator) if fsdp is None else FSDP(ranks, fsdp, syncs_buffers)
     elif fsdp is not None:
         ranks.notes.append("trainer.strategy: fsdp shards the model over several ranks; one process holds all of it")

@@ -1259,8 +1259,10 @@ def test_a_model_may_compute_its_loss_unless_it_certainly_cannot(folder: Path) -
         "c.yaml:1:1: loss: missing, such as loss: {name: CrossEntropyLoss}"
         "; UNet2D.forward(x) takes no target, so it cannot compute a loss itself"
     ]
-    (folder / "mine.py").write_text("from dtrain.components.models import UNet2D\nclass Mine(UNet2D):\n    pass\n")
-    mine = unet.replace("[parts]", "[parts, mine]").replace("UNet2D", "Mine")
+    (folder / "derived_unet.py").write_text(
+        "from dtrain.components.models import UNet2D\nclass Mine(UNet2D):\n    pass\n"
+    )
+    mine = unet.replace("[parts]", "[parts, derived_unet]").replace("UNet2D", "Mine")
     assert told(mine) == []  # it may well override what forward calls
 
 

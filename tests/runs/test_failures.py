@@ -161,7 +161,8 @@ def test_a_card_is_short(tmp_path: Path) -> None:
     }  # fmt: skip
     lines = card(given, tmp_path)
     assert lines[0] == "rank 1 failed at step 5 (validation): ValueError: a"
-    assert len(lines) == 7 and f"less of {tmp_path}" in lines[5] and "7, ..." in lines[3]
+    assert lines[1] == "  b", "what the error says after its first line"
+    assert len(lines) == 8 and f"less of {tmp_path}" in lines[6] and "7, ..." in lines[4]
 
 
 # --------------------------------------------------------------------------------------------------------- the replay

@@ -123,7 +123,7 @@ def test_a_teacher_says_what_the_pupil_learns(page: Place) -> None:
     teacher, x, y = model_and_data()
     torch.save({name: 3 * value for name, value in teacher.state_dict().items()}, page.folder / "loud.pt")
     sizes = ["trainer.teacher.depth=1", "trainer.teacher.mlp_dim=32", "trainer.weights=loud.pt", *PLAIN, *LIGHT]
-    run = train(page, "distillation.yaml", "first", 1, "model.dim=64", "loaders.shuffle=false", *sizes)
+    run = train(page, "distillation.yaml", "teacher-first", 1, "model.dim=64", "loaders.shuffle=false", *sizes)
     with torch.no_grad():
         pupil = teacher(x[:420])
         teacher.load_state_dict({name: 3 * value for name, value in teacher.state_dict().items()})

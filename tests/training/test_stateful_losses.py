@@ -157,20 +157,22 @@ class BestSoFar:
 
 @pytest.fixture
 def train(here: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """The same as `here`, where the module `mine` is found."""
-    (tmp_path / "mine.py").write_text(MINE)
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
-    return lambda name, **changes: here(name, **{"modules": ["mine", "toy"], "trainer.pictures": False} | changes)
+    """The same as `here`, where the module `stateful_losses` is found."""
+    (tmp_path / "stateful_losses.py").write_text(MINE)
+    monkeypatch.delitem(sys.modules, "stateful_losses", raising=False)
+    return lambda name, **changes: here(
+        name, **{"modules": ["stateful_losses", "toy"], "trainer.pictures": False} | changes
+    )
 
 
 @pytest.fixture
 def ranks(place: Place) -> Place:
-    (place.folder / "mine.py").write_text(MINE)
+    (place.folder / "stateful_losses.py").write_text(MINE)
     return place
 
 
 PLAIN: dict[str, Any] = {
-    "modules": ["mine", "toy"], "model": {"name": "Line"}, "loss": {"name": "Learned"},
+    "modules": ["stateful_losses", "toy"], "model": {"name": "Line"}, "loss": {"name": "Learned"},
     "loaders.shuffle": False, "loaders.train": {"size": 29, "seed": 0}, "optimizer": {"name": "SGD", "lr": 0.5},
     "trainer.clip_grad_norm": 0.7, "trainer.max_epochs": 2, "trainer.pictures": False,
 }  # fmt: skip
@@ -226,7 +228,8 @@ STATEFUL: dict[str, Any] = EXACT | {
     "loss": {"name": "Learned", "width": 3, "dropout": 0.2, "ramp": 9}, "metrics": {"name": "BestSoFar"},
     "lr_scheduler": {"name": "CosineAnnealingLR", "interval": "step", "T_max": 30}, "trainer.max_epochs": None,
     "trainer.monitor": "BestSoFar_best", "trainer.mode": "max", "trainer.validate_every_steps": 4,
-    "trainer.log_every_steps": 4, "loaders.num_workers": 0, "trainer.pictures": False, "modules": ["mine", "toy"],
+    "trainer.log_every_steps": 4, "loaders.num_workers": 0, "trainer.pictures": False,
+    "modules": ["stateful_losses", "toy"],
 }  # fmt: skip
 
 
@@ -262,7 +265,7 @@ def test_what_is_tested_is_the_checkpoint_whole_with_its_loss(train: Callable[..
     import dtrain
 
     run = train("tested", **{
-        "modules": ["mine", "toy"], "model": {"name": "Line"}, "loss": {"name": "Learned", "dropout": 0.5},
+        "modules": ["stateful_losses", "toy"], "model": {"name": "Line"}, "loss": {"name": "Learned", "dropout": 0.5},
         "trainer.ema_decay": 0.5, "metrics": None, "loaders.test": {"size": 7, "seed": 2},
     })  # fmt: skip
     folder = run / "checkpoints" / "best"
