@@ -331,12 +331,12 @@ def fsdp_options(bench: Bench) -> str:
     """trainer.fsdp: host memory and compiled parts give the losses of plain shards; messages in bf16 nearly so."""
     options = ("model.dropout=0", "model.batch_norm=false", "trainer.strategy=fsdp")
     losses = bench.train("plain", *options, ranks=1).losses
-    host = bench.train("host", *options, "trainer.fsdp={min_parameters: 100, cpu_offload: true}", ranks=1)
+    host = bench.train("host", *options, "trainer.fsdp={min_parameters: 100, cpu_offload: true}", ranks=1).losses
     bench.train("host", *options, "trainer.fsdp={cpu_offload: true}", "trainer.max_steps=22", ranks=1)  # it resumes
     compiled = bench.train("compiled", *options, "trainer.compile=true", ranks=1)
     small = ("trainer.fsdp={param_dtype: bf16, reduce_dtype: bf16}", "trainer.precision=bf16", "model.expects=bfloat16")
     bf16 = bench.train("bf16", *options, *small, ranks=1)
-    texts = [close(host.losses, losses, 1e-4), close(compiled.losses, losses, 1e-3), close(bf16.losses, losses, 0.1)]
+    texts = [close(host, losses, 1e-4), close(compiled.losses, losses, 1e-3), close(bf16.losses, losses, 0.1)]
     return f"host memory: {texts[0]}; compiled: {texts[1]}; bf16: {texts[2]}"
 
 
