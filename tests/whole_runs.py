@@ -254,14 +254,14 @@ def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
     def mount(options: str) -> Path:
         command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
         if done.returncode:
             pytest.skip(f"SKIPPED, NOT TESTED HERE: mounting a tmpfs needs root ({done.stderr.strip()})")
         return folder
 
     yield mount
     while os.path.ismount(folder):
-        subprocess.run(["umount", "-l", str(folder)], timeout=30, check=True)
+        subprocess.run(["umount", "-l", str(folder)], timeout=200, check=True)
 
 
 @pytest.fixture(scope="module")
@@ -272,9 +272,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "runs"
     folder.mkdir(exist_ok=True)
     yield Place(folder, tagged)
-    gone = tagged.wait_gone(30)
+    gone = tagged.wait_gone(200)
     left = [] if gone else tagged.command_lines()
     tagged.kill()
     for process in tagged.started:
-        process.wait(10)
+        process.wait(200)
     assert left == []

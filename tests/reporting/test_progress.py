@@ -124,7 +124,7 @@ def on_terminal(code: str, columns: int = 80, stderr_elsewhere: bool = False, **
                 break
     os.close(ours)
     process.kill()
-    stderr = process.communicate(timeout=10)[1]
+    stderr = process.communicate(timeout=200)[1]
     text = raw.decode()
     return Screen(shown(text, columns), text, (stderr or b"").decode(), process.returncode)
 
@@ -371,7 +371,7 @@ def piped(code: str, **env: str) -> subprocess.CompletedProcess[str]:
         env=dict(os.environ) | env,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
     )
 
 
@@ -421,7 +421,7 @@ def test_a_reader_that_goes_away_does_not_end_the_run() -> None:
         env={key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"} | {"CODE": code},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
     )
     assert done.returncode == 0
     assert done.stderr.splitlines() == ["the model's own complaint", "trained to the end"]

@@ -331,7 +331,7 @@ def loaded_by(code: str, *arguments: str) -> set[str]:
         cwd=PACKAGE.parent,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr
     return set(json.loads(done.stdout.rpartition("LOADED")[2]))

@@ -141,7 +141,7 @@ def five_sittings(place: Place) -> list[dict[str, Any]]:
 
 def wait_for_sender(place: Place) -> None:
     """A killed rank 0 leaves the last word to its sender."""
-    assert place.tagged.wait_gone(60), place.tagged.command_lines()
+    assert place.tagged.wait_gone(200), place.tagged.command_lines()
 
 
 def mlflow_run(place: Place, run_id: str) -> Any:
