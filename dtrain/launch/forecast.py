@@ -23,6 +23,7 @@ from dtrain.distributed.fsdp import launcher_strategy
 from dtrain.launch import data_check
 from dtrain.launch.doctor import Finding, store
 from dtrain.launch.memory_forecast import (
+    MOST_SAMPLES,
     FakeSteps,
     Held,
     NoForecastError,
@@ -225,7 +226,8 @@ class Forecast:
             most = max(0, step.samples + int((limit - other) / slope))
         else:
             return Finding("largest batch", "ok", f"not known for {total}: the batch's tensors do not show its samples")
-        text = f"{most:,} samples per rank in {total}, of which {1 - USABLE:.0%} are left for CUDA and the allocator"
+        at_least = "at least " if most >= MOST_SAMPLES else ""
+        text = f"{at_least}{most:,} samples per rank in {total}, of which {1 - USABLE:.0%} are left for CUDA and the allocator"
         if most > (size := self.trainer.train_loader.shard.samples):
             text += f"; train has {size:,}"
         if not most:
