@@ -109,7 +109,7 @@ class Place:
         full = {**self.env, "PYTHONPATH": os.pathsep.join(path), "TOY_DO": do, **(env or {})}
         command = [*(launcher or [sys.executable]), "-m", "dtrain", *arguments]
         worlds = [{}] if launcher or ranks == 1 else worlds_of(ranks)
-        forks = None if launcher or cold else _forks()
+        forks = None if launcher or cold else forked_from()
         started = []
         for number, world in enumerate(worlds):
             files = self.folder / "output" / f"{self.tagged.tag}-{len(self.tagged.started)}-{number}"
@@ -137,7 +137,7 @@ class Place:
 
 
 @functools.cache
-def _forks() -> Forks:
+def forked_from() -> Forks:
     """One for all tests of this process."""
     return Forks(neutral_env())
 

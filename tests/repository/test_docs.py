@@ -21,10 +21,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import forks
 import pytest
 import yaml
 from conftest import REPOSITORY, RunCli, Running, Tagged
-from whole_runs import NO_MLFLOW
+from whole_runs import NO_MLFLOW, forked_from
 
 from dtrain.config.check import check
 from dtrain.config.errors import ConfigError, to_plain
@@ -57,6 +58,9 @@ TIMEOUT_SECONDS = 240
 # Pages that take minutes. test_configfiles.py and tests/predict/ train and predict the same in every run, from Python
 # or with words of their own; that the very commands of these pages work, only --soak shows.
 SLOW = ("systems", "predict")
+# The page whose commands are processes of their own, as users have them. Those of the others are forked from one that
+# has imported torch: most of a short command's time is that import.
+COLD = "README"
 # The pages whose trainings are told to MLflow: its import takes as long as all else of a short training.
 WITH_MLFLOW = ("README", "getting-started", "mlflow", "pictures")
 
@@ -95,19 +99,22 @@ def commands(block: Block) -> Iterator[tuple[str, str]]:
 class PageFolder:
     """A folder in which one page is worked through, with commands as a user has them."""
 
-    def __init__(
-        self, folder: Path, files: Path, store: Path, env: dict[str, str], tagged: Tagged, with_mlflow: bool
-    ) -> None:
+    def __init__(self, folder: Path, files: Path, store: Path, env: dict[str, str], tagged: Tagged, page: str) -> None:
         self.path, self.files, self.tagged = folder, files, tagged
         shutil.copytree(REPOSITORY / "configfiles", folder / "configfiles")
         self._shorten(folder / "configfiles" / "digits.yaml")
         programs = files / "bin"
         programs.mkdir()
-        if not (Path(sys.executable).parent / "dtrain").exists():  # a checkout that was not installed
-            (programs / "dtrain").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m dtrain "$@"\n')
-            (programs / "dtrain").chmod(0o755)
-        env = env | {"MLFLOW_TRACKING_URI": f"sqlite:///{store}"}  # one for all: making it takes seconds
-        if not with_mlflow:
+        self.python = (
+            [sys.executable] if page == COLD else [sys.executable, "-IS", forks.__file__, forked_from().address]
+        )
+        (programs / "dtrain").write_text(f'#!/bin/sh\nexec {shlex.join(self.python)} -m dtrain "$@"\n')
+        (programs / "dtrain").chmod(0o755)
+        self.forked = files / "forked"
+        self.forked.touch()
+        # One store for all: making it takes seconds.
+        env = env | {"MLFLOW_TRACKING_URI": f"sqlite:///{store}", "FORKED_PIDS": str(self.forked)}
+        if page not in WITH_MLFLOW:
             (files / "mlflow").mkdir()
             (files / "mlflow" / "__init__.py").write_text(NO_MLFLOW)
             env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(files), env.get("PYTHONPATH")]))
@@ -123,6 +130,7 @@ class PageFolder:
         files = self.files / str(len(self.tagged.started))
         files.mkdir()
         done = Running(command, self.path, self.env, files, self.tagged).result(TIMEOUT_SECONDS)
+        self.tagged.sessions |= {int(pid) for pid in self.forked.read_text().split()}
         return done.rc, done.stderr + done.stdout
 
 
@@ -135,8 +143,8 @@ def page_folder(
     request: pytest.FixtureRequest,
 ) -> PageFolder:
     store = tmp_path_factory.getbasetemp() / "mlflow.db"
-    with_mlflow = request.node.callspec.params["page"].stem in WITH_MLFLOW
-    return PageFolder(tmp_path, tmp_path_factory.mktemp("files"), store, clean_env, tagged, with_mlflow)
+    page = request.node.callspec.params["page"].stem
+    return PageFolder(tmp_path, tmp_path_factory.mktemp("files"), store, clean_env, tagged, page)
 
 
 @pytest.mark.slow
@@ -190,7 +198,7 @@ def fits(text: str, expected: str) -> bool:
 
 def run_python(block: Block, folder: PageFolder) -> None:
     if not block.file:
-        rc, output = folder.run(sys.executable, "-c", block.text)
+        rc, output = folder.run(*folder.python, "-c", block.text)
         assert rc == 0, f"{block.text}\n{output}"
 
 

@@ -196,14 +196,15 @@ def test_a_training_in_five_sittings_is_one_run_in_mlflow(sittings: list[dict[st
         assert len(history) == len(values)
 
 
+@pytest.mark.parametrize("steps", [(1, 5, 8), pytest.param(tuple(range(1, 10)), marks=pytest.mark.soak)])
 def test_a_stop_at_any_step_of_an_epoch_changes_nothing(
-    here: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    here: Callable[..., Path], steps: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On one rank, in one process: 8 steps per epoch, and one beyond."""
     settings = EXACT | {"trainer.accumulate": 1, "loaders.batch_size": 4, "trainer.max_epochs": 2}
     whole = here("whole", **settings)
     assert last(whole).state["step"] == 16
-    for step in range(1, 10):
+    for step in steps:
         monkeypatch.setenv("TOY_DO", f"train {step} rank 0 TERM")
         stopped = here(f"stop-{step}", expect="KILLED", **settings)
         assert last(stopped).state["step"] == step
