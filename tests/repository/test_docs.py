@@ -16,6 +16,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,11 +47,14 @@ from dtrain.training.parameter_groups import group_settings
 from dtrain.training.schedule import schedule_settings
 
 README = REPOSITORY / "README.md"
+INDEX = REPOSITORY / "docs" / "index.md"
+SITE = REPOSITORY / "scripts" / "site" / "mkdocs.yml"
 PAGES = [README, *sorted((REPOSITORY / "docs").glob("*.md"))]
 REFERENCE = REPOSITORY / "configfiles" / "reference.yaml"
 # Comments that excuse a command from being run. Whoever adds one must find it true.
 NOT_RUN = (
     *("needs the network once", "needs the quickstart's .venv", "needs a GPU", "needs 4 GPUs", "needs two machines"),
+    "needs the repository's folder",
     *("needs SLURM", "needs an MPI", "needs MPICH", "needs Open MPI"),
     *("stays until Ctrl-C", "takes 10 minutes", "takes some minutes"),
 )
@@ -299,23 +303,33 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in headings(file), f"{name_of(page)}: {target}#{anchor}"
 
 
-def test_the_readme_names_every_page() -> None:
-    linked = set(re.findall(r"\]\((docs/[\w-]+\.md)\)", README.read_text()))
-    assert linked == {name_of(page) for page in PAGES if page != README}
+def test_the_first_page_names_every_other() -> None:
+    linked = set(re.findall(r"\]\(([\w-]+\.md)\)", INDEX.read_text()))
+    assert linked == {page.name for page in PAGES if page not in (README, INDEX)}
 
 
-def captions(page: Path, pattern: str) -> list[tuple[str, str]]:
-    """(name, caption) of what one sees on opening dtrain/."""
-    section = page.read_text().partition("## On opening `dtrain/`")[2].partition("\n## ")[0]
-    return re.findall(pattern, section, re.M)
+def test_the_readme_is_a_screen_and_a_half() -> None:
+    assert len(README.read_text().splitlines()) <= 90
+
+
+@pytest.mark.slow
+def test_the_site_is_built_strictly_and_has_every_page(tmp_path: Path) -> None:
+    pytest.importorskip("material", reason="pip install -e '.[site]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", SITE, "--site-dir", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    made = {path.parent.name for path in tmp_path.glob("*/index.html")} - {"assets"}
+    assert made == {page.stem for page in PAGES if page not in (README, INDEX)}
+    assert 'href="../dtrain' not in (tmp_path / "training" / "index.html").read_text(), "a file the site has not"
 
 
 def test_all_that_one_sees_on_opening_the_package_has_one_caption() -> None:
-    found = captions(README, r"^- `(\w+(?:/|\.py))`: (\S.*)$")
+    page = (REPOSITORY / "docs" / "design.md").read_text()
+    section = page.partition("## On opening `dtrain/`")[2].partition("\n## ")[0]
+    found = re.findall(r"^\| `(\w+(?:/|\.py))` \| (\S.*\S) \|$", section, re.M)
     entries = [path for path in (REPOSITORY / "dtrain").iterdir() if not path.name.startswith("__")]
     wanted = [f"{path.name}/" if path.is_dir() else path.name for path in entries if path.name != "py.typed"]
     assert sorted(name for name, _ in found) == sorted(wanted)
-    assert captions(REPOSITORY / "docs" / "design.md", r"^\| `(\w+(?:/|\.py))` \| (\S.*\S) \|$") == found
 
 
 @pytest.mark.parametrize("page", ["design", "contributing"])
