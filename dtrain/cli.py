@@ -218,7 +218,7 @@ JOB: Arguments = {
 
 
 def _train(options: argparse.Namespace) -> int:
-    """Train, validate and test, here; resume where an earlier start ended."""
+    """Train, validate and test; resume where an earlier start ended."""
     from dtrain.tracking.start_sender import prepare_sender
 
     config = _checked(options, "train")
@@ -288,7 +288,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    """Build everything and try one batch of each phase; train nothing.
+    """Build everything and try a batch of each phase; train nothing.
 
     Nothing is written but --find-lr's picture.
     """
@@ -357,7 +357,7 @@ def _sync(options: argparse.Namespace) -> int:
 
 
 def _replay(options: argparse.Namespace) -> int:
-    """Repeat the step in which a training failed, and look at its numbers.
+    """Repeat the step in which a training failed; look at its numbers.
 
     On one process.
     """
@@ -378,7 +378,7 @@ def _run_folder(options: argparse.Namespace, needed: str) -> Path:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    """Probe GPUs, network, disk, MLflow, versions; one line each, with a fix.
+    """Probe GPUs, network, disk, MLflow; one line each, with a fix.
 
     Under srun, of all nodes.
     """
