@@ -1,15 +1,17 @@
 """The commands of `dtrain` and their help; what a command needs is imported when it is run."""
 
 import argparse
+import inspect
 import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from dtrain import __version__
+from dtrain.config.did_you_mean import did_you_mean
 from dtrain.config.errors import ConfigError, one_line, to_plain
 from dtrain.distributed.environment import environment, is_main
 from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EARLY, WRONG_CONFIG
@@ -72,34 +74,66 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The command line; argparse takes no KEY=VALUE behind an option, people write it there."""
-    parser = _parser()
+    parser, commands = _parsers()
+    if not words:  # as other tools have it
+        parser.exit(WRONG_CONFIG, parser.format_help())
+    words = [*words[1:], "--help"] if words[0] == "help" else _with_dashes(words)
+    if not words[0].startswith("-") and words[0] not in commands:
+        parser.error(f"{words[0]!r} is not a command{did_you_mean(words[0], set(commands) - HIDDEN)}")
     options, rest = parser.parse_known_args(words)
-    if unexpected := [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]:
-        parser.error(f"unrecognized arguments: {' '.join(unexpected)}")
+    for word in rest:
+        if word.startswith("-") or not hasattr(options, "overrides"):
+            known = [name for name in commands[options.command]._option_string_actions if name.startswith("--")]
+            near = did_you_mean(word.partition("=")[0], known) if word.startswith("--") else ""
+            commands[options.command].error(f"unexpected argument {word!r}{near}")
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
+def _with_dashes(words: Sequence[str]) -> list[str]:
+    """--nproc_per_node as --nproc-per-node: torchrun takes both; behind a bare -- another program's words follow."""
+    end = words.index("--") if "--" in words else len(words)
+    options = [word.partition("=") if word.startswith("--") else (word, "", "") for word in words[:end]]
+    names = [name.replace("_", "-") if name.startswith("--") else name for name, _, _ in options]
+    return [name + sign + value for name, (_, sign, value) in zip(names, options, strict=True)] + list(words[end:])
+
+
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    """The parser of `dtrain`, and those of its commands by name."""
+    form = argparse.RawDescriptionHelpFormatter  # an example is one line
     parser = _Parser(
         prog="dtrain",
-        description="Train PyTorch models from one YAML file. A first argument ending in .yaml or .yml means 'train'.",
+        usage="dtrain CONFIG [KEY=VALUE ...]\n       dtrain COMMAND ...",
+        description=_overview(),
         epilog="example: torchrun --nproc_per_node=4 -m dtrain configfiles/digits.yaml",
-        formatter_class=argparse.RawDescriptionHelpFormatter,  # an example is one line
+        formatter_class=form,
     )
-    parser.add_argument("--version", action="version", version=f"dtrain {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+    parser.add_argument("-V", "--version", action="version", version=f"dtrain {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser, help=argparse.SUPPRESS)
+    parsers: dict[str, _Parser] = {}
     for name, (run, arguments, example) in COMMANDS.items():
-        text = run.__doc__ or ""
-        texts: dict[str, Any] = {"description": text, "epilog": f"example: dtrain {name} {example}"}
-        if name != "job":  # for scripts: missing in the list of commands
-            texts["help"] = text[:1].lower() + text[1:].rstrip(".")
-        command = commands.add_parser(name, formatter_class=parser.formatter_class, **texts)
-        command.set_defaults(run=run)
+        epilog = f"example: dtrain {name} {example}"
+        parsers[name] = commands.add_parser(
+            name, prog=f"dtrain {name}", description=inspect.getdoc(run), epilog=epilog, formatter_class=form
+        )
+        parsers[name].set_defaults(run=run)
         for argument, options in arguments.items():
-            command.add_argument(argument, **options)
-    return parser
+            parsers[name].add_argument(*argument.split(), **options)
+    return parser, parsers
+
+
+def _overview() -> str:
+    """What `dtrain --help` says of the commands: a line for each, in groups, those that one needs first on top."""
+    lines = ["Train PyTorch models from one YAML file. Without a command, CONFIG is trained."]
+    grouped = {name for names in GROUPS.values() for name in names.split()}
+    rest = " ".join(name for name in COMMANDS if name not in grouped | HIDDEN)
+    for title, names in (GROUPS | ({"Others": rest} if rest else {})).items():
+        lines += ["", f"{title}:"]
+        for name in names.split():
+            text = (COMMANDS[name][0].__doc__ or "").splitlines()[0]
+            lines.append(f"  {name:<{max(map(len, COMMANDS))}}  {text[:1].lower()}{text[1:].rstrip('.')}")
+    return "\n".join(lines)
 
 
 def _natural(text: str) -> int:
@@ -166,7 +200,7 @@ CLUSTER: Arguments = {  # options of submit, which stand for keys of the config'
 }
 SUBMIT = CONFIG | {f"--{key.replace('_', '-')}": options for key, options in CLUSTER.items()}
 SUBMIT["--dry-run"] = dict(action="store_true", help="print the batch script; write and submit nothing")
-EXPORT = {
+EXPORT: Arguments = {
     "config": dict(metavar="RUN|CONFIG", help="a run folder, or a YAML file whose run folder has checkpoints"),
     "overrides": CONFIG["overrides"],
     "--checkpoint": dict(metavar="PATH", help="a checkpoint or weight file (default: the best)"),
@@ -184,7 +218,7 @@ JOB: Arguments = {
 
 
 def _train(options: argparse.Namespace) -> int:
-    """Train, validate, test; resume where an earlier start ended."""
+    """Train, validate and test; resume where an earlier start ended."""
     from dtrain.tracking.start_sender import prepare_sender
 
     config = _checked(options, "train")
@@ -197,7 +231,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _launch(options: argparse.Namespace) -> int:
-    """Train on several ranks of this machine, or as one node of many."""
+    """Train on all GPUs of this machine, or as one node of many."""
     from dtrain.launch.rendezvous import endpoint_of
 
     config = _checked(options, "train")
@@ -209,14 +243,17 @@ def _launch(options: argparse.Namespace) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    """Train once for each combination of the values that keys are given, one after another; skip what is finished."""
+    """Train once for each combination of values.
+
+    One after another; what is finished is skipped.
+    """
     from dtrain.launch.sweep import sweep
 
     return sweep(options.config, options.overrides, options.nproc_per_node, options.dry_run)
 
 
 def _test(options: argparse.Namespace) -> int:
-    """Loss and metrics of a checkpoint on the test data."""
+    """Measure loss and metrics of a checkpoint on the test data."""
     config = _checked(options, "test")
     from dtrain.launch import rank
 
@@ -224,7 +261,10 @@ def _test(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    """Predict the data of loaders.predict, else loaders.test, into files; resume where an earlier start ended."""
+    """Write a checkpoint's predictions into files.
+
+    The data are those of loaders.predict, else loaders.test. Resumes where an earlier start ended.
+    """
     config = _checked(options, "predict" if options.folds is None else None)
     end_at_once(_say)
     from dtrain.launch import rank
@@ -233,7 +273,10 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    """Write a trained model as an ONNX or torch.export file, and compare it with the model on one batch."""
+    """Write a trained model as an ONNX or torch.export file.
+
+    What the file computes is compared with the model on one batch.
+    """
     if Path(options.config).is_dir():
         options.folder = options.config
         options.config = str(_run_folder(options, "config.yaml") / "config.yaml")
@@ -245,7 +288,10 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    """Build everything and try one batch of each phase; train nothing, write nothing but --find-lr's picture."""
+    """Build everything and try a batch of each phase; train nothing.
+
+    Nothing is written but --find-lr's picture.
+    """
     config = _checked(options, "train")
     from dtrain.launch import rank
 
@@ -293,7 +339,10 @@ def _config(options: argparse.Namespace) -> int:
 
 
 def _submit(options: argparse.Namespace) -> int:
-    """Train as a SLURM job, with a copy of config and code; requeued until it is done."""
+    """Train as a SLURM job, requeued until it is done.
+
+    The job has a copy of config and code.
+    """
     from dtrain.launch.submit import submit
 
     return submit(options.config, options.overrides, {key: getattr(options, key) for key in CLUSTER}, options.dry_run)
@@ -308,7 +357,10 @@ def _sync(options: argparse.Namespace) -> int:
 
 
 def _replay(options: argparse.Namespace) -> int:
-    """Repeat the step in which a training failed, on one process, and look at every number."""
+    """Repeat the step in which a training failed; look at its numbers.
+
+    On one process.
+    """
     from dtrain.config.load import load_config
 
     folder = _run_folder(options, "config.yaml")
@@ -326,7 +378,10 @@ def _run_folder(options: argparse.Namespace, needed: str) -> Path:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    """Probe versions, GPUs, network, disk, MLflow and, under srun, all nodes; one line each, with a fix."""
+    """Probe GPUs, network, disk, MLflow; one line each, with a fix.
+
+    Under srun, of all nodes.
+    """
     from dtrain.config.load import load_config
     from dtrain.launch.doctor import examine
 
@@ -335,14 +390,17 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _job(options: argparse.Namespace) -> int:
-    """Run the step of a batch job: pass warnings on to it, and requeue the job when it was stopped early."""
+    """Run the step of a batch job; requeue the job when it was stopped early.
+
+    Warnings of the batch system are passed on to it.
+    """
     from dtrain.launch.requeue import run_job
 
     return run_job(options.run_folder, options.step, options.requeue, options.stopped_status)
 
 
 # Each command: what runs it, whose docstring is its help; its arguments; an example for its help.
-COMMANDS = {
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], Arguments, str]] = {
     "train": (_train, RUN, "configfiles/digits.yaml trainer.max_epochs=3 optimizer.lr=5e-4"),
     "launch": (_launch, LAUNCH, "configfiles/digits.yaml --nproc-per-node 4 --max-restarts 3"),
     "test": (_test, TEST, "configfiles/digits.yaml --checkpoint runs/digits/checkpoints/best"),
@@ -357,3 +415,11 @@ COMMANDS = {
     "doctor": (_doctor, DOCTOR, "configfiles/digits.yaml"),
     "job": (_job, JOB, "--run-folder runs/digits -- srun dtrain launch configfiles/digits.yaml"),
 }
+# The order in which `dtrain --help` shows them; one that is in no group stands at the end.
+GROUPS = {
+    "Start with": "train check launch test predict",
+    "Before a training": "config doctor",
+    "Many trainings": "sweep submit",
+    "Runs": "export replay sync",
+}
+HIDDEN = {"job"}  # for scripts

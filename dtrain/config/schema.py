@@ -50,7 +50,7 @@ SLOTS = {
     "optimizer": Slot(LIBRARIES["optimizer"], given="params", given_instead=("named_parameters", "model")),
     "lr_scheduler": Slot(LIBRARIES["lr_scheduler"], given="optimizer"),
     "trainer": Slot(("dtrain.trainer",), given="parts"),
-    "mlflow": Slot(given_names=frozenset({"folder", "experiment", "run_name", "sender"})),
+    "mlflow": Slot(given_names=frozenset({"folder", "experiment", "run_name", "sender", "say"})),
 }
 SAMPLER_SLOT = Slot(LIBRARIES["sampler"], given="dataset", named=True)
 # dtrain's own settings are the arguments of these functions, so they are checked like everything else.

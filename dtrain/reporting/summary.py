@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dtrain.reporting.number_text import duration_text
+from dtrain.reporting.number_text import duration_text, folded
 
 
 def model_line(name: str, total: int, trained: int) -> str:
@@ -22,7 +22,7 @@ def summary_table(
     if best:
         table["best"] = best
     if figures:
-        table["test"] = ", ".join(f"{name.removeprefix('test/')} {value:.4g}" for name, value in figures.items())
+        table["test"] = ", ".join(f"{name.removeprefix('test/')} {text}" for name, text in folded(figures).items())
     return table | {"run folder": str(folder)}
 
 

@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from dtrain.tracking.file_queue import FileQueue
 from dtrain.tracking.mlflow_store import MlflowRun, MlflowStore, Row, describe_error, is_passing
+from dtrain.tracking.outage import Outage, with_cure
 from dtrain.tracking.retry import PATIENCE_SECONDS, Retry
 from dtrain.tracking.run_folder import Memory, RunFolder, close_run_of, read_line, read_run, update_run
 from dtrain.tracking.secrets import redact
@@ -85,8 +86,11 @@ class Batch:
 class Delivery:
     """Carries the journal of one run folder to the store, and figures of this machine, step by step, exactly once."""
 
-    def __init__(self, folder: Path, store: MlflowStore, system: SystemMetrics | None = None) -> None:
+    def __init__(
+        self, folder: Path, store: MlflowStore, system: SystemMetrics | None = None, outage: Outage | None = None
+    ) -> None:
         self.folder = folder
+        self._outage = outage or Outage(store.uri)
         self.memory = Memory.read(RunFolder(folder).delivery)
         self.is_draining = False  # nobody writes the journal any more
         self._store = store
@@ -187,7 +191,11 @@ class Delivery:
         return self.memory.status not in ("", "RUNNING")
 
     def report(self, problem: str) -> None:
-        """Says a problem once, and '' after it, and leaves it where rank 0 finds it."""
+        """Says a problem once, and '' after it, and leaves it where rank 0 finds it, who is told if that is due."""
+        if problem and not self.batch.end:  # else rank 0 says it itself, last of all
+            self._outage.fails(problem)
+        elif not problem and self._run is not None:
+            self._outage.is_over()
         if problem != self.memory.problem:
             _log.warning(problem or "delivering again")
             self.memory.problem = problem
@@ -303,7 +311,7 @@ def _try_step(delivery: Delivery, retry: Retry) -> int | None:
             delivery.step()
     except Exception as error:
         is_hopeless = isinstance(error, ImportError)  # waiting installs neither mlflow nor a database's driver
-        delivery.report(describe_error(error))
+        delivery.report(with_cure(describe_error(error)))
         return HOPELESS if is_hopeless else 1 if retry.is_over else None
     delivery.report(delivery.problem)
     if delivery.done:

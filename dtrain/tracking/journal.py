@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import IO, Any, Literal, TypeVar, cast, get_args
 
 from dtrain.tracking.run_folder import RunFolder, overwrite_run, read_line, read_run, update_run
 from dtrain.tracking.secrets import is_secret, leaves, redact
@@ -48,9 +48,10 @@ class Journal:
         system_metrics: whether CPU, memory and GPU figures of this machine go to MLflow too.
         exit_timeout_seconds: how long `finish` waits at most until MLflow has everything.
         sender: from `prepare_sender`. Default: one is started when the run starts.
+        say: what shows a person a line, from another thread: that MLflow does not answer. Default: a warning.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         folder: Path,
         *,
@@ -60,6 +61,7 @@ class Journal:
         system_metrics: bool = True,
         exit_timeout_seconds: float = 25.0,
         sender: subprocess.Popen[bytes] | None = None,
+        say: Callable[[str], object] = _log.warning,
     ) -> None:
         self.folder = Path(folder).absolute()
         self._files = RunFolder(self.folder)
@@ -67,7 +69,7 @@ class Journal:
         self._experiment, self._run_name = experiment, run_name
         self._system_metrics = system_metrics
         self._exit_timeout_seconds = exit_timeout_seconds
-        self._sender = sender
+        self._sender, self._say = sender, say
         self._file: int | None = None
         self._unwritten = b""  # whole lines, of which the disk may have taken the beginning,
         self._written = self._handed_over = 0  # so many bytes, and so many the sender
@@ -290,13 +292,16 @@ class Journal:
     def _start_sender(self) -> None:
         options = ["--parent", str(os.getpid()), *([] if self._system_metrics else ["--no-system-metrics"])]
         self._handed_over = 0
-        if assign_run(self._sender, self.folder, options):
-            return
-        try:
-            self._sender = start_sender(self.folder, self.tracking_uri, options)
-        except OSError as error:
-            self._sender = None
-            _log.warning("MLflow gets nothing for now, its sender could not be started: %s", error)
+        if not assign_run(self._sender, self.folder, options):
+            try:
+                self._sender = start_sender(self.folder, self.tracking_uri, options)
+            except OSError as error:
+                self._sender = None
+                _log.warning("MLflow gets nothing for now, its sender could not be started: %s", error)
+                return
+        told = self._sender and self._sender.stdout
+        if told:  # a thread that sleeps until there is a line costs no step anything
+            threading.Thread(target=_pass_on, args=(told, self._say), name="MLflow's sender", daemon=True).start()
 
     def _look_after_sender(self) -> None:
         """Starts a sender again that has died, after a pause that grows each time; the first time, says so."""
@@ -381,6 +386,13 @@ class Journal:
             else:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._sender.wait(min(0.1, deadline - now))
+
+
+def _pass_on(lines: IO[bytes], say: Callable[[str], object]) -> None:
+    """Show what a sender has to tell, until it ends."""
+    with lines:
+        for line in lines:
+            say(redact(line.decode(errors="replace").strip()))
 
 
 @contextlib.contextmanager

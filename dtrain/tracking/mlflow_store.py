@@ -225,6 +225,11 @@ def _long_timeout() -> Iterator[None]:
         os.environ[name] = usual
 
 
+def get_ready() -> None:
+    """Import mlflow, which takes seconds."""
+    from mlflow import MlflowClient  # noqa: F401
+
+
 def connect(uri: str) -> Any:
     """MLflow's client. One process at a time: of four that make the same sqlite store together, three die."""
     from mlflow import MlflowClient, __version__

@@ -18,6 +18,7 @@ from filelock import Timeout
 from dtrain.tracking import mlflow_store
 from dtrain.tracking.delivery import Delivery, follow
 from dtrain.tracking.git_state import capture_code
+from dtrain.tracking.outage import Outage
 from dtrain.tracking.retry import PATIENCE_SECONDS
 from dtrain.tracking.run_folder import RunFolder, close_run_of, lives, locked_file, read_run
 from dtrain.tracking.secrets import Redacted, redact
@@ -84,10 +85,16 @@ def _wait_for_a_run(uri: str) -> int:
     if not line:
         return 0
     arguments = json.loads(line)
-    log = os.open(RunFolder(arguments[0]).sender_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    return main(arguments)
+
+
+def _only_log(folder: Path) -> int:
+    """From now on all output goes into the run folder's log; returns what was stdout, at whose end rank 0 listens."""
+    rank_0 = os.dup(1)
+    log = os.open(RunFolder(folder).sender_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for output in (1, 2):
         os.dup2(log, output)
-    return main(arguments)
+    return rank_0
 
 
 def _run_in_background(niceness: int) -> None:
@@ -99,6 +106,7 @@ def _run_in_background(niceness: int) -> None:
 
 def _feed(folder: Path, parent: int, uri: str, system_metrics: bool) -> int:
     """The sender of a training that runs."""
+    rank_0 = _only_log(folder)
     facts = read_run(folder)
     _run_in_background(_NICENESS if facts["state"] == "RUNNING" else 0)  # of a run that has ended, rank 0 waits for it
     code = RunFolder(folder).code(facts["attempt"])
@@ -109,9 +117,12 @@ def _feed(folder: Path, parent: int, uri: str, system_metrics: bool) -> int:
             system = SystemMetrics(mlflow_store.system_monitor(uri), facts["started"])
         except Exception as error:
             _log.warning("no system metrics: %s", mlflow_store.describe_error(error))
+    with contextlib.suppress(ImportError):  # it shows again, and is reported
+        mlflow_store.get_ready()
+    outage = Outage(uri, rank_0)  # whose clock starts now
     # The sender of a rank 0 that exited may still deliver the rest.
     with locked_file(RunFolder(folder).sender_lock, 2 * PATIENCE_SECONDS):
-        delivery = Delivery(folder, mlflow_store.MlflowStore(uri), system)
+        delivery = Delivery(folder, mlflow_store.MlflowStore(uri), system, outage)
         delivery.begin(code_tags, str(code.relative_to(folder)))
         return follow(delivery, parent, pipe=_STDIN)
 

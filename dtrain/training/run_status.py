@@ -48,7 +48,7 @@ def session(parts: Parts, state: TrainState) -> Iterator[Ending]:
         parts.journal.start(**parts.record, from_step=state.step if parts.start.is_branch else None)
         # Done, and not to be done again where `fit` is called again.
         parts.start = parts.start._replace(moves_aside=False, is_branch=False, has_new_scores=False)
-        parts.progress.begin(parts.table)
+        parts.progress.begin(parts.table, parts.monitor)
         try:
             yield ending
             ending.reason = state.ended

@@ -286,7 +286,7 @@ def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, 
         trainables.scaler = torch.amp.GradScaler(ranks.device.type)
     if ranks.is_main:
         of_run = {"experiment": config.get("experiment") or "default", "run_name": start.run_name}
-        parts.journal = build(config, "mlflow", folder=start.folder, sender=sender, **of_run)
+        parts.journal = build(config, "mlflow", folder=start.folder, sender=sender, say=parts.progress.note, **of_run)
     rates = end_points(config, trainables.schedule, length, epochs)
     parts.table = _table(config, options, parts, steps, rates)
     parts.loaded = _loaded(config, trainables, ranks, start)
