@@ -585,7 +585,7 @@ def set_names(calls: Mapping[str, Call], phase: str) -> list[str]:
 def _label_mistake(label: Any, others: list[Any], needed: bool) -> str:
     """What is wrong with the label of one of several data sets."""
     if label is None:
-        return "needs a 'label', by which its figures are told from the others': {label: near, ...}" if needed else ""
+        return "needs a 'label', by which its figures are told from the others: {label: near, ...}" if needed else ""
     if not isinstance(label, str) or not re.fullmatch(r"[\w-]+", label):
         return f"expected a label of letters, digits, - and _, {found(label)}"
     return f"a second set with the label '{label}'" if label in others else ""
