@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import os
+import re
 import signal
 import sys
 import time
@@ -142,6 +143,19 @@ def _natural(text: str) -> int:
     return int(text)
 
 
+def _positive(text: str) -> int:
+    if not _natural(text):
+        raise argparse.ArgumentTypeError("expected at least 1, not 0")
+    return int(text)
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MGT])i?B?", text.strip(), re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"expected a size such as 80G or 512M, not {text!r}")
+    return int(float(match[1]) * {"M": 1e6, "G": 1e9, "T": 1e12}[match[2].upper()])
+
+
 def _sizes(text: str) -> list[int]:
     if not all(size.isdigit() and int(size) for size in text.split(",")):
         raise argparse.ArgumentTypeError(f"expected sizes with commas between them, such as 3,224,224, not {text!r}")
@@ -160,7 +174,10 @@ DOCTOR = CONFIG | {
     "--json": dict(action="store_true", help="print one JSON object"),
 }
 CHECK = RUN | {
-    "--find-lr": dict(action="store_true", help="try ever higher learning rates, suggest one, draw find-lr.png")
+    "--find-lr": dict(action="store_true", help="try ever higher learning rates, suggest one, draw find-lr.png"),
+    "--memory": dict(metavar="SIZE", type=_bytes, help="of a GPU, such as 80G: the largest batch that fits"),
+    "--world-size": dict(metavar="N", type=_positive, help="as if on so many ranks"),
+    "--all-data": dict(action="store_true", help="read every sample once, and name those that are broken"),
 }
 TEST = RUN | {
     "--checkpoint": dict(
@@ -294,8 +311,10 @@ def _check(options: argparse.Namespace) -> int:
     """
     config = _checked(options, "train")
     from dtrain.launch import rank
+    from dtrain.launch.forecast import Asked
 
-    return rank.rehearse(config, options.find_lr)
+    asked = Asked(options.memory, options.world_size, options.all_data)
+    return rank.rehearse(config, asked, options.find_lr)
 
 
 def _checked(options: argparse.Namespace, purpose: str | None) -> Any:
