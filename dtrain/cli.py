@@ -175,6 +175,16 @@ EXPORT = {
     "--input-shape": dict(metavar="N,N,...", type=_sizes, help="of one sample; default: the data are asked"),
 }
 RUN_FOLDER: Arguments = {"folder": dict(metavar="RUN_FOLDER", help="trainer.checkpoint_dir of the training")}
+TRACKING_URI: Arguments = {
+    "--tracking-uri": dict(metavar="URI", help="MLflow's store (default: MLFLOW_TRACKING_URI, else sqlite here)")
+}
+_ONE_RUN = dict(metavar="RUN", help="a run folder, or the id of a run in MLflow")
+RUNS: Arguments = {
+    "folder": dict(metavar="DIR", nargs="?", help="where to look for run folders (default: the current folder)"),
+    "--tracking-uri": dict(metavar="URI", help="list the runs in this MLflow store instead"),
+    "--limit": dict(metavar="N", type=_natural, default=20, help="list so many at most (default 20)"),
+    "--json": dict(action="store_true", help="print one JSON list, for programs"),
+}
 JOB: Arguments = {
     "--run-folder": dict(metavar="DIR", type=Path, required=True, help="trainer.checkpoint_dir of the training"),
     "--requeue": dict(metavar="COMMAND", default="", help="requeues the job, where its exit status alone does not"),
@@ -318,6 +328,13 @@ def _replay(options: argparse.Namespace) -> int:
     return rank.replay(config, folder)
 
 
+def _runs(options: argparse.Namespace) -> int:
+    """List the recent trainings with their status, progress and best figure; of run folders, or from MLflow."""
+    from dtrain.launch.runs import list_runs
+
+    return list_runs(options.folder, options.tracking_uri, options.limit, options.json)
+
+
 def _run_folder(options: argparse.Namespace, needed: str) -> Path:
     folder = Path(options.folder)
     if not (folder / needed).is_file():
@@ -352,6 +369,7 @@ COMMANDS = {
     "check": (_check, CHECK, "configfiles/digits.yaml --find-lr"),
     "config": (_config, CONFIG, "configfiles/digits.yaml optimizer.lr=5e-4"),
     "submit": (_submit, SUBMIT, "configfiles/digits.yaml --nodes 2 --gpus-per-node 4 --time 12:00:00"),
+    "runs": (_runs, RUNS, "runs --limit 10"),
     "sync": (_sync, RUN_FOLDER, "runs/digits"),
     "replay": (_replay, RUN_FOLDER | TRACEBACK, "runs/digits"),
     "doctor": (_doctor, DOCTOR, "configfiles/digits.yaml"),
