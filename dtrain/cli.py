@@ -185,6 +185,12 @@ RUNS: Arguments = {
     "--limit": dict(metavar="N", type=_natural, default=20, help="list so many at most (default 20)"),
     "--json": dict(action="store_true", help="print one JSON list, for programs"),
 }
+DIFF: Arguments = {
+    "run_a": _ONE_RUN | {"metavar": "A"},
+    "run_b": _ONE_RUN | {"metavar": "B"},
+    **TRACKING_URI,
+    "--json": dict(action="store_true", help="print one JSON object, for programs"),
+}
 JOB: Arguments = {
     "--run-folder": dict(metavar="DIR", type=Path, required=True, help="trainer.checkpoint_dir of the training"),
     "--requeue": dict(metavar="COMMAND", default="", help="requeues the job, where its exit status alone does not"),
@@ -335,6 +341,13 @@ def _runs(options: argparse.Namespace) -> int:
     return list_runs(options.folder, options.tracking_uri, options.limit, options.json)
 
 
+def _diff(options: argparse.Namespace) -> int:
+    """Show in what two runs differ: config, code, environment, data and figures."""
+    from dtrain.launch.diff import diff
+
+    return diff(options.run_a, options.run_b, options.tracking_uri, options.json)
+
+
 def _run_folder(options: argparse.Namespace, needed: str) -> Path:
     folder = Path(options.folder)
     if not (folder / needed).is_file():
@@ -370,6 +383,7 @@ COMMANDS = {
     "config": (_config, CONFIG, "configfiles/digits.yaml optimizer.lr=5e-4"),
     "submit": (_submit, SUBMIT, "configfiles/digits.yaml --nodes 2 --gpus-per-node 4 --time 12:00:00"),
     "runs": (_runs, RUNS, "runs --limit 10"),
+    "diff": (_diff, DIFF, "runs/digits runs/digits-lr1e-2"),
     "sync": (_sync, RUN_FOLDER, "runs/digits"),
     "replay": (_replay, RUN_FOLDER | TRACEBACK, "runs/digits"),
     "doctor": (_doctor, DOCTOR, "configfiles/digits.yaml"),

@@ -201,7 +201,9 @@ def _iso(seconds: Any) -> str | None:
     return None if seconds is None else datetime.fromtimestamp(float(seconds)).astimezone().isoformat()
 
 
-def records_of(runs: Iterable[str], uri: str | None, command: str, fetched: Path) -> list[RunRecord]:
+def records_of(
+    runs: Iterable[str], uri: str | None, command: str, fetched: Path, images: bool = True
+) -> list[RunRecord]:
     """The runs that are named: run folders, or runs in MLflow by id, whose files are fetched into a folder.
 
     Raises:
@@ -210,7 +212,7 @@ def records_of(runs: Iterable[str], uri: str | None, command: str, fetched: Path
     found, wrong = [], []
     for run in runs:
         try:
-            found.append(_record_of(run, uri, fetched))
+            found.append(_record_of(run, uri, fetched, images))
         except (LookupError, ValueError) as error:
             wrong.append(ConfigError(f"dtrain {command}: {error}").mistakes[0])
     if wrong:
@@ -218,7 +220,7 @@ def records_of(runs: Iterable[str], uri: str | None, command: str, fetched: Path
     return found
 
 
-def _record_of(run: str, uri: str | None, fetched: Path) -> RunRecord:
+def _record_of(run: str, uri: str | None, fetched: Path, images: bool) -> RunRecord:
     folder = Path(run)
     if folder.is_dir():
         if is_run_folder(folder):
@@ -229,6 +231,6 @@ def _record_of(run: str, uri: str | None, fetched: Path) -> RunRecord:
     if len(run) == 32 and not set(run) - set("0123456789abcdef"):
         from dtrain.tracking.fetch_run import fetch
 
-        return fetch(run, uri, fetched / run)
+        return fetch(run, uri, fetched / run, images)
     known = [str(path) for path in run_folders(Path())]
     raise LookupError(f"{run!r} is neither a run folder nor the id of a run in MLflow{did_you_mean(run, known)}")

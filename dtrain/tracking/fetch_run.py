@@ -69,6 +69,8 @@ def _lay_out(folder: Path, facts: Mapping[str, Any], run: Mapping[str, Any], pic
     files = RunFolder(folder)
     with suppress(OSError):
         (files.config_as_written / files.config.name).replace(files.config)  # where MLflow has it
+    attempts = [path.name.partition("_")[2] for path in (files.path / "code").glob("resume_*")]
+    facts = {**facts, "attempt": max((int(each) for each in attempts if each.isdigit()), default=1)}
     write_json(files.run, facts)
     by_time: dict[tuple[float, int], dict[str, float | str]] = {}
     for key, rows in run["history"].items():
@@ -113,7 +115,7 @@ def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
 
 def _reader(uri: str | None) -> mlflow_store.MlflowStore:
     """MLflow to read from; a store that is not there is not made."""
-    os.environ.update(mlflow_store.CLIENT_SETTINGS)
+    os.environ.update(mlflow_store.CLIENT_SETTINGS, MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false")
     resolved = resolve_tracking_uri(uri)
     if (database := sqlite_file(resolved)) and not database.exists():
         raise LookupError(f"there is no MLflow store {database}; --tracking-uri names another")

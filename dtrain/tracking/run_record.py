@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.tracking.run_folder import RunFolder, is_dead, read_line, read_run
+from dtrain.tracking.whole_file import read_json
 
 Figures = dict[str, dict[int, float]]  # by key and step
 GONE = "its process is gone, and left no word"
@@ -22,6 +23,7 @@ _NOT_SEARCHED = {"mlruns", "mlartifacts", "node_modules", "site-packages", "__py
 _MOST_FOLDERS = 20_000  # looked into in one search
 _DEEPEST = 6  # under the folder where it begins
 _TAIL_BYTES = 65536
+_ENVIRONMENT = "environment.json"
 _FIRST_LINES = 10  # of a journal, among which the params are
 
 
@@ -72,6 +74,20 @@ class RunRecord:
         return text if re.fullmatch(r"[0-9a-f]{40,64}", text) else ""
 
     @property
+    def environment(self) -> dict[str, Any]:
+        """What environment.json of the last start says, else of the first one; {} where none was recorded."""
+        attempt, home = int(self.facts.get("attempt") or 1), self.folder / "environment"
+        return read_json(home / f"resume_{attempt}" / _ENVIRONMENT) or read_json(home / _ENVIRONMENT)
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """By set (train, val, ...) what is known of it: class, arguments, samples, digest."""
+        known = {name: {"samples": count} for name, count in (self.facts.get("samples") or {}).items()}
+        for name, told in self.journal.datasets.items():
+            known[name] = {**known.get(name, {}), **told}
+        return known
+
+    @property
     def monitor(self) -> str:
         """The figure that 'best' means."""
         return str(self._of_trainer("monitor") or "val/loss")
@@ -119,6 +135,7 @@ class JournalContent:
     starts: list[dict[str, Any]]  # the facts of each
     spans: list[tuple[float, float]]  # of each start: its first and its last line's time
     tags: dict[str, str]
+    datasets: dict[str, dict[str, Any]]  # by name, as the last start had them
 
 
 def read_journal(folder: Path, key: str = "") -> JournalContent:
@@ -126,7 +143,7 @@ def read_journal(folder: Path, key: str = "") -> JournalContent:
 
     Where a training went back to a checkpoint and continued otherwise, what it had left behind no longer counts.
     """
-    content = JournalContent({}, {}, {}, [], [], {})
+    content = JournalContent({}, {}, {}, [], [], {}, {})
     wanted = json.dumps(key).encode() if key else b""
     with suppress(OSError), RunFolder(folder).journal.open("rb") as lines:
         for line in lines:
@@ -153,14 +170,17 @@ def _take(content: JournalContent, entry: Mapping[str, Any], key: str) -> None:
         content.images.setdefault(str(entry["key"]), {})[int(entry["step"])] = str(entry["path"])
     elif kind == "tags":
         content.tags.update(entry.get("values", {}))
+    elif kind == "datasets":
+        content.datasets.update(entry.get("values", {}))
 
 
 def _go_back(content: JournalContent, step: int | None) -> None:
     if step is None:
         return
-    for series in (*content.figures.values(), *content.images.values(), content.times):
-        for later in [each for each in series if each > step]:
-            del series[later]  # type: ignore[attr-defined]
+    series: list[dict[int, Any]] = [*content.figures.values(), *content.images.values(), content.times]
+    for values in series:
+        for later in [each for each in values if each > step]:
+            del values[later]
 
 
 def true_facts(folder: Path) -> dict[str, Any]:
