@@ -191,6 +191,17 @@ DIFF: Arguments = {
     **TRACKING_URI,
     "--json": dict(action="store_true", help="print one JSON object, for programs"),
 }
+REPRODUCE: Arguments = {
+    "run_name": _ONE_RUN,
+    "overrides": CONFIG["overrides"] | {"help": "settings of this machine, such as device=cpu"},
+    **TRACKING_URI,
+    "--output": dict(metavar="DIR", help="a folder for all of it (default: beside the run, with -reproduced)"),
+    "--repository": dict(metavar="PATH|URL", help="where the commit is found (default: this folder's repository)"),
+    "--tolerance": dict(
+        metavar="X", type=float, default=1e-5, help="relative difference that counts as the same (1e-5)"
+    ),
+    "--dry-run": dict(action="store_true", help="say what would be done; train nothing"),
+}
 JOB: Arguments = {
     "--run-folder": dict(metavar="DIR", type=Path, required=True, help="trainer.checkpoint_dir of the training"),
     "--requeue": dict(metavar="COMMAND", default="", help="requeues the job, where its exit status alone does not"),
@@ -348,6 +359,15 @@ def _diff(options: argparse.Namespace) -> int:
     return diff(options.run_a, options.run_b, options.tracking_uri, options.json)
 
 
+def _reproduce(options: argparse.Namespace) -> int:
+    """Train a run again from its own commit, diff, config and seed, in a new folder, and compare the figures."""
+    from dtrain.launch.reproduce import reproduce
+
+    names = ("output", "repository", "tolerance", "dry_run")
+    wishes = {name: getattr(options, name) for name in names}
+    return reproduce(options.run_name, options.overrides, uri=options.tracking_uri, **wishes)
+
+
 def _run_folder(options: argparse.Namespace, needed: str) -> Path:
     folder = Path(options.folder)
     if not (folder / needed).is_file():
@@ -384,6 +404,7 @@ COMMANDS = {
     "submit": (_submit, SUBMIT, "configfiles/digits.yaml --nodes 2 --gpus-per-node 4 --time 12:00:00"),
     "runs": (_runs, RUNS, "runs --limit 10"),
     "diff": (_diff, DIFF, "runs/digits runs/digits-lr1e-2"),
+    "reproduce": (_reproduce, REPRODUCE, "runs/digits --dry-run"),
     "sync": (_sync, RUN_FOLDER, "runs/digits"),
     "replay": (_replay, RUN_FOLDER | TRACEBACK, "runs/digits"),
     "doctor": (_doctor, DOCTOR, "configfiles/digits.yaml"),
