@@ -202,6 +202,11 @@ REPRODUCE: Arguments = {
     ),
     "--dry-run": dict(action="store_true", help="say what would be done; train nothing"),
 }
+REPORT: Arguments = {
+    "runs": _ONE_RUN | {"nargs": "+", "help": "run folders, or ids of runs in MLflow; several are laid over another"},
+    **TRACKING_URI,
+    "--output": dict(metavar="FILE", help="default: report.html in the run's folder, of several runs in this one"),
+}
 JOB: Arguments = {
     "--run-folder": dict(metavar="DIR", type=Path, required=True, help="trainer.checkpoint_dir of the training"),
     "--requeue": dict(metavar="COMMAND", default="", help="requeues the job, where its exit status alone does not"),
@@ -368,6 +373,13 @@ def _reproduce(options: argparse.Namespace) -> int:
     return reproduce(options.run_name, options.overrides, uri=options.tracking_uri, **wishes)
 
 
+def _report(options: argparse.Namespace) -> int:
+    """Write one HTML page about runs: config, curves, pictures, timing, environment; it needs no server."""
+    from dtrain.launch.report import report
+
+    return report(options.runs, options.tracking_uri, options.output)
+
+
 def _run_folder(options: argparse.Namespace, needed: str) -> Path:
     folder = Path(options.folder)
     if not (folder / needed).is_file():
@@ -405,6 +417,7 @@ COMMANDS = {
     "runs": (_runs, RUNS, "runs --limit 10"),
     "diff": (_diff, DIFF, "runs/digits runs/digits-lr1e-2"),
     "reproduce": (_reproduce, REPRODUCE, "runs/digits --dry-run"),
+    "report": (_report, REPORT, "runs/digits runs/digits-lr1e-2 --output report.html"),
     "sync": (_sync, RUN_FOLDER, "runs/digits"),
     "replay": (_replay, RUN_FOLDER | TRACEBACK, "runs/digits"),
     "doctor": (_doctor, DOCTOR, "configfiles/digits.yaml"),

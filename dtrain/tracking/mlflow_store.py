@@ -110,10 +110,12 @@ class MlflowStore:
     def download_images(self, run_id: str, to: Path) -> dict[str, tuple[int, Path]]:
         """Copy the last picture of each key into a folder; returns its step and its file."""
         last: dict[str, tuple[int, str]] = {}
-        for item in _ask(self.client.list_artifacts, run_id, _IMAGES):
-            if found := _IMAGE.fullmatch(posixpath.basename(item.path)):
+        there = {item.path for item in _ask(self.client.list_artifacts, run_id, _IMAGES)}
+        for path in there:
+            if found := _IMAGE.fullmatch(posixpath.basename(path)):
                 key, step = found["key"].replace("~", "/"), int(found["step"])
-                last[key] = max(last.get(key, (-1, "")), (step, item.path))
+                whole = path.removesuffix("+compressed.webp").removesuffix("%compressed.webp") + ".png"
+                last[key] = max(last.get(key, (-1, "")), (step, whole if whole in there else path))
         to.mkdir(parents=True, exist_ok=True)
         return {
             key: (step, Path(_ask(self.client.download_artifacts, run_id, path, str(to))))
