@@ -226,6 +226,38 @@ EXPORT: Arguments = {
     "--input-shape": dict(metavar="N,N,...", type=_sizes, help="of one sample; default: the data are asked"),
 }
 RUN_FOLDER: Arguments = {"folder": dict(metavar="RUN_FOLDER", help="trainer.checkpoint_dir of the training")}
+TRACKING_URI: Arguments = {
+    "--tracking-uri": dict(metavar="URI", help="MLflow's store (default: MLFLOW_TRACKING_URI, else sqlite here)")
+}
+_ONE_RUN = dict(metavar="RUN", help="a run folder, or the id of a run in MLflow")
+RUNS: Arguments = {
+    "folder": dict(metavar="DIR", nargs="?", help="where to look for run folders (default: the current folder)"),
+    "--tracking-uri": dict(metavar="URI", help="list the runs in this MLflow store instead"),
+    "--limit": dict(metavar="N", type=_natural, default=20, help="list so many at most (default 20)"),
+    "--json": dict(action="store_true", help="print one JSON list, for programs"),
+}
+DIFF: Arguments = {
+    "run_a": _ONE_RUN | {"metavar": "A"},
+    "run_b": _ONE_RUN | {"metavar": "B"},
+    **TRACKING_URI,
+    "--json": dict(action="store_true", help="print one JSON object, for programs"),
+}
+REPRODUCE: Arguments = {
+    "run_name": _ONE_RUN,
+    "overrides": CONFIG["overrides"] | {"help": "settings of this machine, such as device=cpu"},
+    **TRACKING_URI,
+    "--output": dict(metavar="DIR", help="a folder for all of it (default: beside the run, with -reproduced)"),
+    "--repository": dict(metavar="PATH|URL", help="where the commit is found (default: this folder's repository)"),
+    "--tolerance": dict(
+        metavar="X", type=float, default=1e-5, help="relative difference that counts as the same (1e-5)"
+    ),
+    "--dry-run": dict(action="store_true", help="say what would be done; train nothing"),
+}
+REPORT: Arguments = {
+    "runs": _ONE_RUN | {"nargs": "+", "help": "run folders, or ids of runs in MLflow; several are laid over another"},
+    **TRACKING_URI,
+    "--output": dict(metavar="FILE", help="default: report.html in the run's folder, of several runs in this one"),
+}
 JOB: Arguments = {
     "--run-folder": dict(metavar="DIR", type=Path, required=True, help="trainer.checkpoint_dir of the training"),
     "--requeue": dict(metavar="COMMAND", default="", help="requeues the job, where its exit status alone does not"),
@@ -389,6 +421,36 @@ def _replay(options: argparse.Namespace) -> int:
     return rank.replay(config, folder)
 
 
+def _runs(options: argparse.Namespace) -> int:
+    """List the recent trainings with their status, progress and best figure; of run folders, or from MLflow."""
+    from dtrain.launch.runs import list_runs
+
+    return list_runs(options.folder, options.tracking_uri, options.limit, options.json)
+
+
+def _diff(options: argparse.Namespace) -> int:
+    """Show in what two runs differ: config, code, environment, data and figures."""
+    from dtrain.launch.diff import diff
+
+    return diff(options.run_a, options.run_b, options.tracking_uri, options.json)
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    """Train a run again from its own commit, diff, config and seed, in a new folder, and compare the figures."""
+    from dtrain.launch.reproduce import reproduce
+
+    names = ("output", "repository", "tolerance", "dry_run")
+    wishes = {name: getattr(options, name) for name in names}
+    return reproduce(options.run_name, options.overrides, uri=options.tracking_uri, **wishes)
+
+
+def _report(options: argparse.Namespace) -> int:
+    """Write one HTML page about runs: config, curves, pictures, timing, environment; it needs no server."""
+    from dtrain.launch.report import report
+
+    return report(options.runs, options.tracking_uri, options.output)
+
+
 def _run_folder(options: argparse.Namespace, needed: str) -> Path:
     folder = Path(options.folder)
     if not (folder / needed).is_file():
@@ -429,6 +491,10 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], Arguments, str]] 
     "check": (_check, CHECK, "configfiles/digits.yaml --find-lr"),
     "config": (_config, CONFIG, "configfiles/digits.yaml optimizer.lr=5e-4"),
     "submit": (_submit, SUBMIT, "configfiles/digits.yaml --nodes 2 --gpus-per-node 4 --time 12:00:00"),
+    "runs": (_runs, RUNS, "runs --limit 10"),
+    "diff": (_diff, DIFF, "runs/digits runs/digits-lr1e-2"),
+    "reproduce": (_reproduce, REPRODUCE, "runs/digits --dry-run"),
+    "report": (_report, REPORT, "runs/digits runs/digits-lr1e-2 --output report.html"),
     "sync": (_sync, RUN_FOLDER, "runs/digits"),
     "replay": (_replay, RUN_FOLDER | TRACEBACK, "runs/digits"),
     "doctor": (_doctor, DOCTOR, "configfiles/digits.yaml"),

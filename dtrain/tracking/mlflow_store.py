@@ -82,6 +82,46 @@ class MlflowStore:
             tags["dtrain.replaces"] = facts["run_id"]
         return MlflowRun(self.client, _ask(self._find_or_create, experiment, facts, tags))
 
+    def recent(self, most: int) -> list[dict[str, Any]]:
+        """The runs that began last, of all experiments, with the last step and value of each figure."""
+        experiments = {each.experiment_id: each.name for each in _ask(self.client.search_experiments)}
+        order = ["attributes.start_time DESC"]
+        found = _ask(self.client.search_runs, list(experiments), max_results=most, order_by=order)
+        return [_plain(run, experiments[run.info.experiment_id]) for run in found]
+
+    def whole(self, run_id: str) -> dict[str, Any]:
+        """One run with the history of each figure, except those of the system."""
+        run = _ask(self.client.get_run, run_id)
+        plain = _plain(run, _ask(self.client.get_experiment, run.info.experiment_id).name)
+        keys = [key for key in run.data.metrics if not key.startswith("system/")]
+        return {**plain, "history": {key: self.history(run_id, key) for key in keys}}
+
+    def history(self, run_id: str, key: str) -> list[tuple[int, float, int]]:
+        """Step, value and time in ms of all points of a figure."""
+        return [(row.step, row.value, row.timestamp) for row in _ask(self.client.get_metric_history, run_id, key)]
+
+    def download(self, run_id: str, wanted: Sequence[str], to: Path) -> None:
+        """Copy those files and folders of a run's artifacts that are there into a folder."""
+        there = {item.path for item in _ask(self.client.list_artifacts, run_id)}
+        for path in wanted:
+            if path in there:
+                _ask(self.client.download_artifacts, run_id, path, str(to))
+
+    def download_images(self, run_id: str, to: Path) -> dict[str, tuple[int, Path]]:
+        """Copy the last picture of each key into a folder; returns its step and its file."""
+        last: dict[str, tuple[int, str]] = {}
+        there = {item.path for item in _ask(self.client.list_artifacts, run_id, _IMAGES)}
+        for path in there:
+            if found := _IMAGE.fullmatch(posixpath.basename(path)):
+                key, step = found["key"].replace("~", "/"), int(found["step"])
+                whole = path.removesuffix("+compressed.webp").removesuffix("%compressed.webp") + ".png"
+                last[key] = max(last.get(key, (-1, "")), (step, whole if whole in there else path))
+        to.mkdir(parents=True, exist_ok=True)
+        return {
+            key: (step, Path(_ask(self.client.download_artifacts, run_id, path, str(to))))
+            for key, (step, path) in last.items()
+        }
+
     def _find_or_create(self, experiment: str, facts: Mapping[str, Any], tags: Mapping[str, str]) -> Any:
         """The run with this `id`, or a new one; an answer that says nothing may have been about a run that was made."""
         found = _ask(self.client.search_runs, [experiment], f"tags.`dtrain.id` = '{facts['id']}'", max_results=1)
@@ -211,6 +251,24 @@ class MlflowRun:
             half = len(items) // 2
             self._log_or_halve(kind, items[:half])
             self._log_or_halve(kind, items[half:])
+
+
+def _plain(run: Any, experiment: str) -> dict[str, Any]:
+    """An MLflow run in plain values; times in seconds."""
+    info, data = run.info, run.data
+    times = {"started": info.start_time / 1000, "ended": info.end_time / 1000 if info.end_time else None}
+    # The step of a last value is in no public attribute; without it there are the values.
+    points = {each.key: (each.step, each.value) for each in getattr(data, "_metric_objs", ())}
+    return {
+        "run_id": info.run_id,
+        "run_name": info.run_name,
+        "status": info.status,
+        "experiment": experiment,
+        **times,
+        "params": dict(data.params),
+        "tags": dict(data.tags),
+        "last": points or {key: (0, value) for key, value in data.metrics.items()},
+    }
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import os
+import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from dtrain.tracking.whole_file import read_json, write_json
 _log = logging.getLogger(__name__)
 _LOCK_SECONDS = 10.0
 _BLOCK_BYTES = 4096  # of file systems: a file that has one has all of it
+_SILENCE_SECONDS = 3600.0  # twice the time after which a training without progress is ended
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # what disks answer that know no locks
 
 
@@ -167,6 +169,13 @@ def lives(facts: Mapping[str, Any]) -> bool:
         return bool(process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= facts["attempt_started"])
     except psutil.NoSuchProcess:
         return False
+
+
+def is_dead(folder: Path, facts: Mapping[str, Any]) -> bool:
+    """Whether rank 0 is gone; of another machine's that is believed when it has written nothing for an hour."""
+    if facts.get("host") == socket.gethostname():
+        return not lives(facts)
+    return time.time() - RunFolder(folder).journal.stat().st_mtime > _SILENCE_SECONDS
 
 
 @dataclass

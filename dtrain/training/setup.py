@@ -1,6 +1,7 @@
 """The parts of a training, made from the config in the order of need; behind them, nothing knows the config."""
 
 import copy
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -289,6 +290,7 @@ def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, 
         parts.journal = build(config, "mlflow", folder=start.folder, sender=sender, say=parts.progress.note, **of_run)
     rates = end_points(config, trainables.schedule, length, epochs)
     parts.table = _table(config, options, parts, steps, rates)
+    parts.record = _with_length(parts, steps, per_epoch)
     parts.loaded = _loaded(config, trainables, ranks, start)
 
 
@@ -510,12 +512,29 @@ def _record(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks, start:
     new_values = {key: value for key, (_, value) in start.new_values.items()}
     return {
         "params": flatten(to_plain(config)),
-        "tags": {"launcher": ranks.launcher, "device": ranks.device.type, **batch_job(), **new_values},
+        "tags": {
+            "launcher": ranks.launcher,
+            "device": ranks.device.type,
+            "dtrain.directory": str(Path.cwd()),
+            **batch_job(),
+            **new_values,
+        },
         "artifacts": [("config.yaml", "config"), ("config", "config/as-written")],
         "world_size": ranks.world_size,
         "max_epochs": options["max_epochs"],
         "max_steps": options["max_steps"],
+        "directory": str(Path.cwd()),
+        "device": ranks.device.type,
     }
+
+
+def _with_length(parts: Parts, steps: int, per_epoch: int) -> dict[str, Any]:
+    """The record with what tells how far a training is, and which figure to look at; MLflow has it in tags."""
+    sizes = {name: len(dataset) for name, dataset in parts.loaders.datasets().items()}
+    facts = {"steps": steps, "steps_per_epoch": per_epoch, "monitor": parts.monitor, "mode": parts.mode}
+    facts["samples"] = sizes
+    tags = {f"dtrain.{key}": json.dumps(value) if key == "samples" else str(value) for key, value in facts.items()}
+    return {**parts.record, "tags": {**parts.record["tags"], **tags}, **facts}
 
 
 def _table(config: ConfigDict, options: Mapping[str, Any], parts: Parts, steps: int, rates: str) -> dict[str, str]:
