@@ -200,8 +200,11 @@ LAUNCH = RUN | {
     "--log-dir": dict(metavar="DIR", type=Path, help="default: logs in the run folder"),
 }
 SWEEP = CONFIG | {
-    "overrides": CONFIG["overrides"] | {"help": "one value, or several: 1e-3,1e-2 or 0..4"},
+    "overrides": CONFIG["overrides"]
+    | {"help": "one value, several (1e-3,1e-2 or range(2,5)) or a range to draw from (loguniform(1e-5,1e-2))"},
     "--nproc-per-node": dict(metavar="N|auto", help="ranks of each trial, as with launch (default: one process)"),
+    "--jobs": dict(metavar="N", type=_natural, help="trials at once (default: as there are GPUs for, else one)"),
+    "--submit": dict(action="store_true", help="as a SLURM array, as dtrain submit does, instead of here"),
     "--dry-run": dict(action="store_true", help="print each trial's command; train nothing"),
 }
 _NAME = dict(metavar="NAME", help="as the cluster calls it")
@@ -294,11 +297,13 @@ def _launch(options: argparse.Namespace) -> int:
 def _sweep(options: argparse.Namespace) -> int:
     """Train once for each combination of values.
 
-    One after another; what is finished is skipped.
+    All combinations of the values that keys are given, or what Optuna chooses; what is finished is skipped.
     """
     from dtrain.launch.sweep import sweep
 
-    return sweep(options.config, options.overrides, options.nproc_per_node, options.dry_run)
+    return sweep(
+        options.config, options.overrides, options.nproc_per_node, options.dry_run, options.jobs, options.submit
+    )
 
 
 def _test(options: argparse.Namespace) -> int:

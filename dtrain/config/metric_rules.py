@@ -97,6 +97,20 @@ def monitor_mistakes(config: ConfigDict, calls: Mapping[str, Call], trains: bool
         yield mistake(config, ("trainer", "mode"), mode_text(calls, figure))
 
 
+def best_rule(config: ConfigDict, calls: Mapping[str, Call]) -> tuple[str, str | None]:
+    """The figure by which a training's best is chosen, and whether 'max' or 'min' of it; None: only the metric can say.
+
+    Of a config that has been checked, without building anything.
+    """
+    wish, mode = (_of_trainer(calls, key) for key in ("monitor", "mode"))
+    wish = wish if isinstance(wish, str) else None
+    figure = monitored(wish, labels_of(calls), kinds_of_validation(calls), measures_itself(config))
+    if figure is None:
+        return str(wish), None
+    said = {True: "max", False: "min"}.get(higher_is_better(calls, figure))
+    return figure.figure, mode if mode in ("min", "max") else said
+
+
 def task_mistakes(config: ConfigDict, calls: Mapping[str, Call]) -> Iterator[Mistake]:
     """Metrics by task that lack their number of classes, which is not certain either."""
     for key in (f"metrics.{label}" for label in labels_of(calls)):

@@ -26,7 +26,7 @@ TOP_LEVEL = {  # the keys of a config with their types; those without one are ch
     "device": "str | list[str]",
     "modules": "",
     "optional_modules": "",
-    **dict.fromkeys((*SLOTS, "predictor", "cluster"), ""),
+    **dict.fromkeys((*SLOTS, "predictor", "cluster", "sweep"), ""),
 }
 REQUIRED = {  # what training needs, and an example of each
     "model": "{name: ViT, ...}",
@@ -63,6 +63,7 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # where the type alone ad
     "lr_scheduler": {"warmup_steps": _ANY, "warmup_start": _ANY},
     "mlflow": {"exit_timeout_seconds": _ANY},
     "cluster": {"gpus_per_node": _ANY, "nproc_per_node": _SOME, "cpus_per_node": _SOME, "signal_seconds": _SOME},
+    "sweep": {"trials": _SOME},
     "predictor": {
         "batch_size": _SOME, "prediction_channel": _ANY, "connectivity": (1, 3), "min_size": _ANY, "slab_planes": _SOME,
     },

@@ -53,12 +53,14 @@ SLOTS = {
     "mlflow": Slot(given_names=frozenset({"folder", "experiment", "run_name", "sender", "say"})),
 }
 SAMPLER_SLOT = Slot(LIBRARIES["sampler"], given="dataset", named=True)
+OF_SWEEPS = {"sampler": Slot(("optuna.samplers",)), "pruner": Slot(("optuna.pruners",))}
 # dtrain's own settings are the arguments of these functions, so they are checked like everything else.
 OWN_SETTINGS = {
     "trainer": "dtrain.trainer:Trainer",
     "mlflow": "dtrain.tracking.journal:Journal",
     "predictor": "dtrain.predict.predictor:Predictor",
     "cluster": "dtrain.launch.batch_script:cluster_settings",
+    "sweep": "dtrain.launch.sweep:sweep_settings",
     "loader": "dtrain.dataloader:loader_settings",
     "folds": "dtrain.data.folds:fold_settings",
     "ddp": "dtrain.distributed.ddp:ddp_options",
@@ -313,6 +315,7 @@ class _Reader:
             "lr_scheduler": self.scheduler,
             "trainer": self.trainer,
             **dict.fromkeys(("mlflow", "predictor", "cluster"), self.settings),
+            "sweep": self.sweep,
         }
         for section, reader in readers.items():
             value = self.config.get(section)
@@ -352,6 +355,19 @@ class _Reader:
 
     def settings(self, section: str, values: Mapping[str, Any]) -> None:
         self.calls[section] = self.own_call((section,), section, values)
+
+    def sweep(self, section: str, values: Mapping[str, Any]) -> None:
+        """What a sweep does; `sampler` and `pruner` are names or calls of Optuna's, which a training does without."""
+        own = {key: values[key] for key in values if key not in ("sampler", "pruner")}
+        self.calls[section] = self.own_call((section,), section, own)
+        for key, slot in OF_SWEEPS.items():
+            value, path = values.get(key), (section, key)
+            if value is None or module_file("optuna") is None:
+                continue
+            if isinstance(value, str):
+                self.calls[f"{section}.{key}"] = Call(self.config, path, slot, value, paths={"name": path})
+            elif (given := self.mapping(path, value)) is not None and self.has_name(path, given):
+                self.calls[f"{section}.{key}"] = _call_at(self.config, path, given, slot)
 
     def own_call(self, path: KeyPath, settings: str, values: Mapping[str, Any]) -> Call:
         """A call of the function whose arguments are dtrain's own settings."""

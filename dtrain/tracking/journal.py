@@ -47,6 +47,7 @@ class Journal:
         tracking_uri: see `resolve_tracking_uri`, also for errors.
         system_metrics: whether CPU, memory and GPU figures of this machine go to MLflow too.
         exit_timeout_seconds: how long `finish` waits at most until MLflow has everything.
+        parent_run_id: of the run in MLflow under which this one is shown.
         sender: from `prepare_sender`. Default: one is started when the run starts.
         say: what shows a person a line, from another thread: that MLflow does not answer. Default: a warning.
     """
@@ -60,6 +61,7 @@ class Journal:
         tracking_uri: str | None = None,
         system_metrics: bool = True,
         exit_timeout_seconds: float = 25.0,
+        parent_run_id: str | None = None,
         sender: subprocess.Popen[bytes] | None = None,
         say: Callable[[str], object] = _log.warning,
     ) -> None:
@@ -69,6 +71,7 @@ class Journal:
         self._experiment, self._run_name = experiment, run_name
         self._system_metrics = system_metrics
         self._exit_timeout_seconds = exit_timeout_seconds
+        self._parent_run_id = parent_run_id
         self._sender, self._say = sender, say
         self._file: int | None = None
         self._unwritten = b""  # whole lines, of which the disk may have taken the beginning,
@@ -122,6 +125,8 @@ class Journal:
         self._facts = facts
         update_run(self.folder, **facts)
         own_tags = {"mlflow.source.name": "dtrain", "host": host, "dtrain.checkpoint_dir": str(self.folder)}
+        if self._parent_run_id:
+            own_tags["mlflow.parentRunId"] = self._parent_run_id
         if "world_size" in run_facts:
             own_tags["world_size"] = str(run_facts["world_size"])
         if from_step is not None:
