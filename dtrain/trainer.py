@@ -33,6 +33,7 @@ from dtrain.distributed.vote import Vote
 from dtrain.predict.inference import Result
 from dtrain.predict.members import load_to_test
 from dtrain.predict.run import compare_with_training, logits, predict
+from dtrain.reporting.metric_tables import draw_tables, keep_tables, tell_tables
 from dtrain.tracking.secrets import keep_secret
 from dtrain.training.anomaly import detecting_anomalies
 from dtrain.training.best_score import is_new_best, judge_patience
@@ -44,6 +45,7 @@ from dtrain.training.failure_card import reported
 from dtrain.training.finite_step import FiniteStep, NonFiniteError
 from dtrain.training.gpu_memory import peak_gb
 from dtrain.training.held_folder import keep_whole
+from dtrain.training.model_signature import signature_of
 from dtrain.training.optimizer import require_one_optimizer, require_trained
 from dtrain.training.own_step import OwnStep, trained
 from dtrain.training.rescue import LastStep, rescue
@@ -671,7 +673,10 @@ class Trainer:
 
     def _evaluate_batch(self, module: torch.nn.Module, batch: Any) -> Any:
         self.evaluated = module
-        return self.evaluation_step(batch)
+        outcome = self.evaluation_step(batch)
+        if self.parts.signature is None:
+            self.parts.signature = signature_of(outcome)
+        return outcome
 
     def evaluate(self, phase: str, module: torch.nn.Module | None = None) -> dict[str, float]:
         """Loss and metrics over a whole phase, written to the journal. All ranks call it and get the same.
@@ -696,8 +701,20 @@ class Trainer:
                 return {}
             kind = self.inference.kind(name, self.epoch)
             figures |= {f"{kind}{figure}": value for figure, value in means.items()}
+            if self.metrics.tables and self.ranks.is_main:
+                self._keep_tables(kind)
         self.journal.log(self.step, figures)
         return figures
+
+    def _keep_tables(self, kind: str) -> None:
+        """The confusion matrices of the set that was just evaluated: kept with a run, else printed."""
+        if not self.journal.tracking_uri:
+            tell_tables(self.metrics.tables, kind, self.progress.note)
+            return
+        folder = self.parts.start.folder
+        keep_tables(self.metrics.tables, kind, folder, self.journal)
+        if any(pictures.settings for pictures in self.parts.pictures.values()):
+            draw_tables(self.metrics.tables, kind, self.step, folder, self.journal)
 
     def _evaluate_set(self, name: str, loader: Any, module: torch.nn.Module) -> dict[str, float] | None:
         """Loss and metrics over one set; None where a request to stop came meanwhile."""

@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -67,6 +66,8 @@ from dtrain.training.closure import closure_mistake
 from dtrain.training.ema import EMA
 from dtrain.training.memory_format import to_channels_last
 from dtrain.training.optimizer import freeze, get_optimizers, shown
+from dtrain.training.origins import data_sets, own_code
+from dtrain.training.run_name import made_run_name
 from dtrain.training.same_training import compared
 from dtrain.training.schedule import end_points, get_schedule
 from dtrain.training.schedule_free import ScheduleFree, is_schedule_free
@@ -99,6 +100,8 @@ class Parts:
     table: Mapping[str, str] = field(default_factory=dict)  # what is shown before the first step
     loaded: Loaded | None = None  # the checkpoint to resume from, on the main rank
     lock: RunLock | None = None  # on the run folder, on the main rank while it trains
+    signature: Mapping[str, Any] | None = None  # what the model takes and gives, once a validation has shown it
+    own_code: Mapping[str, list[str]] = field(default_factory=dict)  # which the model's classes come from
 
 
 def make_parts(
@@ -159,9 +162,10 @@ def make_parts(
         Saver(checkpoints, options["checkpoint_every_minutes"], progress.note, not ranks.strategy.is_sharded),
         StopRequest(options["time_limit"], job_ends_at(), alone=ranks.world_size == 1),
         progress, _pictures(config, options, loaders, start), inference,
-        record=_record(config, options, ranks, start) | {"space": spaces.get("train")},
+        record=_record(config, options, ranks, start)
+        | {"space": spaces.get("train"), "datasets": data_sets(config, loaders.datasets())},
         places={key: str(place) for key in config if (place := place_of(config, (key,)))},
-        texts=_texts(config),
+        texts=_texts(config), own_code=own_code(calls(config).get("model")),
     )  # fmt: skip
     if purpose == "train":
         _add_training(config, options, parts, sender)
@@ -380,7 +384,8 @@ def _start(
 ) -> Start:
     """Where to begin, decided by rank 0: what one rank sees on a disk, another may not yet."""
     folder = _base_folder(package) / run_folder(config)
-    run_name = config.get("run_name") or f"{config.get('experiment') or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
+    overrides = sources(config).get("overrides.txt", "").splitlines()
+    run_name = config.get("run_name") or made_run_name(config.get("experiment") or "run", overrides)
     uri = config.mlflow.get("tracking_uri") if config.get("mlflow") else None
     is_restart = environment().restarts > 0
 
@@ -525,6 +530,7 @@ def _record(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks, start:
         "max_steps": options["max_steps"],
         "directory": str(Path.cwd()),
         "device": ranks.device.type,
+        "is_named_by_dtrain": not config.get("run_name"),
     }
 
 
