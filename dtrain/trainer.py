@@ -245,7 +245,7 @@ class Trainer:
         self.train_loader: Any = parts.loaders.train
         self.device = self.ranks.device
         clock = clock_of(self.device)
-        self.state, self.activity = TrainState(self.device), Activity(clock)
+        self.state, self.activity = TrainState(self.device), Activity(clock=clock)
         self.forward.to_device = self._to_device
         self.inference = replace(parts.inference, asked_to_stop=self.asked_to_stop)
         self.vote = Vote(self.ranks)

@@ -206,11 +206,11 @@ def _swap(pairs: list[tuple[Tensor, Tensor]]) -> None:
 class Activity:
     """What this rank does now, written by the loop, and for how long; watchdog and failure card read it."""
 
-    clock: Clock = field(default_factory=StepClock)
     phase: str = "start-up"  # or "waiting for data", "forward", "validation" ...
     beats: int = 0  # grows as long as there is progress
     batch_start: int = 0  # the position of the batch at work or waited for
     data_set: str = ""  # the name of the one that is, or was last, evaluated
+    clock: Clock = field(default_factory=StepClock)
 
     def enter(self, phase: str) -> None:
         """Begin another phase."""

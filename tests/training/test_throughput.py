@@ -122,7 +122,7 @@ def test_own_time_is_that_of_a_step_after_the_warm_up(monkeypatch: pytest.Monkey
 
 def test_every_moment_of_a_step_is_in_one_of_the_times_and_no_validation_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Worked out by hand: two steps after the first, a log, a checkpoint and a validation."""
-    at, activity = Clock(monkeypatch), Activity(StepClock())
+    at, activity = Clock(monkeypatch), Activity(clock=StepClock())
     throughput = Throughput(0, 1, activity.clock)
     step(
         activity.clock, at, activity, wait=60, forward=60, backward=60, step=60
