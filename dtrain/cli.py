@@ -285,7 +285,7 @@ def _config(options: argparse.Namespace) -> int:
         print(f"# {one_line(line)}")
     for name, call in calls(config).items():
         if name.endswith((".loader", ".schedule", ".folds", ".ddp", ".fsdp", ".pictures", ".swa")) or name.startswith(
-            ("cluster", "metric.", "groups.", "trainer.freeze")
+            ("cluster", "sweep", "metric.", "groups.", "trainer.freeze")
         ):
             continue  # dtrain's own keys beside a component's, and what is not part of a training
         target = call.target
