@@ -208,7 +208,7 @@ class Delivery:
         run = self._store.known(old) or self._store.create(self.folder, {**facts, "run_id": old})
         if run.id != facts.get("run_id"):
             with contextlib.suppress(OSError):  # on a full disk: the run is found again by its tag
-                update_run(self.folder, run_id=run.id)
+                update_run(self.folder, run_id=run.id, experiment_id=run.experiment_id)
         if old and run.id != old:
             self.memory.note = f"run {old} is not in {redact(self._store.uri)} any more; its successor is {run.id}"
             _log.warning(self.memory.note)

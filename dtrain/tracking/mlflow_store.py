@@ -120,6 +120,7 @@ class MlflowRun:
 
     def __init__(self, client: Any, run: Any) -> None:
         self.id: str = run.info.run_id
+        self.experiment_id: str = run.info.experiment_id
         self._client = client
         self._params: dict[str, str] = dict(run.data.params)
         self._tags: dict[str, str] = dict(run.data.tags)

@@ -3,7 +3,9 @@
 import os
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dtrain.tracking.secrets import redact
 
@@ -59,10 +61,17 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(rest.partition("?")[0]) if slashes and head.partition("+")[0] == "sqlite" else None
 
 
-def ui_command(uri: str) -> str:
-    """What opens MLflow's pages for a resolved tracking URI: a command, or the server's own address."""
+def ui_command(uri: str, run: Mapping[str, Any] | None = None) -> str:
+    """What opens MLflow's pages for a resolved tracking URI: a command, or a server's address, of the run if known.
+
+    Args:
+        uri: The tracking URI.
+        run: The facts of a run.json, with the run's and its experiment's id where MLflow has it.
+    """
     if uri.startswith(("http:", "https:")):
-        return redact(uri)
+        known = run is not None and run.get("run_id") and run.get("experiment_id")
+        page = f"/#/experiments/{run['experiment_id']}/runs/{run['run_id']}" if run and known else ""
+        return redact(uri).rstrip("/") + page
     if "://" not in uri:
         return f"the MLflow pages of your {uri} workspace"
     return f"mlflow ui --backend-store-uri {shlex.quote(redact(uri))}"

@@ -16,7 +16,7 @@ from dtrain.distributed.stop_request import Interrupted
 from dtrain.reporting.own_frames import one_line_of
 from dtrain.reporting.summary import summary_table
 from dtrain.tracking.journal import Status
-from dtrain.tracking.run_folder import RunFolder
+from dtrain.tracking.run_folder import RunFolder, read_run
 from dtrain.tracking.secrets import Redacted
 from dtrain.tracking.uri import ui_command
 from dtrain.training.failure_card import first_failure
@@ -110,7 +110,7 @@ def _close(parts: Parts, ending: Ending, state: TrainState, seconds: float) -> N
         ending.status, ending.reason, best, ending.test_figures, seconds, state.step, parts.start.folder
     )
     if parts.journal.tracking_uri:
-        table |= {"MLflow": ui_command(parts.journal.tracking_uri)}
+        table |= {"MLflow": ui_command(parts.journal.tracking_uri, read_run(parts.start.folder))}
     progress.summary(table)
     if hint:
         progress.note(hint)
