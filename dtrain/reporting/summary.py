@@ -14,7 +14,7 @@ def model_line(name: str, total: int, trained: int) -> str:
 
 def workers_line(workers: int) -> str:
     """What loads the training's samples."""
-    return f"{workers} per rank" if workers else "none: each rank loads its samples itself"
+    return f"{workers} per rank" if workers else "none, each rank loads its own samples"
 
 
 def summary_table(

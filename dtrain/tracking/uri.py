@@ -69,9 +69,9 @@ def ui_command(uri: str, run: Mapping[str, Any] | None = None) -> str:
         run: The facts of a run.json, with the run's and its experiment's id where MLflow has it.
     """
     if uri.startswith(("http:", "https:")):
-        known = run is not None and run.get("run_id") and run.get("experiment_id")
-        page = f"/#/experiments/{run['experiment_id']}/runs/{run['run_id']}" if run and known else ""
-        return redact(uri).rstrip("/") + page
+        if run is None or not (run.get("run_id") and run.get("experiment_id")):
+            return redact(uri)
+        return f"{redact(uri).rstrip('/')}/#/experiments/{run['experiment_id']}/runs/{run['run_id']}"
     if "://" not in uri:
         return f"the MLflow pages of your {uri} workspace"
     return f"mlflow ui --backend-store-uri {shlex.quote(redact(uri))}"
