@@ -1,15 +1,16 @@
 """The learning rate in a line: the one that was typed, then how it moves, found by running a copy of the schedule."""
 
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 
 import torch
-from ml_collections import ConfigDict
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from dtrain.config.optimizers import ONE
-from dtrain.training.schedule import Schedule, Schedules, get_lr_scheduler
+from dtrain.training.schedule import Schedule, Schedules
 
+Again = Callable[..., Schedule]  # `get_lr_scheduler` of the config: makes the schedule for another optimizer
 _MOST_TICKS = 20_000  # that are run through
 # What people call it. These move towards a rate that they reach when all their ticks are done.
 _TOWARDS = {"CosineAnnealingLR": "cosine", "LinearLR": "linear", "PolynomialLR": "polynomial"}
@@ -20,31 +21,31 @@ _OTHERS = {
 }  # restarted
 
 
-def rate_text(config: ConfigDict, schedule: Schedule | Schedules, steps: int, epochs: int) -> str:
+def rate_text(again: Again, schedule: Schedule | Schedules, steps: int, epochs: int) -> str:
     """`0.001, warm-up 20 steps, cosine to 0`; of several optimizers each behind its name."""
     if isinstance(schedule, Schedules):
-        return "; ".join(f"{name} {_text(config, one, steps, epochs, name)}" for name, one in schedule.of.items())
-    return _text(config, schedule, steps, epochs, ONE)
+        return "; ".join(f"{name} {_text(again, one, steps, epochs, name)}" for name, one in schedule.of.items())
+    return _text(again, schedule, steps, epochs, ONE)
 
 
-def _text(config: ConfigDict, schedule: Schedule, steps: int, epochs: int, name: str) -> str:
+def _text(again: Again, schedule: Schedule, steps: int, epochs: int, name: str) -> str:
     group = schedule.optimizer.param_groups[0]
     parts = [f"{float(group.get('initial_lr', group['lr'])):.6g}"]
     if schedule.warmup_steps:
         start = f" from {schedule.warmup_start:g} times it" if schedule.warmup_start else ""
         parts.append(f"warm-up {schedule.warmup_steps:,} steps{start}")
     if schedule.scheduler is not None:
-        parts.append(_movement(config, schedule, steps, epochs, name))
+        parts.append(_movement(again, schedule, steps, epochs, name))
     return ", ".join(parts)
 
 
-def _movement(config: ConfigDict, schedule: Schedule, steps: int, epochs: int, name: str) -> str:
+def _movement(again: Again, schedule: Schedule, steps: int, epochs: int, name: str) -> str:
     kind = type(schedule.scheduler).__name__
     if isinstance(schedule.scheduler, ReduceLROnPlateau):
         plateau = schedule.scheduler
         return f"times {plateau.factor:g} after {plateau.patience + 1} {schedule.interval}s without improvement"
     ticks = {"step": steps, "epoch": epochs}.get(schedule.interval, 0)
-    rates = _rates(config, schedule, steps, epochs, name, ticks - (kind not in _TOWARDS))
+    rates = _rates(again, schedule, steps, epochs, name, ticks - (kind not in _TOWARDS))
     if not rates:
         return f"then by {kind}"
     typed, end = float(schedule.optimizer.param_groups[0]["initial_lr"]), rates[-1]
@@ -62,7 +63,7 @@ def _same(one: float, other: float) -> bool:
     return abs(one - other) <= 1e-6 * max(abs(one), abs(other))
 
 
-def _rates(config: ConfigDict, schedule: Schedule, steps: int, epochs: int, name: str, ticks: int) -> list[float]:
+def _rates(again: Again, schedule: Schedule, steps: int, epochs: int, name: str, ticks: int) -> list[float]:
     """The first group's rate at the start and after each tick, without warm-up; none where that cannot be known."""
     if not 0 <= ticks <= _MOST_TICKS:
         return []
@@ -71,7 +72,7 @@ def _rates(config: ConfigDict, schedule: Schedule, steps: int, epochs: int, name
     probe = torch.optim.SGD(settings, momentum=0.9)
     with suppress(Exception), warnings.catch_warnings():  # a scheduler may want this very optimizer
         warnings.simplefilter("ignore")
-        probed = get_lr_scheduler(config, probe, steps, epochs, name=name)
+        probed = again(probe, steps, epochs, name=name)
         rates = [float(probe.param_groups[0]["lr"])]
         for _ in range(ticks):
             probed.tick(schedule.interval)

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from subprocess import Popen
 from typing import Any, Literal
@@ -69,7 +70,7 @@ from dtrain.training.memory_format import to_channels_last
 from dtrain.training.optimizer import freeze, get_optimizers, shown
 from dtrain.training.rate_text import rate_text
 from dtrain.training.same_training import compared
-from dtrain.training.schedule import get_schedule
+from dtrain.training.schedule import get_lr_scheduler, get_schedule
 from dtrain.training.schedule_free import ScheduleFree, is_schedule_free
 from dtrain.training.state import FORMAT, Trainables
 from dtrain.training.swa import SWA
@@ -289,7 +290,7 @@ def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, 
     if ranks.is_main:
         of_run = {"experiment": config.get("experiment") or "default", "run_name": start.run_name}
         parts.journal = build(config, "mlflow", folder=start.folder, sender=sender, say=parts.progress.note, **of_run)
-    rates = rate_text(config, trainables.schedule, length, epochs)
+    rates = rate_text(partial(get_lr_scheduler, config), trainables.schedule, length, epochs)
     parts.table = _table(config, options, parts, steps, rates)
     parts.loaded = _loaded(config, trainables, ranks, start)
 

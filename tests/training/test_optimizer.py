@@ -3,6 +3,7 @@
 # ruff: noqa: E501 - a case of a table is one line
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -340,7 +341,7 @@ def said_and_done(**settings: Any) -> tuple[str, list[float]]:
     optimizer = get_optimizer(config, nn.Linear(2, 1))
     schedule = get_lr_scheduler(config, optimizer, STEPS, EPOCHS)
     before = [dict(group) for group in optimizer.param_groups]
-    said = rate_text(config, schedule, STEPS, EPOCHS)
+    said = rate_text(functools.partial(get_lr_scheduler, config), schedule, STEPS, EPOCHS)
     assert [dict(group) for group in optimizer.param_groups] == before, "asking changes nothing"
     return said, run(schedule, STEPS)
 
