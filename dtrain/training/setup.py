@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from subprocess import Popen
 from typing import Any, Literal
@@ -40,7 +41,7 @@ from dtrain.config.schema import PHASES, calls, refused
 from dtrain.data import rng
 from dtrain.data.space import difference, space_of
 from dtrain.dataloader import Loaders, first_batch, get_train_loaders
-from dtrain.distributed.device import set_kernels
+from dtrain.distributed.device import device_name, set_kernels
 from dtrain.distributed.environment import batch_job, environment, job_ends_at, launcher_precision
 from dtrain.distributed.fsdp import FSDP, launcher_strategy, settings_of_accelerate
 from dtrain.distributed.process_group import set_up
@@ -58,9 +59,10 @@ from dtrain.reporting.progress import Progress
 from dtrain.reporting.terminal_progress import get_progress
 from dtrain.reporting.validation_pictures import Pictures
 from dtrain.tracking.journal import Journal, NoJournal, flatten
-from dtrain.tracking.run_folder import RunFolder, why_not_writable
+from dtrain.tracking.run_folder import RunFolder, read_run, why_not_writable
 from dtrain.tracking.run_lock import RunLock
 from dtrain.tracking.secrets import redact, redacted_tree
+from dtrain.tracking.uri import ui_command
 from dtrain.training.activation_checkpointing import checkpoint_activations
 from dtrain.training.closure import closure_mistake
 from dtrain.training.ema import EMA
@@ -68,8 +70,9 @@ from dtrain.training.memory_format import to_channels_last
 from dtrain.training.optimizer import freeze, get_optimizers, shown
 from dtrain.training.origins import data_sets, own_code
 from dtrain.training.run_name import made_run_name
+from dtrain.training.rate_text import rate_text
 from dtrain.training.same_training import compared
-from dtrain.training.schedule import end_points, get_schedule
+from dtrain.training.schedule import get_lr_scheduler, get_schedule
 from dtrain.training.schedule_free import ScheduleFree, is_schedule_free
 from dtrain.training.state import FORMAT, Trainables
 from dtrain.training.swa import SWA
@@ -292,7 +295,7 @@ def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, 
     if ranks.is_main:
         of_run = {"experiment": config.get("experiment") or "default", "run_name": start.run_name}
         parts.journal = build(config, "mlflow", folder=start.folder, sender=sender, say=parts.progress.note, **of_run)
-    rates = end_points(config, trainables.schedule, length, epochs)
+    rates = rate_text(partial(get_lr_scheduler, config), trainables.schedule, length, epochs)
     parts.table = _table(config, options, parts, steps, rates)
     parts.record = _with_length(parts, steps, per_epoch)
     parts.loaded = _loaded(config, trainables, ranks, start)
@@ -554,10 +557,13 @@ def _table(config: ConfigDict, options: Mapping[str, Any], parts: Parts, steps: 
         "global batch": train.step_size,
         "steps": f"{train.steps():,} per epoch, {steps:,} in all",
         "learning rate": rates,
-        "device": f"{ranks.device}, {options['precision']}"
-        + (", the model sharded (fsdp)" if ranks.strategy.is_sharded else ""),
+        "device": device_name(ranks.device) + (", the model sharded (fsdp)" if ranks.strategy.is_sharded else ""),
+        "precision": options["precision"] + (", compiled" if options["compile"] else ""),
+        "workers": report.workers_line(defaults(config, "loaders.train.loader")["num_workers"]),
         "run folder": str(start.folder),
     }
+    if options["ema_decay"] is not None:
+        table["EMA"] = f"decay {options['ema_decay']:g}; validated and tested"
     if (freezing := parts.trainables.freezing) and (frozen := "; ".join(freezing.lines())):
         table["frozen"] = frozen
     table |= dict(shown(parts.trainables.built, most=8))
@@ -568,7 +574,8 @@ def _table(config: ConfigDict, options: Mapping[str, Any], parts: Parts, steps: 
     if trained := parts.trainables.loss and parameter_count(parts.trainables.loss)[1]:
         table["loss"] = f"{config.loss.name}, {trained:,} parameters trained"
     if parts.journal.tracking_uri:
-        table["tracking"] = redact(parts.journal.tracking_uri)
+        uri, known = parts.journal.tracking_uri, read_run(start.folder) if start.checkpoint else {}
+        table["tracking"] = ui_command(uri, known) if uri.startswith("http") else redact(uri)
     if start.checkpoint:
         table["resumes from"] = str(start.checkpoint.resolve())
     return table
