@@ -85,10 +85,6 @@ def lines(result: Result) -> list[str]:
         (["binary.yaml"], "binary.yaml:1:1: not UTF-8 text: byte 0xff"),
         (["list.yaml"], "list.yaml:1:1: the file holds a list; a config is a mapping of sections (model, loaders, ...)"),
         (["sync", "nowhere"], "dtrain sync: nowhere is not a run folder: it has no run.json"),
-        (["c.yaml", "--checkpoint", "x"], "dtrain: unrecognized arguments: --checkpoint"),
-        (["trian", "c.yaml"], "dtrain: argument COMMAND: invalid choice: 'trian' (choose from "),
-        (["train"], "dtrain train: the following arguments are required: CONFIG"),
-        ([], "dtrain: the following arguments are required: COMMAND (see dtrain --help)"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_status_2(
@@ -293,11 +289,52 @@ def test_each_help_ends_with_an_example(run: InProcess, command: str) -> None:
     assert out.rstrip().splitlines()[-1].startswith(f"example: dtrain {command} ")
 
 
-def test_help_lists_the_commands_for_people_and_ends_with_an_example(run: InProcess) -> None:
+def test_help_shows_the_first_five_commands_on_top_each_in_one_line(run: InProcess) -> None:
     status, out, _ = run("--help")
     assert status == 0
-    assert [name for name in cli.COMMANDS if f"\n    {name} " not in out] == ["job"]
+    listed = [line.split()[0] for line in out.splitlines() if line.startswith("  ") and line.split()[0] in cli.COMMANDS]
+    assert listed[:5] == ["train", "check", "launch", "test", "predict"]
+    assert sorted(listed) == sorted(set(cli.COMMANDS) - {"job"}), "each once"
+    assert max(map(len, out.splitlines())) <= 80
     assert out.rstrip().splitlines()[-1].startswith("example: ")
+
+
+def test_a_command_in_no_group_is_listed_too(run: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cli.COMMANDS, "rehearse", cli.COMMANDS["check"])
+    _, out, _ = run("--help")
+    assert "Others:\n  rehearse  build everything" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["trian", "c.yaml"], "dtrain: 'trian' is not a command; did you mean 'train'? (see dtrain --help)\n"),
+        (["jobs"], "dtrain: 'jobs' is not a command (see dtrain --help)\n"),
+        (["help", "tset"], "dtrain: 'tset' is not a command; did you mean 'test'? (see dtrain --help)\n"),
+        (["test", "c.yaml", "--chekpoint=x"], "dtrain test: unexpected argument '--chekpoint=x'; did you mean '--checkpoint'? (see dtrain test --help)\n"),
+        (["sync", "run", "a=1"], "dtrain sync: unexpected argument 'a=1' (see dtrain sync --help)\n"),
+        (["c.yaml", "--checkpoint", "x"], "dtrain train: unexpected argument '--checkpoint' (see dtrain train --help)\n"),
+        (["train"], "dtrain train: the following arguments are required: CONFIG (see dtrain train --help)\n"),
+        (["launch", "c.yaml", "--nnodes", "two"], "dtrain launch: argument --nnodes: expected a whole number, not 'two' (see dtrain launch --help)\n"),
+    ],
+)  # fmt: skip
+def test_a_mistake_on_the_command_line_is_one_line_with_the_nearest_name(
+    run: InProcess, words: list[str], says: str
+) -> None:
+    assert run(*words) == (2, "", says)
+
+
+def test_without_arguments_the_help_is_shown(run: InProcess) -> None:
+    _, help_text, _ = run("--help")
+    assert run() == (2, "", help_text)
+    assert run("help") == (0, help_text, "")
+    assert run("help", "test") == run("test", "--help")
+
+
+def test_options_may_be_written_as_torchrun_takes_them() -> None:
+    options = cli.parse(["launch", "c.yaml", "--nproc_per_node=2", "--max_restarts", "3", "model.n_in=1"])
+    assert (options.nproc_per_node, options.max_restarts, options.overrides) == ("2", 3, ["model.n_in=1"])
+    assert cli.parse(["job", "--run_folder", "a_b", "--", "x", "--y_z"]).step == ["x", "--y_z"]
 
 
 def test_an_example_of_a_help_is_a_command_line(run: InProcess) -> None:

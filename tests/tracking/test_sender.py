@@ -326,7 +326,7 @@ def test_files_cannot_hold_up_a_status_nor_leave_the_run_folder(
 class Shelf:
     """A store that takes figures and, of files, only those that are not in `refuses`; each try takes `seconds`."""
 
-    uri, id = "shelf:", "1"
+    uri, id, name, experiment_id = "shelf:", "1", "vit", "0"
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.seconds, self.refuses = 1000.0, 0.0, {"bad"}
@@ -903,7 +903,7 @@ def test_only_while_a_training_runs_the_sender_stands_back(
     look = "import os, sys; from dtrain.tracking import sender; sender.main(sys.argv[1:]); print(os.nice(0))"
     words = [folder, "--parent", str(GONE_PID), "--tracking-uri", uri, "--no-system-metrics"]
     done = subprocess.run([sys.executable, "-c", look, *words], capture_output=True, text=True, timeout=200)
-    assert done.stdout.split()[-1:] == [expected], done.stderr
+    assert (folder / "logs/sender.log").read_text().split()[-1:] == [expected], done.stderr
 
 
 @pytest.mark.usefixtures("quiet_journal")
