@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dtrain.config.errors import one_line
+from dtrain.data.batch import to_device
 from dtrain.dataloader import first_batch
 from dtrain.distributed.fsdp import MIN_PARAMETERS, units
 from dtrain.loss import get_loss_criterion
@@ -211,6 +212,7 @@ class FakeSteps:
                     self._replace(part, held)
         self._module, self._criterion, self._held = module.train(), criterion, held
         self._forward = replace(trainer.forward, module=module, criterion=criterion, device=self._device, say=bool)
+        self._forward.to_device = to_device  # without the trainer's clock
         self._forward._check_target = None  # it would look at values
 
     def _replace(self, module: Module, held: dict[int, Tensor]) -> None:

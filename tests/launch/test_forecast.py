@@ -216,7 +216,7 @@ def test_batches_of_other_sizes() -> None:
 
 
 def test_a_loader_that_is_too_slow_is_told_with_the_workers_that_it_needs() -> None:
-    slow = Timing(data=0.03, forward=0.004, backward=0.005, optimizer=0.001, load=0.03, samples=16)
+    slow = Timing(data=0.03, transfer=0.0, forward=0.004, backward=0.005, optimizer=0.001, load=0.03, samples=16)
     found = loader_finding(slow, accumulate=1, workers=0, has=8)
     assert found.status == "warn"
     assert found.found.startswith("75% of a step waits for data; one process loads a batch in 30 ms (533 samples/s)")
