@@ -28,9 +28,11 @@ from dtrain.launch.memory_forecast import (
     Held,
     NoForecastError,
     Step,
+    first_step,
     held_by,
     largest_batch,
     peak_of,
+    real_flops,
     real_step,
     resized,
 )
@@ -139,6 +141,9 @@ class Forecast:
             forward, both = fakes.flops()
             per = max(1, fakes.samples)
             text += f"; FLOPs per sample: {_flops(forward / per)} forward, {_flops(both / per)} with backward"
+        elif self._can_try():
+            samples = sum(micro.samples for micro in first_step(self.trainer))
+            text += f"; FLOPs per sample: {_flops(real_flops(self.trainer) / max(1, samples))} with backward"
         yield Finding("model", "ok", text)
 
     def _time(self, timing: Timing) -> Iterator[Finding]:
@@ -175,7 +180,7 @@ class Forecast:
             held = fakes.held(held)
             samples = world.per_rank if world.per_rank and fakes.can_resize() else fakes.samples
             step, measured = fakes.step(samples), ""
-        elif self.trainer.ranks.world_size == 1 and not self.trainer.ranks.strategy.is_sharded:
+        elif self._can_try():
             step = real_step(self.trainer, None if world.is_this else world.per_rank)
             measured = f", counted in a step on this {self.trainer.device.type.upper()} ({self._why_no_fakes})"
         else:
@@ -196,6 +201,10 @@ class Forecast:
         )  # fmt: skip
         if limit is not None:
             yield self._largest(fakes, step, held, limit)
+
+    def _can_try(self) -> bool:
+        """Whether a step of this process can be taken without others."""
+        return self.trainer.ranks.world_size == 1 and not self.trainer.ranks.strategy.is_sharded
 
     def _limit(self) -> int | None:
         """Bytes that a training may take; of this machine's GPU where none are asked for."""
@@ -224,8 +233,8 @@ class Forecast:
             most = max(0, step.samples + int((limit - other) / slope))
         else:
             return Finding("largest batch", "ok", f"not known for {total}: the batch's tensors do not show its samples")
-        at_least = "at least " if most >= MOST_SAMPLES else ""
-        text = f"{at_least}{most:,} samples per rank in {total}, of which {1 - USABLE:.0%} are left for CUDA"
+        how = "about " if fakes is None else "at least " if most >= MOST_SAMPLES else ""
+        text = f"{how}{most:,} samples per rank in {total}, of which {1 - USABLE:.0%} are left for CUDA"
         if most > (size := self.trainer.train_loader.shard.samples):
             text += f"; train has {size:,}"
         if not most:
@@ -242,9 +251,11 @@ class Forecast:
 
     def _unused(self) -> Iterator[Finding]:
         fakes = self._fake_steps()
-        if fakes is None:
+        if fakes is None and not self._can_try():
             return
-        unused = fakes.step(fakes.samples).unused
+        unused = (fakes.step(fakes.samples) if fakes else real_step(self.trainer)).unused
+        if unused is None:
+            return
         if not unused:
             yield Finding("unused parameters", "ok", "none: each one that is trained gets a gradient")
             return

@@ -153,7 +153,7 @@ class Step(NamedTuple):
 
     samples: int
     peak: int  # bytes that live at the same time, weights and gradients included, optimizer and averages not
-    unused: tuple[str, ...]  # parameters that got no gradient
+    unused: tuple[str, ...] | None  # parameters that got no gradient; None: not known
 
 
 class Held(NamedTuple):
@@ -419,10 +419,28 @@ def real_step(trainer: Trainer, samples: int | None = None) -> Step:
                 micro = micro._replace(batch=narrowed(micro.batch, micro.samples, samples), samples=samples)
             trainer.learn(micro)
             count = count or micro.samples
+    named = named_parameters(trainer.module, trainer.trainables.loss)
+    unused = tuple(item.name for item in named if item.parameter.requires_grad and item.parameter.grad is None)
+    is_known = not trainer.own.is_taken  # else its steps have taken the gradients away
+    _throw_away_gradients(trainer)
+    return Step(count, live.peak, unused if is_known else None)
+
+
+def real_flops(trainer: Trainer) -> int:
+    """Of one step, forward and backward, as this trainer's own loop does it, on one process alone."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as flops:
+        for micro in first_step(trainer):
+            trainer.learn(micro)
+    _throw_away_gradients(trainer)
+    return flops.get_total_flops()
+
+
+def _throw_away_gradients(trainer: Trainer) -> None:
     trainer.own.end()
     for optimizer in trainer.optimizers.values():
         optimizer.zero_grad()
-    return Step(count, live.peak, ())
 
 
 def first_step(trainer: Trainer) -> Iterator[Any]:
