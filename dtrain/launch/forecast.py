@@ -413,8 +413,8 @@ def lines(findings: list[Finding]) -> Iterator[str]:
     for one in findings:
         text = "; ".join(one_line(part) for part in (one.found, one.cure) if part)
         head = f"{one.status:<5} {one.probe:<{width}}  "
-        width = max(20, columns - len(head) - 1)
-        yield head + (("\n" + " " * len(head)).join(textwrap.wrap(text, width)) if columns else text)
+        left = max(20, columns - len(head) - 1)
+        yield head + (("\n" + " " * len(head)).join(textwrap.wrap(text, left)) if columns else text)
 
 
 def _tensor_bytes(tree: Any) -> int:
