@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import os
+import re
 import signal
 import sys
 import time
@@ -142,6 +143,19 @@ def _natural(text: str) -> int:
     return int(text)
 
 
+def _positive(text: str) -> int:
+    if not _natural(text):
+        raise argparse.ArgumentTypeError("expected at least 1, not 0")
+    return int(text)
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MGT])i?B?", text.strip(), re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"expected a size such as 80G or 512M, not {text!r}")
+    return int(float(match[1]) * {"M": 1e6, "G": 1e9, "T": 1e12}[match[2].upper()])
+
+
 def _sizes(text: str) -> list[int]:
     if not all(size.isdigit() and int(size) for size in text.split(",")):
         raise argparse.ArgumentTypeError(f"expected sizes with commas between them, such as 3,224,224, not {text!r}")
@@ -160,7 +174,10 @@ DOCTOR = CONFIG | {
     "--json": dict(action="store_true", help="print one JSON object"),
 }
 CHECK = RUN | {
-    "--find-lr": dict(action="store_true", help="try ever higher learning rates, suggest one, draw find-lr.png")
+    "--find-lr": dict(action="store_true", help="try ever higher learning rates, suggest one, draw find-lr.png"),
+    "--memory": dict(metavar="SIZE", type=_bytes, help="of a GPU, such as 80G: the largest batch that fits"),
+    "--world-size": dict(metavar="N", type=_positive, help="as if on so many ranks"),
+    "--all-data": dict(action="store_true", help="read every sample once, and name those that are broken"),
 }
 TEST = RUN | {
     "--checkpoint": dict(
@@ -183,8 +200,11 @@ LAUNCH = RUN | {
     "--log-dir": dict(metavar="DIR", type=Path, help="default: logs in the run folder"),
 }
 SWEEP = CONFIG | {
-    "overrides": CONFIG["overrides"] | {"help": "one value, or several: 1e-3,1e-2 or 0..4"},
+    "overrides": CONFIG["overrides"]
+    | {"help": "one value, several (1e-3,1e-2 or range(2,5)) or a range to draw from (loguniform(1e-5,1e-2))"},
     "--nproc-per-node": dict(metavar="N|auto", help="ranks of each trial, as with launch (default: one process)"),
+    "--jobs": dict(metavar="N", type=_natural, help="trials at once (default: as there are GPUs for, else one)"),
+    "--submit": dict(action="store_true", help="as a SLURM array, as dtrain submit does, instead of here"),
     "--dry-run": dict(action="store_true", help="print each trial's command; train nothing"),
 }
 _NAME = dict(metavar="NAME", help="as the cluster calls it")
@@ -209,6 +229,38 @@ EXPORT: Arguments = {
     "--input-shape": dict(metavar="N,N,...", type=_sizes, help="of one sample; default: the data are asked"),
 }
 RUN_FOLDER: Arguments = {"folder": dict(metavar="RUN_FOLDER", help="trainer.checkpoint_dir of the training")}
+TRACKING_URI: Arguments = {
+    "--tracking-uri": dict(metavar="URI", help="MLflow's store (default: MLFLOW_TRACKING_URI, else sqlite here)")
+}
+_ONE_RUN = dict(metavar="RUN", help="a run folder, or the id of a run in MLflow")
+RUNS: Arguments = {
+    "folder": dict(metavar="DIR", nargs="?", help="where to look for run folders (default: the current folder)"),
+    "--tracking-uri": dict(metavar="URI", help="list the runs in this MLflow store instead"),
+    "--limit": dict(metavar="N", type=_natural, default=20, help="list so many at most (default 20)"),
+    "--json": dict(action="store_true", help="print one JSON list, for programs"),
+}
+DIFF: Arguments = {
+    "run_a": _ONE_RUN | {"metavar": "A"},
+    "run_b": _ONE_RUN | {"metavar": "B"},
+    **TRACKING_URI,
+    "--json": dict(action="store_true", help="print one JSON object, for programs"),
+}
+REPRODUCE: Arguments = {
+    "run_name": _ONE_RUN,
+    "overrides": CONFIG["overrides"] | {"help": "settings of this machine, such as device=cpu"},
+    **TRACKING_URI,
+    "--output": dict(metavar="DIR", help="a folder for all of it (default: beside the run, with -reproduced)"),
+    "--repository": dict(metavar="PATH|URL", help="where the commit is found (default: this folder's repository)"),
+    "--tolerance": dict(
+        metavar="X", type=float, default=1e-5, help="relative difference that counts as the same (1e-5)"
+    ),
+    "--dry-run": dict(action="store_true", help="say what would be done; train nothing"),
+}
+REPORT: Arguments = {
+    "runs": _ONE_RUN | {"nargs": "+", "help": "run folders, or ids of runs in MLflow; several are laid over another"},
+    **TRACKING_URI,
+    "--output": dict(metavar="FILE", help="default: report.html in the run's folder, of several runs in this one"),
+}
 JOB: Arguments = {
     "--run-folder": dict(metavar="DIR", type=Path, required=True, help="trainer.checkpoint_dir of the training"),
     "--requeue": dict(metavar="COMMAND", default="", help="requeues the job, where its exit status alone does not"),
@@ -245,11 +297,13 @@ def _launch(options: argparse.Namespace) -> int:
 def _sweep(options: argparse.Namespace) -> int:
     """Train once for each combination of values.
 
-    One after another; what is finished is skipped.
+    All combinations of the values that keys are given, or what Optuna chooses; what is finished is skipped.
     """
     from dtrain.launch.sweep import sweep
 
-    return sweep(options.config, options.overrides, options.nproc_per_node, options.dry_run)
+    return sweep(
+        options.config, options.overrides, options.nproc_per_node, options.dry_run, options.jobs, options.submit
+    )
 
 
 def _test(options: argparse.Namespace) -> int:
@@ -294,8 +348,10 @@ def _check(options: argparse.Namespace) -> int:
     """
     config = _checked(options, "train")
     from dtrain.launch import rank
+    from dtrain.launch.forecast import Asked
 
-    return rank.rehearse(config, options.find_lr)
+    asked = Asked(options.memory, options.world_size, options.all_data)
+    return rank.rehearse(config, asked, options.find_lr)
 
 
 def _checked(options: argparse.Namespace, purpose: str | None) -> Any:
@@ -325,9 +381,9 @@ def _config(options: argparse.Namespace) -> int:
     for line in notes_on(config):
         print(f"# {one_line(line)}")
     for name, call in calls(config).items():
-        if name.endswith((".loader", ".schedule", ".folds", ".ddp", ".fsdp", ".pictures", ".swa")) or name.startswith(
-            ("cluster", "metric.", "groups.", "trainer.freeze")
-        ):
+        if name.endswith((".loader", ".schedule", ".folds", ".ddp", ".fsdp", ".pictures", ".swa", ".profile")):
+            continue
+        if name.startswith(("cluster", "sweep", "metric.", "groups.", "trainer.freeze")):
             continue  # dtrain's own keys beside a component's, and what is not part of a training
         target = call.target
         where = f"  {target.file}:{target.line}" if isinstance(target, Callee) else ""
@@ -370,6 +426,36 @@ def _replay(options: argparse.Namespace) -> int:
     return rank.replay(config, folder)
 
 
+def _runs(options: argparse.Namespace) -> int:
+    """List the recent trainings with their status, progress and best figure; of run folders, or from MLflow."""
+    from dtrain.launch.runs import list_runs
+
+    return list_runs(options.folder, options.tracking_uri, options.limit, options.json)
+
+
+def _diff(options: argparse.Namespace) -> int:
+    """Show in what two runs differ: config, code, environment, data and figures."""
+    from dtrain.launch.diff import diff
+
+    return diff(options.run_a, options.run_b, options.tracking_uri, options.json)
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    """Train a run again from its own commit, diff, config and seed, in a new folder, and compare the figures."""
+    from dtrain.launch.reproduce import reproduce
+
+    names = ("output", "repository", "tolerance", "dry_run")
+    wishes = {name: getattr(options, name) for name in names}
+    return reproduce(options.run_name, options.overrides, uri=options.tracking_uri, **wishes)
+
+
+def _report(options: argparse.Namespace) -> int:
+    """Write one HTML page about runs: config, curves, pictures, timing, environment; it needs no server."""
+    from dtrain.launch.report import report
+
+    return report(options.runs, options.tracking_uri, options.output)
+
+
 def _run_folder(options: argparse.Namespace, needed: str) -> Path:
     folder = Path(options.folder)
     if not (folder / needed).is_file():
@@ -410,6 +496,10 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], Arguments, str]] 
     "check": (_check, CHECK, "configfiles/digits.yaml --find-lr"),
     "config": (_config, CONFIG, "configfiles/digits.yaml optimizer.lr=5e-4"),
     "submit": (_submit, SUBMIT, "configfiles/digits.yaml --nodes 2 --gpus-per-node 4 --time 12:00:00"),
+    "runs": (_runs, RUNS, "runs --limit 10"),
+    "diff": (_diff, DIFF, "runs/digits runs/digits-lr1e-2"),
+    "reproduce": (_reproduce, REPRODUCE, "runs/digits --dry-run"),
+    "report": (_report, REPORT, "runs/digits runs/digits-lr1e-2 --output report.html"),
     "sync": (_sync, RUN_FOLDER, "runs/digits"),
     "replay": (_replay, RUN_FOLDER | TRACEBACK, "runs/digits"),
     "doctor": (_doctor, DOCTOR, "configfiles/digits.yaml"),

@@ -109,7 +109,7 @@ class Place:
         full = {**self.env, "PYTHONPATH": os.pathsep.join(path), "TOY_DO": do, **(env or {})}
         command = [*(launcher or [sys.executable]), "-m", "dtrain", *arguments]
         worlds = [{}] if launcher or ranks == 1 else worlds_of(ranks)
-        forks = None if launcher or cold else _forks()
+        forks = None if launcher or cold else forked_from()
         started = []
         for number, world in enumerate(worlds):
             files = self.folder / "output" / f"{self.tagged.tag}-{len(self.tagged.started)}-{number}"
@@ -137,7 +137,7 @@ class Place:
 
 
 @functools.cache
-def _forks() -> Forks:
+def forked_from() -> Forks:
     """One for all tests of this process."""
     return Forks(neutral_env())
 
@@ -187,8 +187,7 @@ def figures(run: Path) -> dict[str, dict[int, float]]:
         for key, value in line["values"].items() if line["kind"] == "metrics" else ():
             assert line["step"] not in found.setdefault(key, {}), f"{key} at step {line['step']} twice"
             found[key][line["step"]] = float(value)
-    found.pop("samples_per_second", None)
-    return found
+    return {key: values for key, values in found.items() if key != "samples_per_second" and not key.startswith("time/")}
 
 
 def last(run: Path) -> Loaded:

@@ -17,7 +17,7 @@ NOT_SET: Any = type("NotSet", (), {"__repr__": lambda self: "(not set)"})()
 # Calls, as in `calls`, and those of their keys that change nothing of what is computed, up to rounding.
 _FREE = [
     ("", r"device|experiment|run_name|modules|config_version"),
-    (r"mlflow|predictor|cluster|loaders\.(test|predict)(/[\w-]+)?(\.loader)?", r".*"),
+    (r"mlflow|predictor|cluster|sweep(\.\w+)?|loaders\.(test|predict)(/[\w-]+)?(\.loader)?", r".*"),
     (
         r"loaders\.[\w/-]+\.loader",
         r"every_epochs|num_workers|pin_memory|persistent_workers|prefetch_factor|timeout|multiprocessing_context",
@@ -32,7 +32,7 @@ _FREE = [
     (r"trainer\.fsdp", r"(?!param_dtype|reduce_dtype).*"),
 ]
 # Calls that are also arguments of `trainer`, as which they are compared.
-_PARTS = ("trainer.pictures", "trainer.pre_trained", "trainer.freeze", "trainer.swa")
+_PARTS = ("trainer.pictures", "trainer.pre_trained", "trainer.freeze", "trainer.swa", "trainer.profile")
 _BATCH_SIZES = ("batch_size", "global_batch_size")
 _TOP_DEFAULTS = {"seed": 0, "device": "auto", "modules": [], "config_version": None}
 

@@ -24,16 +24,19 @@ class Monitored(NamedTuple):
     part: str  # of a vector, a dict or a loss's terms
 
 
+CONFUSION = "confusionmatrix"  # in a metric's label or class, in small letters: its matrix is a table, not figures
+
+
 def monitored(
     wish: str | None, labels: list[str], kinds: Sequence[str] = ("val",), has_own_figures: bool = False
 ) -> Monitored | None:
     """What a `trainer.monitor` means where the metrics have these labels; None where no metric's name begins it.
 
-    Default: the first metric, else the loss, of the first of the validation's kinds. With figures of its own an
-    evaluation may give any.
+    Default: the first metric that gives figures, else the loss, of the first of the validation's kinds. With figures of
+    its own an evaluation may give any.
     """
     if wish is None:
-        wish = f"{kinds[0]}/{[*labels, 'loss'][0]}"
+        wish = f"{kinds[0]}/{next(label for label in (*labels, 'loss') if CONFUSION not in label.lower())}"
     wish = f"val/{wish.removeprefix('val/')}"
     kind = next((kind for kind in kinds if wish.startswith(f"{kind}/")), None)
     if kind is None:
@@ -95,6 +98,20 @@ def monitor_mistakes(config: ConfigDict, calls: Mapping[str, Call], trains: bool
         yield mistake(config, ("trainer", "monitor"), text)
     elif mode is None and trains and higher_is_better(calls, figure) is None:
         yield mistake(config, ("trainer", "mode"), mode_text(calls, figure))
+
+
+def best_rule(config: ConfigDict, calls: Mapping[str, Call]) -> tuple[str, str | None]:
+    """The figure by which a training's best is chosen, and whether 'max' or 'min' of it; None: only the metric can say.
+
+    Of a config that has been checked, without building anything.
+    """
+    wish, mode = (_of_trainer(calls, key) for key in ("monitor", "mode"))
+    wish = wish if isinstance(wish, str) else None
+    figure = monitored(wish, labels_of(calls), kinds_of_validation(calls), measures_itself(config))
+    if figure is None:
+        return str(wish), None
+    said = {True: "max", False: "min"}.get(higher_is_better(calls, figure))
+    return figure.figure, mode if mode in ("min", "max") else said
 
 
 def task_mistakes(config: ConfigDict, calls: Mapping[str, Call]) -> Iterator[Mistake]:

@@ -26,7 +26,7 @@ TOP_LEVEL = {  # the keys of a config with their types; those without one are ch
     "device": "str | list[str]",
     "modules": "",
     "optional_modules": "",
-    **dict.fromkeys((*SLOTS, "predictor", "cluster"), ""),
+    **dict.fromkeys((*SLOTS, "predictor", "cluster", "sweep"), ""),
 }
 REQUIRED = {  # what training needs, and an example of each
     "model": "{name: ViT, ...}",
@@ -63,10 +63,16 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # where the type alone ad
     "lr_scheduler": {"warmup_steps": _ANY, "warmup_start": _ANY},
     "mlflow": {"exit_timeout_seconds": _ANY},
     "cluster": {"gpus_per_node": _ANY, "nproc_per_node": _SOME, "cpus_per_node": _SOME, "signal_seconds": _SOME},
+    "sweep": {"trials": _SOME},
     "predictor": {
         "batch_size": _SOME, "prediction_channel": _ANY, "connectivity": (1, 3), "min_size": _ANY, "slab_planes": _SOME,
     },
 }  # fmt: skip
+
+_LEAST_OF_PARTS = (  # of `trainer`
+    *(("swa", "start_epoch", 1), ("swa", "anneal_epochs", 0), ("swa", "lr", 0)),
+    *(("profile", "steps", 1), ("profile", "after", 1)),
+)
 
 
 def rule_mistakes(config: ConfigDict, purpose: str | None) -> Iterator[Mistake]:
@@ -136,7 +142,7 @@ def _in_phases(path: KeyPath, values: Any) -> Iterator[tuple[KeyPath, Any]]:
 
 
 def _limit_mistakes(config: ConfigDict) -> Iterator[Mistake]:
-    """Numbers of batches that are none, and what `trainer.swa` cannot be."""
+    """Numbers of batches that are none, and what `trainer.swa` and `trainer.profile` cannot be."""
     trainer = config.get("trainer")
     limit, overfit = _at(trainer, "limit_batches"), _at(trainer, "overfit_batches")
     values: dict[KeyPath, Any] = {("overfit_batches",): overfit, ("limit_batches",): limit}
@@ -159,10 +165,10 @@ def _limit_mistakes(config: ConfigDict) -> Iterator[Mistake]:
     if swa and has_several(config.get("optimizer")):
         why = "sets the rate of one optimizer, and here are several"
         yield mistake(config, ("trainer", "swa"), f"{why} ({', '.join(config.optimizer)}); ema_decay averages as well")
-    for key, least in (("start_epoch", 1), ("anneal_epochs", 0), ("lr", 0)):
-        value = _at(swa, key)
+    for section, key, least in _LEAST_OF_PARTS:
+        value = _at(_at(trainer, section), key)
         if type(value) in (int, float) and value < least:
-            yield mistake(config, ("trainer", "swa", key), f"must be at least {least}, found {value}")
+            yield mistake(config, ("trainer", section, key), f"must be at least {least}, found {value}")
 
 
 def _is_count(value: Any) -> bool:

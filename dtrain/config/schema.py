@@ -53,18 +53,21 @@ SLOTS = {
     "mlflow": Slot(given_names=frozenset({"folder", "experiment", "run_name", "sender", "say"})),
 }
 SAMPLER_SLOT = Slot(LIBRARIES["sampler"], given="dataset", named=True)
+OF_SWEEPS = {"sampler": Slot(("optuna.samplers",)), "pruner": Slot(("optuna.pruners",))}
 # dtrain's own settings are the arguments of these functions, so they are checked like everything else.
 OWN_SETTINGS = {
     "trainer": "dtrain.trainer:Trainer",
     "mlflow": "dtrain.tracking.journal:Journal",
     "predictor": "dtrain.predict.predictor:Predictor",
     "cluster": "dtrain.launch.batch_script:cluster_settings",
+    "sweep": "dtrain.launch.sweep:sweep_settings",
     "loader": "dtrain.dataloader:loader_settings",
     "folds": "dtrain.data.folds:fold_settings",
     "ddp": "dtrain.distributed.ddp:ddp_options",
     "fsdp": "dtrain.distributed.fsdp:fsdp_options",
     "swa": "dtrain.training.swa:swa_settings",
     "pictures": "dtrain.reporting.validation_pictures:picture_settings",
+    "profile": "dtrain.training.profile:profile_settings",
     "pre_trained": "dtrain.checkpoint.weights:weight_settings",
     "freeze": "dtrain.training.freezing:freeze_settings",
     "groups": "dtrain.training.parameter_groups:group_settings",
@@ -313,6 +316,7 @@ class _Reader:
             "lr_scheduler": self.scheduler,
             "trainer": self.trainer,
             **dict.fromkeys(("mlflow", "predictor", "cluster"), self.settings),
+            "sweep": self.sweep,
         }
         for section, reader in readers.items():
             value = self.config.get(section)
@@ -353,6 +357,19 @@ class _Reader:
     def settings(self, section: str, values: Mapping[str, Any]) -> None:
         self.calls[section] = self.own_call((section,), section, values)
 
+    def sweep(self, section: str, values: Mapping[str, Any]) -> None:
+        """What a sweep does; `sampler` and `pruner` are names or calls of Optuna's, which a training does without."""
+        own = {key: values[key] for key in values if key not in ("sampler", "pruner")}
+        self.calls[section] = self.own_call((section,), section, own)
+        for key, slot in OF_SWEEPS.items():
+            value, path = values.get(key), (section, key)
+            if value is None or module_file("optuna") is None:
+                continue
+            if isinstance(value, str):
+                self.calls[f"{section}.{key}"] = Call(self.config, path, slot, value, paths={"name": path})
+            elif (given := self.mapping(path, value)) is not None and self.has_name(path, given):
+                self.calls[f"{section}.{key}"] = _call_at(self.config, path, given, slot)
+
     def own_call(self, path: KeyPath, settings: str, values: Mapping[str, Any]) -> Call:
         """A call of the function whose arguments are dtrain's own settings."""
         return Call(self.config, path, SLOTS.get(settings, Slot()), OWN_SETTINGS[settings], dict(values))
@@ -361,8 +378,8 @@ class _Reader:
         """The trainer's settings; `name` may name another trainer than dtrain's."""
         own = self.own_call((section,), section, {key: values[key] for key in values if key != "name"})
         self.calls[section] = own if values.get("name") is None else replace(own, name=values["name"])
-        for key in ("ddp", "fsdp", "pictures", "pre_trained", "swa"):
-            settings: Any = values.get(key) if key in ("pre_trained", "swa") else values.get(key) or {}
+        for key in ("ddp", "fsdp", "pictures", "pre_trained", "profile", "swa"):
+            settings: Any = values.get(key) if key in ("pre_trained", "profile", "swa") else values.get(key) or {}
             if is_mapping(settings):  # `pre_trained` may be a path alone
                 self.calls[f"{section}.{key}"] = self.own_call((section, key), key, settings)
         wish = values.get("freeze")
@@ -585,7 +602,7 @@ def set_names(calls: Mapping[str, Call], phase: str) -> list[str]:
 def _label_mistake(label: Any, others: list[Any], needed: bool) -> str:
     """What is wrong with the label of one of several data sets."""
     if label is None:
-        return "needs a 'label', by which its figures are told from the others': {label: near, ...}" if needed else ""
+        return "needs a 'label', by which its figures are told from the others: {label: near, ...}" if needed else ""
     if not isinstance(label, str) or not re.fullmatch(r"[\w-]+", label):
         return f"expected a label of letters, digits, - and _, {found(label)}"
     return f"a second set with the label '{label}'" if label in others else ""

@@ -61,17 +61,23 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(rest.partition("?")[0]) if slashes and head.partition("+")[0] == "sqlite" else None
 
 
-def ui_command(uri: str, run: Mapping[str, Any] | None = None) -> str:
-    """What opens MLflow's pages for a resolved tracking URI: a command, or a server's address, of the run if known.
+def run_address(uri: str, facts: Mapping[str, Any]) -> str:
+    """The page of a run on an http server, from its run.json; '' for other stores, or while MLflow has no such run."""
+    known = facts.get("experiment_id"), facts.get("run_id")
+    if not uri.startswith(("http:", "https:")) or not all(known):
+        return ""
+    return f"{redact(uri).rstrip('/')}/#/experiments/{known[0]}/runs/{known[1]}"
 
-    Args:
-        uri: The tracking URI.
-        run: The facts of a run.json, with the run's and its experiment's id where MLflow has it.
-    """
+
+def where_seen(uri: str, facts: Mapping[str, Any]) -> str:
+    """Where a run can be seen: its own page, else what opens MLflow's pages."""
+    return run_address(uri, facts) or ui_command(uri)
+
+
+def ui_command(uri: str) -> str:
+    """What opens MLflow's pages for a resolved tracking URI: a command, or the server's own address."""
     if uri.startswith(("http:", "https:")):
-        if run is None or not (run.get("run_id") and run.get("experiment_id")):
-            return redact(uri)
-        return f"{redact(uri).rstrip('/')}/#/experiments/{run['experiment_id']}/runs/{run['run_id']}"
+        return redact(uri)
     if "://" not in uri:
         return f"the MLflow pages of your {uri} workspace"
     return f"mlflow ui --backend-store-uri {shlex.quote(redact(uri))}"

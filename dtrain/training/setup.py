@@ -1,8 +1,8 @@
 """The parts of a training, made from the config in the order of need; behind them, nothing knows the config."""
 
 import copy
+import json
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -68,6 +68,8 @@ from dtrain.training.closure import closure_mistake
 from dtrain.training.ema import EMA
 from dtrain.training.memory_format import to_channels_last
 from dtrain.training.optimizer import freeze, get_optimizers, shown
+from dtrain.training.origins import data_sets, own_code
+from dtrain.training.run_name import made_run_name
 from dtrain.training.rate_text import rate_text
 from dtrain.training.same_training import compared
 from dtrain.training.schedule import get_lr_scheduler, get_schedule
@@ -101,6 +103,8 @@ class Parts:
     table: Mapping[str, str] = field(default_factory=dict)  # what is shown before the first step
     loaded: Loaded | None = None  # the checkpoint to resume from, on the main rank
     lock: RunLock | None = None  # on the run folder, on the main rank while it trains
+    signature: Mapping[str, Any] | None = None  # what the model takes and gives, once a validation has shown it
+    own_code: Mapping[str, list[str]] = field(default_factory=dict)  # which the model's classes come from
 
 
 def make_parts(
@@ -161,9 +165,10 @@ def make_parts(
         Saver(checkpoints, options["checkpoint_every_minutes"], progress.note, not ranks.strategy.is_sharded),
         StopRequest(options["time_limit"], job_ends_at(), alone=ranks.world_size == 1),
         progress, _pictures(config, options, loaders, start), inference,
-        record=_record(config, options, ranks, start) | {"space": spaces.get("train")},
+        record=_record(config, options, ranks, start)
+        | {"space": spaces.get("train"), "datasets": data_sets(config, loaders.datasets())},
         places={key: str(place) for key in config if (place := place_of(config, (key,)))},
-        texts=_texts(config),
+        texts=_texts(config), own_code=own_code(calls(config).get("model")),
     )  # fmt: skip
     if purpose == "train":
         _add_training(config, options, parts, sender)
@@ -292,6 +297,7 @@ def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, 
         parts.journal = build(config, "mlflow", folder=start.folder, sender=sender, say=parts.progress.note, **of_run)
     rates = rate_text(partial(get_lr_scheduler, config), trainables.schedule, length, epochs)
     parts.table = _table(config, options, parts, steps, rates)
+    parts.record = _with_length(parts, steps, per_epoch)
     parts.loaded = _loaded(config, trainables, ranks, start)
 
 
@@ -381,7 +387,8 @@ def _start(
 ) -> Start:
     """Where to begin, decided by rank 0: what one rank sees on a disk, another may not yet."""
     folder = _base_folder(package) / run_folder(config)
-    run_name = config.get("run_name") or f"{config.get('experiment') or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
+    overrides = sources(config).get("overrides.txt", "").splitlines()
+    run_name = config.get("run_name") or made_run_name(config.get("experiment") or "run", overrides)
     uri = config.mlflow.get("tracking_uri") if config.get("mlflow") else None
     is_restart = environment().restarts > 0
 
@@ -513,12 +520,30 @@ def _record(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks, start:
     new_values = {key: value for key, (_, value) in start.new_values.items()}
     return {
         "params": flatten(to_plain(config)),
-        "tags": {"launcher": ranks.launcher, "device": ranks.device.type, **batch_job(), **new_values},
+        "tags": {
+            "launcher": ranks.launcher,
+            "device": ranks.device.type,
+            "dtrain.directory": str(Path.cwd()),
+            **batch_job(),
+            **new_values,
+        },
         "artifacts": [("config.yaml", "config"), ("config", "config/as-written")],
         "world_size": ranks.world_size,
         "max_epochs": options["max_epochs"],
         "max_steps": options["max_steps"],
+        "directory": str(Path.cwd()),
+        "device": ranks.device.type,
+        "is_named_by_dtrain": not config.get("run_name"),
     }
+
+
+def _with_length(parts: Parts, steps: int, per_epoch: int) -> dict[str, Any]:
+    """The record with what tells how far a training is, and which figure to look at; MLflow has it in tags."""
+    sizes = {name: len(dataset) for name, dataset in parts.loaders.datasets().items()}
+    facts = {"steps": steps, "steps_per_epoch": per_epoch, "monitor": parts.monitor, "mode": parts.mode}
+    facts["samples"] = sizes
+    tags = {f"dtrain.{key}": json.dumps(value) if key == "samples" else str(value) for key, value in facts.items()}
+    return {**parts.record, "tags": {**parts.record["tags"], **tags}, **facts}
 
 
 def _table(config: ConfigDict, options: Mapping[str, Any], parts: Parts, steps: int, rates: str) -> dict[str, str]:

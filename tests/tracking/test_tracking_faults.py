@@ -208,7 +208,7 @@ def test_a_network_that_spoils_a_third_of_all_requests_loses_and_doubles_nothing
 
 
 @pytest.mark.usefixtures("quiet_journal")
-@pytest.mark.parametrize("first", range(3))
+@pytest.mark.parametrize("first", [0, *(pytest.param(each, marks=pytest.mark.soak) for each in (1, 2))])
 @pytest.mark.parametrize("turn", ["..F", "...F"])
 def test_one_of_several_backends_that_is_broken_holds_nothing_up(
     tmp_path: Path, real: MlflowServer, proxy: Proxy, turn: str, first: int, monkeypatch: pytest.MonkeyPatch
@@ -421,8 +421,10 @@ print(json.dumps({"hint": hint, "seconds": time.monotonic() - began}))
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("store_works", [True, False])
-@pytest.mark.parametrize("freed_after", [0, 4])
+@pytest.mark.parametrize(
+    ("freed_after", "store_works"),
+    [(4, True), (0, False), *(pytest.param(*each, marks=pytest.mark.soak) for each in ((0, True), (4, False)))],
+)
 def test_a_disk_that_is_full_at_the_end_costs_neither_the_true_status_nor_mlflow(
     tmp_path: Path, uri: str, mounted: Callable[[str], Path], freed_after: int, store_works: bool
 ) -> None:
