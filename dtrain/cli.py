@@ -510,6 +510,6 @@ GROUPS = {
     "Start with": "train check launch test predict",
     "Before a training": "config doctor",
     "Many trainings": "sweep submit",
-    "Runs": "export replay sync",
+    "Runs": "runs diff report reproduce export replay sync",
 }
 HIDDEN = {"job"}  # for scripts
