@@ -381,9 +381,9 @@ def _config(options: argparse.Namespace) -> int:
     for line in notes_on(config):
         print(f"# {one_line(line)}")
     for name, call in calls(config).items():
-        if name.endswith((".loader", ".schedule", ".folds", ".ddp", ".fsdp", ".pictures", ".swa")) or name.startswith(
-            ("cluster", "metric.", "groups.", "trainer.freeze")
-        ):
+        if name.endswith((".loader", ".schedule", ".folds", ".ddp", ".fsdp", ".pictures", ".swa", ".profile")):
+            continue
+        if name.startswith(("cluster", "sweep", "metric.", "groups.", "trainer.freeze")):
             continue  # dtrain's own keys beside a component's, and what is not part of a training
         target = call.target
         where = f"  {target.file}:{target.line}" if isinstance(target, Callee) else ""

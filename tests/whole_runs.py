@@ -187,8 +187,7 @@ def figures(run: Path) -> dict[str, dict[int, float]]:
         for key, value in line["values"].items() if line["kind"] == "metrics" else ():
             assert line["step"] not in found.setdefault(key, {}), f"{key} at step {line['step']} twice"
             found[key][line["step"]] = float(value)
-    found.pop("samples_per_second", None)
-    return found
+    return {key: values for key, values in found.items() if key != "samples_per_second" and not key.startswith("time/")}
 
 
 def last(run: Path) -> Loaded:

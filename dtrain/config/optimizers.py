@@ -1,5 +1,6 @@
 """Which parameters are trained, and how: `optimizer`, one or several, the groups in each, and `trainer.freeze`."""
 
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -61,7 +62,8 @@ def freeze_mistakes(config: ConfigDict) -> Iterator[Mistake]:
     for entry in frozen_entries(config):
         if isinstance(entry.until_epoch, int) and entry.until_epoch < 0:
             yield mistake(config, (*entry.path, "until_epoch"), f"must be at least 0, found {entry.until_epoch}")
-        if not entry.match and not entry.types:
+        wish = functools.reduce(lambda value, key: value[key], entry.path, config)
+        if is_mapping(wish) and not wish.get("match") and not wish.get("types"):
             yield mistake(config, entry.path, _NEEDS)
 
 

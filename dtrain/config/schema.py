@@ -67,6 +67,7 @@ OWN_SETTINGS = {
     "fsdp": "dtrain.distributed.fsdp:fsdp_options",
     "swa": "dtrain.training.swa:swa_settings",
     "pictures": "dtrain.reporting.validation_pictures:picture_settings",
+    "profile": "dtrain.training.profile:profile_settings",
     "pre_trained": "dtrain.checkpoint.weights:weight_settings",
     "freeze": "dtrain.training.freezing:freeze_settings",
     "groups": "dtrain.training.parameter_groups:group_settings",
@@ -377,8 +378,8 @@ class _Reader:
         """The trainer's settings; `name` may name another trainer than dtrain's."""
         own = self.own_call((section,), section, {key: values[key] for key in values if key != "name"})
         self.calls[section] = own if values.get("name") is None else replace(own, name=values["name"])
-        for key in ("ddp", "fsdp", "pictures", "pre_trained", "swa"):
-            settings: Any = values.get(key) if key in ("pre_trained", "swa") else values.get(key) or {}
+        for key in ("ddp", "fsdp", "pictures", "pre_trained", "profile", "swa"):
+            settings: Any = values.get(key) if key in ("pre_trained", "profile", "swa") else values.get(key) or {}
             if is_mapping(settings):  # `pre_trained` may be a path alone
                 self.calls[f"{section}.{key}"] = self.own_call((section, key), key, settings)
         wish = values.get("freeze")

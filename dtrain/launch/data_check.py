@@ -233,7 +233,7 @@ def overlap_findings(looks: Sequence[Looks], datasets: Mapping[str, Any]) -> Ite
         text = ""
         if shared := _shared_places(datasets["train"], dataset):
             text = f"{len(shared):,} samples of {each.name} are those of train (the same indices of one dataset)"
-        elif same := sorted(files & _files(dataset)):
+        elif same := sorted(path for path in files & _files(dataset) if path.exists()):  # else a name in a folder
             text = f"{len(same):,} files of {each.name} are also in train: {first_few(list(map(str, same)), 3)}"
         elif equal := [look for look in each.looks if look.digest in by_digest]:
             first = equal[0]

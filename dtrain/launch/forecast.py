@@ -1,5 +1,6 @@
 """dtrain check's table: what a training will cost and where it would fail, before it waits in a queue."""
 
+import math
 import shutil
 import sys
 import tempfile
@@ -42,7 +43,8 @@ from dtrain.trainer import Trainer
 from dtrain.training.state import capture
 
 USABLE = 0.9  # of a GPU's memory: CUDA's context, NCCL, what its allocator cannot use
-LEAST_STARVING = 0.2  # share of a step that may wait for data
+LEAST_STARVING = 0.2  # share of a step that may wait for data,
+LEAST_WAIT = 0.005  # unless it is no more than so many seconds
 STORE_SECONDS = 45.0
 BROKEN_SHOWN = 1000
 
@@ -256,20 +258,8 @@ class Forecast:
     # -------------------------------------------------------------------------------------------------------- data
 
     def _loader(self, timing: Timing) -> Iterator[Finding]:
-        loader, micro = self.trainer.train_loader, self.options["accumulate"]
-        workers, has = loader.loader.num_workers, cores() // max(1, environment().local_world_size)
-        work = timing.work / max(1, micro)
-        needed = max(1, -(-int(1e6 * timing.load) // max(1, int(1e6 * work))))
-        rate = max(1, timing.samples) / max(1, micro) / max(timing.load, 1e-9)
-        text = f"one process loads a batch in {_seconds(timing.load)} ({count_text(rate)} samples/s), the model takes "
-        text += f"{_seconds(work)} for it: {_workers(needed)}; num_workers is {workers}"
-        is_late = timing.data > LEAST_STARVING * timing.step and timing.load > LEAST_STARVING * work
-        if not is_late:
-            yield Finding("loader", "ok", text)
-            return
-        cure = f"loaders.num_workers={min(needed, has)}" if workers < min(needed, has) else "samples that load faster"
-        cure += f" (this machine has {has} cores per rank)" if needed > has else ""
-        yield Finding("loader", "warn", f"{timing.data / timing.step:.0%} of a step waits for data; {text}", cure)
+        has = max(1, cores() // max(1, environment().local_world_size))
+        yield loader_finding(timing, self.options["accumulate"], self.trainer.train_loader.loader.num_workers, has)
 
     def broken(self) -> list[Finding]:
         """Read all samples where that is asked for: a row for each that cannot be used. All ranks call it."""
@@ -330,13 +320,7 @@ class Forecast:
         existing = next(path for path in (folder, *folder.parents) if path.is_dir())
         free = shutil.disk_usage(existing).free
         last, best = self.options["keep_last"], self.options["keep_best"] if self.trainer.loaders.val else 0
-        needed = one * (last + best + 1)  # a new one is there before an old one goes
-        text = f"{_size(one)} per checkpoint, {_size(needed)} for keep_last {last}, keep_best {best} and the one being "
-        text += f"written; {_size(free)} free in {existing}"
-        status = "fail" if one > free else "warn" if needed > 0.8 * free else "ok"
-        yield Finding(
-            "checkpoints", status, text, "" if status == "ok" else "another trainer.checkpoint_dir, keep_last"
-        )
+        yield disk_finding(one, last, best, free, existing)
 
     def _last_run(self) -> Iterator[Finding]:
         start = self.trainer.parts.start
@@ -373,6 +357,32 @@ class Forecast:
     def _store(self) -> Iterator[Finding]:
         found = self._ask_store()
         yield found._replace(probe="mlflow", status="warn" if found.status == "fail" else found.status)
+
+
+def loader_finding(timing: Timing, accumulate: int, workers: int, has: int) -> Finding:
+    """Whether samples are loaded as fast as the model takes them, and how many workers that needs, of `has` cores."""
+    work, samples = timing.work / accumulate, max(1, timing.samples) / accumulate
+    needed = max(1, math.ceil(timing.load / max(work, 1e-9) - 0.05))
+    text = (
+        f"one process loads a batch in {_seconds(timing.load)} ({count_text(samples / max(timing.load, 1e-9))} samples"
+    )
+    text += f"/s), the model takes {_seconds(work)} for it: {_workers(needed)}; num_workers is {workers}"
+    if timing.data <= max(LEAST_STARVING * timing.step, LEAST_WAIT):
+        return Finding("loader", "ok", text)
+    most = min(needed, has)
+    cure = f"loaders.num_workers={most}" if workers < most else "samples that load faster"
+    cure += f" (this machine has {has} cores per rank)" if needed > has else ""
+    return Finding("loader", "warn", f"{timing.data / timing.step:.0%} of a step waits for data; {text}", cure)
+
+
+def disk_finding(one: int, last: int, best: int, free: int, where: Path) -> Finding:
+    """Whether so many checkpoints of `one` bytes fit; a new one is there before an old one goes."""
+    needed = one * (last + best + 1)
+    text = f"{_size(one)} per checkpoint, {_size(needed)} for keep_last {last}, keep_best {best} and the one being "
+    text += f"written; {_size(free)} free in {where}"
+    status = "fail" if needed > free else "warn" if needed > 0.8 * free else "ok"
+    cure = "" if status == "ok" else "another trainer.checkpoint_dir, or a smaller trainer.keep_last"
+    return Finding("checkpoints", status, text, cure)
 
 
 def asked_in_background(config: ConfigDict) -> Callable[[], Finding]:

@@ -125,7 +125,7 @@ class Study:
         for step, value in enumerate(figures.values, 1):
             if step not in known:
                 own.report(value, step)
-        return f"by {self._pruner} after {len(figures.values)} validations" if own.should_prune() else ""
+        return f"pruned by {self._pruner} after validation {len(figures.values)}" if own.should_prune() else ""
 
     def ended(self, trial: Trial) -> None:
         """Tells Optuna; of one that was stopped early nothing, since it will be continued."""

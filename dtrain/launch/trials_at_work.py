@@ -63,7 +63,7 @@ def command_of(path: str, trial: Trial, ranks: str | None, overrides: Sequence[s
 
 
 class TrialsAtWork:
-    """Starts trials as long as there is room. A request to stop is passed on to all: each saves, and then ends."""
+    """Starts trials, so many at once. A request to stop is passed on to all of them: each saves, and then ends."""
 
     def __init__(self, path: str, settings: Settings) -> None:
         self.is_stopped = False  # asked to stop, or one trial was: no other is started
@@ -140,10 +140,10 @@ class TrialsAtWork:
         trial.score = trial.best_score
         source.ended(trial)
         score = "" if trial.score is None else f", {source.figure} {trial.score:.4g}"
-        why = f": {each.pruned}" if trial.status == "pruned" else ""
         log = self._log(trial)
         where = f"; see {log}" if trial.status.startswith("failed") and log else ""
-        print(f"sweep: {trial.name}: {trial.status}{why}{score}{where}", flush=True)
+        became = each.pruned if trial.status == "pruned" else trial.status
+        print(f"sweep: {trial.name}: {became}{score}{where}", flush=True)
 
     def _pass_on(self, number: int, _frame: Any) -> None:
         self.is_stopped = True

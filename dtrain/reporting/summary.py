@@ -12,6 +12,11 @@ def model_line(name: str, total: int, trained: int) -> str:
     return f"{name}, {total:,} parameters" + (f" ({trained:,} trained)" if trained != total else "")
 
 
+def workers_line(workers: int) -> str:
+    """What loads the training's samples."""
+    return f"{workers} per rank" if workers else "none, each rank loads its own samples"
+
+
 def summary_table(
     status: str, reason: str, best: str, figures: Mapping[str, float], seconds: float, steps: int, folder: Path
 ) -> dict[str, str]:

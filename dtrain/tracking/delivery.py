@@ -76,6 +76,8 @@ class Batch:
                 self.artifacts.append([entry["path"], entry["to"]])
             case "image":
                 self.artifacts.append([entry["path"], entry["key"], int(entry["step"]), self.time_ms])
+            case "datasets" | "model" as kind:  # MLflow's entities, which are made of files
+                self.artifacts.append([kind, {key: entry[key] for key in entry if key not in ("kind", "time")}])
             case "start":
                 self.started = True
             case "end":
@@ -109,7 +111,7 @@ class Delivery:
             self.memory.offset = 0
         self.batch = Batch(self.memory.offset)  # the next to be sent
 
-    def begin(self, code_tags: Mapping[str, str], code_folder: str) -> None:
+    def begin(self, code_tags: Mapping[str, str], *folders: str) -> None:
         """For a training that starts: whatever an earlier one ended as, this one has not ended, and runs this code.
 
         For one whose first sender died, too; unless that one had delivered all, the ending included.
@@ -118,7 +120,7 @@ class Delivery:
         if self.batch.lines:
             self.memory.status = ""
         self._code_tags = dict(code_tags)
-        self._files.add([[code_folder, code_folder]])
+        self._files.add([[folder, folder] for folder in folders])
 
     def hear(self, text: bytes) -> None:
         """Lines of the journal that the disk did not take; if it takes them later, sending them again adds nothing."""
@@ -206,9 +208,10 @@ class Delivery:
         facts = read_run(self.folder)
         old = facts.get("run_id") or self.memory.run_id
         run = self._store.known(old) or self._store.create(self.folder, {**facts, "run_id": old})
-        if run.id != facts.get("run_id"):
+        found: dict[str, Any] = {"run_id": run.id, "experiment_id": run.experiment_id, "run_name": run.name}
+        if any(facts.get(key) != value for key, value in found.items()):
             with contextlib.suppress(OSError):  # on a full disk: the run is found again by its tag
-                update_run(self.folder, run_id=run.id)
+                update_run(self.folder, **found)
         if old and run.id != old:
             self.memory.note = f"run {old} is not in {redact(self._store.uri)} any more; its successor is {run.id}"
             _log.warning(self.memory.note)

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import getpass
 import hashlib
+import itertools
 import logging
 import os
 import posixpath
@@ -125,8 +126,19 @@ class MlflowStore:
     def _find_or_create(self, experiment: str, facts: Mapping[str, Any], tags: Mapping[str, str]) -> Any:
         """The run with this `id`, or a new one; an answer that says nothing may have been about a run that was made."""
         found = _ask(self.client.search_runs, [experiment], f"tags.`dtrain.id` = '{facts['id']}'", max_results=1)
-        started_ms = round(facts["started"] * 1000)
-        return found[0] if found else self.client.create_run(experiment, started_ms, tags, run_name=facts["run_name"])
+        if found:
+            return found[0]
+        name = facts["run_name"]
+        if facts.get("is_named_by_dtrain"):
+            name = self._free_name(experiment, name)
+        return self.client.create_run(experiment, round(facts["started"] * 1000), tags, run_name=name)
+
+    def _free_name(self, experiment: str, name: str) -> str:
+        """The name, with a number where a run has it: two of one day and one command line are told apart, too."""
+        wanted = f"attributes.run_name LIKE '{name.replace(chr(39), '_')}%'"
+        taken = {run.info.run_name for run in _ask(self.client.search_runs, [experiment], wanted, max_results=1000)}
+        names = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
+        return next(each for each in names if each not in taken)
 
     def _active_experiment(self, name: str) -> str:
         """The id of the experiment, made if need be; a deleted one keeps its name, so the next free name is taken."""
@@ -137,6 +149,8 @@ class MlflowStore:
                 if made := self._create_experiment(candidate):
                     return made
             elif known.lifecycle_stage == "active":
+                for key in _KIND.keys() - known.tags.keys():  # made by another program, or an older MLflow
+                    _ask(self.client.set_experiment_tag, known.experiment_id, key, _KIND[key])
                 return str(known.experiment_id)
             else:
                 count += 1
@@ -160,6 +174,8 @@ class MlflowRun:
 
     def __init__(self, client: Any, run: Any) -> None:
         self.id: str = run.info.run_id
+        self.name, self.experiment_id = str(run.info.run_name), str(run.info.experiment_id)
+        self._data: dict[str, tuple[str, str]] = {}  # name and digest of the sets that were sent
         self._client = client
         self._params: dict[str, str] = dict(run.data.params)
         self._tags: dict[str, str] = dict(run.data.tags)
@@ -217,6 +233,70 @@ class MlflowRun:
         with _long_timeout(), Image.open(path) as image:
             self._client.log_image(self.id, image, key=name, step=step, timestamp=time_ms, synchronous=True)
         self._images.add(known)
+
+    def log_datasets(self, described: Sequence[Mapping[str, str]]) -> None:
+        """Sends the sets of `lineage`; one that is there adds nothing."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        fields = ("name", "digest", "source_type", "source", "profile")
+        inputs = [
+            DatasetInput(
+                Dataset(**{key: each[key] for key in fields}), [InputTag("mlflow.data.context", each["context"])]
+            )
+            for each in described
+        ]
+        _ask(self._client.log_inputs, self.id, inputs)
+        self._data.update({each["context"]: (each["name"], each["digest"]) for each in described})
+
+    def model_of_step(self, name: str, step: int) -> Any:
+        """The run's model, made anew where it is of another step; None where that of this step is there as a whole."""
+        wanted = f"tags.`dtrain.run` = '{self.id}'"
+        of_this_step = None
+        for model in _ask(self._client.search_logged_models, [self.experiment_id], wanted):
+            if model.tags.get("dtrain.step") == str(step):
+                of_this_step = model
+            else:
+                _ask(self._client.delete_logged_model, model.model_id)
+        if of_this_step is not None:
+            return None if of_this_step.tags.get("dtrain.whole") else of_this_step
+        tags = {"dtrain.run": self.id, "dtrain.step": str(step)}
+        return self._client.create_logged_model(self.experiment_id, mlflow_model_name(name), self.id, tags)
+
+    def log_model(
+        self, model: Any, folder: Path, facts: Mapping[str, Any], figures: Sequence[Row], loader: str
+    ) -> None:
+        """Sends a model: its files with an MLmodel that `loader` reads, its figures, its version in the registry."""
+        from mlflow.entities import LoggedModelOutput, Metric
+        from mlflow.models import Model
+        from mlflow.pyfunc import add_to_model
+
+        made = Model(run_id=self.id, model_id=model.model_id, signature=_signature(facts.get("signature") or {}))
+        add_to_model(made, loader, data="data", code="code")
+        made.save(folder / "MLmodel")
+        with _long_timeout():
+            self._client.log_model_artifacts(model.model_id, str(folder))
+        self._client.finalize_logged_model(model.model_id, "READY")
+        self._client.log_outputs(self.id, [LoggedModelOutput(model.model_id, int(facts["step"]))])
+        linked = []
+        for key, value, time_ms, step in figures:
+            name, digest = self._data.get(key.rpartition("/")[0].removesuffix("/volume"), (None, None))
+            linked.append(Metric(mlflow_key(key), value, time_ms, step, model.model_id, name, digest, self.id))
+        self._log("metrics", linked)
+        if name := facts.get("register"):
+            self._register(str(name), model.model_id)
+        self._client.set_logged_model_tags(model.model_id, {"dtrain.whole": "true"})
+
+    def _register(self, name: str, model_id: str) -> None:
+        """The model as the next version of a registered model; one version is enough."""
+        try:
+            self._client.create_registered_model(name)
+        except Exception as error:
+            if getattr(error, "error_code", "") != "RESOURCE_ALREADY_EXISTS":
+                raise
+        known = _ask(self._client.search_model_versions, f"name = '{name}' and run_id = '{self.id}'")
+        source = f"models:/{model_id}"
+        if source not in [version.source for version in known] and model_id not in [v.model_id for v in known]:
+            self._client.create_model_version(name, source, self.id, model_id=model_id)
 
     def set_status(self, status: str, time_ms: int) -> None:
         """RUNNING, or how and when the run ended."""
@@ -385,6 +465,26 @@ def _get_run(client: Any, run_id: str) -> Any:
             return None
         raise
     return run if run.info.lifecycle_stage == "active" else None
+
+
+def _signature(described: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
+    """MLflow's signature of the tensors that a model takes and gives; None where they are not known."""
+    import numpy as np
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    if not described:
+        return None
+
+    def schema(tensors: Sequence[Mapping[str, Any]]) -> Any:
+        return Schema([TensorSpec(np.dtype(one["dtype"]), tuple(one["shape"]), one.get("name")) for one in tensors])
+
+    return ModelSignature(schema(described["inputs"]), schema(described["outputs"]))
+
+
+def mlflow_model_name(name: str) -> str:
+    """A name that MLflow takes for a logged model: without the characters that its addresses are made of."""
+    return re.sub(r"[/:.%\"'\s]+", "-", name).strip("-")[:200] or "model"
 
 
 def mlflow_key(name: str) -> str:

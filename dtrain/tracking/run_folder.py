@@ -34,6 +34,7 @@ class RunFolder:
         self.delivery = self.path / "mlflow.json"  # what MLflow has acknowledged
         self.checkpoints = self.path / "checkpoints"
         self.pictures = self.path / "pictures"
+        self.tables = self.path / "tables"  # of metrics that are matrices, as of the newest evaluation
         self.predictions = self.path / "predictions"
         self.failure = self.path / "failure.json"
         self.failed_step = self.path / "failed-step"  # a folder of checkpoints
@@ -50,6 +51,10 @@ class RunFolder:
     def code(self, attempt: int) -> Path:
         """Which code ran in the first start of the run (attempt 1) or a later one: commit, status and diff."""
         return self.path / ("code" if attempt == 1 else f"code/resume_{attempt}")
+
+    def environment(self, attempt: int) -> Path:
+        """With what the first start of the run, or a later one, ran: packages, CUDA, driver."""
+        return self.path / ("environment" if attempt == 1 else f"environment/resume_{attempt}")
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -187,7 +192,7 @@ class Memory:
     offset: int = 0  # in bytes, in the journal
     status: str = ""  # RUNNING, FINISHED, FAILED or KILLED, as MLflow has it
     # Not sent yet: of a file its path in the run folder and its folder in MLflow; of a picture its path, key, step and
-    # time in ms.
+    # time in ms; of the data sets or the model what the journal says of them.
     artifacts: list[list[Any]] = field(default_factory=list)
     problem: str = ""  # why MLflow does not have everything: for the hint that rank 0 prints
     note: str = ""  # what else rank 0 should print

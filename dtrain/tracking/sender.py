@@ -14,6 +14,7 @@ from filelock import Timeout
 
 from dtrain.tracking import mlflow_store
 from dtrain.tracking.delivery import Delivery, follow
+from dtrain.tracking.environment import capture_environment
 from dtrain.tracking.git_state import capture_code
 from dtrain.tracking.outage import Outage
 from dtrain.tracking.retry import PATIENCE_SECONDS
@@ -107,6 +108,11 @@ def _feed(folder: Path, parent: int, uri: str, system_metrics: bool) -> int:
     _run_in_background(_NICENESS if facts["state"] == "RUNNING" else 0)  # of a run that has ended, rank 0 waits for it
     code = RunFolder(folder).code(facts["attempt"])
     code_tags = capture_code(code)  # first of all, before anybody edits a file
+    environment = RunFolder(folder).environment(facts["attempt"])
+    try:
+        code_tags |= capture_environment(environment)
+    except OSError as error:
+        _log.warning("the environment is not recorded: %s", error)
     system = None
     if system_metrics:
         try:
@@ -119,7 +125,7 @@ def _feed(folder: Path, parent: int, uri: str, system_metrics: bool) -> int:
     # The sender of a rank 0 that exited may still deliver the rest.
     with locked_file(RunFolder(folder).sender_lock, 2 * PATIENCE_SECONDS):
         delivery = Delivery(folder, mlflow_store.MlflowStore(uri), system, outage)
-        delivery.begin(code_tags, str(code.relative_to(folder)))
+        delivery.begin(code_tags, *(str(each.relative_to(folder)) for each in (code, environment)))
         return follow(delivery, parent, pipe=_STDIN)
 
 

@@ -326,7 +326,7 @@ def test_files_cannot_hold_up_a_status_nor_leave_the_run_folder(
 class Shelf:
     """A store that takes figures and, of files, only those that are not in `refuses`; each try takes `seconds`."""
 
-    uri, id = "shelf:", "1"
+    uri, id, name, experiment_id = "shelf:", "1", "vit", "0"
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.seconds, self.refuses = 1000.0, 0.0, {"bad"}

@@ -119,7 +119,8 @@ def test_until_an_epoch_and_exceptions() -> None:
         ([{"until_epoch": 1}], "trainer.freeze.0: needs 'match' (patterns of parameters' names) or 'types'"),
         ({"types": "BatchNorm2d"}, "no module with parameters is a 'BatchNorm2d'; did you mean 'BatchNorm1d'"),
         ({"match": "head.*", "types": "BatchNorm1d"}, "no parameter that 'match' fits is of a BatchNorm1d"),
-        ([{"match": 3}], "trainer.freeze.0.match: expected string or a list of strings, found int 3"),
+        ({"match": []}, "trainer.freeze: needs 'match' (patterns of parameters' names) or 'types'"),
+        ([{"match": 3}], "trainer.freeze.0.match: expected string or a list of strings or null, found int 3"),
         (3, "trainer.freeze: expected string or"),
     ],
 )
