@@ -116,8 +116,6 @@ def test_runs_are_listed_newest_first_with_how_far_they_are(run: Run, tmp_path: 
     assert re.split(r"\s{2,}", lines[3])[2:] == ["KILLED", "epoch 3/3", "Right 0.7500", "1 min 30 s", "SIGTERM"]
     assert lines[4:] == ["and 1 older ones: --limit 4"]
     assert run("runs", "runs/sweep")[1].splitlines()[1].startswith("runs/sweep/lr=1 ")
-    with pytest.raises(SystemExit):
-        run("runs", "--limit", "many")
     assert run("runs", "rusn")[::2] == (2, "dtrain runs: rusn is not a folder; did you mean 'runs'?\n")
     (tmp_path / "empty").mkdir()
     assert run("runs", "empty")[1].startswith(f"no runs in and under {tmp_path}/empty; ")
