@@ -292,6 +292,18 @@ def _config(options: argparse.Namespace) -> int:
     return DONE
 
 
+def _schema(options: argparse.Namespace) -> int:
+    """Print the JSON Schema of a config for editors, with what it names; without one, of all that is known."""
+    import json
+
+    from dtrain.config.json_schema import schema_of
+    from dtrain.config.load import load_config
+
+    config = load_config(options.config, options.overrides) if options.config else None
+    print(json.dumps(schema_of(config), ensure_ascii=False))
+    return DONE
+
+
 def _submit(options: argparse.Namespace) -> int:
     """Train as a SLURM job, with a copy of config and code; requeued until it is done."""
     from dtrain.launch.submit import submit
@@ -351,6 +363,7 @@ COMMANDS = {
     "export": (_export, EXPORT, "runs/digits --output digits.onnx"),
     "check": (_check, CHECK, "configfiles/digits.yaml --find-lr"),
     "config": (_config, CONFIG, "configfiles/digits.yaml optimizer.lr=5e-4"),
+    "schema": (_schema, CONFIG | {"config": DOCTOR["config"]}, "configfiles/digits.yaml > dtrain.schema.json"),
     "submit": (_submit, SUBMIT, "configfiles/digits.yaml --nodes 2 --gpus-per-node 4 --time 12:00:00"),
     "sync": (_sync, RUN_FOLDER, "runs/digits"),
     "replay": (_replay, RUN_FOLDER | TRACEBACK, "runs/digits"),
