@@ -175,6 +175,12 @@ EXPORT = {
     "--input-shape": dict(metavar="N,N,...", type=_sizes, help="of one sample; default: the data are asked"),
 }
 RUN_FOLDER: Arguments = {"folder": dict(metavar="RUN_FOLDER", help="trainer.checkpoint_dir of the training")}
+COMPLETION: Arguments = {
+    "shell": dict(metavar="SHELL", choices=("bash", "zsh", "fish"), help="bash, zsh or fish"),
+    "words": dict(
+        metavar="WORD", nargs="*", default=[], help="of a command line, for the script; the last one is begun"
+    ),
+}
 JOB: Arguments = {
     "--run-folder": dict(metavar="DIR", type=Path, required=True, help="trainer.checkpoint_dir of the training"),
     "--requeue": dict(metavar="COMMAND", default="", help="requeues the job, where its exit status alone does not"),
@@ -304,6 +310,20 @@ def _schema(options: argparse.Namespace) -> int:
     return DONE
 
 
+def _completion(options: argparse.Namespace) -> int:
+    """Print the script by which a shell completes commands, options, files and keys."""
+    from dtrain.config.completion import SCRIPTS, complete
+
+    if options.words:
+        print(
+            *complete(options.words, {name: command[1] for name, command in COMMANDS.items() if name != "job"}),
+            sep="\n",
+        )
+    else:
+        print(SCRIPTS[options.shell], end="")
+    return DONE
+
+
 def _submit(options: argparse.Namespace) -> int:
     """Train as a SLURM job, with a copy of config and code; requeued until it is done."""
     from dtrain.launch.submit import submit
@@ -364,6 +384,7 @@ COMMANDS = {
     "check": (_check, CHECK, "configfiles/digits.yaml --find-lr"),
     "config": (_config, CONFIG, "configfiles/digits.yaml optimizer.lr=5e-4"),
     "schema": (_schema, CONFIG | {"config": DOCTOR["config"]}, "configfiles/digits.yaml > dtrain.schema.json"),
+    "completion": (_completion, COMPLETION, "bash >> ~/.bashrc"),
     "submit": (_submit, SUBMIT, "configfiles/digits.yaml --nodes 2 --gpus-per-node 4 --time 12:00:00"),
     "sync": (_sync, RUN_FOLDER, "runs/digits"),
     "replay": (_replay, RUN_FOLDER | TRACEBACK, "runs/digits"),

@@ -134,6 +134,12 @@ def searched(section: str) -> tuple[str, ...]:
     return tuple(item for item in LIBRARIES[section] if section != "loaders" or "transforms" not in item)
 
 
+def component_names(config: ConfigDict, section: str, is_nested: bool) -> list[str]:
+    """The bare names that a section, or a call inside it, may use: one's own first."""
+    libraries = ALL_LIBRARIES if is_nested else searched(section) if section in LIBRARIES else ()
+    return list(dict.fromkeys([*library_names(own_modules(config)), *library_names(libraries)]))
+
+
 class _Writer:
     """Writes the schema of one config, or of all."""
 
@@ -220,7 +226,7 @@ class _Writer:
     def used(self, section: str) -> Iterator[Call]:
         """What the config itself names there; under 'component' what lies inside other calls."""
         if section == "component":
-            yield from (inner for call in self.calls.values() for inner in _inside(call))
+            yield from (inner for call in self.calls.values() for inner in inside(call))
         elif section == "loaders":
             yield from (self.calls[key] for key in self.calls if f"{key}.loader" in self.calls)
         else:
@@ -440,11 +446,11 @@ def _is_callee(module: str, name: str) -> bool:
         return False
 
 
-def _inside(call: Call) -> Iterator[Call]:
+def inside(call: Call) -> Iterator[Call]:
     """The calls among a call's arguments, at any depth."""
     for inner in call.components.values():
         yield inner
-        yield from _inside(inner)
+        yield from inside(inner)
 
 
 def _refs(settings: str) -> dict[str, Schema]:
