@@ -239,10 +239,12 @@ def _run(plan: Plan, source: Grid | Study, how: Settings) -> int:
     at_work = TrialsAtWork(plan.path, how)
     journal = parent_run(plan)
     how.overrides = parent_override(plan, lambda: at_work.is_stopped)
-    at_work.run(source)
+    best = best_of(source.trials(), source.mode)
+    for trial in at_work.run(source):
+        best = best_of([best, trial] if best else [trial], source.mode) or best
+        values = {source.figure: trial.score, f"best/{source.figure}": best.score if best else None}
+        journal.log(source.done, {key: value for key, value in values.items() if value is not None})
     status = conclude(plan, source, at_work.is_stopped)
-    if best := best_of(source):
-        journal.log(len(source.trials()), {source.figure: best.score})
     for file in ("trials.csv", *(["best.yaml"] if best else [])):
         journal.artifact(file)
     endings = {DONE: ("FINISHED", ""), FAILED: ("FAILED", "trials have failed"), STOPPED_EARLY: ("KILLED", "stopped")}
