@@ -1,15 +1,18 @@
 """The commands of `dtrain` and their help; what a command needs is imported when it is run."""
 
 import argparse
+import inspect
 import os
+import re
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from dtrain import __version__
+from dtrain.config.did_you_mean import did_you_mean
 from dtrain.config.errors import ConfigError, one_line, to_plain
 from dtrain.distributed.environment import environment, is_main
 from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EARLY, WRONG_CONFIG
@@ -72,40 +75,85 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The command line; argparse takes no KEY=VALUE behind an option, people write it there."""
-    parser = _parser()
+    parser, commands = _parsers()
+    if not words:  # as other tools have it
+        parser.exit(WRONG_CONFIG, parser.format_help())
+    words = [*words[1:], "--help"] if words[0] == "help" else _with_dashes(words)
+    if not words[0].startswith("-") and words[0] not in commands:
+        parser.error(f"{words[0]!r} is not a command{did_you_mean(words[0], set(commands) - HIDDEN)}")
     options, rest = parser.parse_known_args(words)
-    if unexpected := [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]:
-        parser.error(f"unrecognized arguments: {' '.join(unexpected)}")
+    for word in rest:
+        if word.startswith("-") or not hasattr(options, "overrides"):
+            known = [name for name in commands[options.command]._option_string_actions if name.startswith("--")]
+            near = did_you_mean(word.partition("=")[0], known) if word.startswith("--") else ""
+            commands[options.command].error(f"unexpected argument {word!r}{near}")
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
+def _with_dashes(words: Sequence[str]) -> list[str]:
+    """--nproc_per_node as --nproc-per-node: torchrun takes both; behind a bare -- another program's words follow."""
+    end = words.index("--") if "--" in words else len(words)
+    options = [word.partition("=") if word.startswith("--") else (word, "", "") for word in words[:end]]
+    names = [name.replace("_", "-") if name.startswith("--") else name for name, _, _ in options]
+    return [name + sign + value for name, (_, sign, value) in zip(names, options, strict=True)] + list(words[end:])
+
+
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    """The parser of `dtrain`, and those of its commands by name."""
+    form = argparse.RawDescriptionHelpFormatter  # an example is one line
     parser = _Parser(
         prog="dtrain",
-        description="Train PyTorch models from one YAML file. A first argument ending in .yaml or .yml means 'train'.",
+        usage="dtrain CONFIG [KEY=VALUE ...]\n       dtrain COMMAND ...",
+        description=_overview(),
         epilog="example: torchrun --nproc_per_node=4 -m dtrain configfiles/digits.yaml",
-        formatter_class=argparse.RawDescriptionHelpFormatter,  # an example is one line
+        formatter_class=form,
     )
-    parser.add_argument("--version", action="version", version=f"dtrain {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+    parser.add_argument("-V", "--version", action="version", version=f"dtrain {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser, help=argparse.SUPPRESS)
+    parsers: dict[str, _Parser] = {}
     for name, (run, arguments, example) in COMMANDS.items():
-        text = run.__doc__ or ""
-        texts: dict[str, Any] = {"description": text, "epilog": f"example: dtrain {name} {example}"}
-        if name != "job":  # for scripts: missing in the list of commands
-            texts["help"] = text[:1].lower() + text[1:].rstrip(".")
-        command = commands.add_parser(name, formatter_class=parser.formatter_class, **texts)
-        command.set_defaults(run=run)
+        epilog = f"example: dtrain {name} {example}"
+        parsers[name] = commands.add_parser(
+            name, prog=f"dtrain {name}", description=inspect.getdoc(run), epilog=epilog, formatter_class=form
+        )
+        parsers[name].set_defaults(run=run)
         for argument, options in arguments.items():
-            command.add_argument(argument, **options)
-    return parser
+            parsers[name].add_argument(*argument.split(), **options)
+    return parser, parsers
+
+
+def _overview() -> str:
+    """What `dtrain --help` says of the commands: a line for each, in groups, those that one needs first on top."""
+    lines = ["Train PyTorch models from one YAML file. Without a command, CONFIG is trained."]
+    grouped = {name for names in GROUPS.values() for name in names.split()}
+    rest = " ".join(name for name in COMMANDS if name not in grouped | HIDDEN)
+    for title, names in (GROUPS | ({"Others": rest} if rest else {})).items():
+        lines += ["", f"{title}:"]
+        for name in names.split():
+            text = (COMMANDS[name][0].__doc__ or "").splitlines()[0]
+            lines.append(f"  {name:<{max(map(len, COMMANDS))}}  {text[:1].lower()}{text[1:].rstrip('.')}")
+    return "\n".join(lines)
 
 
 def _natural(text: str) -> int:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"expected a whole number, not {text!r}")
     return int(text)
+
+
+def _positive(text: str) -> int:
+    if not _natural(text):
+        raise argparse.ArgumentTypeError("expected at least 1, not 0")
+    return int(text)
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MGT])i?B?", text.strip(), re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"expected a size such as 80G or 512M, not {text!r}")
+    return int(float(match[1]) * {"M": 1e6, "G": 1e9, "T": 1e12}[match[2].upper()])
 
 
 def _sizes(text: str) -> list[int]:
@@ -126,7 +174,10 @@ DOCTOR = CONFIG | {
     "--json": dict(action="store_true", help="print one JSON object"),
 }
 CHECK = RUN | {
-    "--find-lr": dict(action="store_true", help="try ever higher learning rates, suggest one, draw find-lr.png")
+    "--find-lr": dict(action="store_true", help="try ever higher learning rates, suggest one, draw find-lr.png"),
+    "--memory": dict(metavar="SIZE", type=_bytes, help="of a GPU, such as 80G: the largest batch that fits"),
+    "--world-size": dict(metavar="N", type=_positive, help="as if on so many ranks"),
+    "--all-data": dict(action="store_true", help="read every sample once, and name those that are broken"),
 }
 TEST = RUN | {
     "--checkpoint": dict(
@@ -169,7 +220,7 @@ CLUSTER: Arguments = {  # options of submit, which stand for keys of the config'
 }
 SUBMIT = CONFIG | {f"--{key.replace('_', '-')}": options for key, options in CLUSTER.items()}
 SUBMIT["--dry-run"] = dict(action="store_true", help="print the batch script; write and submit nothing")
-EXPORT = {
+EXPORT: Arguments = {
     "config": dict(metavar="RUN|CONFIG", help="a run folder, or a YAML file whose run folder has checkpoints"),
     "overrides": CONFIG["overrides"],
     "--checkpoint": dict(metavar="PATH", help="a checkpoint or weight file (default: the best)"),
@@ -178,6 +229,38 @@ EXPORT = {
     "--input-shape": dict(metavar="N,N,...", type=_sizes, help="of one sample; default: the data are asked"),
 }
 RUN_FOLDER: Arguments = {"folder": dict(metavar="RUN_FOLDER", help="trainer.checkpoint_dir of the training")}
+TRACKING_URI: Arguments = {
+    "--tracking-uri": dict(metavar="URI", help="MLflow's store (default: MLFLOW_TRACKING_URI, else sqlite here)")
+}
+_ONE_RUN = dict(metavar="RUN", help="a run folder, or the id of a run in MLflow")
+RUNS: Arguments = {
+    "folder": dict(metavar="DIR", nargs="?", help="where to look for run folders (default: the current folder)"),
+    "--tracking-uri": dict(metavar="URI", help="list the runs in this MLflow store instead"),
+    "--limit": dict(metavar="N", type=_natural, default=20, help="list so many at most (default 20)"),
+    "--json": dict(action="store_true", help="print one JSON list, for programs"),
+}
+DIFF: Arguments = {
+    "run_a": _ONE_RUN | {"metavar": "A"},
+    "run_b": _ONE_RUN | {"metavar": "B"},
+    **TRACKING_URI,
+    "--json": dict(action="store_true", help="print one JSON object, for programs"),
+}
+REPRODUCE: Arguments = {
+    "run_name": _ONE_RUN,
+    "overrides": CONFIG["overrides"] | {"help": "settings of this machine, such as device=cpu"},
+    **TRACKING_URI,
+    "--output": dict(metavar="DIR", help="a folder for all of it (default: beside the run, with -reproduced)"),
+    "--repository": dict(metavar="PATH|URL", help="where the commit is found (default: this folder's repository)"),
+    "--tolerance": dict(
+        metavar="X", type=float, default=1e-5, help="relative difference that counts as the same (1e-5)"
+    ),
+    "--dry-run": dict(action="store_true", help="say what would be done; train nothing"),
+}
+REPORT: Arguments = {
+    "runs": _ONE_RUN | {"nargs": "+", "help": "run folders, or ids of runs in MLflow; several are laid over another"},
+    **TRACKING_URI,
+    "--output": dict(metavar="FILE", help="default: report.html in the run's folder, of several runs in this one"),
+}
 JOB: Arguments = {
     "--run-folder": dict(metavar="DIR", type=Path, required=True, help="trainer.checkpoint_dir of the training"),
     "--requeue": dict(metavar="COMMAND", default="", help="requeues the job, where its exit status alone does not"),
@@ -187,7 +270,7 @@ JOB: Arguments = {
 
 
 def _train(options: argparse.Namespace) -> int:
-    """Train, validate, test; resume where an earlier start ended."""
+    """Train, validate and test; resume where an earlier start ended."""
     from dtrain.tracking.start_sender import prepare_sender
 
     config = _checked(options, "train")
@@ -200,7 +283,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _launch(options: argparse.Namespace) -> int:
-    """Train on several ranks of this machine, or as one node of many."""
+    """Train on all GPUs of this machine, or as one node of many."""
     from dtrain.launch.rendezvous import endpoint_of
 
     config = _checked(options, "train")
@@ -212,7 +295,10 @@ def _launch(options: argparse.Namespace) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    """Train all combinations of the values that keys are given, or what Optuna chooses; skip what is finished."""
+    """Train once for each combination of values.
+
+    All combinations of the values that keys are given, or what Optuna chooses; what is finished is skipped.
+    """
     from dtrain.launch.sweep import sweep
 
     return sweep(
@@ -221,7 +307,7 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _test(options: argparse.Namespace) -> int:
-    """Loss and metrics of a checkpoint on the test data."""
+    """Measure loss and metrics of a checkpoint on the test data."""
     config = _checked(options, "test")
     from dtrain.launch import rank
 
@@ -229,7 +315,10 @@ def _test(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    """Predict the data of loaders.predict, else loaders.test, into files; resume where an earlier start ended."""
+    """Write a checkpoint's predictions into files.
+
+    The data are those of loaders.predict, else loaders.test. Resumes where an earlier start ended.
+    """
     config = _checked(options, "predict" if options.folds is None else None)
     end_at_once(_say)
     from dtrain.launch import rank
@@ -238,7 +327,10 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    """Write a trained model as an ONNX or torch.export file, and compare it with the model on one batch."""
+    """Write a trained model as an ONNX or torch.export file.
+
+    What the file computes is compared with the model on one batch.
+    """
     if Path(options.config).is_dir():
         options.folder = options.config
         options.config = str(_run_folder(options, "config.yaml") / "config.yaml")
@@ -250,11 +342,16 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    """Build everything and try one batch of each phase; train nothing, write nothing but --find-lr's picture."""
+    """Build everything and try a batch of each phase; train nothing.
+
+    Nothing is written but --find-lr's picture.
+    """
     config = _checked(options, "train")
     from dtrain.launch import rank
+    from dtrain.launch.forecast import Asked
 
-    return rank.rehearse(config, options.find_lr)
+    asked = Asked(options.memory, options.world_size, options.all_data)
+    return rank.rehearse(config, asked, options.find_lr)
 
 
 def _checked(options: argparse.Namespace, purpose: str | None) -> Any:
@@ -284,9 +381,9 @@ def _config(options: argparse.Namespace) -> int:
     for line in notes_on(config):
         print(f"# {one_line(line)}")
     for name, call in calls(config).items():
-        if name.endswith((".loader", ".schedule", ".folds", ".ddp", ".fsdp", ".pictures", ".swa")) or name.startswith(
-            ("cluster", "sweep", "metric.", "groups.", "trainer.freeze")
-        ):
+        if name.endswith((".loader", ".schedule", ".folds", ".ddp", ".fsdp", ".pictures", ".swa", ".profile")):
+            continue
+        if name.startswith(("cluster", "sweep", "metric.", "groups.", "trainer.freeze")):
             continue  # dtrain's own keys beside a component's, and what is not part of a training
         target = call.target
         where = f"  {target.file}:{target.line}" if isinstance(target, Callee) else ""
@@ -298,7 +395,10 @@ def _config(options: argparse.Namespace) -> int:
 
 
 def _submit(options: argparse.Namespace) -> int:
-    """Train as a SLURM job, with a copy of config and code; requeued until it is done."""
+    """Train as a SLURM job, requeued until it is done.
+
+    The job has a copy of config and code.
+    """
     from dtrain.launch.submit import submit
 
     return submit(options.config, options.overrides, {key: getattr(options, key) for key in CLUSTER}, options.dry_run)
@@ -313,7 +413,10 @@ def _sync(options: argparse.Namespace) -> int:
 
 
 def _replay(options: argparse.Namespace) -> int:
-    """Repeat the step in which a training failed, on one process, and look at every number."""
+    """Repeat the step in which a training failed; look at its numbers.
+
+    On one process.
+    """
     from dtrain.config.load import load_config
 
     folder = _run_folder(options, "config.yaml")
@@ -321,6 +424,36 @@ def _replay(options: argparse.Namespace) -> int:
     from dtrain.launch import rank
 
     return rank.replay(config, folder)
+
+
+def _runs(options: argparse.Namespace) -> int:
+    """List the recent trainings with their status, progress and best figure; of run folders, or from MLflow."""
+    from dtrain.launch.runs import list_runs
+
+    return list_runs(options.folder, options.tracking_uri, options.limit, options.json)
+
+
+def _diff(options: argparse.Namespace) -> int:
+    """Show in what two runs differ: config, code, environment, data and figures."""
+    from dtrain.launch.diff import diff
+
+    return diff(options.run_a, options.run_b, options.tracking_uri, options.json)
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    """Train a run again from its own commit, diff, config and seed, in a new folder, and compare the figures."""
+    from dtrain.launch.reproduce import reproduce
+
+    names = ("output", "repository", "tolerance", "dry_run")
+    wishes = {name: getattr(options, name) for name in names}
+    return reproduce(options.run_name, options.overrides, uri=options.tracking_uri, **wishes)
+
+
+def _report(options: argparse.Namespace) -> int:
+    """Write one HTML page about runs: config, curves, pictures, timing, environment; it needs no server."""
+    from dtrain.launch.report import report
+
+    return report(options.runs, options.tracking_uri, options.output)
 
 
 def _run_folder(options: argparse.Namespace, needed: str) -> Path:
@@ -331,7 +464,10 @@ def _run_folder(options: argparse.Namespace, needed: str) -> Path:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    """Probe versions, GPUs, network, disk, MLflow and, under srun, all nodes; one line each, with a fix."""
+    """Probe GPUs, network, disk, MLflow; one line each, with a fix.
+
+    Under srun, of all nodes.
+    """
     from dtrain.config.load import load_config
     from dtrain.launch.doctor import examine
 
@@ -340,14 +476,17 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _job(options: argparse.Namespace) -> int:
-    """Run the step of a batch job: pass warnings on to it, and requeue the job when it was stopped early."""
+    """Run the step of a batch job; requeue the job when it was stopped early.
+
+    Warnings of the batch system are passed on to it.
+    """
     from dtrain.launch.requeue import run_job
 
     return run_job(options.run_folder, options.step, options.requeue, options.stopped_status)
 
 
 # Each command: what runs it, whose docstring is its help; its arguments; an example for its help.
-COMMANDS = {
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], Arguments, str]] = {
     "train": (_train, RUN, "configfiles/digits.yaml trainer.max_epochs=3 optimizer.lr=5e-4"),
     "launch": (_launch, LAUNCH, "configfiles/digits.yaml --nproc-per-node 4 --max-restarts 3"),
     "test": (_test, TEST, "configfiles/digits.yaml --checkpoint runs/digits/checkpoints/best"),
@@ -357,8 +496,20 @@ COMMANDS = {
     "check": (_check, CHECK, "configfiles/digits.yaml --find-lr"),
     "config": (_config, CONFIG, "configfiles/digits.yaml optimizer.lr=5e-4"),
     "submit": (_submit, SUBMIT, "configfiles/digits.yaml --nodes 2 --gpus-per-node 4 --time 12:00:00"),
+    "runs": (_runs, RUNS, "runs --limit 10"),
+    "diff": (_diff, DIFF, "runs/digits runs/digits-lr1e-2"),
+    "reproduce": (_reproduce, REPRODUCE, "runs/digits --dry-run"),
+    "report": (_report, REPORT, "runs/digits runs/digits-lr1e-2 --output report.html"),
     "sync": (_sync, RUN_FOLDER, "runs/digits"),
     "replay": (_replay, RUN_FOLDER | TRACEBACK, "runs/digits"),
     "doctor": (_doctor, DOCTOR, "configfiles/digits.yaml"),
     "job": (_job, JOB, "--run-folder runs/digits -- srun dtrain launch configfiles/digits.yaml"),
 }
+# The order in which `dtrain --help` shows them; one that is in no group stands at the end.
+GROUPS = {
+    "Start with": "train check launch test predict",
+    "Before a training": "config doctor",
+    "Many trainings": "sweep submit",
+    "Runs": "export replay sync",
+}
+HIDDEN = {"job"}  # for scripts

@@ -425,6 +425,12 @@ def _files(dataset: Any) -> set[Path]:
     return {file.resolve() for file in listed if isinstance(file, Path) and file.is_absolute()}
 
 
+def batch_size_of(config: ConfigDict, name: str, world_size: int) -> int:
+    """Samples in a batch of one rank among so many; a ConfigError where they cannot share it."""
+    path = calls(config)[f"loaders.{name}.loader"].path
+    return _batch_size(config, path, build(config, f"loaders.{name}.loader"), world_size)
+
+
 def _batch_size(config: ConfigDict, path: KeyPath, options: dict[str, Any], world_size: int) -> int:
     """Samples per rank and batch; takes both keys out of the options."""
     per_rank, of_all_ranks = options.pop("batch_size"), options.pop("global_batch_size")

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from dtrain.config.build import make
 from dtrain.config.errors import ConfigError
+from dtrain.config.metric_rules import CONFUSION
 from dtrain.config.schema import calls, refused
 from dtrain.data import rng
 from dtrain.data.heads import main_pair, shows_outputs
@@ -60,6 +61,7 @@ class Metrics:
         self._has_several = False  # outputs, the model: a batch has shown it
         self.names = list(makers)  # the labels under which they are logged
         self.kept = KeptAttributes(device, with_buffers=True)  # what they keep from one validation to the next
+        self.tables: dict[str, list[list[float]]] = {}  # of the last evaluation, its confusion matrices
 
     def prepare(self) -> dict[str, Any]:
         """Make the metrics, once.
@@ -110,11 +112,19 @@ class Metrics:
         return _full_precision(measured), wanted
 
     def compute(self) -> dict[str, float]:
-        """The figures over all ranks' batches, the same on every rank. A vector gives its mean and its elements."""
+        """The figures over all ranks' batches, the same on every rank. A vector gives its mean and its elements.
+
+        A confusion matrix gives none: it is in `tables` afterwards, one of several labels under <name>_<label>.
+        """
         figures: dict[str, float] = {}
+        self.tables = {}
         for name, metric in self.prepare().items():
             with _named(name):
-                figures |= _figures(name, metric.compute(self._ranks))
+                value = metric.compute(self._ranks)
+                is_confusion = CONFUSION in f"{name} {_name_of(metric.metric)}".lower()
+                tables = _matrices(name, value) if is_confusion else {}
+                self.tables |= tables
+                figures |= {} if tables else _figures(name, value)
         return figures
 
     def _adapted(self, name: str, metric: Any) -> Any:
@@ -371,6 +381,16 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value.tolist() if hasattr(value, "tolist") else float(value)
+
+
+def _matrices(name: str, value: Any) -> dict[str, list[list[float]]]:
+    """The square matrices in a metric's result, by name; {} where it is anything else."""
+    if not isinstance(value, list) or not value or not all(isinstance(row, list) for row in value):
+        return {}
+    if all(isinstance(row[0], list) for row in value if row):
+        found = [_matrices(f"{name}_{number}", item) for number, item in enumerate(value)]
+        return {key: table for part in found for key, table in part.items()} if all(found) else {}
+    return {name: value} if all(len(row) == len(value) for row in value) else {}
 
 
 def _figures(name: str, value: Any) -> dict[str, float]:

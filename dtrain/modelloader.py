@@ -58,6 +58,7 @@ class Forward:
     sample_counts: Collection[int] = ()  # see `data.batch.call_form`
     say: Callable[[str], Any] = bool  # told once how a model is called that computes its own loss
     channels_last: bool = False  # the memory format of images and volumes among the inputs
+    to_device: Callable[[Any, torch.device], Any] = batches.to_device  # how a batch gets there
 
     def __post_init__(self) -> None:
         self._name = type(self.module).__name__  # of now: sharding makes a class of another name
@@ -84,7 +85,7 @@ class Forward:
         """
         as_loaded = batch
         if not self._is_on_cpu:
-            batch = batches.to_device(batch, self.device)
+            batch = self.to_device(batch, self.device)
         if self._computes_loss and self._takes_whole(model, batch):
             whole = batches.whole(batch)
             return self._with_own_loss(model, batches.in_channels_last(whole) if self.channels_last else whole)

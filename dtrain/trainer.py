@@ -25,15 +25,19 @@ from dtrain.config.live_objects import with_objects
 from dtrain.config.load import from_mapping
 from dtrain.config.metric_rules import not_given
 from dtrain.data import rng
+from dtrain.data.batch import to_device
 from dtrain.data.samplers import ORDER
 from dtrain.dataloader import MicroBatch
+from dtrain.distributed.environment import cores, environment
 from dtrain.distributed.launched_rank import mark_first_step
 from dtrain.distributed.stop_request import StopWaiting
 from dtrain.distributed.vote import Vote
 from dtrain.predict.inference import Result
 from dtrain.predict.members import load_to_test
 from dtrain.predict.run import compare_with_training, logits, predict
+from dtrain.reporting.metric_tables import draw_tables, keep_tables, tell_tables
 from dtrain.tracking.secrets import keep_secret
+from dtrain.training.advice import Advisor
 from dtrain.training.anomaly import detecting_anomalies
 from dtrain.training.best_score import is_new_best, judge_patience
 from dtrain.training.closure import Closure, asks_for_closure
@@ -44,13 +48,16 @@ from dtrain.training.failure_card import reported
 from dtrain.training.finite_step import FiniteStep, NonFiniteError
 from dtrain.training.gpu_memory import peak_gb
 from dtrain.training.held_folder import keep_whole
+from dtrain.training.model_signature import signature_of
 from dtrain.training.optimizer import require_one_optimizer, require_trained
 from dtrain.training.own_step import OwnStep, trained
+from dtrain.training.profile import Profiler
 from dtrain.training.rescue import LastStep, rescue
 from dtrain.training.result import FitResult, fit_result
 from dtrain.training.run_status import session
 from dtrain.training.setup import Parts, make_parts
 from dtrain.training.state import Activity, TrainState, capture, means, restore
+from dtrain.training.step_clock import clock_of
 from dtrain.training.swa import SWA
 from dtrain.training.throughput import Throughput
 from dtrain.training.watchdog import watchdog
@@ -146,6 +153,7 @@ class Trainer:
         cudnn_benchmark: Let cuDNN time its algorithms for each shape of input. Default: torch's own setting.
         sync_batchnorm: BatchNorm over all ranks (GPU only).
         deterministic: torch's deterministic algorithms.
+        profile: Leave a trace of a few steps, by torch's profiler: true, or its settings as a mapping.
         pictures: What is drawn at validations: its settings as a mapping; false or null: nothing.
         time_limit: After so long (seconds, 90m, 01:30:00) this start saves and ends, as before a batch system's limit.
         strategy: ddp | fsdp: each rank has the model, or a part. Default: accelerate's own setting, else ddp.
@@ -198,6 +206,7 @@ class Trainer:
         cudnn_benchmark: bool | None = None,
         sync_batchnorm: bool = False,
         deterministic: bool = False,
+        profile: bool | dict | None = None,
         pictures: bool | dict | None = True,
         time_limit: float | str | None = None,
         strategy: Literal["ddp", "fsdp"] | None = None,
@@ -217,6 +226,11 @@ class Trainer:
         self.log_every_steps, self.early_stop_patience = log_every_steps, early_stop_patience
         self.validate_every_steps = validate_every_steps or math.inf
         self.checkpoint_every_steps = checkpoint_every_steps or math.inf
+        self.profiler: Profiler | None = None
+        if profile not in (None, False) and self.ranks.is_main:
+            settings: Any = {} if profile is True else profile
+            self.profiler = Profiler(self.journal, self.progress.note, self.activity, self.throughput, settings)
+        self.advisor = self._advisor(checkpoint_every_minutes)
         self._make_means(accumulate, closure, syncs_buffers=(ddp or {}).get("broadcast_buffers") is not False)
 
     def _take_over(self, parts: Parts) -> None:
@@ -232,9 +246,12 @@ class Trainer:
         self.journal, self.progress = parts.journal, parts.progress
         self.train_loader: Any = parts.loaders.train
         self.device = self.ranks.device
-        self.state, self.activity = TrainState(self.device), Activity()
+        clock = clock_of(self.device)
+        self.state, self.activity = TrainState(self.device), Activity(clock=clock)
+        self.forward.to_device = self._to_device
         self.inference = replace(parts.inference, asked_to_stop=self.asked_to_stop)
-        self.vote, self.throughput = Vote(self.ranks), Throughput(self.ranks.rank, self.ranks.world_size)
+        self.vote = Vote(self.ranks)
+        self.throughput = Throughput(self.ranks.rank, self.ranks.world_size, clock)
         self._is_first_step = True  # of this start
 
     def _make_means(self, accumulate: int, closure: bool | None, syncs_buffers: bool) -> None:
@@ -245,7 +262,7 @@ class Trainer:
             self.optimizer, self.scaler, self.state, self.on_nonfinite, self.progress.note, self.ranks
         )
         if closure or (closure is None and asks_for_closure(self.optimizer)):
-            self.finite_step.closure = Closure(self.state, self.ranks, self.learn, self._clipped)
+            self.finite_step.closure = Closure(self.state, self.ranks, self._learn_again, self._clipped)
 
     def _collect_parameters(self, syncs_buffers: bool) -> None:
         """The parameters that are trained, now or later, and what the ranks have to do for those of a loss."""
@@ -308,6 +325,7 @@ class Trainer:
             watchdog(evidence, self.hang_timeout_seconds),
             self._rescuing(),
             detecting_anomalies(self.anomaly),
+            self.profiler or contextlib.nullcontext(),
         ):
             self._check_that_it_can_be_saved()
             # A validation during which an earlier start was stopped comes first.
@@ -332,14 +350,14 @@ class Trainer:
         self.model.train()
         self.throughput.restart()
         self.last_step.mark()
-        activity.phase, activity.batch_start = "waiting for data", state.position
+        activity.batch_start = state.position
+        activity.enter("waiting for data")
         for micro in self.stop_request.waiting(loader.epoch(state.epoch, state.position, state.order)):
             activity.beats += 1
-            self.throughput.data_came()
             if micro.batch is not None:
                 self.learn(micro)
             if micro.closes:
-                activity.phase = "optimizer step"
+                activity.enter("optimizer step")
                 if not loader.may_leave_out or self._has_samples(micro):
                     self.take_step()
                 self.after_step(micro.position)
@@ -348,7 +366,7 @@ class Trainer:
                 if state.ended or state.step >= self.max_steps:
                     break
             activity.batch_start = micro.end
-            activity.phase = "waiting for data"
+            activity.enter("waiting for data")
         if state.position >= end and not state.stopped:  # a stopped epoch ends when the training resumes
             self._after_epoch()
         self.progress.end_epoch()
@@ -364,15 +382,20 @@ class Trainer:
         if self.finite_step.closure is not None:
             self.finite_step.closure.note(micro)
         with contextlib.nullcontext() if micro.closes else self.ranks.strategy.no_sync(self.model):
-            activity.phase = "forward"
+            activity.enter("forward")
             own.micro, own.loss = micro, None
             result = self.training_step(micro.batch)
-            activity.phase = "backward"
+            activity.enter("backward")
             if own.is_taken or own.has_several or type(result) is not tuple:
                 self._follow(result, micro)
             else:
                 loss, terms = result
                 self.backward(loss, terms, micro)
+
+    def _learn_again(self, micro: MicroBatch) -> None:
+        """The same within an optimizer's step."""
+        with self.activity.during("forward"):
+            self.learn(micro)
 
     def take_step(self) -> None:
         """The optimizer's step, or what is left to do where `training_step` has taken it. On every rank."""
@@ -398,7 +421,6 @@ class Trainer:
 
     def backward(self, loss: Tensor, terms: Mapping[str, Tensor], micro: MicroBatch) -> None:
         """Gradients of the mean over all ranks' samples of this step. Called on every rank after `training_step`."""
-        self.throughput.forward_done()
         value = loss.detach()
         # 0 * loss is NaN for a loss that is not finite; so then are its gradients, which every rank gets to see.
         seed = torch.add(_tensor(micro.weight, dtype=value.dtype, device=self.device), value, alpha=0)
@@ -408,7 +430,6 @@ class Trainer:
             self.state.add(f"loss_{name}", term.detach(), micro.samples)
         if self._shares_loss and micro.closes:
             self._share_loss()
-        self.throughput.exchanged()
 
     def _follow(self, result: Any, micro: MicroBatch) -> None:
         """What follows a `training_step` that took its steps itself, or gave its figures in another form."""
@@ -441,10 +462,8 @@ class Trainer:
 
         They are new tensors, equal on all ranks; None for a parameter that the loss does not depend on.
         """
-        self.throughput.forward_done()
-        found = self.own.gradients(loss, optimizer, retain_graph)
-        self.throughput.exchanged()
-        return found
+        with self.activity.during("backward"):
+            return self.own.gradients(loss, optimizer, retain_graph)
 
     def apply_gradients(self, gradients: Sequence[Tensor | None], optimizer: str | None = None) -> None:
         """Step with these gradients, equal on all ranks, which are taken over; with `accumulate`, add them up first.
@@ -490,7 +509,8 @@ class Trainer:
             factor = step_samples / max(1, step_samples - self.train_loader.left_out(step_samples).samples)
         self.own.prepare([item.grad for item in self._parameters if item.grad is not None], factor)
         self.finite_step.part = name
-        self.optimizer_step()
+        with self.activity.during("optimizer step"):
+            self.optimizer_step()
         self.optimizer, self._parameters, self._to_clip = kept
 
     def _finish_own_step(self) -> None:
@@ -577,6 +597,8 @@ class Trainer:
             self.save()
         if stop:
             self.stop()
+        if self.profiler:
+            self.profiler.step(state.step)
 
     def after_epoch(self) -> None:
         """What follows each epoch, in this order. Called on every rank, while `epoch` does not count it yet.
@@ -584,6 +606,8 @@ class Trainer:
         Where a validation is stopped, the epoch ends when the training resumes.
         """
         self.log()
+        if hint := self.advisor.advice(self.epoch + 1, self.throughput.end_epoch()):
+            self.progress.note(f"hint: {hint}")
         if self.swa and self.swa.is_due(self.state) and not self.average_epoch():
             return
         if self.validate_every_steps == math.inf and not self.validate():
@@ -620,6 +644,8 @@ class Trainer:
             self.finite_step.finish()
             self.validate()
         self.save()
+        if self.profiler:
+            self.profiler.finish(self.step)
         with self.activity.during("saving"):
             self.ranks.decide(self.saver.finish)
 
@@ -671,7 +697,10 @@ class Trainer:
 
     def _evaluate_batch(self, module: torch.nn.Module, batch: Any) -> Any:
         self.evaluated = module
-        return self.evaluation_step(batch)
+        outcome = self.evaluation_step(batch)
+        if self.parts.signature is None:
+            self.parts.signature = signature_of(outcome)
+        return outcome
 
     def evaluate(self, phase: str, module: torch.nn.Module | None = None) -> dict[str, float]:
         """Loss and metrics over a whole phase, written to the journal. All ranks call it and get the same.
@@ -696,8 +725,20 @@ class Trainer:
                 return {}
             kind = self.inference.kind(name, self.epoch)
             figures |= {f"{kind}{figure}": value for figure, value in means.items()}
+            if self.metrics.tables and self.ranks.is_main:
+                self._keep_tables(kind)
         self.journal.log(self.step, figures)
         return figures
+
+    def _keep_tables(self, kind: str) -> None:
+        """The confusion matrices of the set that was just evaluated: kept with a run, else printed."""
+        if not self.journal.tracking_uri:
+            tell_tables(self.metrics.tables, kind, self.progress.note)
+            return
+        folder = self.parts.start.folder
+        keep_tables(self.metrics.tables, kind, folder, self.journal)
+        if any(pictures.settings for pictures in self.parts.pictures.values()):
+            draw_tables(self.metrics.tables, kind, self.step, folder, self.journal)
 
     def _evaluate_set(self, name: str, loader: Any, module: torch.nn.Module) -> dict[str, float] | None:
         """Loss and metrics over one set; None where a request to stop came meanwhile."""
@@ -775,7 +816,8 @@ class Trainer:
             return
         with self.activity.during("logging"):
             self.finite_step.judge()
-            figures = {name: value for name, value in self._train_figures().items() if math.isfinite(value)}
+            trained, times = self._train_figures()
+            figures = {name: value for name, value in trained.items() if math.isfinite(value)}
             if "train/loss" not in figures and self.on_nonfinite == "stop":
                 raise NonFiniteError(f"train/loss is not finite at step {state.step}")
             figures |= {"lr": state.rate, "samples_per_second": self.throughput.samples_per_second}
@@ -787,20 +829,22 @@ class Trainer:
             if state.left_out:
                 figures |= {"left_out_samples": state.left_out, "skipped_batches": state.skipped_batches}
             state.clear()
-            self.journal.log(state.step, figures)
+            self.journal.log(state.step, figures | times)
             self.progress.figures(state.step, figures)
             self.stop_request.keep_listening(self.progress.note)
             self.throughput.restart(warm_up=False)
 
-    def _train_figures(self) -> dict[str, float]:
+    def _train_figures(self) -> tuple[dict[str, float], dict[str, float]]:
+        """The means over all samples since the last point, and where the time went."""
         sums = self.state.sums
         peaks = peak_gb(self.ranks)
-        own = torch.tensor([*self.throughput.own(), *peaks], dtype=sums["loss"].dtype, device=self.device)
+        own = torch.tensor([*self.throughput.row(), *peaks], dtype=sums["loss"].dtype, device=self.device)
         values = self.ranks.sum_(torch.cat([torch.stack(list(sums.values())), own])).tolist()
         if slow := self.throughput.judge(values[len(sums) :]):
             self.progress.note(f"warning: {slow}")
         memory = {"gpu_memory_gb": max(values[-len(peaks) :])} if peaks else {}
-        return memory | means(dict(zip(sums, values, strict=False)), self.state.samples - self.state.unsummed)
+        trained = means(dict(zip(sums, values, strict=False)), self.state.samples - self.state.unsummed)
+        return memory | trained, self.throughput.figures(values[len(sums) :])
 
     def save(self) -> None:
         """Save all that the training is, unless nothing happened since the last time. All ranks call it.
@@ -852,6 +896,27 @@ class Trainer:
             self.ranks.are_lost = self.ranks.world_size > 1
 
     # ------------------------------------------------------------------------------------------------ small change
+
+    def _advisor(self, checkpoint_every_minutes: float | None) -> Advisor:
+        loader: Any = getattr(self.train_loader, "loader", None)  # none where nothing is trained
+        return Advisor(
+            max(1, cores() // environment().local_world_size),
+            getattr(loader, "num_workers", 0),
+            getattr(loader, "pin_memory", False),
+            self.log_every_steps,
+            self.checkpoint_every_steps,
+            checkpoint_every_minutes,
+            self.validate_every_steps,
+        )
+
+    def _to_device(self, batch: Any, device: torch.device) -> Any:
+        """A batch moved there; in a step that has a time of its own."""
+        if self.activity.phase != "forward":
+            return to_device(batch, device)
+        self.activity.enter("transfer")
+        batch = to_device(batch, device)
+        self.activity.enter("forward")
+        return batch
 
     def _reached(self, status: str, reason: str = "", test_figures: Mapping[str, float] | None = None) -> FitResult:
         folder, checkpoints = self.parts.start.folder, self.saver.checkpoints

@@ -36,7 +36,7 @@ apt_install() {
     return "$status"
 }
 
-install_programs git shellcheck tmux munged=munge slurmctld slurmd sbatch=slurm-client &
+install_programs git shellcheck tmux munged=munge slurmctld slurmd sbatch=slurm-client chromium &
 programs=$!
 make_venv
 wait "$programs"
@@ -44,6 +44,8 @@ cd -- "$root"
 # What some tests compare with. Without dependencies: theirs would bring torchvision, which breaks beside a CPU torch.
 "$python" -m pip install -qq --no-deps -r tests/requirements.lock
 
+# Where the environment forbids Python to keep what it compiles, each of the thousands of processes would do it again.
+"$python" -m compileall -q dtrain tests
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy

@@ -88,6 +88,7 @@ class Tagged:
     def __init__(self) -> None:
         self.tag = uuid.uuid4().hex
         self.started: list[subprocess.Popen[bytes] | Forked] = []
+        self.sessions: set[int] = set()  # of what was forked in a shell
 
     def pids(self) -> list[int]:
         """Living processes that carry the tag, or are of the session of one that was forked."""
@@ -95,6 +96,7 @@ class Tagged:
         forked = [process for process in self.started if isinstance(process, Forked)]
         # The kernel keeps a number as long as a session has it. A process that has it after that is another's.
         sessions = {each.pid for each in forked if each.poll() is None or not Path(f"/proc/{each.pid}").exists()}
+        sessions |= {pid for pid in self.sessions if not Path(f"/proc/{pid}").exists()}
         processes = (entry for entry in Path("/proc").iterdir() if entry.name.isdigit())
         return [int(entry.name) for entry in processes if _is_ours(entry, wanted, sessions)]
 
@@ -158,11 +160,11 @@ def tagged() -> Iterator[Tagged]:
     """The test's processes. The test fails when one of them outlives it by 30 s, MLflow's sender included."""
     processes = Tagged()
     yield processes
-    gone = processes.wait_gone(30)
+    gone = processes.wait_gone(200)
     left = [] if gone else processes.command_lines()
     processes.kill()
     for process in processes.started:
-        process.wait(10)
+        process.wait(200)
     if left:
         pytest.fail("processes were left behind:\n" + "\n".join(left))
 
@@ -185,7 +187,7 @@ class Running:
     Its output goes to files: a pipe would fill up, or be kept open by a process that was left behind.
 
     Args:
-        forks: What to fork it from; the command is then `python -m dtrain ...`.
+        forks: What to fork it from; the command is then `python ...`.
     """
 
     def __init__(
@@ -200,10 +202,10 @@ class Running:
         self.command, self.tagged = list(command), tagged
         self.out, self.err = files / "stdout", files / "stderr"
         self.process: subprocess.Popen[bytes] | Forked
-        with self.out.open("wb") as out, self.err.open("wb") as err:
-            if forks is not None:
-                self.process = forks.start(self.command[3:], cwd, env, self.out, self.err)
-            else:
+        if forks is not None:
+            self.process = forks.start(self.command[1:], cwd, env, self.out, self.err)
+        else:
+            with self.out.open("wb") as out, self.err.open("wb") as err:
                 self.process = subprocess.Popen(
                     self.command,
                     cwd=cwd,
@@ -273,7 +275,7 @@ def start_cli(
 
 @pytest.fixture
 def run_cli(start_cli: StartCli) -> RunCli:
-    """`run_cli(args, nproc=1, env=None, timeout=120, cwd=None, launcher=None)`: start_cli to its end; a `Result`."""
+    """`run_cli(args, nproc=1, env=None, timeout=200, cwd=None, launcher=None)`: start_cli to its end; a `Result`."""
 
     def run(args: Sequence[str | os.PathLike[str]], nproc: int = 1, timeout: float = 120, **more: Any) -> Result:
         return start_cli(args, nproc=nproc, **more).result(timeout)

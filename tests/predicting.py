@@ -120,7 +120,7 @@ def predicted_by(world_size: int, folder: Path, dataset: PatchDataset, models: S
 def on_ranks(world_size: int, work: Callable[[Ranks], Any]) -> list[Any]:
     """What each of several ranks returns; the first error of one, if any."""
     table: dict[str, Any] = {}
-    barrier = threading.Barrier(world_size, timeout=60)
+    barrier = threading.Barrier(world_size, timeout=200)
     results: list[Any] = [None] * world_size
 
     def one(rank: int) -> None:

@@ -209,13 +209,13 @@ class Cluster:
 
     def run(self, *command: str, **options: object) -> str:
         """What a command prints; it must succeed."""
-        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=120, **options)  # type: ignore[call-overload]
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=200, **options)  # type: ignore[call-overload]
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return str(done.stdout)
 
     def query(self, *command: str) -> str:
         """The same, '' where it fails."""
-        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=200)
         return done.stdout.strip() if done.returncode == 0 else ""
 
     def job(self, number: str) -> dict[str, str]:
@@ -237,7 +237,7 @@ class Cluster:
     def stop(self) -> None:
         """Cancel the jobs, end the daemons, and then whatever is left of the jobs."""
         self.query("scancel", "--user", user())
-        end = time.monotonic() + 30
+        end = time.monotonic() + 200
         while time.monotonic() < end and self.query("squeue", "-h"):
             time.sleep(0.2)
         for daemon in reversed(self.daemons):
@@ -280,7 +280,7 @@ def namespaces() -> Sequence[str]:
     # As root slurmd calls setgroups, which a user namespace refuses.
     possible = NAMESPACES[:1] if os.geteuid() == 0 else NAMESPACES
     for command in possible:
-        if subprocess.run([*command, "hostname", "x"], capture_output=True, timeout=30).returncode == 0:
+        if subprocess.run([*command, "hostname", "x"], capture_output=True, timeout=200).returncode == 0:
             return command
     return ()
 

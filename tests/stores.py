@@ -82,7 +82,7 @@ def runs_in(uri: str, experiment: str) -> list[Any]:
     return list(client.search_runs([known.experiment_id])) if known else []
 
 
-def wait_until(what: Callable[[], Any], timeout_seconds: float = 60.0) -> None:
+def wait_until(what: Callable[[], Any], timeout_seconds: float = 240.0) -> None:
     end = time.monotonic() + timeout_seconds
     while not what():
         assert time.monotonic() < end, "it took too long"

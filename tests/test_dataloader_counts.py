@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from whole_runs import Place, figures, last
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 MODULE = '''
 """Batches of every form, whose samples have the losses 0 to 9; and what leaves some of them out."""

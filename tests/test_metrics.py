@@ -1,5 +1,6 @@
 """Metrics of every form over two and three real gloo ranks, some without a batch: the figures of one process."""
 
+import itertools
 import json
 import math
 import multiprocessing
@@ -176,7 +177,10 @@ def figures_of(ranks: Ranks) -> dict[str, dict[str, float]]:
                     metrics.update(
                         output[indices], target[indices], ranks.rank + number * ranks.world_size, len(indices)
                     )
-                result[f"{case}, {size_name}"] = metrics.compute()
+                figures = metrics.compute()
+                cells = {f"{name}, cell {at}": value for name, table in metrics.tables.items()
+                         for at, value in enumerate(itertools.chain(*table))}  # fmt: skip
+                result[f"{case}, {size_name}"] = figures | cells
     return result
 
 
@@ -275,7 +279,11 @@ def test_a_vector_gives_its_mean_and_its_elements(alone: dict[str, dict[str, flo
     assert {name for name in found if name.startswith("right_of_each")} == {
         "right_of_each", "right_of_each_0", "right_of_each_1",
     }  # fmt: skip
-    assert found["Confusion_0_2"] >= 0 and "Confusion_2_2" in found
+    output, target = classes_of(SIZES["many"])
+    cells = [float(((target == row) & (output.argmax(1) == column)).sum()) for row in range(3) for column in range(3)]
+    assert {name: value for name, value in found.items() if name.startswith("Confusion")} == {
+        f"Confusion, cell {at}": value for at, value in enumerate(cells)
+    }, "a table, and no figures"
 
 
 def test_a_dict_gives_a_figure_for_each_key(alone: dict[str, dict[str, float]]) -> None:

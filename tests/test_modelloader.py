@@ -68,7 +68,7 @@ def test_a_rule_that_does_nothing_or_too_much_is_told(weights, rules, text):
         renamed(weights, rules.get("rename", {}), rules.get("leave_out", []))
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_fine_tuning_from_a_config(place: Place) -> None:
     place.run(place.config("teacher", **{"trainer.max_epochs": 1}))
     wish = {"path": str(place.path("teacher") / "checkpoints" / "last"), "leave_out": ["^layers.4"]}

@@ -351,7 +351,7 @@ def test_in_a_kernel(tmp_path: Path) -> None:
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in CELLS])
-    nbclient.NotebookClient(notebook, timeout=120, kernel_name=kernel(tmp_path)).execute(cwd=str(tmp_path))
+    nbclient.NotebookClient(notebook, timeout=200, kernel_name=kernel(tmp_path)).execute(cwd=str(tmp_path))
     outputs = [[item for item in cell.outputs if item.output_type == "execute_result"] for cell in notebook.cells]
     texts = [item[0].data["text/plain"] if item else "" for item in outputs]
     assert texts[1].startswith("FINISHED after 4 steps, 1 epoch(s)\n  best  val/loss ")

@@ -109,7 +109,7 @@ class Place:
         full = {**self.env, "PYTHONPATH": os.pathsep.join(path), "TOY_DO": do, **(env or {})}
         command = [*(launcher or [sys.executable]), "-m", "dtrain", *arguments]
         worlds = [{}] if launcher or ranks == 1 else worlds_of(ranks)
-        forks = None if launcher or cold else _forks()
+        forks = None if launcher or cold else forked_from()
         started = []
         for number, world in enumerate(worlds):
             files = self.folder / "output" / f"{self.tagged.tag}-{len(self.tagged.started)}-{number}"
@@ -137,7 +137,7 @@ class Place:
 
 
 @functools.cache
-def _forks() -> Forks:
+def forked_from() -> Forks:
     """One for all tests of this process."""
     return Forks(neutral_env())
 
@@ -187,8 +187,7 @@ def figures(run: Path) -> dict[str, dict[int, float]]:
         for key, value in line["values"].items() if line["kind"] == "metrics" else ():
             assert line["step"] not in found.setdefault(key, {}), f"{key} at step {line['step']} twice"
             found[key][line["step"]] = float(value)
-    found.pop("samples_per_second", None)
-    return found
+    return {key: values for key, values in found.items() if key != "samples_per_second" and not key.startswith("time/")}
 
 
 def last(run: Path) -> Loaded:
@@ -254,14 +253,14 @@ def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
     def mount(options: str) -> Path:
         command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
         if done.returncode:
             pytest.skip(f"SKIPPED, NOT TESTED HERE: mounting a tmpfs needs root ({done.stderr.strip()})")
         return folder
 
     yield mount
     while os.path.ismount(folder):
-        subprocess.run(["umount", "-l", str(folder)], timeout=30, check=True)
+        subprocess.run(["umount", "-l", str(folder)], timeout=200, check=True)
 
 
 @pytest.fixture(scope="module")
@@ -272,9 +271,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "runs"
     folder.mkdir(exist_ok=True)
     yield Place(folder, tagged)
-    gone = tagged.wait_gone(30)
+    gone = tagged.wait_gone(200)
     left = [] if gone else tagged.command_lines()
     tagged.kill()
     for process in tagged.started:
-        process.wait(10)
+        process.wait(200)
     assert left == []

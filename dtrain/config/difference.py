@@ -32,7 +32,7 @@ _FREE = [
     (r"trainer\.fsdp", r"(?!param_dtype|reduce_dtype).*"),
 ]
 # Calls that are also arguments of `trainer`, as which they are compared.
-_PARTS = ("trainer.pictures", "trainer.pre_trained", "trainer.freeze", "trainer.swa")
+_PARTS = ("trainer.pictures", "trainer.pre_trained", "trainer.freeze", "trainer.swa", "trainer.profile")
 _BATCH_SIZES = ("batch_size", "global_batch_size")
 _TOP_DEFAULTS = {"seed": 0, "device": "auto", "modules": [], "config_version": None}
 

@@ -24,16 +24,19 @@ class Monitored(NamedTuple):
     part: str  # of a vector, a dict or a loss's terms
 
 
+CONFUSION = "confusionmatrix"  # in a metric's label or class, in small letters: its matrix is a table, not figures
+
+
 def monitored(
     wish: str | None, labels: list[str], kinds: Sequence[str] = ("val",), has_own_figures: bool = False
 ) -> Monitored | None:
     """What a `trainer.monitor` means where the metrics have these labels; None where no metric's name begins it.
 
-    Default: the first metric, else the loss, of the first of the validation's kinds. With figures of its own an
-    evaluation may give any.
+    Default: the first metric that gives figures, else the loss, of the first of the validation's kinds. With figures of
+    its own an evaluation may give any.
     """
     if wish is None:
-        wish = f"{kinds[0]}/{[*labels, 'loss'][0]}"
+        wish = f"{kinds[0]}/{next(label for label in (*labels, 'loss') if CONFUSION not in label.lower())}"
     wish = f"val/{wish.removeprefix('val/')}"
     kind = next((kind for kind in kinds if wish.startswith(f"{kind}/")), None)
     if kind is None:

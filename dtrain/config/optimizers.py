@@ -1,5 +1,6 @@
 """Which parameters are trained, and how: `optimizer`, one or several, the groups in each, and `trainer.freeze`."""
 
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -13,6 +14,7 @@ from dtrain.config.errors import ConfigError, KeyPath, Mistake, dotted, found, i
 from dtrain.config.schema import Call, mistake
 from dtrain.config.signatures import Callee
 
+_NEEDS = "needs 'match' (patterns of parameters' names) or 'types' (class names of modules)"
 ONE = "optimizer"  # the name of an optimizer that is the only one
 Calls = Mapping[str, Call]
 
@@ -33,7 +35,8 @@ class Frozen(NamedTuple):
     """One entry of `trainer.freeze`."""
 
     path: KeyPath
-    match: tuple[str, ...]  # patterns of the names of parameters
+    match: tuple[str, ...]  # patterns of the names of parameters; () for all
+    types: tuple[str, ...]  # class names of the modules that own them; () for all
     until_epoch: int | None  # the number of epochs; None: always
 
 
@@ -47,9 +50,10 @@ def frozen_entries(config: ConfigDict) -> list[Frozen]:
     result = []
     for path, item in entries:
         if isinstance(item, str):
-            result.append(Frozen(path, (item,), None))
+            result.append(Frozen(path, (item,), (), None))
         elif isinstance(item, dict):
-            result.append(Frozen(path, _texts(item.get("match")), item.get("until_epoch")))
+            chosen = _texts(item.get("match")), _texts(item.get("types"))
+            result.append(Frozen(path, *chosen, item.get("until_epoch")))
     return result
 
 
@@ -58,6 +62,9 @@ def freeze_mistakes(config: ConfigDict) -> Iterator[Mistake]:
     for entry in frozen_entries(config):
         if isinstance(entry.until_epoch, int) and entry.until_epoch < 0:
             yield mistake(config, (*entry.path, "until_epoch"), f"must be at least 0, found {entry.until_epoch}")
+        wish = functools.reduce(lambda value, key: value[key], entry.path, config)
+        if is_mapping(wish) and not wish.get("match") and not wish.get("types"):
+            yield mistake(config, entry.path, _NEEDS)
 
 
 def optimizer_keys(calls: Calls) -> dict[str, str]:
@@ -137,7 +144,7 @@ def group_mistakes(calls: Calls) -> Iterator[Mistake]:
 def _of_group(call: Call, values: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     """What is wrong with one group's own keys."""
     if "match" not in values and "types" not in values:
-        yield (), "needs 'match' (patterns of parameters' names) or 'types' (class names of modules)"
+        yield (), _NEEDS
     for key in ("match", "types"):
         value = values.get(key, "*")
         if not isinstance(value, str) and not (isinstance(value, list) and value and _all_texts(value)):
@@ -170,11 +177,15 @@ def group_lines(config: ConfigDict, calls: Calls) -> Iterator[tuple[str, str]]:
         for rule in rules(calls, key):
             rate = rule.rate if rule.rate_scale is None else (own_rate(call) or 0.0) * rule.rate_scale
             settings = ({} if rate is None else {"lr": f"{rate:.4g}"}) | dict(rule.settings)
-            types = f" of {', '.join(rule.types)}" if rule.types else ""
-            yield dotted(rule.path), f"{', '.join(rule.match or ('*',))}{types}: " + shown_settings(settings)
+            yield dotted(rule.path), f"{_of_whom(rule)}: " + shown_settings(settings)
     for entry in frozen_entries(config):
         when = "" if entry.until_epoch is None else f", until epoch {entry.until_epoch}"
-        yield dotted(entry.path), f"frozen: {', '.join(entry.match)}{when}"
+        yield dotted(entry.path), f"frozen: {_of_whom(entry)}{when}"
+
+
+def _of_whom(entry: Rule | Frozen) -> str:
+    """`*.bias of LayerNorm`."""
+    return ", ".join(entry.match or ("*",)) + (f" of {', '.join(entry.types)}" if entry.types else "")
 
 
 def shown_settings(settings: Mapping[str, Any]) -> str:

@@ -15,6 +15,8 @@ def override(values: dict[str, Any], places: dict[KeyPath, Place], text: str) ->
     if not equals or not all(key.split(".")):
         raise ConfigError("expected KEY=VALUE with dots between keys, such as optimizer.lr=1e-3", place)
     value, inner_places = parse(value_text, text, place)
+    if isinstance(value, dict):
+        value.pop("_delete_", None)  # whatever a base says, an override replaces all of it
     path, value = canonical_key(tuple(key.split(".")), value, values)
     parent: Any = values
     done: KeyPath = ()

@@ -69,6 +69,11 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # where the type alone ad
     },
 }  # fmt: skip
 
+_LEAST_OF_PARTS = (  # of `trainer`
+    *(("swa", "start_epoch", 1), ("swa", "anneal_epochs", 0), ("swa", "lr", 0)),
+    *(("profile", "steps", 1), ("profile", "after", 1)),
+)
+
 
 def rule_mistakes(config: ConfigDict, purpose: str | None) -> Iterator[Mistake]:
     """What is wrong with a config as a whole, for a purpose (None: what its data are for)."""
@@ -137,7 +142,7 @@ def _in_phases(path: KeyPath, values: Any) -> Iterator[tuple[KeyPath, Any]]:
 
 
 def _limit_mistakes(config: ConfigDict) -> Iterator[Mistake]:
-    """Numbers of batches that are none, and what `trainer.swa` cannot be."""
+    """Numbers of batches that are none, and what `trainer.swa` and `trainer.profile` cannot be."""
     trainer = config.get("trainer")
     limit, overfit = _at(trainer, "limit_batches"), _at(trainer, "overfit_batches")
     values: dict[KeyPath, Any] = {("overfit_batches",): overfit, ("limit_batches",): limit}
@@ -160,10 +165,10 @@ def _limit_mistakes(config: ConfigDict) -> Iterator[Mistake]:
     if swa and has_several(config.get("optimizer")):
         why = "sets the rate of one optimizer, and here are several"
         yield mistake(config, ("trainer", "swa"), f"{why} ({', '.join(config.optimizer)}); ema_decay averages as well")
-    for key, least in (("start_epoch", 1), ("anneal_epochs", 0), ("lr", 0)):
-        value = _at(swa, key)
+    for section, key, least in _LEAST_OF_PARTS:
+        value = _at(_at(trainer, section), key)
         if type(value) in (int, float) and value < least:
-            yield mistake(config, ("trainer", "swa", key), f"must be at least {least}, found {value}")
+            yield mistake(config, ("trainer", section, key), f"must be at least {least}, found {value}")
 
 
 def _is_count(value: Any) -> bool:

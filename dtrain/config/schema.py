@@ -50,7 +50,7 @@ SLOTS = {
     "optimizer": Slot(LIBRARIES["optimizer"], given="params", given_instead=("named_parameters", "model")),
     "lr_scheduler": Slot(LIBRARIES["lr_scheduler"], given="optimizer"),
     "trainer": Slot(("dtrain.trainer",), given="parts"),
-    "mlflow": Slot(given_names=frozenset({"folder", "experiment", "run_name", "sender"})),
+    "mlflow": Slot(given_names=frozenset({"folder", "experiment", "run_name", "sender", "say"})),
 }
 SAMPLER_SLOT = Slot(LIBRARIES["sampler"], given="dataset", named=True)
 OF_SWEEPS = {"sampler": Slot(("optuna.samplers",)), "pruner": Slot(("optuna.pruners",))}
@@ -67,6 +67,7 @@ OWN_SETTINGS = {
     "fsdp": "dtrain.distributed.fsdp:fsdp_options",
     "swa": "dtrain.training.swa:swa_settings",
     "pictures": "dtrain.reporting.validation_pictures:picture_settings",
+    "profile": "dtrain.training.profile:profile_settings",
     "pre_trained": "dtrain.checkpoint.weights:weight_settings",
     "freeze": "dtrain.training.freezing:freeze_settings",
     "groups": "dtrain.training.parameter_groups:group_settings",
@@ -377,8 +378,8 @@ class _Reader:
         """The trainer's settings; `name` may name another trainer than dtrain's."""
         own = self.own_call((section,), section, {key: values[key] for key in values if key != "name"})
         self.calls[section] = own if values.get("name") is None else replace(own, name=values["name"])
-        for key in ("ddp", "fsdp", "pictures", "pre_trained", "swa"):
-            settings: Any = values.get(key) if key in ("pre_trained", "swa") else values.get(key) or {}
+        for key in ("ddp", "fsdp", "pictures", "pre_trained", "profile", "swa"):
+            settings: Any = values.get(key) if key in ("pre_trained", "profile", "swa") else values.get(key) or {}
             if is_mapping(settings):  # `pre_trained` may be a path alone
                 self.calls[f"{section}.{key}"] = self.own_call((section, key), key, settings)
         wish = values.get("freeze")
@@ -601,7 +602,7 @@ def set_names(calls: Mapping[str, Call], phase: str) -> list[str]:
 def _label_mistake(label: Any, others: list[Any], needed: bool) -> str:
     """What is wrong with the label of one of several data sets."""
     if label is None:
-        return "needs a 'label', by which its figures are told from the others': {label: near, ...}" if needed else ""
+        return "needs a 'label', by which its figures are told from the others: {label: near, ...}" if needed else ""
     if not isinstance(label, str) or not re.fullmatch(r"[\w-]+", label):
         return f"expected a label of letters, digits, - and _, {found(label)}"
     return f"a second set with the label '{label}'" if label in others else ""

@@ -5,6 +5,7 @@ each batch, and `at(epoch, numbers)`, the batches themselves. Nothing here knows
 """
 
 import copy
+import operator
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch.distributed as dist
 from torch import tensor
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DistributedSampler, WeightedRandomSampler
 
 from dtrain.data import rng
 from dtrain.data.own_generators import generators_in, seed_generator
@@ -137,7 +138,11 @@ class Drawn:
         if hasattr(sampler, "__next__") or not hasattr(sampler, "__iter__"):
             text = "cannot be iterated again for each epoch; write a class with __iter__"
             raise ValueError(f"a {type(sampler).__name__} {text}")
-        first, again = self._iterated(0), self._iterated(0)
+        if isinstance(sampler, WeightedRandomSampler) and len(sampler.weights) != samples:
+            given = f"weights has {len(sampler.weights):,} values"
+            raise ValueError(f"{given}; the dataset has {samples:,} samples, and each needs one")
+        own = copy.copy(sampler)  # both times the same one: what it counts must not change what it gives
+        first, again = self._iterated(0, own), self._iterated(0, own)
         if not all(map(np.array_equal, first, again)):
             raise ValueError(
                 f"{self._name} gives another order each time that it is iterated; draw from Python's, NumPy's or "
@@ -168,16 +173,18 @@ class Drawn:
         if epoch not in self._epochs:
             for old in list(self._epochs)[:-1]:  # an epoch may end in one pass and begin the next
                 del self._epochs[old]
-            self._epochs[epoch] = self._iterated(epoch)
+            try:
+                self._epochs[epoch] = self._iterated(epoch, copy.copy(self.sampler))
+            except ValueError as error:
+                raise ValueError(f"{error} (in epoch {epoch + 1})") from error
         return self._epochs[epoch]
 
-    def _iterated(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _iterated(self, epoch: int, sampler: Any) -> tuple[np.ndarray, np.ndarray]:
         with rng.untouched():
             seed = rng.seed_sample(self._seed, epoch, zlib.crc32(b"sampler"))
-            generators, _ = generators_in(sampler=self.sampler)
+            generators, _ = generators_in(sampler=sampler)
             for name, generator in generators.items():
                 seed_generator(generator, name, seed)
-            sampler = copy.copy(self.sampler)
             for each in (sampler, getattr(sampler, "sampler", None), getattr(sampler, "batch_sampler", None)):
                 if callable(announce := getattr(each, "set_epoch", None)):
                     announce(epoch)
@@ -185,7 +192,7 @@ class Drawn:
 
     def _checked(self, indices: Iterable[Any]) -> tuple[np.ndarray, np.ndarray]:
         try:
-            found = np.fromiter(map(int, indices), dtype=np.int64)
+            found = np.fromiter(map(operator.index, indices), dtype=np.int64)
         except (TypeError, ValueError) as error:
             kind = "lists of indices" if self._in_batches else "indices, one at a time"
             raise ValueError(f"{self._name} must give {kind}: {error}") from error

@@ -24,6 +24,13 @@ def set_kernels(matmul_precision: str | None = None, cudnn_benchmark: bool | Non
         torch.backends.cudnn.benchmark = cudnn_benchmark
 
 
+def device_name(device: "torch.device") -> str:
+    """What a person calls it: cpu, or cuda:0 (NVIDIA H200)."""
+    import torch
+
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
 def choose_device(
     wish: str | Sequence[str], found: Environment, gpus: int, backend: str | None = None
 ) -> "tuple[torch.device, list[str]]":

@@ -12,9 +12,12 @@ from ml_collections import ConfigDict
 from dtrain.checkpoint.background_saver import WRITER
 from dtrain.config.errors import ConfigError
 from dtrain.data.loader_workers import end_workers
-from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EARLY
+from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EARLY, WRONG_CONFIG
 from dtrain.distributed.stop_request import StopWaiting, was_pressed
+from dtrain.launch.doctor import Finding
 from dtrain.launch.find_lr import find_lr, keep
+from dtrain.launch.forecast import Asked, Forecast, asked_in_background
+from dtrain.launch.forecast import lines as table_lines
 from dtrain.launch.last_words import say_last
 from dtrain.launch.out_of_fold import of_all_folds
 from dtrain.launch.rehearsal import rehearse as rehearsed
@@ -85,15 +88,27 @@ def predict(
     return _run(config, write, purpose="predict")
 
 
-def rehearse(config: ConfigDict, finds_lr: bool = False) -> int:
-    """Build everything and try each part once, then learning rates if asked; writes nothing but their picture."""
+def rehearse(config: ConfigDict, asked: Asked, finds_lr: bool = False) -> int:
+    """Build everything and try each part once, then learning rates if asked; writes nothing but their picture.
+
+    Returns the status of a wrong config, too, where the forecast finds what a training would fail of.
+    """
+    ask_store = asked_in_background(config)
+    would_fail: list[Finding] = []
 
     def lines(trainer: Trainer) -> Iterator[str]:
-        kept = keep(trainer) if finds_lr else None
-        yield from rehearsed(trainer, config)
-        yield from find_lr(trainer, kept) if kept else ()
+        forecast = Forecast(trainer, config, asked, ask_store)
+        findings = forecast.broken()  # of which the first would end the rehearsal
+        if not findings:
+            kept = keep(trainer) if finds_lr else None
+            yield from rehearsed(trainer, config)
+            yield from find_lr(trainer, kept) if kept else ()
+            findings = trainer.ranks.broadcast(forecast.findings())
+        yield from table_lines(findings)
+        would_fail.extend(one for one in findings if one.status == "fail")
 
-    return _run_and_note(config, lines)
+    status = _run_and_note(config, lines)
+    return WRONG_CONFIG if status == DONE and would_fail else status
 
 
 def replay(config: ConfigDict, folder: Path) -> int:

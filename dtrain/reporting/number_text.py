@@ -1,6 +1,7 @@
 """Numbers, durations and figures as text."""
 
 import math
+import re
 from collections.abc import Mapping
 
 
@@ -56,6 +57,24 @@ def figure_texts(figures: Mapping[str, float]) -> dict[str, str]:
     if "lr" in figures:
         texts["lr"] = f"lr {figures['lr']:.3g}"
     return texts
+
+
+def folded(figures: Mapping[str, float]) -> dict[str, str]:
+    """Each figure's text, in which a mean stands for its classes, too: F1, F1_0, F1_1 as F1 -> '0.93 (0.81-0.99)'."""
+    texts: dict[str, str] = {}
+    of_classes: set[str] = set()
+    for name, value in figures.items():
+        classes = {key: one for key, one in figures.items() if re.fullmatch(re.escape(name) + r"_\d+", key)}
+        if len(classes) > 1:
+            known = [one for one in classes.values() if not math.isnan(one)]
+            ends = f"{_rounded(min(known))}-{_rounded(max(known))}" if known else "nan"
+            texts[name] = f"{_rounded(value)} ({ends})"
+            of_classes |= classes.keys()
+    return {name: texts.get(name, figure_text(value)) for name, value in figures.items() if name not in of_classes}
+
+
+def _rounded(value: float) -> str:
+    return f"{value:.2f}" if 0.01 <= abs(value) < 10 or value == 0 else f"{value:.2g}"
 
 
 def without_phase(phase: str, figures: Mapping[str, float]) -> dict[str, float]:

@@ -56,6 +56,7 @@ class Progress:
         self._streams = [SafeStream(stream) for stream in streams]
         self._clock = EpochClock()
         self._next_refresh = self._next_line = 0.0
+        self._monitor = ""  # the figure that 'best' means
 
     @contextlib.contextmanager
     def copied_to(self, stream: TextIO) -> Iterator[None]:
@@ -67,8 +68,12 @@ class Progress:
         finally:
             self._streams.remove(copy)
 
-    def begin(self, facts: Mapping[str, str]) -> None:
-        """Before the first step: what is going to run, name -> value, shown in this order."""
+    def begin(self, facts: Mapping[str, str], monitor: str = "") -> None:
+        """Before the first step: what is going to run, name -> value, shown in this order.
+
+        Of an evaluation's figures, the one that is monitored is shown first.
+        """
+        self._monitor = monitor
         self._write_facts(facts)
 
     def start_epoch(self, epoch: int, epochs: int | None, steps: int, done: int = 0) -> None:
@@ -104,8 +109,12 @@ class Progress:
 
         `step` is that of the weights; None: it is not known.
         """
-        texts = figure_texts(without_phase(phase, figures)).values()
+        texts = figure_texts(without_phase(phase, self._monitored_first(figures))).values()
         self._write(phase, "" if step is None else f"step {step:,}", *texts, "best so far" if best else "")
+
+    def _monitored_first(self, figures: Mapping[str, float]) -> dict[str, float]:
+        first = self._monitor
+        return {first: figures[first], **figures} if first in figures else dict(figures)
 
     def note(self, text: str) -> None:
         """A text of one line or several, with a time stamp before each of them."""

@@ -4,12 +4,17 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dtrain.reporting.number_text import duration_text
+from dtrain.reporting.number_text import duration_text, folded
 
 
 def model_line(name: str, total: int, trained: int) -> str:
     """'ViT, 68,946 parameters'; with how many of them are trained, unless all are."""
     return f"{name}, {total:,} parameters" + (f" ({trained:,} trained)" if trained != total else "")
+
+
+def workers_line(workers: int) -> str:
+    """What loads the training's samples."""
+    return f"{workers} per rank" if workers else "none, each rank loads its own samples"
 
 
 def summary_table(
@@ -22,7 +27,7 @@ def summary_table(
     if best:
         table["best"] = best
     if figures:
-        table["test"] = ", ".join(f"{name.removeprefix('test/')} {value:.4g}" for name, value in figures.items())
+        table["test"] = ", ".join(f"{name.removeprefix('test/')} {text}" for name, text in folded(figures).items())
     return table | {"run folder": str(folder)}
 
 

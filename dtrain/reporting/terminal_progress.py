@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from time import perf_counter
 from typing import Any, TextIO
 
-from dtrain.reporting.number_text import count_text, duration_text, figure_text, figure_texts, without_phase
+from dtrain.reporting.number_text import count_text, duration_text, figure_text, figure_texts, folded, without_phase
 from dtrain.reporting.progress import REFRESH_SECONDS, Progress, SafeStream
 
 BAR_COLUMNS = (6, 40)  # at least, at most
@@ -34,7 +34,7 @@ class TerminalProgress(Progress):
 
         super().__init__()
         self._console = Console(file=SafeStream(terminal), force_terminal=True, highlight=False)  # type: ignore[arg-type]
-        self._columns: list[str] = []  # of the table of epochs, as its last header has them
+        self._columns: dict[str, int] = {}  # of the table of epochs, as its last header has them, with their widths
         self._step = 0
         self._trained: dict[str, float] = {}  # the training's latest figures
         self._evaluated: dict[str, float] = {}  # the validation's
@@ -50,9 +50,9 @@ class TerminalProgress(Progress):
             redirect_stderr=is_stdout and sys.stderr.isatty(),  # but `2> errors.log` is meant
         )
 
-    def begin(self, facts: Mapping[str, str]) -> None:
+    def begin(self, facts: Mapping[str, str], monitor: str = "") -> None:
         """The table before the first step."""
-        super().begin(facts)
+        super().begin(facts, monitor)
         self._print_table(facts)
 
     def start_epoch(self, epoch: int, epochs: int | None, steps: int, done: int = 0) -> None:
@@ -82,14 +82,15 @@ class TerminalProgress(Progress):
     def evaluation(self, phase: str, step: int | None, figures: Mapping[str, float], best: bool = False) -> None:
         """A row in the table of epochs; of another phase than val, a line."""
         super().evaluation(phase, step, figures, best)
-        bare = without_phase(phase, figures)
+        bare = without_phase(phase, self._monitored_first(figures))
         if phase == "val":
             self._step = step or 0
             self._evaluated = {f"{phase}/{name}": value for name, value in bare.items()}
-            self._print_row({name: figure_text(value) for name, value in self._evaluated.items()}, best)
+            self._print_row(folded(self._evaluated), best)
         else:
             self._print_due_row()
-            self._print("  ".join([phase, *figure_texts(bare).values(), *(["best so far"] if best else [])]), "bold")
+            texts = [f"{name} {text}" for name, text in folded(bare).items()]
+            self._print("  ".join([phase, *texts, *(["best so far"] if best else [])]), "bold")
 
     def note(self, text: str) -> None:
         """The text above the bar; long lines are folded."""
@@ -97,8 +98,11 @@ class TerminalProgress(Progress):
         self._print(text)
 
     def end_epoch(self) -> None:
-        """The row of this epoch is printed with its evaluation, before or after this, or else without one."""
-        self._row_is_due = self._clock.counted > self._row_start[1]
+        """The row of this epoch is printed with its evaluation, before or after this, or else without one.
+
+        One that was stopped has none: the training resumes in it.
+        """
+        self._row_is_due = self._clock.counted > self._row_start[1] and self._clock.done >= self._clock.steps
 
     def summary(self, facts: Mapping[str, str]) -> None:
         """The facts in a frame; one too long for it, say a command with a path, on a line to be copied in one piece."""
@@ -141,7 +145,7 @@ class TerminalProgress(Progress):
 
     def _print_due_row(self) -> None:
         if self._row_is_due:
-            self._print_row(dict.fromkeys(self._evaluated, ""))
+            self._print_row(dict.fromkeys(folded(self._evaluated), ""))
 
     def _print_row(self, evaluated: Mapping[str, str], best: bool = False) -> None:
         """What has happened since the last row, and above it the columns' names when they have changed."""
@@ -149,21 +153,23 @@ class TerminalProgress(Progress):
 
         trained = self._trained
         cells = {"epoch": self._clock.epochs_done_text(), "step": f"{self._step:,}"}
+        monitored = {name: text for name, text in evaluated.items() if name == self._monitor}
+        cells |= monitored
         if "train/loss" in trained:
             cells["loss"] = figure_text(trained["train/loss"])
         cells |= evaluated
         if "samples_per_second" in trained:
             cells["samples/s"] = count_text(trained["samples_per_second"])
         cells |= {"time": duration_text(perf_counter() - self._row_start[0]), "": "best" if best else ""}
-        columns = _fitting_columns(cells, self._console.width)
+        columns = _fitting_columns(cells, self._columns, self._console.width)
         if columns != self._columns:
             self._columns = columns
-            header = "  ".join(_aligned(name, name, cells[name]) for name in columns)
+            header = "  ".join(_aligned(name, name, width) for name, width in columns.items())
             self._console.print(Text(header, "dim", no_wrap=True))
         row = Text(no_wrap=True, overflow="crop")
-        for name in columns:
+        for name, width in columns.items():
             row.append("  " if row else "")
-            row.append(_aligned(name, cells[name], cells[name]), _style(name, cells[name]))
+            row.append(_aligned(name, cells.get(name, ""), width), _style(name, cells.get(name, "")))
         self._console.print(row)
         self._row_is_due = False
         self._row_start = (perf_counter(), self._clock.counted)
@@ -197,22 +203,35 @@ class TerminalProgress(Progress):
         return "  ".join(shown)
 
 
-def _fitting_columns(cells: Mapping[str, str], width: int) -> list[str]:
-    """The columns for which a terminal so wide has space: the figures are left out from the right, others before."""
-    names = list(cells)
-    figures = [name for name in names if name not in ("epoch", "step", "samples/s", "time", "")]
+def _fitting_columns(cells: Mapping[str, str], before: Mapping[str, int], width: int) -> dict[str, int]:
+    """The columns for which a terminal so wide has space, with their widths, which never shrink.
+
+    The figures are left out from the right, others before; how many figures are left out is a column of its own.
+    """
+    columns = {name: max(_usual_width(name, cell), before.get(name, 0)) for name, cell in cells.items()}
+    figures = [name for name in cells if name not in ("epoch", "step", "samples/s", "time", "")]
+    hidden = 0
     for dropped in ("step", "samples/s", "time", *reversed(figures)):
-        if sum(len(_aligned(name, "", cells[name])) + 2 for name in names) - 2 < width:
+        if sum(columns.values()) + 2 * len(columns) - 2 < width:
             break
-        if dropped in names:
-            names.remove(dropped)
-    return names
+        columns.pop(dropped, None)
+        if dropped in figures:
+            best = columns.pop("")
+            columns.pop(f"+{hidden} more", None)
+            hidden += 1
+            more = f"+{hidden} more"
+            columns |= {more: len(more), "": best}
+    return columns
 
 
-def _aligned(name: str, text: str, cell: str) -> str:
-    """A cell's text as wide as its column: the widest that it usually gets."""
-    usual = {"time": 10, "step": 7, "": 4, "epoch": len(cell)}.get(name, 6)
-    return text.ljust(usual) if name == "" else text.rjust(max(len(name), usual))
+def _usual_width(name: str, cell: str) -> int:
+    """How wide a column is: the widest that its cells usually get."""
+    usual = {"time": 10, "step": 7, "": 4, "epoch": len(cell)}.get(name, max(6, len(cell)))
+    return max(len(name), usual)
+
+
+def _aligned(name: str, text: str, width: int) -> str:
+    return text.ljust(width) if name == "" else text.rjust(width)
 
 
 def _style(name: str, cell: str) -> str:

@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from dtrain.tracking.file_queue import FileQueue
 from dtrain.tracking.mlflow_store import MlflowRun, MlflowStore, Row, describe_error, is_passing
+from dtrain.tracking.outage import Outage, with_cure
 from dtrain.tracking.retry import PATIENCE_SECONDS, Retry
 from dtrain.tracking.run_folder import Memory, RunFolder, close_run_of, read_line, read_run, update_run
 from dtrain.tracking.secrets import redact
@@ -75,6 +76,8 @@ class Batch:
                 self.artifacts.append([entry["path"], entry["to"]])
             case "image":
                 self.artifacts.append([entry["path"], entry["key"], int(entry["step"]), self.time_ms])
+            case "datasets" | "model" as kind:  # MLflow's entities, which are made of files
+                self.artifacts.append([kind, {key: entry[key] for key in entry if key not in ("kind", "time")}])
             case "start":
                 self.started = True
             case "end":
@@ -85,8 +88,11 @@ class Batch:
 class Delivery:
     """Carries the journal of one run folder to the store, and figures of this machine, step by step, exactly once."""
 
-    def __init__(self, folder: Path, store: MlflowStore, system: SystemMetrics | None = None) -> None:
+    def __init__(
+        self, folder: Path, store: MlflowStore, system: SystemMetrics | None = None, outage: Outage | None = None
+    ) -> None:
         self.folder = folder
+        self._outage = outage or Outage(store.uri)
         self.memory = Memory.read(RunFolder(folder).delivery)
         self.is_draining = False  # nobody writes the journal any more
         self._store = store
@@ -105,7 +111,7 @@ class Delivery:
             self.memory.offset = 0
         self.batch = Batch(self.memory.offset)  # the next to be sent
 
-    def begin(self, code_tags: Mapping[str, str], code_folder: str) -> None:
+    def begin(self, code_tags: Mapping[str, str], *folders: str) -> None:
         """For a training that starts: whatever an earlier one ended as, this one has not ended, and runs this code.
 
         For one whose first sender died, too; unless that one had delivered all, the ending included.
@@ -114,7 +120,7 @@ class Delivery:
         if self.batch.lines:
             self.memory.status = ""
         self._code_tags = dict(code_tags)
-        self._files.add([[code_folder, code_folder]])
+        self._files.add([[folder, folder] for folder in folders])
 
     def hear(self, text: bytes) -> None:
         """Lines of the journal that the disk did not take; if it takes them later, sending them again adds nothing."""
@@ -187,7 +193,11 @@ class Delivery:
         return self.memory.status not in ("", "RUNNING")
 
     def report(self, problem: str) -> None:
-        """Says a problem once, and '' after it, and leaves it where rank 0 finds it."""
+        """Says a problem once, and '' after it, and leaves it where rank 0 finds it, who is told if that is due."""
+        if problem and not self.batch.end:  # else rank 0 says it itself, last of all
+            self._outage.fails(problem)
+        elif not problem and self._run is not None:
+            self._outage.is_over()
         if problem != self.memory.problem:
             _log.warning(problem or "delivering again")
             self.memory.problem = problem
@@ -198,9 +208,10 @@ class Delivery:
         facts = read_run(self.folder)
         old = facts.get("run_id") or self.memory.run_id
         run = self._store.known(old) or self._store.create(self.folder, {**facts, "run_id": old})
-        if run.id != facts.get("run_id"):
+        found: dict[str, Any] = {"run_id": run.id, "experiment_id": run.experiment_id, "run_name": run.name}
+        if any(facts.get(key) != value for key, value in found.items()):
             with contextlib.suppress(OSError):  # on a full disk: the run is found again by its tag
-                update_run(self.folder, run_id=run.id)
+                update_run(self.folder, **found)
         if old and run.id != old:
             self.memory.note = f"run {old} is not in {redact(self._store.uri)} any more; its successor is {run.id}"
             _log.warning(self.memory.note)
@@ -303,7 +314,7 @@ def _try_step(delivery: Delivery, retry: Retry) -> int | None:
             delivery.step()
     except Exception as error:
         is_hopeless = isinstance(error, ImportError)  # waiting installs neither mlflow nor a database's driver
-        delivery.report(describe_error(error))
+        delivery.report(with_cure(describe_error(error)))
         return HOPELESS if is_hopeless else 1 if retry.is_over else None
     delivery.report(delivery.problem)
     if delivery.done:

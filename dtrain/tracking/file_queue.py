@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dtrain.tracking.logged_model import send_entity
 from dtrain.tracking.mlflow_store import MlflowRun, describe_error
 from dtrain.tracking.retry import Retry
 from dtrain.tracking.run_folder import Memory
@@ -72,6 +73,9 @@ class FileQueue:
         return self._retry.is_due(max(pause_seconds, 10 * self._retry.took_seconds))
 
     def _send_one(self, run: MlflowRun, name: str, *where: Any) -> None:
+        if isinstance(where[0], dict):
+            send_entity(run, self._folder, name, where[0])
+            return
         path, is_picture = self._folder / name, len(where) > 1
         if path.exists() and path.resolve().is_relative_to(self._folder.resolve()):
             (run.log_image if is_picture else run.log_file)(path, *where)

@@ -45,6 +45,7 @@ def _ask_git(place: Path) -> dict[str, str]:
     if re.fullmatch(_HASH, commit):
         status = redact(_git("status", "--porcelain"))
         (place / _STATUS).write_text(status)
+        (place / "folder.txt").write_text(_git("rev-parse", "--show-prefix"))  # of the repository, in which it started
         (place / "diff.patch").write_text(redact(_git("diff", "--no-ext-diff", "--no-textconv", "HEAD")))
         (place / _COMMIT).write_text(f"{commit}\n")  # the last one: with it, all is there
     else:

@@ -16,10 +16,10 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import IO, Any, Literal, TypeVar, cast, get_args
 
 from dtrain.tracking.run_folder import RunFolder, overwrite_run, read_line, read_run, update_run
-from dtrain.tracking.secrets import is_secret, leaves, redact
+from dtrain.tracking.secrets import is_secret, leaves, redact, redacted_tree
 from dtrain.tracking.start_sender import assign_run, start_sender
 from dtrain.tracking.uri import resolve_tracking_uri
 from dtrain.tracking.whole_file import read_json
@@ -48,7 +48,10 @@ class Journal:
         system_metrics: whether CPU, memory and GPU figures of this machine go to MLflow too.
         exit_timeout_seconds: how long `finish` waits at most until MLflow has everything.
         parent_run_id: of the run in MLflow under which this one is shown.
+        log_model: whether the best checkpoint becomes the run's model in MLflow, a LoggedModel.
+        register: the registered model of which it becomes a version. Default: none.
         sender: from `prepare_sender`. Default: one is started when the run starts.
+        say: what shows a person a line, from another thread: that MLflow does not answer. Default: a warning.
     """
 
     def __init__(  # noqa: PLR0913
@@ -61,7 +64,10 @@ class Journal:
         system_metrics: bool = True,
         exit_timeout_seconds: float = 25.0,
         parent_run_id: str | None = None,
+        log_model: bool = True,
+        register: str | None = None,
         sender: subprocess.Popen[bytes] | None = None,
+        say: Callable[[str], object] = _log.warning,
     ) -> None:
         self.folder = Path(folder).absolute()
         self._files = RunFolder(self.folder)
@@ -70,7 +76,8 @@ class Journal:
         self._system_metrics = system_metrics
         self._exit_timeout_seconds = exit_timeout_seconds
         self._parent_run_id = parent_run_id
-        self._sender = sender
+        self._sender, self._say = sender, say
+        self._log_model, self._register = log_model, register
         self._file: int | None = None
         self._unwritten = b""  # whole lines, of which the disk may have taken the beginning,
         self._written = self._handed_over = 0  # so many bytes, and so many the sender
@@ -88,10 +95,12 @@ class Journal:
         tags: Mapping[str, str],
         artifacts: Sequence[tuple[str, str]] = (),
         from_step: int | None = None,
+        datasets: Mapping[str, Mapping[str, Any]] | None = None,
         **run_facts: Any,
     ) -> None:
         """Opens the journal, or continues the one that is there, and starts the sender.
 
+        `datasets` has for each set what `lineage` takes.
         For the params see `flatten`, for `artifacts` `artifact`; secrets are masked. The tags win over the ones that
         every run gets; `run_facts` is what else run.json shall hold, such as world_size. What follows `from_step` is
         computed anew: its figures are logged though the journal has some of these steps; None: they would be the same.
@@ -132,6 +141,8 @@ class Journal:
         self._write("start", attempt=attempt, from_step=from_step, facts=facts)
         self._write("tags", values={key: redact(str(value)) for key, value in {**own_tags, **tags}.items()})
         self._write("params", attempt=attempt, values={key: _as_text(key, value) for key, value in params.items()})
+        if datasets:
+            self._write("datasets", folder=str(Path.cwd()), values=redacted_tree(dict(datasets)))
         for path, to in artifacts:
             self.artifact(path, to)
         self._start_sender()
@@ -172,6 +183,16 @@ class Journal:
         if step > self._last_steps.get(key, step - 1):
             self._last_steps[key] = step
             self._write("image", path=relative, key=key, step=int(step))
+
+    def model(self, weights: str, step: int, is_final: bool, **facts: Any) -> None:
+        """Has a weight file of the run folder become the run's model in MLflow; registered where it is the final one.
+
+        The other facts are `signature`, `code` (files and folders of the user's own) and `packages`: `logged_model`.
+        """
+        if self._log_model:
+            name = self._register if is_final else None
+            told = {"name": self._experiment, "step": step, "register": name, **facts}
+            self._write("model", path=self._relative(weights, ""), **told)
 
     def _relative(self, path: str, to: str) -> str:
         """The path from the run folder, checked."""
@@ -295,13 +316,16 @@ class Journal:
     def _start_sender(self) -> None:
         options = ["--parent", str(os.getpid()), *([] if self._system_metrics else ["--no-system-metrics"])]
         self._handed_over = 0
-        if assign_run(self._sender, self.folder, options):
-            return
-        try:
-            self._sender = start_sender(self.folder, self.tracking_uri, options)
-        except OSError as error:
-            self._sender = None
-            _log.warning("MLflow gets nothing for now, its sender could not be started: %s", error)
+        if not assign_run(self._sender, self.folder, options):
+            try:
+                self._sender = start_sender(self.folder, self.tracking_uri, options)
+            except OSError as error:
+                self._sender = None
+                _log.warning("MLflow gets nothing for now, its sender could not be started: %s", error)
+                return
+        told = self._sender and self._sender.stdout
+        if told:  # a thread that sleeps until there is a line costs no step anything
+            threading.Thread(target=_pass_on, args=(told, self._say), name="MLflow's sender", daemon=True).start()
 
     def _look_after_sender(self) -> None:
         """Starts a sender again that has died, after a pause that grows each time; the first time, says so."""
@@ -388,6 +412,13 @@ class Journal:
                     self._sender.wait(min(0.1, deadline - now))
 
 
+def _pass_on(lines: IO[bytes], say: Callable[[str], object]) -> None:
+    """Show what a sender has to tell, until it ends."""
+    with lines:
+        for line in lines:
+            say(redact(line.decode(errors="replace").strip()))
+
+
 @contextlib.contextmanager
 def _ctrl_c() -> Iterator[Callable[[], bool]]:
     """Takes Ctrl-C over: whether it has come. Only the main thread can."""
@@ -427,6 +458,7 @@ class NoJournal(Journal):
     log = _without_effect(Journal.log)
     artifact = _without_effect(Journal.artifact)
     image = _without_effect(Journal.image)
+    model = _without_effect(Journal.model)
     finish = _without_effect(Journal.finish)
     deliver_later = _without_effect(Journal.deliver_later)
     close = _without_effect(Journal.close)

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import getpass
 import hashlib
+import itertools
 import logging
 import os
 import posixpath
@@ -82,11 +83,62 @@ class MlflowStore:
             tags["dtrain.replaces"] = facts["run_id"]
         return MlflowRun(self.client, _ask(self._find_or_create, experiment, facts, tags))
 
+    def recent(self, most: int) -> list[dict[str, Any]]:
+        """The runs that began last, of all experiments, with the last step and value of each figure."""
+        experiments = {each.experiment_id: each.name for each in _ask(self.client.search_experiments)}
+        order = ["attributes.start_time DESC"]
+        found = _ask(self.client.search_runs, list(experiments), max_results=most, order_by=order)
+        return [_plain(run, experiments[run.info.experiment_id]) for run in found]
+
+    def whole(self, run_id: str) -> dict[str, Any]:
+        """One run with the history of each figure, except those of the system."""
+        run = _ask(self.client.get_run, run_id)
+        plain = _plain(run, _ask(self.client.get_experiment, run.info.experiment_id).name)
+        keys = [key for key in run.data.metrics if not key.startswith("system/")]
+        return {**plain, "history": {key: self.history(run_id, key) for key in keys}}
+
+    def history(self, run_id: str, key: str) -> list[tuple[int, float, int]]:
+        """Step, value and time in ms of all points of a figure."""
+        return [(row.step, row.value, row.timestamp) for row in _ask(self.client.get_metric_history, run_id, key)]
+
+    def download(self, run_id: str, wanted: Sequence[str], to: Path) -> None:
+        """Copy those files and folders of a run's artifacts that are there into a folder."""
+        there = {item.path for item in _ask(self.client.list_artifacts, run_id)}
+        for path in wanted:
+            if path in there:
+                _ask(self.client.download_artifacts, run_id, path, str(to))
+
+    def download_images(self, run_id: str, to: Path) -> dict[str, tuple[int, Path]]:
+        """Copy the last picture of each key into a folder; returns its step and its file."""
+        last: dict[str, tuple[int, str]] = {}
+        there = {item.path for item in _ask(self.client.list_artifacts, run_id, _IMAGES)}
+        for path in there:
+            if found := _IMAGE.fullmatch(posixpath.basename(path)):
+                key, step = found["key"].replace("~", "/"), int(found["step"])
+                whole = path.removesuffix("+compressed.webp").removesuffix("%compressed.webp") + ".png"
+                last[key] = max(last.get(key, (-1, "")), (step, whole if whole in there else path))
+        to.mkdir(parents=True, exist_ok=True)
+        return {
+            key: (step, Path(_ask(self.client.download_artifacts, run_id, path, str(to))))
+            for key, (step, path) in last.items()
+        }
+
     def _find_or_create(self, experiment: str, facts: Mapping[str, Any], tags: Mapping[str, str]) -> Any:
         """The run with this `id`, or a new one; an answer that says nothing may have been about a run that was made."""
         found = _ask(self.client.search_runs, [experiment], f"tags.`dtrain.id` = '{facts['id']}'", max_results=1)
-        started_ms = round(facts["started"] * 1000)
-        return found[0] if found else self.client.create_run(experiment, started_ms, tags, run_name=facts["run_name"])
+        if found:
+            return found[0]
+        name = facts["run_name"]
+        if facts.get("is_named_by_dtrain"):
+            name = self._free_name(experiment, name)
+        return self.client.create_run(experiment, round(facts["started"] * 1000), tags, run_name=name)
+
+    def _free_name(self, experiment: str, name: str) -> str:
+        """The name, with a number where a run has it: two of one day and one command line are told apart, too."""
+        wanted = f"attributes.run_name LIKE '{name.replace(chr(39), '_')}%'"
+        taken = {run.info.run_name for run in _ask(self.client.search_runs, [experiment], wanted, max_results=1000)}
+        names = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
+        return next(each for each in names if each not in taken)
 
     def _active_experiment(self, name: str) -> str:
         """The id of the experiment, made if need be; a deleted one keeps its name, so the next free name is taken."""
@@ -97,6 +149,8 @@ class MlflowStore:
                 if made := self._create_experiment(candidate):
                     return made
             elif known.lifecycle_stage == "active":
+                for key in _KIND.keys() - known.tags.keys():  # made by another program, or an older MLflow
+                    _ask(self.client.set_experiment_tag, known.experiment_id, key, _KIND[key])
                 return str(known.experiment_id)
             else:
                 count += 1
@@ -120,6 +174,8 @@ class MlflowRun:
 
     def __init__(self, client: Any, run: Any) -> None:
         self.id: str = run.info.run_id
+        self.name, self.experiment_id = str(run.info.run_name), str(run.info.experiment_id)
+        self._data: dict[str, tuple[str, str]] = {}  # name and digest of the sets that were sent
         self._client = client
         self._params: dict[str, str] = dict(run.data.params)
         self._tags: dict[str, str] = dict(run.data.tags)
@@ -178,6 +234,70 @@ class MlflowRun:
             self._client.log_image(self.id, image, key=name, step=step, timestamp=time_ms, synchronous=True)
         self._images.add(known)
 
+    def log_datasets(self, described: Sequence[Mapping[str, str]]) -> None:
+        """Sends the sets of `lineage`; one that is there adds nothing."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        fields = ("name", "digest", "source_type", "source", "profile")
+        inputs = [
+            DatasetInput(
+                Dataset(**{key: each[key] for key in fields}), [InputTag("mlflow.data.context", each["context"])]
+            )
+            for each in described
+        ]
+        _ask(self._client.log_inputs, self.id, inputs)
+        self._data.update({each["context"]: (each["name"], each["digest"]) for each in described})
+
+    def model_of_step(self, name: str, step: int) -> Any:
+        """The run's model, made anew where it is of another step; None where that of this step is there as a whole."""
+        wanted = f"tags.`dtrain.run` = '{self.id}'"
+        of_this_step = None
+        for model in _ask(self._client.search_logged_models, [self.experiment_id], wanted):
+            if model.tags.get("dtrain.step") == str(step):
+                of_this_step = model
+            else:
+                _ask(self._client.delete_logged_model, model.model_id)
+        if of_this_step is not None:
+            return None if of_this_step.tags.get("dtrain.whole") else of_this_step
+        tags = {"dtrain.run": self.id, "dtrain.step": str(step)}
+        return self._client.create_logged_model(self.experiment_id, mlflow_model_name(name), self.id, tags)
+
+    def log_model(
+        self, model: Any, folder: Path, facts: Mapping[str, Any], figures: Sequence[Row], loader: str
+    ) -> None:
+        """Sends a model: its files with an MLmodel that `loader` reads, its figures, its version in the registry."""
+        from mlflow.entities import LoggedModelOutput, Metric
+        from mlflow.models import Model
+        from mlflow.pyfunc import add_to_model
+
+        made = Model(run_id=self.id, model_id=model.model_id, signature=_signature(facts.get("signature") or {}))
+        add_to_model(made, loader, data="data", code="code")
+        made.save(folder / "MLmodel")
+        with _long_timeout():
+            self._client.log_model_artifacts(model.model_id, str(folder))
+        self._client.finalize_logged_model(model.model_id, "READY")
+        self._client.log_outputs(self.id, [LoggedModelOutput(model.model_id, int(facts["step"]))])
+        linked = []
+        for key, value, time_ms, step in figures:
+            name, digest = self._data.get(key.rpartition("/")[0].removesuffix("/volume"), (None, None))
+            linked.append(Metric(mlflow_key(key), value, time_ms, step, model.model_id, name, digest, self.id))
+        self._log("metrics", linked)
+        if name := facts.get("register"):
+            self._register(str(name), model.model_id)
+        self._client.set_logged_model_tags(model.model_id, {"dtrain.whole": "true"})
+
+    def _register(self, name: str, model_id: str) -> None:
+        """The model as the next version of a registered model; one version is enough."""
+        try:
+            self._client.create_registered_model(name)
+        except Exception as error:
+            if getattr(error, "error_code", "") != "RESOURCE_ALREADY_EXISTS":
+                raise
+        known = _ask(self._client.search_model_versions, f"name = '{name}' and run_id = '{self.id}'")
+        source = f"models:/{model_id}"
+        if source not in [version.source for version in known] and model_id not in [v.model_id for v in known]:
+            self._client.create_model_version(name, source, self.id, model_id=model_id)
+
     def set_status(self, status: str, time_ms: int) -> None:
         """RUNNING, or how and when the run ended."""
         if status == "RUNNING":
@@ -213,6 +333,24 @@ class MlflowRun:
             self._log_or_halve(kind, items[half:])
 
 
+def _plain(run: Any, experiment: str) -> dict[str, Any]:
+    """An MLflow run in plain values; times in seconds."""
+    info, data = run.info, run.data
+    times = {"started": info.start_time / 1000, "ended": info.end_time / 1000 if info.end_time else None}
+    # The step of a last value is in no public attribute; without it there are the values.
+    points = {each.key: (each.step, each.value) for each in getattr(data, "_metric_objs", ())}
+    return {
+        "run_id": info.run_id,
+        "run_name": info.run_name,
+        "status": info.status,
+        "experiment": experiment,
+        **times,
+        "params": dict(data.params),
+        "tags": dict(data.tags),
+        "last": points or {key: (0, value) for key, value in data.metrics.items()},
+    }
+
+
 @contextlib.contextmanager
 def _long_timeout() -> Iterator[None]:
     """Lets a server take its time over a file."""
@@ -223,6 +361,11 @@ def _long_timeout() -> Iterator[None]:
         yield
     finally:
         os.environ[name] = usual
+
+
+def get_ready() -> None:
+    """Import mlflow, which takes seconds."""
+    from mlflow import MlflowClient  # noqa: F401
 
 
 def connect(uri: str) -> Any:
@@ -322,6 +465,26 @@ def _get_run(client: Any, run_id: str) -> Any:
             return None
         raise
     return run if run.info.lifecycle_stage == "active" else None
+
+
+def _signature(described: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
+    """MLflow's signature of the tensors that a model takes and gives; None where they are not known."""
+    import numpy as np
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    if not described:
+        return None
+
+    def schema(tensors: Sequence[Mapping[str, Any]]) -> Any:
+        return Schema([TensorSpec(np.dtype(one["dtype"]), tuple(one["shape"]), one.get("name")) for one in tensors])
+
+    return ModelSignature(schema(described["inputs"]), schema(described["outputs"]))
+
+
+def mlflow_model_name(name: str) -> str:
+    """A name that MLflow takes for a logged model: without the characters that its addresses are made of."""
+    return re.sub(r"[/:.%\"'\s]+", "-", name).strip("-")[:200] or "model"
 
 
 def mlflow_key(name: str) -> str:

@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import os
+import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from dtrain.tracking.whole_file import read_json, write_json
 _log = logging.getLogger(__name__)
 _LOCK_SECONDS = 10.0
 _BLOCK_BYTES = 4096  # of file systems: a file that has one has all of it
+_SILENCE_SECONDS = 3600.0  # twice the time after which a training without progress is ended
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # what disks answer that know no locks
 
 
@@ -32,6 +34,7 @@ class RunFolder:
         self.delivery = self.path / "mlflow.json"  # what MLflow has acknowledged
         self.checkpoints = self.path / "checkpoints"
         self.pictures = self.path / "pictures"
+        self.tables = self.path / "tables"  # of metrics that are matrices, as of the newest evaluation
         self.predictions = self.path / "predictions"
         self.failure = self.path / "failure.json"
         self.failed_step = self.path / "failed-step"  # a folder of checkpoints
@@ -48,6 +51,10 @@ class RunFolder:
     def code(self, attempt: int) -> Path:
         """Which code ran in the first start of the run (attempt 1) or a later one: commit, status and diff."""
         return self.path / ("code" if attempt == 1 else f"code/resume_{attempt}")
+
+    def environment(self, attempt: int) -> Path:
+        """With what the first start of the run, or a later one, ran: packages, CUDA, driver."""
+        return self.path / ("environment" if attempt == 1 else f"environment/resume_{attempt}")
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -169,6 +176,13 @@ def lives(facts: Mapping[str, Any]) -> bool:
         return False
 
 
+def is_dead(folder: Path, facts: Mapping[str, Any]) -> bool:
+    """Whether rank 0 is gone; of another machine's that is believed when it has written nothing for an hour."""
+    if facts.get("host") == socket.gethostname():
+        return not lives(facts)
+    return time.time() - RunFolder(folder).journal.stat().st_mtime > _SILENCE_SECONDS
+
+
 @dataclass
 class Memory:
     """mlflow.json of a run folder: what MLflow has acknowledged. Losing it costs a replay, which adds no rows."""
@@ -178,7 +192,7 @@ class Memory:
     offset: int = 0  # in bytes, in the journal
     status: str = ""  # RUNNING, FINISHED, FAILED or KILLED, as MLflow has it
     # Not sent yet: of a file its path in the run folder and its folder in MLflow; of a picture its path, key, step and
-    # time in ms.
+    # time in ms; of the data sets or the model what the journal says of them.
     artifacts: list[list[Any]] = field(default_factory=list)
     problem: str = ""  # why MLflow does not have everything: for the hint that rank 0 prints
     note: str = ""  # what else rank 0 should print

@@ -6,20 +6,19 @@ import json
 import logging
 import os
 import signal
-import socket
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from filelock import Timeout
 
 from dtrain.tracking import mlflow_store
 from dtrain.tracking.delivery import Delivery, follow
+from dtrain.tracking.environment import capture_environment
 from dtrain.tracking.git_state import capture_code
+from dtrain.tracking.outage import Outage
 from dtrain.tracking.retry import PATIENCE_SECONDS
-from dtrain.tracking.run_folder import RunFolder, close_run_of, lives, locked_file, read_run
+from dtrain.tracking.run_folder import RunFolder, close_run_of, is_dead, locked_file, read_run
 from dtrain.tracking.secrets import Redacted, redact
 from dtrain.tracking.system_metrics import SystemMetrics
 from dtrain.tracking.uri import resolve_tracking_uri
@@ -28,7 +27,6 @@ _log = logging.getLogger(__name__)
 # While it gets ready, so do the ranks: what it has not done when they begin, costs them steps.
 _NICENESS_AT_FIRST, _NICENESS = 3, 19
 _STDIN = 0  # rank 0's pipe: the command line, and later what the disk does not take
-_SILENCE_SECONDS = 3600.0  # twice the time after which a training without progress is ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,10 +82,16 @@ def _wait_for_a_run(uri: str) -> int:
     if not line:
         return 0
     arguments = json.loads(line)
-    log = os.open(RunFolder(arguments[0]).sender_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    return main(arguments)
+
+
+def _only_log(folder: Path) -> int:
+    """From now on all output goes into the run folder's log; returns what was stdout, at whose end rank 0 listens."""
+    rank_0 = os.dup(1)
+    log = os.open(RunFolder(folder).sender_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for output in (1, 2):
         os.dup2(log, output)
-    return main(arguments)
+    return rank_0
 
 
 def _run_in_background(niceness: int) -> None:
@@ -99,20 +103,29 @@ def _run_in_background(niceness: int) -> None:
 
 def _feed(folder: Path, parent: int, uri: str, system_metrics: bool) -> int:
     """The sender of a training that runs."""
+    rank_0 = _only_log(folder)
     facts = read_run(folder)
     _run_in_background(_NICENESS if facts["state"] == "RUNNING" else 0)  # of a run that has ended, rank 0 waits for it
     code = RunFolder(folder).code(facts["attempt"])
     code_tags = capture_code(code)  # first of all, before anybody edits a file
+    environment = RunFolder(folder).environment(facts["attempt"])
+    try:
+        code_tags |= capture_environment(environment)
+    except OSError as error:
+        _log.warning("the environment is not recorded: %s", error)
     system = None
     if system_metrics:
         try:
             system = SystemMetrics(mlflow_store.system_monitor(uri), facts["started"])
         except Exception as error:
             _log.warning("no system metrics: %s", mlflow_store.describe_error(error))
+    with contextlib.suppress(ImportError):  # it shows again, and is reported
+        mlflow_store.get_ready()
+    outage = Outage(uri, rank_0)  # whose clock starts now
     # The sender of a rank 0 that exited may still deliver the rest.
     with locked_file(RunFolder(folder).sender_lock, 2 * PATIENCE_SECONDS):
-        delivery = Delivery(folder, mlflow_store.MlflowStore(uri), system)
-        delivery.begin(code_tags, str(code.relative_to(folder)))
+        delivery = Delivery(folder, mlflow_store.MlflowStore(uri), system, outage)
+        delivery.begin(code_tags, *(str(each.relative_to(folder)) for each in (code, environment)))
         return follow(delivery, parent, pipe=_STDIN)
 
 
@@ -121,7 +134,7 @@ def _deliver_rest(folder: Path, uri: str) -> int:
     try:
         with locked_file(RunFolder(folder).sender_lock, 5):
             facts = read_run(folder)
-            if facts.get("state") == "RUNNING" and _is_dead(folder, facts):
+            if facts.get("state") == "RUNNING" and is_dead(folder, facts):
                 close_run_of(folder, facts["pid"])
             delivery = Delivery(folder, mlflow_store.MlflowStore(uri))
             exit_status = min(follow(delivery), 1)
@@ -133,13 +146,6 @@ def _deliver_rest(folder: Path, uri: str) -> int:
     if read_run(folder).get("state") == "RUNNING":
         print(f"its status is RUNNING: on {facts.get('host')}, process {facts.get('pid')} may still be at work")
     return exit_status
-
-
-def _is_dead(folder: Path, facts: Mapping[str, Any]) -> bool:
-    """Whether rank 0 is gone; of another machine's that is believed when it has written nothing for an hour."""
-    if facts.get("host") == socket.gethostname():
-        return not lives(facts)
-    return time.time() - RunFolder(folder).journal.stat().st_mtime > _SILENCE_SECONDS
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def prepare_sender(tracking_uri: str | None) -> subprocess.Popen[bytes] | None:
     no run comes of it, the sender ends with this process. None where none could be started: the journal then tries.
     """
     try:
-        return _start(["--wait"], resolve_tracking_uri(tracking_uri), subprocess.PIPE, subprocess.DEVNULL)
+        return _start(["--wait"], resolve_tracking_uri(tracking_uri), subprocess.DEVNULL)
     except (OSError, ValueError):
         return None
 
@@ -28,7 +28,7 @@ def prepare_sender(tracking_uri: str | None) -> subprocess.Popen[bytes] | None:
 def assign_run(prepared: subprocess.Popen[bytes] | None, folder: Path, options: Sequence[str]) -> bool:
     """Hands a run folder to a sender from `prepare_sender`; False where it has exited.
 
-    Its pipe stays open, for what the disk does not take.
+    Its pipes stay open: for what the disk does not take, and for what it has to tell.
     """
     if prepared is None or prepared.stdin is None or prepared.stdin.closed or prepared.poll() is not None:
         return False
@@ -44,11 +44,11 @@ def assign_run(prepared: subprocess.Popen[bytes] | None, folder: Path, options: 
 def start_sender(folder: Path, uri: str, options: Sequence[str] = ()) -> subprocess.Popen[bytes]:
     """Starts a sender for a run folder, where its output is logged; without options it delivers what is there.
 
-    With options, it has a pipe for what the disk does not take.
+    With options, it has a pipe for what the disk does not take, and one for what it has to tell.
     """
     RunFolder(folder).logs.mkdir(exist_ok=True)
     with RunFolder(folder).sender_log.open("ab") as output:
-        return _start([str(folder), *options], uri, subprocess.PIPE if options else subprocess.DEVNULL, output)
+        return _start([str(folder), *options], uri, output, has_pipes=bool(options))
 
 
 def deliver_rest(folder: str) -> int:
@@ -87,13 +87,16 @@ def _ask(uri: str, option: str, value: str, timeout_seconds: float) -> dict[str,
         return {"error": redact((done.stderr.strip().splitlines() or ["the sender printed nothing"])[-1])}
 
 
-def _start(arguments: Sequence[str], uri: str, stdin: int, output: int | IO[bytes]) -> subprocess.Popen[bytes]:
+def _start(
+    arguments: Sequence[str], uri: str, output: int | IO[bytes], has_pipes: bool = True
+) -> subprocess.Popen[bytes]:
     """A sender in its own process group: Ctrl-C and torchrun's killing of process groups must not reach it.
 
     Not in its own session: Linux divides processors between sessions first, so its low priority would mean nothing.
     """
     command, environment = _sender_command(*arguments), _sender_environment(uri)
-    return subprocess.Popen(command, env=environment, stdin=stdin, stdout=output, stderr=output, process_group=0)
+    stdin, stdout = (subprocess.PIPE, subprocess.PIPE) if has_pipes else (subprocess.DEVNULL, output)
+    return subprocess.Popen(command, env=environment, stdin=stdin, stdout=stdout, stderr=output, process_group=0)
 
 
 def _sender_command(*arguments: str) -> list[str]:

@@ -3,7 +3,9 @@
 import os
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dtrain.tracking.secrets import redact
 
@@ -57,6 +59,19 @@ def sqlite_file(uri: str) -> Path | None:
     """The database file of a resolved sqlite URI; None for anything else."""
     head, slashes, rest = uri.partition(":///")
     return Path(rest.partition("?")[0]) if slashes and head.partition("+")[0] == "sqlite" else None
+
+
+def run_address(uri: str, facts: Mapping[str, Any]) -> str:
+    """The page of a run on an http server, from its run.json; '' for other stores, or while MLflow has no such run."""
+    known = facts.get("experiment_id"), facts.get("run_id")
+    if not uri.startswith(("http:", "https:")) or not all(known):
+        return ""
+    return f"{redact(uri).rstrip('/')}/#/experiments/{known[0]}/runs/{known[1]}"
+
+
+def where_seen(uri: str, facts: Mapping[str, Any]) -> str:
+    """Where a run can be seen: its own page, else what opens MLflow's pages."""
+    return run_address(uri, facts) or ui_command(uri)
 
 
 def ui_command(uri: str) -> str:

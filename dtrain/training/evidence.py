@@ -31,7 +31,10 @@ class Evidence:
             shard: Any = loaders.train.shard if loaders.train else None
             # What shows only where figures are logged, began with the step that the training now stands before.
             begin = self.state.position if self.activity.phase == "logging" else self.activity.batch_start
-            return next(iter(shard.batches_from(self.state.epoch, begin, 1)), []) if shard else []
+            try:
+                return next(iter(shard.batches_from(self.state.epoch, begin, 1)), []) if shard else []
+            except Exception:  # of a sampler of the user's own, whose error this may be
+                return []
         loader: Any = self._evaluated()
         number = getattr(error, "batch_number", None)  # none where it was not the model, the loss or a metric
         if loader is None or number is None:

@@ -12,11 +12,14 @@ from dtrain.config.optimizers import Frozen
 from dtrain.training.parameter_groups import LOSS, Named, named_parameters
 
 
-def freeze_settings(*, match: str | list[str], until_epoch: int | None = None) -> dict[str, Any]:
+def freeze_settings(
+    *, match: str | list[str] | None = None, types: str | list[str] | None = None, until_epoch: int | None = None
+) -> dict[str, Any]:
     """The keys of a mapping under `trainer.freeze`.
 
     Args:
         match: Patterns of the names of parameters.
+        types: Class names of the modules that own them; with `match`, those that both fit.
         until_epoch: So many epochs long; 0: not at all, an exception from earlier entries. Default: always.
     """
     return dict(locals())
@@ -35,7 +38,7 @@ class Freezing:
         self._until: dict[str, float] = {}  # the epoch from which a parameter is trained, by its name
         self._held: list[Module] = []  # the outermost modules that are kept in eval mode
         for item in named_parameters(model, loss) if entries else ():
-            fitting = [entry.until_epoch for entry in entries if item.fits(entry.match, ())]
+            fitting = [entry.until_epoch for entry in entries if item.fits(entry.match, entry.types)]
             if fitting and item.parameter.requires_grad:
                 self._until[item.name] = math.inf if fitting[-1] is None else fitting[-1]
 

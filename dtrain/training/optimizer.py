@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from dtrain.config.build import build
 from dtrain.config.difference import defaults_of
-from dtrain.config.errors import first_few
+from dtrain.config.errors import ConfigError, first_few
 from dtrain.config.optimizers import ONE, frozen_entries, optimizer_keys, own_rate, rules, what_is_taken
 from dtrain.config.schema import Call, Offer, calls, refused
 from dtrain.training.freezing import Freezing
@@ -55,7 +55,7 @@ def freeze(config: ConfigDict, model: torch.nn.Module, loss: torch.nn.Module | N
         return Freezing(model, loss, ())
     every = named_parameters(model, loss)
     for entry in entries:
-        if wrong := wrong_pattern(every, entry.match, ()):
+        if wrong := wrong_pattern(every, entry.match, entry.types):
             raise refused(config, entry.path, wrong[1])
     freezing = Freezing(model, loss, entries)
     freezing.apply(0)
@@ -185,6 +185,7 @@ def _built(config: ConfigDict, key: str, items: list[Named], every: Sequence[Nam
     is_ours = not chosen and not call.stands_for_object and call.target.module.startswith("torch.")
     if on_gpu and is_ours and "fused" in optimizer.defaults:
         optimizer = build(config, key, offer, fused=True)
+    _require_possible(config, key, groups)
     _add_loss(optimizer, call, items)
     start_momentum(optimizer)
     return Built(optimizer, _as_made(config, call, optimizer, groups, every), layers)
@@ -209,6 +210,18 @@ def _groups(
     defaults = {name: tuple(value) if isinstance(value, list) else value for name, value in defaults.items()}
     defaults["lr"] = own_rate(call)
     return divided(items, listed, defaults, own_rate(call), with_decay), layers
+
+
+def _require_possible(config: ConfigDict, key: str, groups: Sequence[Group]) -> None:
+    """Let the constructor judge each group's settings, which torch's optimizers do for their own arguments alone."""
+    call = calls(config)[key]
+    for group in groups if what_is_taken(call) == "params" else ():
+        if group.settings:
+            try:
+                build(config, key, Offer(params=[torch.nn.Parameter(torch.zeros(1))]), **group.settings)
+            except ConfigError as error:
+                text = str(error.__cause__ or error.mistakes[0].text)
+                raise refused(config, (*call.path, "groups"), f"group {group.name}: {text}") from error
 
 
 def _add_loss(optimizer: Optimizer, call: Call, items: Sequence[Named]) -> None:

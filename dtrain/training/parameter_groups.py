@@ -163,6 +163,8 @@ def wrong_pattern(items: Iterable[Named], match: Sequence[str], types: Sequence[
                 "types",
                 f"no module with parameters is a '{kind}'{near or f'; there are {first_few(sorted(kinds), 9)}'}",
             )
+    if match and types and not any(item.fits(match, types) for item in items):
+        return "types", f"no parameter that 'match' fits is of a {' or '.join(types)}"
     return None
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TextIO, cast
 
+from dtrain.checkpoint.checkpoint_files import step_in
 from dtrain.config.errors import ConfigError
 from dtrain.data.loader_workers import end_workers
 from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EARLY, WRONG_CONFIG
@@ -16,9 +17,9 @@ from dtrain.distributed.stop_request import Interrupted
 from dtrain.reporting.own_frames import one_line_of
 from dtrain.reporting.summary import summary_table
 from dtrain.tracking.journal import Status
-from dtrain.tracking.run_folder import RunFolder
+from dtrain.tracking.run_folder import RunFolder, read_run
 from dtrain.tracking.secrets import Redacted
-from dtrain.tracking.uri import ui_command
+from dtrain.tracking.uri import where_seen
 from dtrain.training.failure_card import first_failure
 from dtrain.training.held_folder import keep_whole, lay_out_config, only_training
 from dtrain.training.setup import Parts
@@ -48,7 +49,7 @@ def session(parts: Parts, state: TrainState) -> Iterator[Ending]:
         parts.journal.start(**parts.record, from_step=state.step if parts.start.is_branch else None)
         # Done, and not to be done again where `fit` is called again.
         parts.start = parts.start._replace(moves_aside=False, is_branch=False, has_new_scores=False)
-        parts.progress.begin(parts.table)
+        parts.progress.begin(parts.table, parts.monitor)
         try:
             yield ending
             ending.reason = state.ended
@@ -110,7 +111,7 @@ def _close(parts: Parts, ending: Ending, state: TrainState, seconds: float) -> N
         ending.status, ending.reason, best, ending.test_figures, seconds, state.step, parts.start.folder
     )
     if parts.journal.tracking_uri:
-        table |= {"MLflow": ui_command(parts.journal.tracking_uri)}
+        table |= {"MLflow": where_seen(parts.journal.tracking_uri, read_run(parts.start.folder))}
     progress.summary(table)
     if hint:
         progress.note(hint)
@@ -126,4 +127,7 @@ def _finish_journal(parts: Parts, ending: Ending) -> str:
     files = sorted((folder.absolute() / weights.resolve().name).glob("*.safetensors")) if weights else []
     for number, file in enumerate(files):
         parts.journal.artifact(str(file), "model/raw" if number else "model")
+    if files and (step := step_in(files[0].parent.name)) is not None:
+        is_final = ending.status == "FINISHED"
+        parts.journal.model(str(files[0]), step, is_final, signature=parts.signature, **parts.own_code)
     return parts.journal.finish(ending.status, ending.reason, ending.exit_status)

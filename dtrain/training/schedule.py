@@ -4,10 +4,9 @@ import copy
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
-import torch
 from ml_collections import ConfigDict
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -282,30 +281,3 @@ def _plan(config: ConfigDict, name: str, lengths: dict[str, int]) -> str:
         optimizer = optimizer[name]
         scheduler = scheduler.get(name) if has_several(scheduler) else scheduler
     return json.dumps([optimizer, scheduler, lengths], sort_keys=True, default=str)
-
-
-def end_points(config: ConfigDict, schedule: Schedule | Schedules, steps: int, epochs: int) -> str:
-    """The learning rate of the first and the last step, found by running a copy of the schedule."""
-    if isinstance(schedule, Schedules):
-        ends = (f"{name} {_end_points(config, one, steps, epochs, name)}" for name, one in schedule.of.items())
-        return "; ".join(ends)
-    return _end_points(config, schedule, steps, epochs, ONE)
-
-
-def _end_points(config: ConfigDict, schedule: Schedule, steps: int, epochs: int, name: str) -> str:
-    first = schedule.rate(0)
-    ticks = {"step": steps, "epoch": epochs}.get(schedule.interval, 0)
-    if schedule.scheduler is None:
-        return f"{first:.3g}" + (f" to {schedule.rate(steps - 1):.3g}" if schedule.warmup_steps else "")
-    if 0 < ticks <= 20_000:
-        groups = schedule.optimizer.param_groups
-        rates = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": float(group["initial_lr"])} for group in groups]
-        probe = torch.optim.SGD(rates, momentum=0.9)
-        with suppress(Exception):  # a scheduler may want this very optimizer; the table can do without
-            probed = get_lr_scheduler(config, probe, steps, epochs, name=name)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                for _ in range(ticks - 1):
-                    probed.tick(schedule.interval)
-            return f"{first:.3g} to {probed.rate(steps - 1):.3g}"
-    return f"{first:.3g}, then by {type(schedule.scheduler).__name__}"

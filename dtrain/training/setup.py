@@ -1,10 +1,11 @@
 """The parts of a training, made from the config in the order of need; behind them, nothing knows the config."""
 
 import copy
+import json
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from subprocess import Popen
 from typing import Any, Literal
@@ -40,7 +41,7 @@ from dtrain.config.schema import PHASES, calls, refused
 from dtrain.data import rng
 from dtrain.data.space import difference, space_of
 from dtrain.dataloader import Loaders, first_batch, get_train_loaders
-from dtrain.distributed.device import set_kernels
+from dtrain.distributed.device import device_name, set_kernels
 from dtrain.distributed.environment import batch_job, environment, job_ends_at, launcher_precision
 from dtrain.distributed.fsdp import FSDP, launcher_strategy, settings_of_accelerate
 from dtrain.distributed.process_group import set_up
@@ -58,16 +59,20 @@ from dtrain.reporting.progress import Progress
 from dtrain.reporting.terminal_progress import get_progress
 from dtrain.reporting.validation_pictures import Pictures
 from dtrain.tracking.journal import Journal, NoJournal, flatten
-from dtrain.tracking.run_folder import RunFolder, why_not_writable
+from dtrain.tracking.run_folder import RunFolder, read_run, why_not_writable
 from dtrain.tracking.run_lock import RunLock
 from dtrain.tracking.secrets import redact, redacted_tree
+from dtrain.tracking.uri import ui_command
 from dtrain.training.activation_checkpointing import checkpoint_activations
 from dtrain.training.closure import closure_mistake
 from dtrain.training.ema import EMA
 from dtrain.training.memory_format import to_channels_last
 from dtrain.training.optimizer import freeze, get_optimizers, shown
+from dtrain.training.origins import data_sets, own_code
+from dtrain.training.run_name import made_run_name
+from dtrain.training.rate_text import rate_text
 from dtrain.training.same_training import compared
-from dtrain.training.schedule import end_points, get_schedule
+from dtrain.training.schedule import get_lr_scheduler, get_schedule
 from dtrain.training.schedule_free import ScheduleFree, is_schedule_free
 from dtrain.training.state import FORMAT, Trainables
 from dtrain.training.swa import SWA
@@ -98,6 +103,8 @@ class Parts:
     table: Mapping[str, str] = field(default_factory=dict)  # what is shown before the first step
     loaded: Loaded | None = None  # the checkpoint to resume from, on the main rank
     lock: RunLock | None = None  # on the run folder, on the main rank while it trains
+    signature: Mapping[str, Any] | None = None  # what the model takes and gives, once a validation has shown it
+    own_code: Mapping[str, list[str]] = field(default_factory=dict)  # which the model's classes come from
 
 
 def make_parts(
@@ -158,9 +165,10 @@ def make_parts(
         Saver(checkpoints, options["checkpoint_every_minutes"], progress.note, not ranks.strategy.is_sharded),
         StopRequest(options["time_limit"], job_ends_at(), alone=ranks.world_size == 1),
         progress, _pictures(config, options, loaders, start), inference,
-        record=_record(config, options, ranks, start) | {"space": spaces.get("train")},
+        record=_record(config, options, ranks, start)
+        | {"space": spaces.get("train"), "datasets": data_sets(config, loaders.datasets())},
         places={key: str(place) for key in config if (place := place_of(config, (key,)))},
-        texts=_texts(config),
+        texts=_texts(config), own_code=own_code(calls(config).get("model")),
     )  # fmt: skip
     if purpose == "train":
         _add_training(config, options, parts, sender)
@@ -286,9 +294,10 @@ def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, 
         trainables.scaler = torch.amp.GradScaler(ranks.device.type)
     if ranks.is_main:
         of_run = {"experiment": config.get("experiment") or "default", "run_name": start.run_name}
-        parts.journal = build(config, "mlflow", folder=start.folder, sender=sender, **of_run)
-    rates = end_points(config, trainables.schedule, length, epochs)
+        parts.journal = build(config, "mlflow", folder=start.folder, sender=sender, say=parts.progress.note, **of_run)
+    rates = rate_text(partial(get_lr_scheduler, config), trainables.schedule, length, epochs)
     parts.table = _table(config, options, parts, steps, rates)
+    parts.record = _with_length(parts, steps, per_epoch)
     parts.loaded = _loaded(config, trainables, ranks, start)
 
 
@@ -378,7 +387,8 @@ def _start(
 ) -> Start:
     """Where to begin, decided by rank 0: what one rank sees on a disk, another may not yet."""
     folder = _base_folder(package) / run_folder(config)
-    run_name = config.get("run_name") or f"{config.get('experiment') or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
+    overrides = sources(config).get("overrides.txt", "").splitlines()
+    run_name = config.get("run_name") or made_run_name(config.get("experiment") or "run", overrides)
     uri = config.mlflow.get("tracking_uri") if config.get("mlflow") else None
     is_restart = environment().restarts > 0
 
@@ -510,12 +520,30 @@ def _record(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks, start:
     new_values = {key: value for key, (_, value) in start.new_values.items()}
     return {
         "params": flatten(to_plain(config)),
-        "tags": {"launcher": ranks.launcher, "device": ranks.device.type, **batch_job(), **new_values},
+        "tags": {
+            "launcher": ranks.launcher,
+            "device": ranks.device.type,
+            "dtrain.directory": str(Path.cwd()),
+            **batch_job(),
+            **new_values,
+        },
         "artifacts": [("config.yaml", "config"), ("config", "config/as-written")],
         "world_size": ranks.world_size,
         "max_epochs": options["max_epochs"],
         "max_steps": options["max_steps"],
+        "directory": str(Path.cwd()),
+        "device": ranks.device.type,
+        "is_named_by_dtrain": not config.get("run_name"),
     }
+
+
+def _with_length(parts: Parts, steps: int, per_epoch: int) -> dict[str, Any]:
+    """The record with what tells how far a training is, and which figure to look at; MLflow has it in tags."""
+    sizes = {name: len(dataset) for name, dataset in parts.loaders.datasets().items()}
+    facts = {"steps": steps, "steps_per_epoch": per_epoch, "monitor": parts.monitor, "mode": parts.mode}
+    facts["samples"] = sizes
+    tags = {f"dtrain.{key}": json.dumps(value) if key == "samples" else str(value) for key, value in facts.items()}
+    return {**parts.record, "tags": {**parts.record["tags"], **tags}, **facts}
 
 
 def _table(config: ConfigDict, options: Mapping[str, Any], parts: Parts, steps: int, rates: str) -> dict[str, str]:
@@ -529,10 +557,13 @@ def _table(config: ConfigDict, options: Mapping[str, Any], parts: Parts, steps: 
         "global batch": train.step_size,
         "steps": f"{train.steps():,} per epoch, {steps:,} in all",
         "learning rate": rates,
-        "device": f"{ranks.device}, {options['precision']}"
-        + (", the model sharded (fsdp)" if ranks.strategy.is_sharded else ""),
+        "device": device_name(ranks.device) + (", the model sharded (fsdp)" if ranks.strategy.is_sharded else ""),
+        "precision": options["precision"] + (", compiled" if options["compile"] else ""),
+        "workers": report.workers_line(defaults(config, "loaders.train.loader")["num_workers"]),
         "run folder": str(start.folder),
     }
+    if options["ema_decay"] is not None:
+        table["EMA"] = f"decay {options['ema_decay']:g}; validated and tested"
     if (freezing := parts.trainables.freezing) and (frozen := "; ".join(freezing.lines())):
         table["frozen"] = frozen
     table |= dict(shown(parts.trainables.built, most=8))
@@ -543,7 +574,8 @@ def _table(config: ConfigDict, options: Mapping[str, Any], parts: Parts, steps: 
     if trained := parts.trainables.loss and parameter_count(parts.trainables.loss)[1]:
         table["loss"] = f"{config.loss.name}, {trained:,} parameters trained"
     if parts.journal.tracking_uri:
-        table["tracking"] = redact(parts.journal.tracking_uri)
+        uri, known = parts.journal.tracking_uri, read_run(start.folder) if start.checkpoint else {}
+        table["tracking"] = ui_command(uri, known) if uri.startswith("http") else redact(uri)
     if start.checkpoint:
         table["resumes from"] = str(start.checkpoint.resolve())
     return table

@@ -26,6 +26,7 @@ from dtrain.training.optimizer import Built, in_the_way_of, regrouped, start_mom
 from dtrain.training.parameter_groups import named_parameters
 from dtrain.training.schedule import Schedule, Schedules
 from dtrain.training.schedule_free import ScheduleFree
+from dtrain.training.step_clock import Clock, StepClock
 
 FORMAT = 1  # raised when a state of before can no longer be restored
 PLAIN_FIELDS = (
@@ -203,19 +204,26 @@ def _swap(pairs: list[tuple[Tensor, Tensor]]) -> None:
 
 @dataclass
 class Activity:
-    """What this rank does now, written by the loop, read by the watchdog and the failure card."""
+    """What this rank does now, written by the loop, and for how long; watchdog and failure card read it."""
 
     phase: str = "start-up"  # or "waiting for data", "forward", "validation" ...
     beats: int = 0  # grows as long as there is progress
     batch_start: int = 0  # the position of the batch at work or waited for
     data_set: str = ""  # the name of the one that is, or was last, evaluated
+    clock: Clock = field(default_factory=StepClock)
+
+    def enter(self, phase: str) -> None:
+        """Begin another phase."""
+        self.phase = phase
+        self.clock.enter(phase)
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
         """Name a phase; an error leaves its name, by which the error is told."""
-        before, self.phase = self.phase, phase
+        before = self.phase
+        self.enter(phase)
         yield
-        self.phase = before
+        self.enter(before)
 
 
 def capture(

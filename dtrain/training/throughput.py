@@ -1,96 +1,108 @@
-"""Throughput: samples per second, and which rank the others wait for."""
+"""Throughput: samples per second, where a step's time goes on all ranks, and which rank the others wait for."""
 
 import contextlib
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-WARM_UP_STEPS = 3  # of each epoch: loader workers start, kernels are chosen
+from dtrain.training.step_clock import PHASES, StepClock
+
 LEAST_STEPS = 5  # to judge by
 LEAST_SHARE = 0.33  # of its own time, that the others wait
 LEAST_SECONDS = 0.02
 _KINDS = ("waiting for data", "forward")
+_OWN = len(_KINDS)
+_COLUMNS = _OWN + len(PHASES)  # of a rank in the row of all
 
 
 class Throughput:
     """The clock of training between two points at which figures are logged.
 
-    A rank's own time, before it exchanges gradients, tells who is slow: from there on all wait for the slowest. It is
-    the host's time, in which a GPU that is slow itself does not show.
+    A rank's own time, before it exchanges gradients, tells who is slow: from there on all wait for the slowest. On a
+    CPU it is the host's time, on a GPU the device's.
     """
 
-    def __init__(self, rank: int, world_size: int) -> None:
-        self.rank, self.world_size = rank, world_size
+    def __init__(self, rank: int, world_size: int, clock: StepClock | None = None) -> None:
+        self.rank, self.world_size, self.clock = rank, world_size, clock or StepClock()
+        self._steps = 0  # that this rank's figures are of, which are under way to all ranks
         self._reported: set[tuple[int, int]] = set()
+        self.spent = dict.fromkeys(PHASES, 0.0)  # seconds of this epoch, of each kind on the rank that it takes longest
         self.restart()
 
     def restart(self, warm_up: bool = True) -> None:
         """Another point, or with a warm-up another epoch."""
-        self._began = self._mark = time.perf_counter()
-        self._samples = self._steps = 0
-        self._own = [0.0, 0.0]  # seconds of each kind
-        self._warm_up = WARM_UP_STEPS if warm_up else 0
+        self._began = time.perf_counter()
+        self._samples = 0
+        if warm_up:
+            self.clock.begin_epoch()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Time that is not training does not count."""
         before = time.perf_counter()
         yield
-        self._mark = time.perf_counter()
-        self._began += self._mark - before
-
-    def data_came(self) -> None:
-        """A batch is there."""
-        now = time.perf_counter()
-        self._own[0] += now - self._mark
-        self._mark = now
-
-    def forward_done(self) -> None:
-        """Its loss is."""
-        now = time.perf_counter()
-        self._own[1] += now - self._mark
-        self._mark = now
-
-    def exchanged(self) -> None:
-        """The gradients are."""
-        self._mark = time.perf_counter()
+        self._began += time.perf_counter() - before
 
     def step_done(self, samples: int) -> None:
         """The step is, over so many samples of all ranks."""
-        self._mark = time.perf_counter()
+        self.clock.end_step()
         self._samples += samples
-        self._steps += 1
-        if self._warm_up:
-            self._warm_up -= 1
-            self._steps, self._own = 0, [0.0, 0.0]
 
     @property
     def samples_per_second(self) -> float:
         """Of all ranks, since the last point."""
         return self._samples / max(time.perf_counter() - self._began, 1e-9)
 
-    def own(self) -> list[float]:
-        """This rank's seconds per step in a row for all ranks', which adding up over the ranks completes."""
-        row = [0.0] * (2 * self.world_size)
-        if self._steps >= LEAST_STEPS and self.world_size > 1:
-            row[2 * self.rank : 2 * self.rank + 2] = [seconds / self._steps for seconds in self._own]
+    def row(self) -> list[float]:
+        """This rank's seconds per step since the last point in a row for all ranks', which adding up completes.
+
+        Of each rank its own ones, after the warm-up and with several ranks, and those of each kind.
+        """
+        self.clock.settle()
+        row = [0.0] * (_COLUMNS * self.world_size)
+        begin = _COLUMNS * self.rank
+        if self.world_size > 1:
+            row[begin : begin + _OWN] = self.clock.own_seconds(LEAST_STEPS)
+        row[begin + _OWN : begin + _COLUMNS], self._steps = self.clock.take()
         return row
 
+    def figures(self, row: Sequence[float]) -> dict[str, float]:
+        """Of the row of all ranks: time/<kind>, seconds per step; of several ranks the median, least and most.
+
+        Without steps since the last point there is nothing to tell.
+        """
+        times = [row[_COLUMNS * rank + _OWN : _COLUMNS * (rank + 1)] for rank in range(self.world_size)]
+        if not all(map(any, times)):
+            return {}
+        figures = {}
+        for kind, values in zip(PHASES, zip(*times, strict=True), strict=True):
+            figures[f"time/{kind}"] = statistics.median(values)
+            if self.world_size > 1:
+                figures |= {f"time/{kind}_min": min(values), f"time/{kind}_max": max(values)}
+            self.spent[kind] += max(values) * self._steps
+        return figures
+
+    def end_epoch(self) -> Mapping[str, float]:
+        """Seconds of each kind in the epoch that is over, on the rank that it takes longest."""
+        spent, self.spent = self.spent, dict.fromkeys(PHASES, 0.0)
+        return spent
+
     def judge(self, row: Sequence[float]) -> str:
-        """Name the rank that the others wait for, once; '' where there is none."""
+        """Name the rank that the others wait for, once, by the row of all ranks; '' where there is none."""
         ranks = range(self.world_size)
-        totals = [row[2 * rank] + row[2 * rank + 1] for rank in ranks]
+        own = [row[_COLUMNS * rank : _COLUMNS * rank + _OWN] for rank in ranks]
+        totals = [sum(seconds) for seconds in own]
         if self.world_size == 1 or min(totals) == 0:
             return ""
         slow = max(ranks, key=totals.__getitem__)
         others = [rank for rank in ranks if rank != slow]
-        usual = [statistics.median(row[2 * rank + kind] for rank in others) for kind in (0, 1)]
-        kind = max((0, 1), key=lambda kind: row[2 * slow + kind] - usual[kind])
+        usual = [statistics.median(own[rank][kind] for rank in others) for kind in (0, 1)]
+        kind = max((0, 1), key=lambda kind: own[slow][kind] - usual[kind])
         if totals[slow] - sum(usual) < max(LEAST_SECONDS, LEAST_SHARE * totals[slow]) or (slow, kind) in self._reported:
             return ""
         self._reported.add((slow, kind))
         return (
-            f"rank {slow} is slow: {totals[slow]:.3g} s per step until it has its loss, {row[2 * slow + kind]:.3g} s "
+            f"rank {slow} is slow: {totals[slow]:.3g} s per step until it has its loss, {own[slow][kind]:.3g} s "
             f"of them {_KINDS[kind]}; the others take {sum(usual):.3g} s, {totals[slow] / sum(usual):.1f} times less, "
             "and wait for it"
         )

@@ -152,7 +152,7 @@ def test_monais_networks_learn_with_it() -> None:
         assert float(loss.eval()(main, label).detach()) == pytest.approx(cross_entropy(main, label), rel=1e-5)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_training_measures_the_main_output(place: Place, ranks: int) -> None:
     data = {"name": "DigitsScene", "batch_size": 4 // ranks, "shuffle": False, "size": [32, 32], "per_image": [1, 2]}

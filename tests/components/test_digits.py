@@ -136,7 +136,7 @@ def run(code: str, **env: str) -> str:
         env=dict(os.environ) | {"PYTHONPATH": path} | env,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -355,7 +355,7 @@ def test_another_process_makes_the_same_bytes(tmp_path):
             env=dict(os.environ) | {"PYTHONPATH": str(Path(dtrain.__file__).parent.parent), "PYTHONHASHSEED": "7"},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=200,
         )
         assert (done.returncode, done.stderr) == (0, "")
     here, there = contents(tmp_path / "here"), contents(tmp_path / "there")

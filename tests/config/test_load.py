@@ -384,6 +384,7 @@ none: null
         ("loaders.train.transforms.1.p=0.2", "loaders.train.transforms", [{"name": "Flip", "p": 0.5}, {"name": "Noise", "p": 0.2}]),
         ("loaders.train.transforms.0={name: Crop}", "loaders.train.transforms.0", {"name": "Crop"}),
         ("optimizer={name: SGD, lr: 2}", "optimizer", {"name": "SGD", "lr": 2}),
+        ("optimizer={_delete_: true, name: SGD, lr: 2}", "optimizer", {"name": "SGD", "lr": 2}),
         ("model.encoder.depth=3", "model", {"encoder": {"depth": 3}}),
         ("none.a.b=1", "none", {"a": {"b": 1}}),
         ("run_name=a=b", "run_name", "a=b"),

@@ -324,5 +324,5 @@ from dtrain.config.signatures import SOURCE
 print(SOURCE.lookup("torch.optim", "AdamW").line > 0, SOURCE.lookup("torchmetrics", "Accuracy").line > 0)
 print(sorted({"torch", "torchmetrics", "numpy"} & set(sys.modules)))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert (done.stdout, done.stderr) == ("True True\n[]\n", "")

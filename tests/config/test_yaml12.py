@@ -252,7 +252,7 @@ for name, text in HOSTILE.items():
 status = open("/proc/self/status").read()  # getrusage's peak begins with what the parent held when it forked
 print(json.dumps(["peak", int(status.partition("VmHWM:")[2].split()[0]) / 1024]))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     *told, peak = (json.loads(line) for line in done.stdout.splitlines())
     assert [name for name, _ in told] == list(HOSTILE)

@@ -69,7 +69,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_workers_are_forked_while_gloo_lets_go_of_a_collective(place: Place, library: Path) -> None:
     settings = {
         "model.norm": True, "loaders.batch_size": 2, "loaders.num_workers": 2, "loaders.persistent_workers": False,

@@ -245,10 +245,23 @@ class Counting:
         return iter([self.calls[0] % 5])
 
 
+class CountingItself:
+    """The same in an attribute of its own."""
+
+    epoch = 0
+
+    def __iter__(self) -> Iterator[int]:
+        self.epoch += 1
+        return iter([self.epoch % 5])
+
+
 @pytest.mark.parametrize(
     ("sampler", "text"),
     [
         (Counting(), "another order each time"),
+        (CountingItself(), "another order each time"),
+        ([0.5, 1.5], "must give indices, one at a time"),
+        (WeightedRandomSampler([1.0, 2.0], 60), "weights has 2 values; the dataset has 110 samples"),
         (iter([1, 2]), "cannot be iterated again"),
         ([0, 110], r"the index 110; the dataset has 110 samples"),
         ([[0, 1]], "must give indices, one at a time"),
@@ -258,6 +271,20 @@ class Counting:
 def test_samplers_that_cannot_be_used_are_refused(sampler: Any, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         Drawn(sampler, 0, 110)
+
+
+def test_a_sampler_that_runs_out_says_in_which_epoch() -> None:
+    class Shrinking(Numbers):
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+        def __iter__(self) -> Iterator[int]:
+            return iter(range(2 - self.epoch))
+
+    order = Drawn(Shrinking(), 0, 110)
+    assert order.size(1) == 1
+    with pytest.raises(ValueError, match=r"Shrinking gave no indices \(in epoch 3\)"):
+        order.size(2)
 
 
 # ---------------------------------------------------------------------------------------------------- endless orders

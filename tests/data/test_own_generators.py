@@ -399,7 +399,7 @@ class Noisy(Points):
 '''
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_trainings_losses_do_not_depend_on_workers_and_ranks_and_the_log_names_the_generators(place: Place) -> None:
     (place.folder / "own_rng.py").write_text(MODULE)
     losses = {}

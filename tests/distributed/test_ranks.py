@@ -169,7 +169,7 @@ def test_ranks_of_mpirun_on_several_nodes_need_an_address(monkeypatch):
 )  # fmt: skip
 def test_ranks_that_cannot_meet_are_one_line_and_status_2(place: Place, variables, message):
     env = {"RANK": "1", "WORLD_SIZE": "2", **variables}
-    result = place.start(place.config("no-meeting"), env=env)[0].result(60)
+    result = place.start(place.config("no-meeting"), env=env)[0].result(200)
     assert result.rc == 2 and "Traceback" not in result.text, result.text
     assert [message in line for line in result.stderr.splitlines()].count(True) == 1, result.text
 
@@ -183,7 +183,7 @@ def test_the_processes_of_mpirun_are_one_training(place: Place):
         env = {"OMPI_COMM_WORLD_RANK": rank, "OMPI_COMM_WORLD_SIZE": 2, "OMPI_COMM_WORLD_LOCAL_RANK": rank,
                "OMPI_COMM_WORLD_LOCAL_SIZE": 2, "PMIX_NAMESPACE": f"test-{os.getpid()}@1"}  # fmt: skip
         started += place.start(file, env={name: str(value) for name, value in env.items()})
-    results = [running.result(120) for running in started]
+    results = [running.result(200) for running in started]
     assert [result.rc for result in results] == [0, 0], "".join(result.text for result in results)
     assert read_run(place.path("mpirun"))["world_size"] == 2
     assert "2 ranks of mpirun meet at 127.0.0.1:" in results[0].text
@@ -285,7 +285,7 @@ print(choose_device("cuda", Environment(3, 3, 4, 4, "torchrun"), 1))
         runner = f"import os, subprocess, sys; os.environ['CUDA_VISIBLE_DEVICES'] = {own!r}; "
         runner += f"sys.exit(subprocess.call([sys.executable, '-c', {code!r}]))"
         done = subprocess.run(
-            [sys.executable, "-c", runner], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+            [sys.executable, "-c", runner], cwd=REPOSITORY, capture_output=True, text=True, timeout=200
         )
         assert ("4 ranks on this node, but 1 GPU(s)" in done.stderr) is is_refused, done.stderr
         assert ("(device(type='cuda', index=0), [])" in done.stdout) is not is_refused, done.stderr
@@ -374,7 +374,7 @@ def two_ranks(tmp_path_factory):
     env = {k: v for k, v in os.environ.items() if k not in (*RANK_NAMES, "OMP_NUM_THREADS")}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "script.py", str(folder)]
     done = subprocess.run(
-        command, cwd=folder, env=env | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=120
+        command, cwd=folder, env=env | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
@@ -418,7 +418,7 @@ def test_the_users_number_of_threads_is_kept(tmp_path):
     env = {k: v for k, v in os.environ.items() if k not in RANK_NAMES}
     env |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "3"}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "script.py", str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "0.json").read_text())["threads"] == 3
 
@@ -440,7 +440,7 @@ def test_two_tasks_of_srun_find_one_another(tmp_path):
         for rank in range(2)
     ]
     for task in tasks:
-        _, errors = task.communicate(timeout=120)
+        _, errors = task.communicate(timeout=200)
         assert task.returncode == 0, errors.decode()
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert [(item["rank"], item["world"], item["sum"]) for item in found] == [(0, 2, 3.0), (1, 2, 3.0)]

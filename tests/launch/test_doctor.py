@@ -68,7 +68,7 @@ def test_what_fails_is_reported_with_its_cure(clean_env: dict[str, str], tagged:
     setting = "mount -t tmpfs -o size=40m tmpfs /dev/shm && mount --bind nsswitch.conf /etc/nsswitch.conf && "
     setting += "hostname nobody-knows-it && "
     contained = not subprocess.run(
-        [*words, f"{setting} true"], cwd=tmp_path, capture_output=True, timeout=30
+        [*words, f"{setting} true"], cwd=tmp_path, capture_output=True, timeout=200
     ).returncode
     doctor = f"ulimit -n 200 && exec {shlex.quote(sys.executable)} -m dtrain doctor config.yaml"
     words = [*words, setting + doctor] if contained else ["sh", "-c", doctor]

@@ -85,7 +85,7 @@ def complaints(scripts: list[Path]) -> str:
     found = [subprocess.run(["bash", "-n", script], capture_output=True, text=True).stderr for script in scripts]
     if shutil.which("shellcheck"):
         command = ["shellcheck", "--exclude=SC2016", *scripts]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
         found += [done.stdout, done.stderr]
     return "".join(found)
 
@@ -195,7 +195,7 @@ def test_no_name_or_path_breaks_out_of_500_scripts(workspace: Path, monkeypatch:
     for script, job in scripts.items():
         known = {"--job-name", "--nodes", "--partition", "--signal", "--requeue", "--open-mode"}
         assert {line.partition("=")[0] for line in directives(script.read_text())} <= known
-        subprocess.run(["bash", script], check=True, cwd=workspace, env={**os.environ, **env}, timeout=30)
+        subprocess.run(["bash", script], check=True, cwd=workspace, env={**os.environ, **env}, timeout=200)
         words = (workspace / "args").read_bytes().decode().split("\0")[:-1]
         assert words[:5] == ["-m", "dtrain", "job", "--run-folder", str(job.run_folders[0])]
         launch = words.index("launch")
@@ -370,7 +370,7 @@ class Batch:
 
     def status(self, step: str, *options: str) -> int:
         process = self.start(step, *options)
-        self.output = process.communicate(timeout=60)[0]
+        self.output = process.communicate(timeout=200)[0]
         return process.returncode
 
     @property
@@ -454,19 +454,19 @@ def test_a_warning_reaches_the_step_as_usr1(batch: Batch, number: signal.Signals
     wait_for(batch.workspace / "ready")
     for _ in range(3):
         process.send_signal(number)
-    assert (process.wait(30), batch.requeued) == (75, 1)
+    assert (process.wait(200), batch.requeued) == (75, 1)
     assert (batch.workspace / "warned").exists()
 
 
 def test_a_warning_before_the_step_can_take_it_is_not_a_crash(batch: Batch) -> None:
-    process = batch.start("touch ready; sleep 30")
+    process = batch.start("touch ready; sleep 1000")
     wait_for(batch.workspace / "ready")
     process.send_signal(signal.SIGUSR1)
-    assert (process.wait(30), batch.requeued) == (75, 1)
+    assert (process.wait(200), batch.requeued) == (75, 1)
 
 
 def wait_for(path: Path) -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + 200
     while not path.exists():
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -515,7 +515,7 @@ def test_what_a_script_is_given_stays_what_it_is(workspace: Path, script: Path) 
             given["SLURM_ARRAY_TASK_ID"], given["SLURM_ARRAY_JOB_ID"] = "0", "7"
         env = {**os.environ, **given, "LC_ALL": "C"}
         done = subprocess.run(
-            ["bash", script, *words], cwd=workspace, env=env, capture_output=True, text=True, timeout=30
+            ["bash", script, *words], cwd=workspace, env=env, capture_output=True, text=True, timeout=200
         )
         assert done.returncode == 75, done.stderr
         found = (workspace / "args").read_bytes().decode().split("\0")[:-1]

@@ -13,7 +13,7 @@ from whole_runs import Place, figures
 
 from dtrain.tracking.run_folder import read_run
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 CODE = """
 import multiprocessing, os, signal, subprocess, sys, time
@@ -99,7 +99,7 @@ def test_code_that_ignores_a_signal_does_not_keep_the_training_from_stopping(pla
         assert running.process.poll() is None and time.monotonic() < end, running.output().text
         time.sleep(0.05)
     os.kill(running.pid, signal.SIGTERM)  # once: it is heard while a sample is loaded that would have it ignored, too
-    result = running.result(60)
+    result = running.result(200)
     assert result.rc == 75 and read_run(run)["reason"] == "signal SIGTERM", result.text
     lines = [line for line in result.text.splitlines() if "warning: SIG" in line]
     assert len([line for line in lines if "SIGTERM was ignored by the training's code" in line]) == 1, result.text
@@ -119,7 +119,7 @@ def test_what_code_starts_and_leaves_ends_with_the_training(place: Place, tmp_pa
     file = config(place, f"left-{how}", "Parent", **{"trainer.max_epochs": 1})
     words = [file] if how == "alone" else ["launch", file, "--nproc-per-node", "1"]
     running: Running = place.start(*words, do=do, env={"CHILDREN": str(tmp_path / "children")})[0]
-    result = running.result(120)
+    result = running.result(200)
     *children, apart = map(int, (tmp_path / "children").read_text().split())
     try:
         assert result.rc == (1 if how == "killed" else 0), result.text

@@ -110,7 +110,7 @@ def test_killed_and_stopped_predictions_continue(project: Path, start_cli: Start
         while len(list(output.glob(".dtrain/*/*/*.npy"))) < parts and time.monotonic() < end:
             time.sleep(0.02)
         os.kill(running.pid, number)
-        return running.result(60).rc
+        return running.result(200).rc
 
     assert interrupted(2, signal.SIGKILL) == -signal.SIGKILL
     first = calls(project)

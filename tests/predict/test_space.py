@@ -52,7 +52,7 @@ def test_files_that_lie_differently_are_told_in_one_line(tmp_path: Path, run_cli
     all_phases = "train RAS, voxels of 1 x 1 x 2 mm; val RAS, voxels of 1 x 1 x 2 mm; test LAS, voxels of 2 x 2 x 4 mm"
 
     def told(*command: str) -> list[str]:
-        done = run_cli([*command], timeout=120)
+        done = run_cli([*command], timeout=200)
         assert done.rc == 0, done.text
         return [line.partition(LINE)[2] for line in done.text.splitlines() if LINE in line]
 

@@ -124,7 +124,7 @@ def on_terminal(code: str, columns: int = 80, stderr_elsewhere: bool = False, **
                 break
     os.close(ours)
     process.kill()
-    stderr = process.communicate(timeout=10)[1]
+    stderr = process.communicate(timeout=200)[1]
     text = raw.decode()
     return Screen(shown(text, columns), text, (stderr or b"").decode(), process.returncode)
 
@@ -339,7 +339,39 @@ def test_more_metrics_than_fit_leave_the_first_ones(terminal: Terminal) -> None:
     header, row = terminal.rows()
     assert len(header) <= 80
     assert header.split()[:4] == ["epoch", "val/loss", "val/Accuracy_0", "val/Accuracy_1"]
+    shown = len([name for name in header.split() if "/" in name])
+    assert header.split()[-2:] == [f"+{101 - shown}", "more"]
     assert row.split()[0] == "1/1" and row.split()[-1] == "best"
+
+
+def test_the_monitored_figure_comes_first_and_classes_are_folded(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    bar = opened(terminal)
+    bar.begin({"model": "Net"}, monitor="val/F1")
+    bar.start_epoch(1, 2, 1)
+    bar.step()
+    bar.figures(1, {"train/loss": 0.5})
+    classes = {"val/F1_0": 0.99, "val/F1_1": 0.99, "val/F1_2": 0.81}
+    bar.evaluation("val", 1, {"val/loss": 0.5, "val/loss_dice": 0.2, "val/F1": 0.93, **classes})
+    bar.start_epoch(2, 2, 1)
+    bar.step()
+    bar.end_epoch()  # without a validation
+    bar.close()
+    header, row, other = terminal.rows()[-3:]
+    assert header.split() == ["epoch", "step", "val/F1", "loss", "val/loss", "val/loss_dice", "time"]
+    assert row.split()[:6] == ["1/2", "1", "0.93", "(0.81-0.99)", "0.5000", "0.5000"]
+    assert header.index("loss") + len("loss") == other.index("0.5000") + len("0.5000"), "under its name"
+
+
+def test_an_epoch_that_is_stopped_is_no_row(terminal: Terminal) -> None:
+    bar = opened(terminal)
+    bar.start_epoch(1, 500, 5)
+    bar.step()
+    bar.end_epoch()
+    bar.close()
+    assert [row for row in terminal.rows() if "/500" in row] == []
 
 
 def test_a_figure_that_is_not_finite_is_shown(terminal: Terminal) -> None:
@@ -371,7 +403,7 @@ def piped(code: str, **env: str) -> subprocess.CompletedProcess[str]:
         env=dict(os.environ) | env,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
     )
 
 
@@ -421,7 +453,7 @@ def test_a_reader_that_goes_away_does_not_end_the_run() -> None:
         env={key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"} | {"CODE": code},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
     )
     assert done.returncode == 0
     assert done.stderr.splitlines() == ["the model's own complaint", "trained to the end"]

@@ -29,7 +29,7 @@ def overhead(arguments: list[str], env: dict[str, str], folder: Path) -> subproc
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.soak
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_overhead_measures_both_loops_and_judges_every_promise(
@@ -94,7 +94,7 @@ def test_a_measurement_of_volumes_that_fails_is_an_error_and_not_a_figure(
         "0",
     ]  # no room for 3 levels
     done = subprocess.run(
-        [*command, "--count", "0"], cwd=tmp_path, env=clean_env, capture_output=True, text=True, timeout=100
+        [*command, "--count", "0"], cwd=tmp_path, env=clean_env, capture_output=True, text=True, timeout=200
     )
     assert done.returncode != 0
     assert "samples per s" not in done.stdout
@@ -167,7 +167,7 @@ def test_peak_memory_is_the_process_own_and_not_its_parents(bench: Path) -> None
     block = bytearray(os.urandom(1) * 150_000_000)
     code = "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n" + peak_mb_source()
     code += "\nprint(peak_mb('self'))"
-    child = subprocess.run([sys.executable, "-c", code, str(bench)], capture_output=True, text=True, timeout=60)
+    child = subprocess.run([sys.executable, "-c", code, str(bench)], capture_output=True, text=True, timeout=200)
     assert 1 < float(child.stdout) < 100, child.stderr
     assert len(block) == 150_000_000
 
@@ -195,7 +195,7 @@ def test_checkpoint_measures_the_stall_against_the_copy_and_judges_it(
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_scale_measures_sampler_ranks_and_journal(clean_env: dict[str, str], tmp_path: Path) -> None:
     command = [sys.executable, str(BENCH / "scale.py"), "--ranks", "2", "--samples", "100000000", "--steps", "20"]
     done = subprocess.run(
@@ -212,7 +212,7 @@ def test_scale_measures_sampler_ranks_and_journal(clean_env: dict[str, str], tmp
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_outage_takes_the_server_away_and_back_and_judges_the_steps(clean_env: dict[str, str], tmp_path: Path) -> None:
     command = [sys.executable, str(BENCH / "outage.py"), "--rounds", "1", "--seconds", "1", "--json", "all.json"]
     done = subprocess.run(command, cwd=tmp_path, env=clean_env, capture_output=True, text=True, timeout=280)

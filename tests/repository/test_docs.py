@@ -16,15 +16,17 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import forks
 import pytest
 import yaml
 from conftest import REPOSITORY, RunCli, Running, Tagged
-from whole_runs import NO_MLFLOW
+from whole_runs import NO_MLFLOW, forked_from
 
 from dtrain.config.check import check
 from dtrain.config.errors import ConfigError, to_plain
@@ -45,11 +47,14 @@ from dtrain.training.parameter_groups import group_settings
 from dtrain.training.schedule import schedule_settings
 
 README = REPOSITORY / "README.md"
+INDEX = REPOSITORY / "docs" / "index.md"
+SITE = REPOSITORY / "scripts" / "site" / "mkdocs.yml"
 PAGES = [README, *sorted((REPOSITORY / "docs").glob("*.md"))]
 REFERENCE = REPOSITORY / "configfiles" / "reference.yaml"
 # Comments that excuse a command from being run. Whoever adds one must find it true.
 NOT_RUN = (
     *("needs the network once", "needs the quickstart's .venv", "needs a GPU", "needs 4 GPUs", "needs two machines"),
+    "needs the repository's folder",
     *("needs SLURM", "needs an MPI", "needs MPICH", "needs Open MPI"),
     *("stays until Ctrl-C", "takes 10 minutes", "takes some minutes"),
 )
@@ -57,6 +62,9 @@ TIMEOUT_SECONDS = 240
 # Pages that take minutes. test_configfiles.py and tests/predict/ train and predict the same in every run, from Python
 # or with words of their own; that the very commands of these pages work, only --soak shows.
 SLOW = ("systems", "predict")
+# The page whose commands are processes of their own, as users have them. Those of the others are forked from one that
+# has imported torch: most of a short command's time is that import.
+COLD = "README"
 # The pages whose trainings are told to MLflow: its import takes as long as all else of a short training.
 WITH_MLFLOW = ("README", "getting-started", "mlflow", "pictures")
 
@@ -95,19 +103,22 @@ def commands(block: Block) -> Iterator[tuple[str, str]]:
 class PageFolder:
     """A folder in which one page is worked through, with commands as a user has them."""
 
-    def __init__(
-        self, folder: Path, files: Path, store: Path, env: dict[str, str], tagged: Tagged, with_mlflow: bool
-    ) -> None:
+    def __init__(self, folder: Path, files: Path, store: Path, env: dict[str, str], tagged: Tagged, page: str) -> None:
         self.path, self.files, self.tagged = folder, files, tagged
         shutil.copytree(REPOSITORY / "configfiles", folder / "configfiles")
         self._shorten(folder / "configfiles" / "digits.yaml")
         programs = files / "bin"
         programs.mkdir()
-        if not (Path(sys.executable).parent / "dtrain").exists():  # a checkout that was not installed
-            (programs / "dtrain").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m dtrain "$@"\n')
-            (programs / "dtrain").chmod(0o755)
-        env = env | {"MLFLOW_TRACKING_URI": f"sqlite:///{store}"}  # one for all: making it takes seconds
-        if not with_mlflow:
+        self.python = (
+            [sys.executable] if page == COLD else [sys.executable, "-IS", forks.__file__, forked_from().address]
+        )
+        (programs / "dtrain").write_text(f'#!/bin/sh\nexec {shlex.join(self.python)} -m dtrain "$@"\n')
+        (programs / "dtrain").chmod(0o755)
+        self.forked = files / "forked"
+        self.forked.touch()
+        # One store for all: making it takes seconds.
+        env = env | {"MLFLOW_TRACKING_URI": f"sqlite:///{store}", "FORKED_PIDS": str(self.forked)}
+        if page not in WITH_MLFLOW:
             (files / "mlflow").mkdir()
             (files / "mlflow" / "__init__.py").write_text(NO_MLFLOW)
             env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(files), env.get("PYTHONPATH")]))
@@ -123,6 +134,7 @@ class PageFolder:
         files = self.files / str(len(self.tagged.started))
         files.mkdir()
         done = Running(command, self.path, self.env, files, self.tagged).result(TIMEOUT_SECONDS)
+        self.tagged.sessions |= {int(pid) for pid in self.forked.read_text().split()}
         return done.rc, done.stderr + done.stdout
 
 
@@ -135,8 +147,8 @@ def page_folder(
     request: pytest.FixtureRequest,
 ) -> PageFolder:
     store = tmp_path_factory.getbasetemp() / "mlflow.db"
-    with_mlflow = request.node.callspec.params["page"].stem in WITH_MLFLOW
-    return PageFolder(tmp_path, tmp_path_factory.mktemp("files"), store, clean_env, tagged, with_mlflow)
+    page = request.node.callspec.params["page"].stem
+    return PageFolder(tmp_path, tmp_path_factory.mktemp("files"), store, clean_env, tagged, page)
 
 
 @pytest.mark.slow
@@ -190,7 +202,7 @@ def fits(text: str, expected: str) -> bool:
 
 def run_python(block: Block, folder: PageFolder) -> None:
     if not block.file:
-        rc, output = folder.run(sys.executable, "-c", block.text)
+        rc, output = folder.run(*folder.python, "-c", block.text)
         assert rc == 0, f"{block.text}\n{output}"
 
 
@@ -291,23 +303,33 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in headings(file), f"{name_of(page)}: {target}#{anchor}"
 
 
-def test_the_readme_names_every_page() -> None:
-    linked = set(re.findall(r"\]\((docs/[\w-]+\.md)\)", README.read_text()))
-    assert linked == {name_of(page) for page in PAGES if page != README}
+def test_the_first_page_names_every_other() -> None:
+    linked = set(re.findall(r"\]\(([\w-]+\.md)\)", INDEX.read_text()))
+    assert linked == {page.name for page in PAGES if page not in (README, INDEX)}
 
 
-def captions(page: Path, pattern: str) -> list[tuple[str, str]]:
-    """(name, caption) of what one sees on opening dtrain/."""
-    section = page.read_text().partition("## On opening `dtrain/`")[2].partition("\n## ")[0]
-    return re.findall(pattern, section, re.M)
+def test_the_readme_is_a_screen_and_a_half() -> None:
+    assert len(README.read_text().splitlines()) <= 90
+
+
+@pytest.mark.slow
+def test_the_site_is_built_strictly_and_has_every_page(tmp_path: Path) -> None:
+    pytest.importorskip("material", reason="pip install -e '.[site]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", SITE, "--site-dir", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    made = {path.parent.name for path in tmp_path.glob("*/index.html")} - {"assets"}
+    assert made == {page.stem for page in PAGES if page not in (README, INDEX)}
+    assert 'href="../dtrain' not in (tmp_path / "training" / "index.html").read_text(), "a file the site has not"
 
 
 def test_all_that_one_sees_on_opening_the_package_has_one_caption() -> None:
-    found = captions(README, r"^- `(\w+(?:/|\.py))`: (\S.*)$")
+    page = (REPOSITORY / "docs" / "design.md").read_text()
+    section = page.partition("## On opening `dtrain/`")[2].partition("\n## ")[0]
+    found = re.findall(r"^\| `(\w+(?:/|\.py))` \| (\S.*\S) \|$", section, re.M)
     entries = [path for path in (REPOSITORY / "dtrain").iterdir() if not path.name.startswith("__")]
     wanted = [f"{path.name}/" if path.is_dir() else path.name for path in entries if path.name != "py.typed"]
     assert sorted(name for name, _ in found) == sorted(wanted)
-    assert captions(REPOSITORY / "docs" / "design.md", r"^\| `(\w+(?:/|\.py))` \| (\S.*\S) \|$") == found
 
 
 @pytest.mark.parametrize("page", ["design", "contributing"])

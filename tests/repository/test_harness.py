@@ -14,7 +14,7 @@ from whole_runs import Place
 
 # Stands before `-m dtrain ...`, which python -c then takes for the script's arguments.
 PLUGINS = 'pytest_plugins = ["published", "stores", "whole_runs"]'  # a folder of its own does not have them
-SLEEPER = [sys.executable, "-c", "import time; print('awake', flush=True); time.sleep(100)"]
+SLEEPER = [sys.executable, "-c", "import time; print('awake', flush=True); time.sleep(1000)"]
 ARGUMENTS = [sys.executable, "-c", "import os, sys; print(sys.argv[1:], os.getcwd()); sys.exit(7)"]
 
 
@@ -49,9 +49,9 @@ def test_env_adds_and_takes_away(run_cli: RunCli) -> None:
 
 
 def test_a_process_that_leaves_its_session_is_still_found(tagged: Tagged, clean_env: dict[str, str]) -> None:
-    launched = subprocess.run(["setsid", "--fork", "sleep", "100"], env=clean_env, check=True, timeout=10)
+    launched = subprocess.run(["setsid", "--fork", "sleep", "1000"], env=clean_env, check=True, timeout=200)
     assert launched.returncode == 0
-    while not [line for line in tagged.command_lines() if line.endswith("sleep 100")]:
+    while not [line for line in tagged.command_lines() if line.endswith("sleep 1000")]:
         time.sleep(0.01)  # /proc shows a process that is being started with no environment
     assert not tagged.wait_gone(0.1)
     tagged.kill()
@@ -61,26 +61,26 @@ def test_a_process_that_leaves_its_session_is_still_found(tagged: Tagged, clean_
 def test_a_dead_process_that_nobody_waited_for_is_no_leftover(start_cli: StartCli, tagged: Tagged) -> None:
     running = start_cli([], launcher=SLEEPER)
     os.kill(running.pid, signal.SIGKILL)
-    assert tagged.wait_gone(10)
-    assert running.result(10).rc == -signal.SIGKILL
+    assert tagged.wait_gone(200)
+    assert running.result(200).rc == -signal.SIGKILL
 
 
 def test_a_test_that_leaves_a_process_behind_fails(pytester: pytest.Pytester) -> None:
     # The fixture's patience is cut short: here the failure is what is wanted.
     source = Path(__file__).parents[1].joinpath("conftest.py").read_text()
     shutil.copy(Path(__file__).parents[1].joinpath("forks.py"), pytester.path)
-    pytester.makeconftest(source.replace("wait_gone(30)", "wait_gone(0.2)").replace(PLUGINS, ""))
+    pytester.makeconftest(source.replace("wait_gone(200)", "wait_gone(0.2)").replace(PLUGINS, ""))
     pytester.makepyfile(
         """
         import subprocess
 
         def test_leaves_a_process(clean_env):
-            subprocess.Popen(["sleep", "100"], env=clean_env, start_new_session=True)
+            subprocess.Popen(["sleep", "1000"], env=clean_env, start_new_session=True)
         """
     )
-    outcome = pytester.runpytest_subprocess("-p", "no:cacheprovider", timeout=60)
+    outcome = pytester.runpytest_subprocess("-p", "no:cacheprovider", timeout=200)
     outcome.assert_outcomes(passed=1, errors=1)
-    outcome.stdout.fnmatch_lines(["*processes were left behind*", "*sleep 100*"])
+    outcome.stdout.fnmatch_lines(["*processes were left behind*", "*sleep 1000*"])
 
 
 def test_soak_tests_run_only_when_asked_for(pytester: pytest.Pytester) -> None:
@@ -88,8 +88,8 @@ def test_soak_tests_run_only_when_asked_for(pytester: pytest.Pytester) -> None:
     pytester.makeconftest(Path(__file__).parents[1].joinpath("conftest.py").read_text().replace(PLUGINS, ""))
     pytester.makepyfile("import pytest\n\n@pytest.mark.soak\ndef test_long():\n    pass\n")
     pytester.makeini("[pytest]\nmarkers = soak: long")
-    pytester.runpytest_subprocess(timeout=60).assert_outcomes(skipped=1)
-    pytester.runpytest_subprocess("--soak", timeout=60).assert_outcomes(passed=1)
+    pytester.runpytest_subprocess(timeout=200).assert_outcomes(skipped=1)
+    pytester.runpytest_subprocess("--soak", timeout=200).assert_outcomes(passed=1)
 
 
 def test_fast_leaves_out_what_is_slow_or_starts_processes(pytester: pytest.Pytester) -> None:
@@ -115,20 +115,20 @@ def test_fast_leaves_out_what_is_slow_or_starts_processes(pytester: pytest.Pytes
         """
     )
     pytester.makeini("[pytest]\nmarkers =\n    slow: long\n    soak: longer")
-    outcome = pytester.runpytest_subprocess("--fast", "-v", timeout=60)
+    outcome = pytester.runpytest_subprocess("--fast", "-v", timeout=200)
     outcome.assert_outcomes(passed=1, deselected=3)
     outcome.stdout.fnmatch_lines(["*::test_fast PASSED*"])
 
 
 def test_the_tag_is_the_tests_own(tagged: Tagged, clean_env: dict[str, str]) -> None:
     other = Tagged()
-    process = subprocess.Popen(["sleep", "100"], env={**clean_env, TAG: other.tag})
-    deadline = time.monotonic() + 10
+    process = subprocess.Popen(["sleep", "1000"], env={**clean_env, TAG: other.tag})
+    deadline = time.monotonic() + 200
     while not other.pids() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert (tagged.pids(), other.pids()) == ([], [process.pid])
     other.kill()
-    process.wait(10)
+    process.wait(200)
 
 
 ASKS = """
@@ -155,7 +155,7 @@ def test_a_forked_process_is_what_one_of_its_own_would_be(place: Place, colour: 
     for cold in (True, False):
         words = (override, "trainer.max_epochs=1", "trainer.resume=none")
         (running,) = place.start("train", file, *words, cold=cold, env={"COLOUR": colour})
-        result = running.result(90)
+        result = running.result(200)
         sees = [line for line in result.stdout.splitlines() if line.startswith("sees ")]
         found.append((result.rc, sees, "to stderr" in result.stderr, "Traceback" in result.stderr))
     assert found[0] == found[1]

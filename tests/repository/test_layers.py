@@ -40,7 +40,7 @@ SOLE_IMPORTERS = {"importlib": "dtrain.config.build", "mlflow": "dtrain.tracking
 READS_CONFIG = {
     *("config", "cli", "launch", "trainer", "dataloader", "modelloader", "loss", "metrics"),
     *("training.setup", "training.optimizer", "training.same_training", "training.schedule"),
-    "training.saved_model",  # which makes the model of a run's own config
+    *("training.origins", "training.saved_model"),  # the second makes the model of a run's own config
 }
 RANK_VARIABLES = {
     *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
@@ -331,7 +331,7 @@ def loaded_by(code: str, *arguments: str) -> set[str]:
         cwd=PACKAGE.parent,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr
     return set(json.loads(done.stdout.rpartition("LOADED")[2]))

@@ -51,7 +51,7 @@ def test_the_installed_version_is_the_one_in_the_source() -> None:
 def test_scripts_are_clean() -> None:
     if not shutil.which("shellcheck"):
         pytest.skip("shellcheck is not installed")
-    done = subprocess.run(["shellcheck", "-x", *SCRIPTS], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["shellcheck", "-x", *SCRIPTS], cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
     assert done.stdout == ""
 
 
@@ -69,7 +69,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, copy)
     pip = [sys.executable, "-m", "pip", "wheel", "--no-index", "--no-deps", "--no-build-isolation"]
-    done = subprocess.run([*pip, "-w", tmp_path, copy], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*pip, "-w", tmp_path, copy], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
@@ -142,7 +142,7 @@ class SmallRepository:
     def make(self, python: str | None = sys.executable) -> subprocess.CompletedProcess[str]:
         env = self.env | ({"PYTHON": python} if python else {})
         command = ["bash", "-c", CALL, self.root]
-        return subprocess.run(command, cwd="/", env=env, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, cwd="/", env=env, capture_output=True, text=True, timeout=200)
 
 
 @pytest.fixture

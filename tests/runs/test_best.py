@@ -198,7 +198,8 @@ def test_who_tests_without_knowing_the_direction_takes_what_the_training_chose(h
         ("dict", {"name": "Silent"}, None, "val/loss, val/Silent_right, val/Silent_wrong"),
         ("typo", {"name": "F1Score", "task": "multiclass", "num_classes": 3, "average": "none"}, "val/F1Score_11",
          "val/loss, val/F1Score, val/F1Score_0, val/F1Score_1, val/F1Score_2"),
-        ("nested", {"name": "ConfusionMatrix", "task": "multiclass", "num_classes": 3}, None, "val/ConfusionMatrix_0"),
+        ("table", {"name": "ConfusionMatrix", "task": "multiclass", "num_classes": 3}, "val/ConfusionMatrix",
+         "val/loss"),
     ],
 )  # fmt: skip
 def test_check_compares_the_monitor_with_the_figures_of_a_validation(

@@ -351,7 +351,7 @@ def asked_while_loading(place: Place, name: str, ranks: int, sample: int = 7, **
     for running in started:
         os.kill(running.pid, signal.SIGTERM)
     began = time.monotonic()
-    results = [running.result(60) for running in started]
+    results = [running.result(200) for running in started]
     assert [result.rc for result in results] == [75] * ranks, "".join(result.text for result in results)
     assert time.monotonic() - began < 45
 
@@ -402,7 +402,7 @@ def test_a_signal_before_the_first_step_ends_at_once_and_asks_for_another_start(
     code = "import os, signal, sys; sys.path.insert(0, '.'); import dtrain.distributed.stop_request as i"
     code += "; i.end_at_once(print)"
     code += "; os.kill(os.getpid(), signal.SIGTERM)"
-    done = place.start(launcher=[sys.executable, "-c", code + " #"])[0].result(30)
+    done = place.start(launcher=[sys.executable, "-c", code + " #"])[0].result(200)
     assert done.rc == 75 and "signal SIGTERM before the first step" in done.stdout
 
 

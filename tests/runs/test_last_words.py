@@ -67,7 +67,7 @@ def shown(text: str) -> list[str]:
 
 @pytest.mark.slow
 def test_a_bug_in_forward_ends_with_the_card_and_its_traceback_lies_in_the_log(run_cli, project: Path) -> None:
-    result = run_cli(["c.yaml", "model.width=9"], timeout=120)
+    result = run_cli(["c.yaml", "model.width=9"], timeout=200)
     assert result.rc == 1 and "Traceback" not in result.text, result.text
     lines = shown(result.stderr)
     begin = next(number for number, line in enumerate(lines) if line.startswith("rank 0 failed at step 1 (forward)"))
@@ -86,7 +86,7 @@ def test_a_bug_in_forward_ends_with_the_card_and_its_traceback_lies_in_the_log(r
 
 @pytest.mark.slow
 def test_under_a_launcher_the_ranks_say_it_once_and_torchrun_repeats_it_last(run_cli, project: Path) -> None:
-    result = run_cli(["c.yaml", "model.width=9"], nproc=2, timeout=120)
+    result = run_cli(["c.yaml", "model.width=9"], nproc=2, timeout=200)
     said, _, of_torchrun = result.text.partition("ChildFailedError")
     assert result.rc == 1 and said.count("failed at step 1 (forward)") == 1, result.text
     assert re.search(r"rank \d \(and \d alike\) failed at step 1", said)
@@ -98,10 +98,10 @@ def test_under_a_launcher_the_ranks_say_it_once_and_torchrun_repeats_it_last(run
 
 @pytest.mark.slow
 def test_dtrain_launch_names_a_mistake_and_an_error_once(run_cli, project: Path) -> None:
-    result = run_cli(["launch", "c.yaml", "--nproc-per-node", "2", "model.width=-3"], timeout=120)
+    result = run_cli(["launch", "c.yaml", "--nproc-per-node", "2", "model.width=-3"], timeout=200)
     assert result.rc == 2 and result.text.count("Net(width=-3) raised RuntimeError") == 1, result.text
     assert "SIGTERM" not in result.text
-    result = run_cli(["launch", "c.yaml", "--nproc-per-node", "2", "model.width=9"], timeout=120)
+    result = run_cli(["launch", "c.yaml", "--nproc-per-node", "2", "model.width=9"], timeout=200)
     lines = shown(result.text)
     assert result.rc == 1 and "Traceback" not in result.text and "\x1e" not in result.text, result.text
     assert sum("failed at step 1 (forward)" in line for line in lines) == 1
@@ -112,7 +112,7 @@ def test_dtrain_launch_names_a_mistake_and_an_error_once(run_cli, project: Path)
 
 @pytest.mark.slow
 def test_the_guilty_sample_and_its_line_are_named_also_from_a_worker(run_cli, project: Path) -> None:
-    result = run_cli(["c.yaml", "loaders.num_workers=2", "loaders.train.cut=true"], timeout=120)
+    result = run_cli(["c.yaml", "loaders.num_workers=2", "loaders.train.cut=true"], timeout=200)
     raising = MINE.splitlines().index('        raise ValueError("the file is cut")') + 1
     assert result.rc == 1
     card = result.stderr[result.stderr.index("rank 0 failed at") :]
@@ -125,11 +125,11 @@ def test_the_guilty_sample_and_its_line_are_named_also_from_a_worker(run_cli, pr
 
 @pytest.mark.slow
 def test_check_and_the_whole_traceback(run_cli, project: Path) -> None:
-    result = run_cli(["check", "c.yaml", "model.width=9", "loaders.num_workers=2"], timeout=120)
+    result = run_cli(["check", "c.yaml", "model.width=9", "loaders.num_workers=2"], timeout=200)
     assert result.rc == 1 and "Traceback" not in result.text and "atexit" not in result.text, result.text
     lines = shown(result.stderr)
     assert any(line.startswith(WRONG) for line in lines) and lines[-1] == "  the whole traceback: --traceback"
-    result = run_cli(["check", "c.yaml", "model.width=9", "--traceback"], timeout=120)
+    result = run_cli(["check", "c.yaml", "model.width=9", "--traceback"], timeout=200)
     assert result.rc == 1 and "torch/nn/modules/linear.py" in result.stderr
-    fine = run_cli(["check", "c.yaml", "loaders.num_workers=2"], timeout=120)
+    fine = run_cli(["check", "c.yaml", "loaders.num_workers=2"], timeout=200)
     assert fine.rc == 0 and "left running" not in fine.text and "Exception ignored" not in fine.text, fine.text

@@ -141,7 +141,7 @@ def five_sittings(place: Place) -> list[dict[str, Any]]:
 
 def wait_for_sender(place: Place) -> None:
     """A killed rank 0 leaves the last word to its sender."""
-    assert place.tagged.wait_gone(60), place.tagged.command_lines()
+    assert place.tagged.wait_gone(200), place.tagged.command_lines()
 
 
 def mlflow_run(place: Place, run_id: str) -> Any:
@@ -196,14 +196,15 @@ def test_a_training_in_five_sittings_is_one_run_in_mlflow(sittings: list[dict[st
         assert len(history) == len(values)
 
 
+@pytest.mark.parametrize("steps", [(1, 5, 8), pytest.param(tuple(range(1, 10)), marks=pytest.mark.soak)])
 def test_a_stop_at_any_step_of_an_epoch_changes_nothing(
-    here: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    here: Callable[..., Path], steps: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On one rank, in one process: 8 steps per epoch, and one beyond."""
     settings = EXACT | {"trainer.accumulate": 1, "loaders.batch_size": 4, "trainer.max_epochs": 2}
     whole = here("whole", **settings)
     assert last(whole).state["step"] == 16
-    for step in range(1, 10):
+    for step in steps:
         monkeypatch.setenv("TOY_DO", f"train {step} rank 0 TERM")
         stopped = here(f"stop-{step}", expect="KILLED", **settings)
         assert last(stopped).state["step"] == step
@@ -271,6 +272,7 @@ def test_a_finished_run_has_every_figure_at_its_step(finished: Path, place: Plac
     found = {
         key: sorted(item.step for item in client.get_metric_history(run_id, key))
         for key in mlflow_run(place, run_id).data.metrics
+        if not key.startswith("time/")
     }
     # 29 samples, 8 per step: 4 steps per epoch.
     train, val, test = [2, 4, 6, 8, 10, 12], [4, 8, 12], [12]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from whole_runs import Place, close, figures, same_training
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 MODULE = '''
 """A user's own: a sampler that draws from NumPy's generator, a sampler without a length, a dataset with epochs."""

@@ -305,7 +305,7 @@ def test_an_experiment_that_is_accepted_has_its_folder_under_runs(name: str) -> 
     assert all(len(part.encode()) <= 255 for part in folder.parts)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_odd_names_reach_mlflow_as_they_are_and_stay_in_the_run_folder(run_cli: RunCli, tmp_path: Path) -> None:
     from mlflow import MlflowClient
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from toy import MLP, Points
 from whole_runs import Place, close, figures, last, same_training
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 SETS: dict[str, Any] = {
     "loaders.val": [{"label": "near", "size": 11, "seed": 1}, {"label": "far", "size": 3, "seed": 2, "batch_size": 2}],

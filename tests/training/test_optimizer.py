@@ -1,6 +1,9 @@
-"""Optimizers and schedules by name: clocks, warm-up, lengths filled in, end points, going on after a stop."""
+"""Optimizers and schedules by name: clocks, warm-up, lengths filled in, in words, going on after a stop."""
+
+# ruff: noqa: E501 - a case of a table is one line
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +19,8 @@ from dtrain.config.errors import ConfigError
 from dtrain.config.load import from_mapping
 from dtrain.training.ema import EMA
 from dtrain.training.optimizer import get_optimizer
-from dtrain.training.schedule import Schedule, end_points, get_lr_scheduler
+from dtrain.training.rate_text import rate_text
+from dtrain.training.schedule import Schedule, get_lr_scheduler
 
 RATE = 0.1
 STEPS, EPOCHS = 40, 4  # 10 steps per epoch
@@ -329,7 +333,7 @@ def test_no_warning_when_the_first_step_was_skipped(recwarn: pytest.WarningsReco
     assert [str(item.message) for item in recwarn] == []
 
 
-# End points
+# The rate in words
 
 
 def said_and_done(**settings: Any) -> tuple[str, list[float]]:
@@ -337,32 +341,36 @@ def said_and_done(**settings: Any) -> tuple[str, list[float]]:
     optimizer = get_optimizer(config, nn.Linear(2, 1))
     schedule = get_lr_scheduler(config, optimizer, STEPS, EPOCHS)
     before = [dict(group) for group in optimizer.param_groups]
-    said = end_points(config, schedule, STEPS, EPOCHS)
+    said = rate_text(functools.partial(get_lr_scheduler, config), schedule, STEPS, EPOCHS)
     assert [dict(group) for group in optimizer.param_groups] == before, "asking changes nothing"
     return said, run(schedule, STEPS)
 
 
 @pytest.mark.parametrize(
-    "scheduler",
+    ("scheduler", "text"),
     [
-        {"name": "CosineAnnealingLR"},
-        {"name": "CosineAnnealingLR", "interval": "step"},
-        {"name": "CosineAnnealingLR", "interval": "step", "eta_min": 0.01, "warmup_steps": 10},
-        {"name": "ConstantLR", "factor": 1.0, "warmup_steps": 2 * STEPS},
-        {"name": "OneCycleLR", "max_lr": 1.0, "interval": "step"},
-        {"name": "Halving"},
-        {"name": "StepLR", "step_size": 2},
+        ({"name": "CosineAnnealingLR"}, "cosine to 0"),
+        ({"name": "CosineAnnealingLR", "interval": "step", "warmup_steps": 10}, "warm-up 10 steps, cosine to 0"),
+        ({"name": "CosineAnnealingLR", "eta_min": 0.01}, "cosine to 0.01"),
+        ({"name": "ConstantLR", "factor": 1.0, "warmup_steps": 9, "warmup_start": 0.1}, "warm-up 9 steps from 0.1 times it, ConstantLR to 0.1"),
+        ({"name": "ConstantLR", "factor": 1.0, "warmup_steps": 2}, "warm-up 2 steps, ConstantLR to 0.1"),
+        ({"name": "StepLR", "step_size": EPOCHS}, "StepLR to 0.1"),  # the last epoch's rate, not that after it
+        ({"name": "StepLR", "step_size": 1, "gamma": 0.5}, f"StepLR to {0.1 * 0.5 ** (EPOCHS - 1):.3g}"),
+        ({"name": "LinearLR", "start_factor": 0.5, "total_iters": EPOCHS}, "linear from 0.05 to 0.1"),
+        ({"name": "ReduceLROnPlateau", "patience": 4, "factor": 0.2}, "times 0.2 after 5 validations without improvement"),
+        ({"name": "ExponentialLR", "gamma": 0.5, "interval": "validation"}, "then by ExponentialLR"),
     ],
-)
-def test_end_points_are_the_rates_of_the_first_and_the_last_step(scheduler: dict[str, Any]) -> None:
-    said, rates = said_and_done(**scheduler)
-    assert said == f"{rates[0]:.3g} to {rates[-1]:.3g}"
+)  # fmt: skip
+def test_the_rate_that_was_typed_and_how_it_moves(scheduler: dict[str, Any], text: str) -> None:
+    assert said_and_done(**scheduler)[0] == f"0.1, {text}"
 
 
-def test_end_points_where_there_is_one_or_none_can_know_the_second() -> None:
+def test_a_rate_that_rises_and_falls() -> None:
+    said, rates = said_and_done(name="OneCycleLR", max_lr=1.0, interval="step")
+    assert said == f"{rates[0]:.6g}, one cycle up to {max(rates):.3g} to {rates[-1]:.3g}"
+    said, rates = said_and_done(name="Halving")
+    assert said == f"0.1, Halving to {rates[-1]:.3g}"
     assert said_and_done()[0] == "0.1"
-    assert said_and_done(name="ReduceLROnPlateau")[0] == "0.1, then by ReduceLROnPlateau"
-    assert said_and_done(name="ExponentialLR", gamma=0.5, interval="validation")[0] == "0.1, then by ExponentialLR"
 
 
 def test_the_schedules_are_torchs_own() -> None:

@@ -175,6 +175,8 @@ def test_a_function_is_given_what_its_first_argument_is_named_for() -> None:
         ({"match": "*", "eps": "a"}, "optimizer.groups.0.eps: expected float, found string 'a'"),
         ({"match": 3, "lr": 1}, "optimizer.groups.0.match: expected a string or a list of strings, found int 3"),
         ({"match": "*", "lr": 1, "label": "a*"}, "optimizer.groups.0.label: expected letters, digits"),
+        ({"match": "0.*", "lr": -1}, "optimizer.groups: group 0: Invalid learning rate: -1"),
+        ({"match": "0.*", "betas": [0.9, 1.5]}, "optimizer.groups: group 0: Invalid beta parameter at index 1: 1.5"),
         ({"match": "*", "lr_scale": -1}, "optimizer.groups.0.lr_scale: expected a number of at least 0, found int -1"),
     ],
 )  # fmt: skip
