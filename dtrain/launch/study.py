@@ -132,7 +132,11 @@ class Study:
                 own = self._study.ask()
             else:
                 return None
-            values = {key: _suggested(own, key, wanted) for key, wanted in self._plan.swept.items()}
+            try:
+                values = {key: _suggested(own, key, wanted) for key, wanted in self._plan.swept.items()}
+            except ImportError as error:  # of a package that one sampler needs, such as cmaes
+                self._study.tell(own, state=optuna.trial.TrialState.FAIL)
+                raise refused(self._plan.base, ("sweep", "sampler"), f"{error}; install it") from None
             try:
                 trial = self._plan.trial(values, self._number(own.number))
             except ConfigError as error:

@@ -111,6 +111,10 @@ def plan_of(path: str, overrides: Sequence[str]) -> Plan:
     if not swept:
         example = "optimizer.lr=1e-3,1e-2 or loaders.folds.fold=0..4 or optimizer.lr=loguniform(1e-5,1e-2)"
         raise ConfigError(f"dtrain sweep: no key has several values; give one some, such as {example}")
+    if own := {"run_name", "trainer.checkpoint_dir"} & swept.keys():
+        raise ConfigError(
+            f"dtrain sweep: {own.pop()} cannot be swept: each trial has a name and a run folder of its own"
+        )
     return Plan(path, fixed, swept, base, run_folder(base))
 
 

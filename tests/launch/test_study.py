@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -133,7 +134,9 @@ def test_a_grid_is_pruned_by_the_journals(
 
 
 @pytest.mark.slow
-def test_a_sweep_that_was_killed_takes_its_trial_up_again(tmp_path: Path, scripted: list[Scripted]) -> None:
+def test_a_sweep_that_was_killed_takes_its_trial_up_again(
+    tmp_path: Path, scripted: list[Scripted], monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = ["optimizer.lr=loguniform(1e-4,1)", "loaders.batch_size=int(8,64,8)", "sweep.trials=4"]
     words.append("sweep.sampler={name: RandomSampler, seed: 3}")
     Scripted.curves = [[0.5, 0.4], [], [0.7, None]]
@@ -156,6 +159,9 @@ def test_a_sweep_that_was_killed_takes_its_trial_up_again(tmp_path: Path, script
     sweep("some.yaml", [*words, "sweep.trials=5"])
     assert len(scripted) == 6
 
+    monkeypatch.setitem(sys.modules, "cmaes", None)
+    with pytest.raises(ConfigError, match=r"sweep.sampler: .*cmaes.*; install it"):
+        sweep("some.yaml", [*words[:2], "sweep.sampler=CmaEsSampler", "sweep.trials=6"])
     for changed, message in {
         "loaders.val.batch_size=3": "has trials of another training: loaders.val.batch_size",
         "trainer.max_epochs=7": "trainer.max_epochs: .* -> 7",

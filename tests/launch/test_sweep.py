@@ -105,6 +105,8 @@ def test_mistakes_of_all_trials_before_any_starts(tmp_path: Path) -> None:
     config = config_in(tmp_path)
     with pytest.raises(ConfigError, match="no key has several values; give one some, such as"):
         trials(config, ["optimizer.lr=1e-3"])
+    with pytest.raises(ConfigError, match="run_name cannot be swept"):
+        trials(config, ["run_name=a,b"])
     with pytest.raises(ConfigError) as error:
         trials(config, ["optimizer.lr=1e-3,high", "optimizer.name=SGD,Admaw"])
     assert len(error.value.mistakes) >= 2
