@@ -62,15 +62,15 @@ from dtrain.tracking.journal import Journal, NoJournal, flatten
 from dtrain.tracking.run_folder import RunFolder, read_run, why_not_writable
 from dtrain.tracking.run_lock import RunLock
 from dtrain.tracking.secrets import redact, redacted_tree
-from dtrain.tracking.uri import ui_command
+from dtrain.tracking.uri import where_seen
 from dtrain.training.activation_checkpointing import checkpoint_activations
 from dtrain.training.closure import closure_mistake
 from dtrain.training.ema import EMA
 from dtrain.training.memory_format import to_channels_last
 from dtrain.training.optimizer import freeze, get_optimizers, shown
 from dtrain.training.origins import data_sets, own_code
-from dtrain.training.run_name import made_run_name
 from dtrain.training.rate_text import rate_text
+from dtrain.training.run_name import made_run_name
 from dtrain.training.same_training import compared
 from dtrain.training.schedule import get_lr_scheduler, get_schedule
 from dtrain.training.schedule_free import ScheduleFree, is_schedule_free
@@ -575,7 +575,7 @@ def _table(config: ConfigDict, options: Mapping[str, Any], parts: Parts, steps: 
         table["loss"] = f"{config.loss.name}, {trained:,} parameters trained"
     if parts.journal.tracking_uri:
         uri, known = parts.journal.tracking_uri, read_run(start.folder) if start.checkpoint else {}
-        table["tracking"] = ui_command(uri, known) if uri.startswith("http") else redact(uri)
+        table["tracking"] = where_seen(uri, known) if uri.startswith("http") else redact(uri)
     if start.checkpoint:
         table["resumes from"] = str(start.checkpoint.resolve())
     return table

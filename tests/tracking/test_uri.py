@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.tracking.uri import resolve_tracking_uri, sqlite_file, ui_command
+from dtrain.tracking.uri import resolve_tracking_uri, sqlite_file, ui_command, where_seen
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +96,6 @@ def test_sqlite_file() -> None:
 
 
 def test_a_server_shows_the_run_once_it_is_known() -> None:
-    page = ui_command("https://me:hunter2@tracking/", {"run_id": "abc", "experiment_id": "7"})
+    page = where_seen("https://me:hunter2@tracking/", {"run_id": "abc", "experiment_id": "7"})
     assert page == "https://***@tracking/#/experiments/7/runs/abc"
-    assert ui_command("http://tracking:5000", {"run_id": None}) == "http://tracking:5000"
+    assert where_seen("http://tracking:5000", {"run_id": None}) == "http://tracking:5000"
