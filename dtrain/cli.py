@@ -321,9 +321,9 @@ def _launch(options: argparse.Namespace) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    """Train once for each combination of values.
+    """Train all combinations of values, or those that Optuna chooses.
 
-    All combinations of the values that keys are given, or what Optuna chooses; what is finished is skipped.
+    Each trial has a run folder of its own. Start it again to continue: what is finished is skipped.
     """
     from dtrain.launch.sweep import sweep
 
