@@ -247,6 +247,10 @@ def _export(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> int:
     """Build everything and try one batch of each phase; train nothing, write nothing but --find-lr's picture."""
     config = _checked(options, "train")
+    if config.get("trackers"):
+        from dtrain.launch.tracker import require_trackers
+
+        require_trackers(config)
     from dtrain.launch import rank
 
     return rank.rehearse(config, options.find_lr)

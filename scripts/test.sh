@@ -36,7 +36,7 @@ apt_install() {
     return "$status"
 }
 
-install_programs git shellcheck tmux munged=munge slurmctld slurmd sbatch=slurm-client &
+install_programs git shellcheck tmux munged=munge slurmctld slurmd sbatch=slurm-client chromium &
 programs=$!
 make_venv
 wait "$programs"

@@ -164,7 +164,7 @@ def make_parts(
         record=_record(config, options, ranks, start)
         | {"space": spaces.get("train"), "datasets": data_sets(config, loaders.datasets())},
         places={key: str(place) for key in config if (place := place_of(config, (key,)))},
-        texts=_texts(config), own_code=own_code(calls(config).get("model")),
+        texts=_texts(config), own_code=own_code(config),
     )  # fmt: skip
     if purpose == "train":
         _add_training(config, options, parts, sender)
@@ -521,6 +521,7 @@ def _record(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks, start:
         "max_epochs": options["max_epochs"],
         "max_steps": options["max_steps"],
         "is_named_by_dtrain": not config.get("run_name"),
+        "trackers": [str(call.name) for key, call in calls(config).items() if key.startswith("trackers.")],
     }
 
 
