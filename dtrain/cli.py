@@ -373,6 +373,10 @@ def _check(options: argparse.Namespace) -> int:
     Nothing is written but --find-lr's picture.
     """
     config = _checked(options, "train")
+    if config.get("trackers"):
+        from dtrain.launch.tracker import require_trackers
+
+        require_trackers(config)
     from dtrain.launch import rank
     from dtrain.launch.forecast import Asked
 
