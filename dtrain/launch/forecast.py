@@ -397,7 +397,7 @@ def disk_finding(one: int, last: int, best: int, free: int, where: Path) -> Find
 
 
 def asked_in_background(config: ConfigDict) -> Callable[[], Finding]:
-    """Ask whether MLflow can be reached while the rest goes on; what it returns waits for the answer."""
+    """Ask whether MLflow can be reached while the rest continues; what it returns waits for the answer."""
     found: list[Finding] = []
     uri, experiment = (config.get("mlflow") or {}).get("tracking_uri"), config.get("experiment") or "default"
 
@@ -424,8 +424,8 @@ def lines(findings: list[Finding]) -> Iterator[str]:
     for one in findings:
         text = "; ".join(one_line(part) for part in (one.found, one.cure) if part)
         head = f"{one.status:<5} {one.probe:<{width}}  "
-        room = max(20, columns - len(head) - 1)
-        yield head + (("\n" + " " * len(head)).join(textwrap.wrap(text, room)) if columns else text)
+        left = max(20, columns - len(head) - 1)
+        yield head + (("\n" + " " * len(head)).join(textwrap.wrap(text, left)) if columns else text)
 
 
 def _tensor_bytes(tree: Any) -> int:
