@@ -281,6 +281,12 @@ REPORT: Arguments = {
     **TRACKING_URI,
     "--output": dict(metavar="FILE", help="default: report.html in the run's folder, of several runs in this one"),
 }
+COMPLETION: Arguments = {
+    "shell": dict(metavar="SHELL", choices=("bash", "zsh", "fish"), help="bash, zsh or fish"),
+    "words": dict(
+        metavar="WORD", nargs="*", default=[], help="of a command line, for the script; the last one is begun"
+    ),
+}
 JOB: Arguments = {
     "--run-folder": dict(metavar="DIR", type=Path, required=True, help="trainer.checkpoint_dir of the training"),
     "--requeue": dict(metavar="COMMAND", default="", help="requeues the job, where its exit status alone does not"),
@@ -315,9 +321,9 @@ def _launch(options: argparse.Namespace) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    """Train once for each combination of values.
+    """Train all combinations of values, or those that Optuna chooses.
 
-    All combinations of the values that keys are given, or what Optuna chooses; what is finished is skipped.
+    Each trial has a run folder of its own. Start it again to continue: what is finished is skipped.
     """
     from dtrain.launch.sweep import sweep
 
@@ -367,6 +373,10 @@ def _check(options: argparse.Namespace) -> int:
     Nothing is written but --find-lr's picture.
     """
     config = _checked(options, "train")
+    if config.get("trackers"):
+        from dtrain.launch.tracker import require_trackers
+
+        require_trackers(config)
     from dtrain.launch import rank
     from dtrain.launch.forecast import Asked
 
@@ -411,6 +421,32 @@ def _config(options: argparse.Namespace) -> int:
     for key, text in group_lines(config, calls(config)):
         print(f"# {key + ':':<22} {text}")
     print(to_yaml(config), end="")
+    return DONE
+
+
+def _schema(options: argparse.Namespace) -> int:
+    """Print the JSON Schema of a config for editors, with what it names; without one, of all that is known."""
+    import json
+
+    from dtrain.config.json_schema import schema_of
+    from dtrain.config.load import load_config
+
+    config = load_config(options.config, options.overrides) if options.config else None
+    print(json.dumps(schema_of(config), ensure_ascii=False))
+    return DONE
+
+
+def _completion(options: argparse.Namespace) -> int:
+    """Print the script by which a shell completes commands, options, files and keys."""
+    from dtrain.config.completion import SCRIPTS, complete
+
+    if options.words:
+        print(
+            *complete(options.words, {name: command[1] for name, command in COMMANDS.items() if name != "job"}),
+            sep="\n",
+        )
+    else:
+        print(SCRIPTS[options.shell], end="")
     return DONE
 
 
@@ -524,6 +560,8 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], Arguments, str]] 
     "export": (_export, EXPORT, "runs/digits --output digits.onnx"),
     "check": (_check, CHECK, "configfiles/digits.yaml --find-lr"),
     "config": (_config, CONFIG, "configfiles/digits.yaml optimizer.lr=5e-4"),
+    "schema": (_schema, CONFIG | {"config": DOCTOR["config"]}, "configfiles/digits.yaml > dtrain.schema.json"),
+    "completion": (_completion, COMPLETION, "bash >> ~/.bashrc"),
     "submit": (_submit, SUBMIT, "configfiles/digits.yaml --nodes 2 --gpus-per-node 4 --time 12:00:00"),
     "runs": (_runs, RUNS, "runs --limit 10"),
     "diff": (_diff, DIFF, "runs/digits runs/digits-lr1e-2"),

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,14 +24,16 @@ from dtrain.distributed.exit_status import DONE, FAILED
 from dtrain.distributed.process import end_with
 from dtrain.distributed.stop_request import stop_signals
 from dtrain.launch.compare_figures import Comparison, compare_figures
-from dtrain.launch.diff import files_of_patch, untracked
+from dtrain.launch.diff import differing, files_of_patch, flat_environment, untracked
 from dtrain.launch.runs import records_of
+from dtrain.tracking.environment import capture_environment
 from dtrain.tracking.run_record import Figures, RunRecord
 from dtrain.tracking.secrets import leaves
-from dtrain.tracking.whole_file import write_json, write_text
+from dtrain.tracking.whole_file import read_json, write_json, write_text
 
 _IS_LINKED_NOT = re.compile(r"(trainer\.checkpoint_dir|mlflow\.|run_name|experiment)")  # what names no data
 _PATCH = "diff.patch"
+_MOST_SHOWN = 10  # differences of environments
 
 
 @dataclass
@@ -162,6 +165,7 @@ def _described(plan: Plan) -> Iterator[str]:
             yield f"code: not stored, since git did not know them: {first_few(missing, 5)}"
     else:
         yield f"code: the run recorded no commit; the code of {plan.place} runs"
+    yield from _environment_lines(record)
     seed = _config_of(plan).get("seed") or 0
     yield f"seed: {seed}, {facts.get('world_size') or 1} rank(s)"
     if facts.get("state") != "FINISHED":
@@ -170,6 +174,26 @@ def _described(plan: Plan) -> Iterator[str]:
         yield f"warning: {len(branches)} of its starts continued with other settings, which one start cannot repeat"
     if plan.overrides:
         yield f"given: {' '.join(plan.overrides)}"
+
+
+def _environment_lines(record: RunRecord) -> Iterator[str]:
+    """What ran, beside what is here."""
+    if not record.environment:
+        yield "environment: the run recorded none"
+        return
+    with tempfile.TemporaryDirectory(prefix="dtrain-") as here:
+        capture_environment(Path(here))
+        now = read_json(Path(here) / "environment.json")
+    found = list(differing(flat_environment(record.environment), flat_environment(now)))
+    if not found:
+        yield "environment: the same"
+        return
+    yield f"environment: {len(found)} difference(s), which may change figures"
+    width = max(len(each.key) for each in found[:_MOST_SHOWN])
+    for each in found[:_MOST_SHOWN]:
+        yield f"  {each.key:<{width}}  {each.one or '-'} then, {each.other or '-'} here"
+    if len(found) > _MOST_SHOWN:
+        yield f"  and {len(found) - _MOST_SHOWN} more"
 
 
 def _prepare(plan: Plan) -> None:

@@ -4,7 +4,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,8 +140,14 @@ def table(rows: Sequence[Row], width: int | None) -> list[str]:
     widths = [max(len(line[column]) for line in cells) for column in range(7)]
     if width is not None:
         _fit(widths, width)
-    return [_GAP.join(_cut(text, size).ljust(size) for text, size in zip(line, widths, strict=True)).rstrip()
-            for line in cells]  # fmt: skip
+    return [_GAP.join(_fitted(line, widths)).rstrip() for line in cells]
+
+
+def _fitted(line: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
+    """The cells of a line in their widths; a name that is cut keeps its end, which tells runs apart."""
+    for column, (text, size) in enumerate(zip(line, widths, strict=True)):
+        cut = text[:size] if column else f"…{text[len(text) - size + 1 :]}"
+        yield (text if len(text) <= size else cut).ljust(size)
 
 
 def _fit(widths: list[int], width: int) -> None:
@@ -156,11 +162,6 @@ def _fit(widths: list[int], width: int) -> None:
             widths[column] = min(widths[column], narrowed)
     if excess() > 0:
         widths[-1] = 0
-
-
-def _cut(text: str, size: int) -> str:
-    """A name keeps its end, which tells runs apart."""
-    return text if len(text) <= size else f"…{text[len(text) - size + 1 :]}" if size and "/" in text else text[:size]
 
 
 def _when(facts: Mapping[str, Any]) -> str:

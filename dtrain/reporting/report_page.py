@@ -109,7 +109,8 @@ class Page:
         groups: dict[str, list[str]] = {}
         for key in self._keys():
             phase, _, rest = key.partition("/")
-            groups.setdefault(rest if phase in PHASES else key, []).append(key)
+            name = rest if phase in PHASES else _without_range(key)
+            groups.setdefault(name, []).append(key)
         monitored = self.runs[0].monitor.partition("/")[2]
         order = sorted(groups, key=lambda name: (name != monitored, name != "loss", _rank(groups[name][0])))
         charts = [text for name in order if (text := self._chart(name, groups[name]))]
@@ -197,7 +198,7 @@ class Page:
     def _time_bar(self, index: int) -> str:
         """The mean of each time/<kind>, seconds per step, as shares of one bar."""
         figures = self.runs[index].journal.figures
-        kinds = [key for key in figures if key.startswith("time/") and key.count("/") == 1]
+        kinds = [key for key in figures if key.startswith("time/") and key == _without_range(key)]
         means = {key.partition("/")[2]: statistics.fmean(figures[key].values()) for key in kinds}
         total = sum(means.values())
         if not total:
@@ -235,6 +236,11 @@ class Page:
                         f"<details><summary>{self._name(index)}</summary><pre>{escape(text[:_MOST_DIFF])}</pre></details>"
                     )
             yield "</div>"
+
+
+def _without_range(key: str) -> str:
+    """time/forward, of which time/forward_min and time/forward_max tell the range over the ranks."""
+    return key.removesuffix("_min").removesuffix("_max") if key.startswith("time/") else key
 
 
 def _rank(key: str) -> int:

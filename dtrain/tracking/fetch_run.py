@@ -79,6 +79,7 @@ def _lay_out(folder: Path, facts: Mapping[str, Any], run: Mapping[str, Any], pic
     lines: list[dict[str, Any]] = [
         {"kind": "start", "time": facts["started"], "attempt": 1, "from_step": None, "facts": dict(facts)},
         {"kind": "tags", "time": facts["started"], "values": run["tags"]},
+        {"kind": "datasets", "time": facts["started"], "values": run["datasets"]},
     ]
     lines += [
         {"kind": "metrics", "time": moment, "step": step, "values": values}

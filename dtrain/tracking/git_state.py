@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from dtrain.tracking.secrets import redact
@@ -16,6 +17,8 @@ VARIABLE = "DTRAIN_CODE_STATE"
 _TAGS, _COMMIT, _STATUS = "tags.json", "commit.txt", "status.txt"
 _HASH = r"[0-9a-f]{40,64}"
 _DIFF_BYTES = 5 * 2**20
+_SOURCES = {".py", ".pyi", ".pyx", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".toml", ".cfg"}
+_SOURCE_BYTES = 2**20  # of files that git does not know, together
 
 
 def capture_code(place: Path) -> dict[str, str]:
@@ -46,11 +49,32 @@ def _ask_git(place: Path) -> dict[str, str]:
         status = redact(_git("status", "--porcelain"))
         (place / _STATUS).write_text(status)
         (place / "folder.txt").write_text(_git("rev-parse", "--show-prefix"))  # of the repository, in which it started
-        (place / "diff.patch").write_text(redact(_git("diff", "--no-ext-diff", "--no-textconv", "HEAD")))
+        patch = _git("diff", "--no-ext-diff", "--no-textconv", "HEAD") + "".join(_unknown_sources())
+        (place / "diff.patch").write_text(redact(patch))
         (place / _COMMIT).write_text(f"{commit}\n")  # the last one: with it, all is there
     else:
         (place / _COMMIT).write_text(f"no git commit in {Path.cwd()}: {redact(commit)}\n")
     return _tags(commit, status)
+
+
+def _unknown_sources() -> Iterator[str]:
+    """The source files that git does not know, as a diff that makes them: without them a commit may not run."""
+    top, left = Path(_git("rev-parse", "--show-toplevel").strip()), _SOURCE_BYTES
+    names = _git("ls-files", "--others", "--exclude-standard", "--full-name", "-z", ":/").split("\0")
+    for name in [name for name in names if re.fullmatch(r"[\w./+-]+", name) and Path(name).suffix in _SOURCES]:
+        try:
+            content = (top / name).read_bytes()
+            text = content.decode() if len(content) <= left else ""
+        except (OSError, ValueError):
+            continue
+        left -= len(text.encode())
+        if text:
+            lines = text.split("\n")
+            end = "" if text.endswith("\n") else "\\ No newline at end of file\n"
+            lines = lines[:-1] if text.endswith("\n") else lines
+            body = "".join(f"+{line}\n" for line in lines) + end
+            head = f"diff --git a/{name} b/{name}\nnew file mode 100644\n--- /dev/null\n+++ b/{name}\n"
+            yield f"{head}@@ -0,0 +1,{len(lines)} @@\n{body}"
 
 
 def _tags(commit: str, status: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 from dtrain.tracking.environment import installed_packages
 from dtrain.tracking.lineage import lineage
 from dtrain.tracking.mlflow_store import MlflowRun, Row
-from dtrain.tracking.run_folder import RunFolder, read_line
+from dtrain.tracking.run_folder import RunFolder, read_line, update_run
 from dtrain.tracking.whole_file import write_text
 
 LOADER = "dtrain.training.served_model"  # its `_load_pyfunc` makes of the folder `data` what MLflow loads
@@ -20,7 +20,9 @@ _NEEDED = ("dtrain", "torch", "numpy", "safetensors", "mlflow")
 def send_entity(run: MlflowRun, folder: Path, kind: str, facts: Mapping[str, Any]) -> None:
     """Sends what a line of the journal, `datasets` or `model`, says of a run folder; a second time it adds nothing."""
     if kind == "datasets":
-        run.log_datasets(lineage(facts["values"], Path(facts["folder"])))
+        described = lineage(facts["values"], Path(facts["folder"]))
+        run.log_datasets(described)
+        update_run(folder, digests={each["context"]: each["digest"] for each in described})
     elif not (folder / facts["path"]).is_file():  # removed since, or another line has taken its place
         return
     elif (model := run.model_of_step(facts["name"], facts["step"])) is not None:

@@ -5,6 +5,7 @@ import functools
 import getpass
 import hashlib
 import itertools
+import json
 import logging
 import os
 import posixpath
@@ -95,7 +96,8 @@ class MlflowStore:
         run = _ask(self.client.get_run, run_id)
         plain = _plain(run, _ask(self.client.get_experiment, run.info.experiment_id).name)
         keys = [key for key in run.data.metrics if not key.startswith("system/")]
-        return {**plain, "history": {key: self.history(run_id, key) for key in keys}}
+        history = {key: self.history(run_id, key) for key in keys}
+        return {**plain, "history": history, "datasets": dict(map(_plain_data, run.inputs.dataset_inputs))}
 
     def history(self, run_id: str, key: str) -> list[tuple[int, float, int]]:
         """Step, value and time in ms of all points of a figure."""
@@ -349,6 +351,16 @@ def _plain(run: Any, experiment: str) -> dict[str, Any]:
         "tags": dict(data.tags),
         "last": points or {key: (0, value) for key, value in data.metrics.items()},
     }
+
+
+def _plain_data(given: Any) -> tuple[str, dict[str, Any]]:
+    """Of a run's dataset in MLflow the set's name (train, val, ...), and what is known of it."""
+    context = next((tag.value for tag in given.tags if tag.key == "mlflow.data.context"), "data")
+    known: dict[str, Any] = {"name": given.dataset.name, "digest": given.dataset.digest}
+    for text, keys in ((given.dataset.source, ("class", "arguments")), (given.dataset.profile, ("samples",))):
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # of another program, or cut
+            known |= {key: json.loads(text)[key] for key in keys}
+    return context, known
 
 
 @contextlib.contextmanager

@@ -85,6 +85,8 @@ class RunRecord:
         known = {name: {"samples": count} for name, count in (self.facts.get("samples") or {}).items()}
         for name, told in self.journal.datasets.items():
             known[name] = {**known.get(name, {}), **told}
+        for name, digest in (self.facts.get("digests") or {}).items():  # once MLflow has been told of them
+            known[name] = {**known.get(name, {}), "digest": digest}
         return known
 
     @property

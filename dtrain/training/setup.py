@@ -169,7 +169,7 @@ def make_parts(
         record=_record(config, options, ranks, start)
         | {"space": spaces.get("train"), "datasets": data_sets(config, loaders.datasets())},
         places={key: str(place) for key in config if (place := place_of(config, (key,)))},
-        texts=_texts(config), own_code=own_code(calls(config).get("model")),
+        texts=_texts(config), own_code=own_code(config),
     )  # fmt: skip
     if purpose == "train":
         _add_training(config, options, parts, sender)
@@ -535,6 +535,7 @@ def _record(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks, start:
         "directory": str(Path.cwd()),
         "device": ranks.device.type,
         "is_named_by_dtrain": not config.get("run_name"),
+        "trackers": [str(call.name) for key, call in calls(config).items() if key.startswith("trackers.")],
     }
 
 

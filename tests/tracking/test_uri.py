@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.tracking.uri import resolve_tracking_uri, sqlite_file, ui_command
+from dtrain.tracking.uri import resolve_tracking_uri, sqlite_file, ui_command, where_seen
 
 
 @pytest.fixture(autouse=True)
@@ -93,3 +93,9 @@ def test_sqlite_file() -> None:
     assert sqlite_file("sqlite:////data/mlflow.db?x=1") == Path("/data/mlflow.db")
     assert sqlite_file("http://host") is None
     assert sqlite_file("postgresql://host/db") is None
+
+
+def test_a_server_shows_the_run_once_it_is_known() -> None:
+    page = where_seen("https://me:hunter2@tracking/", {"run_id": "abc", "experiment_id": "7"})
+    assert page == "https://***@tracking/#/experiments/7/runs/abc"
+    assert where_seen("http://tracking:5000", {"run_id": None}) == "http://tracking:5000"
