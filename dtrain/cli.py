@@ -146,7 +146,7 @@ def _overview() -> str:
     for title, names in (GROUPS | ({"Others": rest} if rest else {})).items():
         lines += ["", f"{title}:"]
         for name in names.split():
-            text = (COMMANDS[name][0].__doc__ or "").splitlines()[0]
+            text = (COMMANDS[name][0].__doc__ or "").partition("\n")[0]
             lines.append(f"  {name:<{max(map(len, COMMANDS))}}  {text[:1].lower()}{text[1:].rstrip('.')}")
     return "\n".join(lines)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from dtrain.checkpoint.checkpoint_files import LOSS, Loaded, load
 from dtrain.checkpoint.checkpoint_folder import Checkpoints
@@ -76,28 +76,52 @@ def _of_rank(step: Step, loader: TrainLoader, state: dict[str, Any], rank: int) 
         if batch is None:
             yield f"rank {rank}{micro}: collate_fn left out all samples, {', '.join(map(str, ids))}"
             continue
-        found, loss = _examined(step, batch, ids)
+        failed: list[str] = []
+        try:
+            found, loss = _examined(step, batch, ids, failed)
+        except Exception:
+            yield f"rank {rank}{micro}: failed, samples {', '.join(map(str, ids))}"
+            yield from (f"  {line}" for line in failed)
+            raise
         yield f"rank {rank}{micro}: loss {loss:.6g}, samples {', '.join(map(str, ids))}"
         yield from (f"  {line}" for line in found)
 
 
-def _examined(step: Step, batch: Any, ids: list[int]) -> tuple[list[str], float]:
-    """What is not finite in one forward and backward: in the samples, after which module, in which gradients."""
+def _examined(step: Step, batch: Any, ids: list[int], failed: list[str]) -> tuple[list[str], float]:
+    """What is not finite in one forward and backward: in the samples, after which module, in which gradients.
+
+    Where a module raises, `failed` is given its name and what went into it.
+    """
     found, module = list(_bad_samples(batch, ids)), step.trainables.module
     names = {part: name or "the model" for name, part in module.named_modules()}
     bad_outputs: list[str] = []  # the modules, in the order of their calls, that gave something that is not finite
 
+    calls: list[tuple[torch.nn.Module, Any]] = []  # that have not returned, the innermost last
+
+    def begin(part: torch.nn.Module, inputs: Any) -> None:
+        if part in names:
+            calls.append((part, inputs))
+
     def look(part: torch.nn.Module, inputs: Any, output: Any) -> None:
+        if calls and part is calls[-1][0]:
+            calls.pop()
         if part in names and not all(map(_is_finite, _tensors(output))):
             fine = all(map(_is_finite, _tensors(inputs)))
             what = "its input was finite" if fine else "its input was not finite either"
-            bad_outputs.append(f"{names[part]} ({type(part).__name__}); {what}")
+            bad_outputs.append(f"{names[part]} ({type(part).__name__}); {what}: {_described(inputs)}")
 
     module.zero_grad()
     step.state.clear()
     count = len(ids)
-    with register_module_forward_hook(look):
-        step.learn(MicroBatch(batch, 1.0, count, closes=False, position=0, start=0, step_samples=count))
+    with register_module_forward_pre_hook(begin), register_module_forward_hook(look):
+        try:
+            step.learn(MicroBatch(batch, 1.0, count, closes=False, position=0, start=0, step_samples=count))
+        except Exception:
+            failed += [
+                f"into {names[part]} ({type(part).__name__}) went {_described(inputs)}"
+                for part, inputs in calls[:-4:-1]
+            ]
+            raise
     found += [f"first bad output: {text}" for text in bad_outputs[:1]]
     means = {name: float(total) / count for name, total in step.state.sums.items()}
     loss = means.pop("loss")
@@ -108,6 +132,21 @@ def _examined(step: Step, batch: Any, ids: list[int]) -> tuple[list[str], float]
         more = ", ..." if len(bad) > 10 else ""
         found += [f"gradients that are not finite: {', '.join(bad[:10])}{more}"] if bad else []
     return found, loss
+
+
+def _described(inputs: Any) -> str:
+    """Shape, dtype and range of tensors: `float32 [8, 3, 32, 32] from -1.2 to 3.4`."""
+    texts = []
+    for item in _tensors(inputs):
+        known = item.detach()[torch.isfinite(item)] if item.is_floating_point() else item.detach()
+        ends = (
+            f" from {float(known.min()):.4g} to {float(known.max()):.4g}"
+            if known.numel() and not item.is_complex()
+            else ""
+        )
+        bad = f", {lost} not finite" if (lost := item.numel() - known.numel()) else ""
+        texts.append(f"{str(item.dtype).removeprefix('torch.')} {list(item.shape)}{ends}{bad}")
+    return "; ".join(texts) or "no tensors"
 
 
 def _bad_samples(batch: Any, ids: list[int]) -> Iterator[str]:

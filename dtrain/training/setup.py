@@ -162,10 +162,8 @@ def make_parts(
     )  # fmt: skip
     parts = Parts(
         ranks, start, seed, _untrained(module, compiled, loss, metrics), forward, loaders, metrics, figure.figure, mode,
-        Saver(
-            checkpoints, options["checkpoint_every_minutes"], progress.note,
-            not ranks.strategy.is_sharded, progress.saved,
-        ),
+        Saver(checkpoints, options["checkpoint_every_minutes"], progress.note, not ranks.strategy.is_sharded,
+              progress.saved),
         StopRequest(options["time_limit"], job_ends_at(), alone=ranks.world_size == 1),
         progress, _pictures(config, options, loaders, start), inference,
         record=_record(config, options, ranks, start)
