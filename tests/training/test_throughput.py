@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from whole_runs import Place
+from whole_runs import Place, write_config
 
+from dtrain.config.check import check
+from dtrain.config.errors import ConfigError
+from dtrain.config.load import load_config
 from dtrain.training.advice import Advisor
 from dtrain.training.state import Activity
 from dtrain.training.step_clock import DeviceClock, StepClock
@@ -235,3 +238,17 @@ def test_a_fifth_or_half_a_second_is_not_spoken_of() -> None:
     assert (
         Advisor(**SETTINGS).advice(1, spent | {"forward": 0.1, "backward": 0, "optimizer": 0, "data_wait": 0.4}) == ""
     )
+
+
+@pytest.mark.parametrize(
+    ("profile", "told"),
+    [
+        ({"steps": 0}, "trainer.profile.steps: must be at least 1, found 0"),
+        ({"after": 0}, "trainer.profile.after: must be at least 1, found 0"),
+        ({"wait": 3}, "trainer.profile got an unexpected argument 'wait'"),
+    ],
+)
+def test_what_a_profile_cannot_be_is_one_message(tmp_path: Path, profile: dict[str, int], told: str) -> None:
+    with pytest.raises(ConfigError) as found:
+        check(load_config(write_config(tmp_path, "wrong", {"modules": ["toy"], "trainer.profile": profile})))
+    assert told in str(found.value) and len(found.value.mistakes) == 1
