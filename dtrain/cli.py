@@ -19,6 +19,8 @@ from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EA
 from dtrain.distributed.launched_rank import tell_torchrun
 from dtrain.distributed.process import run_to_end
 from dtrain.distributed.stop_request import end_at_once
+from dtrain.reporting import events
+from dtrain.reporting.events import OUTPUT
 from dtrain.reporting.own_frames import SHOWS_ALL
 
 # torchrun ends all ranks as soon as one has ended, and rank 0 may be the last to find a mistake.
@@ -42,6 +44,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # For `modules:` of the current folder, as `python -m` has it; a job has a copy of them, and says so.
     if "PYTHONSAFEPATH" not in os.environ and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
+    if output := getattr(options, "output_form", None):
+        os.environ[OUTPUT] = output
+    if os.environ.get(OUTPUT) != "json" or not hasattr(options, "output_form"):
+        return _run(options)
+    events.take_stdout(speaks=is_main())
+    status = _run(options)
+    events.end(status)
+    return status
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         return int(options.run(options))
     except ConfigError as error:
@@ -56,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _refuse(error: ConfigError) -> int:
     """One line per mistake, by rank 0; by each rank where there is a cause: code ran, which may fail on one alone."""
     tell_torchrun("; ".join(map(str, error.mistakes)))
+    events.note_ending(reason="; ".join(map(str, error.mistakes)))
     prefix = ""
     if not is_main():  # where rank 0 has said the same, the launcher ends this one meanwhile
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(WRONG_CONFIG))
@@ -169,6 +183,12 @@ CONFIG: Arguments = {
 }
 TRACEBACK: Arguments = {"--traceback": dict(action="store_true", help="show the whole traceback of an error")}
 RUN = CONFIG | TRACEBACK
+_FORM: dict[str, Any] = dict(dest="output_form", action="store_const", default=None)
+OUTPUT_FORM: Arguments = {
+    "--quiet -q": _FORM | dict(const="quiet", help="print the result and errors alone"),
+    "--json": _FORM | dict(const="json", help="print a JSON object per event, for programs; all else goes to stderr"),
+}
+TRAIN = RUN | OUTPUT_FORM
 DOCTOR = CONFIG | {
     "config": CONFIG["config"] | {"nargs": "?"},
     "--json": dict(action="store_true", help="print one JSON object"),
@@ -179,7 +199,7 @@ CHECK = RUN | {
     "--world-size": dict(metavar="N", type=_positive, help="as if on so many ranks"),
     "--all-data": dict(action="store_true", help="read every sample once, and name those that are broken"),
 }
-TEST = RUN | {
+TEST = TRAIN | {
     "--checkpoint": dict(
         metavar="PATH", action="append", default=[],
         help="a checkpoint, weight file or run folder; several, or a pattern: an ensemble (default: the best)",
@@ -190,7 +210,7 @@ PREDICT = TEST | {
     "--folds": dict(metavar="DIR", help="of the folds' run folders: each predicts what it was not trained on"),
     "--overwrite": dict(action="store_true", help="replace files that were made with other settings"),
 }
-LAUNCH = RUN | {
+LAUNCH = TRAIN | {
     "--nproc-per-node": dict(metavar="N|auto", default="auto", help="ranks on this machine; auto: all GPUs, else 1"),
     "--nnodes": dict(metavar="N", type=_natural, default=1, help="number of machines (default 1)"),
     "--rdzv-endpoint": dict(metavar="HOST:PORT", help="where the nodes meet: one of them, and a port"),
@@ -261,6 +281,12 @@ REPORT: Arguments = {
     **TRACKING_URI,
     "--output": dict(metavar="FILE", help="default: report.html in the run's folder, of several runs in this one"),
 }
+COMPLETION: Arguments = {
+    "shell": dict(metavar="SHELL", choices=("bash", "zsh", "fish"), help="bash, zsh or fish"),
+    "words": dict(
+        metavar="WORD", nargs="*", default=[], help="of a command line, for the script; the last one is begun"
+    ),
+}
 JOB: Arguments = {
     "--run-folder": dict(metavar="DIR", type=Path, required=True, help="trainer.checkpoint_dir of the training"),
     "--requeue": dict(metavar="COMMAND", default="", help="requeues the job, where its exit status alone does not"),
@@ -295,9 +321,9 @@ def _launch(options: argparse.Namespace) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    """Train once for each combination of values.
+    """Train all combinations of values, or those that Optuna chooses.
 
-    All combinations of the values that keys are given, or what Optuna chooses; what is finished is skipped.
+    Each trial has a run folder of its own. Start it again to continue: what is finished is skipped.
     """
     from dtrain.launch.sweep import sweep
 
@@ -347,6 +373,10 @@ def _check(options: argparse.Namespace) -> int:
     Nothing is written but --find-lr's picture.
     """
     config = _checked(options, "train")
+    if config.get("trackers"):
+        from dtrain.launch.tracker import require_trackers
+
+        require_trackers(config)
     from dtrain.launch import rank
     from dtrain.launch.forecast import Asked
 
@@ -394,6 +424,32 @@ def _config(options: argparse.Namespace) -> int:
     return DONE
 
 
+def _schema(options: argparse.Namespace) -> int:
+    """Print the JSON Schema of a config for editors, with what it names; without one, of all that is known."""
+    import json
+
+    from dtrain.config.json_schema import schema_of
+    from dtrain.config.load import load_config
+
+    config = load_config(options.config, options.overrides) if options.config else None
+    print(json.dumps(schema_of(config), ensure_ascii=False))
+    return DONE
+
+
+def _completion(options: argparse.Namespace) -> int:
+    """Print the script by which a shell completes commands, options, files and keys."""
+    from dtrain.config.completion import SCRIPTS, complete
+
+    if options.words:
+        print(
+            *complete(options.words, {name: command[1] for name, command in COMMANDS.items() if name != "job"}),
+            sep="\n",
+        )
+    else:
+        print(SCRIPTS[options.shell], end="")
+    return DONE
+
+
 def _submit(options: argparse.Namespace) -> int:
     """Train as a SLURM job, requeued until it is done.
 
@@ -427,21 +483,27 @@ def _replay(options: argparse.Namespace) -> int:
 
 
 def _runs(options: argparse.Namespace) -> int:
-    """List the recent trainings with their status, progress and best figure; of run folders, or from MLflow."""
+    """List the recent trainings with status, progress and best figure.
+
+    Of run folders, or from MLflow.
+    """
     from dtrain.launch.runs import list_runs
 
     return list_runs(options.folder, options.tracking_uri, options.limit, options.json)
 
 
 def _diff(options: argparse.Namespace) -> int:
-    """Show in what two runs differ: config, code, environment, data and figures."""
+    """Show how two runs differ: config, code, environment, data, figures."""
     from dtrain.launch.diff import diff
 
     return diff(options.run_a, options.run_b, options.tracking_uri, options.json)
 
 
 def _reproduce(options: argparse.Namespace) -> int:
-    """Train a run again from its own commit, diff, config and seed, in a new folder, and compare the figures."""
+    """Train a run again from its commit, diff, config and seed; compare.
+
+    In a new folder; the figures are compared.
+    """
     from dtrain.launch.reproduce import reproduce
 
     names = ("output", "repository", "tolerance", "dry_run")
@@ -450,7 +512,10 @@ def _reproduce(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    """Write one HTML page about runs: config, curves, pictures, timing, environment; it needs no server."""
+    """Write one HTML page about runs, which needs no server.
+
+    Config, curves, pictures, timing, environment.
+    """
     from dtrain.launch.report import report
 
     return report(options.runs, options.tracking_uri, options.output)
@@ -487,7 +552,7 @@ def _job(options: argparse.Namespace) -> int:
 
 # Each command: what runs it, whose docstring is its help; its arguments; an example for its help.
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], Arguments, str]] = {
-    "train": (_train, RUN, "configfiles/digits.yaml trainer.max_epochs=3 optimizer.lr=5e-4"),
+    "train": (_train, TRAIN, "configfiles/digits.yaml trainer.max_epochs=3 optimizer.lr=5e-4"),
     "launch": (_launch, LAUNCH, "configfiles/digits.yaml --nproc-per-node 4 --max-restarts 3"),
     "test": (_test, TEST, "configfiles/digits.yaml --checkpoint runs/digits/checkpoints/best"),
     "predict": (_predict, PREDICT, "configfiles/digits.yaml --output-dir predictions predictor.format=csv"),
@@ -495,6 +560,8 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], Arguments, str]] 
     "export": (_export, EXPORT, "runs/digits --output digits.onnx"),
     "check": (_check, CHECK, "configfiles/digits.yaml --find-lr"),
     "config": (_config, CONFIG, "configfiles/digits.yaml optimizer.lr=5e-4"),
+    "schema": (_schema, CONFIG | {"config": DOCTOR["config"]}, "configfiles/digits.yaml > dtrain.schema.json"),
+    "completion": (_completion, COMPLETION, "bash >> ~/.bashrc"),
     "submit": (_submit, SUBMIT, "configfiles/digits.yaml --nodes 2 --gpus-per-node 4 --time 12:00:00"),
     "runs": (_runs, RUNS, "runs --limit 10"),
     "diff": (_diff, DIFF, "runs/digits runs/digits-lr1e-2"),

@@ -24,6 +24,7 @@ class Saver:
     Args:
         every_minutes: Minutes between checkpoints that `is_due` asks for; None: it never does.
         say: Is given a line for what could not be written.
+        saved: Is given step and folder of what was.
         reuses_memory: A checkpoint's copies go where those of the last one were: not for tensors that nobody else has.
     """
 
@@ -33,8 +34,10 @@ class Saver:
         every_minutes: float | None,
         say: Callable[[str], None],
         reuses_memory: bool = True,
+        saved: Callable[[int, Path], object] = lambda step, path: None,
     ) -> None:
         self.checkpoints, self._say, self._reuses_memory = checkpoints, say, reuses_memory
+        self._saved = saved
         self._every_seconds = None if every_minutes is None else 60 * every_minutes
         self._began = time.monotonic()
         self._place: Place | None = None  # of the last checkpoint
@@ -89,7 +92,7 @@ class Saver:
         if self._in_progress is not None:
             (step, future), self._in_progress = self._in_progress, None
             try:
-                future.result()
+                self._saved(step, future.result())
                 self._failure = ""
             except (CheckpointError, MemoryError) as error:
                 self._failure = f"no checkpoint of step {step}: {str(error) or 'out of memory'}"

@@ -11,11 +11,11 @@ from dtrain.config.yaml12 import scalar
 # a `name`) is built into an object and is not looked at here.
 _CALLABLES = {"Callable", "type", "Type"}  # of these, a bare name stands for the function or class itself
 _NAMED = {"Module", "Dataset", "Metric", *_CALLABLES}
-_OBJECTS = {"Tensor", "Optimizer", "Generator", "ndarray", "LRScheduler", *_NAMED}
+OBJECTS = {"Tensor", "Optimizer", "Generator", "ndarray", "LRScheduler", *_NAMED}
 _SCALARS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "str": (str,), "bool": (bool,)}
-_TUPLES = {"tuple", "Tuple"}
-_LISTS = {"list", "List", "Sequence", "Iterable", "Collection", "set", "Set", *_TUPLES}
-_MAPPINGS = {"dict", "Dict", "Mapping", "MutableMapping", "ConfigDict"}
+TUPLES = {"tuple", "Tuple"}
+LISTS = {"list", "List", "Sequence", "Iterable", "Collection", "set", "Set", *TUPLES}
+MAPPINGS = {"dict", "Dict", "Mapping", "MutableMapping", "ConfigDict"}
 # Words of YAML 1.1 and Python that YAML 1.2 reads as texts, and what is meant by them.
 _OTHER_SPELLINGS = {"none": None, "nil": None, "yes": True, "on": True, "no": False, "off": False}
 
@@ -68,7 +68,7 @@ def record_fields(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -
             options = {option.arg: ast.unparse(option.value) for option in item.value.keywords}
             factory = options.get("default_factory")
             default = options.get("default") or (factory and f"{factory}()")
-        if _name(item.annotation) not in ("ClassVar", "KW_ONLY") and options.get("init") != "False":
+        if name_of(item.annotation) not in ("ClassVar", "KW_ONLY") and options.get("init") != "False":
             yield Parameter(item.target.id, item.annotation, default)
 
 
@@ -92,9 +92,9 @@ def correction(value: object, annotation: ast.expr | None) -> str:
 
 def wanted_as(value: object, annotation: ast.expr | None) -> str:
     """'Tensor' or 'tuple' where a list fits an annotation in that way alone; else nothing."""
-    members = list(_members(annotation)) if annotation and isinstance(value, list) else []
-    fitting = {_name(item) for item in members if _fits(value, item)}
-    return "Tensor" if fitting == {"Tensor"} else "tuple" if fitting and fitting <= _TUPLES else ""
+    members = list(members_of(annotation)) if annotation and isinstance(value, list) else []
+    fitting = {name_of(item) for item in members if _fits(value, item)}
+    return "Tensor" if fitting == {"Tensor"} else "tuple" if fitting and fitting <= TUPLES else ""
 
 
 def takes_objects(annotation: ast.expr | None) -> bool:
@@ -109,71 +109,71 @@ def takes_callables(annotation: ast.expr | None) -> bool:
 
 def _object_names(annotation: ast.expr) -> set[str]:
     """The kinds of objects in an annotation, also as items of a list."""
-    members = list(_members(annotation))
-    items = [_items(item)[0] for item in members if isinstance(item, ast.Subscript) and _name(item) in _LISTS]
-    return {_name(item) for item in members if _name(item) in _OBJECTS}.union(*map(_object_names, items))
+    members = list(members_of(annotation))
+    items = [items_of(item)[0] for item in members if isinstance(item, ast.Subscript) and name_of(item) in LISTS]
+    return {name_of(item) for item in members if name_of(item) in OBJECTS}.union(*map(_object_names, items))
 
 
 def takes_mapping(annotation: ast.expr | None) -> bool:
     """Whether a mapping is taken and no object, such as dict[str, int] | None: then one with a `name` is data."""
-    members = [item for item in _members(annotation) if _name(item) != "None"] if annotation else []
+    members = [item for item in members_of(annotation) if name_of(item) != "None"] if annotation else []
     return bool(members) and all(
-        _name(item) in _MAPPINGS and not (isinstance(item, ast.Subscript) and _object_names(_items(item)[-1]))
+        name_of(item) in MAPPINGS and not (isinstance(item, ast.Subscript) and _object_names(items_of(item)[-1]))
         for item in members
     )
 
 
 def takes_mappings(annotation: ast.expr | None) -> bool:
     """Whether a list of mappings is what is wanted, such as list[dict] | None: then nothing inside it is built."""
-    members = [item for item in _members(annotation) if _name(item) != "None"] if annotation else []
+    members = [item for item in members_of(annotation) if name_of(item) != "None"] if annotation else []
     return bool(members) and all(
-        isinstance(item, ast.Subscript) and _name(item) in _LISTS and _name(_items(item)[0]) in _MAPPINGS
+        isinstance(item, ast.Subscript) and name_of(item) in LISTS and name_of(items_of(item)[0]) in MAPPINGS
         for item in members
     )
 
 
-def _members(annotation: ast.expr) -> Iterator[ast.expr]:
+def members_of(annotation: ast.expr) -> Iterator[ast.expr]:
     """The alternatives of a union, at any depth; quoted annotations are read."""
     if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
         try:
-            yield from _members(ast.parse(annotation.value, mode="eval").body)
+            yield from members_of(ast.parse(annotation.value, mode="eval").body)
         except SyntaxError:
             yield ast.Name("Any")
     elif isinstance(annotation, ast.BinOp) and isinstance(annotation.op, ast.BitOr):
-        yield from _members(annotation.left)
-        yield from _members(annotation.right)
-    elif isinstance(annotation, ast.Subscript) and _name(annotation) in ("Union", "Optional"):
-        for item in _items(annotation):
-            yield from _members(item)
-        if _name(annotation) == "Optional":
+        yield from members_of(annotation.left)
+        yield from members_of(annotation.right)
+    elif isinstance(annotation, ast.Subscript) and name_of(annotation) in ("Union", "Optional"):
+        for item in items_of(annotation):
+            yield from members_of(item)
+        if name_of(annotation) == "Optional":
             yield ast.Constant(None)
     else:
         yield annotation
 
 
 def _admits(value: object, annotation: ast.expr) -> bool:
-    return any(_fits(value, item) for item in _members(annotation))
+    return any(_fits(value, item) for item in members_of(annotation))
 
 
 def _fits(value: object, annotation: ast.expr) -> bool:
     """Whether a value fits an annotation that is not a union."""
-    name = _name(annotation)
-    items = _items(annotation) if isinstance(annotation, ast.Subscript) else []
+    name = name_of(annotation)
+    items = items_of(annotation) if isinstance(annotation, ast.Subscript) else []
     if name == "Literal" and items:
         return any(shown(value) == _literal(item) for item in items)
     if name in _SCALARS:
         return isinstance(value, _SCALARS[name]) and (name == "bool" or not isinstance(value, bool))
-    if name in _LISTS:
+    if name in LISTS:
         if not items or not isinstance(value, list):
             return isinstance(value, list)
-        if name in _TUPLES and ast.unparse(items[-1]) != "...":
+        if name in TUPLES and ast.unparse(items[-1]) != "...":
             return len(value) == len(items) and all(_admits(*pair) for pair in zip(value, items, strict=True))
         return all(_admits(item, items[0]) for item in value)
-    if name in _MAPPINGS:
+    if name in MAPPINGS:
         return is_mapping(value)
     if name == "Tensor":
         return is_numbers(value)
-    return value is None if name == "None" else name not in _OBJECTS
+    return value is None if name == "None" else name not in OBJECTS
 
 
 def is_numbers(value: object) -> bool:
@@ -181,11 +181,12 @@ def is_numbers(value: object) -> bool:
     return isinstance(value, list) and all(is_numbers(item) or type(item) in (int, float) for item in value)
 
 
-def _items(annotation: ast.Subscript) -> list[ast.expr]:
+def items_of(annotation: ast.Subscript) -> list[ast.expr]:
+    """What stands in the brackets of an annotation."""
     return annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
 
 
-def _name(node: ast.expr) -> str:
+def name_of(node: ast.expr) -> str:
     """`typing.Callable[[int], str]` -> 'Callable'."""
     return ast.unparse(node.value if isinstance(node, ast.Subscript) else node).rpartition(".")[2]
 
@@ -200,17 +201,17 @@ def _literal(node: ast.expr) -> str:
 
 def _described(annotation: ast.expr) -> str:
     """What can be written in YAML; an object is named only where there is nothing else."""
-    members = list(_members(annotation))
-    writable = [item for item in members if _name(item) not in _OBJECTS and _name(item) != "None"]
-    optional = ["null"] if any(_name(item) == "None" for item in members) else []
+    members = list(members_of(annotation))
+    writable = [item for item in members if name_of(item) not in OBJECTS and name_of(item) != "None"]
+    optional = ["null"] if any(name_of(item) == "None" for item in members) else []
     return " or ".join([*dict.fromkeys(map(_described_member, writable or members)), *(optional if writable else [])])
 
 
 def _described_member(annotation: ast.expr) -> str:
-    if isinstance(annotation, ast.Subscript) and _name(annotation) == "Literal":
-        literals = [_literal(item) for item in _items(annotation)]
+    if isinstance(annotation, ast.Subscript) and name_of(annotation) == "Literal":
+        literals = [_literal(item) for item in items_of(annotation)]
         return f"one of {', '.join(literals)}" if len(literals) > 1 else literals[0]
     text = ast.unparse(annotation)
-    if _name(annotation) in _OBJECTS:
-        return "a list of numbers" if _name(annotation) == "Tensor" else "a component ({name: ...})"
+    if name_of(annotation) in OBJECTS:
+        return "a list of numbers" if name_of(annotation) == "Tensor" else "a component ({name: ...})"
     return {"None": "null", "str": "string", "dict": "a mapping", "list[str]": "a list of strings"}.get(text, text)

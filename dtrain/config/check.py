@@ -106,7 +106,7 @@ def call_mistakes(call: Call) -> list[Mistake]:
 
 def argument_mistakes(call: Call, callee: Callee) -> Iterator[Mistake]:
     """What is wrong with a call's own arguments: unexpected, missing, of the wrong type."""
-    given, written = _given(call, callee), {*call.arguments, "name"}
+    given, written = given_names(call, callee), {*call.arguments, "name"}
     taken = {item.name: item for item in callee.parameters if item.keyword and item.name not in given}
     for key, value in call.arguments.items():
         if key in given:
@@ -213,7 +213,7 @@ def _is_dataset(parameter: Parameter) -> bool:
     return parameter.name in ("dataset", "data_source") or bool(words & {"Dataset", "Sized"})
 
 
-def _given(call: Call, callee: Callee) -> frozenset[str]:
+def given_names(call: Call, callee: Callee) -> frozenset[str]:
     """The names of the arguments that dtrain supplies, now or when a function is used."""
     later = _left_open(call, callee) if is_passed_on(call, callee) else []
     now = supplied(call, callee)
@@ -253,7 +253,7 @@ def is_passed_on(call: Call, callee: Callee) -> bool:
 
 def takes_config(call: Call, callee: Callee) -> bool:
     """Whether the callee wants the whole section as one ConfigDict: its arguments do not fit, and one is called so."""
-    given = _given(call, callee)
+    given = given_names(call, callee)
     rest = [item for item in callee.parameters if item.name not in given]
     if not rest or not rest[0].positional or rest[0].name in call.arguments:
         return False

@@ -16,7 +16,8 @@ from dtrain.config.signatures import Callee
 NOT_SET: Any = type("NotSet", (), {"__repr__": lambda self: "(not set)"})()
 # Calls, as in `calls`, and those of their keys that change nothing of what is computed, up to rounding.
 _FREE = [
-    ("", r"device|experiment|run_name|modules|config_version"),
+    ("", r"device|experiment|run_name|modules|config_version|trackers"),
+    (r"trackers\.\d+", r".*"),
     (r"mlflow|predictor|cluster|sweep(\.\w+)?|loaders\.(test|predict)(/[\w-]+)?(\.loader)?", r".*"),
     (
         r"loaders\.[\w/-]+\.loader",

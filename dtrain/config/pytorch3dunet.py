@@ -163,6 +163,21 @@ _IGNORED_BY_METRICS: dict[str, dict[str, str]] = {  # "": by all of them
 }
 
 
+def further_keys() -> list[KeyPath]:
+    """The keys of pytorch-3dunet's files, beside those renamed, that dtrain reads there and nowhere else."""
+    metrics = {key for keys in _IGNORED_BY_METRICS.values() for key in keys}
+    trainer = ("epochs", "iters", "validate_iters")
+    return [
+        ("model_path",),
+        *_IGNORED,
+        *(("metrics", key) for key in sorted(metrics)),
+        *(("trainer", key) for key in trainer),
+        *(("loss", key) for key in (*_MASK_KEYS, "beta")),
+        *(("loaders", key) for key in ("output_dir", "expand_dims", "transformer")),
+        ("predictor", "name"),
+    ]
+
+
 def translate(values: Values, places: Places) -> list[str]:
     """Turn a train or test file of pytorch-3dunet, in place, into the settings of dtrain that do the same.
 

@@ -32,6 +32,7 @@ LIBRARIES = {  # where a section's bare names are searched, after the user's mod
     ),
     "optimizer": ("torch.optim",),
     "lr_scheduler": ("torch.optim.lr_scheduler",),
+    "trackers": ("dtrain.components.trackers",),
 }  # fmt: skip
 ALL_LIBRARIES = tuple(dict.fromkeys(library for libraries in LIBRARIES.values() for library in libraries))
 

@@ -3,7 +3,7 @@
 import ast
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -50,6 +50,7 @@ SLOTS = {
     "optimizer": Slot(LIBRARIES["optimizer"], given="params", given_instead=("named_parameters", "model")),
     "lr_scheduler": Slot(LIBRARIES["lr_scheduler"], given="optimizer"),
     "trainer": Slot(("dtrain.trainer",), given="parts"),
+    "trackers": Slot(LIBRARIES["trackers"]),
     "mlflow": Slot(given_names=frozenset({"folder", "experiment", "run_name", "sender", "say"})),
 }
 SAMPLER_SLOT = Slot(LIBRARIES["sampler"], given="dataset", named=True)
@@ -315,6 +316,7 @@ class _Reader:
             "optimizer": self.optimizers,
             "lr_scheduler": self.scheduler,
             "trainer": self.trainer,
+            "trackers": lambda section, values: self.trackers(section, [values] if values else []),
             **dict.fromkeys(("mlflow", "predictor", "cluster"), self.settings),
             "sweep": self.sweep,
         }
@@ -322,6 +324,8 @@ class _Reader:
             value = self.config.get(section)
             if section == "metrics" and isinstance(value, list):
                 self.listed_metrics(value)
+            elif section == "trackers" and isinstance(value, list):
+                self.trackers(section, value)
             elif value is None and section not in OWN_SETTINGS:
                 continue
             elif (values := self.mapping((section,), value)) is not None:
@@ -509,6 +513,14 @@ class _Reader:
             filled = FILLED.get(_short_name(call.name))
             others = _names_of("schedule")
             self.calls[key] = replace(call, others=others, filled=frozenset({filled} if filled else ()))
+
+    def trackers(self, section: str, values: Sequence[Any]) -> None:
+        """`{name: A}` or `[{name: A}, {name: B}]`."""
+        is_list = isinstance(self.config.get(section), list)
+        for index, item in enumerate(values):
+            path: KeyPath = (section, index) if is_list else (section,)
+            if (own := self.mapping(path, item)) is not None and self.has_name(path, own):
+                self.calls[f"{section}.{index}"] = _call_at(self.config, path, own, SLOTS[section])
 
     def metrics(self, section: str, values: Mapping[str, Any]) -> None:
         """`{name: A}`, `{name: [A, B], shared: 1, B: {own: 2}}` or `{label: {name: A}}`."""

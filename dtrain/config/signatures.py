@@ -266,6 +266,14 @@ class Source:
         written = module.attributes.get(f"{node.name}.{attribute}")
         return None if written is None else _plain(written)
 
+    def definitions(self, module_name: str, name: str) -> Iterator[Definition]:
+        """What a name leads to as it is written: a function; a class and those of its bases that can be read."""
+        meaning = self._lookup(module_name, name, frozenset())
+        if isinstance(meaning, Definition) and isinstance(meaning.node, ast.ClassDef):
+            yield from filter(None, self._lineage(meaning.module, meaning.node))
+        elif isinstance(meaning, Definition):
+            yield meaning
+
     def methods(self, module_name: str, name: str, above: tuple[str, str]) -> set[str] | None:
         """The methods that a class and its bases define, without those of the base `above` (its module and name).
 

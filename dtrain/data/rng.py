@@ -1,12 +1,15 @@
 """This process's random number generators: seed, save, restore, and one sample's own seed."""
 
 import contextlib
+import functools
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
+
+from dtrain.data.draws import Draws
 
 
 def seed_all(*entropy: int) -> None:
@@ -46,6 +49,7 @@ def _cpu_state() -> tuple[Any, Any, torch.Tensor]:
 
 
 def _set_cpu_state(state: tuple[Any, Any, torch.Tensor]) -> None:
+    _draws.cache_clear()  # what it knows of NumPy's holds as long as numbers are only drawn
     random.setstate(state[0])
     np.random.set_state(state[1])
     torch.set_rng_state(state[2])
@@ -63,15 +67,14 @@ def untouched() -> Iterator[None]:
 
 def without_drawing(make: Callable[[], Any]) -> tuple[bool, Any]:
     """Call `make`. True and its result if it drew from no CPU generator, else False, and the generators as before."""
-    before = _cpu_state()
+    nothing_drawn = _draws().remember()
     result = make()
-    after = _cpu_state()
-    # NumPy's state is (name, keys, position, ...): a draw moves the position, or else has changed the keys.
-    same = before[0] == after[0] and before[1][2:] == after[1][2:] and np.array_equal(before[1][1], after[1][1])
-    if same and torch.equal(before[2], after[2]):
-        return True, result
-    _set_cpu_state(before)
-    return False, None
+    return (True, result) if nothing_drawn() else (False, None)
+
+
+@functools.cache
+def _draws() -> Draws:
+    return Draws()
 
 
 def seed_sample(seed: int, epoch: int, *index: int) -> int:

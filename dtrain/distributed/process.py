@@ -22,6 +22,7 @@ GONE_SECONDS = 1.0  # within which a process that was killed is gone
 # MLflow's sender has work to do; the others clean up after this process.
 ENDS_BY_ITSELF = (
     "dtrain.tracking.sender",
+    "dtrain.launch.tracker",
     "multiprocessing.resource_tracker",
     "multiprocessing.forkserver",
     "torch_shm_manager",

@@ -53,7 +53,22 @@ def cluster_settings(  # noqa: PLR0913
     signal_seconds: int = 180,
     array: list[str] | None = None,
 ) -> dict[str, Any]:
-    """What a job asks the batch system for: configfiles/reference.yaml says what each key means."""
+    """What `dtrain submit` asks the batch system for; its options win. Nothing else reads it.
+
+    Args:
+        nodes: How many, or a range such as 1-2.
+        gpus_per_node: GPUs of each, and as many ranks. Default: none.
+        nproc_per_node: Ranks on each. Default: one per GPU, else one.
+        cpus_per_node: Processors of each. Default: as SLURM is set up.
+        mem_per_node: Memory of each, such as 64G. Default: as SLURM is set up.
+        time: The job's limit: 12:00:00, 90m, 1.5h, 2d, 1-12:00:00. Default: the partition's.
+        partition: As the cluster calls it. Default: the cluster's own.
+        account: As the cluster calls it. Default: your own.
+        qos: As the cluster calls it. Default: the cluster's own.
+        constraint: As the cluster calls it. Default: none.
+        signal_seconds: So long before the limit the training is asked to save.
+        array: A job for each text of KEY=VALUE words in a list. Default: one job.
+    """
     return dict(locals())
 
 

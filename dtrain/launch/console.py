@@ -9,6 +9,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from dtrain.reporting.events import pass_on
 from dtrain.tracking.secrets import redact
 
 MAX_LINE_BYTES = 1 << 20  # of a line that does not end
@@ -75,6 +76,7 @@ class Console:
 
     def _show(self, raw: list[bytes], rank: int, log: "_Log") -> None:
         lines = [redact(line.decode(errors="backslashreplace")) for line in raw]
+        lines = [line for line in lines if not pass_on(line)]
         log.write("".join(f"{line.removeprefix(ONLY_LOGGED)}\n" for line in lines))
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         text = ""

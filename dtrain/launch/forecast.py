@@ -23,6 +23,7 @@ from dtrain.distributed.fsdp import launcher_strategy
 from dtrain.launch import data_check
 from dtrain.launch.doctor import Finding, store
 from dtrain.launch.memory_forecast import (
+    MOST_SAMPLES,
     FakeSteps,
     Held,
     NoForecastError,
@@ -147,11 +148,9 @@ class Forecast:
             batch += f" x {self.options['accumulate']} accumulated"
         in_all = f"{world.total:,} in all" if world.total < 1 << 60 else "without end"
         yield Finding("steps", "ok", f"{world.steps:,} per epoch, {in_all}; {batch}")
-        shares = ", ".join(
-            f"{name} {_seconds(value)}"
-            for name, value in (("data", timing.data), ("forward", timing.forward), ("backward", timing.backward),
-                                ("optimizer", timing.optimizer))
-        )  # fmt: skip
+        parts = {"data": timing.data, "transfer": timing.transfer, "forward": timing.forward,
+                 "backward": timing.backward, "optimizer": timing.optimizer}  # fmt: skip
+        shares = ", ".join(f"{name} {_seconds(value)}" for name, value in parts.items() if value)
         where = "this GPU" if device.type == "cuda" else f"this CPU ({cores()} cores)"
         yield Finding("step time", "ok", f"{_seconds(timing.step)} for {timing.samples} samples on {where}: {shares}")
         validation = self._validation_seconds(timing)
@@ -225,7 +224,8 @@ class Forecast:
             most = max(0, step.samples + int((limit - other) / slope))
         else:
             return Finding("largest batch", "ok", f"not known for {total}: the batch's tensors do not show its samples")
-        text = f"{most:,} samples per rank in {total}, of which {1 - USABLE:.0%} are left for CUDA and the allocator"
+        at_least = "at least " if most >= MOST_SAMPLES else ""
+        text = f"{at_least}{most:,} samples per rank in {total}, of which {1 - USABLE:.0%} are left for CUDA"
         if most > (size := self.trainer.train_loader.shard.samples):
             text += f"; train has {size:,}"
         if not most:
@@ -386,7 +386,7 @@ def disk_finding(one: int, last: int, best: int, free: int, where: Path) -> Find
 
 
 def asked_in_background(config: ConfigDict) -> Callable[[], Finding]:
-    """Ask whether MLflow can be reached while the rest goes on; what it returns waits for the answer."""
+    """Ask whether MLflow can be reached while the rest continues; what it returns waits for the answer."""
     found: list[Finding] = []
     uri, experiment = (config.get("mlflow") or {}).get("tracking_uri"), config.get("experiment") or "default"
 
@@ -413,8 +413,8 @@ def lines(findings: list[Finding]) -> Iterator[str]:
     for one in findings:
         text = "; ".join(one_line(part) for part in (one.found, one.cure) if part)
         head = f"{one.status:<5} {one.probe:<{width}}  "
-        room = max(20, columns - len(head) - 1)
-        yield head + (("\n" + " " * len(head)).join(textwrap.wrap(text, room)) if columns else text)
+        left = max(20, columns - len(head) - 1)
+        yield head + (("\n" + " " * len(head)).join(textwrap.wrap(text, left)) if columns else text)
 
 
 def _tensor_bytes(tree: Any) -> int:

@@ -31,6 +31,16 @@ class Grid:
         return [*self.own]
 
     @property
+    def total(self) -> int:
+        """How many trials there are."""
+        return len(self.own)
+
+    @property
+    def done(self) -> int:
+        """How many of them have ended, other than stopped early."""
+        return sum(trial.status not in ("", "running", "stopped early") for trial in self.own)
+
+    @property
     def is_done(self) -> bool:
         """Whether there is nothing left to be trained."""
         return not self._left

@@ -8,6 +8,7 @@ from pathlib import Path
 from dtrain.distributed.environment import environment, is_main
 from dtrain.distributed.launched_rank import is_read_by_launcher, tell_torchrun
 from dtrain.launch.console import ONLY_LOGGED
+from dtrain.reporting.events import note_ending
 from dtrain.reporting.own_frames import SHOWS_ALL, frame_lines, message_of, one_line_of, place_of_error, whole_traceback
 from dtrain.tracking.secrets import redact
 from dtrain.training.failure_card import cure_of
@@ -22,6 +23,7 @@ def say_last(error: BaseException, log: Path | None = None) -> None:
     """
     whole = redact(whole_traceback(error))
     tell_torchrun(_in_one_line(error))
+    note_ending(reason=_in_one_line(error))
     card: list[str] | None = getattr(error, "failure_card", None)
     if os.environ.get(SHOWS_ALL):
         _show(whole.splitlines())  # it ends with the card, which is a note of the error

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dtrain.config.errors import one_line
+from dtrain.data.batch import to_device
 from dtrain.dataloader import first_batch
 from dtrain.distributed.fsdp import MIN_PARAMETERS, units
 from dtrain.loss import get_loss_criterion
@@ -27,6 +28,7 @@ from dtrain.training.parameter_groups import named_parameters
 from dtrain.training.setup import make_lazy_parts
 
 _aten: Any = torch.ops.aten
+MOST_SAMPLES = 1 << 24  # of a batch, with which the search for the largest ends
 
 
 class LiveStorages(TorchDispatchMode):
@@ -163,6 +165,7 @@ class Held(NamedTuple):
     averages: int  # of weights: EMA, SWA
     largest: int  # parameter, whose step takes temporary tensors
     gathered: int  # of a sharded model at a time
+    unit: int  # the largest part of it whose gradients are summed over the ranks at a time
 
 
 class NoForecastError(Exception):
@@ -209,6 +212,7 @@ class FakeSteps:
                     self._replace(part, held)
         self._module, self._criterion, self._held = module.train(), criterion, held
         self._forward = replace(trainer.forward, module=module, criterion=criterion, device=self._device, say=bool)
+        self._forward.to_device = to_device  # without the trainer's clock
         self._forward._check_target = None  # it would look at values
 
     def _replace(self, module: Module, held: dict[int, Tensor]) -> None:
@@ -296,7 +300,7 @@ class FakeSteps:
         weights = sum(map(_bytes, tensors))
         return Held(
             weights, sum(trained), of_trainer.optimizer, weights if of_trainer.averages else 0,
-            max(trained, default=0), max(0, outer) + 2 * max(inner, default=0),
+            max(trained, default=0), max(0, outer) + 2 * max(inner, default=0), max([outer, *inner]),
         )  # fmt: skip
 
 
@@ -308,7 +312,7 @@ def held_by(trainer: Trainer) -> Held:
     state = sum(_bytes(leaf) for each in states for values in each.values() for leaf in tree_iter(values))
     weights = sum(map(_bytes, (*parameters, *trainer.module.buffers())))
     averages = weights if trainer.trainables.ema is not None else 0
-    return Held(weights, sum(trained), state, averages, max(trained, default=0), weights)
+    return Held(weights, sum(trained), state, averages, max(trained, default=0), weights, weights)
 
 
 def _least(options: dict[str, Any]) -> int:
@@ -365,20 +369,21 @@ def peak_of(step: Step, held: Held, world_size: int, options: dict[str, Any]) ->
         weights = gradients = optimizer = 0
     always = weights + optimizer + averages + exchange
     in_step = gradients + (2 * held.largest) // shards
+    if is_sharded:  # a unit's gradients, whole, and their copy in the order in which the ranks get them
+        in_step = max(in_step, 2 * held.unit + gradients - held.unit // shards)
     total = always + max(activations, in_step)
     return Peak(total, weights, gradients, optimizer, averages, exchange, max(0, total - always - gradients))
 
 
-def largest_batch(fits: Callable[[int], int], start: int, limit: int, most: int = 1 << 24) -> int:
-    """The most samples with which a peak stays within a limit; 0 where not even one fits.
+def largest_batch(fits: Callable[[int], int], start: int, limit: int) -> int:
+    """The most samples with which a peak stays within a limit, to a hundredth; 0 where not even one fits.
 
     Args:
         fits: The peak in bytes for so many samples. It grows in a nearly straight line, which saves calls: a few do.
         start: A number of samples to begin with.
         limit: In bytes.
-        most: Samples with which the search ends.
     """
-    low, high = 0, most + 1  # the most known to fit, the fewest known not to
+    low, high = 0, MOST_SAMPLES + 1  # the most known to fit, the fewest known not to
     one, other = start, 2 * start
     peaks = {number: fits(number) for number in (one, other)}
     for _ in range(8):

@@ -81,6 +81,7 @@ def predict(
         with trainer.stop_request.listening():
             result = trainer.predict(members or None, output_dir, overwrite, settings)
             trainer.progress.close()
+            trainer.progress.ended(files=[str(path) for path in result.files])
             for line in prediction_lines(**result._asdict()):
                 trainer.progress.note(line)
         return result.stopped

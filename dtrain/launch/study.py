@@ -1,10 +1,12 @@
 """A sweep by Optuna: its sampler chooses the values, its pruner ends trials, its storage outlives a kill."""
 
+import functools
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from dtrain.config.build import build
 from dtrain.config.errors import ConfigError, shown
@@ -13,7 +15,33 @@ from dtrain.launch.sweep_values import Draw
 from dtrain.launch.trial import Figures, Plan, Trial
 from dtrain.tracking.secrets import redact
 
+PATIENCE_SECONDS, PAUSE_SECONDS = 600.0, 5.0  # with a storage that does not answer, while trials are at work
+Method = TypeVar("Method", bound=Callable[..., Any])
 FOLDER = "dtrain.folder"  # the attribute of Optuna's trials that says where each lies
+
+
+def _patient(method: Method) -> Method:
+    """Tries again where the storage fails for a while: an error would end the trials that are at work."""
+
+    @functools.wraps(method)
+    def tried(*arguments: Any) -> Any:
+        from optuna.exceptions import StorageInternalError
+        from sqlalchemy.exc import SQLAlchemyError
+
+        end, is_told = time.monotonic() + PATIENCE_SECONDS, False
+        while True:
+            try:
+                return method(*arguments)
+            except (StorageInternalError, SQLAlchemyError) as error:
+                if time.monotonic() > end:
+                    raise
+                if not is_told:
+                    text = redact(str(error.__cause__ or error).splitlines()[0])
+                    print(f"sweep: the study's storage fails, it is tried again: {text}", file=sys.stderr, flush=True)
+                is_told = True
+                time.sleep(PAUSE_SECONDS)
+
+    return cast(Method, tried)
 
 
 class Study:
@@ -41,7 +69,7 @@ class Study:
         self.figure, self.mode = rule[0], known_mode(plan, rule[1])
         self._plan, self._combinations = plan, combinations
         self._is_shared = storage is not None
-        self.count = len(combinations) or count
+        self._count = len(combinations) or count
         self._figures: dict[str, Figures] = {}
         self._trials: dict[str, Any] = {}  # Optuna's, of those that were begun here, by name
         self._study = self._opened(storage or f"sqlite:///{plan.own_folder.absolute() / 'study.db'}")
@@ -91,6 +119,7 @@ class Study:
                     return f"{key} was {choices or f'from {values.low} to {values.high}'}"
         return ""
 
+    @_patient
     def next(self) -> Trial | None:
         """One that an earlier start left, else a new one; one with a mistake in its config has failed at once."""
         import optuna
@@ -99,11 +128,15 @@ class Study:
             if self._left:
                 # What `ask` returns, for a trial that was asked for before.
                 own = optuna.trial.Trial(self._study, self._left.pop(0)._trial_id)
-            elif self._asked() < self.count:
+            elif self._asked() < self._count:
                 own = self._study.ask()
             else:
                 return None
-            values = {key: _suggested(own, key, wanted) for key, wanted in self._plan.swept.items()}
+            try:
+                values = {key: _suggested(own, key, wanted) for key, wanted in self._plan.swept.items()}
+            except ImportError as error:  # of a package that one sampler needs, such as cmaes
+                self._study.tell(own, state=optuna.trial.TrialState.FAIL)
+                raise refused(self._plan.base, ("sweep", "sampler"), f"{error}; install it") from None
             try:
                 trial = self._plan.trial(values, self._number(own.number))
             except ConfigError as error:
@@ -116,48 +149,67 @@ class Study:
             self._figures[trial.name] = Figures(trial.folder, self.figure)
             return trial
 
+    @_patient
     def is_behind(self, trial: Trial) -> str:
         """Reports new validations to Optuna, numbered from 1; why the pruner wants the trial to end, else ''."""
         figures, own = self._figures[trial.name], self._trials[trial.name]
-        if not figures.read():
+        if not self._report(figures, own):
             return ""
+        return f"pruned by {self._pruner} after validation {len(figures.values)}" if own.should_prune() else ""
+
+    def _report(self, figures: Figures, own: Any) -> bool:
+        """Whether there was anything new to report."""
+        figures.read()
+        if figures.reported == len(figures.values):
+            return False
         known = self._study.get_trials(deepcopy=False)[own.number].intermediate_values
         for step, value in enumerate(figures.values, 1):
             if step not in known:
                 own.report(value, step)
-        return f"pruned by {self._pruner} after validation {len(figures.values)}" if own.should_prune() else ""
+        figures.reported = len(figures.values)
+        return True
 
+    @_patient
     def ended(self, trial: Trial) -> None:
         """Tells Optuna; of one that was stopped early nothing, since it will be continued."""
         from optuna.trial import TrialState
 
         own = self._trials[trial.name]
+        self._report(self._figures[trial.name], own)  # what it has still logged
         if trial.status == "finished" and trial.score is not None:
             self._study.tell(own, trial.score)
         elif trial.status == "pruned":
-            self.is_behind(trial)  # what it has still logged
             self._study.tell(own, state=TrialState.PRUNED)
         elif trial.status != "stopped early":
             self._study.tell(own, state=TrialState.FAIL)
             trial.status = "failed (no finite score)" if trial.status == "finished" else trial.status
 
+    @_patient
     def trials(self) -> list[Trial]:
         """All of them, as the storage has them; those of other machines, too."""
         return [*self._read()]
 
     @property
+    def total(self) -> int:
+        """How many trials there are to be."""
+        return self._count
+
+    @property
+    @_patient
+    def done(self) -> int:
+        """How many have ended, other than stopped early; on all machines."""
+        return len(self._found("COMPLETE", "PRUNED", "FAIL"))
+
+    @property
     def is_done(self) -> bool:
         """Whether there is nothing left to be trained."""
-        return not self._left and self._asked() >= self.count
+        return not self._left and self._asked() >= self._count
 
     def _read(self) -> Iterator[Trial]:
         words = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "stopped early"}
         for each in self._found(*words):
             values = {key: _as_text(value, self._plan.swept[key]) for key, value in each.params.items()}
-            try:
-                trial = self._plan.trial(values, self._number(each.number))
-            except ConfigError:
-                continue  # told when it was asked for
+            trial = self._plan.trial(values, self._number(each.number), has_run=True)
             trial.status = words[each.state.name]
             if each.state.name == "RUNNING" and not self._is_ours(each):
                 trial.status = "elsewhere"

@@ -111,6 +111,10 @@ def plan_of(path: str, overrides: Sequence[str]) -> Plan:
     if not swept:
         example = "optimizer.lr=1e-3,1e-2 or loaders.folds.fold=0..4 or optimizer.lr=loguniform(1e-5,1e-2)"
         raise ConfigError(f"dtrain sweep: no key has several values; give one some, such as {example}")
+    if own := {"run_name", "trainer.checkpoint_dir"} & swept.keys():
+        raise ConfigError(
+            f"dtrain sweep: {own.pop()} cannot be swept: each trial has a name and a run folder of its own"
+        )
     return Plan(path, fixed, swept, base, run_folder(base))
 
 
@@ -239,10 +243,12 @@ def _run(plan: Plan, source: Grid | Study, how: Settings) -> int:
     at_work = TrialsAtWork(plan.path, how)
     journal = parent_run(plan)
     how.overrides = parent_override(plan, lambda: at_work.is_stopped)
-    at_work.run(source)
+    best = best_of(source.trials(), source.mode)
+    for trial in at_work.run(source):
+        best = best_of([best, trial] if best else [trial], source.mode) or best
+        values = {source.figure: trial.score, f"best/{source.figure}": best.score if best else None}
+        journal.log(source.done, {key: value for key, value in values.items() if value is not None})
     status = conclude(plan, source, at_work.is_stopped)
-    if best := best_of(source):
-        journal.log(len(source.trials()), {source.figure: best.score})
     for file in ("trials.csv", *(["best.yaml"] if best else [])):
         journal.artifact(file)
     endings = {DONE: ("FINISHED", ""), FAILED: ("FAILED", "trials have failed"), STOPPED_EARLY: ("KILLED", "stopped")}

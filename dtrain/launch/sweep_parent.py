@@ -17,6 +17,7 @@ def parent_run(plan: Plan) -> Any:
     experiment = plan.base.get("experiment") or "default"
     name = f"{plan.base.get('run_name') or experiment}-sweep"
     options = dict(folder=plan.own_folder, experiment=experiment, run_name=name, sender=None, system_metrics=False)
+    options |= dict(log_model=False, register=None)  # a sweep has none
     journal = build(plan.base, "mlflow", **options)
     params = {key: ", ".join(values) if isinstance(values, list) else str(values) for key, values in plan.swept.items()}
     journal.start(params, {"dtrain.sweep": str(plan.folder)})

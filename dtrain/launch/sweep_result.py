@@ -19,7 +19,7 @@ from dtrain.tracking.whole_file import write_text
 def conclude(plan: Plan, source: Grid | Study, is_stopped: bool) -> int:
     """Prints the table and writes it, and the best config; the exit status of the sweep."""
     own = source.trials()
-    best = best_of(source)
+    best = best_of(own, source.mode)
     print("\n".join(_table(own, source, best)))
     write_text(plan.own_folder / "trials.csv", _as_csv(plan, own, source.figure))
     if best:
@@ -34,16 +34,12 @@ def conclude(plan: Plan, source: Grid | Study, is_stopped: bool) -> int:
     return STOPPED_EARLY if is_stopped else FAILED if failed else DONE
 
 
-def best_of(source: Grid | Study) -> Trial | None:
+def best_of(own: Sequence[Trial], mode: str | None) -> Trial | None:
     """Of the trials that have finished, the one with the best figure; None where nothing says what is best."""
-    done = [
-        (trial.score, trial)
-        for trial in source.trials()
-        if trial.status.startswith("finished") and trial.score is not None
-    ]
-    if not done or source.mode is None:
+    done = [(trial.score, trial) for trial in own if trial.status.startswith("finished") and trial.score is not None]
+    if not done or mode is None:
         return None
-    return (max if source.mode == "max" else min)(done, key=lambda item: item[0])[1]
+    return (max if mode == "max" else min)(done, key=lambda item: item[0])[1]
 
 
 def _best_config(plan: Plan, best: Trial) -> str:

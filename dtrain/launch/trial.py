@@ -83,8 +83,8 @@ class Plan:
         """Where the sweep itself writes: a run folder without checkpoints, for MLflow's parent run."""
         return self.folder / "sweep"
 
-    def trial(self, values: Mapping[str, str], number: int | None = None) -> Trial:
-        """The trial with these values, numbered where they are drawn.
+    def trial(self, values: Mapping[str, str], number: int | None = None, has_run: bool = False) -> Trial:
+        """The trial with these values, numbered where they are drawn; of one that has run the config is not read.
 
         Raises:
             ConfigError: With all mistakes in its config.
@@ -97,8 +97,9 @@ class Plan:
         run_name = self.base.get("run_name") or self.base.get("experiment")
         own = [*self.overrides_of(values), f"run_name={json.dumps(f'{run_name}-{name}')}"]
         own.append(f"trainer.checkpoint_dir={json.dumps(str(self.folder / name))}")
-        config = load_config(self.path, own)
-        check(config, "train")
+        config = self.base if has_run else load_config(self.path, own)
+        if not has_run:
+            check(config, "train")
         return Trial(name, self.folder / name, own, values, config)
 
     def overrides_of(self, values: Mapping[str, str]) -> list[str]:
@@ -126,10 +127,10 @@ class Figures:
         self._path, self._key = RunFolder(folder).journal, figure
         self._offset = 0
         self.values: list[float] = []  # one for each validation
+        self.reported = 0  # of them, to whoever prunes
 
-    def read(self) -> int:
-        """Reads what is new; how many values that were. A journal that was replaced is read from its start."""
-        before = len(self.values)
+    def read(self) -> None:
+        """Reads what is new. A journal that was replaced is read from its start."""
         try:
             with self._path.open("rb") as journal:
                 if os.fstat(journal.fileno()).st_size < self._offset:
@@ -141,5 +142,4 @@ class Figures:
                     if figures and self._key in figures:
                         self.values.append(float(figures[self._key]))
         except FileNotFoundError:  # it has not begun
-            return 0
-        return len(self.values) - before
+            return

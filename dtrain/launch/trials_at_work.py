@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from dtrain.distributed.process import end_with
 from dtrain.distributed.stop_request import stop_signals
 from dtrain.launch.gpu_locks import GpuLocks, Taken
 from dtrain.launch.trial import Trial
-from dtrain.tracking.run_folder import update_run
+from dtrain.tracking.run_folder import read_run, update_run
 
 LOOK_SECONDS = 0.2
 
@@ -25,6 +25,14 @@ class Source(Protocol):
     """Where trials come from, and who is told what becomes of them: a grid, or a study of Optuna's."""
 
     figure: str
+
+    @property
+    def total(self) -> int:
+        """How many trials there are to be."""
+
+    @property
+    def done(self) -> int:
+        """How many of them have ended, other than stopped early."""
 
     def next(self) -> Trial | None:
         """The next one to be trained; None: there is none left."""
@@ -69,17 +77,16 @@ class TrialsAtWork:
         self.is_stopped = False  # asked to stop, or one trial was: no other is started
         self._path, self._settings = path, settings
         self._at_work: list[_Process] = []
-        self._started = 0
         for number in stop_signals():
             signal.signal(number, self._pass_on)
 
-    def run(self, source: Source) -> None:
-        """Trains what the source has, until it has no more or somebody asks to stop."""
+    def run(self, source: Source) -> Iterator[Trial]:
+        """Trains what the source has, until it has no more or somebody asks to stop; yields each trial as it ends."""
         has_more = True
         while True:
             for each in [*self._at_work]:
                 if (status := each.process.poll()) is not None:
-                    self._end(each, status, source)
+                    yield self._end(each, status, source)
                 elif not each.pruned and (why := source.is_behind(each.trial)):
                     each.pruned = why
                     each.process.send_signal(signal.SIGTERM)
@@ -102,9 +109,8 @@ class TrialsAtWork:
         return gpus.take(self._settings.gpus_each) if gpus else Taken([], [])
 
     def _start(self, trial: Trial, taken: Taken) -> None:
-        self._started += 1
         on = f" (GPU {', '.join(taken.gpus)})" if taken.gpus else ""
-        print(f"sweep: trial {self._started}: {trial.name}{on}", flush=True)
+        print(f"sweep: {trial.name}: starts{on}", flush=True)
         trial.status = "running"
         arguments = command_of(self._path, trial, self._settings.ranks, self._settings.overrides)
         process = start(arguments, self._environment(taken), self._log(trial), taken.descriptors)
@@ -123,7 +129,7 @@ class TrialsAtWork:
     def _log(self, trial: Trial) -> Path | None:
         return self._settings.logs / f"{trial.name}.log" if self._settings.logs else None
 
-    def _end(self, each: _Process, status: int, source: Source) -> None:
+    def _end(self, each: _Process, status: int, source: Source) -> Trial:
         self._at_work.remove(each)
         if each.taken:
             each.taken.release()
@@ -140,16 +146,23 @@ class TrialsAtWork:
         trial.score = trial.best_score
         source.ended(trial)
         score = "" if trial.score is None else f", {source.figure} {trial.score:.4g}"
-        log = self._log(trial)
-        where = f"; see {log}" if trial.status.startswith("failed") and log else ""
+        why = f": {reason}" if trial.status.startswith("failed") and (reason := _reason(trial)) else ""
+        where = f"; see {log}" if trial.status.startswith("failed") and (log := self._log(trial)) else ""
         became = each.pruned if trial.status == "pruned" else trial.status
-        print(f"sweep: {trial.name}: {became}{score}{where}", flush=True)
+        print(f"sweep: {trial.name}: {became}{why}{score}{where} ({source.done} of {source.total})", flush=True)
+        return trial
 
     def _pass_on(self, number: int, _frame: Any) -> None:
         self.is_stopped = True
         for each in self._at_work:
             if each.process.poll() is None:
                 each.process.send_signal(number)
+
+
+def _reason(trial: Trial) -> str:
+    """Why its training has failed, in one line, as far as it came to say so."""
+    facts = read_run(trial.folder)
+    return str(facts.get("reason") or "") if facts.get("state") == "FAILED" else ""
 
 
 def start(arguments: Sequence[str], env: Mapping[str, str], log: Path | None, descriptors: Sequence[int]) -> Any:

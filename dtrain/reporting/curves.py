@@ -80,8 +80,8 @@ def _axes(curves: Sequence[Curve]) -> _Axes | None:
     if is_log:
         low, high = low / 1.1, high * 1.1
     else:
-        room = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
-        low, high = low - room, high + room
+        margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
+        low, high = low - margin, high + margin
     return _Axes((first, last if last > first else first + 1), low, high, is_log)
 
 

@@ -24,7 +24,8 @@ def keep_tables(tables: Mapping[str, Table], kind: str, folder: Path, journal: A
         path = files.tables / f"{kind}{name}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, _csv(table))
-        journal.artifact(str(path), str(path.parent.relative_to(folder)))
+        relative = path.relative_to(folder)
+        journal.artifact(str(relative), str(relative.parent))
 
 
 def draw_tables(tables: Mapping[str, Table], kind: str, step: int, folder: Path, journal: Any) -> None:

@@ -7,8 +7,9 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from time import perf_counter
-from typing import TextIO
+from typing import Any, TextIO
 
 from dtrain.reporting.number_text import figure_texts, without_phase
 from dtrain.reporting.time_left import EpochClock
@@ -126,6 +127,12 @@ class Progress:
     def summary(self, facts: Mapping[str, str]) -> None:
         """After the last step: how it went and where things are, name -> value."""
         self._write_facts(facts)
+
+    def saved(self, step: int, path: Path) -> None:
+        """A checkpoint is on the disk, whole; for programs."""
+
+    def ended(self, **fields: Any) -> None:
+        """How it went and where things are; for programs."""
 
     def close(self) -> None:
         """Give back what is held of the terminal; may be called again, and notes may follow."""

@@ -6,16 +6,23 @@ from collections.abc import Mapping
 from time import perf_counter
 from typing import Any, TextIO
 
+from dtrain.reporting.events import OUTPUT, EventProgress
 from dtrain.reporting.number_text import count_text, duration_text, figure_text, figure_texts, folded, without_phase
 from dtrain.reporting.progress import REFRESH_SECONDS, Progress, SafeStream
+from dtrain.reporting.quiet import QuietProgress
 
 BAR_COLUMNS = (6, 40)  # at least, at most
 
 
 def get_progress(is_main: bool, stream: TextIO | None = None) -> Progress:
-    """Bars and tables on a terminal that can redraw a line, plain lines elsewhere, silence but on the main rank."""
+    """Bars and tables on a terminal that can redraw a line, plain lines elsewhere, silence but on the main rank.
+
+    What --json or --quiet asked for comes first.
+    """
     if not is_main:
         return Progress()
+    if stream is None and (output := os.environ.get(OUTPUT)):
+        return EventProgress() if output == "json" else QuietProgress()
     stream = sys.stdout if stream is None else stream
     can_redraw = stream.isatty() and os.environ.get("TERM", "dumb").lower() not in ("", "dumb", "unknown")
     return TerminalProgress(stream) if can_redraw else Progress(stream)

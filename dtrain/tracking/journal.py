@@ -21,6 +21,7 @@ from typing import IO, Any, Literal, TypeVar, cast, get_args
 from dtrain.tracking.run_folder import RunFolder, overwrite_run, read_line, read_run, update_run
 from dtrain.tracking.secrets import is_secret, leaves, redact, redacted_tree
 from dtrain.tracking.start_sender import assign_run, start_sender
+from dtrain.tracking.tracker_processes import problems
 from dtrain.tracking.uri import resolve_tracking_uri
 from dtrain.tracking.whole_file import read_json
 
@@ -88,6 +89,7 @@ class Journal:
         self._facts: dict[str, Any] = {}  # of run.json, as they were at the start
         self._last_steps: dict[str, int] = {}
         self._bad_keys: set[str] = set()
+        self._told_of: set[str] = set()  # trackers that had a problem
 
     def start(
         self,
@@ -331,6 +333,7 @@ class Journal:
         """Starts a sender again that has died, after a pause that grows each time; the first time, says so."""
         now = time.monotonic()
         self._look_at = now + _LOOK_EVERY_SECONDS
+        self._tell_of_trackers()
         status = None if self._sender is None else self._sender.poll()
         if self._sender is not None and status is None:
             self._hand_over()
@@ -345,6 +348,14 @@ class Journal:
         elif now >= self._restart_at:
             self._restart_at, self._pause_seconds = 0.0, min(2 * self._pause_seconds, _LONGEST_PAUSE_SECONDS)
             self._start_sender()
+
+    def _tell_of_trackers(self) -> None:
+        """Says once of each tracker why it does not have everything."""
+        for tracker, problem in problems(self.folder).items() if self._facts.get("trackers") else ():
+            if tracker not in self._told_of:
+                self._told_of.add(tracker)
+                rest = f"run and MLflow are not affected; what it lacks: dtrain sync {shlex.quote(str(self.folder))}"
+                _log.warning("%s: %s; %s", tracker, problem, rest)
 
     def _save_ending(self, is_last_try: bool = False) -> None:
         """Writes into run.json how the run ended, unless it is there; the last try is in the old file's own blocks."""
@@ -370,6 +381,7 @@ class Journal:
         with _ctrl_c() as is_interrupted:
             self._wait_until(deadline, is_interrupted)
         self._save_ending(is_last_try=True)
+        self._tell_of_trackers()
         problem = f"see {self._files.sender_log}"
         if self._sender is not None and self._sender.poll() is None:
             problem = "its sender was still at work"
@@ -403,7 +415,8 @@ class Journal:
                 return
             if now >= say_at:
                 say_at = math.inf
-                what = self._files.journal if is_sent else f"MLflow ({redact(self.tracking_uri)})"
+                others = " and the other trackers" if self._facts.get("trackers") else ""
+                what = self._files.journal if is_sent else f"MLflow ({redact(self.tracking_uri)}){others}"
                 _log.warning("waiting for %s, %.0f s more at most; Ctrl-C ends the wait", what, deadline - now)
             if is_sent or self._sender is None:
                 time.sleep(min(0.1, deadline - now))

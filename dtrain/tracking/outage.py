@@ -52,7 +52,7 @@ class Outage:
             self._began = time.monotonic() if self._began is None else self._began
             if not self._is_told and time.monotonic() - self._began >= OUTAGE_SECONDS:
                 self._is_told = True
-                self._tell(f"warning: MLflow ({self._uri}): {problem}; what is logged is kept and sent later")
+                self._tell(f"MLflow ({self._uri}): {problem}; what is logged is kept and sent later")
 
     def is_over(self) -> None:
         """The store has taken something."""

@@ -42,6 +42,7 @@ class RunFolder:
         self.logs = self.path / "logs"
         self.sender_log = self.logs / "sender.log"
         self.sender_lock = self.path / ".sender.lock"
+        self.trackers = self.path / "trackers"  # what other trackers than MLflow have, and why not all of it
         self.lock = self.path / ".training.lock"  # of the training that writes here
 
     def rank_log(self, rank: int) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import Timeout
 
 from dtrain.tracking import mlflow_store
-from dtrain.tracking.delivery import Delivery, follow
+from dtrain.tracking.delivery import HOPELESS, Delivery, follow
 from dtrain.tracking.environment import capture_environment
 from dtrain.tracking.git_state import capture_code
 from dtrain.tracking.outage import Outage
@@ -21,6 +21,7 @@ from dtrain.tracking.retry import PATIENCE_SECONDS
 from dtrain.tracking.run_folder import RunFolder, close_run_of, is_dead, locked_file, read_run
 from dtrain.tracking.secrets import Redacted, redact
 from dtrain.tracking.system_metrics import SystemMetrics
+from dtrain.tracking.tracker_processes import TrackerProcesses, problems
 from dtrain.tracking.uri import resolve_tracking_uri
 
 _log = logging.getLogger(__name__)
@@ -113,6 +114,7 @@ def _feed(folder: Path, parent: int, uri: str, system_metrics: bool) -> int:
         code_tags |= capture_environment(environment)
     except OSError as error:
         _log.warning("the environment is not recorded: %s", error)
+    trackers = TrackerProcesses(folder)
     system = None
     if system_metrics:
         try:
@@ -126,7 +128,11 @@ def _feed(folder: Path, parent: int, uri: str, system_metrics: bool) -> int:
     with locked_file(RunFolder(folder).sender_lock, 2 * PATIENCE_SECONDS):
         delivery = Delivery(folder, mlflow_store.MlflowStore(uri), system, outage)
         delivery.begin(code_tags, *(str(each.relative_to(folder)) for each in (code, environment)))
-        return follow(delivery, parent, pipe=_STDIN)
+        exit_status = follow(delivery, parent, pipe=_STDIN)
+    if exit_status == HOPELESS:
+        trackers.follow(parent)
+    trackers.finish()
+    return exit_status
 
 
 def _deliver_rest(folder: Path, uri: str) -> int:
@@ -136,11 +142,15 @@ def _deliver_rest(folder: Path, uri: str) -> int:
             facts = read_run(folder)
             if facts.get("state") == "RUNNING" and is_dead(folder, facts):
                 close_run_of(folder, facts["pid"])
+            trackers = TrackerProcesses(folder)
             delivery = Delivery(folder, mlflow_store.MlflowStore(uri))
             exit_status = min(follow(delivery), 1)
+            trackers.finish(PATIENCE_SECONDS)
     except Timeout:
         _log.warning("another sender is at work on %s, see %s", folder, RunFolder(folder).sender_log)
         return 1
+    for tracker, problem in problems(folder).items():
+        print(f"{tracker} does not have all of it: {problem}")
     if exit_status == 0:
         print(f"all of {folder} is in MLflow: run {delivery.memory.run_id} in {redact(uri)}")
     if read_run(folder).get("state") == "RUNNING":

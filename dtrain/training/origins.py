@@ -6,7 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dtrain.config.errors import to_plain
-from dtrain.config.schema import Call, calls
+from dtrain.config.schema import calls, own_modules
 from dtrain.config.signatures import module_file
 
 
@@ -30,12 +30,12 @@ def data_sets(config: ConfigDict, datasets: Mapping[str, Any]) -> dict[str, dict
     return found
 
 
-def own_code(model: Call | None) -> dict[str, list[str]]:
-    """Of a model's class, and of those inside its arguments: the user's own files, and the packages it is found in."""
+def own_code(config: ConfigDict) -> dict[str, list[str]]:
+    """What a model's class, those inside its arguments, and `modules` need: the user's own files, and packages."""
     code, packages = set(), set()
+    model = calls(config).get("model")
     inside = [model, *model.components.values()] if model is not None and not model.stands_for_object else []
-    for call in inside:
-        top = call.target.module.partition(".")[0]
+    for top in {name.partition(".")[0] for name in (*own_modules(config), *(call.target.module for call in inside))}:
         found = module_file(top)
         file = found.path if found else None
         if top == "dtrain" or file is None or {"site-packages", "dist-packages"} & set(file.parts):

@@ -113,6 +113,11 @@ def _close(parts: Parts, ending: Ending, state: TrainState, seconds: float) -> N
     if parts.journal.tracking_uri:
         table |= {"MLflow": where_seen(parts.journal.tracking_uri, read_run(parts.start.folder))}
     progress.summary(table)
+    progress.ended(
+        status=ending.status, reason=ending.reason, run_folder=str(parts.start.folder), steps=state.step,
+        seconds=round(seconds, 3), monitor=parts.monitor,
+        best={} if state.best is None else {parts.monitor: state.best}, test=ending.test_figures,
+    )  # fmt: skip
     if hint:
         progress.note(hint)
     progress.close()

@@ -62,7 +62,7 @@ from dtrain.tracking.journal import Journal, NoJournal, flatten
 from dtrain.tracking.run_folder import RunFolder, read_run, why_not_writable
 from dtrain.tracking.run_lock import RunLock
 from dtrain.tracking.secrets import redact, redacted_tree
-from dtrain.tracking.uri import where_seen
+from dtrain.tracking.uri import run_address
 from dtrain.training.activation_checkpointing import checkpoint_activations
 from dtrain.training.closure import closure_mistake
 from dtrain.training.ema import EMA
@@ -162,13 +162,16 @@ def make_parts(
     )  # fmt: skip
     parts = Parts(
         ranks, start, seed, _untrained(module, compiled, loss, metrics), forward, loaders, metrics, figure.figure, mode,
-        Saver(checkpoints, options["checkpoint_every_minutes"], progress.note, not ranks.strategy.is_sharded),
+        Saver(
+            checkpoints, options["checkpoint_every_minutes"], progress.note,
+            not ranks.strategy.is_sharded, progress.saved,
+        ),
         StopRequest(options["time_limit"], job_ends_at(), alone=ranks.world_size == 1),
         progress, _pictures(config, options, loaders, start), inference,
         record=_record(config, options, ranks, start)
         | {"space": spaces.get("train"), "datasets": data_sets(config, loaders.datasets())},
         places={key: str(place) for key in config if (place := place_of(config, (key,)))},
-        texts=_texts(config), own_code=own_code(calls(config).get("model")),
+        texts=_texts(config), own_code=own_code(config),
     )  # fmt: skip
     if purpose == "train":
         _add_training(config, options, parts, sender)
@@ -534,6 +537,7 @@ def _record(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks, start:
         "directory": str(Path.cwd()),
         "device": ranks.device.type,
         "is_named_by_dtrain": not config.get("run_name"),
+        "trackers": [str(call.name) for key, call in calls(config).items() if key.startswith("trackers.")],
     }
 
 
@@ -575,7 +579,7 @@ def _table(config: ConfigDict, options: Mapping[str, Any], parts: Parts, steps: 
         table["loss"] = f"{config.loss.name}, {trained:,} parameters trained"
     if parts.journal.tracking_uri:
         uri, known = parts.journal.tracking_uri, read_run(start.folder) if start.checkpoint else {}
-        table["tracking"] = where_seen(uri, known) if uri.startswith("http") else redact(uri)
+        table["tracking"] = run_address(uri, known) or redact(uri)
     if start.checkpoint:
         table["resumes from"] = str(start.checkpoint.resolve())
     return table

@@ -1,4 +1,4 @@
-"""Throughput: samples per second, where a step's time goes on all ranks, and which rank the others wait for."""
+"""Throughput: samples per second, where a step's time is spent, on all ranks, and which rank the others wait for."""
 
 import contextlib
 import statistics

@@ -180,12 +180,16 @@ def test_storages_that_live_at_the_same_time_are_counted() -> None:
 def test_the_peak_of_a_rank_follows_its_strategy(
     strategy: str, fsdp: dict[str, object], world_size: int, expected: int
 ) -> None:
-    held = Held(weights=100, gradients=80, optimizer=160, averages=0, largest=10, gathered=50)
+    held = Held(weights=100, gradients=80, optimizer=160, averages=0, largest=10, gathered=50, unit=20)
     options = {"strategy": strategy, "fsdp": fsdp, "ddp": None}
     assert peak_of(Step(8, 1000, ()), held, world_size, options).total == expected
     # Of a tiny batch the step takes most: gradients and two temporary tensors of the largest parameter.
     if strategy == "ddp" and world_size == 1:
         assert peak_of(Step(1, 101, ()), held, world_size, options).total == 100 + 160 + 80 + 20
+    # A model that is one unit: its gradients, their copy for the ranks, and no other's.
+    if strategy == "fsdp" and not fsdp:
+        one = held._replace(gathered=100, unit=80)
+        assert peak_of(Step(1, 101, ()), one, world_size, options).total == 25 + 40 + 100 + 2 * 80
 
 
 @pytest.mark.parametrize("limit", [50, 107, 3000, 1_000_000, 99_999_999])
@@ -212,7 +216,7 @@ def test_batches_of_other_sizes() -> None:
 
 
 def test_a_loader_that_is_too_slow_is_told_with_the_workers_that_it_needs() -> None:
-    slow = Timing(data=0.03, forward=0.004, backward=0.005, optimizer=0.001, load=0.03, samples=16)
+    slow = Timing(data=0.03, transfer=0.0, forward=0.004, backward=0.005, optimizer=0.001, load=0.03, samples=16)
     found = loader_finding(slow, accumulate=1, workers=0, has=8)
     assert found.status == "warn"
     assert found.found.startswith("75% of a step waits for data; one process loads a batch in 30 ms (533 samples/s)")

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from whole_runs import Place, last, same_training
 
 from dtrain.config.errors import ConfigError
 from dtrain.config.load import load_config
-from dtrain.launch import sweep_parent, trials_at_work
+from dtrain.launch import study, sweep_parent, trials_at_work
 from dtrain.launch.sweep import sweep
 from dtrain.tracking import start_sender
 
@@ -93,11 +94,25 @@ def in_study(folder: Path) -> list[optuna.trial.FrozenTrial]:
 
 
 @pytest.mark.slow
-def test_a_grid_is_pruned_by_the_journals(tmp_path: Path, scripted: list[Scripted]) -> None:
+def test_a_grid_is_pruned_by_the_journals(
+    tmp_path: Path, scripted: list[Scripted], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tell, failures = optuna.Study.tell, [optuna.exceptions.StorageInternalError("the database is away")] * 2
+
+    def sometimes(*arguments: Any, **options: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return tell(*arguments, **options)
+
+    monkeypatch.setattr(optuna.Study, "tell", sometimes)
+    monkeypatch.setattr(study, "PAUSE_SECONDS", 0.0)
     # Two startup trials; then the third has 2.0 after one validation, worse than the median (1.0 + 0.9) / 2.
     Scripted.curves = [[1.0, 0.8, 0.6], [0.9, 0.7, 0.5], [2.0, 0.1, 0.1], [0.94, 0.4, 0.3], []]
     words = ["seed=range(5)", "sweep.pruner={name: MedianPruner, n_startup_trials: 2}"]
     assert sweep("some.yaml", words) == 1
+    said = capsys.readouterr()
+    assert said.err.count("the study's storage fails, it is tried again: the database is away") == 1
+    assert "sweep: seed=2: pruned by MedianPruner after validation 1, val/loss 2 (3 of 5)" in said.out
     assert [each.signals for each in scripted] == [[], [], [signal.SIGTERM], [], []]
     found = in_study(tmp_path)
     assert [each.state.name for each in found] == ["COMPLETE", "COMPLETE", "PRUNED", "COMPLETE", "FAIL"]
@@ -111,12 +126,17 @@ def test_a_grid_is_pruned_by_the_journals(tmp_path: Path, scripted: list[Scripte
         ("seed=0", "finished", "0.6", "0"), ("seed=1", "finished", "0.5", "1"), ("seed=2", "pruned", "2.0", "2"),
         ("seed=3", "finished", "0.3", "3"), ("seed=4", "failed", "", "4"),
     ]  # fmt: skip
+    journal = map(json.loads, (tmp_path / "runs/some/sweep/metrics.jsonl").read_text().splitlines())
+    figures = [(each["step"], each["values"]["best/val/loss"]) for each in journal if each["kind"] == "metrics"]
+    assert figures == [(1, 0.6), (2, 0.5), (3, 0.5), (4, 0.3), (5, 0.3)]
     best = load_config(tmp_path / "runs/some/sweep/best.yaml")
     assert (best.seed, best.trainer.checkpoint_dir, "sweep" in best) == (3, "runs/some-best", False)
 
 
 @pytest.mark.slow
-def test_a_sweep_that_was_killed_takes_its_trial_up_again(tmp_path: Path, scripted: list[Scripted]) -> None:
+def test_a_sweep_that_was_killed_takes_its_trial_up_again(
+    tmp_path: Path, scripted: list[Scripted], monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = ["optimizer.lr=loguniform(1e-4,1)", "loaders.batch_size=int(8,64,8)", "sweep.trials=4"]
     words.append("sweep.sampler={name: RandomSampler, seed: 3}")
     Scripted.curves = [[0.5, 0.4], [], [0.7, None]]
@@ -139,6 +159,9 @@ def test_a_sweep_that_was_killed_takes_its_trial_up_again(tmp_path: Path, script
     sweep("some.yaml", [*words, "sweep.trials=5"])
     assert len(scripted) == 6
 
+    monkeypatch.setitem(sys.modules, "cmaes", None)
+    with pytest.raises(ConfigError, match=r"sweep.sampler: .*cmaes.*; install it"):
+        sweep("some.yaml", [*words[:2], "sweep.sampler=CmaEsSampler", "sweep.trials=6"])
     for changed, message in {
         "loaders.val.batch_size=3": "has trials of another training: loaders.val.batch_size",
         "trainer.max_epochs=7": "trainer.max_epochs: .* -> 7",

@@ -105,6 +105,8 @@ def test_mistakes_of_all_trials_before_any_starts(tmp_path: Path) -> None:
     config = config_in(tmp_path)
     with pytest.raises(ConfigError, match="no key has several values; give one some, such as"):
         trials(config, ["optimizer.lr=1e-3"])
+    with pytest.raises(ConfigError, match="run_name cannot be swept"):
+        trials(config, ["run_name=a,b"])
     with pytest.raises(ConfigError) as error:
         trials(config, ["optimizer.lr=1e-3,high", "optimizer.name=SGD,Admaw"])
     assert len(error.value.mistakes) >= 2
@@ -250,7 +252,7 @@ def test_a_sweep_is_stopped_continued_and_then_finished(place: Place) -> None:
     command = ["sweep", config, "loaders.folds.fold=0..1"]
     run = place.path("sweep-folds")
     stopped = place.run(*command, expect=75, do="train 2 rank 0 TERM")
-    assert "sweep: trial 1: fold=0" in stopped.stdout
+    assert "sweep: fold=0: starts" in stopped.stdout
     rows = [line.split() for line in stopped.stdout.splitlines() if line.startswith("   fold=")]
     assert rows == [["fold=0", "stopped", "early"], ["fold=1", "waiting"]]
     done = place.run(*command)
@@ -266,7 +268,7 @@ def test_a_sweep_is_stopped_continued_and_then_finished(place: Place) -> None:
     place.run(config, "trainer.checkpoint_dir=run-sweep-two", "loaders.batch_size=2", ranks=2)
     close(figures(place.path("sweep-two")), figures(place.path("sweep-alone")))
     again = place.run(*command)
-    assert "sweep: trial" not in again.stdout
+    assert "starts" not in again.stdout
     assert again.stdout.count("finished before") == 2
     _joined(place, config, run)
 

@@ -426,7 +426,7 @@ OWN_SETTINGS: dict[tuple[str, ...], tuple[Callable, set[str]]] = {
     ("trainer", "ddp"): (ddp_options, set()),
     ("trainer", "fsdp"): (fsdp_options, set()),
     ("trainer", "pictures"): (picture_settings, set()),
-    ("mlflow",): (Journal.__init__, {"self", "folder", "experiment", "run_name", "sender"}),
+    ("mlflow",): (Journal.__init__, {"self", "folder", "experiment", "run_name", "sender", "say"}),
     ("predictor",): (Predictor, set()),
     ("cluster",): (cluster_settings, set()),
     ("loaders",): (loader_settings, set()),

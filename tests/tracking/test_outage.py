@@ -33,7 +33,7 @@ def test_one_line_when_it_fails_and_one_when_that_is_over(
     store.fails("Connection refused")
     store.fails("Connection refused")
     store.fails("timed out")
-    first = "warning: MLflow (http://***@tracking:5000): Connection refused; what is logged is kept and sent later"
+    first = "MLflow (http://***@tracking:5000): Connection refused; what is logged is kept and sent later"
     assert os.read(end, 9999).decode().splitlines() == [first]
     store.is_over()
     store.fails("Connection reset")  # of a second: nobody needs to know
@@ -94,7 +94,7 @@ def test_rank_0_hears_of_a_server_that_is_not_there_while_it_logs(tmp_path: Path
         journal.start({}, {})
         journal.log(1, {"train/loss": 0.5})
         line = said.get(timeout=200)
-        assert line == f"warning: MLflow ({uri}): Connection refused; what is logged is kept and sent later"
+        assert line == f"MLflow ({uri}): Connection refused; what is logged is kept and sent later"
         journal.log(2, {"train/loss": 0.4})
         assert "Connection refused. Nothing is lost" in journal.finish("FINISHED")
         assert said.empty()
