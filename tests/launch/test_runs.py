@@ -139,7 +139,7 @@ def test_what_a_branch_left_behind_no_longer_counts(run: Run, tmp_path: Path) ->
     facts = {"state": "FINISHED"}
     start = {"kind": "start", "time": 1_700_000_100, "attempt": 2, "from_step": 10, "facts": facts}
     again = {"kind": "metrics", "time": 1_700_000_120, "step": 20, "values": {"val/Right": 0.5}}
-    write_folder(tmp_path / "one", more=[start, again])
+    write_folder(tmp_path / "one", [0.25, 0.4, 0.75], more=[start, again])  # of which step 30 no longer counts
     assert json.loads(run("runs", "one", "--json")[1])[0]["best"] == {"step": 20, "value": 0.5}
 
 
