@@ -111,7 +111,7 @@ def reproduce(
     if status != DONE:
         print(f"reproduce: the training ended with exit status {status}; {plan.run_folder} has its log", flush=True)
         return status
-    return _judge(plan, tolerance)
+    return judge(plan, tolerance)
 
 
 def _plan(run: str, overrides: Sequence[str], uri: str | None, output: Path | None, repository: str | None) -> Plan:
@@ -297,7 +297,7 @@ def _environment(plan: Plan) -> dict[str, str]:
     return {**kept, "PYTHONPATH": os.pathsep.join(path)}
 
 
-def _judge(plan: Plan, tolerance: float) -> int:
+def judge(plan: Plan, tolerance: float) -> int:
     """Compare, say it, and keep it."""
     original = plan.record.journal.figures
     repeated = RunRecord(str(plan.run_folder), plan.run_folder).journal.figures

@@ -151,17 +151,15 @@ def _fitted(line: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
 
 
 def _fit(widths: list[int], width: int) -> None:
-    """Narrow the note (the last column), then the name (the first), until a line fits."""
-
-    def excess() -> int:
-        return sum(widths) + len(_GAP) * sum(1 for size in widths if size) - len(_GAP) - width
-
-    for column, least in ((-1, _LEAST_NOTE), (0, _LEAST_NAME)):
-        if (over := excess()) > 0:
-            narrowed = max(least, widths[column] - over)
-            widths[column] = min(widths[column], narrowed)
-    if excess() > 0:
-        widths[-1] = 0
+    """Narrow the note (the last column), then the name (the first), until a line fits; else without notes."""
+    for least_note in (_LEAST_NOTE, 0):
+        tried = list(widths)
+        for column, least in ((-1, least_note), (0, _LEAST_NAME)):
+            gaps = len(_GAP) * (sum(1 for size in tried if size) - 1)
+            tried[column] = min(tried[column], max(least, tried[column] - (sum(tried) + gaps - width)))
+        if sum(tried) + gaps <= width:
+            break
+    widths[:] = tried
 
 
 def _when(facts: Mapping[str, Any]) -> str:

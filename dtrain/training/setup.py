@@ -166,8 +166,7 @@ def make_parts(
               progress.saved),
         StopRequest(options["time_limit"], job_ends_at(), alone=ranks.world_size == 1),
         progress, _pictures(config, options, loaders, start), inference,
-        record=_record(config, options, ranks, start)
-        | {"space": spaces.get("train"), "datasets": data_sets(config, loaders.datasets())},
+        record=_record(config, options, ranks, start) | {"space": spaces.get("train")},
         places={key: str(place) for key in config if (place := place_of(config, (key,)))},
         texts=_texts(config), own_code=own_code(config),
     )  # fmt: skip
@@ -298,7 +297,7 @@ def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, 
         parts.journal = build(config, "mlflow", folder=start.folder, sender=sender, say=parts.progress.note, **of_run)
     rates = rate_text(partial(get_lr_scheduler, config), trainables.schedule, length, epochs)
     parts.table = _table(config, options, parts, steps, rates)
-    parts.record = _with_length(parts, steps, per_epoch)
+    parts.record = _with_length(config, parts, steps, per_epoch)
     parts.loaded = _loaded(config, trainables, ranks, start)
 
 
@@ -539,13 +538,14 @@ def _record(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks, start:
     }
 
 
-def _with_length(parts: Parts, steps: int, per_epoch: int) -> dict[str, Any]:
+def _with_length(config: ConfigDict, parts: Parts, steps: int, per_epoch: int) -> dict[str, Any]:
     """The record with what tells how far a training is, and which figure to look at; MLflow has it in tags."""
     sizes = {name: len(dataset) for name, dataset in parts.loaders.datasets().items()}
     facts = {"steps": steps, "steps_per_epoch": per_epoch, "monitor": parts.monitor, "mode": parts.mode}
     facts["samples"] = sizes
+    datasets = data_sets(config, parts.loaders.datasets())
     tags = {f"dtrain.{key}": json.dumps(value) if key == "samples" else str(value) for key, value in facts.items()}
-    return {**parts.record, "tags": {**parts.record["tags"], **tags}, **facts}
+    return {**parts.record, "tags": {**parts.record["tags"], **tags}, "datasets": datasets, **facts}
 
 
 def _table(config: ConfigDict, options: Mapping[str, Any], parts: Parts, steps: int, rates: str) -> dict[str, str]:
