@@ -377,7 +377,7 @@ def _split(config: ConfigDict, phase: str, dataset: Any) -> Any:
 
 
 def _refuse_another_split(config: ConfigDict, path: KeyPath, train: Any, val: Any) -> None:
-    """Folds of two sets of items that differ in size are no folds: what one leaves out the other may train on."""
+    """Folds of two sets of items that differ in size do not match: what one leaves out the other may train on."""
     if "loaders.folds" in calls(config) and isinstance(train, Subset) and isinstance(val, Subset):
         sizes = [len(each.dataset) for each in (train, val)]  # type: ignore[arg-type]
         if sizes[0] != sizes[1]:
