@@ -165,5 +165,5 @@ def test_items_that_are_divided_otherwise_in_val_are_no_folds(tmp_path: Path) ->
     accepted = from_mapping(config)
     check(accepted)
     loaders = get_train_loaders(accepted, 0, 1, 0)
-    train, val = loaders.train.loader.dataset.dataset, loaders.val.dataset.dataset  # type: ignore[union-attr]
+    train, val = loaders.train.loader.dataset.dataset, loaders.val.dataset.dataset  # type: ignore[attr-defined,union-attr]
     assert sorted(train.indices + val.indices) == list(range(1257))
