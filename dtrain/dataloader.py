@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 from ml_collections import ConfigDict
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, Subset
 
 from dtrain.config.build import build, defaults
 from dtrain.config.errors import KeyPath, is_mapping, mark_section
@@ -355,6 +355,7 @@ def get_train_loaders(
         shard = EvaluationShard(size, rank, world_size, batch_size)
         sets[name] = batch_loader(dataset, seed, shard, options)
         if train is not None and name.startswith("val"):
+            _refuse_another_split(config, path, train.loader.dataset.dataset, dataset)  # type: ignore[attr-defined]
             _refuse_shared_files(config, path, train.loader.dataset.dataset, dataset)  # type: ignore[attr-defined]
     firsts = {
         phase: next((sets[name] for name in sets if name.partition("/")[0] == phase), None) for phase in PHASES[1:]
@@ -373,6 +374,17 @@ def _split(config: ConfigDict, phase: str, dataset: Any) -> Any:
         key = re.match(r"\w+", str(error))
         path = ("loaders", "folds", *([key[0]] if key and key[0] in settings else []))
         raise refused(config, path, str(error)) from None
+
+
+def _refuse_another_split(config: ConfigDict, path: KeyPath, train: Any, val: Any) -> None:
+    """Folds of two sets of items that differ in size do not match: what one leaves out the other may train on."""
+    if "loaders.folds" in calls(config) and isinstance(train, Subset) and isinstance(val, Subset):
+        sizes = [len(each.dataset) for each in (train, val)]  # type: ignore[arg-type]
+        if sizes[0] != sizes[1]:
+            text = (
+                f"has {sizes[1]:,} items to be split into folds, and train has {sizes[0]:,}; folds divide one set, so"
+            )
+            raise refused(config, path, f"{text} val may say only what is done with its items, such as transforms")
 
 
 def _sampling(config: ConfigDict, dataset: Any) -> dict[str, Any]:

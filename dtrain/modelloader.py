@@ -180,7 +180,9 @@ class Forward:
             raise ConfigError(f"predictor: {error}") from None
         if not isinstance(main, Tensor):
             text = f"the model returned {batches.described(main)}, and what is written is one tensor per batch"
-            raise ConfigError(f"predictor: {text}; name one with predictor.output_key")
+            of_samples = isinstance(main, list) and all(isinstance(each, Mapping) for each in main)  # a detector's
+            cure = "a script can write them: dtrain.load_model" if of_samples else "name one with predictor.output_key"
+            raise ConfigError(f"predictor: {text}; {cure}")
         return main
 
     def inputs(self, batch: Any) -> Any:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from dtrain.config.annotations import Parameter, takes_mapping, takes_mappings, takes_objects, wrong_type
 from dtrain.config.did_you_mean import did_you_mean
-from dtrain.config.errors import ConfigError, KeyPath, Mistake, dotted, is_mapping
+from dtrain.config.errors import ConfigError, KeyPath, Mistake, dotted, found, is_mapping
 from dtrain.config.ignored import ignored_differently
 from dtrain.config.load import notes_on
 from dtrain.config.metric_rules import mode_notes, monitor_mistakes, task_mistakes, task_notes
@@ -115,6 +115,8 @@ def argument_mistakes(call: Call, callee: Callee) -> Iterator[Mistake]:
             text = f"the key '{key}' {HAS_DOT}"
         elif key in taken and (wrong := _wrong_argument(value, taken[key])):
             text = wrong if is_own(callee) else f"{wrong}; {callee.signature}"
+        elif key == "_partial_" and call.is_partial:
+            text = f"expected true or false, {found(value)}"
         elif key not in taken and key not in call.shared and not callee.open:
             hint = did_you_mean(key, {*taken, *call.others})
             if OTHER_NAMES.get(key) in written:

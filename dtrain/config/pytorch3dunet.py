@@ -100,7 +100,10 @@ def _mapping_at(values: Any, path: KeyPath, create: bool = False) -> dict[Any, A
     for key in path:
         if isinstance(values, dict) and create and values.get(key) is None:
             values[key] = {}
-        values = values.get(key) if isinstance(values, dict) else None
+        if isinstance(values, list) and isinstance(key, int) and key < len(values):
+            values = values[key]
+        else:
+            values = values.get(key) if isinstance(values, dict) else None
     return values if isinstance(values, dict) else None
 
 
@@ -186,7 +189,7 @@ def translate(values: Values, places: Places) -> list[str]:
     that cannot be supported.
     """
     work = _Translation(values, places)
-    phases = [work.section("loaders", phase) for phase in _PHASES]
+    phases = [work.section(*path) for path in work.phases()]
     is_its_own = work.section("loaders").get("name", _DATASETS[0]) in _DATASETS
     if is_its_own and any("transformer" in phase for phase in phases):
         for step in (work.ignored, work.fill, work.trainer, work.loaders, work.loss, work.metrics, work.predictor):
@@ -204,7 +207,17 @@ class _Translation:
         self.notes: list[str] = []
         self.mistakes: list[Mistake] = []
 
-    def section(self, *path: str) -> Values:
+    def phases(self) -> list[KeyPath]:
+        """Where each phase of the loaders is; of several sets each."""
+        loaders = self.section("loaders")
+        listed = [(phase, loaders.get(phase)) for phase in _PHASES]
+        return [
+            ("loaders", phase, *index)
+            for phase, own in listed
+            for index in ([(number,) for number in range(len(own))] if isinstance(own, list) else [()])
+        ]
+
+    def section(self, *path: str | int) -> Values:
         """The settings at a path; where there are none, a mapping that nobody else sees."""
         settings = _mapping_at(self.values, path)
         return {} if settings is None else settings
@@ -216,7 +229,7 @@ class _Translation:
 
     def ignore(self, path: KeyPath, why: str) -> None:
         """Drop a key, if it is there, and say that it has no effect; null is the same as none."""
-        section = self.section(*map(str, path[:-1]))
+        section = self.section(*path[:-1])
         if section.pop(str(path[-1]), None) is not None:
             self.notes.append(f"{dotted(path)}: has no effect: {why}")
 
@@ -260,11 +273,11 @@ class _Translation:
     def loaders(self) -> None:
         loaders = self.values["loaders"]
         self._weights()
-        for phase in _PHASES:
-            own = self.section("loaders", phase)
+        for path in self.phases():
+            own = self.section(*path)
             if "transformer" in own:
-                self._transformer(own, ("loaders", phase))
-            if phase == "test" and loaders["name"] != "DSB2018Dataset":
+                self._transformer(own, path)
+            if path[1] == "test" and loaders["name"] != "DSB2018Dataset":
                 own |= {"label_internal_path": None, "weight_internal_path": None}
         if loaders["name"] == "DSB2018Dataset" and loaders.pop("expand_dims", None) is not None:
             text = "an image is (C, H, W) here, and a 2-D network takes it as it is"
@@ -274,15 +287,13 @@ class _Translation:
         """Weights of voxels are read where a loss of one's own may take them; pytorch-3dunet's losses cannot."""
         name = self.section("loss").get("name")
         has_use = name is not None and name not in _LOSSES
-        for section in (("loaders",), *(("loaders", phase) for phase in _PHASES)):
+        for section in (("loaders",), *self.phases()):
             _drop_nulls(self.section(*section), ("weight_internal_path",))
             if not has_use:
                 self.ignore((*section, "weight_internal_path"), f"{name or 'a prediction'} takes no weights of voxels")
-        for phase in _PHASES:
-            own = self.section("loaders", phase)
-            if "weight_internal_path" not in {**self.section("loaders"), **own}:
-                why = "no weights of voxels are read"
-                self.ignore(("loaders", phase, "transformer", "weight"), why)
+        for path in self.phases():
+            if "weight_internal_path" not in {**self.section("loaders"), **self.section(*path)}:
+                self.ignore((*path, "transformer", "weight"), "no weights of voxels are read")
 
     def _transformer(self, phase: Values, path: KeyPath) -> None:
         """The lists for image and label become one transform of both; what is in them is checked where it is built."""

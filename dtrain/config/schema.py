@@ -260,7 +260,7 @@ def _call_at(config: ConfigDict, path: KeyPath, values: Mapping[str, Any], slot:
     """The call that a mapping with a `name` describes; inside another call `_partial_` may leave it uncalled."""
     if OBJECT in values:
         return Call(config, path, slot, values.get("name"), {OBJECT: values[OBJECT]})
-    is_partial = slot.nested and values.get("_partial_") is True
+    is_partial = slot.nested and values.get("_partial_", False) is not False  # what is neither is told as such
     read_here = {"name", "_partial_"} if slot.nested and isinstance(values.get("_partial_"), bool) else {"name"}
     arguments = {key: values[key] for key in values if key not in read_here}
     return Call(config, path, slot, values["name"], arguments, is_partial=is_partial)

@@ -106,7 +106,8 @@ def export(
             run, names = write(model, example, temporary, facts)
             difference = _compared(model, example, run)
     except ExportError as error:
-        print(one_line(f"{config.model.name} is not exported: {error}"), file=sys.stderr)
+        asked = "" if input_shape else "; if a sample is not what the data give: --input-shape"
+        print(one_line(f"{config.model.name} is not exported: {error}{asked}"), file=sys.stderr)
         return FAILED
     print(f"exported    {path}  ({path.stat().st_size / 1e3:,.0f} kB, weights of {saved.weights})")
     print(f"inputs      {', '.join(names)}; the batch size is free, all other sizes are fixed")

@@ -88,17 +88,17 @@ class TrainState:
         """The last validation's score, where it was of this very step."""
         return self.score if self.validated_step == self.step else None
 
-    def add(self, name: str, value: Tensor, samples: int) -> None:
+    def add(self, name: str, value: Tensor | float, samples: int) -> None:
         """Add a mean over so many samples to the sum of that name."""
         total = self.sums.get(name)
         if total is None:
             total = self.sums[name] = self._zero()
         total.add_(value, alpha=samples)
 
-    def add_figure(self, name: str, value: Tensor, samples: int) -> None:
+    def add_figure(self, name: str, value: Tensor | float, samples: int) -> None:
         """The same of a figure that not every batch gives: its samples are added up, too."""
         self.add(name, value, samples)
-        self.add(name + SAMPLES_OF, torch.ones((), dtype=value.dtype, device=value.device), samples)
+        self.add(name + SAMPLES_OF, 1.0, samples)
 
     def clear(self) -> None:
         """Begin new sums: the old ones were logged."""

@@ -269,7 +269,8 @@ def test_a_partial_fixes_some_arguments_and_calls_nothing(write: Write) -> None:
     assert made("model", "{name: Net, act: {name: Norm, _partial_: false, features: 2}}").act.features == 2
     wrong = refusal("model", "{name: Net, norm: {name: Norm, _partial_: true, epsilon: 1}}")
     assert wrong.startswith("model.norm.epsilon: Norm got an unexpected argument 'epsilon'; did you mean 'eps'?")
-    assert "_partial_" in refusal("model", "{name: Net, norm: {name: Norm, _partial_: 3, features: 1}}")
+    wrong = refusal("model", "{name: Net, norm: {name: Norm, _partial_: 3}}")
+    assert wrong.endswith("model.norm._partial_: expected true or false, found int 3")
 
 
 def test_a_mapping_that_is_data_keeps_its_name_and_its_dots(write: Write) -> None:

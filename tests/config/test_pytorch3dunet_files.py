@@ -191,6 +191,22 @@ def test_what_the_file_leaves_out_is_filled_in_as_pytorch3dunet_does(tmp_path: P
     assert "optimizer.lr: 0.001" in note and "trainer.mode: 'max'" in note
 
 
+def test_each_of_several_validation_sets_has_its_transformer(tmp_path: Path) -> None:
+    val = """
+  val:
+    - label: near
+      file_paths: [b.h5]
+      transformer: {raw: [{name: Standardize}], label: [{name: ToTensor, expand_dims: true}]}
+    - {label: far, file_paths: [c.h5], transformer: {label: []}}
+"""
+    sets = read(tmp_path, text=SMALL.rstrip() + val.replace("{label: []}", "{raw: [{name: Normalize}]}")).loaders.val
+    assert ["transformer" in each for each in sets] == [False, False]
+    assert [each.transforms.raw[0].name for each in sets] == ["Standardize", "Normalize"]
+    assert sets[0].transforms.label[0].name == "ToTensor" and sets[1].transforms.label is None
+    with pytest.raises(ConfigError, match=r"loaders.val.1.transformer: has no list 'raw' for the image"):
+        read(tmp_path, text=SMALL.rstrip() + val)
+
+
 def test_what_the_file_says_stays(tmp_path: Path) -> None:
     changes = [
         "optimizer.name=SGD",

@@ -151,3 +151,19 @@ def test_mistakes(volumes: Path) -> None:
     assert "stratify: needs balanced: true" in refusal(
         config_of(volumes, {"count": 5, "balanced": False, "stratify": "kind"})
     )
+
+
+def test_items_that_are_divided_otherwise_in_val_are_no_folds(tmp_path: Path) -> None:
+    config = config_of(tmp_path, {"count": 2, "by": "index"})
+    config["loaders"] = {
+        "name": "Digits", "batch_size": 4, "folds": {"count": 2, "by": "index"},
+        "train": {"split": "train"}, "val": {"split": "test"},
+    }  # fmt: skip
+    text = refusal(config)
+    assert "loaders.val: has 270 items to be split into folds, and train has 1,257" in text, text
+    config["loaders"]["val"] = {}
+    accepted = from_mapping(config)
+    check(accepted)
+    loaders = get_train_loaders(accepted, 0, 1, 0)
+    train, val = loaders.train.loader.dataset.dataset, loaders.val.dataset.dataset  # type: ignore[attr-defined,union-attr]
+    assert sorted(train.indices + val.indices) == list(range(1257))

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from whole_runs import WAIT_SECONDS, Place, figures, last, same_training
 
+import dtrain
 from dtrain.checkpoint.checkpoint_files import load, read_manifest
 from dtrain.tracking.journal import has_figures
 from dtrain.tracking.run_folder import read_run
@@ -230,7 +232,7 @@ def test_new_optimizer_settings_hold_with_every_scheduler(
 
 
 def test_last_takes_the_new_values_which_are_logged_from_there_and_stand_in_the_tags(
-    place: Place, stopped: str
+    place: Place, stopped: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlflow import MlflowClient
 
@@ -240,8 +242,11 @@ def test_last_takes_the_new_values_which_are_logged_from_there_and_stand_in_the_
     rates = [rate for start in logged(run, "lr") for _, rate in start]
     at = last(run).state["step"]
     assert at == 16 and rates[-1] == 0.025 and rates[0] == 0.1
-    tags = MlflowClient(f"sqlite:///{place.folder}/mlflow.db").get_run(read_run(run)["run_id"]).data.tags
-    assert tags["optimizer.lr"] == "0.025"
+    uri, run_id = f"sqlite:///{place.folder}/mlflow.db", read_run(run)["run_id"]
+    assert MlflowClient(uri).get_run(run_id).data.tags["optimizer.lr"] == "0.025"
+    monkeypatch.chdir(place.folder)
+    by_id = dtrain.load_model(run_id, tracking_uri=uri).state_dict()
+    assert all(torch.equal(by_id[name], value) for name, value in load(run / "checkpoints" / "best").weights.items())
     assert "lr: 0.025" in (run / "config.yaml").read_text()
     # From now on these are its settings.
     assert "holds a finished training" in place.run(stopped, "optimizer.lr=0.025").stdout

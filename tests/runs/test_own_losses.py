@@ -305,6 +305,7 @@ def test_what_has_no_loss_is_refused_in_a_line(here: Place) -> None:
     here.run(here.config("own-boxes", **changes))
     text = here.run("predict", here.config("own-boxes", **changes), expect=2).stderr
     assert "predictor: the model returned a list of 1, and what is written is one tensor per batch" in text
+    assert text.rstrip().endswith("; a script can write them: dtrain.load_model")
 
 
 def test_a_failed_step_is_replayed(here: Place) -> None:
