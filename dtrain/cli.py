@@ -22,6 +22,7 @@ from dtrain.distributed.stop_request import end_at_once
 from dtrain.reporting import events
 from dtrain.reporting.events import OUTPUT
 from dtrain.reporting.own_frames import SHOWS_ALL
+from dtrain.reporting.terminal_progress import begin_early, end_early
 
 # torchrun ends all ranks as soon as one has ended, and rank 0 may be the last to find a mistake.
 MAIN_RANK_SPEAKS_SECONDS = 10.0
@@ -46,8 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.path.insert(0, str(Path.cwd()))
     if output := getattr(options, "output_form", None):
         os.environ[OUTPUT] = output
-    if os.environ.get(OUTPUT) != "json" or not hasattr(options, "output_form"):
+    if not hasattr(options, "output_form"):
         return _run(options)
+    if os.environ.get(OUTPUT) != "json":
+        try:
+            return _run(options)
+        finally:
+            end_early()
     events.take_stdout(speaks=is_main())
     status = _run(options)
     events.end(status)
@@ -295,6 +301,11 @@ JOB: Arguments = {
 }
 
 
+def _wait_for_imports() -> None:
+    if is_main() and sys.stdout.isatty():
+        begin_early("importing PyTorch")
+
+
 def _train(options: argparse.Namespace) -> int:
     """Train, validate and test; resume where an earlier start ended."""
     from dtrain.tracking.start_sender import prepare_sender
@@ -303,6 +314,7 @@ def _train(options: argparse.Namespace) -> int:
     uri = (config.get("mlflow") or {}).get("tracking_uri")
     sender = prepare_sender(uri) if is_main() else None  # it gets ready while torch is imported
     end_at_once(_say)
+    _wait_for_imports()
     from dtrain.launch import rank
 
     return rank.train(config, sender)
@@ -335,6 +347,7 @@ def _sweep(options: argparse.Namespace) -> int:
 def _test(options: argparse.Namespace) -> int:
     """Measure loss and metrics of a checkpoint on the test data."""
     config = _checked(options, "test")
+    _wait_for_imports()
     from dtrain.launch import rank
 
     return rank.test(config, options.checkpoint)
@@ -347,6 +360,7 @@ def _predict(options: argparse.Namespace) -> int:
     """
     config = _checked(options, "predict" if options.folds is None else None)
     end_at_once(_say)
+    _wait_for_imports()
     from dtrain.launch import rank
 
     return rank.predict(config, options.checkpoint, options.output_dir, options.overwrite, options.folds)

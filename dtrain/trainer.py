@@ -103,6 +103,7 @@ def create_trainer(  # noqa: PLR0913
     keep_secret(to_plain(config))
     check(config, purpose)
     parts = make_parts(config, package, sender, purpose)
+    parts.progress.waits_for("")
     trainer: Trainer = build(config, "trainer", parts, monitor=parts.monitor, mode=parts.mode)
     if purpose == "train" and type(trainer).training_step is Trainer.training_step:
         require_one_optimizer(config)

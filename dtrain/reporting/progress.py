@@ -128,6 +128,9 @@ class Progress:
         """After the last step: how it went and where things are, name -> value."""
         self._write_facts(facts)
 
+    def waits_for(self, what: str) -> None:
+        """What takes time before there are steps; shown on a terminal until the table is; '': nothing any more."""
+
     def saved(self, step: int, path: Path) -> None:
         """A checkpoint is on the disk, whole; for programs."""
 

@@ -3,7 +3,8 @@
 import os
 import sys
 from collections.abc import Mapping
-from time import perf_counter
+from threading import Thread
+from time import perf_counter, sleep
 from typing import Any, TextIO
 
 from dtrain.reporting.events import OUTPUT, EventProgress
@@ -12,6 +13,20 @@ from dtrain.reporting.progress import REFRESH_SECONDS, Progress, SafeStream
 from dtrain.reporting.quiet import QuietProgress
 
 BAR_COLUMNS = (6, 40)  # at least, at most
+_early: list["TerminalProgress"] = []  # begun before torch is imported; who asks for a progress gets it
+
+
+def begin_early(what: str) -> None:
+    """On a terminal, say what is waited for before a training has a progress of its own."""
+    if os.environ.get(OUTPUT) is None and isinstance(progress := get_progress(True), TerminalProgress):
+        _early.append(progress)
+        progress.waits_for(what)
+
+
+def end_early() -> None:
+    """Leave nothing of it on the terminal, whatever came first."""
+    while _early:
+        _early.pop().close()
 
 
 def get_progress(is_main: bool, stream: TextIO | None = None) -> Progress:
@@ -21,6 +36,8 @@ def get_progress(is_main: bool, stream: TextIO | None = None) -> Progress:
     """
     if not is_main:
         return Progress()
+    if stream is None and _early:
+        return _early[-1]
     if stream is None and (output := os.environ.get(OUTPUT)):
         return EventProgress() if output == "json" else QuietProgress()
     stream = sys.stdout if stream is None else stream
@@ -47,6 +64,8 @@ class TerminalProgress(Progress):
         self._evaluated: dict[str, float] = {}  # the validation's
         self._row_is_due = False
         self._row_start = (perf_counter(), 0)  # time, steps
+        self._waits_for = ("", 0.0)  # what, and since when
+        self._ticks: Thread | None = None
         is_stdout = terminal is sys.stdout
         self._live = Live(
             console=self._console,
@@ -60,16 +79,44 @@ class TerminalProgress(Progress):
     def begin(self, facts: Mapping[str, str], monitor: str = "") -> None:
         """The table before the first step."""
         super().begin(facts, monitor)
+        self._end_wait()
         self._print_table(facts)
+
+    def waits_for(self, what: str) -> None:
+        """A line that says so and for how long, until `begin` or `close`; a thread moves it, as nothing else does."""
+        if not what:
+            self._end_wait()
+            return
+        self._waits_for = what, perf_counter()
+        if self._ticks is None:
+            self._live.start()
+            self._console.show_cursor(True)
+            self._ticks = Thread(target=self._tick, name="waiting", daemon=True)
+            self._ticks.start()
+
+    def _tick(self) -> None:
+        while self._waits_for[0]:
+            self._live.refresh()
+            sleep(REFRESH_SECONDS / 2)
+
+    def _end_wait(self) -> None:
+        """Before the first worker is forked: a lock that the thread holds then would be held for ever there."""
+        if self._ticks is not None:
+            self._waits_for = "", 0.0
+            self._ticks.join()
+            self._ticks = None
+            self._live.stop()
 
     def start_epoch(self, epoch: int, epochs: int | None, steps: int, done: int = 0) -> None:
         """A new bar."""
+        self._end_wait()
         self._print_due_row()
         super().start_epoch(epoch, epochs, steps, done)
         self._start_bar()
 
     def start_patches(self, patches: int) -> None:
         """A new bar."""
+        self._end_wait()
         super().start_patches(patches)
         self._start_bar()
 
@@ -124,6 +171,7 @@ class TerminalProgress(Progress):
 
     def close(self) -> None:
         """Takes the bar away and gives sys.stdout back; may be called again."""
+        self._end_wait()
         self._print_due_row()
         self._live.stop()
 
@@ -185,6 +233,9 @@ class TerminalProgress(Progress):
         from rich.text import Text
 
         clock, console = self._clock, self._console
+        what, since = self._waits_for
+        if what:
+            return Text(f"{what} ... {duration_text(perf_counter() - since)}", "dim", no_wrap=True, overflow="crop")
         head = "patches " if clock.of_patches else f"epoch {clock.epoch_text()} "
         width = console.width - 1 - len(head)
         figures = self._bar_figures(width - BAR_COLUMNS[0])
@@ -202,6 +253,8 @@ class TerminalProgress(Progress):
             texts["samples_per_second"] = texts["samples_per_second"].rjust(15)
         texts |= figure_texts({name: value for name, value in self._evaluated.items() if name != "val/loss"})
         left = clock.left_text() if clock.done < clock.steps else "writing" if clock.of_patches else "evaluating"
+        if not clock.counted:
+            left = "first batch"
         count = f" {clock.done:>{len(f'{clock.steps:,}')},}/{clock.steps:,}"
         shown = [count, left.ljust(16)]  # of equal length, so that nothing jumps
         for name in dict.fromkeys(["train/loss", "samples_per_second", *self._evaluated, *texts]):

@@ -219,6 +219,7 @@ def _ranks(config: ConfigDict, options: dict[str, Any], purpose: str) -> tuple[R
     progress = get_progress(ranks.is_main)
     for line in (ranks.notes + notes(config)) if ranks.is_main else ():
         progress.note(line)
+    progress.waits_for("building the data and the model")
     return ranks, progress
 
 

@@ -393,6 +393,20 @@ def test_close_gives_standard_output_back(monkeypatch: pytest.MonkeyPatch, termi
     assert sys.stdout is terminal
 
 
+def test_what_is_waited_for_is_named_until_the_table_is_there(terminal: Terminal) -> None:
+    bar = opened(terminal)
+    bar.waits_for("importing PyTorch")
+    bar.waits_for("building the model")
+    bar.note("a note above it")
+    bar.begin({"model": "Net"})
+    assert bar._ticks is None, "no thread is left where workers may be forked"
+    bar.start_epoch(1, 1, 2)
+    bar.close()
+    assert "importing PyTorch ... 0.0 s" in terminal.getvalue() and "first batch" in terminal.getvalue()
+    assert not [row for row in terminal.rows() if "..." in row]
+    assert "a note above it" in terminal.rows()
+
+
 # In a pipe or a batch log
 
 
