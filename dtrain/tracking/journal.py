@@ -217,6 +217,7 @@ class Journal:
         if self._ended or self._file is None:
             return ""
         self._ended = True
+        self._facts["ended_as"] = status
         reason = redact(reason)
         self._write("end", status=status, reason=reason)
         self._unsaved = {"state": status, "reason": reason, "exit_status": exit_status, "ended": round(time.time(), 3)}
@@ -392,6 +393,10 @@ class Journal:
         lost = f"The last {len(self._unwritten)} bytes of {self._files.journal} could not be written to the disk"
         if self._sender is not None and self._sender.returncode == 0:
             return f"{lost}; MLflow has them" if self._unwritten else str(acknowledged.get("note", ""))
+        is_whole = acknowledged.get("status") == self._facts.get("ended_as") and not acknowledged.get("artifacts")
+        if self._facts.get("trackers") and is_whole and not self._unwritten:
+            rest = f"send the rest with: dtrain sync {shlex.quote(str(self.folder))}"
+            return f"the other trackers do not have all of this run yet: they were still at work; {rest}"
         return (
             f"MLflow ({redact(self.tracking_uri)}) does not have all of this run yet: "
             f"{acknowledged.get('problem') or problem}. {lost if self._unwritten else 'Nothing is lost'}; "

@@ -297,8 +297,11 @@ class MlflowRun:
                 raise
         known = _ask(self._client.search_model_versions, f"name = '{name}' and run_id = '{self.id}'")
         source = f"models:/{model_id}"
-        if source not in [version.source for version in known] and model_id not in [v.model_id for v in known]:
-            self._client.create_model_version(name, source, self.id, model_id=model_id)
+        version = next((each for each in known if source == each.source), None)
+        if version is None:
+            version = self._client.create_model_version(name, source, self.id, model_id=model_id)
+        shown = json.dumps([{"name": name, "version": version.version}])
+        self._client.set_logged_model_tags(model_id, {"mlflow.modelVersions": shown})  # by which its page shows it
 
     def set_status(self, status: str, time_ms: int) -> None:
         """RUNNING, or how and when the run ended."""

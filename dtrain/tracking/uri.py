@@ -66,7 +66,8 @@ def run_address(uri: str, facts: Mapping[str, Any]) -> str:
     known = facts.get("experiment_id"), facts.get("run_id")
     if not uri.startswith(("http:", "https:")) or not all(known):
         return ""
-    return f"{redact(uri).rstrip('/')}/#/experiments/{known[0]}/runs/{known[1]}"
+    # Without the last part, a browser that has not been there opens the pages for language models around it.
+    return f"{redact(uri).rstrip('/')}/#/experiments/{known[0]}/runs/{known[1]}?workflowType=machine_learning"
 
 
 def where_seen(uri: str, facts: Mapping[str, Any]) -> str:

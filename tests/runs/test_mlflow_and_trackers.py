@@ -59,6 +59,7 @@ CHANGES = {
     "metrics": {"ConfusionMatrix": {"name": "ConfusionMatrix", "task": "multiclass", "num_classes": 3},
                 "right": {"name": "Right"}},
     "loaders.test": {"size": 7, "seed": 2}, "trainer.ema_decay": 0.5,
+    "mlflow.exit_timeout_seconds": 150,
 }  # fmt: skip
 
 
@@ -308,7 +309,23 @@ def dom(address: str, profile: Path) -> str:
     return re.sub(r"<[^>]*>", "\n", re.sub(r"(?s)<(script|style)\b.*?</\1>", "", done.stdout))
 
 
-def test_a_browser_shows_runs_figures_pictures_model_and_data(pages: str, run: Any, tmp_path: Path) -> None:
+# Of the charts' page: a section for each group with the number of its charts, pictures included.
+@pytest.mark.parametrize(
+    ("page", "seen"),
+    [
+        ("runs", ["shown-lr0.2-", "Points (", "Model training"]),
+        ("runs/{run}", ["Finished", "Points (", "toy-net", "shown", "val/right", "optimizer.lr"]),
+        ("runs/{run}/model-metrics", ["test (3)", "train (1)", "val (5)"]),
+        ("models/{model}", ["Ready", "toy-net", "val/right", "test/loss", "shown-lr0.2-"]),
+    ],
+)
+def test_a_browser_shows_runs_figures_pictures_model_and_data(
+    pages: str, run: Any, page: str, seen: list[str], tmp_path: Path
+) -> None:
+    import mlflow
+
     experiment = run.info.experiment_id
-    runs = dom(f"{pages}/#/experiments/{experiment}/runs", tmp_path)
-    assert run.info.run_name in runs and "Points" in runs
+    (model,) = mlflow.search_logged_models([experiment], output_format="list")
+    place = page.format(run=run.info.run_id, model=model.model_id)
+    text = dom(f"{pages}/#/experiments/{experiment}/{place}?workflowType=machine_learning", tmp_path)
+    assert [word for word in seen if word not in text] == [], " ".join(text.split())[:3000]
