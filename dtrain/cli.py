@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 import time
@@ -175,6 +176,14 @@ EXPORT = {
     "--input-shape": dict(metavar="N,N,...", type=_sizes, help="of one sample; default: the data are asked"),
 }
 RUN_FOLDER: Arguments = {"folder": dict(metavar="RUN_FOLDER", help="trainer.checkpoint_dir of the training")}
+INIT: Arguments = {
+    "folder": dict(metavar="DIR", nargs="?", default=".", help="where; it may be there (default: the current folder)"),
+    "--task": dict(
+        choices=("classification", "segmentation", "regression"),
+        default="classification",
+        help="what the example learns (default: classification)",
+    ),
+}
 COMPLETION: Arguments = {
     "shell": dict(metavar="SHELL", choices=("bash", "zsh", "fish"), help="bash, zsh or fish"),
     "words": dict(
@@ -298,6 +307,17 @@ def _config(options: argparse.Namespace) -> int:
     return DONE
 
 
+def _init(options: argparse.Namespace) -> int:
+    """Make a small project that trains as it is: config, model, data, metric, test; overwrite nothing."""
+    from dtrain.launch.new_project import make_project
+
+    for file in make_project(Path(options.folder), options.task):
+        print(file)
+    where = "" if options.folder == "." else f"cd {shlex.quote(options.folder)} && "
+    print(f"next: {where}dtrain check config.yaml && dtrain train config.yaml")
+    return DONE
+
+
 def _schema(options: argparse.Namespace) -> int:
     """Print the JSON Schema of a config for editors, with what it names; without one, of all that is known."""
     import json
@@ -383,6 +403,7 @@ COMMANDS = {
     "export": (_export, EXPORT, "runs/digits --output digits.onnx"),
     "check": (_check, CHECK, "configfiles/digits.yaml --find-lr"),
     "config": (_config, CONFIG, "configfiles/digits.yaml optimizer.lr=5e-4"),
+    "init": (_init, INIT, "my-project --task segmentation"),
     "schema": (_schema, CONFIG | {"config": DOCTOR["config"]}, "configfiles/digits.yaml > dtrain.schema.json"),
     "completion": (_completion, COMPLETION, "bash >> ~/.bashrc"),
     "submit": (_submit, SUBMIT, "configfiles/digits.yaml --nodes 2 --gpus-per-node 4 --time 12:00:00"),
