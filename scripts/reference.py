@@ -16,10 +16,11 @@ PAGE = Path(__file__).parent.parent / "docs" / "reference.md"
 HEAD = """\
 # Config reference
 
-Every key that dtrain itself knows: its type, default and meaning. `scripts/reference.py` writes this page from the signatures and
-docstrings that check a config, so it cannot differ from what is taken. [configfiles/reference.yaml](../configfiles/reference.yaml) is
-the same as a config that trains. Keys of components (model, dataset, loss, metric, optimizer, scheduler) are the arguments of what
-`name` leads to; [`dtrain schema`](editors.md) has them as well.
+Every key that dtrain itself knows: its type, default and meaning. `scripts/reference.py` writes this page from the
+signatures and docstrings that check a config, so it cannot differ from what is taken.
+[configfiles/reference.yaml](../configfiles/reference.yaml) is the same as a config that trains. Keys of components
+(model, dataset, loss, metric, optimizer, scheduler) are the arguments of what `name` leads to;
+[`dtrain schema`](editors.md) has them as well.
 
 ## Top level
 
@@ -33,12 +34,13 @@ WHERE = {  # where the keys of a group stand, if not in the section of that name
     "schedule": "lr_scheduler",
     "metric": "metrics",
 }
+OWN = "The settings below."
 OF_TRAINER = ("ddp", "fsdp", "swa", "pictures", "pre_trained", "freeze", "profile")
 
 
 def page() -> str:
     """The whole page."""
-    text = HEAD + "".join(f"| `{key}` | {cell(TEXTS.get(key, ''))} |\n" for key in TOP_LEVEL)
+    text = HEAD + "".join(f"| `{key}` | {cell(TEXTS.get(key, OWN))} |\n" for key in TOP_LEVEL)
     for settings in OWN_SETTINGS:
         where = WHERE.get(settings, f"trainer.{settings}" if settings in OF_TRAINER else settings)
         keys = own_keys(settings)
