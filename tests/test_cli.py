@@ -3,6 +3,7 @@
 # ruff: noqa: E501 - a case of a table is one line, so that message and cause stand together
 
 import json
+import re
 import shutil
 import signal
 import subprocess
