@@ -4,6 +4,7 @@ import argparse
 import inspect
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -287,6 +288,14 @@ REPORT: Arguments = {
     **TRACKING_URI,
     "--output": dict(metavar="FILE", help="default: report.html in the run's folder, of several runs in this one"),
 }
+INIT: Arguments = {
+    "folder": dict(metavar="DIR", nargs="?", default=".", help="where; it may be there (default: the current folder)"),
+    "--task": dict(
+        choices=("classification", "segmentation", "regression"),
+        default="classification",
+        help="what the example learns (default: classification)",
+    ),
+}
 COMPLETION: Arguments = {
     "shell": dict(metavar="SHELL", choices=("bash", "zsh", "fish"), help="bash, zsh or fish"),
     "words": dict(
@@ -438,8 +447,25 @@ def _config(options: argparse.Namespace) -> int:
     return DONE
 
 
+def _init(options: argparse.Namespace) -> int:
+    """Make a small project that trains as it is.
+
+    Config, model, data, metric and test; nothing is overwritten.
+    """
+    from dtrain.launch.new_project import make_project
+
+    for file in make_project(Path(options.folder), options.task):
+        print(file)
+    where = "" if options.folder == "." else f"cd {shlex.quote(options.folder)} && "
+    print(f"next: {where}dtrain check config.yaml && dtrain train config.yaml")
+    return DONE
+
+
 def _schema(options: argparse.Namespace) -> int:
-    """Print the JSON Schema of a config for editors, with what it names; without one, of all that is known."""
+    """Print the JSON Schema of a config, for editors.
+
+    With the arguments of what it names; without a config, of all that is known.
+    """
     import json
 
     from dtrain.config.json_schema import schema_of
@@ -451,7 +477,10 @@ def _schema(options: argparse.Namespace) -> int:
 
 
 def _completion(options: argparse.Namespace) -> int:
-    """Print the script by which a shell completes commands, options, files and keys."""
+    """Print the script by which a shell completes words.
+
+    Commands, options, files, and the keys and values of the config typed already.
+    """
     from dtrain.config.completion import SCRIPTS, complete
 
     if options.words:
@@ -574,6 +603,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], Arguments, str]] 
     "export": (_export, EXPORT, "runs/digits --output digits.onnx"),
     "check": (_check, CHECK, "configfiles/digits.yaml --find-lr"),
     "config": (_config, CONFIG, "configfiles/digits.yaml optimizer.lr=5e-4"),
+    "init": (_init, INIT, "my-project --task segmentation"),
     "schema": (_schema, CONFIG | {"config": DOCTOR["config"]}, "configfiles/digits.yaml > dtrain.schema.json"),
     "completion": (_completion, COMPLETION, "bash >> ~/.bashrc"),
     "submit": (_submit, SUBMIT, "configfiles/digits.yaml --nodes 2 --gpus-per-node 4 --time 12:00:00"),
@@ -589,8 +619,9 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], Arguments, str]] 
 # The order in which `dtrain --help` shows them; one that is in no group stands at the end.
 GROUPS = {
     "Start with": "train check launch test predict",
-    "Before a training": "config doctor",
+    "Before a training": "init config doctor",
     "Many trainings": "sweep submit",
     "Runs": "runs diff report reproduce export replay sync",
+    "Editors and shells": "schema completion",
 }
 HIDDEN = {"job"}  # for scripts

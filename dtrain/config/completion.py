@@ -125,7 +125,7 @@ def _possible(config: ConfigDict, path: KeyPath) -> Iterator[tuple[str, Any]]:
     if isinstance(written, list):
         yield from ((str(index), None if is_mapping(item) else {}) for index, item in enumerate(written))
         return
-    found = {
+    found: dict[str, Any] = {
         key: item for call in _calls_at(config, path) for key, item in call_keys(call, texts=False).properties.items()
     }
     if path[0] == "loaders" and len(path) == 1:
@@ -155,9 +155,12 @@ def _calls_at(config: ConfigDict, path: KeyPath) -> Iterator[Call]:
 
 
 def _at(values: Any, path: KeyPath) -> Any:
-    for key in path:
-        has = (is_mapping(values) and key in values) or (isinstance(values, list) and isinstance(key, int))
-        values = values[key] if has and (is_mapping(values) or key < len(values)) else None
+    """What the config has at a path; None where it has nothing."""
+    try:
+        for key in path:
+            values = values[key]
+    except (LookupError, TypeError):
+        return None
     return values
 
 
@@ -170,8 +173,8 @@ def _values(config: ConfigDict, path: KeyPath, key: str, schema: Any) -> Iterato
         yield from (_yaml(value) for value in item.get("enum", ()))
         if "boolean" in types:
             yield from ("true", "false")
-        if "null" in types:
-            yield "null"
+    if any("null" in item.get("type", ()) for item in [schema or {}, *(schema or {}).get("anyOf", ())]):
+        yield "null"
 
 
 def _yaml(value: Any) -> str:

@@ -130,7 +130,7 @@ def library_names(libraries: Iterable[str]) -> list[str]:
 
 
 def searched(section: str) -> tuple[str, ...]:
-    """The libraries in which a section looks for a bare name; a dataset is no transform."""
+    """The libraries in which a section looks for a bare name; transforms are not datasets."""
     return tuple(item for item in LIBRARIES[section] if section != "loaders" or "transforms" not in item)
 
 
@@ -191,7 +191,7 @@ class _Writer:
         return result | required | {"additionalProperties": False}
 
     def top(self, name: str) -> Schema:
-        """A key of the top level that is no component."""
+        """A key of the top level that is not a component."""
         text = {"description": TEXTS[name]} if name in TEXTS else {}
         if name in OWN_SETTINGS:
             return {"$ref": f"#/$defs/{name}"}
