@@ -7,8 +7,10 @@ import threading
 import time
 
 from dtrain.tracking.secrets import redact
+from dtrain.tracking.uri import sqlite_file
 
 ANSWER_SECONDS = 5.0  # so long the first answer may take; an address where nobody is may take minutes to fail
+MAKING_SECONDS = 60.0  # of a store of files, which fail at once; its tables are made first, on a busy machine slowly
 OUTAGE_SECONDS = 30.0  # of a store that has answered before: what is shorter needs nobody's attention
 _ANSWER = re.compile(r"API request to .* failed with error code (\d+) != \d+\. Response body: '(.*)'", re.DOTALL)
 _WHO = "; MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, say who you are"
@@ -39,7 +41,8 @@ class Outage:
         self._began: float | None = time.monotonic() - OUTAGE_SECONDS  # at first, any failure is worth a line
         self._is_told = False
         self._lock = threading.Lock()
-        self._timer = threading.Timer(ANSWER_SECONDS, self.fails, [f"no answer within {ANSWER_SECONDS:g} s"])
+        seconds = ANSWER_SECONDS if sqlite_file(uri) is None else MAKING_SECONDS
+        self._timer = threading.Timer(seconds, self.fails, [f"no answer within {seconds:g} s"])
         if pipe is not None:
             os.set_blocking(pipe, False)  # should nobody listen
             self._timer.daemon = True

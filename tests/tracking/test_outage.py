@@ -54,6 +54,11 @@ def test_an_address_that_does_not_even_refuse_is_told_after_a_while(
     assert b" answers; " in os.read(pipe[0], 9999)
 
 
+def test_making_a_store_of_files_may_take_longer_than_a_servers_answer(tmp_path: Path) -> None:
+    server, files = Outage(URI), Outage(f"sqlite:///{tmp_path}/mlflow.db")
+    assert (server._timer.interval, files._timer.interval) == (5.0, 60.0)  # type: ignore[attr-defined]
+
+
 def test_a_store_that_answers_is_not_mentioned(pipe: tuple[int, int]) -> None:
     store = Outage(URI, pipe[1])
     store.is_over()
