@@ -501,7 +501,9 @@ class HoldsTheInterpreter(Numbers):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="files in memory are Linux's")
-@pytest.mark.parametrize("context", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize(
+    "context", ["fork", *(pytest.param(each, marks=pytest.mark.soak) for each in ("spawn", "forkserver"))]
+)
 def test_workers_say_where_they_hang(context: str, tmp_path: Path) -> None:
     dataset = HoldsTheInterpreter(tmp_path)
     loading = loader(dataset=dataset, num_workers=2, multiprocessing_context=context, timeout=1)

@@ -77,7 +77,7 @@ def changed(values: Any, key: str, value: Any) -> Any:
     return result
 
 
-QUICK = ("digits", "reference", "pidnet_scene", "multiclass_train", "boundary_test", "dsb2018_test")
+QUICK = ("digits", "reference", "multiclass_train", "boundary_test")
 
 
 @pytest.mark.slow

@@ -247,6 +247,7 @@ def test_a_killed_rank_is_named_and_the_ranks_resume_from_the_last_checkpoint(pl
     assert figures(whole) == figures(place.path("restart"))
 
 
+@pytest.mark.soak
 def test_a_rank_that_is_killed_again_and_again_ends_the_job_when_the_restarts_are_used_up(place: Place) -> None:
     words = ("--max-restarts", "1", "--log-dir", "logs-again")
     result = two(place, place.config("again", **LONG), *words, do="train 9 rank 1 KILL").result(200)

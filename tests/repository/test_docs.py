@@ -59,12 +59,12 @@ NOT_RUN = (
     *("stays until Ctrl-C", "takes 10 minutes", "takes some minutes"),
 )
 TIMEOUT_SECONDS = 240
-# Pages that take minutes. test_configfiles.py and tests/predict/ train and predict the same in every run, from Python
-# or with words of their own; that the very commands of these pages work, only --soak shows.
-SLOW = ("systems", "predict")
-# The page whose commands are processes of their own, as users have them. Those of the others are forked from one that
-# has imported torch: most of a short command's time is that import.
-COLD = "README"
+# Pages that take minutes. Other tests do the same in every run, from Python or with words of their own
+# (test_configfiles.py, test_members.py, tests/predict/, tests/training/); that the very commands work, only --soak shows.
+SLOW = ("systems", "predict", "folds", "from-lightning", "training")
+# Commands are forked from a process that has imported torch: most of a short command's time is that import. Only
+# those of the first page a user works through are processes of their own.
+COLD = "getting-started"
 # The pages whose trainings are told to MLflow: its import takes as long as all else of a short training.
 WITH_MLFLOW = ("README", "getting-started", "mlflow", "pictures")
 

@@ -173,6 +173,7 @@ def test_the_environment_is_made_once_and_follows_the_lock(small: SmallRepositor
         assert "no-such-package" in failed.stderr
 
 
+@pytest.mark.soak
 def test_a_torch_that_sees_a_gpu_is_kept(small: SmallRepository) -> None:
     stand_in_torch(small.wheels, "2.12.1+cu130", sees_gpu=True)
     small.lock("torch==2.12.1")

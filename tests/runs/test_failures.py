@@ -234,7 +234,7 @@ def test_a_worker_that_hangs_says_where(place: Place) -> None:
 @pytest.mark.parametrize(
     ("rank", "action", "word"),
     [
-        (1, "sleep", "forward"),
+        pytest.param(1, "sleep", "forward"),
         pytest.param(1, "STOP", "does not answer", marks=pytest.mark.soak),
         (0, "STOP", "does not answer"),
     ],

@@ -135,7 +135,7 @@ def stopped(place: Place) -> str:
     return str(place.folder / "stopped.yaml")
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_a_key_that_changes_what_is_computed_stops_the_start_with_the_ways_on(
     place: Place, stopped: str, ranks: int
 ) -> None:
@@ -304,7 +304,14 @@ def refusal(place: Place, name: str, pid: int, host: str = socket.gethostname())
     return rf"run-{name} is being written by another training \(process {pid} on {host}, since {day} \d\d:\d\d:\d\d\)"
 
 
-@pytest.mark.parametrize("variables", [{}, {"TOY_LOCKS": "ENOLCK"}, {"TOY_LOCKS": "EOPNOTSUPP", "TOY_HOST": "nodeA"}])
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        pytest.param({"TOY_LOCKS": "ENOLCK"}, marks=pytest.mark.soak),
+        {"TOY_LOCKS": "EOPNOTSUPP", "TOY_HOST": "nodeA"},
+    ],
+)
 def test_a_second_start_is_refused_with_who_holds_the_folder_and_all_else_works_beside(
     place: Place, variables: dict[str, str]
 ) -> None:
@@ -336,8 +343,14 @@ def test_a_second_start_is_refused_with_who_holds_the_folder_and_all_else_works_
     assert not (place.path(name) / ".training.lock").exists()
 
 
-@pytest.mark.parametrize("resume", ["auto", "none"])
-@pytest.mark.parametrize("locks", ["", "ENOLCK"])
+@pytest.mark.parametrize(
+    ("resume", "locks"),
+    [
+        ("auto", "ENOLCK"),
+        ("none", ""),
+        *(pytest.param(*each, marks=pytest.mark.soak) for each in (("auto", ""), ("none", "ENOLCK"))),
+    ],
+)
 def test_of_several_starts_in_the_same_moment_one_trains(place: Place, resume: str, locks: str) -> None:
     name = f"race-{resume}-{locks}"
     config = place.config(name, **STOPPED)
@@ -422,7 +435,7 @@ def test_where_all_checkpoints_are_damaged_nothing_begins_and_what_can_be_saved_
     }
 
 
-@pytest.mark.parametrize("content", ["", "{"])
+@pytest.mark.parametrize("content", ["", pytest.param("{", marks=pytest.mark.soak)])
 def test_an_empty_run_json_makes_no_second_run(place: Place, content: str) -> None:
     from mlflow import MlflowClient
 

@@ -26,6 +26,8 @@ def test_the_names_are_those_that_earlier_versions_wrote(tmp_path: Path) -> None
         "sender_log": "logs/sender.log",
         "sender_lock": ".sender.lock",
         "lock": ".training.lock",
+        "tables": "tables",
+        "trackers": "trackers",
     }
     assert folder.rank_log(3) == tmp_path / "logs" / "rank-3.log"
     assert [folder.code(attempt) for attempt in (1, 2)] == [tmp_path / "code", tmp_path / "code" / "resume_2"]

@@ -97,5 +97,5 @@ def test_sqlite_file() -> None:
 
 def test_a_server_shows_the_run_once_it_is_known() -> None:
     page = where_seen("https://me:hunter2@tracking/", {"run_id": "abc", "experiment_id": "7"})
-    assert page == "https://***@tracking/#/experiments/7/runs/abc"
+    assert page == "https://***@tracking/#/experiments/7/runs/abc?workflowType=machine_learning"
     assert where_seen("http://tracking:5000", {"run_id": None}) == "http://tracking:5000"

@@ -408,7 +408,8 @@ def test_a_step_makes_no_more_calls_than_it_did(train: Callable[..., Path], tmp_
 
     trainer.after_step = counting
     trainer.fit()
-    assert 15 < sum(calls.values()) <= 31, calls
+    # Of which nine note the phase that begins, for a failure card and time/*: 0.2 microseconds each.
+    assert 15 < sum(calls.values()) <= 40, calls
 
 
 def test_batched_power_sgd_is_refused_where_torchs_own_fails_after_a_thousand_steps() -> None:
