@@ -60,7 +60,7 @@ NOT_RUN = (
 )
 TIMEOUT_SECONDS = 240
 # Pages that take minutes. Other tests do the same in every run, from Python or with words of their own
-# (test_configfiles.py, test_members.py, tests/predict/, tests/training/); that the very commands work, only --soak shows.
+# (test_configfiles.py, test_members.py, tests/predict/, tests/training/); that the commands work, only --soak shows.
 SLOW = ("systems", "predict", "folds", "from-lightning", "training")
 # Commands are forked from a process that has imported torch: most of a short command's time is that import. Only
 # those of the first page a user works through are processes of their own.
