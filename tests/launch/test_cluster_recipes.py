@@ -129,4 +129,4 @@ def test_a_recipe_starts_the_training_with_its_run_folder_on_the_volume(recipe: 
     assert (options.config, options.nnodes) == ("configfiles/digits.yaml", 2)
     assert options.overrides == [f"trainer.checkpoint_dir={own['RUN_FOLDER']}"]
     assert re.fullmatch(r"(2|10\.0\.0\.1):(2|29500)", options.rdzv_endpoint)
-    assert own["RUN_FOLDER"].startswith(("/work/", "/training/"))
+    assert own["RUN_FOLDER"].startswith(("/volume/", "/training/"))
