@@ -1,21 +1,24 @@
 """The commands of `dtrain` and their help; what a command needs is imported when it is run."""
 
 import argparse
+import contextlib
+import gc
 import inspect
+import linecache
 import os
 import re
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from dtrain import __version__
 from dtrain.config.did_you_mean import did_you_mean
 from dtrain.config.errors import ConfigError, one_line, to_plain
-from dtrain.distributed.environment import environment, is_main
+from dtrain.distributed.environment import environment, error_file, is_main, node_name
 from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EARLY, WRONG_CONFIG
 from dtrain.distributed.launched_rank import tell_torchrun
 from dtrain.distributed.process import run_to_end
@@ -25,6 +28,7 @@ from dtrain.reporting.events import OUTPUT
 from dtrain.reporting.own_frames import SHOWS_ALL
 from dtrain.reporting.terminal_progress import begin_early, end_early
 
+NEVER = 2**31 - 1  # so many younger collections come before an older one
 # torchrun ends all ranks as soon as one has ended, and rank 0 may be the last to find a mistake.
 MAIN_RANK_SPEAKS_SECONDS = 10.0
 SAME_MISTAKE_SECONDS = 3.0  # where the user's code raised, which it may do on one rank alone
@@ -46,11 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # For `modules:` of the current folder, as `python -m` has it; a job has a copy of them, and says so.
     if "PYTHONSAFEPATH" not in os.environ and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
-    if output := getattr(options, "output_form", None):
-        os.environ[OUTPUT] = output
+    if forms := getattr(options, "output_form", None):
+        os.environ[OUTPUT] = " ".join(sorted(set(forms)))
     if not hasattr(options, "output_form"):
         return _run(options)
-    if os.environ.get(OUTPUT) != "json":
+    if "json" not in os.environ.get(OUTPUT, ""):
         try:
             return _run(options)
         finally:
@@ -75,15 +79,16 @@ def _run(options: argparse.Namespace) -> int:
 
 def _refuse(error: ConfigError) -> int:
     """One line per mistake, by rank 0; by each rank where there is a cause: code ran, which may fail on one alone."""
-    tell_torchrun("; ".join(map(str, error.mistakes)))
-    events.note_ending(reason="; ".join(map(str, error.mistakes)))
-    prefix = ""
+    told, prefix = "; ".join(map(str, error.mistakes)), ""
+    events.note_ending(reason=told)
     if not is_main():  # where rank 0 has said the same, the launcher ends this one meanwhile
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(WRONG_CONFIG))
+        status = DONE if error_file() else WRONG_CONFIG  # torchrun would list it as a further failure, in ten lines
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(status))
         time.sleep(MAIN_RANK_SPEAKS_SECONDS if error.__cause__ is None else SAME_MISTAKE_SECONDS)
         prefix = f"rank {environment().rank}: "
     for mistake in error.mistakes if is_main() or error.__cause__ is not None else ():
         print(f"{prefix}{mistake}", file=sys.stderr)
+    tell_torchrun(told)
     return WRONG_CONFIG
 
 
@@ -100,7 +105,12 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     if not words:  # as other tools have it
         parser.exit(WRONG_CONFIG, parser.format_help())
     words = [*words[1:], "--help"] if words[0] == "help" else _with_dashes(words)
-    if not words[0].startswith("-") and words[0] not in commands:
+    if words[0].startswith("-"):
+        if words[0] not in (known := [*parser._option_string_actions]):
+            is_of_command = any(words[0] in each._option_string_actions for each in commands.values())
+            hint = "; options stand behind the command or CONFIG" if is_of_command else did_you_mean(words[0], known)
+            parser.error(f"unexpected argument {words[0]!r}{hint}")
+    elif words[0] not in commands:
         parser.error(f"{words[0]!r} is not a command{did_you_mean(words[0], set(commands) - HIDDEN)}")
     options, rest = parser.parse_known_args(words)
     for word in rest:
@@ -164,10 +174,47 @@ def _natural(text: str) -> int:
     return int(text)
 
 
+class _Nodes(int):
+    """How many nodes there are, or at most are; `fewest` is less where they may come and go."""
+
+    fewest: int
+
+
+def _nodes(text: str) -> _Nodes:
+    """Of 4, or of the fewest and the most, 1:4."""
+    fewest, colon, most = text.partition(":")
+    nodes = _Nodes(_natural(most if colon else fewest))
+    nodes.fewest = _natural(fewest)
+    if colon and not 1 <= nodes.fewest <= nodes:
+        raise argparse.ArgumentTypeError(f"expected the fewest nodes and the most, such as 1:4, not {text!r}")
+    return nodes
+
+
+def _seconds(text: str) -> float:
+    if text in ("0", "0s"):
+        return 0.0
+    from dtrain.distributed.stop_request import seconds_of
+
+    try:
+        return seconds_of(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a time such as 30m, 1.5h or 01:30:00, not {text!r}") from None
+
+
 def _positive(text: str) -> int:
     if not _natural(text):
         raise argparse.ArgumentTypeError("expected at least 1, not 0")
     return int(text)
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, not {text!r}")
+    return value
 
 
 def _bytes(text: str) -> int:
@@ -190,7 +237,7 @@ CONFIG: Arguments = {
 }
 TRACEBACK: Arguments = {"--traceback": dict(action="store_true", help="show the whole traceback of an error")}
 RUN = CONFIG | TRACEBACK
-_FORM: dict[str, Any] = dict(dest="output_form", action="store_const", default=None)
+_FORM: dict[str, Any] = dict(dest="output_form", action="append_const", default=None)
 OUTPUT_FORM: Arguments = {
     "--quiet -q": _FORM | dict(const="quiet", help="print the result and errors alone"),
     "--json": _FORM | dict(const="json", help="print a JSON object per event, for programs; all else goes to stderr"),
@@ -199,6 +246,12 @@ TRAIN = RUN | OUTPUT_FORM
 DOCTOR = CONFIG | {
     "config": CONFIG["config"] | {"nargs": "?"},
     "--json": dict(action="store_true", help="print one JSON object"),
+    "--preflight": dict(action="store_true", help="under srun or torchrun: name slow, broken and differing nodes"),
+    "--within": dict(metavar="SECONDS", type=_positive, default=120, help="for all of --preflight (default 120)"),
+    "--slow-below": dict(
+        metavar="X", type=_fraction, help="slow is what is below this part of the median (default 0.7; CPUs 0.3)"
+    ),
+    "--note-bad-nodes": dict(action="store_true", help="write those found into bad-nodes in the run folder"),
 }
 CHECK = RUN | {
     "--find-lr": dict(action="store_true", help="try ever higher learning rates, suggest one, draw find-lr.png"),
@@ -219,10 +272,27 @@ PREDICT = TEST | {
 }
 LAUNCH = TRAIN | {
     "--nproc-per-node": dict(metavar="N|auto", default="auto", help="ranks on this machine; auto: all GPUs, else 1"),
-    "--nnodes": dict(metavar="N", type=_natural, default=1, help="number of machines (default 1)"),
+    "--nnodes": dict(
+        metavar="N|MIN:MAX",
+        type=_nodes,
+        default="1",
+        help="number of machines (default 1), or the fewest and the most, as 1:4",
+    ),
     "--rdzv-endpoint": dict(metavar="HOST:PORT", help="where the nodes meet: one of them, and a port"),
     "--rdzv-id": dict(metavar="ID", default="dtrain", help="distinguishes jobs that meet at one endpoint"),
     "--max-restarts": dict(metavar="N", type=_natural, default=0, help="restart failed ranks from the last checkpoint"),
+    "--affinity": dict(
+        choices=("auto", "none"), help="ranks on the CPUs of their GPU's side (auto, the default), or wherever"
+    ),
+    "--spares": dict(
+        metavar="N", type=_natural, default=0, help="machines more that wait, and replace those that fail"
+    ),
+    "--join-every": dict(
+        metavar="TIME",
+        type=_seconds,
+        default=1800.0,
+        help="a machine that comes joins at the next checkpoint, or after so long (30m)",
+    ),
     "--launcher": dict(choices=("torchrun", "accelerate"), default="torchrun", help="whose settings to use"),
     "--log-dir": dict(metavar="DIR", type=Path, help="default: logs in the run folder"),
 }
@@ -237,12 +307,14 @@ SWEEP = CONFIG | {
 _NAME = dict(metavar="NAME", help="as the cluster calls it")
 CLUSTER: Arguments = {  # options of submit, which stand for keys of the config's `cluster`
     "nodes": dict(metavar="N[-M]", help="number of nodes"),
+    "spares": dict(metavar="N", type=_natural, help="nodes more that wait, and replace those that fail"),
     "gpus_per_node": dict(metavar="N", type=int, help="GPUs of each, and as many ranks"),
     "nproc_per_node": dict(metavar="N", type=int, help="ranks on each, if not one per GPU"),
     "cpus_per_node": dict(metavar="N", type=int, help="CPU cores of each"),
     "mem_per_node": dict(metavar="SIZE", help="memory of each, such as 64G"),
     "time": dict(metavar="LIMIT", help="such as 12:00:00, 90m, 1.5h, 1-12:00:00"),
     **dict.fromkeys(("partition", "account", "qos", "constraint"), _NAME),
+    "preflight": dict(action="store_true", default=None, help="look at the nodes first, and leave bad ones out"),
     "array": dict(metavar="'KEY=VALUE ...'", action="append", help="once for each job of an array"),
 }
 SUBMIT = CONFIG | {f"--{key.replace('_', '-')}": options for key, options in CLUSTER.items()}
@@ -251,8 +323,8 @@ EXPORT: Arguments = {
     "config": dict(metavar="RUN|CONFIG", help="a run folder, or a YAML file whose run folder has checkpoints"),
     "overrides": CONFIG["overrides"],
     "--checkpoint": dict(metavar="PATH", help="a checkpoint or weight file (default: the best)"),
-    "--format": dict(choices=("onnx", "torch"), help="default: by the ending of --output, else onnx"),
-    "--output": dict(metavar="FILE", help="default: model.onnx or model.pt2 in the run folder"),
+    "--format": dict(choices=("onnx", "torch", "safetensors"), help="default: by the ending of --output, else onnx"),
+    "--output": dict(metavar="FILE", help="default: model.onnx, .pt2 or .safetensors in the run folder"),
     "--input-shape": dict(metavar="N,N,...", type=_sizes, help="of one sample; default: the data are asked"),
 }
 RUN_FOLDER: Arguments = {"folder": dict(metavar="RUN_FOLDER", help="trainer.checkpoint_dir of the training")}
@@ -305,14 +377,46 @@ COMPLETION: Arguments = {
 JOB: Arguments = {
     "--run-folder": dict(metavar="DIR", type=Path, required=True, help="trainer.checkpoint_dir of the training"),
     "--requeue": dict(metavar="COMMAND", default="", help="requeues the job, where its exit status alone does not"),
+    "--preflight": dict(
+        metavar="WORD", action="append", default=[], help="of a command that is run first, and notes bad nodes"
+    ),
+    "--spares": dict(
+        metavar="N", type=_natural, default=0, help="of the nodes: lost ones do not count in how the job ended"
+    ),
     "--stopped-status": dict(metavar="N", type=int, default=STOPPED_EARLY, help="of a job that is to start again"),
     "step": dict(metavar="COMMAND", nargs="+", help="starts the training; takes KEY=VALUE arguments at its end"),
 }
 
 
-def _wait_for_imports() -> None:
+@contextlib.contextmanager
+def _with_young_collections_only() -> Iterator[None]:
+    """While a config is read and torch imported, which make objects by the million and hardly any garbage.
+
+    Python would look through all of them again and again: a fifth of the time that importing torch takes. Through the
+    newest 700 it still does, which takes hardly any time; without that, importing torch leaves 7 MB more.
+    """
+    usual = gc.get_threshold()
+    gc.set_threshold(usual[0], NEVER, NEVER)
+    try:
+        yield
+    finally:
+        gc.freeze()  # until the first step is done, nobody looks through these
+        gc.set_threshold(*usual)
+
+
+def _import_rank(trains: bool = False) -> Any:
+    """The module of what a rank does, and with it torch; `trains`: what torch imports with the first optimizer, too."""
     if is_main() and sys.stdout.isatty():
         begin_early("importing PyTorch")
+    with _with_young_collections_only():
+        from dtrain.launch import rank
+
+        linecache.clearcache()  # torch has read 20,000 lines of its own sources: 2 MB for what comes next
+        if trains:
+            import torch._dynamo  # noqa: F401
+
+            linecache.clearcache()
+    return rank
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -323,22 +427,27 @@ def _train(options: argparse.Namespace) -> int:
     uri = (config.get("mlflow") or {}).get("tracking_uri")
     sender = prepare_sender(uri) if is_main() else None  # it gets ready while torch is imported
     end_at_once(_say)
-    _wait_for_imports()
-    from dtrain.launch import rank
-
-    return rank.train(config, sender)
+    return int(_import_rank(trains=True).train(config, sender))
 
 
 def _launch(options: argparse.Namespace) -> int:
     """Train on all GPUs of this machine, or as one node of many."""
-    from dtrain.launch.rendezvous import endpoint_of
+    from dtrain.launch.rendezvous import endpoint_of, without_stacks_of_torch
 
     config = _checked(options, "train")
-    host, port = endpoint_of(options.rdzv_endpoint, options.nnodes)
+    host, port = endpoint_of(options.rdzv_endpoint, options.nnodes + options.spares)
     end_at_once(_say)
-    from dtrain.launch.launcher import launch
+    with without_stacks_of_torch():
+        from dtrain.launch.launcher import launch
 
-    return launch(config, options, host, port)
+    try:
+        return launch(config, options, host, port)
+    except ConfigError as error:
+        if is_main():
+            raise
+        for text in map(str, error.mistakes):  # of this node: the first one may have none
+            print(f"dtrain launch: {text if node_name() in text else f'{node_name()}: {text}'}", file=sys.stderr)
+        return WRONG_CONFIG
 
 
 def _sweep(options: argparse.Namespace) -> int:
@@ -356,10 +465,7 @@ def _sweep(options: argparse.Namespace) -> int:
 def _test(options: argparse.Namespace) -> int:
     """Measure loss and metrics of a checkpoint on the test data."""
     config = _checked(options, "test")
-    _wait_for_imports()
-    from dtrain.launch import rank
-
-    return rank.test(config, options.checkpoint)
+    return int(_import_rank().test(config, options.checkpoint))
 
 
 def _predict(options: argparse.Namespace) -> int:
@@ -369,16 +475,14 @@ def _predict(options: argparse.Namespace) -> int:
     """
     config = _checked(options, "predict" if options.folds is None else None)
     end_at_once(_say)
-    _wait_for_imports()
-    from dtrain.launch import rank
-
-    return rank.predict(config, options.checkpoint, options.output_dir, options.overwrite, options.folds)
+    rank = _import_rank()
+    return int(rank.predict(config, options.checkpoint, options.output_dir, options.overwrite, options.folds))
 
 
 def _export(options: argparse.Namespace) -> int:
-    """Write a trained model as an ONNX or torch.export file.
+    """Write a trained model as an ONNX, torch.export or safetensors file.
 
-    What the file computes is compared with the model on one batch.
+    What an ONNX or torch.export file computes is compared with the model on one batch.
     """
     if Path(options.config).is_dir():
         options.folder = options.config
@@ -409,13 +513,20 @@ def _check(options: argparse.Namespace) -> int:
 
 def _checked(options: argparse.Namespace, purpose: str | None) -> Any:
     """The config, checked before torch is imported; from now on its secrets are masked in what is printed."""
-    from dtrain.config.check import check
-    from dtrain.config.load import load_config
-    from dtrain.tracking.secrets import keep_secret
+    if waits := not is_main() and error_file():  # rank 0 may be first to find a mistake, for which this one is ended
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(DONE))
+    with _with_young_collections_only():
+        from dtrain.config.check import check
+        from dtrain.config.load import load_config
+        from dtrain.config.signatures import SOURCE
+        from dtrain.tracking.secrets import keep_secret
 
-    config = load_config(options.config, options.overrides)
-    keep_secret(to_plain(config))
-    check(config, purpose)
+        config = load_config(options.config, options.overrides)
+        keep_secret(to_plain(config))
+        check(config, purpose)
+        SOURCE.forget()
+    if waits:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return config
 
 
@@ -504,11 +615,13 @@ def _submit(options: argparse.Namespace) -> int:
 
 
 def _sync(options: argparse.Namespace) -> int:
-    """Send to MLflow what a run's journal holds and MLflow does not."""
-    _run_folder(options, "run.json")
+    """Send to MLflow, and to the mirror, what a run has and they do not."""
+    folder = _run_folder(options, "run.json")
+    from dtrain.tracking.start_mirror import finish_mirror
     from dtrain.tracking.start_sender import deliver_rest
 
-    return deliver_rest(options.folder)
+    status = deliver_rest(options.folder)
+    return max(status, finish_mirror(folder))
 
 
 def _replay(options: argparse.Namespace) -> int:
@@ -519,7 +632,9 @@ def _replay(options: argparse.Namespace) -> int:
     from dtrain.config.load import load_config
 
     folder = _run_folder(options, "config.yaml")
-    config = load_config(folder / "config.yaml", ["trainer.resume=none", "trainer.pre_trained=null"])
+    config = load_config(
+        folder / "config.yaml", ["trainer.resume=none", "trainer.pre_trained=null", "trainer.mirror_to=null"]
+    )
     from dtrain.launch import rank
 
     return rank.replay(config, folder)
@@ -574,12 +689,17 @@ def _run_folder(options: argparse.Namespace, needed: str) -> Path:
 def _doctor(options: argparse.Namespace) -> int:
     """Probe GPUs, network, disk, MLflow; one line each, with a fix.
 
-    Under srun, of all nodes.
+    Under srun or torchrun, of all nodes. Before a big job: --preflight.
     """
     from dtrain.config.load import load_config
     from dtrain.launch.doctor import examine
 
     config = load_config(options.config, options.overrides) if options.config else {}
+    if options.preflight:
+        from dtrain.launch.preflight import Asked, preflight
+
+        asked = Asked(options.within, options.slow_below, options.json, options.note_bad_nodes)
+        os._exit(preflight(config, asked))
     os._exit(examine(config, options.json))  # a probe that hangs in the kernel would keep Python from ending
 
 
@@ -590,7 +710,9 @@ def _job(options: argparse.Namespace) -> int:
     """
     from dtrain.launch.requeue import run_job
 
-    return run_job(options.run_folder, options.step, options.requeue, options.stopped_status)
+    return run_job(
+        options.run_folder, options.step, options.requeue, options.stopped_status, options.preflight, options.spares
+    )
 
 
 # Each command: what runs it, whose docstring is its help; its arguments; an example for its help.

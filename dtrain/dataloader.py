@@ -1,17 +1,17 @@
 """get_train_loaders: this rank's batches of each phase, from any position of an epoch.
 
 The order of samples is a function of (seed, epoch), a sample's randomness of (seed, epoch, index): neither depends on
-the number of ranks, workers or restarts. Progress is a position, counted in samples of the epoch's order.
+the number of ranks, workers or restarts. Progress is a position, counted in samples of the epoch's order. A start with
+another number of ranks than the training is meant for deals the samples of each optimizer step to those that it has.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from ml_collections import ConfigDict
 from torch.utils.data import IterableDataset, Subset
 
@@ -23,8 +23,10 @@ from dtrain.data.loader_workers import fork_when_native_threads_are_idle
 from dtrain.data.orders import Endless, Shuffled, order_of, require_same_on_ranks
 from dtrain.data.samplers import ORDER, BatchShard, EvaluationShard, ShuffledShard, limited
 from dtrain.data.seeded_samples import BatchLoader, SeededBatches, batch_loader
+from dtrain.distributed import by_node
 
 MOST_TRIED = 100  # batches, to find one with samples
+_Count = tuple[Sequence[int] | torch.Tensor, Any]  # samples and empty batches, and the sum over ranks that is under way
 
 
 def loader_settings(  # noqa: PLR0913
@@ -93,29 +95,34 @@ class TrainLoader:
     """This rank's part of the training data, epoch by epoch, from any position.
 
     `sampler` or `batch_sampler` replaces the shuffled order; an epoch has `steps_per_epoch` steps of an endless one.
+    A step has `accumulate` batches of each of `batch_ranks` ranks, on however many there are.
     """
 
     def __init__(self, dataset: Any, seed: int, rank: int, world_size: int, batch_size: int, **options: Any) -> None:
-        self.accumulate = options.pop("accumulate", 1)
+        accumulate, self.batch_ranks = options.pop("accumulate", 1), options.pop("batch_ranks", 0) or world_size
         own = {key: options.pop(key, None) for key in (*SAMPLERS, "steps_per_epoch")}
         shuffle, drop_last = options.pop("shuffle") is not False, options.pop("drop_last")
         of_batches, steps = own["batch_sampler"] is not None, own["steps_per_epoch"]
         self.sampler = own["batch_sampler"] if of_batches else own["sampler"]
         order = None if self.sampler is None else order_of(self.sampler, seed, len(dataset), of_batches)
         self.is_drawn = order is not None and not hasattr(self.sampler, "at")  # so that ranks could differ
+        full = self.batch_ranks * (1 if of_batches else batch_size)
+        sizes = {"full_batch": full, "step_size": full * accumulate}
         if steps is not None:
-            order = order or Shuffled(len(dataset), seed, shuffle)
-            order = Endless(order, steps * self.accumulate * world_size * (1 if of_batches else batch_size), of_batches)
+            order = Endless(order or Shuffled(len(dataset), seed, shuffle), steps * full * accumulate, of_batches)
+        # Batches of each rank in a step, no larger than they are meant to be, and as equal as that allows.
+        self.accumulate = -(-self.batch_ranks * accumulate // world_size)
         self.shard: ShuffledShard | BatchShard
         if of_batches:
-            self.shard = BatchShard(order, rank, world_size, drop_last)
+            self.shard = BatchShard(order, rank, world_size, drop_last, **sizes)
         else:
+            own = -(-full * accumulate // (self.accumulate * world_size))
             self.shard = ShuffledShard(
-                len(dataset), seed, rank, world_size, batch_size, shuffle=shuffle, drop_last=drop_last, source=order
+                len(dataset), seed, rank, world_size, own, shuffle=shuffle, drop_last=drop_last, source=order, **sizes
             )
         self.loader = batch_loader(dataset, seed, self.shard, options)
         self.may_leave_out: bool = self.batches.may_leave_out  # samples, so that ranks must count what they have
-        self._counts: list[tuple[torch.Tensor, Any]] = []  # of this step's batches, each with its sum over ranks
+        self._counts: list[_Count] = []  # of this step's batches, each with its sum over ranks
 
     @property
     def batches(self) -> SeededBatches:
@@ -126,16 +133,18 @@ class TrainLoader:
     def global_batch(self) -> int:
         """Samples per optimizer step, over all ranks; without a batch sampler."""
         assert isinstance(self.shard, ShuffledShard)
-        return self.shard.global_batch * self.accumulate
+        return self.shard.step_size
 
     @property
     def step_size(self) -> str:
         """What an optimizer step works on: samples or batches, ranks, accumulation."""
         shard = self.shard
         world = f"{shard.world_size} rank(s)" + (f" x {self.accumulate} accumulated" if self.accumulate > 1 else "")
+        held = "" if shard.world_size == self.batch_ranks else f", as on the {self.batch_ranks} that it began with"
         if isinstance(shard, BatchShard):
-            return f"{shard.world_size * self.accumulate} batches of the sampler, {world}"
-        return f"{self.global_batch} = {shard.batch_size} x {world}"
+            return f"{shard.step_size} batches of the sampler, {world}{held}"
+        exact = shard.step_size == shard.global_batch * self.accumulate
+        return f"{self.global_batch} = {'' if exact else 'up to '}{shard.batch_size} x {world}{held}"
 
     @property
     def described(self) -> str:
@@ -148,21 +157,37 @@ class TrainLoader:
 
     def steps(self, start: int = 0) -> int:
         """Optimizer steps from a position to the end of the epoch."""
-        return -(-self.shard.batches(start) // self.accumulate)
+        return self.shard.steps(start)
 
     def steps_done(self, position: int) -> int:
         """Optimizer steps from the epoch's beginning to a position."""
-        if isinstance(self.shard, BatchShard):
-            return -(-self.shard.number(position) // (self.shard.world_size * self.accumulate))
-        return -(-position // self.global_batch)
+        return self.shard.steps_done(position)
 
-    def shard_as(self, rank: int, world_size: int, batch_size: int, order: int) -> ShuffledShard | BatchShard:
-        """What another rank has of the data, in a training with other ranks than this one's."""
+    def shard_as(self, state: Mapping[str, Any], rank: int) -> ShuffledShard | BatchShard:
+        """What a rank has of the data, in a start with other ranks than this one's, of which `shard_state` is known."""
         shard, source = self.shard, self.shard.source
+        world_size, batch_size = state["world_size"], state["batch_size"]
+        full = state.get("full_batch") or world_size * max(
+            1, batch_size
+        )  # states of before have none: all ranks' batch
         if isinstance(source, Endless):
-            steps = source.length // (shard.world_size * max(1, shard.batch_size))
-            source = replace(source, length=steps * world_size * max(1, batch_size))
-        return replace(shard, rank=rank, world_size=world_size, batch_size=batch_size, order=order, source=source)
+            source = replace(source, length=source.length // shard.full_batch * full)
+        sizes = {"full_batch": full, "step_size": state.get("step_size") or full, "order": state.get("order", 1)}
+        return replace(shard, rank=rank, world_size=world_size, batch_size=batch_size, source=source, **sizes)
+
+    def shard_state(self) -> dict[str, int]:
+        """What `shard_as` has to know of this start."""
+        names = ("world_size", "batch_size", "full_batch", "step_size")
+        return {"accumulate": self.accumulate} | {name: getattr(self.shard, name) for name in names}
+
+    def steps_with(self, world_size: int, batch_size: int) -> int:
+        """Optimizer steps of an epoch of a training that is meant for so many ranks, with a batch of samples each."""
+        shard = self.shard
+        if isinstance(shard.source, Endless):
+            return shard.steps(0)
+        full = world_size * batch_size
+        step = full * (shard.step_size // shard.full_batch)
+        return replace(shard, world_size=world_size, batch_size=batch_size, full_batch=full, step_size=step).steps(0)
 
     def begin(self, epoch: int, start: int = 0, order: int = ORDER) -> int:
         """Choose what `epoch` gives: an epoch from a position on, in an order of that version; returns its end."""
@@ -225,13 +250,16 @@ class TrainLoader:
         kept = self._kept(self._counts)
         return LeftOut(step_samples - kept, sum(int(sums[1]) for sums, _ in self._counts))
 
-    def _sum_started(self, micro: MicroBatch) -> tuple[torch.Tensor, Any]:
+    def _sum_started(self, micro: MicroBatch) -> _Count:
         """Samples and empty batches of all ranks, once the work beside them is done."""
         was_dealt = self.shard.own_samples(micro.start, micro.end) > 0
-        sums = torch.tensor([micro.samples, int(was_dealt and not micro.samples)])
-        return sums, dist.all_reduce(sums, async_op=True) if self.shard.world_size > 1 else None
+        own = [micro.samples, int(was_dealt and not micro.samples)]
+        if self.shard.world_size == 1:
+            return own, None
+        sums = torch.tensor(own)
+        return sums, by_node.all_reduce(sums, async_op=True)
 
-    def _kept(self, counts: list[tuple[torch.Tensor, Any]]) -> int:
+    def _kept(self, counts: list[_Count]) -> int:
         for _, work in counts:
             if work is not None:
                 work.wait()
@@ -310,7 +338,7 @@ def first_batch(loaders: Loaders) -> Any:
     raise ValueError("there are no data")
 
 
-def get_train_loaders(
+def get_train_loaders(  # noqa: PLR0913
     config: ConfigDict,
     rank: int,
     world_size: int,
@@ -318,14 +346,18 @@ def get_train_loaders(
     pin_memory: bool = False,
     accumulate: int = 1,
     phases: Collection[str] = PHASES,
+    batch_ranks: int = 0,
 ) -> Loaders:
     """Build the dataset and the loader of every phase under `loaders`, or of some of them.
+
+    `batch_ranks` is the number of ranks whose batches a step has, where the training began with others than these.
 
     Raises:
         ConfigError: The batch size does not fit the ranks, or a dataset is empty or has no length.
     """
     if world_size > 1:
         fork_when_native_threads_are_idle()
+    batch_ranks = batch_ranks or world_size
     train: TrainLoader | None = None
     sets: dict[str, BatchLoader] = {}
     described = calls(config)
@@ -333,7 +365,7 @@ def get_train_loaders(
     for name in (name for phase in PHASES if phase in phases for name in set_names(described, phase)):
         options = build(config, f"loaders.{name}.loader")
         path = described[f"loaders.{name}.loader"].path
-        batch_size = _batch_size(config, path, options, world_size)
+        batch_size = _batch_size(config, path, options, batch_ranks)
         if options["pin_memory"] is None:
             options["pin_memory"] = pin_memory
         phase = name.partition("/")[0]
@@ -346,12 +378,13 @@ def get_train_loaders(
         limit = _limit(config, phase)
         if name == "train":
             # Overfitting takes the dataset's own order, in place of any sampler's.
-            options |= {"accumulate": accumulate} | ({"shuffle": False} if overfits else _sampling(config, dataset))
+            options |= {"accumulate": accumulate, "batch_ranks": batch_ranks}
+            options |= {"shuffle": False} if overfits else _sampling(config, dataset)
             train = _train_loader(config, dataset, seed, rank, world_size, batch_size, options=options)
             if limit is not None:
                 train.shard.limit(limit)
             continue
-        size = len(dataset) if limit is None else limited(len(dataset), batch_size * world_size, limit)
+        size = len(dataset) if limit is None else limited(len(dataset), batch_size * batch_ranks, limit)
         shard = EvaluationShard(size, rank, world_size, batch_size)
         sets[name] = batch_loader(dataset, seed, shard, options)
         if train is not None and name.startswith("val"):
@@ -407,7 +440,7 @@ def _train_loader(config: ConfigDict, dataset: Any, *layout: int, options: dict[
         what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise refused(config, (*path, key), what) from error
     if not steps:
-        of = f"a batch of all ranks has {loader.shard.batch_size * loader.shard.world_size}"
+        of = f"a batch of all ranks has {loader.shard.full_batch}"
         of = "each rank needs a batch" if key == "batch_sampler" else of
         text = f"drop_last leaves no batch: {loader.shard.samples} samples, and {of}"
         raise refused(config, path, text)

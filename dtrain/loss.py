@@ -66,7 +66,8 @@ class Criterion:
         """The value to minimise (a scalar) and its named terms (none for a plain loss)."""
         if self.main_only and not (isinstance(output, torch.Tensor) and isinstance(target, torch.Tensor)):
             output, target = self._pair(output, target)
-        return self._number(self.loss(output, target))
+        value = self.loss(output, target)
+        return (value, {}) if type(value) is torch.Tensor and value.dim() == 0 else self._number(value)
 
     def _number(self, value: Any) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
         """A scalar, or the sum of a dict of scalars, and these."""

@@ -18,6 +18,7 @@ from dtrain.config.errors import ConfigError
 from dtrain.config.metric_rules import CONFUSION
 from dtrain.config.schema import calls, refused
 from dtrain.data import rng
+from dtrain.data.confusion import Batch, family_of, take_in
 from dtrain.data.heads import main_pair, shows_outputs
 from dtrain.data.kept_attributes import KeptAttributes
 from dtrain.data.monai_inputs import Activation, kind_of, monai_inputs
@@ -91,10 +92,14 @@ class Metrics:
         Raises:
             ConfigError: It takes a key to tell which of them a metric compares.
         """
+        batches: dict[str, Batch] = {}  # by the keys that say what of the model's and the data's is compared
         for name, metric in self.prepare().items():
             with _named(name):
-                measured, wanted = self._pair(name, output, target, samples)
-                metric.update(measured, wanted, number, samples)
+                keys = self._settings.get(name, {})
+                compared = repr((keys.get("output_key"), keys.get("target_key")))
+                if compared not in batches:
+                    batches[compared] = Batch(*self._pair(name, output, target, samples))
+                metric.update(batches[compared], number, samples)
 
     def _pair(self, name: str, output: Any, target: Any, samples: int) -> tuple[Any, Any]:
         """What a metric compares."""
@@ -154,17 +159,18 @@ class _Reduced:
     """A torchmetrics.Metric. Its own synchronisation needs data on every rank, which an exact shard cannot promise."""
 
     def __init__(self, metric: Any) -> None:
-        self.metric = metric
+        self.metric, self.family = metric, family_of(metric)
         self.wants_labels = type(metric).__module__.startswith("torchmetrics.classification.")
 
     def reset(self) -> None:
         self.metric.reset()
 
-    def update(self, output: Any, target: Any, number: int, samples: int) -> None:
-        if self.wants_labels and isinstance(target, torch.Tensor) and target.is_floating_point():
-            labels = target.long()  # such as binary cross entropy has them as numbers
-            target = labels if torch.equal(labels.to(target.dtype), target) else target
-        self.metric.update(output, target)
+    def update(self, batch: Batch, number: int, samples: int) -> None:
+        confusion = batch.confusion(self.family) if self.family else None
+        if self.family and confusion is not None and confusion.device.type == self.metric.device.type:
+            take_in(self.metric, self.family, confusion)
+        else:
+            self.metric.update(batch.output, batch.labels() if self.wants_labels else batch.target)
 
     def compute(self, ranks: Ranks) -> Any:
         if ranks.world_size > 1:
@@ -174,18 +180,41 @@ class _Reduced:
     def _reduce(self, ranks: Ranks) -> None:
         """Put the states of all ranks together on the main rank, by the reductions that the metric declares."""
         metrics = _torchmetrics_in(self.metric)
-        of_ranks = ranks.gather([(metric._update_count, _moved(metric.metric_state, "cpu")) for metric in metrics])
+        summed = [_summed_counts(metric, ranks) if ranks.has_several_nodes else {} for metric in metrics]
+        own = []
+        for metric, counts in zip(metrics, summed, strict=True):
+            left = {name: state for name, state in metric.metric_state.items() if name not in counts}
+            own.append((metric._update_count, _moved(left, "cpu")))
+        of_ranks = ranks.gather(own)
         if of_ranks is None:
             return
-        for metric, counted_states in zip(metrics, zip(*of_ranks, strict=True), strict=True):
+        for metric, counts, counted_states in zip(metrics, summed, zip(*of_ranks, strict=True), strict=True):
             states = [state for updates, state in counted_states if updates]
             for name, reduction in metric._reductions.items() if states else ():
+                if name in counts:
+                    setattr(metric, name, counts[name].to(metric.device))
+                    continue
                 values = [_moved(state[name], metric.device) for state in states]
                 if isinstance(values[0], list):
                     setattr(metric, name, [item for value in values for item in value])
                 else:
                     stacked = torch.stack(values)
                     setattr(metric, name, stacked if reduction is None else reduction(stacked))
+
+
+def _summed_counts(metric: Any, ranks: Ranks) -> dict[str, torch.Tensor]:
+    """Counts that a metric adds up, added up over the ranks: exact in any order, and nobody needs those of each rank.
+
+    A confusion matrix of 1,000 classes has 8 MB, which from each of thousands of ranks would be more than a node has.
+    """
+    from torchmetrics.utilities.data import dim_zero_sum
+
+    counts = {}
+    for name, state in metric.metric_state.items():
+        if metric._reductions[name] is dim_zero_sum and isinstance(state, torch.Tensor) and state.dtype == torch.int64:
+            own = state.detach().to("cpu", copy=True)
+            counts[name] = ranks.sum_(own if metric._update_count else own.zero_())
+    return counts
 
 
 class _Replayed:
@@ -202,8 +231,8 @@ class _Replayed:
         self.metric.reset()
         self.batches = []
 
-    def update(self, output: Any, target: Any, number: int, samples: int) -> None:
-        output, target = _moved(output, "cpu"), _moved(target, "cpu")
+    def update(self, batch: Batch, number: int, samples: int) -> None:
+        output, target = _moved(batch.output, "cpu"), _moved(batch.target, "cpu")
         if self.at_once:
             self.metric.update(output, target)
         else:
@@ -232,9 +261,9 @@ class _OfMonai:
         self.metric.reset()
         self.values = []
 
-    def update(self, output: Any, target: Any, number: int, samples: int) -> None:
+    def update(self, batch: Batch, number: int, samples: int) -> None:
         ignore_index = getattr(self.metric, "ignore_index", None)
-        made = self.metric(*monai_inputs(self.kind, output, target, self.activation, ignore_index))
+        made = self.metric(*monai_inputs(self.kind, batch.output, batch.target, self.activation, ignore_index))
         self.metric.reset()
         self.values.append((number, _moved(made, "cpu")))
 
@@ -265,8 +294,8 @@ class _Averaged:
     def reset(self) -> None:
         self.values = []
 
-    def update(self, output: Any, target: Any, number: int, samples: int) -> None:
-        value = self.metric(output, target)
+    def update(self, batch: Batch, number: int, samples: int) -> None:
+        value = self.metric(batch.output, batch.target)
         self.values.append((number, samples, value.detach() if isinstance(value, torch.Tensor) else value))
 
     def compute(self, ranks: Ranks) -> Any:

@@ -89,7 +89,10 @@ class Forward:
         if self._computes_loss and self._takes_whole(model, batch):
             whole = batches.whole(batch)
             return self._with_own_loss(model, batches.in_channels_last(whole) if self.channels_last else whole)
-        inputs, target = batches.split(batch, self.input_key, self.target_key)
+        if type(batch) is list and len(batch) == 2:  # what torch's default_collate makes of pairs
+            inputs, target = batch
+        else:
+            inputs, target = batches.split(batch, self.input_key, self.target_key)
         if self.channels_last:
             inputs = batches.in_channels_last(inputs)
         if self._form is None:

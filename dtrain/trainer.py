@@ -27,18 +27,22 @@ from dtrain.config.metric_rules import not_given
 from dtrain.data import rng
 from dtrain.data.batch import to_device
 from dtrain.data.samplers import ORDER
+from dtrain.data.shared_memory import too_little_for
 from dtrain.dataloader import MicroBatch
 from dtrain.distributed.environment import cores, environment
 from dtrain.distributed.launched_rank import mark_first_step
+from dtrain.distributed.side_stream import mover
 from dtrain.distributed.stop_request import StopWaiting
 from dtrain.distributed.vote import Vote
 from dtrain.predict.inference import Result
 from dtrain.predict.members import load_to_test
 from dtrain.predict.run import compare_with_training, logits, predict
 from dtrain.reporting.metric_tables import draw_tables, keep_tables, tell_tables
+from dtrain.reporting.validation_pictures import Album
 from dtrain.tracking.secrets import keep_secret
 from dtrain.training.advice import Advisor
 from dtrain.training.anomaly import detecting_anomalies
+from dtrain.training.bad_node import note_nodes_of
 from dtrain.training.best_score import is_new_best, judge_patience
 from dtrain.training.closure import Closure, asks_for_closure
 from dtrain.training.ema import EMA
@@ -50,16 +54,20 @@ from dtrain.training.gpu_memory import peak_gb
 from dtrain.training.held_folder import keep_whole
 from dtrain.training.model_signature import signature_of
 from dtrain.training.optimizer import require_one_optimizer, require_trained
+from dtrain.training.optimizer_step import drop_gradients
 from dtrain.training.own_step import OwnStep, trained
 from dtrain.training.profile import Profiler
 from dtrain.training.rescue import LastStep, rescue
 from dtrain.training.result import FitResult, fit_result
 from dtrain.training.run_status import session
+from dtrain.training.saving import check_saving
 from dtrain.training.setup import Parts, make_parts
+from dtrain.training.slow_clock import cause_in_clock
+from dtrain.training.spare_state import distrusted_after_error, keep, require_space
 from dtrain.training.state import Activity, TrainState, capture, means, restore
 from dtrain.training.step_clock import clock_of
 from dtrain.training.swa import SWA
-from dtrain.training.throughput import Throughput
+from dtrain.training.throughput import Throughput, meets_in_forward
 from dtrain.training.watchdog import watchdog
 
 _tensor = functools.lru_cache(torch.tensor)  # of a batch's weight, of which there are few different ones
@@ -111,6 +119,8 @@ def create_trainer(  # noqa: PLR0913
     rng.seed_all(parts.seed, 1 + parts.ranks.rank)
     if parts.start.checkpoint is not None and purpose == "train":
         trainer.resume(parts.loaded)
+        if parts.start.kept is None:  # else it is written when the training begins
+            parts.loaded = None
     return trainer
 
 
@@ -123,6 +133,8 @@ class Trainer:
         max_steps: Optimizer steps; with max_epochs, whichever comes first.
         steps_per_epoch: Optimizer steps of an epoch, over an endless order. Default: once through the data.
         checkpoint_dir: The run folder. Default: runs/<experiment>.
+        mirror_to: Where a process of its own copies the run folder: s3://bucket/name, gs://bucket/name, a folder.
+        mirror_exit_timeout_seconds: At the end, how long the mirror is waited for at most.
         resume: auto | last | none | a checkpoint | a run folder | an MLflow run id.
         pre_trained: A checkpoint or weight file to start a new training from; or a mapping, to fit it to the model.
         monitor: The figure that 'best' means. Default: the first metric of the validation's first set, else its loss.
@@ -137,6 +149,8 @@ class Trainer:
         validate_every_steps: Default: at each epoch's end.
         checkpoint_every_steps: Besides the checkpoints after each validation and epoch.
         checkpoint_every_minutes: The same by the clock.
+        spare_memory_every_steps: Keep the newest state in the nodes' memory so often; the next start resumes from it.
+        spare_memory_dir: A folder in memory, on each node, for that. Default: /dev/shm.
         keep_last: Newest checkpoints to keep.
         keep_best: Best checkpoints to keep besides.
         on_nonfinite: stop | skip, when a loss or gradient on any rank is NaN or infinite.
@@ -178,6 +192,8 @@ class Trainer:
         max_steps: int | None = None,
         steps_per_epoch: int | None = None,
         checkpoint_dir: str | None = None,
+        mirror_to: str | None = None,
+        mirror_exit_timeout_seconds: float = 25.0,
         resume: str = "auto",
         pre_trained: str | dict | None = None,
         monitor: str | None = None,
@@ -191,6 +207,8 @@ class Trainer:
         validate_every_steps: int | None = None,
         checkpoint_every_steps: int | None = None,
         checkpoint_every_minutes: float | None = None,
+        spare_memory_every_steps: int | None = None,
+        spare_memory_dir: str | None = None,
         keep_last: int = 2,
         keep_best: int = 1,
         on_nonfinite: Literal["stop", "skip"] = "stop",
@@ -249,15 +267,19 @@ class Trainer:
         self.device = self.ranks.device
         clock = clock_of(self.device)
         self.state, self.activity = TrainState(self.device), Activity(clock=clock)
-        self.forward.to_device = self._to_device
+        self._move, self.forward.to_device = mover(to_device, self.device), self._to_device
         self.inference = replace(parts.inference, asked_to_stop=self.asked_to_stop)
         self.vote = Vote(self.ranks)
-        self.throughput = Throughput(self.ranks.rank, self.ranks.world_size, clock)
+        meets = meets_in_forward(self.module, self.ranks.strategy.is_sharded)
+        self.throughput = Throughput(self.ranks.rank, self.ranks.world_size, clock, meets)
+        self.ranks.strategy.clock = clock
         self._is_first_step = True  # of this start
 
     def _make_means(self, accumulate: int, closure: bool | None, syncs_buffers: bool) -> None:
         """What the loop does its steps with."""
-        self.last_step = LastStep(self.state, keeps_sums=accumulate > 1)
+        # A start with fewer ranks than the training began with has more batches in a step than `accumulate` says.
+        batches = self.train_loader.accumulate if self.train_loader else accumulate
+        self.last_step = LastStep(self.state, keeps_sums=batches > 1)
         self._collect_parameters(syncs_buffers)
         self.finite_step = FiniteStep(
             self.optimizer, self.scaler, self.state, self.on_nonfinite, self.progress.note, self.ranks
@@ -281,6 +303,9 @@ class Trainer:
         self._parameters = of_model + self._loss_parameters
         # Of a sharded model, shards and the loss's own cannot be scaled in one call.
         self._to_clip = [of_model, self._loss_parameters] if self._loss_parameters else [of_model]
+        self._wants_norm = self.logs_grad_norm or self.scaler is not None
+        self._is_on_cpu = self.device.type == "cpu"
+        self._any_norm = torch.zeros((), device=self.device)  # of gradients that are finite, where nobody asks for it
 
     @property
     def step(self) -> int:
@@ -317,7 +342,10 @@ class Trainer:
             raise ConfigError(start.busy)
         if start.finished:
             self.progress.note(start.finished)
+            self.progress.ended(run_folder=str(start.folder), reason=start.finished)
             self.journal.deliver_later(start.folder)
+            if self.parts.mirror:
+                self.parts.mirror.send_later(start.folder)
             return self._reached("FINISHED")
         evidence = Evidence(self.parts, self.activity, self.state, self.last_step)
         with (
@@ -422,9 +450,12 @@ class Trainer:
 
     def backward(self, loss: Tensor, terms: Mapping[str, Tensor], micro: MicroBatch) -> None:
         """Gradients of the mean over all ranks' samples of this step. Called on every rank after `training_step`."""
-        value = loss.detach()
-        # 0 * loss is NaN for a loss that is not finite; so then are its gradients, which every rank gets to see.
-        seed = torch.add(_tensor(micro.weight, dtype=value.dtype, device=self.device), value, alpha=0)
+        # A number on the CPU; of one on a device the host would have to wait for it.
+        value, seed = loss.item() if self._is_on_cpu else loss.detach(), None
+        if micro.weight != 1 or not (self._is_on_cpu and math.isfinite(value)):
+            # 0 * loss is NaN for a loss that is not finite; so then are its gradients, which every rank gets to see.
+            weight = _tensor(micro.weight, dtype=loss.dtype, device=self.device)
+            seed = torch.add(weight, loss.detach(), alpha=0)
         (self.scaler.scale(loss) if self.scaler else loss).backward(seed)
         self.state.add("loss", value, micro.samples)
         for name, term in terms.items():
@@ -508,7 +539,7 @@ class Trainer:
         if self.train_loader.may_leave_out:  # the mean is over the samples that are left
             step_samples = self.own.micro.step_samples  # type: ignore[union-attr]
             factor = step_samples / max(1, step_samples - self.train_loader.left_out(step_samples).samples)
-        self.own.prepare([item.grad for item in self._parameters if item.grad is not None], factor)
+        self.own.prepare(self._gradients(), factor)
         self.finite_step.part = name
         with self.activity.during("optimizer step"):
             self.optimizer_step()
@@ -546,8 +577,7 @@ class Trainer:
             text += "" if kept else ": the weights stay as they are"
             self.progress.note(f"warning: {text}; further ones are counted (left_out_samples, skipped_batches)")
         if kept and not self.own.is_taken:
-            gradients = [item.grad for item in self._parameters if item.grad is not None]
-            torch._foreach_mul_(gradients, step_samples / kept)
+            torch._foreach_mul_(self._gradients(), step_samples / kept)
         return kept > 0
 
     def optimizer_step(self) -> None:
@@ -557,14 +587,19 @@ class Trainer:
         """
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
-        self.state.grad_norm = norm = self._clipped()
+        norm = self._any_norm
+        if self._wants_norm or not self.ranks.strategy.are_finite(self._gradients()):
+            self.state.grad_norm = norm = self._clipped()
         with self.schedule.rate_of(self.state.step) as self.state.rate:
             self.finite_step.take(norm)
-        self.optimizer.zero_grad()
+        drop_gradients(self.optimizer)
+
+    def _gradients(self) -> list[Tensor]:
+        return [item.grad for item in self._parameters if item.grad is not None]
 
     def _clipped(self) -> Tensor:
         """Clip the gradients; their norm before."""
-        norm = self.ranks.strategy.total_norm([item.grad for item in self._parameters if item.grad is not None])
+        norm = self.ranks.strategy.total_norm(self._gradients())
         if self.clip_grad_norm is not None:
             for parameters in self._to_clip:
                 clip_grads_with_norm_(parameters, self.clip_grad_norm, norm)
@@ -577,6 +612,7 @@ class Trainer:
             position: Samples of the epoch that are done with this step, by all ranks together.
         """
         state, samples = self.state, position - self.state.position - self.state.step_left_out
+        keeps = self.parts.spare is not None and self.parts.spare.is_due(state.step + 1)
         state.samples += samples
         self.throughput.step_done(samples)
         state.step, state.position = state.step + 1, position
@@ -593,9 +629,11 @@ class Trainer:
         self.schedule.tick("step")
         if validates:
             self.validate()
-        stop, save = self.vote.cast(bool(self.stop_request), self.saver.is_due)
+        stop, save = self.vote.cast(self.stop_request.reason != "", self.saver.is_due)
         if save or validates or state.step % self.checkpoint_every_steps == 0:
             self.save()
+        if keeps:
+            self.keep_in_memory()
         if stop:
             self.stop()
         if self.profiler:
@@ -738,13 +776,23 @@ class Trainer:
             return
         folder = self.parts.start.folder
         keep_tables(self.metrics.tables, kind, folder, self.journal)
-        if any(pictures.settings for pictures in self.parts.pictures.values()):
-            draw_tables(self.metrics.tables, kind, self.step, folder, self.journal)
+        of_val, drawers = kind.startswith("val"), self.parts.pictures.values()
+        if drawer := next((each for each in drawers if (each.is_drawn if of_val else each.settings)), None):
+            with drawer.time.spent_by_loop():
+                draw_tables(self.metrics.tables, kind, self.step, folder, self.journal)
+
+    def _album(self, name: str) -> Album | None:
+        """The pictures of one set of a validation; None where there are none, or not of this one."""
+        if (pictures := self.parts.pictures.get(name)) is None:
+            return None
+        is_within_epoch = self.validate_every_steps < math.inf and self.train_loader.steps(self.position)
+        epochs = self.epoch if is_within_epoch else self.epoch + 1
+        is_last = self.step >= self.max_steps or epochs >= self.max_epochs
+        return pictures.album(self.step, self.journal, self.progress.note, is_last)
 
     def _evaluate_set(self, name: str, loader: Any, module: torch.nn.Module) -> dict[str, float] | None:
         """Loss and metrics over one set; None where a request to stop came meanwhile."""
-        pictures, stop = self.parts.pictures.get(name), self.asked_to_stop
-        album = pictures.album(self.step, self.journal, self.progress.note) if pictures else None
+        album, stop = self._album(name), self.asked_to_stop
         counted = loader.counted()
         # With shards all ranks wait.
         batches = counted if self.ranks.strategy.is_sharded else self.stop_request.waiting(counted)
@@ -758,13 +806,13 @@ class Trainer:
 
     def _evaluate_volumes(self, name: str, loader: Any, module: torch.nn.Module) -> dict[str, float] | None:
         """Metrics over whole volumes, of a validation the loss as well."""
-        is_val, pictures = name.startswith("val"), self.parts.pictures.get(name)
+        is_val, album = name.startswith("val"), self._album(name)
         inference = self.inference.of_training(module, name) if is_val else self.inference
         if is_val and self._shares_loss:
             self.ranks.agree_on_buffers(self.trainables.loss)  # type: ignore[arg-type]
         # Without patches it would draw what the model makes of an item, which is a whole volume.
-        draws = pictures is not None and getattr(loader.dataset.dataset, "patch_shape", None) is not None
-        album = pictures.album(self.step, self.journal, self.progress.note) if pictures and draws else None
+        if getattr(loader.dataset.dataset, "patch_shape", None) is None:
+            album = None
         with self.trainables.evaluating(module):
             rest = (self.metrics, self.ranks, self.asked_to_stop, self.forward if is_val else None, album)
             return evaluate_volumes(module, logits(inference, loader), *rest)
@@ -839,10 +887,13 @@ class Trainer:
         """The means over all samples since the last point, and where the time went."""
         sums = self.state.sums
         peaks = peak_gb(self.ranks)
-        own = torch.tensor([*self.throughput.row(), *peaks], dtype=sums["loss"].dtype, device=self.device)
-        values = self.ranks.sum_(torch.cat([torch.stack(list(sums.values())), own])).tolist()
+        own = torch.tensor([*self.throughput.row(), *peaks], dtype=torch.float64)
+        stacked = self.state.stacked_sums
+        values = self.ranks.sum_(torch.cat([stacked, own.to(stacked)])).tolist()
         if slow := self.throughput.judge(values[len(sums) :]):
-            self.progress.note(f"warning: {slow}")
+            self.progress.note(f"warning: {slow}{cause_in_clock(self.ranks, self.throughput.slow_rank)}")
+        if (rank := self.throughput.always_slow) is not None and self.ranks.is_main:
+            note_nodes_of(self.ranks, self.parts.start.folder, [rank], f"slow: rank {rank}, step {self.state.step}")
         memory = {"gpu_memory_gb": max(values[-len(peaks) :])} if peaks else {}
         trained = means(dict(zip(sums, values, strict=False)), self.state.samples - self.state.unsummed)
         return memory | trained, self.throughput.figures(values[len(sums) :])
@@ -851,7 +902,7 @@ class Trainer:
         """Save all that the training is, unless nothing happened since the last time. All ranks call it.
 
         Raises:
-            RuntimeError: The ranks' weights are no longer the same.
+            DriftError: The ranks' weights are no longer the same.
         """
         state, saver = self.state, self.saver
         keep_whole(self.parts)
@@ -859,23 +910,29 @@ class Trainer:
             return
         with self.activity.during("logging"):
             self.finite_step.judge()
-        with self.activity.during("saving"):
+        with self.activity.during("saving"), distrusted_after_error(self.parts):
             self.ranks.agree_on_buffers(self.trainables.all)
             captured = capture(state, self.trainables, self.ranks, self.parts.seed)
-            if self.ranks.is_main:
+            if self.ranks.is_main or saver.writers is not None:
                 saver.save(state.place, *captured, state.newest_score)
             else:
                 saver.mark_saved(state.place)
 
+    def keep_in_memory(self) -> None:
+        """Keep all that the training is in the nodes' memory, where the next start finds it. All ranks call it."""
+        with self.activity.during("logging"):
+            self.finite_step.judge()
+        with self.activity.during("saving"):
+            keep(self.parts, self.state)
+
     def _check_that_it_can_be_saved(self) -> None:
         """A full disk, or a state that could not be loaded again, should show now rather than after the first epoch."""
         with self.activity.during("saving"):
-            values, weights, ema, others = capture(self.state, self.trainables, self.ranks, self.parts.seed)
-            if self.ranks.is_main:
-                self.saver.checkpoints.check(weights, values, ema=ema, others=others)
+            check_saving(self.parts, self.state)
+            require_space(self.parts)
 
     def resume(self, loaded: Loaded | None) -> None:
-        """Resume from a checkpoint, which only the main rank has read (None elsewhere). All ranks call it."""
+        """Resume from a checkpoint, which only the main rank has looked into (None elsewhere). All ranks call it."""
         restore(loaded, self.state, self.trainables, self.ranks, self.parts.seed)
         if self.state.order != ORDER:
             self.progress.note("this epoch ends in the order of the version of dtrain that began it")
@@ -913,9 +970,9 @@ class Trainer:
     def _to_device(self, batch: Any, device: torch.device) -> Any:
         """A batch moved there; in a step that has a time of its own."""
         if self.activity.phase != "forward":
-            return to_device(batch, device)
+            return self._move(batch, device)
         self.activity.enter("transfer")
-        batch = to_device(batch, device)
+        batch = self._move(batch, device)
         self.activity.enter("forward")
         return batch
 
@@ -928,8 +985,14 @@ class Trainer:
         self._is_first_step = False
         require_trained(self.optimizers.values(), self.module, self.trainables.loss_now)
         mark_first_step()
+        batch, ranks_here = self.own.micro and self.own.micro.batch, environment().local_world_size
+        if self.ranks.is_main and (text := too_little_for(batch, self.train_loader.loader, ranks_here)):
+            self.progress.note(f"warning: {text}")
         with self.throughput.paused(), self.activity.during("making the metrics"):
+            self.progress.waits_for("making the metrics")
             self.metrics.prepare()
+            self.progress.waits_for("")
+            gc.unfreeze()  # what was imported
             gc.collect()
             gc.freeze()  # what is there by now stays; looking through it for garbage would cost some steps 5 %
 

@@ -16,6 +16,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ import torch
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 TIMEOUT_SECONDS = 240.0
+WATCHED_AT_ONCE = 3  # trainings of one check
+BALLAST = {"cuda": 20_000_000, "cpu": 100_000}  # parameters, so that a checkpoint's copy takes longer than a step
 sys.path.insert(0, str(ROOT))  # dtrain need not be installed
 
 
@@ -39,6 +42,7 @@ class Training:
     folder: Path
     rc: int
     output: str
+    checkpoint: str = "last"
 
     @property
     def losses(self) -> list[float]:
@@ -49,10 +53,10 @@ class Training:
 
     @property
     def last(self) -> Any:
-        """The newest checkpoint, loaded."""
+        """The newest checkpoint, or the one that is named, loaded."""
         from dtrain.checkpoint.checkpoint_files import load
 
-        return load(self.folder / "run" / "checkpoints" / "last")
+        return load(self.folder / "run" / "checkpoints" / self.checkpoint)
 
 
 class Bench:
@@ -271,12 +275,16 @@ WATCHED = {
 def no_waiting(bench: Bench) -> str:
     """Between log steps the host never waits for the device (torch.cuda.set_sync_debug_mode("error"))."""
     needs_gpus(bench)
-    failed = []
-    for name, options in WATCHED.items():
+
+    def watched(name: str) -> str:
         try:
-            bench.train(name, "model.watch_every_steps=5", *options)
+            bench.train(name, "model.watch_every_steps=5", *WATCHED[name])
         except AssertionError as error:
-            failed.append(f"{name}: {error}")
+            return f"{name}: {error}"
+        return ""
+
+    with ThreadPoolExecutor(WATCHED_AT_ONCE) as pool:
+        failed = [*filter(None, pool.map(watched, WATCHED))]
     if failed:
         raise AssertionError("; ".join(failed))
     return ", ".join(WATCHED)
@@ -367,6 +375,43 @@ def memory_figure(bench: Bench) -> str:
     return f"{len(peaks)} figures, {max(peaks):.4f} GB at most"
 
 
+def copied_beside(bench: Bench) -> str:
+    """Checkpoints are copied while the next steps change the weights: they hold their own step's, bit for bit."""
+    model = f"model={{name: Large, ballast: {BALLAST[bench.device]}}}"
+    options = ("trainer.deterministic=true", model, "trainer.keep_last=4")
+    whole = bench.train("whole", *options, "trainer.max_steps=8", "trainer.checkpoint_every_steps=1")
+    short = bench.train("short", *options, "trainer.max_steps=6")
+    within = Training(whole.folder, 0, "", checkpoint="step-00000006")
+    differing = [key for key in ("exp_avg", "exp_avg_sq") for number, state in _moments(within).items()
+                 if not torch.equal(state[key], _moments(short)[number][key])]  # fmt: skip
+    if differing:
+        raise AssertionError(f"the optimizer's state differs: {', '.join(sorted(set(differing)))}")
+    return same(within, short)
+
+
+def _moments(training: Training) -> Any:
+    return training.last.state["optimizer"]["state"]
+
+
+def batches_ahead(bench: Bench) -> str:
+    """Batches that a side stream brings from pinned memory: bit for bit the weights of those from ordinary memory."""
+    options = ("trainer.deterministic=true", "loaders.num_workers=2")
+    plain = bench.train("plain", *options, "loaders.pin_memory=false")
+    return same(plain, bench.train("pinned", *options, f"loaders.pin_memory={str(bench.device == 'cuda').lower()}"))
+
+
+def fused_by_default(bench: Bench) -> str:
+    """The optimizer has torch's fused kernels, unless the config says otherwise; the table before the steps says so."""
+    needs_gpus(bench)
+    said = "torch's fused kernels"
+    found = {name: said in bench.train(name, *options).output for name, options in {
+        "default": (), "fused": ("optimizer.fused=false",), "foreach": ("optimizer.foreach=true",),
+    }.items()}  # fmt: skip
+    if found != {"default": True, "fused": False, "foreach": False}:
+        raise AssertionError(f"fused kernels: {found}")
+    return "AdamW; not with fused: false, nor with foreach: true"
+
+
 def launch(bench: Bench) -> str:
     """dtrain launch: its rank is killed, started again and goes on from the last checkpoint, bit for bit."""
     options = ("trainer.deterministic=true", "trainer.checkpoint_every_steps=5", "--nproc-per-node=1")
@@ -411,21 +456,27 @@ CHECKS: dict[str, Callable[[Bench], str]] = {
     "memory-formats": memory_formats,
     "activations-again": activations_again,
     "memory-figure": memory_figure,
+    "copied-beside": copied_beside,
+    "batches-ahead": batches_ahead,
+    "fused-by-default": fused_by_default,
     "launch": launch,
     "doctor": doctor,
 }
 
 
-def judged(name: str, bench: Bench) -> tuple[str, str]:
-    """A check's verdict and what it says."""
+def judged(name: str, folder: Path, device: str) -> tuple[str, str]:
+    """A check's verdict, and what it says, with the time that it took."""
+    began = time.monotonic()
     try:
-        return "ok", CHECKS[name](bench)
+        verdict, said = "ok", CHECKS[name](Bench(folder / name, device))
     except SkipError as error:
         return "skip", str(error)
     except subprocess.TimeoutExpired as error:
-        return "FAIL", f"still running after {error.timeout:g} s"
+        verdict, said = "FAIL", f"still running after {error.timeout:g} s"
     except Exception as error:  # a check that itself breaks is a failed one
-        return "FAIL", f"{error if isinstance(error, AssertionError) else repr(error)} [{CHECKS[name].__doc__}]"
+        said = f"{error if isinstance(error, AssertionError) else repr(error)} [{CHECKS[name].__doc__}]"
+        verdict = "FAIL"
+    return verdict, f"{said} ({time.monotonic() - began:.0f} s)"
 
 
 def machine(device: str) -> str:
@@ -443,6 +494,8 @@ def main() -> int:
     parser.add_argument("checks", nargs="*", metavar="CHECK", help=f"default: all of {', '.join(CHECKS)}")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave the runs there (default: they are deleted)")
+    at_once = max(1, min(6, (os.cpu_count() or 1) // 2))
+    parser.add_argument("--jobs", type=int, default=at_once, help=f"checks side by side (default here: {at_once})")
     options = parser.parse_args()
     if unknown := set(options.checks) - set(CHECKS):
         parser.error(f"no such check: {', '.join(sorted(unknown))}; possible: {', '.join(CHECKS)}")
@@ -450,14 +503,14 @@ def main() -> int:
         print(f"skip everything: torch {torch.__version__} sees no CUDA GPU on this machine")
         return 0
     print(f"dtrain on {machine(options.device)}", flush=True)
-    failed = 0
-    with tempfile.TemporaryDirectory(prefix="gpu-check-") as temporary:
-        for name in options.checks or CHECKS:
-            began = time.monotonic()
-            verdict, detail = judged(name, Bench((options.keep or Path(temporary)) / name, options.device))
+    began, failed, names = time.monotonic(), 0, options.checks or [*CHECKS]
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as temporary, ThreadPoolExecutor(options.jobs) as pool:
+        folder = options.keep or Path(temporary)
+        results = pool.map(lambda name: judged(name, folder, options.device), names)
+        for name, (verdict, said) in zip(names, results, strict=True):
             failed += verdict == "FAIL"
-            seconds = "" if verdict == "skip" else f" ({time.monotonic() - began:.0f} s)"
-            print(f"{verdict} {name}: {' '.join(detail.split())}{seconds}", flush=True)
+            print(f"{verdict} {name}: {' '.join(said.split())}", flush=True)
+    print(f"{len(names)} checks, {options.jobs} at once, {time.monotonic() - began:.0f} s")
     return 1 if failed else 0
 
 

@@ -79,6 +79,17 @@ class Net(nn.Module):
         return step > 2 and step % (self.watch_every_steps or 1) != 0
 
 
+class Large(Net):
+    """The same with further parameters, so that the copy of a checkpoint takes longer than a step."""
+
+    def __init__(self, ballast: int) -> None:
+        super().__init__()
+        self.ballast = nn.Parameter(torch.zeros(ballast))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return super().forward(image) + (self.ballast - 1).square().mean()
+
+
 def accuracy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (output.argmax(1) == target).float().mean()
 

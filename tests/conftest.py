@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from forks import Forked, Forks
 
-pytest_plugins = ["published", "stores", "whole_runs"]  # fixtures that several folders use
+pytest_plugins = ["machines", "published", "stores", "whole_runs"]  # fixtures that several folders use
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TAG = "DTRAIN_TEST_TAG"
@@ -275,9 +275,9 @@ def start_cli(
 
 @pytest.fixture
 def run_cli(start_cli: StartCli) -> RunCli:
-    """`run_cli(args, nproc=1, env=None, timeout=200, cwd=None, launcher=None)`: start_cli to its end; a `Result`."""
+    """`run_cli(args, nproc=1, env=None, timeout=250, cwd=None, launcher=None)`: start_cli to its end; a `Result`."""
 
-    def run(args: Sequence[str | os.PathLike[str]], nproc: int = 1, timeout: float = 120, **more: Any) -> Result:
+    def run(args: Sequence[str | os.PathLike[str]], nproc: int = 1, timeout: float = 250, **more: Any) -> Result:
         return start_cli(args, nproc=nproc, **more).result(timeout)
 
     return run

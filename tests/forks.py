@@ -166,7 +166,6 @@ def stand_in(server: str, words: Sequence[str]) -> int:
 if __name__ == "__main__":
     if sys.argv[1] != "--serve":
         sys.exit(stand_in(sys.argv[1], sys.argv[2:]))
-    import accelerate  # noqa: F401
     import torch._dynamo  # noqa: F401  what optimizers and DDP import when they are first used
     import torchmetrics  # noqa: F401
 

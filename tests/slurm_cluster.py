@@ -196,7 +196,7 @@ class Cluster:
             )  # fmt: skip
         self.daemons.append(daemon)
 
-    def _until(self, what: str, done: Callable[[], bool], seconds: float = 60) -> None:
+    def _until(self, what: str, done: Callable[[], bool], seconds: float = 200) -> None:
         end = time.monotonic() + seconds
         while not done():
             if time.monotonic() > end or any(daemon.poll() is not None for daemon in self.daemons):
@@ -223,7 +223,7 @@ class Cluster:
         words = self.run("scontrol", "-o", "show", "job", number).split()
         return dict(word.partition("=")[::2] for word in words)
 
-    def wait(self, number: str, until: Callable[[dict[str, str]], bool], seconds: float = 120) -> dict[str, str]:
+    def wait(self, number: str, until: Callable[[dict[str, str]], bool], seconds: float = 300) -> dict[str, str]:
         """What SLURM knows of a job as soon as it is as it should be. Asked, not `sbatch --wait`: that looks rarely."""
         end = time.monotonic() + seconds
         while not until(job := self.job(number)):
@@ -231,7 +231,7 @@ class Cluster:
             time.sleep(0.2)
         return job
 
-    def ended(self, number: str, seconds: float = 120) -> dict[str, str]:
+    def ended(self, number: str, seconds: float = 300) -> dict[str, str]:
         return self.wait(number, lambda job: job["JobState"] not in UNDER_WAY, seconds)
 
     def stop(self) -> None:

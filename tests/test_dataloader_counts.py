@@ -111,7 +111,7 @@ class Line(nn.Module):
 
 @pytest.fixture(scope="module")
 def written(place: Place) -> Place:
-    (place.folder / "counted.py").write_text(MODULE)
+    place.write("counted.py", MODULE)
     return place
 
 

@@ -216,7 +216,7 @@ def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[st
     processes = [context.Process(target=rank_main, args=(rank, n, folder)) for n in WORLDS for rank in range(n)]
     for process in processes:
         process.start()
-    end = time.monotonic() + 120
+    end = time.monotonic() + 250
     for process in processes:
         process.join(max(0.0, end - time.monotonic()))
     running = [process for process in processes if process.is_alive()]

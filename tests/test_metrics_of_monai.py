@@ -208,7 +208,7 @@ class Guesses(nn.Module):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_dice_in_a_training(place: Place, ranks: int) -> None:
-    (place.folder / "monai_own.py").write_text(OWN)
+    place.write("monai_own.py", OWN)
     index, grid = np.arange(11)[:, None, None], np.arange(16).reshape(4, 4)
     truth = (grid + index) % 3
     guess = truth.copy()

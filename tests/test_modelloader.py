@@ -74,7 +74,7 @@ def test_fine_tuning_from_a_config(place: Place) -> None:
     wish = {"path": str(place.path("teacher") / "checkpoints" / "last"), "leave_out": ["^layers.4"]}
     text = place.run(place.config("pupil", **{"trainer.pre_trained": wish, "trainer.max_epochs": 1})).text
     assert "begins as built: layers.4.weight (3, 16)" in text
-    text = place.run(place.config("typo", **{"trainer.pre_trained": {**wish, "leaveout": []}}), expect=2).text
+    text = place.run(place.config("teacher-typo", **{"trainer.pre_trained": {**wish, "leaveout": []}}), expect=2).text
     assert "leaveout" in text and "leave_out" in text and "typo.yaml:" in text and "Traceback" not in text
     wrong = {**wish, "rename": {"^layer_": "x"}}
     text = place.run(place.config("wrong", **{"trainer.pre_trained": wrong}), expect=2).text

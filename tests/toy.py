@@ -3,8 +3,9 @@
 For the tests, TOY_DO makes the model do something at a certain call: "train 5 rank 1 TERM" sends SIGTERM to rank 1's
 process in its fifth training forward, "eval 1 rank 0 KILL" kills rank 0 in its first evaluation forward, "raise"
 raises, "exit" leaves with 3 and "vanish" with 0 and no word, "nan" spoils the output, "sleep" never returns, "lag"
-takes 0.2 s; "train all" means each call. TOY_LOAD does the same where a sample is loaded, "sample 3 rank 0 sleep" or
-"sample all", at each time. TOY_SEEN names a folder where each process notes the samples that it loads.
+takes 0.2 s or TOY_LAG, "wait" takes as long as the file TOY_HOLD is there; "train all" means each call. TOY_LOAD does
+the same where a sample is loaded, "sample 3 rank 0 sleep" or "sample all", at each time. TOY_SEEN names a folder where
+each process notes the samples that it loads.
 """
 
 import os
@@ -66,9 +67,14 @@ def act(action: str) -> None:
     if action == "vanish":
         os._exit(0)
     if action == "lag":
-        time.sleep(0.2)
+        time.sleep(float(os.environ.get("TOY_LAG", "0.2")))
+        return
+    if action == "wait":
+        while Path(os.environ["TOY_HOLD"]).exists():
+            time.sleep(0.05)
         return
     if action == "sleep":
+        print("asleep", flush=True)
         while True:
             time.sleep(0.1)
     if action == "KILL":

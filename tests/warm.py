@@ -50,6 +50,7 @@ class Ranks:
         try:
             os.setsid()
             os.environ.update(env)
+            self.begin_rank()
             os.chdir(Path(self.config).parent)
             log = os.open(f"{self.config}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
@@ -66,6 +67,9 @@ class Ranks:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
+
+    def begin_rank(self) -> None:
+        """What a rank does first."""
 
     def look(self) -> list[int]:
         """The ranks that live; the status of those that ended is noted."""
@@ -262,8 +266,8 @@ def rank_kills(whole: Whole, seed: int, count: int) -> dict[str, Any]:
     return {"seed": seed, "kills": len(took), "slowest_seconds": round(max(took), 1), "failures": failures}
 
 
-def in_warm_process(folder: Path, timeout_seconds: float, **counts: int) -> dict[str, Any]:
-    """Do each of the roles so many times, in a fresh interpreter; their reports, without a failure in any."""
+def in_warm_process(folder: Path, timeout_seconds: float, program: str = __file__, **counts: int) -> dict[str, Any]:
+    """Do each of a program's roles so many times, in a fresh interpreter; their reports, without a failure in any."""
     seed = random.randrange(1 << 30)
     print("seed", seed)
     shutil.copy(TOY, folder)
@@ -275,7 +279,7 @@ def in_warm_process(folder: Path, timeout_seconds: float, **counts: int) -> dict
         **neutral_env(), "WARM_TAG": f"{os.getpid()}-{seed}",
         "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests), str(folder / "stubs"), str(folder)]),
     }  # fmt: skip
-    command = [sys.executable, __file__, str(folder), str(seed), *(f"{role} {count}" for role, count in counts.items())]
+    command = [sys.executable, program, str(folder), str(seed), *(f"{role} {count}" for role, count in counts.items())]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_seconds, env=env, cwd=folder)
     print(done.stdout, done.stderr)
     assert done.returncode == 0
@@ -284,8 +288,8 @@ def in_warm_process(folder: Path, timeout_seconds: float, **counts: int) -> dict
     return reports
 
 
-if __name__ == "__main__":
-    import accelerate  # noqa: F401
+def import_all() -> None:
+    """What ranks would import."""
     import toy  # noqa: F401
 
     import dtrain.launch.rank  # noqa: F401
@@ -293,6 +297,10 @@ if __name__ == "__main__":
 
     # What MLflow is told is tested elsewhere, and a sender costs more than the training.
     tracking._sender_command = lambda *arguments: [sys.executable, "-c", ""]
+
+
+if __name__ == "__main__":
+    import_all()
     folder, seed, *wishes = sys.argv[1:]
     undisturbed = uninterrupted(Path(folder))
     report = {role: globals()[role](undisturbed, int(seed), int(count)) for role, count in map(str.split, wishes)}

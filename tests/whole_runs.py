@@ -5,7 +5,6 @@ import json
 import math
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -14,14 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FOREIGN, TAG, Result, Running, Tagged, neutral_env
+from conftest import FOREIGN, REPOSITORY, TAG, Result, Running, Tagged, neutral_env
 from filelock import FileLock
 from forks import Forks
+from ports import free_port
 
 from dtrain.checkpoint.checkpoint_files import Loaded, load
 
 TOY = Path(__file__).with_name("toy.py")
-WAIT_SECONDS = 150
+WAIT_SECONDS = 250
 
 AUDIT = '''"""Notes what a process opens for writing in run folders, and that it imports mlflow. Run at its start."""
 import os, sys
@@ -78,21 +78,39 @@ class Place:
 
     def __init__(self, folder: Path, tagged: Tagged) -> None:
         self.folder, self.tagged = folder, tagged
-        with FileLock(folder / ".lock"):
-            shutil.copy(TOY, folder)
-            for name, text in (("stubs/mlflow/__init__.py", NO_MLFLOW), ("audit/sitecustomize.py", AUDIT)):
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                (folder / name).write_text(text)
+        self.write("toy.py", TOY.read_text())
+        self.write("stubs/mlflow/__init__.py", NO_MLFLOW)
+        self.write("audit/sitecustomize.py", AUDIT)
         self.env = {**neutral_env(), TAG: tagged.tag}
 
+    def write(self, name: str, text: str) -> Path:
+        """A file that trainings of other workers may be reading: it is never there in part."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / ".lock"):
+            if not path.exists() or path.read_text() != text:
+                write_whole(path, text)
+        return path
+
     def config(self, name: str, **changes: Any) -> str:
-        """A config file of that name, whose run folder has it, too; `changes` has dots between keys."""
-        return write_config(self.folder, name, changes)
+        """A config file of that name, whose run folder has it, too; `changes` has dots between keys.
+
+        A second test that gives the name another content fails: another worker may run the first one meanwhile.
+        """
+        path, text = self.folder / f"{name}.yaml", config_text(self.folder, name, changes)
+        writer, test = path.with_name(f".{name}.writer"), os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0]
+        with FileLock(self.folder / ".lock"):
+            if not path.exists() or path.read_text() != text:
+                of_other = writer.exists() and writer.read_text() != test
+                assert not of_other, f"{name} is the name of a config of {writer.read_text()}, too"
+                write_whole(writer, test)
+                write_whole(path, text)
+        return str(path)
 
     def start(
         self,
         *arguments: str,
-        ranks: int = 1,
+        ranks: int | list[int] = 1,
         do: str = "",
         mlflow: bool = False,
         launcher: list[str] | None = None,
@@ -142,20 +160,51 @@ def forked_from() -> Forks:
     return Forks(neutral_env())
 
 
-def worlds_of(ranks: int) -> list[dict[str, str]]:
-    """What torchrun sets for each rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+def worlds_of(ranks: int | list[int]) -> list[dict[str, str]]:
+    """What torchrun sets for each rank, of one node or, with a list, of several with so many each."""
+    port = str(free_port())
+    places = [(node, rank, size) for node, size in enumerate([ranks] if isinstance(ranks, int) else ranks)
+              for rank in range(size)]  # fmt: skip
+    common = {"WORLD_SIZE": str(len(places)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        {**common, "RANK": str(rank), "LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(size), "GROUP_RANK": str(node)}
+        for rank, (node, local, size) in enumerate(places)
+    ]
+
+
+def said_by_ranks(count: int, script: str, folder: Path, argument: Any) -> list[Any]:
+    """What each of so many ranks has written as JSON into RANK.json of a folder.
+
+    The script is given the folder and the argument, as JSON.
+    """
+    words, env = ["-c", script, str(folder), json.dumps(argument)], neutral_env() | {"PYTHONPATH": str(REPOSITORY)}
+    ranks = [
+        forked_from().start(words, folder, env | world, folder / f"{rank}.out", folder / f"{rank}.err")
+        for rank, world in enumerate(worlds_of(count))
+    ]
+    statuses = [rank.wait(200) for rank in ranks]
+    assert statuses == [0] * count, "".join(path.read_text() for path in sorted(folder.glob("*.err")))
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 
 
+def write_whole(path: Path, text: str) -> None:
+    """A file that another process may be reading is never there in part."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(text)
+    part.replace(path)
+
+
 def write_config(folder: Path, name: str, changes: Mapping[str, Any]) -> str:
+    write_whole(folder / f"{name}.yaml", config_text(folder, name, changes))
+    return str(folder / f"{name}.yaml")
+
+
+def config_text(folder: Path, name: str, changes: Mapping[str, Any]) -> str:
+    """MLflow gets the time that it needs at the end: a busy machine's sender takes longer than a user would wait."""
     sections: dict[str, Any] = {
         "experiment": "toy",
         "modules": ["toy"],
@@ -168,7 +217,9 @@ def write_config(folder: Path, name: str, changes: Mapping[str, Any]) -> str:
         "metrics": {"name": "Right"},
         "optimizer": {"name": "SGD", "lr": 0.1},
         "trainer": {"max_epochs": 2, "checkpoint_dir": f"run-{name}", "log_every_steps": 1},
-        "mlflow": {"tracking_uri": f"sqlite:///{folder}/mlflow.db", "system_metrics": False},
+        "mlflow": {
+            "tracking_uri": f"sqlite:///{folder}/mlflow.db", "system_metrics": False, "exit_timeout_seconds": 200,
+        },
     }  # fmt: skip
     for key, value in changes.items():
         *parents, last = key.replace("__", ".").split(".")
@@ -176,8 +227,7 @@ def write_config(folder: Path, name: str, changes: Mapping[str, Any]) -> str:
         for parent in parents:
             section = section.setdefault(parent, {})
         section[last] = value
-    (folder / f"{name}.yaml").write_text(json.dumps(sections, indent=1))
-    return str(folder / f"{name}.yaml")
+    return json.dumps(sections, indent=1)
 
 
 def figures(run: Path) -> dict[str, dict[int, float]]:

@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from dtrain.checkpoint.checkpoint_folder import Checkpoints
-from dtrain.checkpoint.contents import CheckpointError, Snapshot, take_snapshot
+from dtrain.checkpoint.checkpoint_folder import Checkpoints, trial_snapshot, write_share
+from dtrain.checkpoint.contents import CheckpointError, HostMemory, Snapshot, take_snapshot
+from dtrain.checkpoint.written_together import NotSharedError, SharedWrite, Writers
 from dtrain.tracking.run_folder import update_run
 
 WRITER = "checkpoint"  # the thread's name
@@ -25,7 +26,9 @@ class Saver:
         every_minutes: Minutes between checkpoints that `is_due` asks for; None: it never does.
         say: Is given a line for what could not be written.
         saved: Is given step and folder of what was.
-        reuses_memory: A checkpoint's copies go where those of the last one were: not for tensors that nobody else has.
+        memory: For a checkpoint's copies, which go where those of the last one were; None: tensors of the CPU are
+            not copied, since nobody else has them.
+        writers: The ranks, where each writes its shards; None: the main rank writes all.
     """
 
     def __init__(
@@ -33,15 +36,16 @@ class Saver:
         checkpoints: Checkpoints,
         every_minutes: float | None,
         say: Callable[[str], None],
-        reuses_memory: bool = True,
+        memory: HostMemory | None = HostMemory(),  # noqa: B008  (it has no state)
         saved: Callable[[int, Path], object] = lambda step, path: None,
+        writers: Writers | None = None,
     ) -> None:
-        self.checkpoints, self._say, self._reuses_memory = checkpoints, say, reuses_memory
-        self._saved = saved
+        self.checkpoints, self._say, self._memory = checkpoints, say, memory
+        self._saved, self.writers = saved, writers
         self._every_seconds = None if every_minutes is None else 60 * every_minutes
         self._began = time.monotonic()
         self._place: Place | None = None  # of the last checkpoint
-        self._in_progress: tuple[int, Future[Path]] | None = None
+        self._in_progress: tuple[int, Future[Path | None]] | None = None
         self._failure = ""  # of the last write
         self._copies: dict[str, torch.Tensor] = {}  # the last checkpoint's, whose memory the next one takes
 
@@ -59,6 +63,50 @@ class Saver:
         """What the training is now, lies on the disk: on the main rank it is being written, or was just read."""
         self._place = place
 
+    @property
+    def _share(self) -> Literal["all", "main", "shards"]:
+        """What this rank gives to a checkpoint."""
+        return "all" if self.writers is None else "main" if self.writers.rank == 0 else "shards"
+
+    def check(
+        self,
+        state: dict[str, Any],
+        weights: dict[str, Any],
+        ema: dict[str, Any] | None,
+        others: dict[str, dict[str, Any]],
+    ) -> str:
+        """Raise, before the first step, what prevents a checkpoint; of ranks that write together all call it.
+
+        Returns why they cannot do so, on the main rank, where they do not see the same folder; else ''.
+        """
+        if self.writers is None:
+            self.checkpoints.check(weights, state, ema=ema, others=others)
+            return ""
+        together = self.writers.next()
+        if not together.is_main:
+            with contextlib.suppress(CheckpointError):  # which the main rank raises
+                self._try_share(together, weights, state, ema)
+            return ""
+        try:
+            snapshot = take_snapshot(weights, state, ema, others=others, share="main")
+            self.checkpoints.try_out(snapshot.need_bytes, together)
+        except CheckpointError as error:
+            together.cancel(str(error))
+            if isinstance(error.__cause__, NotSharedError):
+                return str(error.__cause__.strerror)
+            raise
+        return ""
+
+    def _try_share(
+        self, together: SharedWrite, weights: dict[str, Any], state: dict[str, Any], ema: dict[str, Any] | None
+    ) -> None:
+        try:
+            take_snapshot(weights, state, ema, share="shards")
+        except CheckpointError as error:
+            together.fail(0, str(error))
+            raise
+        write_share(trial_snapshot("shards"), together)
+
     def save(
         self,
         place: Place,
@@ -68,16 +116,23 @@ class Saver:
         others: dict[str, dict[str, Any]],
         score: float | None,
     ) -> None:
-        """Copy plain values and whole state_dicts and have them written, on the main rank; the score is this step's."""
+        """Copy plain values and state_dicts and have them written; the score is this step's.
+
+        The main rank calls it with whole state_dicts, or every rank, where each writes its shards.
+        """
         self.mark_saved(place)
         self.wait()  # its copies are about to be overwritten
-        future: Future[Path] = Future()
+        future: Future[Path | None] = Future()
+        together = None if self.writers is None else self.writers.next()
+        copies = self._copies if self._memory else None
         try:
-            snapshot = take_snapshot(weights, state, ema, self._copies if self._reuses_memory else None, others)
+            snapshot = take_snapshot(weights, state, ema, copies, others, self._share, self._memory)
         except CheckpointError as error:
             future.set_exception(error)
+            if together is not None:
+                together.cancel(str(error)) if together.is_main else together.fail(0, str(error))
         else:
-            work = (future, place[0], snapshot, score)
+            work = (future, place[0], snapshot, score, together)
             # A daemon: an end at once does not wait for it, every other end does.
             threading.Thread(target=self._write, args=work, name=WRITER, daemon=True).start()
         self._in_progress = place[0], future  # at last: after any other error there is nothing to wait for
@@ -92,7 +147,8 @@ class Saver:
         if self._in_progress is not None:
             (step, future), self._in_progress = self._in_progress, None
             try:
-                self._saved(step, future.result())
+                if (path := future.result()) is not None:
+                    self._saved(step, path)
                 self._failure = ""
             except (CheckpointError, MemoryError) as error:
                 self._failure = f"no checkpoint of step {step}: {str(error) or 'out of memory'}"
@@ -104,11 +160,33 @@ class Saver:
         if not self.wait():
             raise CheckpointError(self._failure)
 
-    def _write(self, future: "Future[Path]", step: int, snapshot: Snapshot, score: float | None) -> None:
+    def gather_from_now_on(self) -> None:
+        """The main rank writes all, which is gathered for that, and needs no copy."""
+        self.writers, self._memory = None, None
+
+    def hurry(self, one_is_lost: bool) -> None:
+        """The training has failed: other ranks, whose shards are waited for, may be gone, or one certainly is."""
+        if self.writers is not None:
+            self.writers.hurry(one_is_lost)
+
+    def _write(
+        self,
+        future: "Future[Path | None]",
+        step: int,
+        snapshot: Snapshot,
+        score: float | None,
+        together: SharedWrite | None,
+    ) -> None:
         """The thread's part."""
         began = time.monotonic()
         try:
-            path = self.checkpoints.write(step, snapshot, score)
+            if snapshot.until_there is not None:
+                snapshot.until_there()
+            if together is not None and not together.is_main:
+                write_share(snapshot, together)
+                future.set_result(None)
+                return
+            path = self.checkpoints.write(step, snapshot, score, together)
             with contextlib.suppress(OSError):  # so long a launcher waits when it ends this training
                 update_run(self.checkpoints.folder.parent, save_seconds=round(time.monotonic() - began, 3))
             future.set_result(path)  # at last: whoever waited for it may end, and nothing may change a run that ended

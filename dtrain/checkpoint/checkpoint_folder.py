@@ -5,10 +5,10 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from filelock import Timeout
@@ -20,11 +20,14 @@ from dtrain.checkpoint.checkpoint_files import (
     Manifest,
     failure_of,
     read_manifest,
+    reason_of,
     step_in,
     verify,
     write_files,
+    write_shards,
 )
 from dtrain.checkpoint.contents import CheckpointError, Snapshot, take_snapshot
+from dtrain.checkpoint.written_together import NOT_SHARED, NotSharedError, SharedWrite
 from dtrain.tracking.run_folder import locked_file
 from dtrain.tracking.whole_file import fsync
 
@@ -42,15 +45,24 @@ class Checkpoints:
         keep_last: how many of the newest to keep, at least 1.
         keep_best: how many of the best by score to keep besides.
         mode: 'max' or 'min', what a good score is.
+        verify: What is wrong with a checkpoint folder, as `checkpoint_files.verify` says it; ranks can do it together.
     """
 
-    def __init__(self, folder: Path, *, keep_last: int = 2, keep_best: int = 1, mode: str = "max") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep_last: int = 2,
+        keep_best: int = 1,
+        mode: str = "max",
+        verify: Callable[[Path], list[str]] = verify,
+    ) -> None:
         if mode not in ("max", "min"):
             raise ValueError(f"mode is {mode!r}; possible: 'max', 'min'")
         if keep_last < 1 or keep_best < 0:
             raise ValueError(f"keep_last is {keep_last} (at least 1), keep_best is {keep_best} (at least 0)")
         self.folder = Path(folder)
-        self._keep_last, self._keep_best, self._mode = keep_last, keep_best, mode
+        self._keep_last, self._keep_best, self._mode, self._verify = keep_last, keep_best, mode, verify
         self.begins_new_scores = False  # scores of what is there are not to be compared with those to come
         if _leftovers(self.folder):
             # A program that only reads may lack the right to write, or a writer may be at work: neither stops it.
@@ -69,11 +81,14 @@ class Checkpoints:
 
         A checkpoint of one number is written there and removed. What an optimizer adds at its first step comes on top.
         """
-        snapshot = take_snapshot(weights, state, ema, others=others)
-        trial = take_snapshot({"weight": torch.zeros(1)}, {})
-        with self._writing(self.folder, snapshot.need_bytes, LOCK_TIMEOUT_SECONDS):
+        self.try_out(take_snapshot(weights, state, ema, others=others).need_bytes)
+
+    def try_out(self, need_bytes: int, together: SharedWrite | None = None) -> None:
+        """Write a checkpoint of one number, of each rank where they write together, and remove it."""
+        trial = trial_snapshot("all" if together is None else "main")
+        with self._begun(together), self._writing(self.folder, need_bytes, LOCK_TIMEOUT_SECONDS):
             try:  # it is also the first use of much native code, which in a thread must not meet with a fork
-                write_files(self.folder / ".tmp-step-trial", trial, {"finite": trial.is_finite()})
+                write_files(self.folder / ".tmp-step-trial", trial, {}, together)
             finally:
                 self._clear_leftovers()
 
@@ -102,8 +117,13 @@ class Checkpoints:
         """
         return self.write(step, take_snapshot(weights, state, ema, others=others), score)
 
-    def write(self, step: int, snapshot: Snapshot, score: float | None = None) -> Path:
-        """The second half of `save`, also in a thread: returns the checkpoint's folder, complete and on the disk."""
+    def write(
+        self, step: int, snapshot: Snapshot, score: float | None = None, together: SharedWrite | None = None
+    ) -> Path:
+        """The second half of `save`, also in a thread: returns the checkpoint's folder, complete and on the disk.
+
+        `together`: with the shards of the other ranks, which then call `write_share`.
+        """
         if step < 0:
             raise ValueError(f"step is {step}; it counts optimizer steps and is never negative")
         target = self.folder / f"step-{step:08d}"
@@ -112,18 +132,27 @@ class Checkpoints:
             "format": FORMAT,
             "step": step,
             "score": score if score is None or math.isfinite(score) else str(score),  # JSON has no nan
-            "finite": snapshot.is_finite(),
             "versions": {"dtrain": getattr(dtrain, "__version__", "unknown"), "torch": str(torch.__version__)},
         }
-        with self._writing(target, snapshot.need_bytes, LOCK_TIMEOUT_SECONDS):
-            self._write(target, snapshot, facts)
+        with self._begun(together), self._writing(target, snapshot.need_bytes, LOCK_TIMEOUT_SECONDS):
+            self._write(target, snapshot, facts, together)
             self._rotate(target)
         return target
+
+    @contextmanager
+    def _begun(self, together: SharedWrite | None) -> Iterator[None]:
+        """Tell the other ranks, where the main one fails before they can begin."""
+        try:
+            yield
+        except BaseException as error:
+            if together is not None:
+                together.cancel(str(error))
+            raise
 
     def last(self) -> Path | None:
         """The newest checkpoint that verifies, or None; one that is passed over is named in a warning."""
         readable, unreadable = self._scan()
-        return _first_good([*unreadable, *(path for path, _ in readable)])
+        return _first_good([*unreadable, *(path for path, _ in readable)], self._verify)
 
     def best(self) -> Path | None:
         """The checkpoint with the best score that verifies, or None; one that is passed over is named in a warning.
@@ -131,7 +160,7 @@ class Checkpoints:
         First the one that the training itself chose: who tests or predicts may not know which scores are good.
         """
         readable, unreadable = self._scan()
-        return _first_good([*unreadable, *self._chosen_first(readable)])
+        return _first_good([*unreadable, *self._chosen_first(readable)], self._verify)
 
     def chosen(self) -> Path | None:
         """The best checkpoint, else the last one, or None; unlike `best` and `last` it reads none of their files."""
@@ -210,7 +239,7 @@ class Checkpoints:
             else:
                 shutil.rmtree(left, ignore_errors=True)
 
-    def _write(self, target: Path, snapshot: Snapshot, facts: Manifest) -> None:
+    def _write(self, target: Path, snapshot: Snapshot, facts: Manifest, together: SharedWrite | None) -> None:
         # The newest has neither always the highest step (a run may go back) nor the latest time (clocks jump). Those of
         # branches that were left count too, so that it can be told what came after what if one is taken up again.
         serial = 1 + max((manifest["serial"] for manifest in self._manifests_of_all(but=target)), default=0)
@@ -220,7 +249,7 @@ class Checkpoints:
         facts = {**facts, "scores_after": scores_after}
         temporary = self.folder / f".tmp-{target.name}"
         try:
-            write_files(temporary, snapshot, {**facts, "serial": serial})
+            write_files(temporary, snapshot, {**facts, "serial": serial}, together)
             if target.exists():
                 target.rename(self.folder / f".old-{target.name}")
             temporary.rename(target)
@@ -313,7 +342,35 @@ def _leftovers(folder: Path) -> list[Path]:
     return [path for name in (".old-step-*", ".tmp-step-*", ".tmp-last", ".tmp-best") for path in folder.glob(name)]
 
 
-def _first_good(candidates: list[Path]) -> Path | None:
+def trial_snapshot(share: Literal["all", "main", "shards"]) -> Snapshot:
+    """A checkpoint of one number, or a rank's share of it."""
+    trial = take_snapshot({"weight": torch.zeros(1)}, {}, share=share)
+    if share == "shards":
+        trial.weights.tensors["weight"] = torch.zeros(1)
+    return trial
+
+
+def write_share(snapshot: Snapshot, together: SharedWrite) -> None:
+    """What the other ranks do while the main one writes a checkpoint: their shards; CheckpointError where they cannot.
+
+    What they could not write, the main rank then hears of, and makes no checkpoint.
+    """
+    folder = Path()
+    try:
+        folder = together.folder()
+        usage = shutil.disk_usage(folder)
+        if usage.total and usage.free < snapshot.need_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        together.tell(write_shards(folder, snapshot, together), snapshot.is_finite())
+    except BaseException as error:
+        code, reason = reason_of(error)
+        together.fail(NOT_SHARED if isinstance(error, NotSharedError) else code, reason or type(error).__name__)
+        if isinstance(error, WRITE_ERRORS):
+            raise failure_of(folder, snapshot.need_bytes, error) from error
+        raise
+
+
+def _first_good(candidates: list[Path], verify: Callable[[Path], list[str]]) -> Path | None:
     """The first that verifies; those before it, and what is used instead, are named in one warning."""
     damaged: list[str] = []
     chosen = None

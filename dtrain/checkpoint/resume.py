@@ -4,13 +4,15 @@ import os
 import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dtrain.checkpoint.checkpoint_files import MANIFEST, MODEL, read_tensors
+from dtrain.checkpoint.checkpoint_files import MANIFEST, MODEL, MODEL_SHARDS, read_manifest, read_tensors, verify
 from dtrain.checkpoint.checkpoint_folder import Checkpoints
 from dtrain.checkpoint.contents import CheckpointError
+from dtrain.checkpoint.shards import stored_in
+from dtrain.checkpoint.spare_memory import Kept, last_step
 from dtrain.config.errors import first_few
 from dtrain.tracking.run_folder import RunFolder, lives, read_run
 from dtrain.tracking.run_lock import writer_of
@@ -33,8 +35,10 @@ class Start(NamedTuple):
     is_verified: bool = False  # the checkpoint's files were just compared with its manifest
     is_branch: bool = False  # what follows the checkpoint is computed anew: other figures than those of before
     found_attempt: float | None = None  # when the last start in the folder began that has run: was there a newer one?
+    kept: Kept | None = None  # the checkpoint is still to be written: what it will hold lies in the nodes' memory
     has_new_scores: bool = False  # what validations give from here on cannot be compared with what they gave before
     new_values: Mapping[str, tuple[str, str]] = {}  # keys of the config that have changed: a line for each, its value
+    batch_ranks: int = 0  # the ranks whose batches an optimizer step has, on however many this start has; 0: on these
 
 
 def find_start(
@@ -44,26 +48,46 @@ def find_start(
     limits: Mapping[str, Any],
     tracking_uri: str | None,
     is_restart: bool = False,
+    verify: Callable[[Path], list[str]] = verify,
 ) -> Start:
     """Look at the run folder and decide; nothing is touched.
 
     What to resume from is auto, last, none, a checkpoint, a run folder or an MLflow run id. The limits are max_epochs
     and max_steps, to see whether they were raised since a finished training. A restart by the launcher continues,
-    whatever the training once began from. Raises ResumeError where what `resume` names is not there.
+    whatever the training once began from. `verify` says what is wrong with a checkpoint folder. Raises ResumeError
+    where what `resume` names is not there.
     """
     if is_restart and (resume == "none" or (RunFolder(folder).checkpoints / "last").exists()):
         resume = "auto"
     if resume == "none":
         start = Start(folder, run_name=run_name, moves_aside=True)
     elif resume in ("auto", "last"):
-        start = _continued(folder, run_name, limits)
+        start = _continued(folder, run_name, limits, verify)
     elif Path(resume).is_dir():
-        start = _from_path(folder, Path(resume), run_name, limits)
+        start = _from_path(folder, Path(resume), run_name, limits, verify)
     elif re.fullmatch(r"[0-9a-f]{32}", resume):
-        start = _continued(folder_of_run(folder, resume, tracking_uri), run_name, limits)
+        start = _continued(folder_of_run(folder, resume, tracking_uri), run_name, limits, verify)
     else:
         raise ResumeError(f"'{resume}' is neither auto, none, a checkpoint, a run folder, an MLflow run id nor last")
     return start._replace(busy=other_writer(start.folder), found_attempt=read_run(start.folder).get("attempt_started"))
+
+
+def newer_in_memory(start: Start, kept: Kept, resume: str, is_restart: bool) -> Start:
+    """The same start, from a step that is kept in memory where the training continues and has no newer checkpoint.
+
+    `kept` is of the training in `start.folder`.
+    """
+    is_elsewhere = resume not in ("auto", "last") and Path(resume).is_dir()  # else an MLflow run id's own folder
+    continues = is_restart or not is_elsewhere or Path(resume).resolve() == start.folder.resolve()
+    checkpoints = Checkpoints(RunFolder(start.folder).checkpoints)
+    if start.checkpoint and start.checkpoint.resolve().is_relative_to(start.folder.resolve()):
+        newest = int(read_manifest(start.checkpoint)["step"])
+    else:
+        newest = last_step(checkpoints)
+    if start.moves_aside or start.finished or not continues or kept.place[0] <= newest:
+        return start
+    path = checkpoints.folder / f"step-{kept.place[0]:08d}"
+    return start._replace(checkpoint=path, is_verified=True, kept=kept)
 
 
 def other_writer(folder: Path) -> str:
@@ -83,9 +107,12 @@ def other_writer(folder: Path) -> str:
     )
 
 
-def _continued(folder: Path, run_name: str, limits: Mapping[str, Any]) -> Start:
+Verify = Callable[[Path], list[str]]
+
+
+def _continued(folder: Path, run_name: str, limits: Mapping[str, Any], verify: Verify) -> Start:
     facts = read_run(folder)
-    checkpoint = Checkpoints(RunFolder(folder).checkpoints).last()
+    checkpoint = Checkpoints(RunFolder(folder).checkpoints, verify=verify).last()
     finished = ""
     if facts.get("state") == "FINISHED" and not any(_raised(facts, limits, key) for key in ("max_epochs", "max_steps")):
         finished = (
@@ -101,15 +128,15 @@ def _raised(facts: Mapping[str, Any], limits: Mapping[str, Any], key: str) -> bo
     return before is not None and (now is None or now > before) and any(limits.values())
 
 
-def _from_path(folder: Path, path: Path, run_name: str, limits: Mapping[str, Any]) -> Start:
+def _from_path(folder: Path, path: Path, run_name: str, limits: Mapping[str, Any], verify: Verify) -> Start:
     if (path / MANIFEST).is_file():
         if not path.resolve().is_relative_to(folder.resolve()):
             return Start(folder, path, run_name)
         is_branch = Checkpoints(RunFolder(folder).checkpoints).has_later_than(path)
         return Start(folder, path, read_run(folder).get("run_name") or run_name, is_branch=is_branch)
     if path.resolve() == folder.resolve():
-        return _continued(folder, run_name, limits)
-    checkpoint = Checkpoints(RunFolder(path).checkpoints).last()
+        return _continued(folder, run_name, limits, verify)
+    checkpoint = Checkpoints(RunFolder(path).checkpoints, verify=verify).last()
     if checkpoint is None:
         raise ResumeError(f"{path} holds no checkpoint that can be read")
     return Start(folder, checkpoint, run_name, is_verified=True)
@@ -134,7 +161,7 @@ def damage_in(folder: Path) -> str:
     damaged = checkpoints.damaged()
     if not damaged or len(damaged) < len(checkpoints.folders()):
         return ""
-    weights = [path / MODEL for path, problems in damaged.items() if _has_weights(path, problems)]
+    weights = [found for path, problems in damaged.items() if (found := _weights_in(path, problems))]
     text = f"no checkpoint in {checkpoints.folder} is whole: "
     text += "; ".join(f"{path.name}/{problem}" for path, problems in damaged.items() for problem in problems)
     if weights:
@@ -143,20 +170,24 @@ def damage_in(folder: Path) -> str:
     return f"{text}. trainer.resume=none begins again; it moves this folder aside and removes nothing"
 
 
-def _has_weights(path: Path, problems: list[str]) -> bool:
-    """Whether a damaged checkpoint's weights are whole or, where its manifest cannot tell, can be read at all."""
-    if any(problem.startswith(MODEL) for problem in problems):
-        return False
+def _weights_in(path: Path, problems: list[str]) -> Path | None:
+    """A damaged checkpoint's weights, where they are whole or, where its manifest cannot tell, can be read at all."""
+    if any(problem.startswith((MODEL, f"{MODEL_SHARDS}/")) for problem in problems):
+        return None
+    shards = path / MODEL_SHARDS
     try:
-        read_tensors(path / MODEL, {})
+        if not shards.is_dir():
+            read_tensors(path / MODEL, {})
+            return path / MODEL
+        return shards if stored_in(shards) else None
     except CheckpointError:
-        return False
-    return True
+        return None
 
 
 def move_aside(folder: Path) -> Path | None:
-    """Rename an old run folder; returns where it is now, None when there was nothing but a lock."""
-    if not folder.is_dir() or not {entry.name for entry in folder.iterdir()} - {RunFolder(folder).lock.name}:
+    """Rename an old run folder; returns where it is now, None when there was nothing but a lock and a note of nodes."""
+    no_training = {RunFolder(folder).lock.name, RunFolder(folder).bad_nodes.name}
+    if not folder.is_dir() or not {entry.name for entry in folder.iterdir()} - no_training:
         return None
     stamp = time.strftime("%Y%m%d-%H%M%S")
     names = (f"{folder.name}-{stamp}{f'-{number}' if number else ''}" for number in range(1000))

@@ -4,7 +4,7 @@ import copy
 import re
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,15 +14,20 @@ from dtrain.checkpoint.checkpoint_files import (
     EMA,
     LOSS,
     LOSS_EMA,
+    MANIFEST,
     MODEL,
     STATE,
+    has_averaged,
     read_manifest,
     read_tensors,
     read_torch_file,
+    read_weights,
     require_whole,
+    write_tensors,
 )
 from dtrain.checkpoint.checkpoint_folder import Checkpoints
-from dtrain.checkpoint.contents import CheckpointError
+from dtrain.checkpoint.contents import CheckpointError, take_snapshot
+from dtrain.checkpoint.shards import Stored, stored_in, whole, write_whole
 from dtrain.config.errors import ConfigError, first_few
 from dtrain.distributed.ranks import Ranks
 
@@ -51,7 +56,7 @@ def load_for_use(
     kept: dict[str, Any] | None = None  # of the loss's attributes
     loss: torch.nn.Module | None = criterion and criterion.module
 
-    def read() -> int | None:
+    def read(ask: Callable[[Path], list[bool]]) -> int | None:
         nonlocal weights, of_loss, kept
         chosen = path or checkpoints.best() or checkpoints.last()
         if chosen is None and is_required:
@@ -59,7 +64,9 @@ def load_for_use(
         if chosen is None:
             return None
         try:
-            weights = fitted(module, load_weights(chosen, averaged=None, is_verified=path is None))
+            as_stored = ranks.strategy.is_sharded and all(ask(chosen))
+            found = load_weights(chosen, averaged=None, is_verified=path is None, as_stored=as_stored)
+            weights = fitted(module, found)
             if criterion is not None:
                 of_loss, kept = _state_of_loss(chosen, loss is not None)
         except (CheckpointError, OSError) as error:
@@ -68,9 +75,9 @@ def load_for_use(
             raise ConfigError(f"{chosen} does not fit the model: {first_few(misfits, 10, '; ')}")
         if of_loss is not None and loss is not None and (misfits := misfits_of(loss, of_loss)):
             raise ConfigError(f"{chosen} does not fit the loss: {first_few(misfits, 10, '; ')}")
-        return int(read_manifest(chosen)["step"]) if chosen.is_dir() else None
+        return int(read_manifest(chosen)["step"]) if (chosen / MANIFEST).is_file() else None
 
-    step = ranks.decide(read)
+    step = ranks.consult(read, is_seen)
     ranks.strategy.load_weights(module, weights)
     if loss is not None:
         ranks.strategy.load_weights(loss, of_loss)
@@ -79,12 +86,17 @@ def load_for_use(
     return step
 
 
+def is_seen(checkpoint: Path) -> bool:
+    """Whether this process sees a checkpoint folder: the disk may be another rank's own."""
+    return (checkpoint / MANIFEST).is_file()
+
+
 def _state_of_loss(path: Path, has_weights: bool) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """A loss's weights from a verified checkpoint folder, averaged where there are such, and its attributes.
 
     The weights are None where it has none, or where they are not there: then a warning says so.
     """
-    content = read_torch_file(path / STATE, mmap=True) if path.is_dir() else {}
+    content = read_torch_file(path / STATE, mmap=True) if (path / STATE).is_file() else {}
     kept = copy.deepcopy(content.get("state", {}).get("kept", {}).get("loss", {}))
     rests = content.get("others", {})
     name = next((name for name in (LOSS_EMA, LOSS) if name in rests), None)
@@ -95,8 +107,13 @@ def _state_of_loss(path: Path, has_weights: bool) -> tuple[dict[str, Any] | None
     return None, kept
 
 
-def load_weights(path: Path, averaged: bool | None = False, is_verified: bool = False) -> dict[str, Any]:
+def load_weights(
+    path: Path, averaged: bool | None = False, is_verified: bool = False, as_stored: bool = False
+) -> dict[str, Any]:
     """Weights from a checkpoint folder, a .safetensors file or a torch file, on the CPU; nothing in it is executed.
+
+    A folder of shards alone is taken, too: a sharded checkpoint's `model`, or one of torch.distributed.checkpoint's in
+    that form. `as_stored`: what lies in a checkpoint's shards is not read, but described (`Stored`).
 
     In a torch file the weights may lie under 'model_state_dict', 'state_dict' or 'model', averaged ones under the names
     in AVERAGES. 'module.' (DDP) before all names and '_orig_mod.' (torch.compile) anywhere are taken out of a file's
@@ -106,14 +123,15 @@ def load_weights(path: Path, averaged: bool | None = False, is_verified: bool = 
     None: where there are some, since it is they that a training with averaged weights has validated and tested.
     Raises CheckpointError where there is no such file or no such weights in it, or it is damaged or holds code.
     """
+    if is_folder_of_shards(path):
+        return _unwrapped_names(whole(stored_in(path)))
     if path.is_dir():
-        manifest = require_whole(path, is_verified)
-        has_averaged = EMA in manifest["files"]
-        if averaged and not has_averaged:
+        require_whole(path, is_verified)
+        if averaged and not has_averaged(path):
             raise CheckpointError(f"{path} holds no averaged weights: it was trained without trainer.ema_decay")
-        file, key = (MODEL, "weights") if averaged is False or not has_averaged else (EMA, "ema")
+        file, key = (MODEL, "weights") if averaged is False or not has_averaged(path) else (EMA, "ema")
         state = read_torch_file(path / STATE, mmap=True)  # of which the optimizer's part is then never read
-        return read_tensors(path / file, copy.deepcopy(state[key]))
+        return read_weights(path, file, copy.deepcopy(state[key]), as_stored)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
     if path.suffix == ".safetensors":
@@ -125,9 +143,28 @@ def load_weights(path: Path, averaged: bool | None = False, is_verified: bool = 
     return _unwrapped_names(_find_weights(path, read_torch_file(path), averaged))
 
 
-def has_averaged(path: Path) -> bool:
-    """Whether a checkpoint folder has averaged weights beside the others."""
-    return (path / EMA).is_file()
+def write_weights(source: Path, target: Path, averaged: bool | None = None, is_verified: bool = False) -> list[str]:
+    """Write what `load_weights` would load as one safetensors file; returns names that such a file cannot hold.
+
+    Of a checkpoint, and of a safetensors file, a piece is in memory at a time, however large the model is.
+    """
+    left: list[str] = []
+    if source.is_file() and source.suffix != ".safetensors":
+        weights = take_snapshot(load_weights(source, averaged), {}).weights
+        write_tensors(target, weights)
+        return [*weights.rest]
+    if source.is_dir() and not is_folder_of_shards(source):
+        require_whole(source, is_verified)
+        file, key = (EMA, "ema") if has_averaged(source) and averaged is not False else (MODEL, "weights")
+        left = [*read_torch_file(source / STATE, mmap=True)[key]]
+        source /= file if (source / file).is_file() else file.removesuffix(".safetensors")
+    write_whole(target, stored_in(source))
+    return left
+
+
+def is_folder_of_shards(path: Path) -> bool:
+    """Whether a folder holds one model's shards and nothing else that is known here, so not a checkpoint."""
+    return path.is_dir() and not (path / MANIFEST).exists() and any(path.glob("shard-*.safetensors"))
 
 
 def _find_weights(path: Path, content: Any, averaged: bool | None) -> dict[str, Any]:
@@ -260,4 +297,4 @@ def _differ(value: Any, own: Any) -> bool:
 
 
 def _shape(value: Any) -> str:
-    return str(tuple(value.shape)) if isinstance(value, torch.Tensor) else f"({type(value).__name__})"
+    return str(tuple(value.shape)) if isinstance(value, torch.Tensor | Stored) else f"({type(value).__name__})"

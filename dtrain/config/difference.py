@@ -25,9 +25,9 @@ _FREE = [
     ),
     (
         r"trainer",
-        r"max_.*|.*_every_.*|keep_.*|checkpoint_dir|early_stop_.*|time_limit|hang_timeout_seconds|pictures|profile"
+        r"max_.*|.*_every_.*|keep_.*|checkpoint_dir|mirror_.*|early_stop_.*|time_limit|hang_timeout_seconds|pictures|profile"
         r"|compile|deterministic|strategy|activation_checkpointing|channels_last|cudnn_benchmark"
-        r"|limit_batches|anomaly|log_grad_norm",
+        r"|limit_batches|anomaly|log_grad_norm|spare_memory_dir",
     ),
     (r"trainer\.ddp", r"(?!comm_hook).*"),
     (r"trainer\.fsdp", r"(?!param_dtype|reduce_dtype).*"),
@@ -80,6 +80,20 @@ def changes(before: ConfigDict, after: ConfigDict, ranks_before: int, ranks_afte
         path = ("global_batch_size",)
         result[path] = Change(path, batches[0][0], batches[1][0], is_free=True)
     return list(result.values())
+
+
+def ranks_of_batch(before: ConfigDict, after: ConfigDict, known: int, given: int) -> int:
+    """The ranks whose batches an optimizer step has where a training continues on a given number of them.
+
+    These are those that it is known to have begun with, so that a step has the same samples; unless its config says by
+    now that batches of another size are wanted.
+    """
+    sizes = []
+    for config in (before, after):
+        found = calls(config)
+        loader, trainer = (found[key].arguments if key in found else {} for key in ("loaders.train.loader", "trainer"))
+        sizes.append([*(to_plain(loader.get(key)) for key in _BATCH_SIZES), trainer.get("accumulate") or 1])
+    return known if sizes[0] == sizes[1] else given
 
 
 def _calls(config: ConfigDict) -> dict[str, Call]:

@@ -63,7 +63,7 @@ def locate(name: Any, modules: Sequence[str], libraries: Sequence[str], nested: 
     searched = dict.fromkeys((*libraries, *(ALL_LIBRARIES if nested else ())))
     for module in searched:
         with contextlib.suppress(SyntaxError):  # an optional library for another Python is as good as none
-            hits[module] = SOURCE.lookup(module, name)
+            hits[module] = SOURCE.search(module, name)
     targets = list(dict.fromkeys(item for item in hits.values() if isinstance(item, Callee | Dynamic)))
     if targets:
         certain = [item for item in targets if isinstance(item, Callee) or item.certain]

@@ -52,7 +52,8 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # where the type alone ad
     "trainer": {
         "max_epochs": _ANY, "max_steps": _ANY, "steps_per_epoch": _SOME, "accumulate": _SOME, "log_every_steps": _SOME,
         "validate_every_steps": _SOME, "checkpoint_every_steps": _SOME, "keep_last": _SOME, "keep_best": _ANY,
-        "checkpoint_every_minutes": _ANY, "hang_timeout_seconds": _ANY,
+        "spare_memory_every_steps": _SOME, "checkpoint_every_minutes": _ANY, "hang_timeout_seconds": _ANY,
+        "mirror_exit_timeout_seconds": _ANY,
         "early_stop_patience": _SOME, "clip_grad_norm": _ANY, "ema_decay": _PART,
     },
     "loaders": {
@@ -62,7 +63,10 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # where the type alone ad
     "optimizer": {"layer_decay": _PART},
     "lr_scheduler": {"warmup_steps": _ANY, "warmup_start": _ANY},
     "mlflow": {"exit_timeout_seconds": _ANY},
-    "cluster": {"gpus_per_node": _ANY, "nproc_per_node": _SOME, "cpus_per_node": _SOME, "signal_seconds": _SOME},
+    "cluster": {
+        "spares": _ANY, "gpus_per_node": _ANY, "nproc_per_node": _SOME, "cpus_per_node": _SOME,
+        "signal_seconds": _SOME,
+    },
     "sweep": {"trials": _SOME},
     "predictor": {
         "batch_size": _SOME, "prediction_channel": _ANY, "connectivity": (1, 3), "min_size": _ANY, "slab_planes": _SOME,
@@ -121,6 +125,7 @@ def value_mistakes(config: ConfigDict) -> Iterator[Mistake]:
     for key, text in fold_mistakes(loaders["folds"]) if are_folds(loaders) else ():
         yield mistake(config, ("loaders", "folds", key), text)
     yield from _limit_mistakes(config)
+    yield from _scheme_mistakes(config)
     for path in _sums(config):
         yield mistake(config, path, f"sum {SUMMED}")
     yield from _mirror_mistakes(config)
@@ -174,6 +179,29 @@ def _limit_mistakes(config: ConfigDict) -> Iterator[Mistake]:
 def _is_count(value: Any) -> bool:
     """A number of batches, or a share of them."""
     return value >= 1 if type(value) is int else type(value) is float and 0 < value <= 1
+
+
+def _scheme_mistakes(config: ConfigDict) -> Iterator[Mistake]:
+    """An address of `trainer.mirror_to` that fsspec cannot know."""
+    address = _at(config.get("trainer"), "mirror_to")
+    if not isinstance(address, str):
+        return
+    scheme, sign, rest = address.partition("://")
+    if not address.strip() or (sign and not rest.strip("/")):
+        text = f"{shown(address)} names no place; possible: s3://bucket/name, gs://bucket/name, a folder"
+        yield mistake(config, ("trainer", "mirror_to"), text)
+    elif sign and scheme.lower() not in (known := _schemes()):
+        near = did_you_mean(scheme.lower(), known)
+        text = f"{shown(scheme)} is not a scheme of fsspec{near}; possible: s3, gs, abfs, sftp, ... or a folder"
+        yield mistake(config, ("trainer", "mirror_to"), text)
+    elif sign and scheme.lower() == "memory":
+        yield mistake(config, ("trainer", "mirror_to"), "memory:// is gone with the process that writes it")
+
+
+def _schemes() -> set[str]:
+    from fsspec.registry import known_implementations  # which torch requires
+
+    return set(known_implementations)
 
 
 def _mirror_mistakes(config: ConfigDict) -> Iterator[Mistake]:

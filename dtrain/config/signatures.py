@@ -5,11 +5,14 @@ names is executed before it is known to be a class or a function of an allowed p
 """
 
 import ast
+import functools
+import itertools
 import re
 import sys
 import tokenize
+import unicodedata
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,7 +87,7 @@ class Module:
             self._bind(statement, conditional)
         # Whether it may have names that cannot be seen in its text.
         self.hides = "__getattr__" in self.bindings or (file.path is None and not file.is_package)
-        self.hides |= re.search(r"\bglobals\(\)|\bsys\.modules\[__name__\]|^exec\(", text, re.M) is not None
+        self.hides |= any(hider in f"\n{text}" for hider in _HIDERS)
 
     def _bind(self, node: ast.stmt, conditional: bool) -> None:
         if isinstance(node, ast.ClassDef | Function):
@@ -121,11 +124,32 @@ class Module:
         return f"{base}.{node.module}" if node.module else base
 
 
+# What may give a module names that cannot be seen in its text.
+_HIDERS = ("globals()", "sys.modules[__name__]", "\nexec(")
+
+
+def _text(path: Path) -> str:
+    """What a file says, in the encoding that it names itself."""
+    with tokenize.open(path) as file:
+        return file.read()
+
+
+def _may_bind(text: str, name: str) -> bool:
+    """Whether a module could mean something by a name: False only where its text, read but not parsed, rules that out.
+
+    Parsing is nearly all of the time that it takes to check a config, and most names are in one of many files searched.
+    """
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text)  # as Python reads names
+    bound = re.search(rf"(?<![\w.`'\"]){name}(?![\w.`'\"])", text)  # not as an attribute or between quotes
+    others = re.search(r"\bimport\s*\(?\s*\*", text)
+    return bool(bound or others) or any(hider in f"\n{text}" for hider in ("__getattr__", *_HIDERS))
+
+
 def _read(path: Path) -> tuple[str, list[ast.stmt]]:
     """A file's text and its statements."""
     try:
-        with tokenize.open(path) as file:  # in the encoding that the file itself names
-            text = file.read()
+        text = _text(path)
         with warnings.catch_warnings():  # such as of '\d'; whoever imports it will see them
             warnings.simplefilter("ignore")
             return text, ast.parse(text, filename=str(path)).body
@@ -200,6 +224,7 @@ class Definition(NamedTuple):
 
 
 Lineage = tuple[Definition | None, ...]  # a class and its bases; None stands for one that cannot be read
+Upwards = Callable[[], Iterable[Definition | None]]  # gives them one by one, each time from the class itself
 # What a name can mean. A text is the name of a module, or of anything in the standard library, which is not followed.
 Meaning = Definition | Dynamic | str | None
 Visited = frozenset[tuple[str, str]]  # the modules and names that led here: imports may form a circle
@@ -226,8 +251,23 @@ class Source:
 
     def __init__(self) -> None:
         self._modules: dict[str, Module] = {}
+        self._texts: dict[Path, str] = {}  # of those that were not parsed yet
         self._callees: dict[ast.stmt, Callee | Dynamic] = {}
         self._in_progress: set[ast.stmt] = set()  # functions whose `**kwargs` are being followed: some call themselves
+
+    def forget(self) -> None:
+        """Give back the memory of what was read, which a training has better uses for; who asks again, reads again."""
+        for known in (self._texts, self._modules, self._callees):
+            known.clear()
+
+    def _can_mean(self, file: ModuleFile, name: str) -> bool:
+        """Whether a module that was not parsed may mean something by a name that is not one of its submodules."""
+        if file.path and file.path not in self._texts:
+            try:
+                self._texts[file.path] = _text(file.path)
+            except (SyntaxError, OSError, ValueError):
+                return True  # who parses it will say why it cannot be read
+        return file.path is None or _may_bind(self._texts[file.path], name)
 
     def module(self, name: str) -> Module | None:
         """The parsed module, or None when there is none of that name; a SyntaxError where the file is not Python."""
@@ -251,6 +291,13 @@ class Source:
         meaning = self._lookup(module_name, name, frozenset())
         return self._callee(*meaning) if isinstance(meaning, Definition) else meaning
 
+    def search(self, library: str, name: str) -> Callee | Dynamic | str | None:
+        """The same in one of many libraries, which is not parsed where its text rules the name out."""
+        file = None if library in self._modules else module_file(library)
+        if file is None or self._can_mean(file, name):
+            return self.lookup(library, name)
+        return f"{library}.{name}" if file.is_package and module_file(f"{library}.{name}") else None
+
     def attribute(self, module_name: str, name: str, attribute: str) -> Any:
         """The plain value that a class or a function gives an attribute in its source text.
 
@@ -262,7 +309,7 @@ class Source:
             return ...
         module, node = meaning
         if isinstance(node, ast.ClassDef):
-            return self._class_attribute(self._lineage(module, node), attribute)
+            return self._class_attribute(self._upwards(module, node), attribute)
         written = module.attributes.get(f"{node.name}.{attribute}")
         return None if written is None else _plain(written)
 
@@ -295,18 +342,18 @@ class Source:
         meaning = self._lookup(module_name, name, frozenset())
         if not isinstance(meaning, Definition) or not isinstance(meaning.node, ast.ClassDef):
             return None
-        for owner in self._lineage(meaning.module, meaning.node):
+        for owner in self._upwards(meaning.module, meaning.node):
             if owner is None:
                 return None
             for item, _ in _statements(owner.node.body):
                 if isinstance(item, ast.FunctionDef) and item.name == method:
-                    takes = self._takes(owner.module, item, (), method=True)
+                    takes = self._takes(owner.module, item, tuple, method=True)
                     return takes and (list(takes.parameters), takes.open or takes.variadic)
                 if isinstance(item, ast.Assign) and method in map(ast.unparse, item.targets):
                     return None
         return None
 
-    def _class_attribute(self, lineage: Lineage, attribute: str) -> Any:
+    def _class_attribute(self, lineage: Iterable[Definition | None], attribute: str) -> Any:
         for owner in lineage:
             if owner is None:
                 return ...
@@ -324,9 +371,9 @@ class Source:
                     return _plain(value)
         return None
 
-    def _made_by(self, owner: Definition, new: ast.FunctionDef) -> list[Lineage]:
-        """The classes of the objects that a `__new__` returns, other than its own; an empty lineage: not known."""
-        made: list[Lineage] = []
+    def _made_by(self, owner: Definition, new: ast.FunctionDef) -> list[Iterator[Definition | None] | None]:
+        """The lineages of the objects that a `__new__` returns, other than of its own class; None: not known."""
+        made: list[Iterator[Definition | None] | None] = []
         for value in (item.value for item in ast.walk(new) if isinstance(item, ast.Return)):
             text = ast.unparse(value.func if isinstance(value, ast.Call) else value or _UNKNOWN)
             if (
@@ -338,9 +385,9 @@ class Source:
             meaning = self._follow(owner.module, text)
             match meaning:
                 case Definition(module, ast.ClassDef() as node) if node is not owner.node:
-                    made.append(self._lineage(module, node))
+                    made.append(self._upwards(module, node))
                 case _:
-                    made.append(())
+                    made.append(None)
         return made
 
     def _lookup(self, module_name: str, name: str, visited: Visited) -> Meaning:
@@ -398,9 +445,9 @@ class Source:
         if node in self._callees:
             return self._callees[node]
         if is_class := isinstance(node, ast.ClassDef):
-            takes = self._constructor(self._lineage(module, node))
+            takes = self._constructor(functools.partial(self._upwards, module, node))
         else:
-            takes = self._takes(module, node, (), method=False)
+            takes = self._takes(module, node, tuple, method=False)
         where = (module.name, node.name, str(module.file.path), node.lineno, is_class)
         callee = Dynamic(module.name, node.name) if takes is None else Callee(*where, *takes)
         if not self._in_progress:  # else it may lack what is being followed just now
@@ -409,23 +456,35 @@ class Source:
 
     def _lineage(self, module: Module, node: ast.ClassDef, seen: frozenset[ast.ClassDef] = frozenset()) -> Lineage:
         """The class and its bases in the order in which Python asks them."""
-        result: list[Definition | None] = []
-        for base in node.bases:
-            text = ast.unparse(base).partition("[")[0]
-            if text.rpartition(".")[2] in _NO_PARAMETERS:
-                continue
-            match self._follow(module, text):
-                case Definition(base_module, ast.ClassDef() as above) if above not in seen | {node}:
-                    further = self._lineage(base_module, above, seen | {node})
-                    result = [item for item in result if item is None or item not in further] + list(further)
-                case _:
-                    result.append(None)
-        metaclass = any(item.arg == "metaclass" and "ABCMeta" not in ast.unparse(item.value) for item in node.keywords)
-        return (None if metaclass else Definition(module, node), *result)
+        return tuple(self._upwards(module, node, seen))
 
-    def _constructor(self, lineage: Lineage) -> _Takes | None:
-        """What the first constructor in the lineage takes; None when it cannot be read."""
-        for index, owner in enumerate(lineage):
+    def _upwards(
+        self, module: Module, node: ast.ClassDef, seen: frozenset[ast.ClassDef] = frozenset()
+    ) -> Iterator[Definition | None]:
+        """The same one by one: who finds an answer on the way need not have the rest parsed, such as nn.Module."""
+        yield None if _has_metaclass(node) else Definition(module, node)
+        written = (ast.unparse(base).partition("[")[0] for base in node.bases)
+        bases = [text for text in written if text.rpartition(".")[2] not in _NO_PARAMETERS]
+        if len(bases) == 1:
+            yield from self._above(module, bases[0], seen | {node})
+            return
+        result: list[Definition | None] = []
+        for text in bases:
+            further = list(self._above(module, text, seen | {node}))
+            result = [item for item in result if item is None or item not in further] + further
+        yield from result
+
+    def _above(self, module: Module, base: str, seen: frozenset[ast.ClassDef]) -> Iterator[Definition | None]:
+        """A base of a class, by its name in a module, and what is above that."""
+        match self._follow(module, base):
+            case Definition(base_module, ast.ClassDef() as node) if node not in seen:
+                yield from self._upwards(base_module, node, seen)
+            case _:
+                yield None
+
+    def _constructor(self, upwards: Upwards) -> _Takes | None:
+        """What the first constructor of a class and its bases takes; None when it cannot be read."""
+        for index, owner in enumerate(upwards()):
             if owner is None:
                 return None
             body = [item for item, _ in _statements(owner.node.body)]
@@ -434,12 +493,12 @@ class Source:
             if new and init and new.args.vararg and new.args.kwarg:
                 new = None  # it lets everything through to __init__
             if method := new or init:
-                return self._takes(owner.module, method, lineage[index + 1 :], method=True)
+                return self._takes(owner.module, method, functools.partial(_beyond, upwards, index), method=True)
             assigned = {ast.unparse(name) for item in body if isinstance(item, ast.Assign) for name in item.targets}
             if assigned & {"__init__", "__new__"}:
                 return None
             if is_record(owner.node):
-                return self._record(lineage[index:])
+                return self._record((owner, *_beyond(upwards, index)))
             if _changes_arguments(owner.node):  # such as attrs' define, which writes the constructor
                 return None
         return _Takes()
@@ -452,7 +511,7 @@ class Source:
             fields |= {item.name: item for item in record_fields(owner.node)} if is_record(owner.node) else {}
         return _Takes(tuple(fields.values()))
 
-    def _takes(self, module: Module, node: Function, behind: Lineage, method: bool) -> _Takes | None:
+    def _takes(self, module: Module, node: Function, behind: Upwards, method: bool) -> _Takes | None:
         """What a function takes, with what it hands on through `**kwargs` to the constructors `behind` it."""
         if _changes_arguments(node):
             return None
@@ -462,7 +521,7 @@ class Source:
         added = tuple(item for item in further or () if item.name not in names)
         return _Takes(own + added, further is None, node.args.vararg is not None)
 
-    def _through_kwargs(self, module: Module, node: Function, behind: Lineage) -> tuple[Parameter, ...] | None:
+    def _through_kwargs(self, module: Module, node: Function, behind: Upwards) -> tuple[Parameter, ...] | None:
         """The keys that a function reads out of its `**kwargs` or hands on; None when that cannot be known."""
         if node in self._in_progress:
             return ()
@@ -481,7 +540,7 @@ class Source:
         finally:
             self._in_progress.discard(node)
 
-    def _passed_on(self, module: Module, call: ast.Call, behind: Lineage) -> list[Parameter] | None:
+    def _passed_on(self, module: Module, call: ast.Call, behind: Upwards) -> list[Parameter] | None:
         """What the callee of `f(..., **kwargs)` still takes beyond the arguments written in that call."""
         text = ast.unparse(call.func)
         bound = re.fullmatch(r"super\(.*\)\.(__init__|__new__)", text)
@@ -496,6 +555,16 @@ class Source:
         by_position = max(next(stars, len(call.args)) - takes_self, 0)
         positional = [item for item in takes.parameters if item.positional][:by_position]
         return [item for item in takes.parameters if item.name not in by_keyword and item not in positional]
+
+
+def _beyond(upwards: Upwards, index: int) -> Iterator[Definition | None]:
+    """The bases beyond the one with an index."""
+    return itertools.islice(upwards(), index + 1, None)
+
+
+def _has_metaclass(node: ast.ClassDef) -> bool:
+    """Whether a class has a metaclass that may take arguments of its own."""
+    return any(item.arg == "metaclass" and "ABCMeta" not in ast.unparse(item.value) for item in node.keywords)
 
 
 def _changes_arguments(node: ast.ClassDef | Function) -> bool:

@@ -197,7 +197,9 @@ def read_text(path: Path, place: Place | None) -> str:
     """The file's text; every reason why there is none is one mistake."""
     try:
         if path.is_dir():
-            raise ConfigError(f"{path} is a folder, expected a YAML file", place)
+            snapshot = path / "config.yaml"  # of a run folder
+            cure = f"; a run's config is {snapshot}" if snapshot.is_file() else ""
+            raise ConfigError(f"{path} is a folder, expected a YAML file{cure}", place)
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:

@@ -1,6 +1,8 @@
 """What is input, target and main output: the forms that batches and outputs may have."""
 
+import functools
 import inspect
+import operator
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,6 +16,7 @@ TARGET_KEYS = ("target", "label", "labels", "mask", "y")
 TargetKey = str | list[str] | None
 WHOLE = "batch"  # the argument of a forward that takes all of a batch at once
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by a tensor's number of axes
+_is_none = functools.partial(operator.is_, None)
 KEPT = "kept_samples"  # the key, field or attribute by which a batch says how many samples a collate function kept
 
 
@@ -91,7 +94,7 @@ def kept_samples(batch: Any, items: Any, dealt: int) -> int:
         return 0
     said = batch.get(KEPT) if isinstance(batch, Mapping) else getattr(batch, KEPT, None)
     if said is None:
-        return dealt - sum(item is None for item in items) if isinstance(items, list) else dealt
+        return dealt - sum(map(_is_none, items)) if isinstance(items, list) else dealt
     if not 0 <= int(said) <= dealt or int(said) != said:
         raise ValueError(f"{KEPT} of a batch is {said}; possible: 0 to {dealt}, the samples that its collate_fn got")
     return int(said)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from dtrain.distributed.affinity import free_worker
 from dtrain.distributed.process import end_with
 from dtrain.distributed.stop_request import SIGNALS
 
@@ -89,6 +90,7 @@ def begin_worker(parent: int, _worker: int) -> None:
     From now on it writes the Python stacks of all threads into a file in memory when asked.
     """
     obey_parent_alone(parent)
+    free_worker()
     if STACKS_SIGNAL and hasattr(os, "memfd_create"):
         signal.signal(STACKS_SIGNAL, signal.SIG_IGN)  # who sees the file may ask
         faulthandler.register(STACKS_SIGNAL, os.memfd_create(_FILE_NAME))
@@ -132,8 +134,9 @@ def end_workers() -> None:
 
 # No scheduler, shell or library sends it. faulthandler answers it in C: also where Python hangs.
 STACKS_SIGNAL = signal.SIGRTMAX - 1 if hasattr(signal, "SIGRTMAX") else 0
-ANSWER_SECONDS = 0.5
+ANSWER_SECONDS = 1.5  # so long they have; a machine on which a training hangs may be busy
 _FILE_NAME = "dtrain-stacks"
+_NO_ANSWER = "does not answer: it is stopped, waits for a disk, or is gone\n"
 
 
 def stacks_of_workers() -> dict[str, str]:
@@ -144,9 +147,13 @@ def stacks_of_workers() -> dict[str, str]:
         if file is not None:  # else the signal would end it
             with contextlib.suppress(OSError):
                 os.kill(pid, STACKS_SIGNAL)
-    if files:
-        time.sleep(ANSWER_SECONDS)
-    return {f"worker {pid}": _stacks_text(file) for pid, file in files.items()}
+    end, before = time.monotonic() + ANSWER_SECONDS, dict[str, str]()
+    while True:
+        time.sleep(0.1 if files else 0.0)
+        texts = {f"worker {pid}": _stacks_text(file) for pid, file in files.items()}
+        if time.monotonic() >= end or (texts == before and _NO_ANSWER not in texts.values()):
+            return texts
+        before = texts
 
 
 def _stacks_file(pid: int) -> Path | None:
@@ -164,4 +171,4 @@ def _stacks_text(file: Path | None) -> str:
     with contextlib.suppress(OSError):
         if text := file.read_text(errors="replace"):
             return text
-    return "does not answer: it is stopped, waits for a disk, or is gone\n"
+    return _NO_ANSWER

@@ -19,6 +19,7 @@ from torch.utils.data import DistributedSampler, WeightedRandomSampler
 from dtrain.data import rng
 from dtrain.data.own_generators import generators_in, seed_generator
 from dtrain.data.samplers import mixed, permuted
+from dtrain.distributed import by_node
 
 _STEP = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio, by which splitmix64 counts
 
@@ -280,7 +281,7 @@ def require_same_on_ranks(shard: Any) -> None:
         return
     own = shard.checksum()
     ends = tensor([own, -own])
-    dist.all_reduce(ends, dist.ReduceOp.MAX)
+    by_node.all_reduce(ends, dist.ReduceOp.MAX)
     if int(ends[0]) != -int(ends[1]):
         raise ValueError(
             "the sampler gives other indices on other ranks; its order must follow from the seed and the epoch alone"

@@ -11,7 +11,7 @@ import random
 import sys
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import BuiltinFunctionType, FunctionType, MethodDescriptorType, MethodType, ModuleType
 from typing import Any
 
@@ -73,21 +73,38 @@ def seed_generator(generator: Any, name: str, seed: int) -> None:
 
     A seed sequence keeps its entropy, and with it what is made of that; what it spawns next follows the seed.
     """
-    own = (seed + zlib.crc32(name.encode()) * 0x9E3779B97F4A7C15) % 2**64
+    next(seeding_of(generator, name, [seed]))
+
+
+def seeding_of(generator: Any, name: str, seeds: Sequence[int]) -> Iterator[Any]:
+    """The same from one seed after the other, at each step."""
+    others = zlib.crc32(name.encode()) * 0x9E3779B97F4A7C15
+    size = 2**32 if _is_twister(generator) else 2**64
+    return map(_seeder(generator), [(seed + others) % 2**64 % size for seed in seeds])
+
+
+def _is_twister(generator: Any) -> bool:
+    """Whether it is a RandomState of the usual kind, whose seeds have 32 bits."""
+    return isinstance(generator, np.random.RandomState) and isinstance(generator._bit_generator, np.random.MT19937)
+
+
+def _seeder(generator: Any) -> Callable[[int], Any]:
     if isinstance(generator, torch.Generator):
-        generator.manual_seed(own)
-    elif isinstance(generator, random.Random):
-        generator.seed(own)
-    elif isinstance(generator, np.random.Generator | np.random.BitGenerator):
-        _seed_bits(getattr(generator, "bit_generator", generator), own)
-    elif isinstance(generator, np.random.SeedSequence):
-        spawned = own % 2**31  # half of what that counter holds: a sample may count on
-        entropy, key, size = generator.entropy, generator.spawn_key, generator.pool_size
-        np.random.SeedSequence.__init__(generator, entropy, spawn_key=key, pool_size=size, n_children_spawned=spawned)
-    elif isinstance(bits := generator._bit_generator, np.random.MT19937):
-        generator.seed(own % 2**32)
-    else:
-        generator.set_state(np.random.RandomState(type(bits)(own)).get_state(legacy=False))
+        return generator.manual_seed
+    if isinstance(generator, random.Random) or _is_twister(generator):
+        return generator.seed
+    if isinstance(generator, np.random.Generator | np.random.BitGenerator):
+        return functools.partial(_seed_bits, getattr(generator, "bit_generator", generator))
+    if isinstance(generator, np.random.SeedSequence):
+        return functools.partial(_seed_sequence, generator)
+    kind = type(generator._bit_generator)
+    return lambda own: generator.set_state(np.random.RandomState(kind(own)).get_state(legacy=False))
+
+
+def _seed_sequence(sequence: np.random.SeedSequence, own: int) -> None:
+    spawned = own % 2**31  # half of what that counter holds: a sample may count on
+    entropy, key, size = sequence.entropy, sequence.spawn_key, sequence.pool_size
+    np.random.SeedSequence.__init__(sequence, entropy, spawn_key=key, pool_size=size, n_children_spawned=spawned)
 
 
 def _seed_bits(bits: Any, own: int) -> None:

@@ -3,7 +3,8 @@
 import contextlib
 import functools
 import random
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ def _cpu_state() -> tuple[Any, Any, torch.Tensor]:
 
 
 def _set_cpu_state(state: tuple[Any, Any, torch.Tensor]) -> None:
-    _draws.cache_clear()  # what it knows of NumPy's holds as long as numbers are only drawn
+    draws.cache_clear()  # what it knows of NumPy's holds as long as numbers are only drawn
     random.setstate(state[0])
     np.random.set_state(state[1])
     torch.set_rng_state(state[2])
@@ -58,22 +59,17 @@ def _set_cpu_state(state: tuple[Any, Any, torch.Tensor]) -> None:
 @contextlib.contextmanager
 def untouched() -> Iterator[None]:
     """Leave the CPU generators as they were, whatever is drawn inside."""
-    before = _cpu_state()
+    before, of_monai = _cpu_state(), seed_of_monai()
     try:
         yield
     finally:
         _set_cpu_state(before)
-
-
-def without_drawing(make: Callable[[], Any]) -> tuple[bool, Any]:
-    """Call `make`. True and its result if it drew from no CPU generator, else False, and the generators as before."""
-    nothing_drawn = _draws().remember()
-    result = make()
-    return (True, result) if nothing_drawn() else (False, None)
+        set_seed_of_monai(of_monai)
 
 
 @functools.cache
-def _draws() -> Draws:
+def draws() -> Draws:
+    """What tells whether numbers were drawn from the CPU generators, in this process."""
     return Draws()
 
 
@@ -88,7 +84,27 @@ def seed_sample(seed: int, epoch: int, *index: int) -> int:
     own = _seed_python_and_numpy((seed, epoch, *index))
     # Not torch.manual_seed: it would reseed the accelerator's generator, too, which dropout draws from.
     torch.default_generator.manual_seed(own)
+    set_seed_of_monai(own % 2**32)
     return own
+
+
+def has_monai() -> bool:
+    """Whether MONAI is imported, whose transforms take their seed from a variable."""
+    return "monai.utils.misc" in sys.modules
+
+
+def seed_of_monai() -> int | None:
+    """What MONAI's Compose seeds its transforms with; None where it is not imported."""
+    return getattr(sys.modules.get("monai.utils.misc"), "_seed", None)
+
+
+def set_seed_of_monai(seed: int | None) -> None:
+    """What MONAI's Compose seeds its transforms with, anew whenever it is asked for its length or truth.
+
+    So `if self.transform:` in an item would, without it, have the operating system choose the numbers.
+    """
+    if (misc := sys.modules.get("monai.utils.misc")) is not None:
+        misc._seed = seed  # type: ignore[attr-defined]
 
 
 def _seed_python_and_numpy(entropy: tuple[int, ...]) -> int:

@@ -33,6 +33,12 @@ class ShuffledShard:
     order: int = ORDER  # its version; a training of before ends its epoch in the order in which it began
     source: Any = None  # a sampler's order (see `orders`), by which a sample may come more than once in an epoch
     most: int | None = None  # samples of an epoch, where not all are used
+    full_batch: int = 0  # samples in a batch of all ranks that the training is meant for; 0: these
+    step_size: int = 0  # samples of an optimizer step, with which batches of all ranks begin anew; 0: one such batch
+
+    def __post_init__(self) -> None:
+        self.full_batch = self.full_batch or self.global_batch
+        self.step_size = self.step_size or self.full_batch
 
     @property
     def samples(self) -> int:
@@ -56,21 +62,23 @@ class ShuffledShard:
     def end(self, start: int) -> int:
         """The position after the last sample that is used."""
         size = self.samples
-        end = start + (size - start) // self.global_batch * self.global_batch if self.drop_last else size
+        end = start + (size - start) // self.full_batch * self.full_batch if self.drop_last else size
         return end if self.most is None else max(start, min(end, self.most))
 
     def limit(self, limit: int | float) -> None:
         """Use so many first batches of all ranks, or a share of them."""
-        self.most = limited(self.end(0), self.global_batch, limit)
+        self.most = limited(self.end(0), self.full_batch, limit)
 
     def edge(self, start: int, batches: int) -> int:
         """The position after so many batches of all ranks from a start on; the end where there are fewer."""
-        return min(start + batches * self.global_batch, self.end(start))
+        return min(start + _covered(batches, self.global_batch, self.step_size), self.end(start))
 
     def edges_from(self, start: int) -> Iterator[int]:
         """The positions after one batch of all ranks, after two, and so on."""
-        end = self.end(start)
-        return (min(high, end) for high in itertools.count(start + self.global_batch, self.global_batch))
+        end, size = self.end(start), self.global_batch
+        if self.step_size % size == 0:
+            return map(min, itertools.count(start + size, size), itertools.repeat(end))
+        return (min(start + high, end) for high in _covered_by_each(size, self.step_size))
 
     def own_samples(self, low: int, high: int) -> int:
         """How many samples of a batch of all ranks, from one position to another, are this rank's."""
@@ -78,11 +86,20 @@ class ShuffledShard:
 
     def batches(self, start: int) -> int:
         """Batches of all ranks from a position to the end of the epoch."""
-        return -(-(self.end(start) - start) // self.global_batch)
+        return _batches(self.end(start) - start, self.global_batch, self.step_size)
+
+    def steps(self, start: int) -> int:
+        """Optimizer steps from a position to the end of the epoch."""
+        return -(-(self.end(start) - start) // self.step_size)
+
+    def steps_done(self, position: int) -> int:
+        """Optimizer steps from the epoch's beginning to a position."""
+        return -(-position // self.step_size)
 
     def smallest(self) -> int:
         """The position at which the epoch's smallest batch of all ranks begins: the last one, or the first."""
-        return (self.end(0) - 1) // self.global_batch * self.global_batch if self.end(0) % self.global_batch else 0
+        last = self.edge(0, self.batches(0) - 1)
+        return last if self.end(0) - last < self.edge(0, 1) else 0
 
     def __len__(self) -> int:
         return self.batches(self.start)
@@ -100,27 +117,33 @@ class ShuffledShard:
 
         Where a sample may come again, each one's position travels, too: [(epoch, position, ...), index, ...].
         """
-        epoch, end = self.epoch, self.end(self.start)
-        block = self.global_batch * max(1, 8192 // self.batch_size)  # permuting in blocks costs a tenth
+        epoch, end, size = self.epoch, self.end(self.start), self.batch_size
+        # Where steps consist of whole batches, these need not begin anew with each.
+        stretch = self.global_batch if self.step_size % self.global_batch == 0 else self.step_size
+        block = stretch * max(1, 8192 * self.world_size // stretch)  # permuting in blocks costs a tenth
         for low in range(self.start, end, block):
             high = min(low + block, end)
-            own = np.arange(low + self.rank, high, self.world_size)
+            edges = [low, high] if stretch == self.global_batch else [*range(low, high, stretch), high]
+            parts = [np.arange(first + self.rank, last, self.world_size) for first, last in itertools.pairwise(edges)]
+            own = np.concatenate(parts)
             indices, places = self._indices(own).tolist(), own.tolist() if self.source else None
-            full = (high - low) // self.global_batch * self.batch_size
-            for first in range(0, full, self.batch_size):
-                of_batch = slice(first, first + self.batch_size)
-                yield [(epoch, *places[of_batch]) if places else epoch, *indices[of_batch]]
-            if (high - low) % self.global_batch:
-                spare = [] if indices[full:] else self._indices(np.array([high - 1])).tolist()
-                yield [
-                    (epoch, *(places[full:] or [high - 1])) if places is not None else epoch,
-                    *indices[full:],
-                    *spare,
-                ]
+            first = 0
+            for part, (begins, ends) in zip(parts, itertools.pairwise(edges), strict=True):
+                after = first + len(part)
+                for cut in range(first, after, size):
+                    of_batch = slice(cut, min(cut + size, after))
+                    yield [(epoch, *places[of_batch]) if places else epoch, *indices[of_batch]]
+                if -(-(ends - begins) // self.global_batch) > -(-len(part) // size):  # the others have one more
+                    spare = self._indices(np.array([ends - 1])).tolist()
+                    yield [(epoch, ends - 1) if places is not None else epoch, *spare]
+                first = after
 
     def sample_counts(self) -> set[int]:
         """How many samples the batches of a rank may have."""
-        return _counts(self.samples, self.batch_size)
+        short = (
+            {self.own_samples(0, self.step_size % self.global_batch)} if self.step_size % self.global_batch else set()
+        )
+        return _counts(self.samples, self.batch_size) | short
 
     def checksum(self) -> int:
         """Of the epoch's order."""
@@ -149,7 +172,13 @@ class BatchShard:
     order: int = ORDER  # as a ShuffledShard has it; these orders have one version
     batch_size: int = 0  # as a ShuffledShard has it; here each batch has its own
     most: int | None = None  # rounds of an epoch, where not all are used
+    full_batch: int = 0  # batches in a round of all ranks that the training is meant for; 0: one of each of these
+    step_size: int = 0  # batches of an optimizer step, with which rounds begin anew; 0: one round
     _edges: tuple[int, np.ndarray] = (-1, np.zeros(1, np.int64))  # of an epoch: where each batch begins
+
+    def __post_init__(self) -> None:
+        self.full_batch = self.full_batch or self.world_size
+        self.step_size = self.step_size or self.full_batch
 
     @property
     def place(self) -> tuple[int, ...]:
@@ -179,9 +208,9 @@ class BatchShard:
     def edge(self, start: int, batches: int) -> int:
         """The position after so many rounds from a start on; the end where there are fewer."""
         first, last = self.number(start), len(self.edges) - 1
-        last -= (last - first) % self.world_size if self.drop_last else 0
-        last = last if self.most is None else min(last, self.most * self.world_size)
-        return int(self.edges[min(first + batches * self.world_size, last)])
+        last -= (last - first) % self.full_batch if self.drop_last else 0
+        last = last if self.most is None else min(last, self.most * self.full_batch)
+        return int(self.edges[min(first + _covered(batches, self.world_size, self.step_size), last)])
 
     def end(self, start: int) -> int:
         """The position after the last sample that is used."""
@@ -189,7 +218,7 @@ class BatchShard:
 
     def limit(self, limit: int | float) -> None:
         """Use so many first rounds, or a share of them."""
-        self.most = limited(self.batches(0), 1, limit)
+        self.most = limited(-(-self.number(self.end(0)) // self.full_batch), 1, limit)
 
     def edges_from(self, start: int) -> Iterator[int]:
         """The positions after one round, after two, and so on."""
@@ -211,7 +240,15 @@ class BatchShard:
 
     def batches(self, start: int) -> int:
         """Rounds from a position to the end of the epoch."""
-        return -(-(self.number(self.end(start)) - self.number(start)) // self.world_size)
+        return _batches(self.number(self.end(start)) - self.number(start), self.world_size, self.step_size)
+
+    def steps(self, start: int) -> int:
+        """Optimizer steps from a position to the end of the epoch."""
+        return -(-(self.number(self.end(start)) - self.number(start)) // self.step_size)
+
+    def steps_done(self, position: int) -> int:
+        """Optimizer steps from the epoch's beginning to a position."""
+        return -(-self.number(position) // self.step_size)
 
     def smallest(self) -> int:
         """The position at which the epoch's smallest batch begins."""
@@ -232,13 +269,36 @@ class BatchShard:
         """Batches as [(epoch, position, position, ...), index, index, ...], as those of a ShuffledShard."""
         epoch, edges = self.epoch, self.edges
         first, end = self.number(self.start), self.number(self.end(self.start))
-        for low in range(first, end, 64 * self.world_size):
-            own = np.arange(low + self.rank, min(low + 64 * self.world_size, end), self.world_size)
-            for number, indices in zip(own.tolist(), self.source.at(epoch, own), strict=True):
-                yield [(epoch, *range(edges[number], edges[number + 1])), *np.asarray(indices).tolist()]
-        if (end - first) % self.world_size > 0 and self.rank >= (end - first) % self.world_size:
-            last = self.source.at(epoch, np.array([end - 1]))[0]
-            yield [(epoch, int(edges[end - 1])), int(last[0])]
+        covered = (min(first + each, end) for each in _covered_by_each(self.world_size, self.step_size))
+        edges_of_rounds = itertools.pairwise(itertools.chain([first], covered))
+        rounds = itertools.takewhile(lambda each: each[0] < each[1], edges_of_rounds)
+        while block := list(itertools.islice(rounds, 64)):
+            # A rank without a batch takes the first sample of the round's last one.
+            own = np.array([min(low + self.rank, high - 1) for low, high in block])
+            for number, (low, high), indices in zip(own.tolist(), block, self.source.at(epoch, own), strict=True):
+                if low + self.rank < high:
+                    yield [(epoch, *range(edges[number], edges[number + 1])), *np.asarray(indices).tolist()]
+                else:
+                    yield [(epoch, int(edges[number])), int(indices[0])]
+
+
+def _covered(batches: int, per_batch: int, step_size: int) -> int:
+    """What so many batches of all ranks cover, where each step begins a new one."""
+    steps, more = divmod(batches, -(-step_size // per_batch))
+    return steps * step_size + min(more * per_batch, step_size)
+
+
+def _covered_by_each(per_batch: int, step_size: int) -> Iterator[int]:
+    """The same of one batch, of two, and so on."""
+    for low in itertools.count(0, step_size):
+        yield from range(low + per_batch, low + step_size, per_batch)
+        yield low + step_size
+
+
+def _batches(size: int, per_batch: int, step_size: int) -> int:
+    """How many batches of all ranks cover so much."""
+    steps, rest = divmod(size, step_size)
+    return steps * -(-step_size // per_batch) + -(-rest // per_batch)
 
 
 def limited(size: int, batch_size: int, limit: int | float) -> int:

@@ -1,25 +1,31 @@
 """Batches of a dataset, each sample with random numbers of its own, loaded in this process or in workers."""
 
+import contextlib
 import functools
+import itertools
 import multiprocessing
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import resource_tracker
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, get_worker_info
 
 from dtrain.data import rng
 from dtrain.data.batch import kept_samples
 from dtrain.data.loader_workers import begin_worker, signals_blocked
-from dtrain.data.own_generators import generators_in, seed_generator
+from dtrain.data.own_generators import generators_in, seeding_of
+from dtrain.data.sample_files import file_of
+from dtrain.data.sample_seeds import SampleSeeds, Seeds, seeds_ahead
+from dtrain.data.worker_messages import Counted, Group, Groups, Made, collated, made, packed
 
 # Which samples come, and what a validation is of: not torch's affair.
 NOT_OF_TORCH = ("shuffle", "drop_last", "sampler", "batch_sampler", "whole_volumes", "every_epochs")
+MOST_SEEDED = 4096  # samples whose seeds are computed at once; each one of a few hundred takes twice as long
 
 
 def batch_loader(dataset: Any, seed: int, batch_sampler: Any, options: dict[str, Any]) -> "BatchLoader":
@@ -31,7 +37,7 @@ def batch_loader(dataset: Any, seed: int, batch_sampler: Any, options: dict[str,
     method = options["multiprocessing_context"] or multiprocessing.get_start_method(allow_none=True)
     if method is None:  # forks share the data set's memory; Python's own choice differs from version to version
         method = "fork" if sys.platform == "linux" else multiprocessing.get_all_start_methods()[0]
-    own = {"collate_fn": _already_collated, "multiprocessing_context": method}
+    own = {"collate_fn": packed, "multiprocessing_context": method}
     if not options["num_workers"]:
         own |= {"multiprocessing_context": None, "persistent_workers": False, "prefetch_factor": None, "timeout": 0}
     parent = 0 if method == "forkserver" else os.getpid()
@@ -54,19 +60,30 @@ class BatchLoader(DataLoader):
     def __iter__(self) -> Any:
         return map(operator.itemgetter(0), self.counted())
 
-    def counted(self) -> Iterator[tuple[Any, int]]:
+    @functools.cached_property
+    def groups(self) -> Groups:
+        """The requests to workers."""
+        return Groups(self.batch_sampler)
+
+    @property
+    def _index_sampler(self) -> Any:  # torch's own name for what its iterators ask
+        return self.groups if self.num_workers else self.batch_sampler
+
+    def counted(self) -> Iterator[Counted]:
         """Its batches, each with the number of samples in it that count; without any, the batch may be None."""
         batches, sampler = cast("SeededBatches", self.dataset), cast(Any, self.batch_sampler)
         words = np.random.SeedSequence((batches.seed, *sampler.place)).generate_state(2)
         # The base seed of workers that are started now.
         self.generator.manual_seed(int(words[0]) << 32 | int(words[1]))
-        method = self.multiprocessing_context.get_start_method() if self.num_workers else ""
-        if method in ("", "forkserver"):
-            return super().__iter__()
+        if not self.num_workers:
+            # Without pinned memory there is nothing that torch's iterator would add.
+            return super().__iter__() if self.pin_memory else batches.in_turn(sampler)
+        method = self.multiprocessing_context.get_start_method()
         if method == "spawn":
             resource_tracker.ensure_running()  # else it is started meanwhile, which unblocks SIGTERM
-        with signals_blocked():
-            return super().__iter__()
+        with contextlib.nullcontext() if method == "forkserver" else signals_blocked():
+            messages = super().__iter__()
+        return itertools.chain.from_iterable(map(self.groups.batches_of, messages))
 
 
 class SeededBatches(Dataset):
@@ -76,18 +93,20 @@ class SeededBatches(Dataset):
     positions are in its samples' seeds. A dataset with `set_epoch` is told each epoch before the first sample of it, in
     every process.
     The generators are seeded for each sample, those that the dataset or the collate function hold included; what the
-    collate function draws follows the last one's numbers. Seeding takes 25 us a sample, so it is done only where
+    collate function draws follows the last one's numbers. Seeding takes 2 to 25 us a sample, so it is done only where
     something is drawn: of a dataset that does not say (`random`, True or False) and holds no generator, a batch is made
     without, and made again with it as soon as a first one turns out to have drawn.
     """
 
     def __init__(self, dataset: Any, seed: int, collate: Callable[[list[Any]], Any] | None) -> None:
-        self.dataset, self.seed, self.collate = dataset, seed, collate or default_collate
+        self.dataset, self.seed, self.collate = dataset, seed, collate or collated
         self.may_leave_out = collate is not None  # samples: only a collate function of the user's own can
         declared = getattr(dataset, "random", None)  # the dataset speaks for its items alone, not for `collate`
         self.random: bool | None = declared if declared is True or (declared is False and collate is None) else None
+        self._gives_lists = hasattr(dataset, "__getitems__")
         # A class derived from TensorDataset may well transform its items.
         self.tensors = dataset.tensors if type(dataset) is TensorDataset and collate is None else None
+        self.sample_seeds = SampleSeeds()
         self.generators: dict[str, Any] = {}  # that dataset and collate function hold, by where they are
         self.is_searched = True  # to the end for them
         self._process = 0  # in which they were looked for after a first batch, which may have made some
@@ -100,7 +119,7 @@ class SeededBatches(Dataset):
 
     def batch(self, epoch: Any, *indices: int) -> Any:
         """One batch as the loader gives it; None where nothing is left of it."""
-        batch, samples = self.__getitems__([epoch, *indices])
+        batch, samples = self.counted([epoch, *indices])
         return batch if samples else None
 
     def begin_epoch(self, epoch: int) -> None:
@@ -117,7 +136,22 @@ class SeededBatches(Dataset):
             text = f"{type(self.dataset).__name__}.set_epoch({epoch}) changed its length from {before} to"
             raise ValueError(f"{text} {len(self.dataset)}; an epoch's samples are chosen by loaders.train.sampler")
 
-    def __getitems__(self, request: list[Any]) -> tuple[Any, int]:
+    def __getitems__(self, request: list[Any]) -> Counted | Made:
+        """What torch's loader asks for: a batch, or in a worker several of them."""
+        return made(self.in_turn(request)) if isinstance(request, Group) else self.counted(request)
+
+    def in_turn(self, requests: Iterable[list[Any]]) -> Iterator[Counted]:
+        """Batches one after the other, whose seeds are computed for several at once."""
+        requests = iter(requests)
+        for request in requests:
+            block = [request, *itertools.islice(requests, MOST_SEEDED // len(request))]
+            if self.random is None:
+                yield self.counted(block.pop(0))  # which may show that it draws
+            seeds = seeds_ahead(self.seed, block) if self.random and block else itertools.repeat(None)
+            yield from map(self.counted, block, seeds)
+
+    def counted(self, request: list[Any], seeds: Seeds | None = None) -> Counted:
+        """A batch, and how many of its samples count; with the samples' seeds, where they are known already."""
         epoch, *indices = request
         if self.has_epochs:
             self.begin_epoch(epoch[0] if isinstance(epoch, tuple) else epoch)
@@ -125,12 +159,12 @@ class SeededBatches(Dataset):
             rows = torch.tensor(indices)  # what collating its items gives, in a tenth of the time
             return [tensor.index_select(0, rows.to(tensor.device)) for tensor in self.tensors], len(indices)
         if self.random is False:
-            return self._collated(self._items(indices), indices)
-        counted = self._made(epoch, indices)
+            return self._loaded(indices)
+        counted = self._made(request, seeds)
         if self._process != os.getpid():
             self._process = os.getpid()
             if self._look_for_generators():
-                return self._made(epoch, indices)
+                return self._made(request, seeds)
         return counted
 
     def _look_for_generators(self) -> bool:
@@ -141,18 +175,33 @@ class SeededBatches(Dataset):
             self.random = True
         return any(before.get(name) is not generator for name, generator in self.generators.items())
 
-    def _made(self, epoch: Any, indices: list[int]) -> tuple[Any, int]:
+    def _made(self, request: list[Any], seeds: Seeds | None) -> Counted:
+        indices, in_rank = request[1:], get_worker_info() is None
+        if self.random is True and not in_rank:
+            return self._seeded(request, seeds)
+        draws = rng.draws()
+        marks = draws.marks()
+        if marks != draws.known:
+            draws.read_states(marks)
+        states = draws.states
         if self.random is None:
-            drew_nothing, counted = rng.without_drawing(lambda: self._collated(self._items(indices), indices))
-            if drew_nothing:
+            counted = self._loaded(indices)
+            if draws.marks(marks) == marks:
                 return counted
+            draws.put_back(states)
             self.random = True
-        if get_worker_info() is not None:
-            return self._collated(self._seeded_items(epoch, indices), indices)
-        with rng.untouched():  # this process's generators belong to the model
-            return self._collated(self._seeded_items(epoch, indices), indices)
+        of_monai = rng.seed_of_monai()
+        try:
+            return self._seeded(request, seeds)
+        finally:
+            if in_rank:  # whose generators belong to the model
+                draws.put_back(states, marks)
+                rng.set_seed_of_monai(of_monai)
 
-    def _collated(self, items: Any, indices: list[int]) -> tuple[Any, int]:
+    def _loaded(self, indices: list[int], seeding: Iterator[Any] | None = None) -> Counted:
+        """The batch and how many samples count; before each, the next of `seeding` is taken, which seeds for it."""
+        one_by_one = seeding is not None or not self._gives_lists
+        items = self._one_by_one(indices, seeding or itertools.repeat(None)) if one_by_one else self._as_list(indices)
         if self.may_leave_out:
             batch = self.collate(items)
             return batch, kept_samples(batch, items, len(indices))
@@ -161,41 +210,46 @@ class SeededBatches(Dataset):
             raise ValueError(f"{text}; a collate_fn may leave samples out, see docs/data.md")
         return self.collate(items), len(indices)
 
-    def _items(self, indices: list[int]) -> list[Any]:
-        if not hasattr(self.dataset, "__getitems__"):
-            return [self._item(index) for index in indices]
+    def _as_list(self, indices: list[int]) -> list[Any]:
         try:
             return self.dataset.__getitems__(indices)
         except Exception as error:
             error.add_note(f"while loading the samples {indices} of {type(self.dataset).__name__}")
             raise
 
-    def _seeded_items(self, epoch: Any, indices: list[int]) -> list[Any]:
-        items = []
-        epoch, *positions = epoch if isinstance(epoch, tuple) else (epoch,)
-        for number, index in enumerate(indices):
-            seed = rng.seed_sample(self.seed, epoch, index, *positions[number : number + 1])
-            for name, generator in self.generators.items():
-                seed_generator(generator, name, seed)
-            items.append(self._item(index))
-        return items
+    def _seeded(self, request: list[Any], known: Seeds | None) -> Counted:
+        """A batch whose samples have random numbers of their own."""
+        seeds, indices = known or seeds_ahead(self.seed, [request])[0], request[1:]
 
-    def _item(self, index: int) -> Any:
+        def made(seeding: Iterator[Any]) -> Counted:
+            held = [seeding_of(each, name, seeds.torch) for name, each in self.generators.items()]
+            return self._loaded(indices, zip(seeding, *held, strict=False) if held else seeding)
+
+        return self.sample_seeds.made(seeds, made)
+
+    def _one_by_one(self, indices: list[int], seeding: Iterator[Any]) -> list[Any]:
+        """The samples; an error names its own."""
+        items: list[Any] = []
+        dataset = self.dataset
         try:
-            return self.dataset[index]
+            for index, _ in zip(indices, seeding, strict=False):  # the second may continue for ever
+                items.append(dataset[index])
         except Exception as error:
-            error.add_note(f"while loading sample {index} of {type(self.dataset).__name__}")
+            error.add_note(self._while_loading(indices[len(items)]))
             raise
         except (KeyboardInterrupt, SystemExit) as error:
             if get_worker_info() is None:
                 raise
             # At these torch's workers end without saying so; a worker gets no Ctrl-C.
-            where = f"while loading sample {index} of {type(self.dataset).__name__}"
+            where = self._while_loading(indices[len(items)])
             raise RuntimeError(f"{type(error).__name__} was raised by the program itself {where}") from error
+        return items
 
-
-def _already_collated(batch: Any) -> Any:
-    return batch
+    def _while_loading(self, index: int) -> str:
+        file = ""
+        with contextlib.suppress(Exception):  # of a dataset that has just raised, nothing is certain
+            file = file_of(self.dataset, index)
+        return f"while loading sample {index} of {type(self.dataset).__name__}{file and f', {file}'}"
 
 
 def _with_epochs(dataset: Any) -> Any:

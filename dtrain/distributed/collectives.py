@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from dtrain.distributed import by_node
+
 Forward = Callable[[torch.nn.Module, Any], Any]
 T = TypeVar("T")
 
@@ -26,16 +28,29 @@ class Collectives:
         """Whether this rank is the one that writes."""
         return self.rank == 0
 
+    @property
+    def has_several_nodes(self) -> bool:
+        """Whether ranks are on several nodes."""
+        return by_node.tree() is not None
+
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Add a tensor up over the ranks, in place."""
         if self.world_size > 1:
-            dist.all_reduce(tensor)
+            by_node.all_reduce(tensor)
+        return tensor
+
+    def max_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Take the largest of each number over the ranks, in place."""
+        if self.world_size > 1:
+            by_node.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
 
     def gather(self, value: Any) -> list[Any] | None:
         """Every rank's value, in the order of ranks, on the main rank; None on the others."""
         if self.world_size == 1:
             return [value]
+        if tree := by_node.tree():
+            return tree.gather(value)
         values = [None] * self.world_size if self.is_main else None
         dist.gather_object(value, values)
         return values
@@ -44,6 +59,8 @@ class Collectives:
         """The main rank's value, or another rank's, on every rank."""
         if self.world_size == 1:
             return value
+        if tree := by_node.tree():
+            return tree.broadcast(value, source)
         values = [value]
         dist.broadcast_object_list(values, source)
         return values[0]
@@ -62,6 +79,27 @@ class Collectives:
         result, heard = self.broadcast((result, error and _picklable(error)))
         if heard:
             raise error or heard
+        return result
+
+    def consult(self, function: Callable[[Callable[[Any], list[Any]]], T], answer: Callable[[Any], Any]) -> T:
+        """`decide` for a `function(ask)` that may ask all ranks: `ask(question)` gives each one's `answer(question)`.
+
+        An answer must not raise.
+        """
+        if self.world_size == 1:
+            return function(lambda question: [answer(question)])
+
+        def ask(question: Any) -> list[Any]:
+            self.broadcast((question,))
+            return self.gather(answer(question)) or []
+
+        if self.is_main:
+            return self.decide(lambda: function(ask))
+        while len(heard := self.broadcast()) == 1:
+            self.gather(answer(heard[0]))
+        result, error = heard
+        if error:
+            raise error
         return result
 
     def share_weights(self, model: torch.nn.Module) -> None:

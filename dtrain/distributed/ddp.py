@@ -2,11 +2,20 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.distributed.collectives import Collectives, Forward
+
+HOOKS = {  # torch's name of each `comm_hook`
+    "no": "",
+    "fp16": "FP16_COMPRESS",
+    "bf16": "BF16_COMPRESS",
+    "power_sgd": "POWER_SGD",
+    "batched_power_sgd": "BATCHED_POWER_SGD",
+}
 
 
 def ddp_options(  # noqa: PLR0913
@@ -28,7 +37,8 @@ def ddp_options(  # noqa: PLR0913
         broadcast_buffers: Give all ranks rank 0's buffers before each forward (default true).
         bucket_cap_mb: Size of the buckets in which gradients are reduced.
         find_unused_parameters: For models that leave some parameters out of some steps.
-        gradient_as_bucket_view: Let gradients live in the buckets, which saves memory.
+        gradient_as_bucket_view: Let gradients live in the buckets, which spares a copy and its memory (default true).
+            false where an optimizer keeps gradients themselves, not copies of them, from step to step.
         static_graph: Promise that every step uses the same parameters.
         comm_hook: How gradients are compressed on the way.
     """
@@ -54,27 +64,91 @@ def dense(gradients: list[torch.Tensor]) -> list[torch.Tensor]:
     return [item.coalesce().values() if item.layout == torch.sparse_coo else item for item in gradients]
 
 
+class PhaseClock(Protocol):
+    """What takes the times of a step's phases."""
+
+    phase: str
+
+    def enter(self, phase: str) -> None:
+        """From now on it is this phase."""
+
+
+def _leave_out_label(wrapped: Any) -> None:
+    """Have a wrapper's forward do without its label for profilers where there is none: it takes a third of its time."""
+    labelled = wrapped.forward
+
+    def forward(*inputs: Any, **kwargs: Any) -> Any:
+        if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+            return labelled(*inputs, **kwargs)
+        inputs, kwargs = wrapped._pre_forward(*inputs, **kwargs)
+        return wrapped._post_forward(wrapped._run_ddp_forward(*inputs, **kwargs))
+
+    if isinstance(wrapped, DistributedDataParallel):
+        wrapped.forward = forward  # type: ignore[method-assign]
+
+
 class DDP:
     """Every rank has the whole model and the ranks average its gradients; also one process on its own.
 
-    Its methods are those of `FSDP`. All ranks call them in the same order. The model is wrapped by accelerate's
-    `accelerator`, or trained as it is where there is none.
+    Its methods are those of `FSDP`. All ranks call them in the same order.
+
+    Args:
+        ranks: This rank among the others.
+        options: Of DistributedDataParallel, and its `comm_hook`.
+        accelerator: accelerate's, which wraps the model as its launcher's settings say. Default: torch alone does.
     """
 
-    is_sharded = False
+    is_sharded = saves_shards = must_save_shards = False
 
-    def __init__(self, ranks: Collectives, accelerator: Any = None) -> None:
-        self._ranks, self._accelerator = ranks, accelerator
+    def __init__(self, ranks: Collectives, options: Mapping[str, Any] | None = None, accelerator: Any = None) -> None:
+        self._ranks, self._options, self._accelerator = ranks, dict(options or {}), accelerator
+        self._found_inf, self._one = torch.zeros(()), torch.ones(())
         self.parameters: dict[str, torch.nn.Parameter] = {}  # by name, in the order in which the wrapper numbers them
+        self.clock: PhaseClock | None = None
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
         """The model as the ranks train it: in DistributedDataParallel, where there are several."""
-        if self._accelerator is None or not any(item.requires_grad for item in model.parameters()):
+        if self._ranks.world_size == 1 or not any(item.requires_grad for item in model.parameters()):
             return model
         # Those of now: the wrapper keeps its list where some are frozen later.
         named = model.named_parameters()
         self.parameters = {name.replace("_orig_mod.", ""): item for name, item in named if item.requires_grad}
-        return self._accelerator.prepare_model(model)
+        wrapped = self._distributed(model) if self._accelerator is None else self._accelerator.prepare_model(model)
+        self._set_waiting_apart(wrapped)
+        _leave_out_label(wrapped)
+        return wrapped
+
+    def _distributed(self, model: torch.nn.Module) -> torch.nn.Module:
+        options, device = dict(self._options), self._ranks.device
+        hook = HOOKS[options.pop("comm_hook", "no")]
+        devices = [device.index] if device.type == "cuda" else None
+        wrapped = DistributedDataParallel(model, device_ids=devices, **options)
+        if hook:
+            from torch.distributed.algorithms.ddp_comm_hooks import DDPCommHookType, register_ddp_comm_hook
+
+            register_ddp_comm_hook(DDPCommHookType[hook], wrapped)
+        return wrapped
+
+    def _set_waiting_apart(self, wrapped: Any) -> None:
+        """Have the clock tell the forward from the wait for other ranks with which it begins, for rank 0's buffers.
+
+        By its forward a rank is judged, and rank 0 waits there for each rank that is late.
+        """
+        if (sync := getattr(wrapped, "_sync_buffers", None)) is None:
+            return
+
+        def sync_buffers() -> None:
+            if (clock := self.clock) is None:
+                sync()
+                return
+            phase = clock.phase
+            clock.enter("waiting for ranks")
+            try:
+                sync()
+            finally:  # what fails there has failed in a forward
+                clock.enter(phase)
+
+        wrapped._sync_buffers = sync_buffers
 
     def rewrap(self, wrapped: Any, model: torch.nn.Module) -> torch.nn.Module:
         """The model as the ranks train it from now on, where parameters were frozen or thawed.
@@ -104,6 +178,20 @@ class DDP:
         found = torch.autograd.grad(loss, parameters, seed, retain_graph=retain_graph, allow_unused=True)
         return self._ranks.average(list(found), parameters)
 
+    def are_finite(self, gradients: list[torch.Tensor]) -> bool:
+        """Whether all of them are known to be finite, equally on all ranks, in a third of the time of their norm.
+
+        False as well where only the norm would tell, as on a device, for which the host does not wait.
+        """
+        found = self._found_inf
+        if not gradients or gradients[0].device.type != "cpu":
+            return False
+        try:  # torch's own search for fp16's overflows, which multiplies them by 1
+            torch._amp_foreach_non_finite_check_and_unscale_(gradients, found.zero_(), self._one)
+        except RuntimeError:  # sparse ones, or complex numbers
+            return False
+        return not found.item()
+
     def total_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         """The 2-norm of all gradients as one vector; torch's own function sorts them first, and takes twice as long."""
         if len({item.dtype for item in gradients}) > 1:
@@ -115,6 +203,14 @@ class DDP:
 
     def whole(self, tree: Any) -> Any:
         """A state_dict or the like as one process has it: as it is."""
+        return tree
+
+    def to_save(self, tree: Any) -> Any:
+        """The same as a checkpoint takes it: as it is."""
+        return tree
+
+    def here(self, tree: Any) -> Any:
+        """What this rank has of it: all."""
         return tree
 
     def load_weights(self, module: torch.nn.Module, weights: Mapping[str, Any] | None) -> None:

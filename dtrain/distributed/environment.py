@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import zlib
 from typing import NamedTuple
 
@@ -214,9 +215,19 @@ def batch_job() -> dict[str, str]:
     return {"SLURM_RESTART_COUNT": "0", **found} if found else {}
 
 
+def launchers_node(launcher: str) -> str:
+    """The launcher's own number of this rank's node; '' where it has none."""
+    return os.environ.get({"torchrun": "GROUP_RANK", "srun": "SLURM_NODEID"}.get(launcher, ""), "").strip()
+
+
 def launcher_precision() -> str | None:
     """The precision that `accelerate launch` was asked for, in dtrain's words; None when it was not."""
     return {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}.get(os.environ.get("ACCELERATE_MIXED_PRECISION", ""))
+
+
+def has_accelerate_settings() -> bool:
+    """Whether `accelerate launch`, or `dtrain launch --launcher accelerate`, gave its settings to this process."""
+    return any(name.startswith("ACCELERATE_") for name in os.environ)
 
 
 def cores() -> int:
@@ -227,3 +238,33 @@ def cores() -> int:
 def error_file() -> str:
     """Where torchrun looks for what a rank says of its failure, to repeat it as its own last words; '' elsewhere."""
     return os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+
+
+def node_name() -> str:
+    """What the batch system calls this machine, else its host name."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def node_number(found: Environment) -> int:
+    """Which of the job's nodes this is, as the launcher counts them."""
+    variable = {"torchrun": "GROUP_RANK", "srun": "SLURM_NODEID"}.get(found.launcher, "")
+    return _number(variable, found.rank // found.local_world_size)
+
+
+def name_of_node(number: int) -> str:
+    """What the batch system calls the node of that number in this step; where nothing says it, `node N`."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST") or ""
+    names = expand_nodes(nodes)
+    return names[number] if number < len(names) else f"node {number}"
+
+
+def expand_nodes(text: str) -> list[str]:
+    """SLURM's 'n[03-05,9],x' -> n03, n04, n05, n9, x; a name with several brackets stays as it is."""
+    names = []
+    for part in re.findall(r"[^,\[]+(?:\[[^\]]*\][^,\[]*)*", text):
+        found = re.fullmatch(r"([^\[]*)\[([\d,-]+)\]([^\[]*)", part)
+        for span in found[2].split(",") if found else [""]:
+            first, _, last = span.partition("-")
+            numbers = range(int(first), int(last or first) + 1) if found else [0]
+            names += [f"{found[1]}{n:0{len(first)}}{found[3]}" if found else part for n in numbers]
+    return names

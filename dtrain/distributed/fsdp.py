@@ -1,26 +1,29 @@
 """The strategy fsdp: a model sharded over the ranks (torch's FSDP2), each of which holds a part of every weight.
 
-What is written and read are whole weights, in the form that one process has: gathered on the main rank, tensor by
-tensor, and divided from there. accelerate's FSDP settings are honoured; the sharding itself is torch's own
-`fully_shard`, since accelerate 1.15 does none without a GPU, and its rule by size fails at a ModuleList.
+A checkpoint gets each rank's part (`chunk_of`), or whole weights in the form that one process has: gathered on the main
+rank, tensor by tensor, and divided from there. accelerate's FSDP settings are honoured; the sharding itself is torch's
+own `fully_shard`, since accelerate 1.15 does none without a GPU, and its rule by size fails at a ModuleList.
 """
 
 import contextlib
+import copy
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch.utils._pytree import tree_map_only
 
 from dtrain.config.errors import ConfigError
 from dtrain.distributed.collectives import Collectives, Forward
 
+_SHARD = "dtrain.shard"  # the key of a rank's part of a tensor, in `FSDP.here`
 MIN_PARAMETERS = 1_000_000  # smaller parts are not worth a message of their own
 
 
-def fsdp_options(
+def fsdp_options(  # noqa: PLR0913
     *,
     layers: list[str] | None = None,
     min_parameters: int | None = None,
@@ -29,6 +32,7 @@ def fsdp_options(
     reduce_dtype: Literal["fp32", "bf16"] | None = None,
     cpu_offload: bool | None = None,
     replicate: int | Literal["nodes"] | None = None,
+    state_dict_type: Literal["sharded", "full"] | None = None,
 ) -> dict[str, Any]:
     """The keys under `trainer.fsdp`: what is gathered at a time, in which types, and where it lies meanwhile.
 
@@ -43,6 +47,8 @@ def fsdp_options(
         cpu_offload: Keep each rank's part, its gradients and its optimizer in host memory.
         replicate: So many copies of the sharded model (HSDP): each is divided over world size / replicate ranks, and
             gradients are averaged over the copies. nodes: one copy for each node.
+        state_dict_type: How checkpoints are written: sharded, by every rank its part; full, gathered by rank 0, whose
+            memory must hold all. Default: sharded where all ranks see the run folder, else full.
     """
     return dict(locals())
 
@@ -71,6 +77,8 @@ def settings_of_accelerate() -> dict[str, Any]:
     if plugin.ignored_modules:
         raise ConfigError("accelerate's settings ask for fsdp_ignored_modules, which dtrain does not do; turn it off")
     found: dict[str, Any] = {"reshard_after_forward": plugin.reshard_after_forward, "min_parameters": None, **asked}
+    if str(getattr(plugin.state_dict_type, "name", "")).startswith("FULL"):
+        found["state_dict_type"] = "full"
     if plugin.auto_wrap_policy is transformer_auto_wrap_policy:
         found["layers"] = list(plugin.transformer_cls_names_to_wrap or []) or None
     elif plugin.auto_wrap_policy is size_based_auto_wrap_policy:
@@ -86,6 +94,38 @@ def is_shard(value: Any) -> bool:
 def local_part(value: Any) -> Any:
     """The part of a tensor that this rank has; all of one that is not sharded."""
     return value.to_local() if is_shard(value) else value
+
+
+class Chunk(NamedTuple):
+    """This rank's part of a sharded tensor, as a checkpoint keeps it."""
+
+    local: torch.Tensor  # empty where this rank has none
+    offsets: tuple[int, ...]  # where it begins in the whole tensor
+    is_written_here: bool  # of ranks that have the same part, one writes it
+
+
+def chunk_of(shard: Any, number: int = 0) -> Chunk:
+    """This rank's part of a DTensor, and whether it is this rank that keeps it. All ranks call it in the same order.
+
+    Of parts that several ranks have (copies of the model), each copy keeps some, by the tensor's number.
+    """
+    if any(placement.is_partial() for placement in shard.placements):
+        from torch.distributed.tensor import Replicate
+
+        shard = shard.redistribute(placements=[Replicate()] * shard.device_mesh.ndim)
+    mesh, copy, copies = shard.device_mesh, 0, 1
+    for dim, placement in enumerate(shard.placements):
+        if placement.is_replicate():
+            copy, copies = copy * mesh.size(dim) + mesh.get_local_rank(dim), copies * mesh.size(dim)
+    (chunk,) = shard.__create_chunk_list__()  # what DTensors tell torch.distributed.checkpoint
+    local, is_written = shard.to_local(), number % copies == copy
+    is_empty_everywhere = not shard.numel() and not any(chunk.offsets)
+    return Chunk(local, tuple(chunk.offsets), is_written and (local.numel() > 0 or is_empty_everywhere))
+
+
+def is_stored(value: Any) -> bool:
+    """Whether a value stands for a tensor in a checkpoint's shards (`dtrain.checkpoint.shards.Stored`)."""
+    return hasattr(value, "read_part")
 
 
 def copies_mistake(copies: int, world_size: int) -> str:
@@ -110,8 +150,11 @@ class FSDP:
         from torch.distributed.device_mesh import init_device_mesh
 
         self._ranks, self._options, self._syncs_buffers = ranks, options, syncs_buffers
+        self.saves_shards = options.get("state_dict_type") != "full"
+        self.must_save_shards = options.get("state_dict_type") == "sharded"
         self._is_amid_step = False  # the next forward is not the first of its step
         self.parameters: dict[str, torch.nn.Parameter] = {}  # nothing numbers them
+        self.clock: Any = None  # ranks wait for one another all through a forward
         self._units: list[torch.nn.Module] = []  # of the trained model
         copies = options.get("replicate") or 1
         shape = (copies, ranks.world_size // copies) if copies > 1 else (ranks.world_size,)
@@ -139,17 +182,31 @@ class FSDP:
         """Leave this rank its part of the main rank's weights, in place; ConfigError for what cannot be divided."""
         from torch.distributed.fsdp import fully_shard
 
-        self._ranks.share_weights(module)
         if scalars := [name for name, item in module.named_parameters() if not item.dim()]:
             raise ConfigError(f"trainer.strategy: fsdp cannot divide {', '.join(scalars)}: give it the shape (1,)")
+        if empty := [name for name, item in module.named_parameters() if not item.numel()]:
+            raise ConfigError(
+                f"trainer.strategy: fsdp cannot divide {', '.join(empty)}, which is empty: make it a buffer"
+            )
         least, reshard = self._options.get("min_parameters"), self._options.get("reshard_after_forward")
         self._units = units(module, self._options.get("layers"), MIN_PARAMETERS if least is None else least)
         policies = self._policies()
         for part in self._units:
+            self._share_weights(part)
             fully_shard(part, mesh=self._mesh, reshard_after_forward=reshard is not False, **policies)
+        self._share_weights(module)
         # The outermost always: else its weights would be whole after an evaluation, and sharded after a step.
         fully_shard(module, mesh=self._mesh, reshard_after_forward=True, **policies)
         return module
+
+    def _share_weights(self, part: torch.nn.Module) -> None:
+        """Give every rank the main rank's weights of a part, but for those that are divided already.
+
+        By parts, memory that no rank but the main one has written to (torch.empty) is never there for the whole model.
+        """
+        for value in part.state_dict().values():
+            if isinstance(value, torch.Tensor) and not is_shard(value):
+                dist.broadcast(value, src=0)
 
     def _policies(self) -> dict[str, Any]:
         """In which types weights and gradients travel, and whether shards lie in host memory, as fully_shard takes it.
@@ -200,6 +257,10 @@ class FSDP:
             found[number] = mean
         return found
 
+    def are_finite(self, gradients: list[torch.Tensor]) -> bool:
+        """Not known: a rank has shards of them, and their norm tells all ranks."""
+        return False
+
     def total_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         """The 2-norm of all whole gradients as one vector, the same on every rank; a loss's own are not sharded."""
         parts = [[item for item in gradients if is_shard(item) is sharded] for sharded in (True, False)]
@@ -237,15 +298,45 @@ class FSDP:
             result._metadata = tree._metadata
         return result
 
+    def to_save(self, tree: Any) -> Any:
+        """A state_dict or the like as a checkpoint takes it: as it is where every rank saves its shards, else whole."""
+        return tree if self.saves_shards else self.whole(tree)
+
+    def here(self, tree: Any) -> Any:
+        """The same nested containers with what this rank has of each tensor, without the others; see `joined`."""
+        kept: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+        def here(part: torch.Tensor) -> Any:
+            if not is_shard(part):
+                return part
+            local, shape = local_part(part), part.shape
+            tied = local.data_ptr() or id(part), local.dtype, tuple(shape), local.stride()
+            if tied not in kept:
+                kept[tied] = {_SHARD: local.detach(), "shape": list(shape), "offset": _offset(part)}
+            return kept[tied]
+
+        result = tree_map_only(torch.Tensor, here, tree)
+        if hasattr(tree, "_metadata"):
+            result._metadata = tree._metadata
+        return result
+
     def load_weights(self, module: torch.nn.Module, weights: Mapping[str, Any] | None) -> None:
-        """Give every rank its part of these weights, which only the main rank has; nothing where they are None."""
-        names = self._ranks.broadcast(None if weights is None else list(weights))
-        if names is None:
+        """Give every rank its part of these weights, which only the main rank has; nothing where they are None.
+
+        Of what is stored in shards, each rank reads its own part.
+        """
+        outline = {name: value if is_stored(value) else None for name, value in (weights or {}).items()}
+        outline = self._ranks.broadcast(None if weights is None else outline)
+        if outline is None:
             return
         found = module.state_dict()
-        for name in names:
+        for name, stored in outline.items():
             value, own = None if weights is None else weights[name], found[name]
-            found[name] = self._divided(value, own, own.placements) if is_shard(own) else self._ranks.broadcast(value)
+            if stored is not None:
+                found[name] = self._read(stored, own)
+            else:
+                is_divided = is_shard(own)
+                found[name] = self._divided(value, own, own.placements) if is_divided else self._ranks.broadcast(value)
         module.load_state_dict(found)
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any] | None) -> None:
@@ -263,8 +354,10 @@ class FSDP:
         parameters: list[Any] = [item for group in optimizer.param_groups for item in group["params"]]
         for number, values in found["state"].items():
             for name, value in values.items():
-                if isinstance(value, torch.Tensor) and value.dim():
-                    parameter = parameters[number]
+                parameter = parameters[number]
+                if is_stored(value):
+                    values[name] = self._read(value, parameter)
+                elif isinstance(value, torch.Tensor) and value.dim():
                     whole = None if state is None else state["state"][number][name]
                     if not is_shard(parameter):  # of the loss
                         values[name] = self._ranks.broadcast(whole)
@@ -272,6 +365,21 @@ class FSDP:
                     placements = parameter.placements if value.shape == parameter.shape else [Replicate()]
                     values[name] = self._divided(whole, value, placements)
         optimizer.load_state_dict(found)
+
+    def _read(self, stored: Any, like: Any) -> torch.Tensor:
+        """This rank's part of a tensor in a checkpoint's shards: divided as `like` is, if that is and has its shape."""
+        from torch.distributed.tensor import DTensor, Replicate
+
+        device = self._ranks.device
+        if not is_shard(like):
+            return stored.read_part().to(device)
+        if stored.shape != like.shape:
+            whole = [Replicate()] * self._mesh.ndim
+            return DTensor.from_local(stored.read_part().to(device), self._mesh, whole, run_check=False)
+        chunk = chunk_of(like)
+        local = stored.read_part(chunk.offsets, tuple(chunk.local.shape)).to(device)
+        shape = {"shape": like.shape, "stride": like.stride()}
+        return DTensor.from_local(local, self._mesh, like.placements, run_check=False, **shape)
 
     def _divided(self, value: torch.Tensor | None, like: torch.Tensor, placements: Any) -> torch.Tensor:
         """This rank's part of a tensor of the main rank (None elsewhere), of the shape and dtype of `like`."""
@@ -290,13 +398,13 @@ class FSDP:
         while True:
             counted = next(batches, None)
             batch, samples = counted or (None, 0)
-            flags = torch.zeros(2 + ranks.world_size)
-            flags[0], flags[1], flags[2 + ranks.rank] = counted is not None, stop(), samples > 0
-            with_batch, stops, *have_samples = ranks.sum_(flags).tolist()
-            if not with_batch:
+            # Four numbers, however many ranks: the last one is largest on the first rank that has samples.
+            place = ranks.world_size - ranks.rank if samples else 0
+            flags = torch.tensor([counted is not None, stop(), not samples, place], dtype=torch.float64)
+            has_batch, stops, has_dummy, first = ranks.max_(flags).tolist()
+            if not has_batch:
                 return
-            able = [rank for rank, has_samples in enumerate(have_samples) if has_samples]
-            dummy = ranks.broadcast(batch, able[0]) if 0 < len(able) < ranks.world_size else None
+            dummy = ranks.broadcast(batch, ranks.world_size - int(first)) if first and has_dummy else None
             yield batch if samples else dummy, samples, stops > 0
 
     def lead(self, module: torch.nn.Module, forward: Forward, work: Callable[[Forward], None]) -> None:
@@ -307,6 +415,46 @@ class FSDP:
         else:
             while (batch := self._ranks.broadcast()) is not None:
                 forward(module, batch)
+
+
+def _offset(part: Any) -> list[int]:
+    """Where in the whole tensor a shard begins, by dimension: torch divides it as torch.chunk does."""
+    offset = [0] * part.dim()
+    for number, placement in enumerate(part.placements):
+        if placement.is_shard():
+            size = part.shape[placement.dim]
+            rows = -(-size // part.device_mesh.size(number))
+            offset[placement.dim] = min(size, rows * part.device_mesh.get_local_rank(number))
+    return offset
+
+
+def joined(parts: Sequence[Any]) -> Any:
+    """Whole tensors again of what `FSDP.here` gave on all ranks; where they have it unsharded, the first one's."""
+    known: dict[int, Any] = {}
+
+    def join(several: Sequence[Any]) -> Any:
+        first = several[0]
+        result: Any
+        if id(first) in known:
+            return known[id(first)]
+        if isinstance(first, dict):
+            if _SHARD in first:
+                result = torch.empty(first["shape"], dtype=first[_SHARD].dtype)
+                for each in several:
+                    part, offset = each[_SHARD], each["offset"]
+                    result[tuple(slice(at, at + size) for at, size in zip(offset, part.shape, strict=True))] = part
+            else:
+                result = copy.copy(first)  # with the attributes of a state_dict
+                for key in first:
+                    result[key] = join([each[key] for each in several])
+        elif isinstance(first, list | tuple):
+            result = type(first)(join(items) for items in zip(*several, strict=True))
+        else:
+            return first
+        known[id(first)] = result
+        return result
+
+    return join(parts)
 
 
 def units(module: torch.nn.Module, layers: list[str] | None, min_parameters: int) -> list[torch.nn.Module]:

@@ -23,6 +23,7 @@ class Launch(NamedTuple):
     folder: str  # where launcher and ranks leave files for one another; on this machine, for one start of the ranks
     starts: int  # of the ranks of this job, this time included
     log_folder: str  # where the launcher writes what the ranks print; '' where it does not
+    full_world_size: int = 0  # where nodes come and go: the ranks of all that there may be; else 0
 
     def pipe(self, local_rank: int) -> Path:
         """Where a rank's output goes, if it is there."""
@@ -36,6 +37,15 @@ class Launch(NamedTuple):
     def closing(self) -> Path:
         """There once a rank has failed, and the others are ended for it."""
         return Path(self.folder) / "closing"
+
+    @property
+    def request(self) -> Path:
+        """Says why the ranks are asked to stop, where the launcher does so by itself."""
+        return Path(self.folder) / "request"
+
+    def lost(self, local_rank: int) -> Path:
+        """There once the rank has ended because others were gone."""
+        return Path(self.folder) / f"{local_rank}.lost"
 
     def status_file(self, local_rank: int) -> Path:
         """Holds the rank's exit status once it has ended by itself."""
@@ -79,6 +89,30 @@ def mark_first_step() -> None:
     if _first_step is not None:
         _first_step.touch()
         _first_step = None
+
+
+def full_world_size() -> int:
+    """Where nodes come and go, the number of ranks that there are when all are there; 0 elsewhere."""
+    return _launch.full_world_size if _launch is not None else 0
+
+
+def reason_to_stop() -> str:
+    """Why the launcher asks its ranks to stop by itself; '' where it passes on what it was sent."""
+    with suppress(OSError):
+        return _launch.request.read_text() if _launch is not None else ""
+    return ""
+
+
+def leaves_to_launcher() -> bool:
+    """Whether the ranks that are left start again without those that are gone, whose loss then costs nothing."""
+    return full_world_size() > 0
+
+
+def mark_lost() -> None:
+    """This rank ends because others are gone; the launcher does not take that for a failure of its own."""
+    if _launch is not None:
+        with suppress(OSError):
+            _launch.lost(environment().local_rank).touch()
 
 
 def is_closed_for_another() -> bool:

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
 LOOK_SECONDS = 0.5  # how often a process looks after its parent, where the system cannot tell it
 GONE_SECONDS = 1.0  # within which a process that was killed is gone
-# MLflow's sender has work to do; the others clean up after this process.
+# MLflow's sender and the mirror's process have work to do; the others clean up after this process.
 ENDS_BY_ITSELF = (
     "dtrain.tracking.sender",
+    "dtrain.tracking.mirror",
     "dtrain.launch.tracker",
     "multiprocessing.resource_tracker",
     "multiprocessing.forkserver",

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
+from dtrain.distributed import by_node
 from dtrain.distributed.collectives import Collectives
 from dtrain.distributed.ddp import DDP
 from dtrain.distributed.fsdp import FSDP
@@ -27,6 +28,7 @@ class Ranks(Collectives):
     def close(self) -> None:
         """Leave the process group; only after success, since it waits for the others."""
         if self.world_size > 1 and not self.are_lost:
+            by_node.leave()
             dist.destroy_process_group()
 
 

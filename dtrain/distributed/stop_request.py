@@ -15,6 +15,7 @@ from dtrain.distributed.exit_status import INTERRUPTED, STOPPED_EARLY
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 REPEAT_SECONDS = 0.5  # launchers deliver one signal several times within milliseconds
 OTHERS_WAIT_SECONDS = 3.0  # a rank that is asked to stop while it waits for data waits on, since others wait for it
+NEXT_WAIT_SECONDS = 10.0  # a wait that begins after the request takes no longer: the data may never come
 # A batch system's own limit is kept clear of by so much, or a tenth of what there is: a step and a save must fit in.
 MARGIN_SECONDS = 120.0
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -37,12 +38,17 @@ class StopRequest:
         time_limit: How long this process may train, from now: see `seconds_of`, also for errors.
         job_ends_at: When a batch system ends it, in unix seconds.
         alone: Nobody else needs what this process waits for; else it continues to wait for a while.
+        told: Asked why, when a signal comes; '' where nothing but the signal is known.
     """
 
     def __init__(
-        self, time_limit: float | str | None = None, job_ends_at: float | None = None, alone: bool = True
+        self,
+        time_limit: float | str | None = None,
+        job_ends_at: float | None = None,
+        alone: bool = True,
+        told: Callable[[], str] = str,
     ) -> None:
-        self.reason = ""
+        self.reason, self._told = "", told
         self._patience_seconds = 0.0 if alone else OTHERS_WAIT_SECONDS
         self._first_seconds = 0.0
         self._wait = self._asked_in = self._wait_number = 0  # the wait at the moment, by number; 0 for none
@@ -116,12 +122,15 @@ class StopRequest:
         signal.signal = kept  # type: ignore[assignment]
 
     def waiting(self, items: Iterable[T]) -> Iterator[T]:
-        """The same items; while the next one is waited for, a request raises StopWaiting."""
+        """The same items; while one is waited for, a request raises StopWaiting, and an earlier one after a while."""
         iterator = iter(items)
         while True:
             self._wait_number += 1
             self._wait = self._wait_number
             try:
+                if self.reason:  # of a step that is to be finished
+                    self._asked_in = self._wait
+                    signal.setitimer(signal.ITIMER_REAL, NEXT_WAIT_SECONDS, REPEAT_SECONDS)
                 item = next(iterator)
             except StopIteration:
                 return
@@ -133,7 +142,7 @@ class StopRequest:
         now = time.monotonic()
         if not self.reason:
             alarm = number == signal.SIGALRM
-            self.reason = self._limit if alarm else f"signal {signal.Signals(number).name}"
+            self.reason = self._limit if alarm else self._told() or f"signal {signal.Signals(number).name}"
             self._first_seconds, self._asked_in = now, self._wait
             if self._wait and self._patience_seconds:
                 # Again and again: what a handler raises is lost where a worker is just forked, as in destructors.

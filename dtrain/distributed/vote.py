@@ -11,9 +11,10 @@ VOTE_SECONDS = 0.2  # about so long apart are two votes; a stop takes effect aft
 class Vote:
     """Wishes that any rank can have and that all ranks see after the same step, without waiting for one another.
 
-    A vote is a small all-reduce that is started and read at the next one: it has had its time to finish. The
-    tensor lives on the CPU, so that reading it never waits for the device. Where steps are short, most of them are
-    spared the vote: it carries the time since the last one, from which all ranks find the same next step to vote at.
+    A vote is a small all-reduce (see `by_node`) that is started and read at the next one: it has had its time to
+    finish. The tensor lives on the CPU, so that reading it never waits for the device. Where steps are short, most of
+    them are spared the vote: it carries the time since the last one, from which all ranks find the same next step to
+    vote at.
     """
 
     def __init__(self, ranks: Collectives) -> None:
@@ -31,13 +32,14 @@ class Vote:
         if self._steps_left:
             return (False,) * len(wishes)
         import torch
-        import torch.distributed as dist
+
+        from dtrain.distributed import by_node
 
         decided = self._read(len(wishes))
         now = time.monotonic()
         self._ballot = torch.tensor([now - self._last_seconds, *map(float, wishes)], dtype=torch.float64)
         self._last_seconds, self._steps_left = now, self._period
-        self._pending = dist.all_reduce(self._ballot, async_op=True)
+        self._pending = by_node.all_reduce(self._ballot, async_op=True)
         return decided
 
     def _read(self, count: int) -> tuple[bool, ...]:

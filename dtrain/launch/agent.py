@@ -6,6 +6,7 @@ It overrides private methods of torch's class; tests/launch/test_agent.py names 
 import json
 import math
 import os
+import signal
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -18,11 +19,12 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousHandler, RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from dtrain.distributed.exit_status import DONE
+from dtrain.distributed.exit_status import DONE, FAILED
 from dtrain.distributed.launched_rank import LAUNCH_VARIABLE, Launch
 
 STORE_SECONDS = 300  # a node waits so long for the one that holds the rendezvous,
 NODES_SECONDS = 900  # and so long for all others
+CUT_OFF_SECONDS = 25.0  # without an answer of the rendezvous a node is cut off: the others take it for lost by then
 
 
 class Site(NamedTuple):
@@ -36,15 +38,18 @@ class Site(NamedTuple):
     job: str  # by which nodes of one job know one another
     command: tuple[str, ...]  # what a rank runs
     max_restarts: int
+    fewest: int | None = None  # nodes with which it continues, where they may come and go
+    spares: int = 0  # nodes that wait, to take the place of one that is lost
+    join_every: float = 0.0  # seconds after which a node that comes joins, without waiting for a checkpoint
 
-    def spec(self) -> WorkerSpec:
-        """The same for torchrun."""
-        try:
-            handler = self._rendezvous(self.is_host)
-        except RendezvousConnectionError:
-            if not self.is_host or self.nodes == 1:
-                raise
-            handler = self._rendezvous(is_host=False)  # another node of this very machine was quicker
+    @property
+    def nodes_text(self) -> str:
+        """How many nodes it is for."""
+        return f"{self.nodes}" if self.fewest in (None, self.nodes) else f"{self.fewest} to {self.nodes}"
+
+    def spec(self, rendezvous: RendezvousHandler | None = None) -> WorkerSpec:
+        """The same for torchrun; its nodes meet in the rendezvous that is given, else in torch's own."""
+        handler = rendezvous or self._met()
         return WorkerSpec(
             role="rank",
             local_world_size=self.ranks_here,
@@ -55,6 +60,14 @@ class Site(NamedTuple):
             args=tuple(word.replace("$", "$$") for word in self.command[1:]),  # torchrun fills in ${local_rank}
             local_addr=self.address,
         )
+
+    def _met(self) -> RendezvousHandler:
+        try:
+            return self._rendezvous(self.is_host)
+        except RendezvousConnectionError:
+            if not self.is_host or self.nodes == 1:
+                raise
+            return self._rendezvous(is_host=False)  # another node of this very machine was quicker
 
     def _rendezvous(self, is_host: bool) -> RendezvousHandler:
         parameters = RendezvousParameters(
@@ -77,6 +90,22 @@ class End(NamedTuple):
         return self.reported_at < math.inf
 
 
+class Supervisor(NamedTuple):
+    """What an agent tells its launcher, and asks it."""
+
+    # Before each rank is started: its files, local rank and rank.
+    listen: Callable[[Launch, int, int], None]
+    # All ranks here are over: their ends, whether all had done a step, and whether they could be started again, or the
+    # number of that restart; returns whether to do so.
+    ended: Callable[[list[End], bool, int], bool]
+    reforms: Callable[[list[End], str], None]  # the same where they will be, for other nodes' sake, and why
+    is_asked: Callable[[], bool]  # whether this node was asked to stop
+    shutdown_seconds: Callable[[], float]  # how long ranks may take to save and end
+    newest_checkpoint: Callable[[], str]  # its name
+    say: Callable[[str], None]
+    clear: Callable[[], None]  # the ranks here have ended, and others are about to start
+
+
 class Agent(LocalElasticAgent):
     """torchrun's agent, with what it lacks.
 
@@ -84,24 +113,21 @@ class Agent(LocalElasticAgent):
     one's, with what dead ranks have left on it, and a node that is replaced would wait forever for its address. And
     ranks are restarted only where that makes sense.
 
-    `listen` is called for each rank before it is started, with its files, local rank and rank; `ended` once all ranks
-    here are over, with their ends, whether all had done a step, and whether they could be started again: whether to
-    do so. `folder` is for files between launcher and ranks.
+    `folder` is for files between launcher and ranks.
     """
 
-    def __init__(
-        self,
-        site: Site,
-        folder: Path,
-        log_folder: str,
-        listen: Callable[[Launch, int, int], None],
-        ended: Callable[[list[End], bool, bool], bool],
-    ) -> None:
-        super().__init__(site.spec(), DefaultLogsSpecs(log_dir=str(folder)))
-        self._folder, self._log_folder = folder, log_folder
-        self._listen, self._ended = listen, ended
+    def __init__(self, site: Site, folder: Path, log_folder: str, supervisor: Supervisor) -> None:
+        super().__init__(site.spec(self._met(site)), DefaultLogsSpecs(log_dir=str(folder)))
+        self._folder, self._log_folder, self._supervisor = folder, log_folder, supervisor
+        self._full_world_size = 0 if site.fewest is None else site.nodes * site.ranks_here
+        self._patience: float | None = None  # seconds that ranks have to end, where others are gone
+        self.asked_at: float | None = None  # when the rendezvous was asked what it has not answered yet
         self.processes: Mapping[int, int] = {}  # local rank -> process, of the ranks that were started
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+
+    def _met(self, site: Site) -> RendezvousHandler | None:
+        """The rendezvous, where it is another one than the site's own."""
+        return None
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         self.processes = {}
@@ -115,18 +141,20 @@ class Agent(LocalElasticAgent):
         group.master_addr, group.master_port, starts = json.loads(store.get("dtrain"))
         folder = self._folder / f"start-{starts}"
         folder.mkdir()
-        self._launch = Launch(os.getpid(), str(folder), starts, self._log_folder)
+        self._launch = Launch(os.getpid(), str(folder), starts, self._log_folder, self._full_world_size)
         os.environ[LAUNCH_VARIABLE] = json.dumps(self._launch._asdict())
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         for worker in worker_group.workers:
-            self._listen(self._launch, worker.local_rank, worker.global_rank)
+            self._supervisor.listen(self._launch, worker.local_rank, worker.global_rank)
         self.processes = super()._start_workers(worker_group)
         assert self._pcontext is not None
-        close, mark = self._pcontext.close, self._launch.closing
+        close, mark, self._patience = self._pcontext.close, self._launch.closing, None
 
         def mark_and_close(*arguments: Any, **options: Any) -> None:
             mark.touch()
+            if self._patience is not None:
+                arguments, options = (signal.SIGTERM, self._patience), {}
             close(*arguments, **options)
 
         self._pcontext.close = mark_and_close  # type: ignore[method-assign]
@@ -138,9 +166,22 @@ class Agent(LocalElasticAgent):
             can_restart = self._remaining_restarts > 0 and result.state == WorkerState.FAILED
             ends = [self._end_of(worker, result) for worker in worker_group.workers]
             have_begun = all(self._launch.mark(worker.local_rank).exists() for worker in worker_group.workers)
-            if not self._ended(ends, have_begun, can_restart):
+            if not self._supervisor.ended(ends, have_begun, can_restart):
                 self._remaining_restarts = 0
         return result
+
+    @property
+    def is_spare(self) -> bool:
+        """Whether all places are taken, and this node waits for one."""
+        return False
+
+    def ended_with(self) -> int:
+        """The exit status of a job that ended without this node."""
+        return FAILED
+
+    def finish(self, is_over: bool) -> None:
+        """Close the rendezvous; `is_over` says that the agent ended by itself."""
+        self._worker_group.spec.rdzv_handler.shutdown()
 
     def _end_of(self, worker: Worker, result: RunResult) -> End:
         failure = result.failures.get(worker.global_rank)

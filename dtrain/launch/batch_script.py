@@ -29,18 +29,32 @@ MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 10000))
 
 # As scontrol takes it: the number of one task of an array stands for all of them.
 job=${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}
+# With spares a node may be lost, or give its place up, and neither the job nor the others end for it.
+spares=${spares:-0}
+patience=(--wait=600)
+if ((spares)); then patience=(--wait=0 --no-kill); fi
+# With --preflight a task for each rank looks at its node first; the next start leaves a bad node out.
+before=()
+if [[ -n ${preflight-} ]]; then
+    for word in srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks=$((SLURM_JOB_NUM_NODES * ranks)) \\
+        --ntasks-per-node="$ranks" --cpus-per-task=1 --overcommit --kill-on-bad-exit=0 --wait=30 \\
+        "$python" -m dtrain doctor "$config" --preflight --note-bad-nodes; do before+=("--preflight=$word"); done
+fi
 # `dtrain job` passes the warning on to srun, and requeues a job that was stopped early and has saved.
 # srun waits for the other nodes when one has ended: one of them may be saving. Not forever: another may hang.
-exec "$python" -m dtrain job --run-folder "$run_folder" --requeue "scontrol requeue $job" -- \\
+exec "$python" -m dtrain job --run-folder "$run_folder" --requeue "scontrol requeue $job" \\
+    --spares "$spares" ${before[@]+"${before[@]}"} -- \\
     srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \\
-    --kill-on-bad-exit=0 --wait=600 \\
-    "$python" -m dtrain launch "$config" --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$ranks" \\
-    --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" "$@"
+    --kill-on-bad-exit=0 "${patience[@]}" \\
+    "$python" -m dtrain launch "$config" --nnodes $((SLURM_JOB_NUM_NODES - spares)) --spares "$spares" \\
+    --nproc-per-node "$ranks" --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" \\
+    --rdzv-id "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" "$@"
 """
 
 
 def cluster_settings(  # noqa: PLR0913
     nodes: int | str = 1,
+    spares: int = 0,
     gpus_per_node: int | None = None,
     nproc_per_node: int | None = None,
     cpus_per_node: int | None = None,
@@ -51,12 +65,14 @@ def cluster_settings(  # noqa: PLR0913
     qos: str | None = None,
     constraint: str | None = None,
     signal_seconds: int = 180,
+    preflight: bool = False,
     array: list[str] | None = None,
 ) -> dict[str, Any]:
     """What `dtrain submit` asks the batch system for; its options win. Nothing else reads it.
 
     Args:
         nodes: How many, or a range such as 1-2.
+        spares: So many nodes more, which wait ready and take the place of lost ones.
         gpus_per_node: GPUs of each, and as many ranks. Default: none.
         nproc_per_node: Ranks on each. Default: one per GPU, else one.
         cpus_per_node: Processors of each. Default: as SLURM is set up.
@@ -67,6 +83,7 @@ def cluster_settings(  # noqa: PLR0913
         qos: As the cluster calls it. Default: the cluster's own.
         constraint: As the cluster calls it. Default: none.
         signal_seconds: So long before the limit the training is asked to save.
+        preflight: Look at the nodes before each start (`dtrain doctor --preflight`); a bad one is left out.
         array: A job for each text of KEY=VALUE words in a list. Default: one job.
     """
     return dict(locals())
@@ -96,8 +113,10 @@ def directives(config: ConfigDict, settings: Mapping[str, Any]) -> list[tuple[st
         raise ConfigError(wrong)
     # Of a short job only a part, or it would be warned when it starts.
     warning = min(settings["signal_seconds"], minutes * 60 // 3) if minutes else settings["signal_seconds"]
+    least, dash, most = str(settings["nodes"]).partition("-")
+    numbers = [str(int(number) + settings["spares"]) for number in (least, most) if number]
     values = {
-        "nodes": settings["nodes"],  # without a number of tasks, which srun has: of a range SLURM would give the least
+        "nodes": dash.join(numbers),  # without a number of tasks, which srun has: of a range SLURM would give the least
         "gpus-per-node": settings["gpus_per_node"],
         "cpus-per-task": settings["cpus_per_node"],
         "mem": settings["mem_per_node"],
@@ -118,6 +137,8 @@ class Job(NamedTuple):
     folder: Path  # the job's own, with the copy of the code
     configs: Mapping[Path, str]  # file and text of one, or of one for each job of an array
     run_folders: Sequence[Path]  # theirs
+    preflight: bool = False  # whether nodes are looked at before the training
+    spares: int = 0  # of the nodes
 
 
 def script(job: Job) -> str:
@@ -134,6 +155,7 @@ def script(job: Job) -> str:
         *(f"#SBATCH --{key}={value}" for key, value in directives),
         "#SBATCH --requeue",
         "#SBATCH --open-mode=append",
+        *(["#SBATCH --no-kill"] if job.spares else []),
         "set -euo pipefail",
         "",
         f"python={_quoted(job.python)}",
@@ -141,6 +163,7 @@ def script(job: Job) -> str:
         f"run_folders=({' '.join(map(_quoted, job.run_folders))})",
         "config=${configs[${SLURM_ARRAY_TASK_ID:-0}]} run_folder=${run_folders[${SLURM_ARRAY_TASK_ID:-0}]}",
         f"ranks={int(job.ranks)} # per node",
+        f"spares={int(job.spares)} preflight={'yes' if job.preflight else ''}",
         f"code={_quoted(job.folder / 'code')}",
         "# The copy of the code comes first, and the current folder is not looked at.",
         "export PYTHONSAFEPATH=1 PYTHONPATH=$code${PYTHONPATH:+:$PYTHONPATH} DTRAIN_CODE_STATE=$code-state",

@@ -45,6 +45,21 @@ def copy_code(modules: Iterable[str], to: Path) -> None:
         OSError: A file cannot be read or written.
     """
     to.mkdir()
+    for place, files in own_code(modules):
+        _copy(place, files, to)
+    # With this record the folder counts as a place of installed packages, which a config may name: the check on the
+    # login node has let these pass.
+    record = to / "dtrain_job.egg-info"
+    record.mkdir()
+    (record / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: dtrain-job\nVersion: 0\n")
+
+
+def own_code(modules: Iterable[str]) -> Iterator[tuple[Path, list[Path]]]:
+    """Each module that is copied, and of the user's own what it imports: a file or a package's folder, and its files.
+
+    Raises:
+        ConfigError: There is more than a package's worth of files.
+    """
     waiting, seen = list(modules), set[str]()
     while waiting:
         name = waiting.pop()
@@ -52,12 +67,12 @@ def copy_code(modules: Iterable[str], to: Path) -> None:
             continue
         seen.add(name)
         for place in _own_places(name):
-            waiting += [found for file in _copy(place, to) if file.suffix == ".py" for found in _imports(file)]
-    # With this record the folder counts as a place of installed packages, which a config may name: the check on the
-    # login node has let these pass.
-    record = to / "dtrain_job.egg-info"
-    record.mkdir()
-    (record / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: dtrain-job\nVersion: 0\n")
+            files = list(islice(_files(place), MAX_FILES + 1))
+            if len(files) > MAX_FILES:
+                text = f"{place} has more than {MAX_FILES} files, so it is not copied; put the code into a package"
+                raise ConfigError(text)
+            yield place, files
+            waiting += [found for file in files if file.suffix == ".py" for found in _imports(file)]
 
 
 def _own_places(name: str) -> list[Path]:
@@ -68,11 +83,8 @@ def _own_places(name: str) -> list[Path]:
     return [] if is_installed else places
 
 
-def _copy(place: Path, to: Path) -> list[Path]:
-    """Copy a module's file, or a package's folder with all that lies in it; returns their files."""
-    files = list(islice(_files(place), MAX_FILES + 1))
-    if len(files) > MAX_FILES:
-        raise ConfigError(f"{place} has more than {MAX_FILES} files, so it is not copied; put the code into a package")
+def _copy(place: Path, files: Iterable[Path], to: Path) -> None:
+    """Copy a module's file, or a package's folder with all that lies in it."""
     for file in files:
         target = to / file.relative_to(place.parent)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +92,6 @@ def _copy(place: Path, to: Path) -> list[Path]:
             target.symlink_to(file.resolve())
         else:
             shutil.copy(file, target)
-    return files
 
 
 def _files(place: Path) -> Iterator[Path]:

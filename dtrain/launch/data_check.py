@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Subset
 from dtrain.config.errors import first_few, one_line
 from dtrain.data import batch as batches
 from dtrain.data.heads import main_pair
+from dtrain.data.sample_files import FILE_LISTS, file_of
 from dtrain.data.seeded_samples import SeededBatches
 from dtrain.launch.doctor import Finding
 from dtrain.trainer import Trainer
@@ -23,7 +24,6 @@ LOOKED_AT = 1000  # samples of each set, at most,
 SECONDS = 1.0  # in so many seconds
 MOST_CLASSES = 1000  # of which it is said which ones were not seen
 _SHARE_OF_READS = 16  # samples that a worker reads at a time
-FILE_LISTS = ("samples", "imgs", "files", "paths", "image_paths", "image_files", "images")
 
 
 class Look(NamedTuple):
@@ -131,16 +131,8 @@ def read_all(loader: Any, keys: Keys) -> Iterator[Look]:
 
 
 def place_of(dataset: Any, index: int) -> str:
-    """The file of a sample in brackets, where the dataset lists one for each; else ''."""
-    while isinstance(dataset, Subset):
-        dataset, index = dataset.dataset, int(dataset.indices[index])
-    for name in FILE_LISTS:
-        listed = getattr(dataset, name, None)
-        if isinstance(listed, list | tuple) and len(listed) == len(dataset) and index < len(listed):
-            item = listed[index][0] if isinstance(listed[index], list | tuple) and listed[index] else listed[index]
-            if isinstance(item, str | Path):
-                return f" ({item})"
-    return ""
+    """The file of a sample in brackets, where there is one."""
+    return f" ({file})" if (file := file_of(dataset, index)) else ""
 
 
 def classes_of(trainer: Trainer) -> tuple[int, set[int]] | None:

@@ -16,6 +16,7 @@ from dtrain.distributed.exit_status import DONE
 from dtrain.launch.compare_figures import compare_figures, is_result
 from dtrain.launch.runs import progress_text, records_of
 from dtrain.reporting.number_text import duration_text, figure_text
+from dtrain.tracking.run_folder import ranks_known
 from dtrain.tracking.run_record import RunRecord, best_of
 from dtrain.tracking.secrets import leaves
 
@@ -122,7 +123,7 @@ def _of_config(one: RunRecord, other: RunRecord) -> Iterator[Difference]:
         there = ["there" if each.config_file.is_file() else "" for each in (one, other)]
         yield Difference("config.yaml", there[0], there[1], str(error))
         return
-    ranks = [int(each.facts.get("world_size") or 1) for each in (one, other)]
+    ranks = [ranks_known(each.facts) or 1 for each in (one, other)]
     try:
         found = changes(before, after, ranks[0], ranks[1])
     except ConfigError:  # of another dtrain, or of modules that are not here: compared as texts

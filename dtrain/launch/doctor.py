@@ -4,6 +4,8 @@ Every probe has a time limit: a disk or a server that does not answer is a findi
 ranks meet: each node is probed, their clocks are compared, and the all-reduce is theirs.
 """
 
+import errno
+import io
 import json
 import math
 import os
@@ -32,6 +34,7 @@ from dtrain.config.load import run_folder
 from dtrain.distributed.environment import Environment, environment
 from dtrain.distributed.exit_status import DONE, FAILED
 from dtrain.tracking.secrets import redact
+from dtrain.tracking.start_mirror import look_at_mirror, resolve_mirror, shown
 from dtrain.tracking.start_sender import probe_store
 from dtrain.tracking.uri import resolve_tracking_uri, sqlite_file
 
@@ -46,7 +49,9 @@ TENSOR_MB = 16
 ROUNDS = 5
 DISK_MB = 64
 DISK_SECONDS = 3.0  # a slow disk is written to no longer
+OWN_FILES, FILES_PER_RANK = 256, 4  # that a process has open, and for each rank of its node: gloo, store, two pipes
 Probe = Callable[[], "Finding"]
+NODE_PROBES = ("versions", "gpus", "nccl", "fabric", "disk", "files", "shared memory")  # in the order shown
 
 
 class Finding(NamedTuple):
@@ -83,21 +88,29 @@ def _alone(here: Environment, config: Mapping[str, Any]) -> tuple[list[Finding],
     if here.local_rank != 0:
         return [], []
     folder = run_folder(config)
-    probes: dict[str, Probe] = {
-        "versions": versions,
-        "gpus": gpus,
-        "nccl": nccl,
-        "fabric": fabric,
-        "disk": lambda: disk(folder),
-        "files": lambda: files(here.world_size),
-        "shared memory": shared_memory,
-    }
+    probes = {**node_probes(here), "disk": lambda: disk(folder)}
+    probes = {name: probes[name] for name in NODE_PROBES}
     if here.rank != 0:
         return in_time(probes, LOCAL_SECONDS), []
     uri, experiment = (config.get("mlflow") or {}).get("tracking_uri"), config.get("experiment") or "default"
     probes["mlflow"] = lambda: store(uri, experiment)  # beside the others, since all ranks wait for it
-    *node, mlflow = in_time(probes, STORE_SECONDS + 5)
-    return node, [mlflow]
+    if (config.get("trainer") or {}).get("mirror_to"):
+        probes["mirror"] = lambda: mirror(config)[0]
+    found = in_time(probes, STORE_SECONDS + 5)
+    far = [one for one in found if one.probe in ("mlflow", "mirror")]
+    return [one for one in found if one not in far], far
+
+
+def node_probes(here: Environment) -> dict[str, Probe]:
+    """What is looked at on each node, but for the disk."""
+    return {
+        "versions": versions,
+        "gpus": gpus,
+        "nccl": nccl,
+        "fabric": fabric,
+        "files": lambda: files(here),
+        "shared memory": shared_memory,
+    }
 
 
 def _as_text(findings: Sequence[Finding], as_json: bool) -> str:
@@ -195,36 +208,70 @@ def fabric() -> Finding:
 
 
 def disk(folder: Path) -> Finding:
-    """Whether the run folder's disk can be written, how fast, and its free space; by a file without a name."""
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-    block = os.urandom(1 << 20)
-    written, began = 0, time.monotonic()
+    """Whether the run folder's disk can be written and read, how fast, and its free space; by a file without a name."""
+    existing = existing_part(folder)
     try:
-        with tempfile.TemporaryFile(dir=existing, buffering=0) as file:
-            while written < DISK_MB and time.monotonic() - began < DISK_SECONDS:
-                file.write(block)
-                os.fsync(file.fileno())
-                written += 1
+        written, read = disk_speeds(existing)
     except OSError as error:
         return Finding("disk", "fail", f"{existing}: {error.strerror}", "choose another trainer.checkpoint_dir")
-    speed = written / max(time.monotonic() - began, 1e-9)
     free_gb = shutil.disk_usage(existing).free / 1e9
     return judged(
         "disk",
-        f"{existing}: {speed:.0f} MB/s, synced at each MB, {free_gb:.1f} GB free",
+        f"{existing}: {written:.0f} MB/s, synced at each MB, read at {read:.0f} MB/s, {free_gb:.1f} GB free",
         (free_gb < 0.1, "fail", "free some space"),
         (free_gb < 5, "warn", "a checkpoint is four times the weights, and trainer.keep_last are kept"),
-        (speed < 20, "warn", "checkpoints take long there; choose a faster trainer.checkpoint_dir"),
+        (written < 20, "warn", "checkpoints take long there; choose a faster trainer.checkpoint_dir"),
     )
 
 
-def files(world_size: int = 1) -> Finding:
-    """How many files and sockets a process may have open: workers pass tensors by them, gloo has one per rank."""
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    soft, hard = (math.inf if limit == resource.RLIM_INFINITY else limit for limit in limits)
-    text = f"{soft} open files at most (hard limit {hard})".replace("inf", "no limit")
-    cure = f"ulimit -n {min(hard, 65536)} before the start"
-    return judged("files", text, (soft < 256 + 2 * world_size, "fail", cure), (soft < 4096, "warn", cure))
+def existing_part(folder: Path) -> Path:
+    """The folder itself, or the nearest one above it that is there."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+
+
+def disk_speeds(folder: Path) -> tuple[float, float]:
+    """MB/s written, and read back past the system's own memory where it can be; an OSError where it cannot be done."""
+    block = os.urandom(1 << 20)
+    written, began = 0, time.monotonic()
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        while written < DISK_MB and time.monotonic() - began < DISK_SECONDS:
+            file.write(block)
+            os.fsync(file.fileno())
+            written += 1
+        to_write = time.monotonic() - began
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.seek(0)
+        began, whole = time.monotonic(), io.BufferedReader(file, 1 << 20)
+        while back := whole.read(1 << 20):
+            if back != block:
+                raise OSError(errno.EIO, "what was read is not what was written")
+        return written / max(to_write, 1e-9), written / max(time.monotonic() - began, 1e-9)
+
+
+def files(here: Environment | None = None) -> Finding:
+    """How many files and sockets processes may have open: workers pass tensors by them, and ranks talk through them.
+
+    The ranks of one node are connected each with each, and their launcher with all of them; those of several nodes with
+    some. The store that all ranks of a job have a connection with is where rank 0 is.
+    """
+    here = here or Environment()
+    soft, hard = (_files(limit) for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
+    needed, in_torchrun = OWN_FILES + FILES_PER_RANK * here.local_world_size, math.inf
+    if here.world_size > 1 and here.rank == here.local_rank:
+        needed += here.world_size
+        if here.launcher == "torchrun":  # torchrun itself takes no more than it was given; `dtrain launch` does
+            in_torchrun = _files(resource.prlimit(os.getppid(), resource.RLIMIT_NOFILE)[0])
+    text = f"{hard} open files at most, which ranks take (at first {soft}); {needed} are needed on this node"
+    cure = f"ulimit -Hn {max(65536, needed)} before the start, by an administrator (limits.conf, LimitNOFILE)"
+    few = f"ulimit -Sn {hard} before torchrun, which may have {in_torchrun} and holds one for each rank of the job"
+    checks = (hard < needed, "fail", cure), (in_torchrun < needed, "fail", few), (hard < 4096, "warn", cure)
+    finding = judged("files", text, *checks)
+    return finding._replace(found=finding.found.replace("inf", "no limit"))
+
+
+def _files(limit: int) -> float:
+    return math.inf if limit == resource.RLIM_INFINITY else limit
 
 
 def shared_memory() -> Finding:
@@ -255,6 +302,22 @@ def store(given: str | None, experiment: str) -> Finding:
     if error:
         return Finding("mlflow", "fail", f"{redact(uri)}: {error}", cure)
     return Finding("mlflow", "ok", f"{redact(uri)} can be {'made' if file and not file.exists() else 'written'}")
+
+
+def mirror(config: Mapping[str, Any]) -> list[Finding]:
+    """Whether `trainer.mirror_to` can be written to; nothing where there is none."""
+    given = (config.get("trainer") or {}).get("mirror_to")
+    if not given:
+        return []
+    try:
+        address = resolve_mirror(given, run_folder(config))
+    except ValueError as mistake:
+        return [Finding("mirror", "fail", redact(str(mistake)))]
+    far = look_at_mirror(address, timeout_seconds=STORE_SECONDS)
+    if "error" in far:
+        return [Finding("mirror", "fail", f"{redact(address)}: {far['error']}", "check trainer.mirror_to")]
+    holds = f", and holds {shown(far['run'])}" if far["run"] else ""
+    return [Finding("mirror", "ok", f"{redact(address)} can be written{holds}")]
 
 
 def _sqlite_error(file: Path) -> str:

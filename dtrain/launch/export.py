@@ -1,4 +1,7 @@
-"""`dtrain export`: a model with its weights as an ONNX or torch.export file, compared with the model on one batch."""
+"""`dtrain export`: a model with its weights as an ONNX or torch.export file, compared with the model on one batch.
+
+Or its weights alone, as one safetensors file.
+"""
 
 import contextlib
 import hashlib
@@ -21,8 +24,11 @@ from torch.utils import _pytree as pytree
 
 import dtrain
 from dtrain.checkpoint.checkpoint_files import step_in
+from dtrain.checkpoint.contents import CheckpointError
+from dtrain.checkpoint.shards import stored_in
+from dtrain.checkpoint.weights import write_weights
 from dtrain.config.build import defaults, version_of
-from dtrain.config.errors import ConfigError, one_line, to_plain
+from dtrain.config.errors import ConfigError, first_few, one_line, to_plain
 from dtrain.config.load import run_folder, to_yaml
 from dtrain.config.schema import PHASES
 from dtrain.data.batch import call_form
@@ -31,9 +37,9 @@ from dtrain.dataloader import Loaders, first_batch, get_train_loaders
 from dtrain.distributed.exit_status import DONE, FAILED
 from dtrain.tracking.secrets import redacted_tree
 from dtrain.tracking.whole_file import whole_file
-from dtrain.training.saved_model import find_saved, importable, load_into, model_of
+from dtrain.training.saved_model import Saved, find_saved, importable, load_into, model_of
 
-ENDINGS = {"onnx": ".onnx", "torch": ".pt2"}
+ENDINGS = {"onnx": ".onnx", "torch": ".pt2", "safetensors": ".safetensors"}
 MOST_SAMPLES = 8  # of the batch on which the file is compared with the model
 TOLERANCE = 1e-3  # the largest difference, as a share of the largest output, with which a file is written
 ONNX_BYTES = 2**31 - 2**20  # what an ONNX file can hold, less what is not weights
@@ -83,6 +89,8 @@ def export(
         raise ConfigError(f"--output {path}: a file of --format {form} ends in {ENDINGS[form]}")
     if not path.parent.is_dir():
         raise ConfigError(f"--output {path}: there is no folder {path.parent}")
+    if form == "safetensors":
+        return _export_weights(saved, path)
     lacking = [name for name in ("onnx", "onnxscript") if form == "onnx" and not version_of(name)]
     if lacking:
         cure = "pip install 'dtrain[export]', or take --format torch, which needs nothing"
@@ -112,6 +120,22 @@ def export(
     print(f"exported    {path}  ({path.stat().st_size / 1e3:,.0f} kB, weights of {saved.weights})")
     print(f"inputs      {', '.join(names)}; the batch size is free, all other sizes are fixed")
     print(f"difference  {difference}")
+    return DONE
+
+
+def _export_weights(saved: Saved, path: Path) -> int:
+    """Write the weights alone as one file, however many shards they are in; neither model nor data are made."""
+    try:
+        with whole_file(path) as temporary:
+            left = write_weights(saved.weights, temporary, is_verified=saved.is_verified)
+            stored = stored_in(temporary)
+    except (CheckpointError, OSError) as error:
+        raise ConfigError(str(error)) from error
+    numbers = sum({id(each): each.shape.numel() for each in stored.values()}.values())
+    print(f"exported    {path}  ({path.stat().st_size / 1e3:,.0f} kB, weights of {saved.weights})")
+    print(f"tensors     {len(stored):,}, with {numbers:,} numbers")
+    if left:
+        print(f"left out    {first_few(left, 10)}: such a file holds tensors only")
     return DONE
 
 

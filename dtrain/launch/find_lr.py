@@ -127,9 +127,9 @@ def _step(trainer: Trainer, micros: list[MicroBatch]) -> float:
     for micro in micros:
         if micro.batch is not None:
             trainer.learn(micro)
-    total = trainer.ranks.sum_(trainer.state.sums["loss"].clone())
+    total = float(trainer.ranks.sum_(trainer.state.stacked_sums)[0])
     trainer.take_step()
-    return float(total) / micros[-1].step_samples
+    return total / micros[-1].step_samples
 
 
 def smoothed(losses: list[float]) -> list[float]:

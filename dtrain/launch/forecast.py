@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from dtrain.config.build import defaults
-from dtrain.config.difference import changes
-from dtrain.config.errors import ConfigError, first_few, one_line
+from dtrain.config.difference import changes, ranks_of_batch
+from dtrain.config.errors import ConfigError, first_few, one_line, to_plain
 from dtrain.config.load import load_config
-from dtrain.data.samplers import ORDER, BatchShard
+from dtrain.data.samplers import BatchShard
 from dtrain.dataloader import batch_size_of
 from dtrain.distributed.environment import cores, environment
 from dtrain.distributed.fsdp import launcher_strategy
 from dtrain.launch import data_check
-from dtrain.launch.doctor import Finding, store
+from dtrain.launch.doctor import Finding, mirror, store
 from dtrain.launch.memory_forecast import (
     MOST_SAMPLES,
     FakeSteps,
@@ -40,7 +40,7 @@ from dtrain.launch.step_timing import Timing, timed
 from dtrain.modelloader import parameter_count
 from dtrain.reporting.number_text import count_text, duration_text
 from dtrain.tracking.git_state import capture_code
-from dtrain.tracking.run_folder import RunFolder, read_run
+from dtrain.tracking.run_folder import RunFolder, ranks_known, read_run
 from dtrain.tracking.secrets import redact
 from dtrain.trainer import Trainer
 from dtrain.training.state import capture
@@ -82,7 +82,7 @@ def world_of(trainer: Trainer, config: ConfigDict, options: Mapping[str, Any], w
     steps = loader.steps()
     if not isinstance(loader.shard, BatchShard):
         per_rank = batch_size_of(config, "train", size)
-        steps = -(-loader.shard_as(0, size, per_rank, ORDER).batches(0) // loader.accumulate)
+        steps = loader.steps_with(size, per_rank)
     elif size != now:
         steps = -(-steps * now // size)
     most_steps, epochs = options["max_steps"], options["max_epochs"]
@@ -93,7 +93,9 @@ def world_of(trainer: Trainer, config: ConfigDict, options: Mapping[str, Any], w
 class Forecast:
     """Everything that is found, as rows of one table; made where the rehearsal has gone well. All ranks call it."""
 
-    def __init__(self, trainer: Trainer, config: ConfigDict, asked: Asked, ask_store: Callable[[], Finding]) -> None:
+    def __init__(
+        self, trainer: Trainer, config: ConfigDict, asked: Asked, ask_store: Callable[[], list[Finding]]
+    ) -> None:
         self.trainer, self.config, self.asked, self._ask_store = trainer, config, asked, ask_store
         self.options = defaults(config, "trainer")
         self.options["strategy"] = self.options["strategy"] or launcher_strategy() or "ddp"
@@ -179,7 +181,10 @@ class Forecast:
         if fakes is not None:
             held = fakes.held(held)
             samples = world.per_rank if world.per_rank and fakes.can_resize() else fakes.samples
-            step, measured = fakes.step(samples), ""
+            step = fakes.step(samples)
+            measured = self._on_this_cpu(fakes, step, held) + (
+                "; the work space of LSTM, GRU and RNN layers is not in it" if fakes.has_rnn() else ""
+            )
         elif self._can_try():
             step = real_step(self.trainer, None if world.is_this else world.per_rank)
             measured = f", counted in a step on this {self.trainer.device.type.upper()} ({self._why_no_fakes})"
@@ -214,6 +219,13 @@ class Forecast:
 
             memory = torch.cuda.get_device_properties(self.trainer.device).total_memory
         return None if memory is None else int(USABLE * memory)
+
+    def _on_this_cpu(self, fakes: FakeSteps, step: Step, held: Held) -> str:
+        """What differs where there is no GPU: dropout's masks and attention take more."""
+        if self.trainer.device.type != "cpu" or not fakes.knows_cpu:
+            return ""
+        on_gpu, on_cpu = self._peak(step, held), self._peak(fakes.step(step.samples, as_on_gpu=False), held)
+        return f"; that is on a GPU, on a CPU {_size(on_cpu)}" if abs(on_cpu - on_gpu) > 0.02 * on_gpu else ""
 
     def _measured_on_gpu(self) -> str:
         if self.trainer.device.type != "cuda":
@@ -351,8 +363,10 @@ class Forecast:
 
     def _changes(self, saved: Path, run: Mapping[str, Any]) -> list[Any]:
         ranks = self.world.size
+        known = ranks_known(run) or ranks
         try:
-            return changes(load_config(saved), self.config, run.get("world_size") or ranks, ranks)
+            before = load_config(saved)
+            return changes(before, self.config, known, ranks_of_batch(before, self.config, known, ranks))
         except (ConfigError, OSError):  # of an older dtrain, or changed by hand
             return ["the config, which cannot be read any more"]
 
@@ -366,8 +380,7 @@ class Forecast:
         return [f"commit: {before[:8]} -> {now[:8]}"] if is_known and now != before else []
 
     def _store(self) -> Iterator[Finding]:
-        found = self._ask_store()
-        yield found._replace(probe="mlflow", status="warn" if found.status == "fail" else found.status)
+        yield from self._ask_store()
 
 
 def loader_finding(timing: Timing, accumulate: int, workers: int, has: int) -> Finding:
@@ -396,23 +409,29 @@ def disk_finding(one: int, last: int, best: int, free: int, where: Path) -> Find
     return Finding("checkpoints", status, text, cure)
 
 
-def asked_in_background(config: ConfigDict) -> Callable[[], Finding]:
-    """Ask whether MLflow can be reached while the rest continues; what it returns waits for the answer."""
+def asked_in_background(config: ConfigDict) -> Callable[[], list[Finding]]:
+    """Ask whether MLflow and the mirror can be reached while the rest continues; what it returns waits for the answer.
+
+    A training without MLflow is one all the same, so that this is a warning; without its mirror it does not begin.
+    """
     found: list[Finding] = []
+    plain = to_plain(config)
     uri, experiment = (config.get("mlflow") or {}).get("tracking_uri"), config.get("experiment") or "default"
 
     def ask() -> None:
         try:
-            found.append(store(uri, experiment))
+            of_store = store(uri, experiment)
+            status = "warn" if of_store.status == "fail" else of_store.status
+            found.extend([of_store._replace(status=status), *mirror(plain)])
         except Exception as error:
-            found.append(Finding("mlflow", "fail", one_line(f"{type(error).__name__}: {error}")))
+            found.append(Finding("mlflow", "warn", one_line(f"{type(error).__name__}: {error}")))
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
 
-    def answer() -> Finding:
-        thread.join(STORE_SECONDS)
-        return found[0] if found else Finding("mlflow", "fail", f"no answer within {STORE_SECONDS:.0f} s")
+    def answer() -> list[Finding]:
+        thread.join(2 * STORE_SECONDS)
+        return found or [Finding("mlflow", "warn", f"no answer within {STORE_SECONDS:.0f} s")]
 
     return answer
 

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -17,17 +18,21 @@ from typing import Any
 import psutil
 import torch
 
+from dtrain.checkpoint.spare_memory import MEMORY, save_what_is_kept
 from dtrain.config.errors import ConfigError, one_line
 from dtrain.config.load import run_folder
+from dtrain.distributed.affinity import VARIABLE as AFFINITY
+from dtrain.distributed.affinity import raise_open_files
 from dtrain.distributed.device import choose_device
-from dtrain.distributed.environment import Environment, cores
+from dtrain.distributed.environment import Environment, cores, node_name
 from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EARLY, WRONG_CONFIG
 from dtrain.distributed.launched_rank import Launch
 from dtrain.distributed.process import end_processes
 from dtrain.distributed.stop_request import REPEAT_SECONDS, stop_signals
-from dtrain.launch.agent import Agent, End, Site
+from dtrain.launch.agent import CUT_OFF_SECONDS, Agent, End, Site, Supervisor
 from dtrain.launch.console import Console
 from dtrain.launch.rendezvous import address_towards, is_held_here, set_gloo_interface
+from dtrain.tracking.bad_nodes import LEFT_OUT, USES_BAD_NODES, bad_nodes, note_failed_node
 from dtrain.tracking.run_folder import RunFolder, close_run_of, lives, read_run, why_not_writable
 from dtrain.tracking.run_lock import writer_of
 from dtrain.tracking.whole_file import read_json
@@ -36,9 +41,10 @@ UNTIMED_SAVE_SECONDS = 600.0  # ranks have so long to save and end before a save
 SHUTDOWN_SECONDS, SHUTDOWN_SAVES = 60.0, 3.0  # afterwards so long, and so many times what the last save took
 KILL_SECONDS = 3.0  # after a second Ctrl-C
 ENDINGS = {DONE: "FINISHED", STOPPED_EARLY: "KILLED", INTERRUPTED: "KILLED"}  # rank 0's exit status: how its run ended
+HARDWARE = re.compile(r"uncorrectable ECC|hardware|NVLink|off the bus|unspecified launch failure")  # of CUDA's errors
 NO_RENDEZVOUS = {  # torch's exceptions in words; of the site's attributes
     "RendezvousConnectionError": "no rendezvous at {endpoint}: its node has not started, or is gone",
-    "RendezvousTimeoutError": "not all of the {nodes} nodes joined at {endpoint}",
+    "RendezvousTimeoutError": "not all of the {nodes_text} nodes joined at {endpoint}",
     "RendezvousClosedError": "another node has ended the job",
 }
 
@@ -46,23 +52,38 @@ NO_RENDEZVOUS = {  # torch's exceptions in words; of the site's attributes
 def launch(config: Mapping[str, Any], options: argparse.Namespace, host: str, port: int) -> int:
     """Start the ranks of a checked config, and wait for their end; the exit statuses are those of docs/launch.md.
 
+    `options.nnodes` is the most nodes that there are, its `fewest` how many are enough.
+
     Raises:
         ConfigError: The options do not fit this machine; nothing was started then.
     """
     ranks = _ranks_here(options, config)
-    _refuse_folder(config, options.nnodes)
+    nodes = int(options.nnodes)
+    machines = nodes + options.spares
+    _refuse_folder(config, machines)
+    _refuse_bad_node(run_folder(config))
+    raise_open_files()  # where rank 0 is, the launcher's store has a connection with each rank of the job
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // ranks)))
+    if options.affinity is not None:
+        os.environ[AFFINITY] = options.affinity
     if options.launcher == "accelerate":
         os.environ.update(_accelerate_settings(ranks))
-    is_host = is_held_here(host, port, options.nnodes)
+    is_host = is_held_here(host, port, machines)
     address, job = "127.0.0.1", uuid.uuid4().hex
-    if options.nnodes > 1:
+    if machines > 1:
         address, job = address_towards(host, port), options.rdzv_id
         set_gloo_interface(address)
     command = (sys.executable, "-m", "dtrain", "train", options.config, *options.overrides)
-    site = Site(ranks, options.nnodes, f"{host}:{port}", is_host, address, job, command, options.max_restarts)
+    site = Site(ranks, nodes, f"{host}:{port}", is_host, address, job, command, options.max_restarts)
+    if options.nnodes.fewest < nodes or options.spares:
+        site = site._replace(fewest=options.nnodes.fewest, spares=options.spares)
+        if options.nnodes.fewest < nodes:  # else none joins but in the place of another
+            site = site._replace(join_every=options.join_every)
+        site = site._replace(max_restarts=max(options.max_restarts, options.spares))  # what spares are there for
     is_new = (config.get("trainer") or {}).get("resume") == "none"
-    return NodeRun(site, run_folder(config), options.log_dir, is_new).run()
+    run = NodeRun(site, run_folder(config), options.log_dir, is_new)
+    run.memory = Path((config.get("trainer") or {}).get("spare_memory_dir") or MEMORY)
+    return run.run()
 
 
 def _ranks_here(options: argparse.Namespace, config: Mapping[str, Any]) -> int:
@@ -81,14 +102,25 @@ def _ranks_here(options: argparse.Namespace, config: Mapping[str, Any]) -> int:
     return ranks
 
 
-def _refuse_folder(config: Mapping[str, Any], nodes: int) -> None:
+def _refuse_folder(config: Mapping[str, Any], machines: int) -> None:
     """Raise a ConfigError where no rank could write the run folder, before this launcher writes a log in it."""
     folder = run_folder(config)
-    # Of several nodes, another one's rank 0 may have begun already.
-    if nodes == 1 and (busy := writer_of(folder)):
+    # Of several machines, another one's rank 0 may have begun already.
+    if machines == 1 and (busy := writer_of(folder)):
         raise ConfigError(busy)
     if problem := why_not_writable(folder):
         raise ConfigError(f"trainer.checkpoint_dir: {folder} cannot be written: {problem}")
+
+
+def _refuse_bad_node(folder: Path) -> None:
+    """Raise a ConfigError on a node that is to be left out, but where a batch job has no other."""
+    file, node = RunFolder(folder).bad_nodes, node_name()
+    if node in os.environ.get(LEFT_OUT, "").split(","):
+        raise ConfigError(f"{node} is left out: a spare takes its place, see the lines of `dtrain job`")
+    if text := bad_nodes(folder).get(node):
+        if USES_BAD_NODES not in os.environ:
+            raise ConfigError(f"{node} is left out: {text}; remove its line from {file} to use it again")
+        print(f"dtrain launch: {node} is used although it is in {file}: {text}", file=sys.stderr, flush=True)
 
 
 def _accelerate_settings(ranks: int) -> dict[str, str]:
@@ -124,6 +156,11 @@ class NodeRun:
         self.requests: list[tuple[int, float]] = []  # to stop: signals, and when they came by time.monotonic()
         self.start_began, self.has_begun, self.restarts = time.time(), False, 0
         self.agent: Agent | None = None
+        self.memory = Path(MEMORY)  # where ranks may have kept what they had not saved
+        self.is_reforming = False  # the ranks have ended for other nodes' sake, and are to be started again
+        self.is_spare = False  # all places were taken when this node came
+        self.is_unfit = False  # it has failed twice, and leaves its place to a spare
+        self.is_cut_off = False  # the rendezvous does not answer
         self.raised: BaseException | None = None  # what ended the agent, if it did not end by itself
 
     def run(self) -> int:
@@ -141,6 +178,8 @@ class NodeRun:
             self.console.drain()
             self._close_run()
             status = self._status()
+            if line := save_what_is_kept(self.folder, self.memory):
+                self.console.say(f"dtrain launch: {line}")
             if status == FAILED:
                 self.console.say(self._first_failure())
         sys.stdout.flush()
@@ -151,14 +190,28 @@ class NodeRun:
 
     def _run_agent(self, folder: Path) -> None:
         """In a thread that outlives the ranks: the kernel would take its end for their parent's."""
+        supervisor = Supervisor(
+            self._listen, self._ended, self._reforms, self._is_leaving, self.shutdown_seconds,
+            self._newest_checkpoint, self.console.say, self._clear,
+        )  # fmt: skip
+        kind = Agent if self.site.fewest is None else elastic_agent()
         try:
-            self.agent = Agent(self.site, folder, str(self.console.log_folder), self._listen, self._ended)
+            self.agent = kind(self.site, folder, str(self.console.log_folder), supervisor)
             self.agent.run()
         except BaseException as error:
             self.raised = error
         if self.agent:
             with suppress(Exception):
-                self.agent.get_worker_group().spec.rdzv_handler.shutdown()
+                self.agent.finish(self.raised is None)
+
+    def _is_leaving(self) -> bool:
+        """Whether this node was asked to stop, or is to."""
+        return bool(self.requests) or self.is_unfit
+
+    def _newest_checkpoint(self) -> str:
+        with suppress(OSError):
+            return str((RunFolder(self.folder).checkpoints / "last").readlink())
+        return ""
 
     def _end_left_behind(self) -> None:
         """End what ranks have started and left: each was the leader of a session, which outlives it."""
@@ -172,12 +225,13 @@ class NodeRun:
 
     def shutdown_seconds(self) -> float:
         """How long ranks may take to save and end: by the last save's time, where that is known."""
-        last = read_run(self.folder).get("save_seconds")
-        return UNTIMED_SAVE_SECONDS if last is None else SHUTDOWN_SECONDS + SHUTDOWN_SAVES * float(last)
+        facts = read_run(self.folder)
+        last, mirror = facts.get("save_seconds"), float(facts.get("mirror_seconds") or 0)
+        return mirror + (UNTIMED_SAVE_SECONDS if last is None else SHUTDOWN_SECONDS + SHUTDOWN_SAVES * float(last))
 
     def _listen(self, launch: Launch, local_rank: int, rank: int) -> None:
         """Rank 0 keeps a terminal, with its live bar, for itself; all else goes through pipes."""
-        self.start_began, self.has_begun, self.ends = time.time(), False, []
+        self.start_began, self.has_begun, self.ends, self.is_reforming = time.time(), False, [], False
         if not (rank == 0 and self.is_terminal):
             mark = launch.mark(local_rank) if self.waits_for_first_step else None
             self.console.listen(launch.pipe(local_rank), rank, mark)
@@ -195,6 +249,13 @@ class NodeRun:
         delivered: dict[int, int] = {}  # process -> how many of the requests it was sent
         while thread.is_alive():
             thread.join(0.05)
+            if self._is_cut_off():
+                return
+            if self.site.spares and not self.is_spare and self.agent and self.agent.is_spare:
+                self.is_spare = True
+                self.console.say(
+                    f"dtrain launch: {self.site.nodes} node(s) are at work; {node_name()} is a spare, and ready"
+                )
             if not self.requests:
                 continue
             processes = [*self.agent.processes.values()] if self.agent else []
@@ -210,6 +271,17 @@ class NodeRun:
             if not processes:
                 return  # it waits for other nodes: nothing is to be saved
 
+    def _is_cut_off(self) -> bool:
+        """Whether no other node can be reached: they take this one for lost, and its ranks must not live on."""
+        asked_at = self.agent.asked_at if self.agent else None
+        if asked_at is None or time.monotonic() < asked_at + CUT_OFF_SECONDS:
+            return False
+        assert self.agent is not None
+        self.is_cut_off = True
+        for process in self.agent.processes.values():
+            _send(process, signal.SIGKILL)
+        return True
+
     def _is_overdue(self) -> bool:
         """Whether ranks that were asked to stop have had their time."""
         if interrupted := self._second_interrupt():
@@ -220,19 +292,49 @@ class NodeRun:
         self.console.say(f"dtrain launch: ranks had not ended {limit:.0f} s after they were asked to: killed")
         return True
 
-    def _ended(self, ends: list[End], has_begun: bool, can_restart: bool) -> bool:
-        """All ranks here are over: whether the agent may start them again, if it would."""
+    def _clear(self) -> None:
+        """The ranks have ended, and others are about to start."""
+        self._end_left_behind()
+        self.console.drain()
+
+    def _reforms(self, ends: list[End], why: str) -> None:
+        """All ranks here are over, or about to be, for other nodes' sake; the agent starts them again."""
+        self.ends, self.is_reforming = ends, True
+        self.console.say(f"dtrain launch: {why}; the nodes that are there continue from the last checkpoint")
+
+    def _ended(self, ends: list[End], has_begun: bool, can_restart: int) -> bool:
+        """All ranks here are over: whether the agent may start them again, if it would (as restart number ...)."""
         self.ends, self.has_begun = ends, has_begun
+        self._note_failed_node()
         self._end_left_behind()
         is_final = any(end.is_reported and end.status in (WRONG_CONFIG, STOPPED_EARLY, INTERRUPTED) for end in ends)
+        if self.site.spares and not self.site.is_host and node_name() in bad_nodes(self.folder):
+            self.is_unfit = True
+            self.console.say(f"dtrain launch: {node_name()} has failed twice; a spare takes its place")
+            return False
         if not can_restart or not has_begun or self.requests or is_final:
             return False
         self.console.drain()
-        self.restarts += 1
+        self.restarts = max(self.restarts + 1, int(can_restart))
         again = f"restart {self.restarts} of {self.site.max_restarts}, from the last checkpoint"
         self.console.say(f"{self._first_failure()}\ndtrain launch: {again}")
         self.ends, self.has_begun = [], False  # of the start to come
         return True
+
+    def _note_failed_node(self) -> None:
+        """Of several nodes note this one, where a rank of it was killed or its GPU failed: the second time it is bad.
+
+        What the training's own code raises is not the node's fault, nor are ranks that lost others.
+        """
+        if self.site.nodes + self.site.spares == 1 or self.requests:
+            return
+        card = read_json(RunFolder(self.folder).failure)
+        own = {end.rank for end in self.ends}
+        is_hardware = card.get("time", 0.0) >= self.start_began and card.get("rank") in own
+        if is_hardware and HARDWARE.search(str(card.get("message"))):
+            note_failed_node(self.folder, node_name(), f"rank {card['rank']}: {card['message']}"[:300])
+        elif killed := [end for end in self.ends if end.status < 0 and end.status != -signal.SIGTERM]:
+            note_failed_node(self.folder, node_name(), f"rank {killed[0].rank} {_how(killed[0])}")
 
     def _close_run(self) -> None:
         """Record the death of a rank 0 of this node in the run folder, where no sender does: MLflow may be missing."""
@@ -251,6 +353,8 @@ class NodeRun:
         is_saved = any(end.rank == 0 and end.is_reported and end.status == STOPPED_EARLY for end in self.ends)
         is_interrupted = bool(self.requests) and self.requests[0][0] == signal.SIGINT
         is_stopped_at_start = bool(self.requests) and not self.has_begun and statuses != {DONE}  # nothing is lost
+        if self.is_reforming or not self.ends:
+            return self._status_without_ranks(is_interrupted)
         table = (
             (self._second_interrupt() is not None, INTERRUPTED),
             (WRONG_CONFIG in statuses, WRONG_CONFIG),
@@ -260,16 +364,31 @@ class NodeRun:
         )
         return next((status for holds, status in table if holds), max(statuses, default=FAILED))
 
+    def _status_without_ranks(self, is_interrupted: bool) -> int:
+        """Of a node that waited for others when it, or the job, came to its end."""
+        if self.requests:
+            return INTERRUPTED if is_interrupted else STOPPED_EARLY
+        return FAILED if self.is_cut_off or self.agent is None else self.agent.ended_with()
+
+    def _card(self) -> dict[str, Any]:
+        """What rank 0 has left of a failure; nothing of another start, or of another machine's disk."""
+        card = read_json(RunFolder(self.folder).failure)
+        return card if card.get("time", 0.0) >= self.start_began else {}
+
     def _first_failure(self) -> str:
         """Which rank failed first, how, and where its output is; or why there was none, or not again."""
-        if not self.ends:
+        if self.is_cut_off:
+            text = f"dtrain launch: the rendezvous at {self.site.endpoint} has not answered for {CUT_OFF_SECONDS:.0f} s"
+            return f"{text}: this node is cut off, and its ranks are killed"
+        card = self._card()
+        is_of_others = self.is_reforming and (not card or "silent_ranks" in card)
+        if not self.ends or (self.raised and is_of_others):
             kind = type(self.raised).__name__
             text = NO_RENDEZVOUS.get(kind, "{kind}: {raised}")
-            text = text.format(kind=kind, raised=self.raised, **self.site._asdict())
+            text = text.format(
+                kind=kind, raised=self.raised, nodes_text=self.site.nodes_text, endpoint=self.site.endpoint
+            )
             return f"dtrain launch: {one_line(text)}"
-        card = read_json(RunFolder(self.folder).failure)
-        if card.get("time", 0.0) < self.start_began:  # of another start, or of another machine's disk
-            card = {}
         if silent := card.get("silent_ranks"):
             rank, error = silent[0], ""
         elif card:
@@ -283,6 +402,13 @@ class NodeRun:
             facts.append(f"its output: {log}")
         details = f" ({'; '.join(facts)})" if facts else ""
         return f"dtrain launch: rank {rank} failed first{error}{details}"
+
+
+def elastic_agent() -> type[Agent]:
+    """The agent of a job whose nodes come and go; imported for such a job only."""
+    from dtrain.launch.elastic import ElasticAgent
+
+    return ElasticAgent
 
 
 def _likelihood(end: End) -> tuple[int, float]:

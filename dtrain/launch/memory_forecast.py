@@ -241,13 +241,13 @@ class FakeSteps:
         """Whether a batch of another number of samples can be made of the first one."""
         return resized(self.batch, self.samples, self.samples) is not None
 
-    def step(self, samples: int) -> Step:
-        """One step of so many samples.
+    def step(self, samples: int, as_on_gpu: bool | None = None) -> Step:
+        """One step of so many samples, on a GPU or a CPU. Default: as it was made for.
 
         Raises:
             NoForecastError: The model does with values what cannot be done without.
         """
-        with self._on_fakes(), _LiveFakes() as live:
+        with self._on_fakes(as_on_gpu), _LiveFakes() as live:
             for tensor in self._held.values():
                 live.note(tensor)
             batch = self._batch_of(samples)
@@ -275,9 +275,10 @@ class FakeSteps:
         return forward, flops.get_total_flops()
 
     @contextlib.contextmanager
-    def _on_fakes(self) -> Iterator[None]:
+    def _on_fakes(self, as_on_gpu: bool | None = None) -> Iterator[None]:
+        is_gpu = self._as_on_gpu if as_on_gpu is None else as_on_gpu
         try:
-            with _as_on_gpu() if self._as_on_gpu else contextlib.nullcontext(), self._mode:
+            with _as_on_gpu() if is_gpu else contextlib.nullcontext(), self._mode:
                 yield
         except Exception as error:
             raise NoForecastError(
@@ -290,6 +291,15 @@ class FakeSteps:
     def _batch_of(self, samples: int) -> Any:
         batch = self.batch if samples == self.samples else resized(self.batch, self.samples, samples)
         return tree_map_only(Tensor, lambda leaf: torch.empty_like(leaf, device=self._device), batch)
+
+    @property
+    def knows_cpu(self) -> bool:
+        """Whether a step on a CPU can be forecast, too: not where the fake tensors are a GPU's."""
+        return self._device.type == "cpu"
+
+    def has_rnn(self) -> bool:
+        """Whether the model has layers whose work space fake tensors do not show."""
+        return any(isinstance(part, torch.nn.RNNBase) for part in self._module.modules())
 
     def held(self, of_trainer: Held) -> Held:
         """What a process holds, with the weights of this step's model, and what of them is gathered at a time."""
@@ -347,8 +357,9 @@ class Peak(NamedTuple):
 def peak_of(step: Step, held: Held, world_size: int, options: dict[str, Any]) -> Peak:
     """The peak of a rank among others.
 
-    With ddp each rank has everything, and buckets of the gradients' size. With fsdp it has a part of weights,
-    gradients, optimizer and averages, and beside them whole weights: of two units at a time and of what is in none.
+    With ddp each rank has everything, and buckets of the gradients' size, in which these may live. With fsdp it has a
+    part of weights, gradients, optimizer and averages, and beside them whole weights: of two units at a time and of
+    what is in none.
     """
     is_sharded = options["strategy"] == "fsdp"
     fsdp = options["fsdp"] or {}
@@ -358,21 +369,24 @@ def peak_of(step: Step, held: Held, world_size: int, options: dict[str, Any]) ->
         -(-size // shards) for size in (held.weights, held.gradients, held.optimizer, held.averages)
     )
     activations = step.peak - held.weights
-    exchange = 0
+    exchange = in_buckets = 0
     if is_sharded:
         exchange = held.weights if fsdp.get("reshard_after_forward") is False else held.gathered
         if fsdp.get("param_dtype") == "bf16":
             exchange //= 2
-    elif world_size > 1 and not (options["ddp"] or {}).get("gradient_as_bucket_view"):
-        exchange = held.gradients
+    elif world_size > 1:
+        # Those of a step's first batches are added up beside the buckets.
+        is_apart = (options["ddp"] or {}).get("gradient_as_bucket_view") is False or options["accumulate"] > 1
+        exchange, in_buckets = (gradients, 0) if is_apart else (0, gradients)
     if fsdp.get("cpu_offload") and is_sharded:
         weights = gradients = optimizer = 0
-    always = weights + optimizer + averages + exchange
-    in_step = gradients + (2 * held.largest) // shards
+    always = weights + optimizer + averages + exchange + in_buckets
+    in_step = gradients - in_buckets + (2 * held.largest) // shards
     if is_sharded:  # a unit's gradients, whole, and their copy in the order in which the ranks get them
         in_step = max(in_step, 2 * held.unit + gradients - held.unit // shards)
     total = always + max(activations, in_step)
-    return Peak(total, weights, gradients, optimizer, averages, exchange, max(0, total - always - gradients))
+    rest = total - always - (gradients - in_buckets)
+    return Peak(total, weights, gradients, optimizer, averages, exchange, max(0, rest))
 
 
 def largest_batch(fits: Callable[[int], int], start: int, limit: int) -> int:

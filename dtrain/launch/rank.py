@@ -13,24 +13,21 @@ from dtrain.checkpoint.background_saver import WRITER
 from dtrain.config.errors import ConfigError
 from dtrain.data.loader_workers import end_workers
 from dtrain.distributed.exit_status import DONE, FAILED, INTERRUPTED, STOPPED_EARLY, WRONG_CONFIG
+from dtrain.distributed.launched_rank import leaves_to_launcher, mark_lost
+from dtrain.distributed.ranks import is_lost_rank
 from dtrain.distributed.stop_request import StopWaiting, was_pressed
-from dtrain.launch.doctor import Finding
-from dtrain.launch.find_lr import find_lr, keep
-from dtrain.launch.forecast import Asked, Forecast, asked_in_background
-from dtrain.launch.forecast import lines as table_lines
 from dtrain.launch.last_words import say_last
-from dtrain.launch.out_of_fold import of_all_folds
-from dtrain.launch.rehearsal import rehearse as rehearsed
 from dtrain.predict.work_folder import PredictionError
 from dtrain.reporting.summary import prediction_lines
 from dtrain.tracking.journal import NoJournal
 from dtrain.tracking.run_folder import RunFolder
 from dtrain.trainer import Trainer, create_trainer
-from dtrain.training.replay import Step
-from dtrain.training.replay import replay as repeated
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what only some commands need, they import: a rank that trains holds no memory for it
     from subprocess import Popen
+
+    from dtrain.launch.doctor import Finding
+    from dtrain.launch.forecast import Asked
 
 
 def train(config: ConfigDict, sender: "Popen[bytes] | None" = None) -> int:
@@ -69,6 +66,8 @@ def predict(
 
     With `folds`, a folder of the runs of all folds, each predicts the part of their data that it has not seen.
     """
+    from dtrain.launch.out_of_fold import of_all_folds
+
     settings: dict[str, Any] | None = None
     members: Sequence[str | Path] = checkpoints
     if folds is not None:
@@ -89,12 +88,19 @@ def predict(
     return _run(config, write, purpose="predict")
 
 
-def rehearse(config: ConfigDict, asked: Asked, finds_lr: bool = False) -> int:
+def rehearse(config: ConfigDict, asked: "Asked", finds_lr: bool = False) -> int:
     """Build everything and try each part once, then learning rates if asked; writes nothing but their picture.
 
     Returns the status of a wrong config, too, where the forecast finds what a training would fail of.
     """
+    from dtrain.launch.find_lr import find_lr, keep
+    from dtrain.launch.forecast import Forecast, asked_in_background
+    from dtrain.launch.forecast import lines as table_lines
+    from dtrain.launch.rehearsal import rehearse as rehearsed
+
     ask_store = asked_in_background(config)
+    if (config.get("trainer") or {}).get("mirror_to"):  # nothing is fetched for a rehearsal
+        config.trainer.mirror_to = None
     would_fail: list[Finding] = []
 
     def lines(trainer: Trainer) -> Iterator[str]:
@@ -114,6 +120,8 @@ def rehearse(config: ConfigDict, asked: Asked, finds_lr: bool = False) -> int:
 
 def replay(config: ConfigDict, folder: Path) -> int:
     """Repeat the failed step of a run folder on this one process, and say what is found; writes nothing."""
+    from dtrain.training.replay import Step
+    from dtrain.training.replay import replay as repeated
 
     def step(it: Trainer) -> Iterator[str]:
         it.scaler = it.own.scaler = None  # gradients as they are
@@ -163,6 +171,9 @@ def _run(config: ConfigDict, action: Callable[[Trainer], bool], **options: Any) 
         print(error, file=sys.stderr, flush=True)
         return FAILED
     except (Exception, SystemExit) as error:  # after somebody's own sys.exit(0 or 75), too, nothing is done or saved
+        if is_lost_rank(error) and leaves_to_launcher():
+            mark_lost()
+            error.failure_card = getattr(error, "failure_card", [])  # type: ignore[union-attr]
         say_last(error, _own_log(trainer, error))
         return FAILED
     finally:

@@ -112,7 +112,8 @@ def _kinds(every_epochs: int | None) -> list[bool]:
 def _evaluation(trainer: Trainer, name: str, loader: Any, of_volumes: bool) -> str:
     """One batch, or of whole volumes the first planes of one, with all metrics."""
     parts, phase = trainer.trainables, name.partition("/")[0]
-    trainer.activity.phase, trainer.activity.data_set = {"val": "validation", "test": "test"}[phase], name
+    trainer.activity.enter({"val": "validation", "test": "test"}[phase])
+    trainer.activity.data_set = name
     with parts.evaluating(parts.compiled):
         if of_volumes:
             is_val = phase == "val"
@@ -137,6 +138,7 @@ def _evaluation(trainer: Trainer, name: str, loader: Any, of_volumes: bool) -> s
 
 def _require_resumable(trainer: Trainer, config: ConfigDict) -> None:
     """What a checkpoint would hold now can be written, and fits a model and an optimizer that are made anew."""
+    trainer.ranks.strategy.saves_shards = False  # whole weights, to be loaded by a model that is made anew
     values, weights, ema, others = capture(trainer.state, trainer.trainables, trainer.ranks, trainer.parts.seed)
     if not trainer.ranks.is_main:  # of a sharded model it is complete on the main rank alone
         return

@@ -3,11 +3,13 @@
 import os
 import socket
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import psutil
 
 from dtrain.config.errors import ConfigError
+from dtrain.distributed.environment import expand_nodes, node_name
 
 PROBE_SECONDS = 3.0
 _UNUSED_ADDRESS = "192.0.2.1"  # RFC 5737
@@ -34,7 +36,10 @@ def is_held_here(host: str, port: int, nodes: int) -> bool:
     except OSError as error:
         raise ConfigError(f"--rdzv-endpoint {host}:{port}: {host} is unknown here: {error.strerror}") from None
     own = {address.address.partition("%")[0] for each in psutil.net_if_addrs().values() for address in each}
-    if not addresses & own and not any(str(address).startswith("127.") for address in addresses):
+    is_loopback = any(str(address).startswith("127.") for address in addresses)
+    if is_loopback and host in expand_nodes(os.environ.get("SLURM_JOB_NODELIST", "")) and host != node_name():
+        return False  # several nodes of a batch system on one machine
+    if not addresses & own and not is_loopback:
         if nodes == 1:
             raise ConfigError(f"--rdzv-endpoint {host}:{port} is on another machine; one node alone needs none")
         return False
@@ -80,6 +85,21 @@ def address_towards(host: str, port: int) -> str:
             if not address.startswith("127.") and address != "::1":
                 return address
     return host
+
+
+@contextmanager
+def without_stacks_of_torch() -> Iterator[None]:
+    """Within it torch is imported: of a node that is gone, which this process tells in a line, it shows no C++ stacks.
+
+    Its ranks will, as `TORCH_CPP_LOG_LEVEL` says: NCCL's own errors are told in that way, too.
+    """
+    if is_ours := "TORCH_CPP_LOG_LEVEL" not in os.environ:
+        os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"
+    try:
+        yield
+    finally:
+        if is_ours:
+            del os.environ["TORCH_CPP_LOG_LEVEL"]
 
 
 def set_gloo_interface(address: str) -> None:

@@ -27,6 +27,7 @@ from dtrain.launch.compare_figures import Comparison, compare_figures
 from dtrain.launch.diff import differing, files_of_patch, flat_environment, untracked
 from dtrain.launch.runs import records_of
 from dtrain.tracking.environment import capture_environment
+from dtrain.tracking.run_folder import ranks_known
 from dtrain.tracking.run_record import Figures, RunRecord
 from dtrain.tracking.secrets import leaves
 from dtrain.tracking.whole_file import read_json, write_json, write_text
@@ -72,9 +73,11 @@ class Plan:
     def command(self) -> list[str]:
         """The command that trains."""
         facts, config = self.record.facts, str(self.folder.resolve() / "config.yaml")
-        ranks = int(facts.get("world_size") or 1)
+        ranks = ranks_known(facts) or 1
         values: dict[str, Any] = {"trainer.checkpoint_dir": str(self.run_folder.resolve())}
         values["run_name"] = f"{facts.get('run_name') or self.record.name}-reproduced"
+        if facts.get("mirror_to"):  # it is the run's own
+            values["trainer.mirror_to"] = None
         if "***" not in (uri := str(facts.get("tracking_uri") or "***")):
             values["mlflow.tracking_uri"] = uri
         own = [f"{key}={json.dumps(value)}" for key, value in values.items()]

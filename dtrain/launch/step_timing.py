@@ -49,7 +49,8 @@ def timed(trainer: Trainer, per_rank: int | None) -> Timing:
         per_rank: Samples of a batch, where a rank of another world would have fewer; None: as they come.
     """
     clock = clock_of(trainer.device)
-    kept, trainer.activity.clock = trainer.activity.clock, clock
+    kept = trainer.activity.clock
+    trainer.activity.follow(clock)
     seconds: list[list[float]] = []
     samples, count = 0, LEAST + WARM_UP_STEPS
     began = time.perf_counter()
@@ -67,7 +68,7 @@ def timed(trainer: Trainer, per_rank: int | None) -> Timing:
             count = len(seconds) + int(trainer.ranks.broadcast(more))
         if len(seconds) >= count:
             break
-    trainer.activity.clock = kept
+    trainer.activity.follow(kept)
     medians = dict(zip(PHASES, map(statistics.median, zip(*seconds[WARM_UP_STEPS:], strict=True)), strict=True))
     data, transfer, forward, backward, optimizer = (medians[kind] for kind in _PARTS)
     return Timing(data, transfer, forward, backward, optimizer, load_seconds(trainer, per_rank), samples)

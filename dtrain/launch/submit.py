@@ -21,6 +21,7 @@ from dtrain.config.yaml12 import dump
 from dtrain.distributed.exit_status import DONE, FAILED
 from dtrain.launch.batch_script import Job, cluster_settings, directives, script
 from dtrain.launch.code_copy import copy_code, named_modules
+from dtrain.tracking.bad_nodes import bad_nodes
 from dtrain.tracking.git_state import capture_code_for_later
 from dtrain.tracking.secrets import keep_secret
 
@@ -44,7 +45,10 @@ def submit(path: str, overrides: Sequence[str], options: Mapping[str, Any], dry_
         print(f"dtrain submit: {error}", file=sys.stderr)
         return FAILED
     jobs, logs = (f", {len(job.configs)} jobs", f"{number}_*.log") if len(job.configs) > 1 else ("", f"{number}.log")
-    print(f"job {number}: {job.name}, {dict(job.directives)['nodes']} node(s) x {job.ranks} rank(s){jobs}")
+    spares = f", {job.spares} node(s) spare" if job.spares else ""
+    print(f"job {number}: {job.name}, {dict(job.directives)['nodes']} node(s) x {job.ranks} rank(s){spares}{jobs}")
+    if left_out := dict(job.directives).get("exclude"):
+        print(f"  without          {left_out}    (see bad-nodes in {job.run_folders[0]}, and clear it)")
     print(f"  code and config  {job.folder}")
     print(f"  follow it        tail -F {shlex.quote(str(job.folder))}/{logs}")
     print(f"  its state        squeue -j {number}")
@@ -70,15 +74,19 @@ def _plan(path: str, overrides: Sequence[str]) -> tuple[Job, set[str]]:
         folder_of_run = Path.cwd() / run_folder(own)
         if folder_of_run == base:
             folder_of_run = base.with_name(f"{base.name}{number}")
-        configs[folder / f"config{number}.yaml"] = _config_text(path, [*overrides, *words], folder_of_run)
+        text = _config_text(path, [*overrides, *words], folder_of_run, number)
+        configs[folder / f"config{number}.yaml"] = text
         run_folders.append(folder_of_run)
         modules |= named_modules(to_plain(own))
     if shared := [folder for folder in run_folders if run_folders.count(folder) > 1]:
         text = f"several jobs would write {shared[0]}; leave trainer.checkpoint_dir to dtrain, or give each its own"
         raise ConfigError(mistake(config, ("cluster", "array"), text))
+    bad = {node: text for folder_of_run in run_folders for node, text in bad_nodes(folder_of_run).items()}
+    asked_for += [("exclude", ",".join(bad))] if bad else []
     name = config.get("run_name") or config.get("experiment") or "dtrain"
     ranks = settings["nproc_per_node"] or settings["gpus_per_node"] or 1
-    job = Job(name, asked_for, ranks, sys.executable, folder, configs, run_folders)
+    job = Job(name, asked_for, ranks, sys.executable, folder, configs, run_folders,
+              settings["preflight"], settings["spares"])  # fmt: skip
     try:
         script(job)
     except ValueError as error:
@@ -93,11 +101,13 @@ def _checked(path: str, overrides: Sequence[str]) -> ConfigDict:
     return config
 
 
-def _config_text(path: str, overrides: Sequence[str], folder_of_run: Path) -> str:
-    """The config of one job, its run folder written out."""
+def _config_text(path: str, overrides: Sequence[str], folder_of_run: Path, number: str) -> str:
+    """The config of one job, its run folder written out; one of several has a mirror of its own."""
     values = merged(path, overrides)
     values.pop("cluster", None)  # says where, not what: the training is the same wherever it runs
     values.setdefault("trainer", {})["checkpoint_dir"] = str(folder_of_run).replace("${", "$${")
+    if values["trainer"].get("mirror_to"):
+        values["trainer"]["mirror_to"] += number
     return dump(values)
 
 

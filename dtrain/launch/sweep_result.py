@@ -47,6 +47,8 @@ def _best_config(plan: Plan, best: Trial) -> str:
     values = merged(plan.path, plan.overrides_of(best.values))
     values.pop("sweep", None)
     values.setdefault("trainer", {})["checkpoint_dir"] = f"{plan.folder}-best".replace("${", "$${")
+    if values["trainer"].get("mirror_to"):
+        values["trainer"]["mirror_to"] += "/best"
     return dump(values)
 
 

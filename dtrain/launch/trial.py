@@ -97,6 +97,8 @@ class Plan:
         run_name = self.base.get("run_name") or self.base.get("experiment")
         own = [*self.overrides_of(values), f"run_name={json.dumps(f'{run_name}-{name}')}"]
         own.append(f"trainer.checkpoint_dir={json.dumps(str(self.folder / name))}")
+        if mirror := (self.base.get("trainer") or {}).get("mirror_to"):  # each trial is a training of its own
+            own.append(f"trainer.mirror_to={json.dumps(f'{mirror}/{name}')}")
         config = self.base if has_run else load_config(self.path, own)
         if not has_run:
             check(config, "train")

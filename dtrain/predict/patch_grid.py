@@ -3,7 +3,6 @@
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from functools import reduce
 from itertools import pairwise
 
 import numpy as np
@@ -51,11 +50,10 @@ class Grid:
         ends = zip(self.corner(index), self.patch, halo, strict=True)
         return tuple(slice(start - around, start + length + around) for start, length, around in ends)
 
-    def weight(self, index: int) -> np.ndarray:
-        """A patch's share in each of its voxels that lie in the volume, float64."""
+    def weights(self, index: int) -> list[np.ndarray]:
+        """A patch's share along each axis, float64, as far as it lies in the volume; of a voxel it is their product."""
         places = np.unravel_index(index, self._counts)
-        own = [weights[place] for weights, place in zip(self._weights, places, strict=True)]
-        return reduce(np.multiply.outer, own)
+        return [weights[place] for weights, place in zip(self._weights, places, strict=True)]
 
     def touching(self, begin: int, end: int) -> range:
         """The patches that cover any of the planes [begin, end) of the first axis."""

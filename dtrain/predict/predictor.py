@@ -36,7 +36,7 @@ class Predictor:
         blend: gaussian | constant | last: how overlapping patches are averaged; last: a later patch wins, none is.
         mirror: Spatial axes, such as [0, 1, 2], along which each patch or image is mirrored: in all combinations, whose
             outputs are averaged before the activation. That takes 2, 4 or 8 times as long. Default: none.
-        batch_size: Patches that the model gets at once. Default: the loader's.
+        batch_size: Patches that the model gets at once. Default: the loader's; on a CPU 1, of 131,072 voxels or more.
         save_segmentation: Classes instead of probabilities.
         threshold: What counts as foreground where there is one channel.
         prediction_channel: Keep only this channel.
@@ -119,6 +119,8 @@ class Predictor:
                 text = f"the axes of {volume.path} are {', '.join(map(str, axes))}"
                 raise ConfigError(f"predictor.mirror: {self.mirror}: {text}")
             grids.append(Grid(volume.shape, patch, stride, self.blend))
+            if hasattr(volume, "reads_in_order"):
+                volume.reads_in_order = len(grids[-1]) > 1
             halos.append(self._voxels("halo_shape", dataset, volume, (0,) * len(volume.shape), least=0))
         return Source(dataset, grids, halos)
 

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from dtrain.predict.source import Source
 
 AHEAD = 2  # batches that are read while one is predicted
 CHUNK_BYTES = 1 << 25  # of finished planes that are handed on at once
+CACHED = 1 << 16  # values that are weighed at once, so that what is between lies in a cache
 
 
 class Run(NamedTuple):
@@ -156,10 +158,16 @@ def _add(buffer: Tensor, base: int, end: int, grid: Grid, index: int, output: Te
     in_buffer = (slice(first - base, last - base), *(slice(start, stop) for start, stop in across))
     in_patch = (slice(first - corner[0], last - corner[0]), *(slice(0, stop - start) for start, stop in across))
     target, added = buffer[(slice(None), *in_buffer)], output[(slice(None), *in_patch)]
-    if grid.is_averaged:
-        target.addcmul_(added, torch.from_numpy(grid.weight(index)[in_patch]))
-    else:
+    if not grid.is_averaged:
         target.copy_(added)
+        return
+    along, *others = grid.weights(index)
+    of_plane = torch.from_numpy(reduce(np.multiply.outer, others, np.ones(())))
+    of_planes = torch.from_numpy(along).reshape(-1, *(1 for _ in others))[in_patch[0]]
+    step = max(1, CACHED // added[:, 0].numel())
+    for low in range(0, last - first, step):
+        planes = slice(low, low + step)
+        target[:, planes].addcmul_(added[:, planes] * of_plane, of_planes[planes])
 
 
 def _move_up(buffer: Tensor, planes: int) -> None:

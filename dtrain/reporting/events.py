@@ -11,7 +11,7 @@ from typing import Any
 
 from dtrain.reporting.progress import Progress, SafeStream
 
-OUTPUT = "DTRAIN_OUTPUT"  # in the environment, so that ranks have it, too: json, quiet or nothing
+OUTPUT = "DTRAIN_OUTPUT"  # in the environment, so that ranks have it, too: json, quiet, both in this order or nothing
 _STATUS = {0: "FINISHED", 75: "KILLED", 130: "KILLED"}  # by exit status; of any other: FAILED
 _ending: dict[str, Any] = {}  # what the last event is to say
 _stdout: list[SafeStream] = []  # the true one, while events are written there
@@ -60,19 +60,21 @@ def pass_on(line: str) -> bool:
 def end(exit_status: int) -> None:
     """The last event, and stdout as it was."""
     if _stdout:
-        status = _ending.pop("status", None) if exit_status in (0, 75) else None
-        _ending.pop("exit_status", None)
-        write_event("end", status=status or _STATUS.get(exit_status, "FAILED"), exit_status=exit_status, **_ending)
+        status = _STATUS.get(exit_status, "FAILED")
+        if exit_status in (0, 75):
+            status = _ending.get("status") or status
+        certain = {"status": status, "exit_status": exit_status}
+        write_event("end", **{**certain, "reason": "", **_ending, **certain})
         _ending.clear()
         sys.stdout.flush()
         _stdout.pop()
 
 
 class EventProgress(Progress):
-    """Events on stdout, and on stderr the lines that a log has."""
+    """Events on stdout, and on stderr the lines that a log has, unless it is to be quiet."""
 
-    def __init__(self) -> None:
-        super().__init__(sys.stderr)
+    def __init__(self, is_quiet: bool = False) -> None:
+        super().__init__(*([] if is_quiet else [sys.stderr]))
 
     def begin(self, facts: Mapping[str, str], monitor: str = "") -> None:
         """The event start."""

@@ -245,6 +245,14 @@ class _Paper:
             y += _TEXT_HEIGHT
 
 
+def prepare() -> None:
+    """Import what draws, so that a thread that draws imports nothing."""
+    from PIL import Image, ImageDraw, PngImagePlugin  # noqa: F401
+
+    Image.preinit()
+    _font(_TEXT)
+
+
 @cache
 def _font(size: int) -> Any:
     from PIL import ImageFont

@@ -91,8 +91,11 @@ class Progress:
         """One optimizer step or patch is done: counts (0.1 us), and refreshes at most twice a second."""
         self._clock.done += 1
         if perf_counter() >= self._next_refresh:
-            self._refresh()
-            self._next_refresh = perf_counter() + REFRESH_SECONDS
+            self._refresh_now()
+
+    def _refresh_now(self) -> None:
+        self._refresh()
+        self._next_refresh = perf_counter() + REFRESH_SECONDS
 
     def _refresh(self) -> None:
         clock = self._clock
@@ -129,7 +132,9 @@ class Progress:
         self._write_facts(facts)
 
     def waits_for(self, what: str) -> None:
-        """What takes time before there are steps; shown on a terminal until the table is; '': nothing any more."""
+        """What takes time before there are steps, or after the first one; shown on a terminal; '': nothing any more."""
+        if not what:
+            self._clock.measure_anew()
 
     def saved(self, step: int, path: Path) -> None:
         """A checkpoint is on the disk, whole; for programs."""

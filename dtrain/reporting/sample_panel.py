@@ -82,11 +82,21 @@ def compared(target: np.ndarray, output: np.ndarray) -> list[View]:
     if several and len(target) == len(output) and np.isin(target, (0, 1)).all() and (target.sum(axis=0) == 1).all():
         target = target.argmax(axis=0)[None]  # it was one-hot
     if several and len(target) == 1 and _are_integers(target):
-        return [_of_classes("", target[0], output.argmax(axis=0), len(output))]
+        return [_of_classes("", target[0], _largest(output), len(output))]
     if len(target) != len(output):
         raise ValueError(f"{shapes} do not fit together")
     channels = enumerate(zip(target, output, strict=True))
     return [_of_channel(f"channel {number}" if several else "", *channel) for number, channel in channels]
+
+
+def _largest(output: np.ndarray) -> np.ndarray:
+    """`output.argmax(axis=0)`, which takes three times as long: (C, *spatial) -> (*spatial)."""
+    labels, best = np.zeros(output.shape[1:], dtype=np.int64), output[0].copy()
+    for number in range(1, len(output)):
+        better = ~(output[number] <= best) & (best == best)  # the first nan is the largest
+        np.putmask(labels, better, number)
+        np.maximum(best, output[number], out=best)
+    return labels
 
 
 def _are_integers(values: np.ndarray) -> bool:
@@ -210,7 +220,7 @@ def _legend(views: Sequence[View]) -> list[Key]:
     """The classes that occur in target or prediction, and what else has a colour."""
     of_classes = [view for view in views if view.ignored is not None]
     labels = [values for view in of_classes for values in (view.target, view.prediction)]
-    classes = sorted({number for values in labels for number in np.unique(values).tolist()})
+    classes = sorted({int(number) for values in labels for number in np.flatnonzero(np.bincount(values.ravel()))})
     keys = [Key(colour_of(number), f"class {number}") for number in classes[:_MOST_CLASSES]]
     if len(classes) > _MOST_CLASSES:
         keys.append(Key(_WHITE, f"and {len(classes) - _MOST_CLASSES} more"))

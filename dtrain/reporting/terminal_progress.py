@@ -2,9 +2,9 @@
 
 import os
 import sys
-from collections.abc import Mapping
-from threading import Thread
-from time import perf_counter, sleep
+from collections.abc import Iterator, Mapping
+from threading import Event, Thread
+from time import perf_counter
 from typing import Any, TextIO
 
 from dtrain.reporting.events import OUTPUT, EventProgress
@@ -13,6 +13,7 @@ from dtrain.reporting.progress import REFRESH_SECONDS, Progress, SafeStream
 from dtrain.reporting.quiet import QuietProgress
 
 BAR_COLUMNS = (6, 40)  # at least, at most
+ERASE_BELOW = "\x1b[J"  # and from the cursor on
 _early: list["TerminalProgress"] = []  # begun before torch is imported; who asks for a progress gets it
 
 
@@ -39,7 +40,7 @@ def get_progress(is_main: bool, stream: TextIO | None = None) -> Progress:
     if stream is None and _early:
         return _early[-1]
     if stream is None and (output := os.environ.get(OUTPUT)):
-        return EventProgress() if output == "json" else QuietProgress()
+        return EventProgress("quiet" in output) if "json" in output else QuietProgress()
     stream = sys.stdout if stream is None else stream
     can_redraw = stream.isatty() and os.environ.get("TERM", "dumb").lower() not in ("", "dumb", "unknown")
     return TerminalProgress(stream) if can_redraw else Progress(stream)
@@ -49,7 +50,8 @@ class TerminalProgress(Progress):
     """A table of facts, a row per epoch, under them a line with the bar, and at the end a summary.
 
     The bar is one line and the cursor stays visible: what another process writes in between spoils that line at most,
-    and after a kill -9 the terminal is as it was.
+    and after a kill -9 the terminal is as it was. The cursor stands at the line's beginning: a terminal that is made
+    narrower folds the line, and what is then below its first row is erased with it.
     """
 
     def __init__(self, terminal: TextIO) -> None:
@@ -66,6 +68,8 @@ class TerminalProgress(Progress):
         self._row_start = (perf_counter(), 0)  # time, steps
         self._waits_for = ("", 0.0)  # what, and since when
         self._ticks: Thread | None = None
+        self._wait_is_over = Event()
+        self._has_bar = False
         is_stdout = terminal is sys.stdout
         self._live = Live(
             console=self._console,
@@ -83,7 +87,8 @@ class TerminalProgress(Progress):
         self._print_table(facts)
 
     def waits_for(self, what: str) -> None:
-        """A line that says so and for how long, until `begin` or `close`; a thread moves it, as nothing else does."""
+        """A line, or a bar's last words, that says so and for how long; a thread moves it, as nothing else does."""
+        super().waits_for(what)
         if not what:
             self._end_wait()
             return
@@ -91,21 +96,24 @@ class TerminalProgress(Progress):
         if self._ticks is None:
             self._live.start()
             self._console.show_cursor(True)
+            self._wait_is_over.clear()
             self._ticks = Thread(target=self._tick, name="waiting", daemon=True)
             self._ticks.start()
 
     def _tick(self) -> None:
-        while self._waits_for[0]:
+        while not self._wait_is_over.is_set():
             self._live.refresh()
-            sleep(REFRESH_SECONDS / 2)
+            self._wait_is_over.wait(REFRESH_SECONDS / 2)
 
     def _end_wait(self) -> None:
         """Before the first worker is forked: a lock that the thread holds then would be held for ever there."""
         if self._ticks is not None:
             self._waits_for = "", 0.0
+            self._wait_is_over.set()  # so that what follows, as a first step, waits for no tick
             self._ticks.join()
             self._ticks = None
-            self._live.stop()
+            if not self._has_bar:
+                self._live.stop()
 
     def start_epoch(self, epoch: int, epochs: int | None, steps: int, done: int = 0) -> None:
         """A new bar."""
@@ -167,19 +175,22 @@ class TerminalProgress(Progress):
         self._print_table({name: value for name, value in facts.items() if name not in long})
         for name, value in long.items():
             self._print(name, "cyan")
-            self._console.print(value, markup=False, emoji=False, soft_wrap=True)
+            self._print_above(value, markup=False, emoji=False, soft_wrap=True)
 
     def close(self) -> None:
         """Takes the bar away and gives sys.stdout back; may be called again."""
         self._end_wait()
         self._print_due_row()
+        self._has_bar = False
         self._live.stop()
 
     def _start_bar(self) -> None:
+        self._has_bar = True
         if not self._live.is_started:
             self._row_start = (perf_counter(), self._clock.counted)
             self._live.start()
             self._console.show_cursor(True)  # Live hides it, and a killed process could not bring it back
+        self._refresh_now()  # the first batch may be long in coming
 
     def _print_table(self, facts: Mapping[str, str]) -> None:
         """Facts in a frame; nothing in them is taken for rich's markup."""
@@ -193,10 +204,20 @@ class TerminalProgress(Progress):
         table.add_column(overflow="fold")
         for name, value in facts.items():
             table.add_row(Text(name), Text(value))
-        self._console.print(Panel(table, box=ROUNDED, border_style="dim", expand=False))
+        self._print_above(Panel(table, box=ROUNDED, border_style="dim", expand=False))
 
     def _print(self, text: str, style: str = "") -> None:
-        self._console.print(text, style=style, markup=False, emoji=False, overflow="fold")
+        # An address or a path that is longer than a line is left to the terminal to fold, to be copied in one piece.
+        is_long = any(len(word) >= self._console.width for word in text.split())
+        options: Any = {"soft_wrap": True} if is_long else {"overflow": "fold"}
+        self._print_above(text, style=style, markup=False, emoji=False, **options)
+
+    def _print_above(self, text: Any, **options: Any) -> None:
+        """Above the bar, which is drawn as it now is."""
+        if self._live.is_started:
+            self._console.file.write(ERASE_BELOW)
+        self._console.print(text, **options)
+        self._live.refresh()
 
     def _print_due_row(self) -> None:
         if self._row_is_due:
@@ -220,12 +241,12 @@ class TerminalProgress(Progress):
         if columns != self._columns:
             self._columns = columns
             header = "  ".join(_aligned(name, name, width) for name, width in columns.items())
-            self._console.print(Text(header, "dim", no_wrap=True))
+            self._print_above(Text(header, "dim", no_wrap=True))
         row = Text(no_wrap=True, overflow="crop")
         for name, width in columns.items():
             row.append("  " if row else "")
             row.append(_aligned(name, cells.get(name, ""), width), _style(name, cells.get(name, "")))
-        self._console.print(row)
+        self._print_above(row)
         self._row_is_due = False
         self._row_start = (perf_counter(), self._clock.counted)
 
@@ -233,17 +254,20 @@ class TerminalProgress(Progress):
         from rich.text import Text
 
         clock, console = self._clock, self._console
-        what, since = self._waits_for
-        if what:
-            return Text(f"{what} ... {duration_text(perf_counter() - since)}", "dim", no_wrap=True, overflow="crop")
+        if not self._has_bar:
+            return _Line(Text(self._wait_text(), "dim"))
         head = "patches " if clock.of_patches else f"epoch {clock.epoch_text()} "
         width = console.width - 1 - len(head)
         figures = self._bar_figures(width - BAR_COLUMNS[0])
         columns = max(0, min(width - len(figures), BAR_COLUMNS[1]))
         filled = columns * min(clock.done, clock.steps) // max(clock.steps, 1)
         heavy, light = "=-" if console.options.ascii_only else "━─"  # different without colours, too
-        line = Text(head, "bold", no_wrap=True, overflow="crop")
-        return line.append(heavy * filled, "cyan").append(light * (columns - filled), "dim").append(figures)
+        line = Text(head, "bold")
+        return _Line(line.append(heavy * filled, "cyan").append(light * (columns - filled), "dim").append(figures))
+
+    def _wait_text(self) -> str:
+        what, since = self._waits_for
+        return f"{what} ... {duration_text(perf_counter() - since)}" if what else ""
 
     def _bar_figures(self, width: int) -> str:
         """The text after the bar: as many figures as there is width for, the most important ones first."""
@@ -255,12 +279,28 @@ class TerminalProgress(Progress):
         left = clock.left_text() if clock.done < clock.steps else "writing" if clock.of_patches else "evaluating"
         if not clock.counted:
             left = "first batch"
+        left = self._wait_text() or left
         count = f" {clock.done:>{len(f'{clock.steps:,}')},}/{clock.steps:,}"
         shown = [count, left.ljust(16)]  # of equal length, so that nothing jumps
         for name in dict.fromkeys(["train/loss", "samples_per_second", *self._evaluated, *texts]):
             if name in texts and len("  ".join([*shown, texts[name]])) <= width:
                 shown.insert(-1, texts[name])
         return "  ".join(shown)
+
+
+class _Line:
+    """One line, at whose beginning the cursor stays, and below which there is nothing."""
+
+    def __init__(self, text: Any) -> None:
+        self._text = text
+        text.no_wrap, text.overflow, text.end = True, "crop", ""
+
+    def __rich_console__(self, *_: Any) -> Iterator[Any]:
+        from rich.segment import ControlType, Segment
+
+        yield Segment(ERASE_BELOW, None, [(ControlType.ERASE_IN_LINE, 0)])
+        yield self._text
+        yield Segment("\r", None, [(ControlType.CARRIAGE_RETURN,)])
 
 
 def _fitting_columns(cells: Mapping[str, str], before: Mapping[str, int], width: int) -> dict[str, int]:

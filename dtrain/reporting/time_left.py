@@ -26,6 +26,10 @@ class EpochClock:
         self._before += self.done - done
         self.epoch, self.epochs, self.steps, self.done = epoch, epochs, steps, done
 
+    def measure_anew(self) -> None:
+        """What took time until now says nothing about the time that is left."""
+        self._measured_from = None
+
     def epoch_text(self) -> str:
         """3/20, of equal length in all epochs."""
         return str(self.epoch) if self.epochs is None else f"{self.epoch:>{len(str(self.epochs))}}/{self.epochs}"
@@ -39,6 +43,8 @@ class EpochClock:
 
     def left_text(self) -> str:
         """How long the training, or else this epoch, will still take; empty before that can be known."""
+        if not self.counted:
+            return ""
         now = perf_counter()
         if self._measured_from is None:
             self._measured_from = (now, self.counted)  # not from the start: the first step may compile or wait

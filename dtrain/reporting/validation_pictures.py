@@ -7,6 +7,8 @@ samples. Whatever goes wrong here costs one line, never the training.
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +18,9 @@ from torch.utils.data import Subset
 
 from dtrain.data.batch import TargetKey, main_output, split
 from dtrain.data.heads import main_pair
+from dtrain.reporting import png_drawing
 from dtrain.reporting.classification_errors import Error, Errors, confusion_matrix, errors_of, read, together
+from dtrain.reporting.picture_time import PictureTime
 from dtrain.reporting.png_drawing import Tile, extent, gray, matrix, png, sheet
 from dtrain.reporting.sample_panel import enlarged, panel
 from dtrain.tracking.run_folder import RunFolder
@@ -26,14 +30,15 @@ _TILE_SIDE, _TILE_COLUMNS = 120, 4  # of the worst errors
 
 
 def picture_settings(
-    *, samples: int | list[int] = 4, worst: int = 16, every_validations: int = 1, keep_last: int = 100
+    *, samples: int | list[int] = 4, worst: int = 16, every_validations: int | None = None, keep_last: int = 100
 ) -> dict[str, Any]:
     """The keys under `trainer.pictures`.
 
     Args:
         samples: Of a dense task: how many validation samples are drawn, spread evenly, or their indices.
         worst: Of a classification: how many of the worst errors are drawn.
-        every_validations: Draw at every so many validations of a start, the first one included.
+        every_validations: Draw at every so many validations of a start, the first one included. Default: chosen by
+            time, so that pictures take at most 2 % of it; the first one and a training's last one are drawn.
         keep_last: Newest validations whose pictures stay in the run folder; MLflow keeps all.
     """
     return dict(locals())
@@ -53,7 +58,8 @@ class Pictures:
 
     The loader is the validation's: its dataset is asked for single samples, seeded as the loader seeds them. `keys` are
     those of input and target in a batch that is a dict; see `batch.split`. `name` is that of the data set: of one of
-    several, `val/near`, the files' names begin with its label.
+    several, `val/near`, the files' names begin with its label. `time` decides which validations are drawn, where the
+    settings do not; all sets have the same.
 
     Raises:
         ValueError: A number is out of range, or the validation data have no such sample.
@@ -66,23 +72,49 @@ class Pictures:
         settings: Mapping[str, Any] | None,
         keys: tuple[str | None, TargetKey] = (None, None),
         name: str = "val",
+        time: PictureTime | None = None,
     ) -> None:
         self.loader, self.folder, self.keys, self.name = loader, RunFolder(folder).pictures, keys, name
-        self._validations = 0
+        self.time = time or PictureTime()
+        self._validations, self.is_drawn = 0, False  # the last one
         self._warned_of: set[type] = set()
+        self._thread: ThreadPoolExecutor | None = None
+        self._drawing: Future[None] | None = None  # of the last validation
         self.settings = {} if loader is None or settings is None else picture_settings(**settings)
         if self.settings:
             for key, least in {"worst": 0, "every_validations": 1, "keep_last": 1}.items():
-                if self.settings[key] < least:
+                if self.settings[key] is not None and self.settings[key] < least:
                     raise ValueError(f"{key} must be at least {least}, found {self.settings[key]}")
             self.samples = chosen(self.settings["samples"], len(loader.dataset))
 
-    def album(self, step: int, journal: Any, note: Callable[[str], None]) -> "Album | None":
-        """What takes in one validation, after so many optimizer steps; None where it is not to be drawn."""
-        self._validations += 1
-        if not self.settings or (self._validations - 1) % self.settings["every_validations"]:
+    def album(self, step: int, journal: Any, note: Callable[[str], None], is_last: bool = False) -> "Album | None":
+        """What takes in one validation, after so many optimizer steps; None where it is not to be drawn.
+
+        `is_last`: the training ends with it. All ranks call it, and get the same.
+        """
+        if not self.settings:
             return None
-        return Album(self, step, journal, note)
+        self._validations += 1
+        if every := self.settings["every_validations"]:
+            self.is_drawn = (self._validations - 1) % every == 0
+        else:
+            was_told = self.time.left_out
+            self.is_drawn = self.time.allows(step, is_last)
+            if self.time.left_out != was_told:
+                note(self.time.left_out)
+        return Album(self, step, journal, note) if self.is_drawn else None
+
+    def draw(self, pictures: Callable[[], None]) -> None:
+        """Have the pictures of one validation drawn beside what follows, once those of the one before are."""
+        self.finish()
+        self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="pictures")
+        self._drawing = self._thread.submit(self.time.in_thread(pictures))
+
+    def finish(self) -> None:
+        """Wait for what is being drawn."""
+        if self._drawing is not None:
+            self._drawing.result()
+            self._drawing = None
 
     def warn(self, error: Exception, note: Callable[[str], None]) -> None:
         """Say what went wrong; of one kind of error once, not at each validation."""
@@ -111,6 +143,10 @@ class Album:
         """
         if self._problem or self._kind == "dense":
             return
+        with self._pictures.time.spent_by_loop():
+            self._see(outcome, number, samples)
+
+    def _see(self, outcome: Any, number: int, samples: int) -> None:
         try:
             output, target = pair_to_draw(outcome)
             self._kind = kind_of(output, target)
@@ -128,6 +164,10 @@ class Album:
 
     def seen(self) -> Seen:
         """What this rank saw, for the main rank; without waiting for any other."""
+        with self._pictures.time.spent_by_loop():
+            return self._seen()
+
+    def _seen(self) -> Seen:
         errors: list[Errors] = []
         try:
             counts = [self._most_errors if first >= 0 else 0 for first, _ in self._batches]
@@ -142,34 +182,57 @@ class Album:
     def draw(self, seen: Sequence[Seen], module: torch.nn.Module, forward: Callable[..., Any]) -> None:
         """Draw, write and journal the pictures of what every rank has seen; on the main rank alone.
 
-        The module is in its evaluation mode; `forward(module, batch)[2]` is the outcome.
+        The module is in its evaluation mode; `forward(module, batch)[2]` is the outcome. They are done when
+        `Pictures.finish` returns.
         """
+        with self._pictures.time.spent_by_loop():
+            self._pictures.draw(partial(self._draw_all, self._works(seen, module, forward)))
+
+    def _works(
+        self, seen: Sequence[Seen], module: torch.nn.Module, forward: Callable[..., Any]
+    ) -> list[Callable[[], None]]:
+        """What draws each picture, with all that it needs."""
+        works: list[Callable[[], None]] = []
         try:
             if problem := next((rank.problem for rank in seen if rank.problem), ""):
                 raise RuntimeError(problem)
+            png_drawing.prepare()  # a loader worker may be forked while the thread draws: nothing is imported then
             if seen[0].kind == "dense":  # the main rank has the first batch
-                self._draw_panels(getattr(module, "_orig_mod", module), forward)  # compiling for one sample takes long
+                works = self._panels(getattr(module, "_orig_mod", module), forward)  # compiling for a sample takes long
             elif seen[0].kind == "classes":
                 errors = together([rank.errors for rank in seen], self._most_errors)
-                self._draw_confusion(errors, max(rank.classes for rank in seen))
+                works = [partial(self._draw_confusion, errors, max(rank.classes for rank in seen))]
                 if self._most_errors and (errors.worst or not _wrong(errors)):
-                    self._draw_worst(errors)
+                    works.append(self._worst(errors))
+        except Exception as error:
+            self._pictures.warn(error, self._note)
+        return works
+
+    def _draw_all(self, works: list[Callable[[], None]]) -> None:
+        try:
+            while works:
+                works.pop(0)()  # what it held is free again
             for old in sorted(self._pictures.folder.glob("step-*"))[: -self._pictures.settings["keep_last"]]:
                 shutil.rmtree(old, ignore_errors=True)
         except Exception as error:
             self._pictures.warn(error, self._note)
 
-    def _draw_panels(self, module: torch.nn.Module, forward: Callable[..., Any]) -> None:
-        dataset = self._pictures.loader.dataset.dataset
+    def _panels(self, module: torch.nn.Module, forward: Callable[..., Any]) -> list[Callable[[], None]]:
+        """What draws a panel of each sample."""
+        works: list[Callable[[], None]] = []
         for index in self._pictures.samples:
-            if (batch := self._batch_of(index)) is None:
-                continue
-            outcome = forward(module, batch)[2]
-            output, target = map(_first_of, pair_to_draw(outcome))
-            assert output is not None and target is not None
-            shown = panel(_first_of(outcome.inputs), target, output)
-            title = "   ".join((f"sample {index}", f"step {self._step}", source_of(dataset, index))).rstrip()
-            self._keep(f"sample-{index}", sheet(title, shown.rows, shown.legend, shown.notes), {"sample": str(index)})
+            if (batch := self._batch_of(index)) is not None:
+                outcome = forward(module, batch)[2]
+                output, target = map(_first_of, pair_to_draw(outcome))
+                assert output is not None and target is not None
+                works.append(partial(self._draw_panel, index, _first_of(outcome.inputs), target, output))
+        return works
+
+    def _draw_panel(self, index: int, image: np.ndarray | None, target: np.ndarray, output: np.ndarray) -> None:
+        shown = panel(image, target, output)
+        source = source_of(self._pictures.loader.dataset.dataset, index)
+        title = "   ".join((f"sample {index}", f"step {self._step}", source)).rstrip()
+        self._keep(f"sample-{index}", sheet(title, shown.rows, shown.legend, shown.notes), {"sample": str(index)})
 
     def _draw_confusion(self, errors: Errors, classes: int) -> None:
         counts, names, note = confusion_matrix(errors.pairs, classes)
@@ -180,13 +243,14 @@ class Album:
         facts = {"counts": str(counts.tolist()), "classes": " ".join(names)}
         self._keep("confusion", matrix(title, counts, names, [*filter(None, notes)]), facts)
 
-    def _draw_worst(self, errors: Errors) -> None:
+    def _worst(self, errors: Errors) -> Callable[[], None]:
+        """What draws the worst errors."""
         tiles = [Tile(_caption(error), self._small_image(error)) for error in errors.worst]
         rows = [tiles[first : first + _TILE_COLUMNS] for first in range(0, len(tiles), _TILE_COLUMNS)]
         title = f"step {self._step}"
         title += f"   the worst {len(tiles)} of {_wrong(errors)} errors" if tiles else ""
-        image = sheet(title, rows, notes=[] if tiles else ["no errors"])
-        self._keep("worst", image, {"samples": str([error.sample for error in errors.worst])})
+        facts = {"samples": str([error.sample for error in errors.worst])}
+        return lambda: self._keep("worst", sheet(title, rows, notes=[] if tiles else ["no errors"]), facts)
 
     def _small_image(self, error: Error) -> np.ndarray | None:
         """The sample's image in a tile's size; None where it is none, or one of several objects."""
@@ -281,4 +345,5 @@ def _first_of(value: Any) -> np.ndarray | None:
     if not isinstance(value, torch.Tensor):
         return None
     value = value.detach()[0]
-    return (value.float() if value.is_floating_point() else value).cpu().numpy()
+    value = value.float() if value.is_floating_point() else value
+    return value.to("cpu", copy=True).numpy()  # the next step may write into what a dataset or a model keeps

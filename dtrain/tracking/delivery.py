@@ -17,6 +17,7 @@ from dtrain.tracking.retry import PATIENCE_SECONDS, Retry
 from dtrain.tracking.run_folder import Memory, RunFolder, close_run_of, read_line, read_run, update_run
 from dtrain.tracking.secrets import redact
 from dtrain.tracking.system_metrics import SystemMetrics
+from dtrain.tracking.uri import run_address
 
 _LOOK_EVERY_SECONDS = 0.1  # a read at the journal's end
 _SEND_EVERY_SECONDS = 1.0  # a batch to the store, as long as the run lasts
@@ -34,6 +35,7 @@ class Batch:
     offset: int  # in bytes: where in the journal the last of its lines ends
     lines: int = 0
     metrics: list[Row] = field(default_factory=list)
+    widest: int = 0  # the most figures that one line brought
     params: list[tuple[int, dict[str, str]]] = field(default_factory=list)  # attempt, values
     tags: dict[str, str] = field(default_factory=dict)
     artifacts: list[list[Any]] = field(default_factory=list)  # as in Memory
@@ -45,7 +47,8 @@ class Batch:
     @property
     def full(self) -> bool:
         """Whether it must be sent before another line is read."""
-        return bool(self.end) or len(self.metrics) >= _ROWS_PER_BATCH
+        # A line more, as wide as the widest, would need a second request for a few figures.
+        return bool(self.end) or len(self.metrics) + self.widest > _ROWS_PER_BATCH
 
     def fill(self, journal: IO[bytes]) -> None:
         """Adds what the journal holds beyond `offset`; a last line that is still being written is left for later."""
@@ -67,7 +70,9 @@ class Batch:
         match entry["kind"]:
             case "metrics":
                 step = int(entry["step"])
-                self.metrics += [(key, float(value), self.time_ms, step) for key, value in entry["values"].items()]
+                rows = [(key, float(value), self.time_ms, step) for key, value in entry["values"].items()]
+                self.metrics += rows
+                self.widest = max(self.widest, len(rows))
             case "params":
                 self.params.append((entry["attempt"], entry["values"]))
             case "tags":
@@ -208,10 +213,13 @@ class Delivery:
         facts = read_run(self.folder)
         old = facts.get("run_id") or self.memory.run_id
         run = self._store.known(old) or self._store.create(self.folder, {**facts, "run_id": old})
+        self._outage.is_over()
         found: dict[str, Any] = {"run_id": run.id, "experiment_id": run.experiment_id, "run_name": run.name}
         if any(facts.get(key) != value for key, value in found.items()):
             with contextlib.suppress(OSError):  # on a full disk: the run is found again by its tag
                 update_run(self.folder, **found)
+        if not old and (address := run_address(self._store.uri, found)):  # a resumed training has said it itself
+            self._outage.tell(f"this run in MLflow: {address}")
         if old and run.id != old:
             self.memory.note = f"run {old} is not in {redact(self._store.uri)} any more; its successor is {run.id}"
             _log.warning(self.memory.note)
@@ -247,6 +255,8 @@ class Delivery:
         if batch.end:
             self._set_status(run, batch.end, batch.time_ms)
         self._files.add(batch.artifacts)
+        if batch.end:
+            self._files.add(_newest_pictures(RunFolder(self.folder).journal))
         self.memory.offset = batch.offset
         self.memory.save()
         self.batch = Batch(batch.offset)
@@ -266,6 +276,18 @@ class Delivery:
         if facts := self._unsent_ending():
             run.log_tags({"dtrain.reason": str(facts.get("reason", ""))})
             self._set_status(run, facts["state"], round((facts.get("ended") or time.time()) * 1000))
+
+
+def _newest_pictures(journal: Path) -> list[list[Any]]:
+    """The last picture of each key, as in Memory, for step 0, where MLflow's page of a run begins to show them."""
+    newest: dict[str, list[Any]] = {}
+    with journal.open("rb") as lines:
+        for line in lines:
+            if line.startswith(b'{"kind": "image"'):
+                with contextlib.suppress(KeyError, TypeError, ValueError):  # damaged, as said when it was sent
+                    entry = read_line(line)
+                    newest[entry["key"]] = [entry["path"], entry["key"], 0, round(entry["time"] * 1000)]
+    return [*newest.values()]
 
 
 def follow(

@@ -1,13 +1,14 @@
 """Which code runs: commit, state of the working tree, what differs; asks git."""
 
 import contextlib
+import functools
 import json
 import os
 import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dtrain.tracking.secrets import redact
@@ -19,6 +20,9 @@ _HASH = r"[0-9a-f]{40,64}"
 _DIFF_BYTES = 5 * 2**20
 _SOURCES = {".py", ".pyi", ".pyx", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".toml", ".cfg"}
 _SOURCE_BYTES = 2**20  # of files that git does not know, together
+# What trainings leave does not count as a change of the code: MLflow's store, and folders with one of the marks.
+_STORES = {"__pycache__", "mlruns", "mlartifacts", "mlflow.db", ".mlflow.db.lock"}
+_MARKS = ("metrics.jsonl", "job.sbatch", "sweep/trials.csv", "reproduction.json")
 
 
 def capture_code(place: Path) -> dict[str, str]:
@@ -46,10 +50,11 @@ def capture_code_for_later(place: Path) -> None:
 def _ask_git(place: Path) -> dict[str, str]:
     commit, status = _git("rev-parse", "HEAD").strip(), ""
     if re.fullmatch(_HASH, commit):
-        status = redact(_git("status", "--porcelain"))
+        unknown = _unknown_files()
+        status = redact("".join(_without_outputs(_git("status", "--porcelain"), unknown)))
         (place / _STATUS).write_text(status)
         (place / "folder.txt").write_text(_git("rev-parse", "--show-prefix"))  # of the repository, in which it started
-        patch = _git("diff", "--no-ext-diff", "--no-textconv", "HEAD") + "".join(_unknown_sources())
+        patch = _git("diff", "--no-ext-diff", "--no-textconv", "HEAD") + "".join(_as_patch(unknown))
         (place / "diff.patch").write_text(redact(patch))
         (place / _COMMIT).write_text(f"{commit}\n")  # the last one: with it, all is there
     else:
@@ -57,10 +62,31 @@ def _ask_git(place: Path) -> dict[str, str]:
     return _tags(commit, status)
 
 
-def _unknown_sources() -> Iterator[str]:
-    """The source files that git does not know, as a diff that makes them: without them a commit may not run."""
-    top, left = Path(_git("rev-parse", "--show-toplevel").strip()), _SOURCE_BYTES
+def _unknown_files() -> list[str]:
+    """The files that git does not know, from the repository's top, without what trainings leave."""
+    top = Path(_git("rev-parse", "--show-toplevel").strip())
     names = _git("ls-files", "--others", "--exclude-standard", "--full-name", "-z", ":/").split("\0")
+
+    @functools.cache
+    def is_output(place: Path) -> bool:
+        if place == Path():
+            return False
+        return place.name in _STORES or any((top / place / mark).exists() for mark in _MARKS) or is_output(place.parent)
+
+    return [name for name in names if name and not is_output(Path(name))]
+
+
+def _without_outputs(status: str, unknown: Sequence[str]) -> Iterator[str]:
+    """The lines of git's status but those of files and folders in which there is nothing but what trainings leave."""
+    for line in status.splitlines(keepends=True):
+        path = line[3:].rstrip("\n")
+        if not line.startswith("?? ") or path.startswith('"') or any(name.startswith(path) for name in unknown):
+            yield line
+
+
+def _as_patch(names: Sequence[str]) -> Iterator[str]:
+    """Source files that git does not know, as a diff that makes them: without them a commit may not run."""
+    top, left = Path(_git("rev-parse", "--show-toplevel").strip()), _SOURCE_BYTES
     for name in [name for name in names if re.fullmatch(r"[\w./+-]+", name) and Path(name).suffix in _SOURCES]:
         try:
             content = (top / name).read_bytes()

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar, cast, get_args
 
+from dtrain.tracking.earlier_starts import go_back, read_earlier
 from dtrain.tracking.run_folder import RunFolder, overwrite_run, read_line, read_run, update_run
 from dtrain.tracking.secrets import is_secret, leaves, redact, redacted_tree
 from dtrain.tracking.start_sender import assign_run, start_sender
@@ -80,6 +81,7 @@ class Journal:
         self._sender, self._say = sender, say
         self._log_model, self._register = log_model, register
         self._file: int | None = None
+        self._lock = threading.Lock()  # pictures are drawn, and told, in a thread of their own
         self._unwritten = b""  # whole lines, of which the disk may have taken the beginning,
         self._written = self._handed_over = 0  # so many bytes, and so many the sender
         self._disk_is_full = self._ended = False
@@ -108,9 +110,9 @@ class Journal:
         computed anew: its figures are logged though the journal has some of these steps; None: they would be the same.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        attempt, self._last_steps = _read_earlier(self._files.journal)
+        attempt, self._last_steps = read_earlier(self._files.journal)
         if from_step is not None:
-            _go_back(self._last_steps, from_step)
+            go_back(self._last_steps, from_step)
         self._file = self._opened()
         known = read_run(self.folder)
         host, now = socket.gethostname(), round(time.time(), 3)
@@ -275,8 +277,10 @@ class Journal:
         if kind == "metrics" and len(self._unwritten) > _UNWRITTEN_BYTES:
             return
         line = {"kind": kind, "time": round(time.time(), 3), **fields}
-        self._unwritten += json.dumps(line, allow_nan=False).encode() + b"\n"
-        self._flush()
+        text = json.dumps(line, allow_nan=False).encode() + b"\n"
+        with self._lock:
+            self._unwritten += text
+            self._flush()
 
     def _flush(self) -> None:
         """Writes what is not on the disk yet, as far as that takes it."""
@@ -343,7 +347,7 @@ class Journal:
         elif not self._restart_at:
             self._restart_at = now + self._pause_seconds
             if self._pause_seconds == _FIRST_PAUSE_SECONDS:
-                how = "could not be started" if status is None else _how_it_ended(status)
+                how = "could not be started" if status is None else how_it_ended(status)
                 again = "it is started again, and sends what was logged meanwhile"
                 _log.warning("MLflow's sender %s, see %s; %s", how, self._files.sender_log, again)
         elif now >= self._restart_at:
@@ -379,7 +383,7 @@ class Journal:
         if self._sender is not None:
             with contextlib.suppress(OSError):  # no step is left to be disturbed; only root may raise a priority again
                 os.setpriority(os.PRIO_PROCESS, self._sender.pid, 0)
-        with _ctrl_c() as is_interrupted:
+        with ctrl_c("MLflow") as is_interrupted:
             self._wait_until(deadline, is_interrupted)
         self._save_ending(is_last_try=True)
         self._tell_of_trackers()
@@ -438,15 +442,15 @@ def _pass_on(lines: IO[bytes], say: Callable[[str], object]) -> None:
 
 
 @contextlib.contextmanager
-def _ctrl_c() -> Iterator[Callable[[], bool]]:
-    """Takes Ctrl-C over: whether it has come. Only the main thread can."""
+def ctrl_c(waits_for: str) -> Iterator[Callable[[], bool]]:
+    """Takes Ctrl-C over: whether it has come, and ends a wait. Only the main thread can."""
     times: list[float] = []
     began = time.monotonic()
 
     def take(_number: int, _frame: object) -> None:
         if time.monotonic() > began + _REPEAT_SECONDS and not times:
             times.append(time.monotonic())
-            _log.warning("Ctrl-C: MLflow is not waited for any longer")
+            _log.warning("Ctrl-C: %s is not waited for any longer", waits_for)
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -458,7 +462,8 @@ def _ctrl_c() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _how_it_ended(status: int) -> str:
+def how_it_ended(status: int) -> str:
+    """What became of a process, by its exit status or the signal that killed it."""
     return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
 
 
@@ -492,33 +497,6 @@ def flatten(config: Mapping[Any, Any]) -> dict[str, Any]:
         names = itertools.chain([key], (f"{key}#{count}" for count in itertools.count(2)))
         flat[next(name for name in names if name not in flat)] = value
     return flat
-
-
-def _read_earlier(path: Path) -> tuple[int, dict[str, int]]:
-    """Cuts off a last line that was torn by a kill; returns which start this is, and the last step of each figure."""
-    attempt, whole = 1, 0
-    steps: dict[str, int] = {}
-    with path.open("a+b") as file:
-        file.seek(0)
-        for line in file:
-            if not line.endswith(b"\n"):
-                file.truncate(whole)  # that figure was never acknowledged
-                break
-            whole += len(line)
-            entry = read_line(line)
-            kind = str(entry.get("kind"))
-            if kind == "start":
-                attempt += 1
-                _go_back(steps, entry.get("from_step"))
-            for key in {"metrics": entry.get("values", ()), "image": [entry.get("key")]}.get(kind, ()):
-                steps[key] = max(entry["step"], steps.get(key, entry["step"]))
-    return attempt, steps
-
-
-def _go_back(steps: dict[str, int], step: int | None) -> None:
-    """Forget, of the last step of each figure, what follows a step from which a training was continued otherwise."""
-    if step is not None:
-        steps.update({key: min(last, step) for key, last in steps.items()})
 
 
 def has_figures(folder: Path) -> bool:

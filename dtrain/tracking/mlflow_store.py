@@ -32,6 +32,7 @@ _UPLOAD_TIMEOUT_SECONDS = "300"  # a server may answer late when it has gigabyte
 _MOST_AT_ONCE = {"metrics": 1000, "params": 100, "tags": 100}  # MLflow's limits per request
 _LONGEST_KEY, _LONGEST_PARAM, _LONGEST_TAG = 250, 6000, 5000
 _IMAGES = "images"  # MLflow's folder for them, and its names, of which the thumbnail's is the last one written
+_REFUSED_IN_IMAGES = r"[^a-zA-Z0-9_.\-/ ]"  # in a key; of figures MLflow takes letters of all languages
 _IMAGE = re.compile(r"(?P<key>.+)[+%]step[+%](?P<step>\d+)[+%]timestamp[+%](?P<time>\d+).+\.webp")
 _log = logging.getLogger(__name__)
 _REFUSED = "dtrain.refused"  # the tag that names what MLflow did not take
@@ -221,20 +222,24 @@ class MlflowRun:
             _ask(send, self.id, str(path), to or None)
 
     def log_image(self, path: Path, key: str, step: int, time_ms: int) -> None:
-        """Sends a picture, unless it is there: MLflow would store a repetition under another name."""
+        """Sends a picture, unless it is there: MLflow would store a repetition under another name.
+
+        The first one of a key is sent as that of step 0, too: there MLflow's page of a run begins to show them.
+        """
         from PIL import Image
 
         if self._images is None:
             names = (posixpath.basename(item.path) for item in _ask(self._client.list_artifacts, self.id, _IMAGES))
             found = (_IMAGE.fullmatch(name) for name in names)
             self._images = {(match["key"], int(match["step"]), int(match["time"])) for match in found if match}
-        name = mlflow_key(key)
-        known = (name.replace("/", "~"), step, time_ms)
-        if known in self._images:
-            return
-        with _long_timeout(), Image.open(path) as image:
-            self._client.log_image(self.id, image, key=name, step=step, timestamp=time_ms, synchronous=True)
-        self._images.add(known)
+        name = mlflow_key(key, _REFUSED_IN_IMAGES)
+        as_stored = name.replace("/", "~")
+        is_first = not any((stored, at) == (as_stored, 0) for stored, at, _ in self._images)
+        for wanted in {step, 0} if is_first else {step}:
+            if (known := (as_stored, wanted, time_ms)) not in self._images:
+                with _long_timeout(), Image.open(path) as image:
+                    self._client.log_image(self.id, image, key=name, step=wanted, timestamp=time_ms, synchronous=True)
+                self._images.add(known)
 
     def log_datasets(self, described: Sequence[Mapping[str, str]]) -> None:
         """Sends the sets of `lineage`; one that is there adds nothing."""
@@ -411,6 +416,14 @@ def system_monitor(uri: str) -> Any:
     return SystemMetricsMonitor(run_id="", tracking_uri=uri)
 
 
+def machine_monitor() -> Any:
+    """The same without a store."""
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    # Its client is never used; of an http server it makes nothing.
+    return SystemMetricsMonitor(run_id="", tracking_uri="http://unused.invalid")
+
+
 def find(run_id: str, uri: str) -> dict[str, Any]:
     """What MLflow knows of a run, or why not, as {'error': ...}."""
     if (database := sqlite_file(uri)) and not database.exists():
@@ -502,9 +515,9 @@ def mlflow_model_name(name: str) -> str:
     return re.sub(r"[/:.%\"'\s]+", "-", name).strip("-")[:200] or "model"
 
 
-def mlflow_key(name: str) -> str:
+def mlflow_key(name: str, refused: str = r"[^\w.\-/ :]") -> str:
     """A key that MLflow takes: the name itself, or what can be left of it and a mark that keeps two of these apart."""
-    clean = re.sub(r"[^\w.\-/ :]", "_", name)
+    clean = re.sub(refused, "_", name)
     whole = posixpath.normpath(name) == name and not name.startswith(("/", "..")) and name != "."
     if clean == name and whole and len(name) <= _LONGEST_KEY:
         return name

@@ -32,7 +32,9 @@ class RunFolder:
         self.run = self.path / "run.json"  # what became of the run
         self.journal = self.path / "metrics.jsonl"
         self.delivery = self.path / "mlflow.json"  # what MLflow has acknowledged
+        self.mirror = self.path / "mirror.json"  # what the mirror has
         self.checkpoints = self.path / "checkpoints"
+        self.weights = self.path / "weights"  # whole ones of a sharded model, for MLflow
         self.pictures = self.path / "pictures"
         self.tables = self.path / "tables"  # of metrics that are matrices, as of the newest evaluation
         self.predictions = self.path / "predictions"
@@ -42,8 +44,15 @@ class RunFolder:
         self.logs = self.path / "logs"
         self.sender_log = self.logs / "sender.log"
         self.sender_lock = self.path / ".sender.lock"
+        self.mirror_log = self.logs / "mirror.log"
+        self.mirror_lock = self.path / ".mirror.lock"
         self.trackers = self.path / "trackers"  # what other trackers than MLflow have, and why not all of it
+        self.bad_nodes = self.path / "bad-nodes"  # that the next start leaves out
         self.lock = self.path / ".training.lock"  # of the training that writes here
+
+    def node_metrics(self, node: str = "*") -> Path:
+        """What a machine other than rank 0's was sampled to do; with a *, a pattern."""
+        return self.path / "system" / f"{node}.jsonl"
 
     def rank_log(self, rank: int) -> Path:
         """What a rank printed."""
@@ -61,6 +70,11 @@ class RunFolder:
 def read_run(folder: Path) -> dict[str, Any]:
     """What run.json of a run folder holds; where it is gone or damaged, what the journal says; {} without either."""
     return read_json(RunFolder(folder).run) or _facts_in_journal(RunFolder(folder))
+
+
+def ranks_known(facts: Mapping[str, Any]) -> int:
+    """The ranks that a run's batches are meant for: it may have had fewer or more at its last start; 0: not known."""
+    return int(facts.get("batch_ranks") or facts.get("world_size") or 0)
 
 
 def _facts_in_journal(files: RunFolder) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from dtrain.tracking.whole_file import read_json
 
 Figures = dict[str, dict[int, float]]  # by key and step
 GONE = "its process is gone, and left no word"
-_OF_A_RUN = {"checkpoints", "config", "logs", "pictures", "predictions", "code", "failed-step"}  # folders in one
+_OF_A_RUN = {"checkpoints", "config", "logs", "pictures", "predictions", "code", "failed-step", "weights"}  # folders
 _NOT_SEARCHED = {"mlruns", "mlartifacts", "node_modules", "site-packages", "__pycache__"}
 _MOST_FOLDERS = 20_000  # looked into in one search
 _DEEPEST = 6  # under the folder where it begins

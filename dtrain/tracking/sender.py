@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -26,7 +27,8 @@ from dtrain.tracking.uri import resolve_tracking_uri
 
 _log = logging.getLogger(__name__)
 # While it gets ready, so do the ranks: what it has not done when they begin, costs them steps.
-_NICENESS_AT_FIRST, _NICENESS = 3, 19
+_NICENESS_AT_FIRST, _NICENESS = 10, 19
+_NEVER = 2**31 - 1  # so many younger collections come before an older one
 _STDIN = 0  # rank 0's pipe: the command line, and later what the disk does not take
 
 
@@ -76,8 +78,12 @@ def _uri_of(folder: Path, given: str | None) -> str:
 def _wait_for_a_run(uri: str) -> int:
     """The sender of a training that is still being built: does what takes long, then what stdin says, if it does."""
     _run_in_background(_NICENESS_AT_FIRST)
+    usual = gc.get_threshold()
+    gc.set_threshold(usual[0], _NEVER, _NEVER)  # looking through all that is imported is a fifth of what this costs
     with contextlib.suppress(Exception):  # it shows again, and is reported, when there is a run
         mlflow_store.system_monitor(uri)  # imports mlflow with its system metrics, and makes the store
+    gc.freeze()
+    gc.set_threshold(*usual)
     with open(_STDIN, "rb", buffering=0, closefd=False) as pipe:  # without a buffer: more may follow
         line = pipe.readline()
     if not line:
@@ -118,7 +124,8 @@ def _feed(folder: Path, parent: int, uri: str, system_metrics: bool) -> int:
     system = None
     if system_metrics:
         try:
-            system = SystemMetrics(mlflow_store.system_monitor(uri), facts["started"])
+            since = facts["started"], folder, facts.get("attempt_started", 0.0)
+            system = SystemMetrics(mlflow_store.system_monitor(uri), *since)
         except Exception as error:
             _log.warning("no system metrics: %s", mlflow_store.describe_error(error))
     with contextlib.suppress(ImportError):  # it shows again, and is reported

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -106,9 +106,13 @@ def _sender_command(*arguments: str) -> list[str]:
 
 def _sender_environment(uri: str | None = None) -> dict[str, str]:
     """The sender's environment: the true URI, which may hold a password, is shown neither by `ps` nor in run.json."""
-    environment = dict(os.environ) if uri is None else {**os.environ, "MLFLOW_TRACKING_URI": uri}
+    return child_environment({} if uri is None else {"MLFLOW_TRACKING_URI": uri})
+
+
+def child_environment(more: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process that works for rank 0: it masks the same secrets, and finds this very package."""
     # numpy under mlflow would start a thread, with its memory, for every core.
-    environment |= secrets_for_child() | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    environment = {**os.environ, **more, **secrets_for_child(), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     home = Path(__file__).resolve().parents[2]
     if home.name not in ("site-packages", "dist-packages"):  # run from a checkout
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(home), os.environ.get("PYTHONPATH"))))

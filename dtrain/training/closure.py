@@ -81,7 +81,7 @@ class Closure:
                 gradients = [item.grad for group in optimizer.param_groups for item in group["params"]]
                 torch._foreach_mul_([item for item in gradients if item is not None], step_samples / kept)
             norm = self._norm()
-            loss = self._ranks.sum_(state.sums["loss"].clone()) / kept
+            loss = self._ranks.sum_(state.stacked_sums)[0] / kept
         finally:
             self._is_at_work, state.sums = False, sums
             rng.set_state(generators)

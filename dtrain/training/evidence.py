@@ -83,9 +83,7 @@ class Evidence:
             "epoch": self.state.epoch,
             "position": self.state.position,
             "order": self.state.order,
-            "accumulate": loader.accumulate,
-            "batch_size": loader.shard.batch_size,
-            "world_size": loader.shard.world_size,
+            **loader.shard_state(),
             "exact": exact,
             "rng": ranks.mailbox.notes("failed step", timeout_seconds),
         }

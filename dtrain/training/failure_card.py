@@ -3,6 +3,7 @@
 Nothing here is a collective: the other ranks may be gone.
 """
 
+import math
 import os
 import re
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import psutil
 import torch
 
+from dtrain.distributed.launched_rank import leaves_to_launcher
 from dtrain.distributed.ranks import is_lost_rank
 from dtrain.distributed.stop_request import Interrupted
 from dtrain.reporting.own_frames import Frame, frame_lines, message_of, only_own, place_of_error, whole_traceback
@@ -138,7 +140,10 @@ def report(evidence: Evidence, error: BaseException) -> list[str]:
         note = _note(evidence, error, consequence=lost)
         mailbox.post("failure", note)
         if lost and ranks.is_main:
-            mailbox.notes("failure", OTHERS_SECONDS)
+            others = mailbox.notes("failure", OTHERS_SECONDS)
+            if leaves_to_launcher() and all(each["consequence"] for each in others.values()):
+                _leave_reason(folder, ranks.world_size, others)
+                return []
         if note["phase"] in STEP_PHASES:  # those who are not gone have had the time to leave their numbers
             timeout_seconds = 0.5 if lost else NUMBERS_SECONDS
             problem = evidence.keep_step(note["phase"] != "logging", timeout_seconds)
@@ -155,6 +160,13 @@ def report(evidence: Evidence, error: BaseException) -> list[str]:
         return [*filter(None, [problem]), *card(first, folder)]
     except Exception as other:
         return [f"the failure could not be recorded: {other!r}"]
+
+
+def _leave_reason(folder: Path, world_size: int, notes: Mapping[int, Any]) -> None:
+    """Ranks are gone, and the launcher starts again without them: nobody needs to look into that."""
+    silent = [rank for rank in range(world_size) if rank not in notes]
+    first = {**first_of(notes.values()), "silent_ranks": silent, "cure": ""}
+    write_json(RunFolder(folder).failure, first, durable=True)
 
 
 def first_of(notes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -264,7 +276,7 @@ def _note(evidence: Evidence, error: BaseException, consequence: bool) -> dict[s
         "cure": cure_of(error),
         "traceback": redact(whole_traceback(error)),
         "consequence": consequence,
-        "bad_loss": not bool(torch.isfinite(state.sums["loss"])),
+        "bad_loss": not math.isfinite(state.sums["loss"]),
     }
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from dtrain.config.errors import mark_section
 from dtrain.distributed.ranks import Ranks
 from dtrain.training.closure import Closure
+from dtrain.training.optimizer_step import take_step
 from dtrain.training.state import TrainState
 
 _MOST_STEPS = 1000  # after which the host looks at their norms, however seldom figures are logged
@@ -68,7 +69,7 @@ class FiniteStep:
         self._steps: list[_Step] = []  # since the last look at them
         self._was_bad = torch.zeros((), dtype=torch.float32, device=state.device)  # 1 from the first bad step on
         self._places: list[_Place] = []  # of buffers and plain tensors that a forward may change
-        self._sums: dict[str, tuple[Tensor, Tensor]] = {}  # of figures, each with its copy
+        self._sums: tuple[dict[str, Any], dict[str, Any]] = ({}, {})  # of figures, and what they were
         self._parts: dict[str, tuple[Tensor, bool | None]] | None = None  # of the step at work: norm, and if it is good
 
     def begin(self, module: torch.nn.Module, others: Mapping[str, Any] | None = None) -> None:
@@ -81,7 +82,7 @@ class FiniteStep:
         if self._skips:
             objects = {id(part): part for whole in (module, *(others or {}).values()) for part in _parts(whole)}
             self._places = [place for part in objects.values() for place in _places(part)]
-            self._sums = {name: (total, total.clone()) for name, total in self.state.sums.items()}
+            self._sums = self.state.sums, copy.deepcopy(self.state.sums)
 
     def take(self, norm: Tensor) -> None:
         """optimizer.step(), unless the norm of the reduced gradients, equal on all ranks, is not finite.
@@ -119,13 +120,13 @@ class FiniteStep:
             if is_fused and self.closure is None:
                 bad = torch.isfinite(norm).logical_not().float()
                 self.optimizer.found_inf = bad if self._skips else torch.maximum(self._was_bad, bad, out=self._was_bad)
-                self.optimizer.step()
+                take_step(self.optimizer)
                 return norm, None
             if not math.isfinite(norm.item()):
                 return norm, False
             if self.closure is not None:
                 return self._stepped_by_closure(self.closure, norm)
-            self.optimizer.step()
+            take_step(self.optimizer)
             return norm, True
         except Exception as error:
             mark_section(error, "optimizer")
@@ -158,11 +159,12 @@ class FiniteStep:
 
     def _end(self, norm: Tensor, is_good: bool | None, parts: dict[str, Tensor] | None = None) -> None:
         """A step was taken or left out: note it, to be looked at later; keep or put back what its forward changed."""
-        if len(self._steps) == _MOST_STEPS:
-            self.judge()
-        state = self.state
-        loss = torch.isfinite(state.sums["loss"]) if self.scaler else None
-        self._steps.append(_Step(state.step + 1, state.position, state.samples, norm, loss, parts or {}))
+        if self._steps or not is_good or self.scaler:  # a good step matters as the end of one before it
+            if len(self._steps) == _MOST_STEPS:
+                self.judge()
+            state = self.state
+            loss = torch.isfinite(state.stacked_sums[0]) if self.scaler else None
+            self._steps.append(_Step(state.step + 1, state.position, state.samples, norm, loss, parts or {}))
         if self._skips:
             self._keep_or_put_back(torch.isfinite(norm) if is_good is None else is_good)
         elif is_good is False:
@@ -254,11 +256,19 @@ class FiniteStep:
         """Keep buffers and sums as they are, or put them back as they were; the host waits for no device."""
         for place in self._places:
             place.keep_or_put_back(is_good)
-        for name, total in self.state.sums.items():
-            known, kept = self._sums.get(name, (None, total))
-            if known is not total:  # a new one, or one that begins again
-                self._sums[name] = total, (kept := torch.zeros_like(total))
-            _choose(is_good, total, kept)
+        sums, (known, kept) = self.state.sums, self._sums
+        if sums is not known:  # they begin again
+            kept = {}
+            self._sums = sums, kept
+        for name, total in sums.items():
+            if isinstance(total, Tensor):
+                if name not in kept:
+                    kept[name] = torch.zeros_like(total)
+                _choose(is_good, total, kept[name])
+            elif is_good:
+                kept[name] = total
+            else:
+                sums[name] = kept.get(name, 0.0)
 
 
 def _choose(is_good: bool | Tensor, value: Tensor, kept: Tensor) -> None:

@@ -6,7 +6,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from dtrain.checkpoint.contents import CheckpointError
 from dtrain.checkpoint.resume import move_aside
+from dtrain.checkpoint.spare_memory import save
 from dtrain.config.errors import ConfigError
 from dtrain.tracking.run_folder import RunFolder, read_run
 from dtrain.tracking.run_lock import FolderIsBusyError, take_lock
@@ -47,9 +49,24 @@ def _begin_in_folder(parts: Parts) -> None:
     is_known = facts.get("attempt_started") == start.found_attempt or facts.get("pid") == os.getpid()
     if not is_known and not start.moves_aside:
         raise ConfigError(f"{folder} was written by another training while this one started; start it again")
+    if start.kept:
+        _save_what_was_kept(parts)
     if start.is_branch and start.checkpoint and (branch := _gone_back(parts)):
         chosen = start.checkpoint.resolve().name
         parts.progress.note(f"what followed {chosen} no longer counts as last or best: it was moved to {branch}")
+
+
+def _save_what_was_kept(parts: Parts) -> None:
+    """Make a checkpoint of the step that the training resumes from, which lay in memory alone."""
+    assert parts.loaded is not None
+    checkpoints, step = parts.saver.checkpoints, parts.loaded.state["step"]
+    before = max((int(path.name.removeprefix("step-")) for path in checkpoints.folders()), default=None)
+    newest = "there is no checkpoint" if before is None else f"the newest checkpoint is of step {before}"
+    try:
+        save(checkpoints, parts.loaded)
+        parts.progress.note(f"resumes from step {step}, which was kept in memory; on the disk, {newest}")
+    except CheckpointError as error:
+        parts.progress.note(f"warning: resumes from step {step}, which was kept in memory, without a copy: {error}")
 
 
 def _gone_back(parts: Parts) -> Path | None:

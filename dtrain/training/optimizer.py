@@ -124,6 +124,12 @@ def shown(optimizers: Mapping[str, Built], most: int | None = None) -> list[tupl
     return rows
 
 
+def fused(optimizers: Mapping[str, Optimizer]) -> str:
+    """The optimizers that step with torch's fused kernels, in words; '' where none does."""
+    names = [type(item).__name__ for item in optimizers.values() if any(g.get("fused") for g in item.param_groups)]
+    return ", ".join(names)
+
+
 def get_optimizer(config: ConfigDict, model: torch.nn.Module, loss: torch.nn.Module | None = None) -> Optimizer:
     """The only optimizer, or the first one. See `get_optimizers`."""
     return next(iter(get_optimizers(config, model, loss).values())).optimizer

@@ -92,12 +92,13 @@ class Profiler:
         with self._throughput.paused(), self._activity.during("profiling"):
             self._at_work = profile(activities=kinds, schedule=plan, **self._settings)
             self._at_work.start()
-        self._named = self._activity.clock = _NamedPhases(self._clock, self._activity.phase)
+        self._named = _NamedPhases(self._clock)
+        self._activity.follow(self._named)
 
     def _stop(self) -> Any:
         at_work, self._at_work = self._at_work, None
         self._named.close()
-        self._activity.clock = self._clock
+        self._activity.follow(self._clock)
         at_work.step()  # the end of the last step
         at_work.stop()
         return at_work
@@ -119,9 +120,13 @@ class Profiler:
 class _NamedPhases:
     """A clock, which names each phase in the trace as well."""
 
-    def __init__(self, clock: Clock, phase: str) -> None:
+    def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._begin(phase)
+        self._begin(clock.phase)
+
+    @property
+    def phase(self) -> str:
+        return self._clock.phase
 
     def _begin(self, phase: str) -> None:
         self._range = record_function(phase)

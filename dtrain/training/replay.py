@@ -64,7 +64,7 @@ def _restore_loss(criterion: Any, loaded: Loaded) -> None:
 
 
 def _of_rank(step: Step, loader: TrainLoader, state: dict[str, Any], rank: int) -> Iterator[str]:
-    shard = loader.shard_as(rank, state["world_size"], state["batch_size"], state.get("order", 1))
+    shard = loader.shard_as(state, rank)
     if rank in state["rng"]:
         rng.set_state(state["rng"][rank])
     else:

@@ -1,12 +1,13 @@
 """A step that is abandoned halfway: the last whole one is saved, without the other ranks' help."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
 from torch.distributed import DistError
 
 from dtrain.data import rng
+from dtrain.data.draws import torch_edges
 from dtrain.distributed.launched_rank import is_closed_for_another
 from dtrain.distributed.ranks import is_lost_rank
 from dtrain.distributed.stop_request import StopWaiting
@@ -25,13 +26,18 @@ class LastStep:
     def __init__(self, state: TrainState, keeps_sums: bool) -> None:
         self._state, self._keeps_sums = state, keeps_sums
         self._generators: dict[str, Any] = {}
-        self.sums: dict[str, Tensor] = {}
+        # By which it is seen that torch's generators were drawn from; a GPU's has no such place.
+        self._edges = torch_edges() if state.is_on_cpu else None
+        self._drawn: bytes | None = None
+        self.sums: dict[str, Any] = {}
 
     def mark(self) -> None:
         """This step is whole."""
-        self._generators = rng.torch_state()
-        sums = self._state.sums
-        self.sums = {name: value.clone() for name, value in sums.items()} if self._keeps_sums else sums
+        edges = self._edges
+        drawn = edges[0].raw + edges[1].raw if edges else None
+        if drawn is None or drawn != self._drawn:
+            self._generators, self._drawn = rng.torch_state(), drawn
+        self.sums = copy.deepcopy(self._state.sums) if self._keeps_sums else self._state.sums
 
     @property
     def generators(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dtrain.checkpoint.checkpoint_files import MANIFEST
 from dtrain.checkpoint.checkpoint_folder import Checkpoints
 from dtrain.checkpoint.contents import CheckpointError
 from dtrain.checkpoint.resume import ResumeError, folder_of_run
-from dtrain.checkpoint.weights import fitted, load_weights, misfits_of
+from dtrain.checkpoint.weights import fitted, is_folder_of_shards, load_weights, misfits_of
 from dtrain.config.errors import ConfigError, first_few
 from dtrain.config.load import load_config
 from dtrain.config.resolve import module_mistake
@@ -76,12 +76,14 @@ def find_saved(source: str | Path, tracking_uri: str | None = None) -> Saved:
         raise ConfigError(str(error)) from error
     if not path.exists():
         raise ConfigError(f"{source}: no such run folder, checkpoint, weight file or MLflow run id")
-    if path.is_file() or (path / MANIFEST).exists():
+    if path.is_file() or (path / MANIFEST).exists() or is_folder_of_shards(path):
         return Saved(path, _config_above(path))
     folder = path.parent if path.name == "checkpoints" else path
     checkpoints = Checkpoints(RunFolder(folder).checkpoints)
     found = checkpoints.best() or checkpoints.last()
     if found is None:
+        if checkpoints.folders():
+            raise ConfigError(f"no checkpoint in {checkpoints.folder} is whole; those that are damaged are named above")
         raise ConfigError(f"{folder} holds no checkpoint; a run folder is what trainer.checkpoint_dir names")
     return Saved(found, _config_above(found), is_verified=True)
 

@@ -3,12 +3,14 @@
 import copy
 import json
 import math
+import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from subprocess import Popen
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from ml_collections import ConfigDict
@@ -17,11 +19,22 @@ from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
 from dtrain.checkpoint.background_saver import Saver
-from dtrain.checkpoint.checkpoint_files import LOSS, Loaded, load
+from dtrain.checkpoint.checkpoint_files import (
+    LOSS,
+    Contents,
+    Loaded,
+    has_averaged,
+    load,
+    verify_share,
+    verify_together,
+)
 from dtrain.checkpoint.checkpoint_folder import Checkpoints
 from dtrain.checkpoint.contents import CheckpointError
-from dtrain.checkpoint.resume import ResumeError, Start, damage_in, find_start, other_writer
-from dtrain.checkpoint.weights import has_averaged, load_weights, misfits_of, take_over
+from dtrain.checkpoint.device_copies import copies_of
+from dtrain.checkpoint.resume import ResumeError, Start, damage_in, find_start, newer_in_memory, other_writer
+from dtrain.checkpoint.spare_memory import MEMORY, SpareMemory, why_not_usable
+from dtrain.checkpoint.weights import is_seen, load_weights, misfits_of, take_over
+from dtrain.checkpoint.written_together import Writers
 from dtrain.config.build import build, defaults
 from dtrain.config.check import notes
 from dtrain.config.errors import ConfigError, first_few, to_plain
@@ -39,11 +52,13 @@ from dtrain.config.optimizers import ONE
 from dtrain.config.rules import strategy_mistakes
 from dtrain.config.schema import PHASES, calls, refused
 from dtrain.data import rng
+from dtrain.data.shared_memory import too_little_at_all
 from dtrain.data.space import difference, space_of
 from dtrain.dataloader import Loaders, first_batch, get_train_loaders
 from dtrain.distributed.device import device_name, set_kernels
-from dtrain.distributed.environment import batch_job, environment, job_ends_at, launcher_precision
+from dtrain.distributed.environment import batch_job, environment, job_ends_at, launcher_precision, node_name
 from dtrain.distributed.fsdp import FSDP, launcher_strategy, settings_of_accelerate
+from dtrain.distributed.launched_rank import full_world_size, reason_to_stop
 from dtrain.distributed.process_group import set_up
 from dtrain.distributed.ranks import Ranks
 from dtrain.distributed.stop_request import StopRequest
@@ -55,6 +70,7 @@ from dtrain.predict.inference import IDLE_SECONDS, Inference
 from dtrain.predict.predictor import Predictor
 from dtrain.predict.work_folder import digest
 from dtrain.reporting import summary as report
+from dtrain.reporting.picture_time import PictureTime
 from dtrain.reporting.progress import Progress
 from dtrain.reporting.terminal_progress import get_progress
 from dtrain.reporting.validation_pictures import Pictures
@@ -62,20 +78,27 @@ from dtrain.tracking.journal import Journal, NoJournal, flatten
 from dtrain.tracking.run_folder import RunFolder, read_run, why_not_writable
 from dtrain.tracking.run_lock import RunLock
 from dtrain.tracking.secrets import redact, redacted_tree
+from dtrain.tracking.start_mirror import Mirror
 from dtrain.tracking.uri import run_address
 from dtrain.training.activation_checkpointing import checkpoint_activations
 from dtrain.training.closure import closure_mistake
 from dtrain.training.ema import EMA
 from dtrain.training.memory_format import to_channels_last
-from dtrain.training.optimizer import freeze, get_optimizers, shown
+from dtrain.training.mirrored_run import MirrorMistakeError, mirrored
+from dtrain.training.optimizer import freeze, fused, get_optimizers, shown
 from dtrain.training.origins import data_sets, own_code
 from dtrain.training.rate_text import rate_text
 from dtrain.training.run_name import made_run_name
-from dtrain.training.same_training import compared
+from dtrain.training.same_training import compared, other_settings
 from dtrain.training.schedule import get_lr_scheduler, get_schedule
 from dtrain.training.schedule_free import ScheduleFree, is_schedule_free
 from dtrain.training.state import FORMAT, Trainables
 from dtrain.training.swa import SWA
+
+if TYPE_CHECKING:
+    from dtrain.tracking.node_metrics import NodeMetrics
+
+LOST_WRITER_SECONDS = 100.0  # a disk may keep the lock of a node that is gone for as long as a lease of NFS (90 s)
 
 
 @dataclass
@@ -102,7 +125,10 @@ class Parts:
     journal: Journal = field(default_factory=NoJournal)
     table: Mapping[str, str] = field(default_factory=dict)  # what is shown before the first step
     loaded: Loaded | None = None  # the checkpoint to resume from, on the main rank
+    spare: SpareMemory | None = None  # where the newest steps are kept in memory, if they are
     lock: RunLock | None = None  # on the run folder, on the main rank while it trains
+    mirror: Mirror | None = None  # of the run folder, on the main rank of a training that has one
+    node_metrics: "NodeMetrics | None" = None  # on the first rank of each machine but the main rank's
     signature: Mapping[str, Any] | None = None  # what the model takes and gives, once a validation has shown it
     own_code: Mapping[str, list[str]] = field(default_factory=dict)  # which the model's classes come from
 
@@ -124,19 +150,14 @@ def make_parts(
     options["precision"] = options["precision"] or launcher_precision() or "fp32"
     seed, phases = config.get("seed") or 0, _phases(config, purpose)
     ranks, progress = _ranks(config, options, purpose)
-    start = _start(config, options, ranks, package, purpose)
+    spare = _spare_memory(config, options, ranks, progress) if purpose == "train" else None
+    start, mirror, contents = _start(config, options, ranks, package, purpose, progress.note, spare)
     for line, _ in start.new_values.values() if ranks.is_main and not start.busy else ():
         progress.note(f"changed since the last start: {redact(line)}")
 
     rng.seed_all(seed)
     module = get_model(config)
-    loaders = get_train_loaders(
-        config, ranks.rank, ranks.world_size, seed, ranks.device.type == "cuda", options["accumulate"], phases
-    )
-    _tell_of_data(loaders, progress.note if ranks.is_main else bool)
-    spaces = {name: space_of(dataset) for name, dataset in loaders.datasets().items()}
-    if ranks.is_main and purpose == "train" and (line := difference(spaces)):
-        progress.note(f"loaders: {line}")
+    loaders, spaces = _loaders(config, options, ranks, start, purpose, progress.note if ranks.is_main else bool)
     loss = get_loss_criterion(config) if config.get("loss") or purpose != "predict" else None
     keys, counts = (options["input_key"], options["target_key"]), loaders.sample_counts()
     make_lazy_parts(Forward(module, torch.device("cpu"), "fp32", *keys, loss, sample_counts=counts), loaders)
@@ -162,17 +183,48 @@ def make_parts(
     )  # fmt: skip
     parts = Parts(
         ranks, start, seed, _untrained(module, compiled, loss, metrics), forward, loaders, metrics, figure.figure, mode,
-        Saver(checkpoints, options["checkpoint_every_minutes"], progress.note, not ranks.strategy.is_sharded,
-              progress.saved),
-        StopRequest(options["time_limit"], job_ends_at(), alone=ranks.world_size == 1),
-        progress, _pictures(config, options, loaders, start), inference,
+        _saver(checkpoints, options, ranks, progress),
+        StopRequest(options["time_limit"], job_ends_at(), alone=ranks.world_size == 1, told=reason_to_stop),
+        progress, _pictures(config, options, loaders, start, ranks), inference,
         record=_record(config, options, ranks, start) | {"space": spaces.get("train")},
         places={key: str(place) for key in config if (place := place_of(config, (key,)))},
-        texts=_texts(config), own_code=own_code(config),
+        texts=_texts(config), own_code=own_code(config), mirror=mirror, spare=spare,
     )  # fmt: skip
     if purpose == "train":
         _add_training(config, options, parts, sender)
+        parts.loaded = _loaded(config, parts, contents)
     return parts
+
+
+def _saver(checkpoints: Checkpoints, options: Mapping[str, Any], ranks: Ranks, progress: Progress) -> Saver:
+    """What saves the training; whole weights that were gathered from shards are nobody else's, and need no copy."""
+    writers = None
+    if ranks.strategy.saves_shards:
+        writers = Writers(ranks.mailbox, ranks.rank, ranks.world_size, ranks.broadcast(uuid.uuid4().hex))
+    has_copies = ranks.strategy.is_sharded and writers is None
+    every_minutes = options["checkpoint_every_minutes"]
+    memory = None if has_copies else copies_of(ranks.device)
+    return Saver(checkpoints, every_minutes, progress.note, memory, progress.saved, writers)
+
+
+def _loaders(
+    config: ConfigDict,
+    options: Mapping[str, Any],
+    ranks: Ranks,
+    start: Start,
+    purpose: str,
+    note: Callable[[str], Any],
+) -> tuple[Loaders, dict[str, Any]]:
+    """The loaders of the phases that are needed, and the space of each set, with what is worth knowing of both."""
+    loaders = get_train_loaders(
+        config, ranks.rank, ranks.world_size, config.get("seed") or 0, ranks.device.type == "cuda",
+        options["accumulate"], _phases(config, purpose), start.batch_ranks,
+    )  # fmt: skip
+    _tell_of_data(loaders, note)
+    spaces = {name: space_of(dataset) for name, dataset in loaders.datasets().items()}
+    if purpose == "train" and (line := difference(spaces)):
+        note(f"loaders: {line}")
+    return loaders, spaces
 
 
 def _texts(config: ConfigDict) -> dict[str, str]:
@@ -223,6 +275,20 @@ def _ranks(config: ConfigDict, options: dict[str, Any], purpose: str) -> tuple[R
     return ranks, progress
 
 
+def _spare_memory(
+    config: ConfigDict, options: Mapping[str, Any], ranks: Ranks, progress: Progress
+) -> SpareMemory | None:
+    """Where the newest steps are kept in memory; None where that is not asked for, a ConfigError where it cannot be."""
+    every_steps, memory = options["spare_memory_every_steps"], Path(options["spare_memory_dir"] or MEMORY)
+    if every_steps is None:
+        return None
+    why = (why for why in ranks.gather(why_not_usable(memory)) or () if why)
+    if problem := ranks.broadcast(next(why, "")):
+        key = "spare_memory_dir" if options["spare_memory_dir"] else "spare_memory_every_steps"
+        raise refused(config, ("trainer", key), problem)
+    return SpareMemory(ranks, every_steps, memory, progress.note)
+
+
 def _predictor(config: ConfigDict, ranks: Ranks, progress: Progress, purpose: str) -> Predictor:
     """The predictor; where its section names no activation, with the one that the training uses."""
     predictor: Predictor = build(config, "predictor")
@@ -263,7 +329,7 @@ def _whole_volumes(config: ConfigDict, loaders: Loaders, predictor: Predictor) -
 
 
 def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, sender: Popen[bytes] | None) -> None:
-    """Add what only a training needs: what is trained, the journal, and the checkpoint to resume from."""
+    """Add what only a training needs: what is trained, and the journal."""
     ranks, start, train = parts.ranks, parts.start, parts.loaders.train
     assert train is not None
     if ranks.strategy.is_sharded and (phases := {name.partition("/")[0] for name in parts.inference.whole_volumes}):
@@ -296,10 +362,27 @@ def _add_training(config: ConfigDict, options: Mapping[str, Any], parts: Parts, 
     if ranks.is_main:
         of_run = {"experiment": config.get("experiment") or "default", "run_name": start.run_name}
         parts.journal = build(config, "mlflow", folder=start.folder, sender=sender, say=parts.progress.note, **of_run)
+    else:
+        parts.node_metrics = _node_metrics(config, parts)
     rates = rate_text(partial(get_lr_scheduler, config), trainables.schedule, length, epochs)
     parts.table = _table(config, options, parts, steps, rates)
     parts.record = _with_length(config, parts, steps, per_epoch)
-    parts.loaded = _loaded(config, trainables, ranks, start)
+    if parts.mirror is not None:
+        seconds = parts.mirror.exit_timeout_seconds
+        parts.record = {**parts.record, "mirror_to": redact(parts.mirror.address), "mirror_seconds": seconds}
+
+
+def _node_metrics(config: ConfigDict, parts: Parts) -> "NodeMetrics | None":
+    """What samples this machine for the run in MLflow, if this rank is to: the first of a machine without rank 0."""
+    here, own = environment(), node_name()
+    settings = defaults(config, "mlflow") if config.get("mlflow") else {}
+    if here.local_rank > 0 or not settings.get("system_metrics"):
+        return None
+    if parts.ranks.mailbox.notes("node", ranks=[0]).get(0, own) == own:
+        return None
+    from dtrain.tracking.node_metrics import NodeMetrics  # and with it what the other ranks need not hold
+
+    return NodeMetrics(parts.start.folder, own, here.world_size // here.local_world_size)
 
 
 def _average(module: Module, options: Mapping[str, Any]) -> EMA:
@@ -384,32 +467,68 @@ def _are_paths(value: Any) -> bool:
 
 
 def _start(
-    config: ConfigDict, options: Mapping[str, Any], ranks: Ranks, package: str | Path | None, purpose: str
-) -> Start:
-    """Where to begin, decided by rank 0: what one rank sees on a disk, another may not yet."""
+    config: ConfigDict,
+    options: Mapping[str, Any],
+    ranks: Ranks,
+    package: str | Path | None,
+    purpose: str,
+    say: Callable[[str], None],
+    spare: SpareMemory | None = None,
+) -> tuple[Start, Mirror | None, Contents | None]:
+    """Where to begin, decided by rank 0: what one rank sees on a disk, another may not yet; and its run's mirror.
+
+    With what is in the files of the checkpoint, which are read to verify them, for a training to resume from.
+    """
+    contents: Contents | None = {} if purpose == "train" else None
     folder = _base_folder(package) / run_folder(config)
+    mirror = _mirror(config, options, ranks, folder, purpose, say)
     overrides = sources(config).get("overrides.txt", "").splitlines()
     run_name = config.get("run_name") or made_run_name(config.get("experiment") or "run", overrides)
     uri = config.mlflow.get("tracking_uri") if config.get("mlflow") else None
     is_restart = environment().restarts > 0
+    kept = spare.look(folder) if spare else None
 
-    def decided() -> Start:
-        if purpose == "train" and (busy := other_writer(folder)):  # its checkpoints come and go
+    def decided(ask: Callable[[Path], list[Any]]) -> Start:
+        busy = other_writer(folder) if purpose == "train" else ""
+        until = time.monotonic() + (LOST_WRITER_SECONDS if is_restart else 0.0)
+        while busy and time.monotonic() < until:  # a lost node's lock lives on for a while
+            time.sleep(1.0)
+            busy = other_writer(folder)
+        if busy:  # its checkpoints come and go
             return Start(folder, run_name=run_name, busy=busy)
-        start = find_start(folder, options["resume"], run_name, options, uri, is_restart)
+        verify = partial(verify_together, ask, contents=contents)
+        start = find_start(folder, options["resume"], run_name, options, uri, is_restart, verify)
         if purpose != "train" or start.busy:
             return start
+        if kept is not None and start.folder == folder:
+            start = newer_in_memory(start, kept, options["resume"], is_restart)
         if not start.finished and (problem := why_not_writable(start.folder)):
             raise refused(config, ("trainer", "checkpoint_dir"), f"{start.folder} cannot be written: {problem}")
         if start.checkpoint is None and not start.moves_aside and (damage := damage_in(start.folder)):
             raise ResumeError(damage)
-        return compared(config, start, options["resume"], ranks.world_size)
+        return compared(config, start, options["resume"], full_world_size() or ranks.world_size)
 
     try:
-        return ranks.decide(decided)
+        start = ranks.consult(decided, _share_of_verifying(ranks))
+        return start, mirror if ranks.is_main and purpose == "train" else None, contents
     except (ResumeError, CheckpointError, OSError) as error:
         is_asked = options["resume"] not in ("auto", "none", "last") or not isinstance(error, OSError)
         raise refused(config, ("trainer", "resume" if is_asked else "checkpoint_dir"), str(error)) from error
+
+
+def _share_of_verifying(ranks: Ranks) -> Callable[[Path], Any]:
+    return partial(verify_share, rank=ranks.rank, world_size=ranks.world_size)
+
+
+def _mirror(
+    config: ConfigDict, options: Mapping[str, Any], ranks: Ranks, folder: Path, purpose: str, say: Callable[[str], None]
+) -> Mirror | None:
+    """The mirror, from which the run folder has what is ahead there."""
+    try:
+        other = partial(other_settings, config)
+        return mirrored(folder, options, ranks, purpose, environment().restarts > 0, say, other)
+    except MirrorMistakeError as error:
+        raise refused(config, ("trainer", "mirror_to"), str(error)) from None
 
 
 def _base_folder(package: str | Path | None) -> Path:
@@ -420,6 +539,8 @@ def _base_folder(package: str | Path | None) -> Path:
 
 
 def _tell_of_data(loaders: Loaders, note: Callable[[str], Any]) -> None:
+    if loaders.train and (text := too_little_at_all(loaders.train.loader.num_workers)):
+        note(f"warning: {text}")
     if seeded := loaders.seeded():
         note(f"generators that are seeded for each sample: {first_few(seeded, 5)}")
     if cut := loaders.not_searched():
@@ -504,14 +625,16 @@ def _mode(config: ConfigDict, figure: Monitored, metrics: Metrics, must_know: bo
     return "max" if higher is True else "min"
 
 
-def _pictures(config: ConfigDict, options: Mapping[str, Any], loaders: Loaders, start: Start) -> dict[str, Pictures]:
+def _pictures(
+    config: ConfigDict, options: Mapping[str, Any], loaders: Loaders, start: Start, ranks: Ranks
+) -> dict[str, Pictures]:
     """What draws the validation, by the name of the set."""
     wish = options["pictures"]
     settings = wish if isinstance(wish, dict) else {} if wish else None
     try:
         keys = options["input_key"], options["target_key"]
-        named = loaders.of("val").items()
-        return {name: Pictures(loader, start.folder, settings, keys, name) for name, loader in named}
+        named, time = loaders.of("val").items(), PictureTime(ranks)
+        return {name: Pictures(loader, start.folder, settings, keys, name, time) for name, loader in named}
     except ValueError as error:
         raise refused(config, ("trainer", "pictures"), str(error)) from None
 
@@ -530,6 +653,7 @@ def _record(config: ConfigDict, options: Mapping[str, Any], ranks: Ranks, start:
         },
         "artifacts": [("config.yaml", "config"), ("config", "config/as-written")],
         "world_size": ranks.world_size,
+        "batch_ranks": start.batch_ranks or ranks.world_size,
         "max_epochs": options["max_epochs"],
         "max_steps": options["max_steps"],
         "directory": str(Path.cwd()),
@@ -569,6 +693,8 @@ def _table(config: ConfigDict, options: Mapping[str, Any], parts: Parts, steps: 
         table["EMA"] = f"decay {options['ema_decay']:g}; validated and tested"
     if (freezing := parts.trainables.freezing) and (frozen := "; ".join(freezing.lines())):
         table["frozen"] = frozen
+    if names := fused(parts.trainables.optimizers):
+        table["optimizer"] = f"{names}, torch's fused kernels"
     table |= dict(shown(parts.trainables.built, most=8))
     if train.sampler is not None:
         table["sampler"] = train.described
@@ -579,23 +705,35 @@ def _table(config: ConfigDict, options: Mapping[str, Any], parts: Parts, steps: 
     if parts.journal.tracking_uri:
         uri, known = parts.journal.tracking_uri, read_run(start.folder) if start.checkpoint else {}
         table["tracking"] = run_address(uri, known) or redact(uri)
+    if parts.mirror is not None:
+        table["mirror"] = redact(parts.mirror.address)
     if start.checkpoint:
         table["resumes from"] = str(start.checkpoint.resolve())
     return table
 
 
-def _loaded(config: ConfigDict, trainables: Trainables, ranks: Ranks, start: Start) -> Loaded | None:
+def _loaded(config: ConfigDict, parts: Parts, contents: Contents | None) -> Loaded | None:
     """The checkpoint to resume from, on the main rank, if there is one; all ranks refuse one that does not fit."""
+    start, ranks = parts.start, parts.ranks
     if start.checkpoint is None:
         return None
-    loaded, misfit = None, ""
-    if ranks.is_main:
-        try:
-            loaded = load(start.checkpoint, start.is_verified)
-            misfit = f"{start.checkpoint} is {found}" if (found := _misfit(trainables, loaded)) else ""
-        except CheckpointError as error:
-            misfit = str(error)
-    if misfit := ranks.broadcast(misfit):
+    path, loaded = start.checkpoint, None
+    kept = parts.spare.fetch(start.kept) if parts.spare and start.kept else None
+    # Of one that some ranks do not see, the main rank reads all, and the others are given their parts.
+    reads_parts = ranks.strategy.is_sharded and not start.kept and ranks.consult(lambda ask: all(ask(path)), is_seen)
+
+    def read(ask: Callable[[Path], list[Any]]) -> str:
+        nonlocal loaded
+        if kept is None and not start.is_verified and (problems := verify_together(ask, path, contents)):
+            return f"{path} is not a whole checkpoint: {'; '.join(problems)}"
+        loaded = kept or load(path, is_verified=True, as_stored=reads_parts, contents=contents)
+        return f"{path} is {found}" if (found := _misfit(parts.trainables, loaded)) else ""
+
+    try:
+        misfit = ranks.consult(read, _share_of_verifying(ranks))
+    except CheckpointError as error:
+        misfit = str(error)
+    if misfit:
         cure = "trainer.resume=none begins again, trainer.pre_trained takes over weights alone"
         raise refused(config, ("trainer", "resume"), f"{misfit}; {cure}")
     return loaded

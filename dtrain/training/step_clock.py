@@ -25,6 +25,10 @@ _STEP_ENDS = ""  # no phase
 class Clock(Protocol):
     """What is told of each phase."""
 
+    @property
+    def phase(self) -> str:
+        """What it is now."""
+
     def enter(self, phase: str) -> None:
         """From now on it is this phase."""
 
@@ -38,7 +42,7 @@ class StepClock:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.steps = 0  # that were done in them
-        self._phase, self._since = "start-up", time.perf_counter()
+        self.phase, self._since = "start-up", time.perf_counter()
         self._is_first, self._warm_up_left = True, WARM_UP_STEPS
         self._judged_steps = 0  # those of them after an epoch's warm-up,
         self._before: dict[str, float] = {}  # and the seconds until then
@@ -46,8 +50,8 @@ class StepClock:
     def enter(self, phase: str) -> None:
         """From now on it is this phase."""
         now = time.perf_counter()
-        self.seconds[self._phase] += now - self._since
-        self._phase, self._since = phase, now
+        self.seconds[self.phase] += now - self._since
+        self.phase, self._since = phase, now
 
     def begin_epoch(self) -> None:
         """Its first steps are a warm-up."""
@@ -55,9 +59,12 @@ class StepClock:
 
     def end_step(self) -> None:
         """A step is done, but for what follows it."""
-        if self._warm_up_left or self._is_first:  # else the next phase will do
-            self.enter(self._phase)
-        self._count(self._next_is_warm_up())
+        if self._warm_up_left or self._is_first:
+            self.enter(self.phase)
+            self._count(self._next_is_warm_up())
+        else:  # the next phase will do
+            self.steps += 1
+            self._judged_steps += 1
 
     def _next_is_warm_up(self) -> bool:
         is_warm_up = self._warm_up_left > 0
@@ -77,7 +84,7 @@ class StepClock:
 
     def settle(self) -> None:
         """Count what can be counted by now."""
-        self.enter(self._phase)
+        self.enter(self.phase)
 
     def own_seconds(self, least_steps: int) -> tuple[float, float]:
         """Seconds per step of waiting for data, and from there until its loss; 0 where these are too few steps."""
@@ -112,7 +119,7 @@ class DeviceClock(StepClock):
         self._new_event = new_event
         self._edges: deque[tuple[str, Any]] = deque()  # a phase with its event, or a step's end with its warm-up
         self._unused: list[Any] = []
-        self._host_phase = self._phase
+        self._device_phase = self.phase
         self._of_step: dict[str, float] = defaultdict(float)  # seconds since the end of the last one that is counted
         self._last: Any = None  # the event with which the phase at work began
 
@@ -120,14 +127,14 @@ class DeviceClock(StepClock):
         """From here on in the device's stream it is this phase."""
         event = self._unused.pop() if self._unused else self._new_event()
         event.record()
-        self._host_phase = phase
+        self.phase = phase
         self._edges.append((phase, event))
         if len(self._edges) >= _MOST_EDGES:
             self.settle()
 
     def end_step(self) -> None:
         """A step's last work is in the stream."""
-        self.enter(self._host_phase)
+        self.enter(self.phase)
         self._edges.append((_STEP_ENDS, self._next_is_warm_up()))
 
     def settle(self) -> None:
@@ -143,9 +150,9 @@ class DeviceClock(StepClock):
                 return
             else:
                 if self._last is not None:
-                    self._of_step[self._phase] += self._last.elapsed_time(event) / 1e3
+                    self._of_step[self._device_phase] += self._last.elapsed_time(event) / 1e3
                     self._unused.append(self._last)
-                self._phase, self._last = phase, event
+                self._device_phase, self._last = phase, event
             self._edges.popleft()
 
 

@@ -14,9 +14,11 @@ from typing import Any
 import torch.distributed as dist
 
 from dtrain.data.loader_workers import stacks_of_workers
+from dtrain.distributed import by_node
 from dtrain.distributed.exit_status import FAILED
 from dtrain.tracking.run_folder import RunFolder, update_run
 from dtrain.tracking.whole_file import write_json, write_text
+from dtrain.training.bad_node import note_nodes_of
 from dtrain.training.evidence import Evidence
 from dtrain.training.failure_card import memory_text
 from dtrain.training.setup import Parts
@@ -59,26 +61,39 @@ def _watch(evidence: Evidence, limit_seconds: float, over: threading.Event) -> N
 
 
 def _end(evidence: Evidence, limit_seconds: float) -> None:
-    """Say where this rank is; rank 0 says it for all, and ends those that are frozen on its machine."""
+    """Say where this rank is; rank 0 says it for all, or the lowest that answers, and ends those that are frozen."""
     ranks, mailbox = evidence.parts.ranks, evidence.parts.ranks.mailbox
     faulthandler.dump_traceback_later(_END_SECONDS, exit=True, file=2)
     mailbox.raise_flag("hang")
     mailbox.post("hang", _whereabouts(evidence))
+    speaker = mailbox.lowest("hang", ANSWER_SECONDS)
+    if ranks.rank == speaker:
+        _speak(evidence, limit_seconds)
+    else:
+        if ranks.rank in mailbox.notes("stuck", 2 * ANSWER_SECONDS, [speaker]).get(speaker, ()):
+            with contextlib.suppress(Exception):  # helpful, not needed
+                mailbox.post("workers", stacks_of_workers())
+        time.sleep(2 * ANSWER_SECONDS)  # who speaks is to have spoken before a launcher ends it for this one's sake
+    os._exit(FAILED)
+
+
+def _speak(evidence: Evidence, limit_seconds: float) -> None:
+    """Say for all ranks where they are, and end those of this machine that do not answer."""
+    ranks, mailbox = evidence.parts.ranks, evidence.parts.ranks.mailbox
     notes = mailbox.notes("hang", ANSWER_SECONDS)
     silent = [rank for rank in range(ranks.world_size) if rank not in notes]
     stuck = silent or stuck_of(notes)
+    mailbox.post("stuck", stuck)
     if not silent:
-        with contextlib.suppress(Exception):  # helpful, not needed
-            mailbox.post("workers", stacks_of_workers() if ranks.rank in stuck else {})
-            for rank, stacks in mailbox.notes("workers", ANSWER_SECONDS).items():
+        with contextlib.suppress(Exception):
+            if ranks.rank in stuck:
+                mailbox.post("workers", stacks_of_workers())
+            for rank, stacks in mailbox.notes("workers", ANSWER_SECONDS, stuck).items():
                 notes[rank]["stacks"] |= stacks
-    if ranks.is_main or (0 in silent and ranks.rank == min(notes)):
-        reason = f"no progress for {limit_seconds:g} s; rank {', '.join(map(str, stuck))} is stuck"
-        _report(evidence.parts, reason, notes, stuck[0])
-        _kill(mailbox.notes("process"), silent, ranks.host)
-    else:
-        time.sleep(2 * ANSWER_SECONDS)  # rank 0 is to speak before a launcher ends it for this one's sake
-    os._exit(FAILED)
+    reason = f"no progress for {limit_seconds:g} s; rank {', '.join(map(str, stuck))} is stuck"
+    _report(evidence.parts, reason, notes, stuck[0])
+    note_nodes_of(ranks, evidence.parts.start.folder, stuck, f"hung: {reason}")
+    _kill(mailbox.notes("process", ranks=silent), silent, ranks.host)
 
 
 def _report(parts: Parts, reason: str, notes: dict[int, dict[str, Any]], stuck: int) -> None:
@@ -116,10 +131,11 @@ def _whereabouts(evidence: Evidence) -> dict[str, Any]:
 
 
 def _collectives_begun() -> int:
-    """How many collectives this rank has begun, those of DistributedDataParallel and FSDP included."""
+    """How many collectives this rank has begun, those of DistributedDataParallel and FSDP, and by node, included."""
     with contextlib.suppress(Exception):
         if dist.is_initialized():
-            return dist.distributed_c10d._get_default_group()._get_sequence_number_for_group()  # type: ignore[attr-defined]
+            of_torch = dist.distributed_c10d._get_default_group()._get_sequence_number_for_group()  # type: ignore[attr-defined]
+            return of_torch + by_node.begun()
     return 0
 
 
@@ -129,7 +145,7 @@ def stuck_of(notes: dict[int, dict[str, Any]]) -> list[int]:
     In the same phase, those that the others wait for have begun fewer collectives.
     """
     # The number of a step counts those that are done: what follows it comes before the next one's forward.
-    order = ["waiting for data", "forward", "backward", "optimizer step"]
+    order = ["waiting for data", "waiting for ranks", "forward", "backward", "optimizer step"]
 
     def progress(note: dict[str, Any]) -> tuple[int, int, int]:
         phase = order.index(note["phase"]) if note["phase"] in order else -1

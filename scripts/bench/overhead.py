@@ -1,110 +1,182 @@
-"""What dtrain costs: the same training by a hand-written loop and by dtrain with everything on, in turn.
+"""What dtrain and others cost: one training by a hand-written loop, by dtrain with everything on, by peers, in turn.
 
-    python scripts/bench/overhead.py [--rounds 5] [--steps 2000] [--ranks 1 2] [--dataset tensors] [--json FILE]
+    python scripts/bench/overhead.py [--rounds 9] [--all] [--only accelerate Ignite] [--json FILE] [--write PAGE]
 
 The training: an MLP 64-256-256-10, 32 random samples per rank and step, SGD, on the CPU; one process, and gloo ranks
-under torchrun, one thread each. By hand: by_hand.py. By dtrain: its own command line with overhead.yaml: the bar (each
-program runs on a pseudo-terminal), metrics, journal, MLflow on a fresh sqlite store with the sender process, a
-checkpoint at the end.
+under torchrun, one thread each; from a dataset class of the user's own (Items) and from a TensorDataset. By hand:
+by_hand.py. By dtrain: its own command line with overhead.yaml: the bar (each program runs on a pseudo-terminal),
+metrics, journal, MLflow on sqlite with the sender process, checkpoints. The others: peers/, each as its guides write
+it, bare and with the same features as far as it has them (contestants.py); `pip install -e '.[bench]'` brings them, and
+one that is not installed is named and left out.
 
-Time per step is taken inside the processes and in the same way for both, by the optimizer that both use
-(workload.py): from step 101 to the last one. Start-up has its own figure: from the start of the command to the end of
-the first optimizer step. Figures are medians over the rounds, ratios the medians of each round's ratio; of several
-ranks the slowest or largest counts. 'CPU' is the processor time of the rank itself: on a busy machine it says more than
-the clock on the wall.
+Time per step is taken inside the processes and in the same way for all, by the optimizer that all use (workload.py).
+All programs of one kind of run are there at the same time, and take turns of some hundred steps, so that each round has
+them all on the same machine (turns.py). Figures are medians over the rounds; ratios are medians of each round's ratio
+to the hand-written loop, with the quartiles beside them; of several ranks the slowest or largest counts. Processor time
+is that of the rank itself; on a busy machine it says more than the clock on the wall. Start-up is from the start of the
+command to the end of the first optimizer step, one program at a time.
+
+Without --all the peers are bare only where one process reads Items, and left out where two read a TensorDataset. The
+figures of several shorter runs come into one set of tables by --json and --add; `--ranks --add FILE` measures nothing.
 """
 
 import argparse
 import contextlib
-import fcntl
 import json
-import math
 import os
 import platform
-import pty
 import shutil
 import signal
 import sqlite3
-import statistics
-import struct
 import subprocess
 import sys
 import tempfile
-import termios
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 import psutil
-from workload import peak_mb
+from clock import UNTIMED_STEPS, WARM_UP_STEPS
+from contestants import BARE, BATCH_SIZE, DTRAIN, FULL, HAND, HERE, PEERS, TORCHMETRICS, Contestant, Peer, chosen
+from overhead_tables import Measurement, from_plain, markdown, verdicts, write_between
+from overhead_tables import Verdict as Verdict  # the other benches', too
+from turns import Program, ProgramError, new_folder
 
-HERE = Path(__file__).resolve().parent
-BATCH_SIZE = 32
-VAL_SAMPLES = 320
-WARM_UP_STEPS = 100
-TIMEOUT_SECONDS = 300.0
-BY_HAND, DTRAIN = "by hand", "dtrain"
-WITH = " + torchmetrics"
-
-MOST_RATIO = 1.05
-MOST_LATER_SECONDS = 3.5
-MOST_MORE_MB = {"": 60.0, WITH: 170.0}
-MOST_SENDER_MB = 350.0
+LAST_STEPS = 20
+DATASETS = ("Items", "tensors")
+# (ranks, dataset) -> with which features the peers take part, without --all; by hand and dtrain always do.
+SHORT = {(1, "Items"): (BARE, FULL), (1, "tensors"): (FULL,), (2, "Items"): (FULL,)}
 
 
 @dataclass
-class Run:
-    """One run of one program; of several ranks the slowest or the largest."""
+class Session:
+    """Programs that are there at the same time, and how many turns each of them has."""
 
-    program: str
     ranks: int
-    step_us: float
-    step_cpu_us: float  # of which a processor was at work for this process
-    first_step_s: float
-    first_step_cpu_s: float
-    peak_mb: list[float]  # by rank
-    whole_s: float  # from the start of the command to its end
-    sender_mb: float = math.nan  # its peak; nan where none was seen
-    sender_is_gone: bool = True
+    dataset: str
+    contestants: list[Contestant]
+    rounds: int
 
 
 @dataclass
-class Verdict:
-    """One promise, and whether it was kept."""
+class Entry:
+    """A program that runs, and what is known of it so far."""
 
-    what: str
-    found: float
-    most: float
-    unit: str = ""
-    kept: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.kept = self.found <= self.most
-
-    def line(self) -> str:
-        return f"{'ok  ' if self.kept else 'MISS'}  {self.what:<58} {self.found:8.2f}  <= {self.most:g}{self.unit}"
+    contestant: Contestant
+    program: Program
+    found: Measurement
 
 
-def command(program: str, ranks: int, steps: int, dataset: str) -> list[str]:
-    """The command line of one program."""
-    samples = steps * ranks * BATCH_SIZE
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-    if program.startswith(BY_HAND):
-        words = [str(HERE / "by_hand.py"), dataset, str(samples), str(VAL_SAMPLES)]
-        return [*launcher, *words, *(["torchmetrics"] if program.endswith(WITH) else [])]
-    overrides = [f"loaders.name={dataset}", f"loaders.train.samples={samples}", f"loaders.val.samples={VAL_SAMPLES}"]
-    if program.endswith(WITH):
-        overrides.append("metrics={name: Accuracy, task: multiclass, num_classes: 10}")
-    return [*launcher, "-m", "dtrain", str(HERE / "overhead.yaml"), "device=cpu", *overrides]
+@dataclass
+class Bench:
+    """Carries out sessions; what was found, and who failed."""
+
+    steps: int  # of a turn
+    store: Path | None = None  # MLflow's, empty but for its tables; each program gets a copy
+    found: list[Measurement] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    sessions: int = 0
+
+    def measure(self, session: Session) -> None:
+        """Start all programs of a session, let them take turns, end them."""
+        self.sessions += 1
+        with contextlib.ExitStack() as stack:
+            entries = []
+            for contestant in session.contestants:
+                program = self._launched(contestant, session)
+                stack.callback(program.close)
+                entry = Entry(contestant, program, self._new(contestant, session))
+                with self._failures_of(entry):
+                    entry.found.start = program.start()
+                    entries.append(entry)
+                    say(f"{entry.found.where}: first step after {entry.found.start.first_step_s:.2f} s")
+            for number in range(session.rounds):
+                for entry in in_turn(entries, number):
+                    with self._failures_of(entry):
+                        entry.found.turns.append(entry.program.turn(self.steps))
+                entries = [entry for entry in entries if entry.found.where not in self.failed]
+            for entry in entries:
+                with self._failures_of(entry):
+                    self._end(entry)
+
+    def add(self, file: Path) -> str:
+        """Take over the figures of an earlier run; returns where it was measured."""
+        data = json.loads(file.read_text())
+        self.found += [from_plain(run | {"session": run["session"] + self.sessions}) for run in data["runs"]]
+        self.sessions = max(run.session for run in self.found)
+        return str(data["about"])
+
+    def _new(self, contestant: Contestant, session: Session) -> Measurement:
+        return Measurement(contestant.label, session.ranks, session.dataset, self.sessions)
+
+    def _launched(self, contestant: Contestant, session: Session) -> Program:
+        folder = new_folder()
+        if self.store:
+            shutil.copy(self.store, folder / "mlflow.db")
+        steps = WARM_UP_STEPS + session.rounds * (UNTIMED_STEPS + self.steps) + LAST_STEPS
+        env = environment(folder, steps) | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
+        return Program(contestant.command(session.ranks, steps, session.dataset), session.ranks, env, folder)
+
+    def _end(self, entry: Entry) -> None:
+        entry.found.end = entry.program.end()
+        if entry.contestant.tracks and not has_mlflow_run(entry.program.folder):
+            raise ProgramError("no run in MLflow that is finished")
+        entry.program.close()
+        self.found.append(entry.found)
+        if entry.found.turns:
+            say(f"{entry.found.where}: {entry.found.middle('step_us'):.0f} us per step")
+
+    @contextlib.contextmanager
+    def _failures_of(self, entry: Entry) -> Iterator[None]:
+        """A peer that does not train is named and left out; without the two that all is about there is no bench."""
+        try:
+            yield
+        except ProgramError as error:
+            if entry.contestant.peer in (HAND, DTRAIN):
+                sys.exit(f"{entry.found.where}: {error}")
+            self.failed.append(entry.found.where)
+            say(f"{entry.found.where} FAILED and is left out: {error}")
+            entry.program.close()
+
+
+def in_turn(entries: Sequence[Entry], number: int) -> list[Entry]:
+    """The order of a round: everyone is first once, and neighbours follow one another in both orders."""
+    first = number // 2 % max(1, len(entries))
+    order = [*entries[first:], *entries[:first]]
+    return order if number % 2 == 0 else order[::-1]
+
+
+def sessions(wish: argparse.Namespace, peers: Sequence[Peer]) -> Iterator[Session]:
+    """What is measured: the turns, then starts alone until there are enough of them."""
+    for ranks in wish.ranks:
+        for dataset in wish.datasets:
+            features = (BARE, FULL) if wish.all else SHORT.get((ranks, dataset), ())
+            hand = Contestant(HAND, BARE)
+            if BARE in features and peers:
+                yield Session(ranks, dataset, [hand, *(Contestant(peer, BARE) for peer in peers)], wish.rounds)
+            others = [Contestant(peer, FULL) for peer in (HAND, *peers) if peers and FULL in features]
+            yield Session(ranks, dataset, [hand, Contestant(DTRAIN, FULL), *others], wish.rounds)
+        pair = [Contestant(HAND, BARE), Contestant(DTRAIN, FULL)]
+        for _ in range(wish.starts - len(wish.datasets)):
+            yield Session(ranks, wish.datasets[0], pair, 0)
+        if wish.starts > 1:
+            others = [Contestant(one.peer, TORCHMETRICS) for one in pair]
+            yield Session(ranks, wish.datasets[0], [pair[0], *others], 0)
+
+
+def new_store(folder: Path) -> Path:
+    """A store of MLflow in sqlite with all its tables, as a user has one after the first run."""
+    store = folder / "mlflow.db"
+    code = "import mlflow, sys; mlflow.set_tracking_uri(sys.argv[1]); mlflow.search_experiments()"
+    subprocess.run([sys.executable, "-c", code, f"sqlite:///{store}"], check=True, capture_output=True, timeout=300)
+    return store
 
 
 def environment(folder: Path, steps: int) -> dict[str, str]:
-    """The same for both loops."""
+    """The same for all programs; with it, Python keeps what it compiles, as it does for users."""
     foreign = ("MLFLOW_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "ACCELERATE_", "TORCHELASTIC_")
+    foreign += ("PYTHONDONTWRITEBYTECODE",)
     return {
         **{key: value for key, value in os.environ.items() if not key.startswith(foreign)},
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent.parent)]),
@@ -113,118 +185,7 @@ def environment(folder: Path, steps: int) -> dict[str, str]:
         "TERM": "xterm-256color",
         "BENCH_FOLDER": str(folder),
         "BENCH_STEPS": str(steps),
-        "BENCH_BEGIN": str(min(WARM_UP_STEPS + 1, max(1, steps // 2))),
     }
-
-
-def measure(program: str, ranks: int, steps: int, dataset: str) -> Run:
-    """Run one program in a fresh folder, on a pseudo-terminal."""
-    folder = Path(tempfile.mkdtemp(prefix="overhead-"))
-    try:
-        with terminal(folder / "terminal") as slave:
-            started = time.perf_counter()
-            process = subprocess.Popen(
-                command(program, ranks, steps, dataset),
-                cwd=folder,
-                env={**environment(folder, steps), "BENCH_STARTED": str(started)},
-                stdin=subprocess.DEVNULL,
-                stdout=slave,
-                stderr=slave,
-                start_new_session=True,
-            )
-            try:
-                senders = watched(process)
-            finally:
-                kill(process)
-            seconds = time.perf_counter() - started
-        return result(program, ranks, folder, process.returncode, seconds, senders)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def terminal(copy: Path) -> Iterator[int]:
-    """A pseudo-terminal of 120 columns, whose contents go to a file, as fast as they come."""
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
-
-    def drain() -> None:
-        with copy.open("wb") as file, contextlib.suppress(OSError):  # EIO: the last one closed it
-            while block := os.read(master, 65536):
-                file.write(block)
-
-    reader = threading.Thread(target=drain, daemon=True)
-    reader.start()
-    try:
-        yield slave
-    finally:
-        os.close(slave)
-        reader.join(10)
-        os.close(master)
-
-
-def watched(process: subprocess.Popen[bytes]) -> dict[int, float]:
-    """Wait for the program's end; returns the peak memory of each sender that it had, by process id."""
-    senders: dict[int, float] = {}
-    look_again = 0.0
-    end = time.monotonic() + TIMEOUT_SECONDS
-    while process.poll() is None:
-        if time.monotonic() > end:
-            kill(process)
-        if not senders and time.monotonic() > look_again:  # looking through all processes takes milliseconds
-            senders = dict.fromkeys(sender_pids(process.pid), 0.0)
-            look_again = time.monotonic() + 1
-        for pid in senders:
-            with contextlib.suppress(OSError, IndexError):  # it is gone, or a zombie that has no memory any more
-                senders[pid] = max(senders[pid], peak_mb(pid))
-        time.sleep(0.05)
-    return senders
-
-
-def sender_pids(parent: int) -> list[int]:
-    """The senders among a process's descendants."""
-    found = []
-    with contextlib.suppress(psutil.Error):
-        for process in psutil.Process(parent).children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                if "dtrain.tracking.sender" in process.cmdline():
-                    found.append(process.pid)
-    return found
-
-
-def kill(process: subprocess.Popen[bytes]) -> None:
-    """End a program that takes too long or is not waited for, with its ranks; nothing where it has ended."""
-    if process.poll() is not None:
-        return
-    with contextlib.suppress(psutil.Error):
-        for child in psutil.Process(process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                child.kill()
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def result(program: str, ranks: int, folder: Path, rc: int, seconds: float, senders: dict[int, float]) -> Run:
-    """What the ranks wrote down, and what was seen of the sender."""
-    files = [folder / f"rank-{rank}.json" for rank in range(ranks)]
-    missing = [file.name for file in files if not file.is_file()]
-    delivered = program.startswith(BY_HAND) or has_mlflow_run(folder)
-    if rc or missing or not delivered:
-        shown = (folder / "terminal").read_text(errors="replace")[-3000:]
-        log = folder / "run" / "logs" / "sender.log"
-        shown += log.read_text(errors="replace")[-1000:] if log.exists() else ""
-        sys.exit(f"{program}, {ranks} rank(s): exit status {rc}, no {missing}, in MLflow: {delivered}\n{shown}")
-    figures = [json.loads(file.read_text()) for file in files]
-    return Run(
-        program,
-        ranks,
-        **{name: max(item[name] for item in figures) for name in figures[0].keys() - {"peak_mb"}},
-        peak_mb=[item["peak_mb"] for item in figures],
-        whole_s=seconds,
-        sender_mb=max(senders.values(), default=math.nan),
-        sender_is_gone=not any(is_sender(pid) for pid in senders),
-    )
 
 
 def has_mlflow_run(folder: Path) -> bool:
@@ -234,131 +195,67 @@ def has_mlflow_run(folder: Path) -> bool:
     return False
 
 
-def is_sender(pid: int) -> bool:
-    """Whether a process lives and is a sender; its number may be another's by now."""
-    try:
-        process = psutil.Process(pid)
-        return process.status() != psutil.STATUS_ZOMBIE and "dtrain.tracking.sender" in process.cmdline()
-    except psutil.Error:
-        return False
-
-
-def schedule(rounds: int, ranks: Sequence[int]) -> Iterator[tuple[int, str, int]]:
-    """(round, program, ranks): in turn, and in the other order every other round, so that no program is always first.
-
-    By hand with torchmetrics is only for comparing memory: once.
-    """
-    for number in range(rounds):
-        programs = [BY_HAND, DTRAIN, DTRAIN + WITH]
-        for count in ranks:
-            for program in programs if number % 2 == 0 else reversed(programs):
-                yield number, program, count
-            if number == 0:
-                yield number, BY_HAND + WITH, count
-
-
-def of(runs: Sequence[Run], program: str, ranks: int) -> list[Run]:
-    """The runs of one program, in the order of rounds."""
-    return [run for run in runs if (run.program, run.ranks) == (program, ranks)]
-
-
-def middle(runs: Sequence[Run], figure: str) -> float:
-    """The median of a figure."""
-    return statistics.median(getattr(run, figure) for run in runs)
-
-
-def ratio(own: Sequence[Run], hand: Sequence[Run], figure: str) -> float:
-    """The median of each round's ratio: a machine that slows down between two rounds does not matter."""
-    return statistics.median(getattr(a, figure) / getattr(b, figure) for a, b in zip(own, hand, strict=False))
-
-
-def rank_mb(runs: Sequence[Run]) -> list[float]:
-    """The median of each rank's peak memory."""
-    return [statistics.median(values) for values in zip(*(run.peak_mb for run in runs), strict=True)]
-
-
-def table(runs: Sequence[Run], ranks: int) -> list[str]:
-    """What was measured with one number of ranks, one line per program."""
-    head = ("us per step", "least", "most", "ratio", "CPU us", "ratio", "first step s", "CPU s", "whole run s")
-    lines = [f"{ranks} process(es)".ljust(23) + "".join(name.rjust(13) for name in head) + "  peak memory MB"]
-    hand = of(runs, BY_HAND, ranks)
-    for program in (BY_HAND, DTRAIN, DTRAIN + WITH, BY_HAND + WITH):
-        own = of(runs, program, ranks)
-        times = [run.step_us for run in own]
-        cells = [f"{value:.0f}" for value in (statistics.median(times), min(times), max(times))]
-        cells += [f"{ratio(own, hand, 'step_us'):.3f}"]
-        cells += [f"{middle(own, 'step_cpu_us'):.0f}", f"{ratio(own, hand, 'step_cpu_us'):.3f}"]
-        cells += [f"{middle(own, 'first_step_s'):.2f}", f"{middle(own, 'first_step_cpu_s'):.2f}"]
-        cells += [f"{middle(own, 'whole_s'):.1f}"]
-        memory = ", ".join(f"{value:.0f}" for value in rank_mb(own))
-        if program.startswith(DTRAIN):
-            memory += f"; sender {max(run.sender_mb for run in own):.0f}"
-        lines.append(program.ljust(23) + "".join(cell.rjust(13) for cell in cells) + f"  {memory}")
-    return lines
-
-
-def verdicts(runs: Sequence[Run], ranks: int) -> list[Verdict]:
-    """What is promised against what was found, with one number of ranks."""
-    hand = of(runs, BY_HAND, ranks)
-    found = []
-    for extra, most_more_mb in MOST_MORE_MB.items():
-        own = of(runs, DTRAIN + extra, ranks)
-        later = middle(own, "first_step_s") - middle(hand, "first_step_s")
-        more_mb = max(mine - its for mine, its in zip(rank_mb(own), rank_mb(hand), strict=True))
-        name = f"{ranks} process(es){' with torchmetrics' if extra else ''}"
-        found += [
-            Verdict(f"{name}: time per step / by hand", ratio(own, hand, "step_us"), MOST_RATIO),
-            Verdict(f"{name}: first step later", later, MOST_LATER_SECONDS, " s"),
-            Verdict(f"{name}: a rank's memory, more", more_mb, most_more_mb, " MB"),
-            Verdict(f"{name}: the sender's memory", max(run.sender_mb for run in own), MOST_SENDER_MB, " MB"),
-            Verdict(f"{name}: senders left behind", sum(not run.sender_is_gone for run in own), 0),
-        ]
-    return found
-
-
 def machine() -> str:
     """Where this was measured."""
-    import torch
-
     cores = len(os.sched_getaffinity(0))
     memory_gb = psutil.virtual_memory().total / 1e9
-    return f"{cores} cores, {memory_gb:.0f} GB, Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{cores} cores, {memory_gb:.0f} GB, Python {platform.python_version()}, torch {metadata.version('torch')}"
+
+
+def say(line: str) -> None:
+    """How far it is."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n")[0], epilog="example: python scripts/bench/overhead.py --rounds 3"
+        description=(__doc__ or "").partition("\n")[0], epilog="example: python scripts/bench/overhead.py --rounds 9"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="how often each program runs (default 5)")
-    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps of a run (default 2000)")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of processes (default 1 2)")
-    parser.add_argument(
-        "--dataset", default="tensors", choices=["tensors", "Items"], help="see workload.py (default tensors)"
-    )
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write every run's figures and the verdicts there, too"
-    )
-    return parser.parse_args()
+    parser.add_argument("--rounds", type=int, default=9, help="turns of each program (default 9)")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of a turn (default 200)")
+    parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2], help="numbers of processes (default 1 2)")
+    parser.add_argument("--datasets", nargs="+", default=DATASETS, choices=DATASETS, help="see workload.py (all)")
+    parser.add_argument("--only", nargs="*", choices=[peer.name for peer in PEERS], help="besides both loops")
+    parser.add_argument("--all", action="store_true", help="each peer in each kind of run, bare and with its features")
+    parser.add_argument("--starts", type=int, default=3, help="how often both loops start at least (default 3)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure and the verdicts there, too")
+    parser.add_argument("--add", type=Path, nargs="+", default=[], metavar="FILE", help="figures of earlier --json")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="write the tables there, between the page's markers")
+    wish = parser.parse_args()
+    if min(wish.rounds, wish.steps, *wish.ranks) < 1:
+        parser.error("--rounds, --steps and --ranks are at least 1")
+    if not wish.ranks and not wish.add:
+        parser.error("--ranks without numbers: only with --add")
+    return wish
 
 
 def main() -> None:
     """Measure, and print what was found and what was promised."""
     wish = options()
-    runs: list[Run] = []
-    for number, program, ranks in schedule(wish.rounds, wish.ranks):
-        run = measure(program, ranks, wish.steps, wish.dataset)
-        runs.append(run)
-        where = f"round {number + 1}, {ranks} process(es), {program}"
-        print(f"{where}: {run.step_us:.0f} us per step, first step after {run.first_step_s:.2f} s", file=sys.stderr)
-    print(f"{wish.rounds} rounds of {wish.steps} steps of {BATCH_SIZE} samples per rank ({wish.dataset}); {machine()}")
-    for ranks in wish.ranks:
-        print("\n" + "\n".join(table(runs, ranks)))
-    found = [verdict for ranks in wish.ranks for verdict in verdicts(runs, ranks)]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # not without ending what is stopped
+    peers, missing = chosen(wish.only)
+    if missing:
+        say(f"not installed, left out: {', '.join(missing)} (pip install -e '.[bench]')")
+    load = os.getloadavg()[0]  # before
+    with tempfile.TemporaryDirectory(prefix="overhead-") as folder:
+        bench = Bench(wish.steps, new_store(Path(folder)) if peers and wish.ranks else None)
+        abouts = list(map(bench.add, wish.add))
+        for session in sessions(wish, peers):
+            bench.measure(session)
+    about = f"{wish.rounds} turns of {wish.steps} steps, {BATCH_SIZE} samples per rank; {machine()}; load {load:.1f}"
+    about = "; ".join(dict.fromkeys([*abouts, about] if wish.ranks else abouts))
+    promised = verdicts(bench.found)
+    tables = markdown(about, bench.found, missing + bench.failed)
+    print(tables)
     print("\nwhat is promised: what was found, and the most that it may be")
-    print("\n".join(verdict.line() for verdict in found))
+    print("\n".join(verdict.line() for verdict in promised))
     if wish.json:
-        data = {"machine": machine(), "runs": list(map(asdict, runs)), "verdicts": list(map(asdict, found))}
-        wish.json.write_text(json.dumps(data, indent=1) + "\n")
+        data = {"about": about, "runs": list(map(asdict, bench.found)), "verdicts": list(map(asdict, promised))}
+        wish.json.write_text(json.dumps(data | {"missing": missing, "failed": bench.failed}, indent=1) + "\n")
+    if wish.write:
+        write_between(wish.write, "overhead", tables)
+    if bench.failed:
+        sys.exit(f"failed: {', '.join(bench.failed)}")
 
 
 if __name__ == "__main__":

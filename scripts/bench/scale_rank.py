@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import time
+from array import array
 
 import psutil
 import torch
@@ -42,7 +43,7 @@ def main() -> None:
     module = torch.nn.Linear(64, 10)
     start_up = timed(lambda: ranks.broadcast({"folder": "run", "checkpoint": None}), 5)
     log = timed(lambda: ranks.sum_(torch.zeros(3, dtype=torch.float64)), 20)
-    checkpoint = timed(lambda: ranks.gather((rng.get_state(), fingerprint(module))), 5)
+    checkpoint = timed(lambda: ranks.gather((rng.get_state(), array("q", fingerprint(module).values()))), 5)
     memory = ranks.gather(psutil.Process().memory_info().rss / 1e6)
     if memory:
         figures = {

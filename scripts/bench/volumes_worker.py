@@ -6,38 +6,62 @@ and predictor for it. What was found is written to OUT as JSON.
 
 import itertools
 import json
+import os
 import sys
 import time
 import types
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
+from clock import peak_mb
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from workload import peak_mb
 
 WARM_UP = 4  # batches or steps before the clock starts: workers start, files are read
 
 
+def workers_seconds() -> float:
+    """Processor time of all processes below this one, such as loader workers; not of dtrain's sender, which is no part
+    of a step."""
+    parents: dict[int, int] = {}
+    seconds: dict[int, float] = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            fields = (path / "stat").read_text().rpartition(")")[2].split()
+            parents[int(path.name)] = int(fields[1])
+            is_sender = b"dtrain.tracking" in (path / "cmdline").read_bytes()
+            seconds[int(path.name)] = 0.0 if is_sender else sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+    own, found = {os.getpid()}, 0.0
+    while own := {pid for pid, parent in parents.items() if parent in own}:
+        found += sum(seconds[pid] for pid in own)
+    return found
+
+
 class Clock:
-    """Wall clock and processor time of this process, from the end of the warm-up to the last tick."""
+    """Wall clock and processor time from the end of the warm-up to the last tick: of this process, and its workers."""
 
     def __init__(self, count: int) -> None:
         self.ticks, self.last = 0, WARM_UP + count
-        self.times: dict[int, tuple[float, float]] = {}
+        self.times: dict[int, tuple[float, float, float]] = {}
 
     def tick(self, *_: Any) -> None:
         """One batch or step more is done."""
         self.ticks += 1
         if self.ticks in (WARM_UP, self.last):
-            self.times[self.ticks] = time.perf_counter(), time.process_time()
+            self.times[self.ticks] = time.perf_counter(), time.process_time(), workers_seconds()
 
     def figures(self, samples_per_tick: int) -> dict[str, float]:
-        """Samples per second, and processor time of this process per sample."""
-        begin, end = self.times[WARM_UP], self.times[self.last]
+        """Samples per second, and processor time per sample: of this process, and with its workers."""
+        pairs = zip(self.times[WARM_UP], self.times[self.last], strict=True)
+        seconds, cpu, workers = (end - begin for begin, end in pairs)
         samples = (self.last - WARM_UP) * samples_per_tick
-        return {"samples_per_s": samples / (end[0] - begin[0]), "cpu_ms": (end[1] - begin[1]) / samples * 1e3}
+        return {
+            "samples_per_s": samples / seconds,
+            "cpu_ms": cpu / samples * 1e3,
+            "all_cpu_ms": (cpu + workers) / samples * 1e3,
+        }
 
 
 def theirs(path: Path) -> dict[str, Any]:
@@ -122,7 +146,8 @@ def prediction(begin: Callable[[Path], Callable[[], None]]) -> Callable[[Path, i
         started = time.perf_counter(), time.process_time()
         predict()
         seconds, cpu_seconds = time.perf_counter() - started[0], time.process_time() - started[1]
-        return {"samples_per_s": count / seconds, "cpu_ms": cpu_seconds / count * 1e3}
+        cpu_ms = cpu_seconds / count * 1e3
+        return {"samples_per_s": count / seconds, "cpu_ms": cpu_ms, "all_cpu_ms": cpu_ms}
 
     return measure
 

@@ -1,12 +1,9 @@
-"""What both loops train: random vectors, a small MLP, SGD with a clock in it. Plain torch; knows no dtrain."""
+"""What all programs train: random vectors, a small MLP, SGD with a clock in it. Plain torch; knows no dtrain."""
 
-import atexit
-import json
-import os
-import time
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
+from clock import turns
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
@@ -39,43 +36,23 @@ class MLP(nn.Sequential):
 
 
 class ClockedSGD(torch.optim.SGD):
-    """SGD that notes when its first, one early and its last step were done; both loops use it, so both pay for it.
+    """SGD that tells the bench when its first step was done, and times the turns that it is given; all programs use it.
 
-    The figures go to $BENCH_FOLDER/rank-<rank>.json when the process ends. BENCH_STEPS is the number of the last step,
-    BENCH_BEGIN that of the one from which on steps are timed: start-up, such as late imports, lies before it.
+    Without a bench it is SGD.
     """
 
     def __init__(self, params: object, lr: float) -> None:
         super().__init__(params, lr=lr)  # type: ignore[arg-type]
         self.steps_done = 0
-        self.begin, self.last = int(os.environ["BENCH_BEGIN"]), int(os.environ["BENCH_STEPS"])
-        self.wanted = {1, self.begin, self.last}
-        self.times: dict[int, tuple[float, float]] = {}  # step -> wall clock, processor time of this process
-        atexit.register(self.report)
+        self.turns = turns()
+        self.next_stop = next(self.turns, 0)
 
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        super().step(closure)
+    def step(self, closure: Callable[[], object] | None = None) -> object:  # type: ignore[override]
+        loss = super().step(closure)  # type: ignore[arg-type]
         self.steps_done += 1
-        if self.steps_done in self.wanted:
-            self.times[self.steps_done] = (time.perf_counter(), time.process_time())
-
-    def report(self) -> None:
-        """Write down the times and this process's peak memory, if the training came to its end."""
-        if self.steps_done != self.last:
-            return
-        end, begin = self.times[self.last], self.times[self.begin]
-        seconds, cpu_seconds = end[0] - begin[0], end[1] - begin[1]
-        timed = self.last - self.begin
-        figures = {
-            "step_us": seconds / timed * 1e6,
-            "step_cpu_us": cpu_seconds / timed * 1e6,
-            # CLOCK_MONOTONIC: the same clock in all processes of a machine.
-            "first_step_s": self.times[1][0] - float(os.environ["BENCH_STARTED"]),
-            "first_step_cpu_s": self.times[1][1],
-            "peak_mb": peak_mb("self"),
-        }
-        rank = os.environ.get("RANK", "0")
-        Path(os.environ["BENCH_FOLDER"], f"rank-{rank}.json").write_text(json.dumps(figures))
+        if self.steps_done == self.next_stop:
+            self.next_stop = next(self.turns, 0)
+        return loss
 
 
 def accuracy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -84,12 +61,3 @@ def accuracy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 accuracy.higher_is_better = True  # type: ignore[attr-defined]
-
-
-def peak_mb(pid: int | str) -> float:
-    """A process's peak resident memory, in 10^6 bytes.
-
-    Not getrusage's: that one begins with what the parent held when it forked.
-    """
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6

@@ -3,6 +3,7 @@
 import os
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,11 @@ import pytest
 import torch
 from whole_runs import EXACT, Place, figures, last, same_training
 
+from dtrain.checkpoint.background_saver import Saver
 from dtrain.checkpoint.checkpoint_files import load, verify
 from dtrain.checkpoint.checkpoint_folder import Checkpoints
-from dtrain.checkpoint.contents import CheckpointError, take_snapshot
+from dtrain.checkpoint.contents import CheckpointError, HostMemory, take_snapshot
+from dtrain.checkpoint.device_copies import DeviceCopies
 from dtrain.tracking.run_folder import read_run, update_run
 
 pytestmark = pytest.mark.timeout(600)
@@ -143,7 +146,7 @@ def test_two_ranks_agree_on_what_to_do_about_a_full_disk(
     place: Place, small_disk: Callable[[Path], Path], tmp_path: Path
 ) -> None:
     changes = eventful(place.folder, small_disk(tmp_path / "run-two"), {3: "fill"})
-    config = place.config("two", **changes, **{"trainer.checkpoint_dir": str(tmp_path / "run-two")})
+    config = place.config("two-full", **changes, **{"trainer.checkpoint_dir": str(tmp_path / "run-two")})
     results = [running.result(200) for running in place.start(config, ranks=2)]
     assert [result.rc for result in results] == [1, 1], "".join(result.text for result in results)
     assert "no checkpoint of step 8: " in read_run(tmp_path / "run-two")["reason"]
@@ -186,9 +189,7 @@ def test_the_writer_has_written_all_when_the_training_has_ended(here: Here, monk
 def test_a_second_ctrl_c_waits_for_no_checkpoint(place: Place) -> None:
     run = place.path("impatient")
     changes = eventful(place.folder, run / "checkpoints", {3: "lock interrupt_twice"})
-    began = time.monotonic()
-    text = place.run(place.config("impatient", **changes), expect=130).text
-    assert time.monotonic() - began < 50, text
+    place.run(place.config("impatient", **changes), expect=130)  # the lock is never given back
     assert read_run(run)["state"] == "KILLED" and last(run).state["step"] in (1, 2)
 
 
@@ -271,6 +272,57 @@ def test_the_next_copy_takes_the_memory_of_the_last() -> None:
     assert sum(copy.nbytes for copy in copies.values()) == snapshot.need_bytes
 
 
+def test_clones_of_a_device_are_copied_as_they_were_and_what_has_no_room_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memory = DeviceCopies(torch.device("cpu"))  # whose side stream does all at once, when it is asked to
+    large, small = torch.arange(1000.0), torch.arange(4.0)
+    monkeypatch.setattr(memory._side, "free_bytes", lambda: 40.0)
+    copies: dict[str, torch.Tensor] = {}
+    hosts = [memory.empty_like(value) for value in (large, small, small)]
+    for host, value in zip(hosts, (large, small, small), strict=True):
+        memory.copy(host, value)
+    assert [host is hosts[1] for host, _ in memory._clones] == [True], "half of 40 bytes is room for one small one"
+    assert torch.equal(hosts[0], large) and torch.equal(hosts[2], small), "in the order of the device's work"
+    small.zero_()
+    memory.finish()()
+    assert hosts[1].tolist() == [0, 1, 2, 3] and memory._clones == []
+    snapshot = take_snapshot({"w": small}, {"s": large}, None, copies, memory=memory)
+    assert snapshot.until_there is not None and copies.keys() == {"weights['w']", "state['s']"}
+    snapshot.until_there()
+    assert torch.equal(snapshot.weights.tensors["w"], small) and torch.equal(snapshot.state["s"], large)
+
+
+def test_the_writer_waits_for_copies_that_a_device_still_makes_and_the_loop_does_not(tmp_path: Path) -> None:
+    arrives = threading.Event()
+
+    class Late(HostMemory):
+        """As a GPU: what is copied is what was there at the time, and it comes later."""
+
+        def __init__(self) -> None:
+            self.clones: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def copy(self, host: torch.Tensor, tensor: torch.Tensor) -> None:
+            self.clones.append((host.fill_(-1), tensor.clone()))
+
+        def finish(self) -> Callable[[], None]:
+            def come() -> None:
+                assert arrives.wait(200)
+                for host, clone in self.clones:
+                    host.copy_(clone)
+
+            return come
+
+    weight, said = torch.ones(1000), []
+    saver = Saver(Checkpoints(tmp_path), None, said.append, Late())
+    saver.save((1, 0, 0), {"step": 1}, {"w": weight}, None, {}, None)
+    weight.fill_(2)  # the next step, while nothing is there yet
+    assert not [*tmp_path.glob("step-*")]
+    arrives.set()
+    saver.finish()
+    assert load(tmp_path / "step-00000001").weights["w"].tolist() == [1] * 1000 and not said
+
+
 def test_weights_in_another_layout_come_back(tmp_path: Path) -> None:
     weight = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     snapshot = take_snapshot({"w": weight, "turned": weight.permute(3, 2, 1, 0)}, {}, copies={})
@@ -310,13 +362,14 @@ def test_a_gpu_that_is_full_on_one_rank_ends_both_with_what_helps(place: Place) 
 
 
 def test_loader_workers_without_shared_memory_are_told_from_others(place: Place) -> None:
-    (place.folder / "bulky.py").write_text(
+    place.write(
+        "bulky.py",
         "import torch\n\n\nclass Bulky(torch.utils.data.Dataset):\n"
         "    def __len__(self):\n        return 8\n\n"
         "    def __getitem__(self, index):\n        return torch.zeros(1_000_000), 0\n\n\n"
         "class Thin(torch.nn.Module):\n"
         "    def __init__(self):\n        super().__init__()\n        self.layer = torch.nn.Linear(2, 2)\n\n"
-        "    def forward(self, x):\n        return self.layer(x[:, :2])\n"
+        "    def forward(self, x):\n        return self.layer(x[:, :2])\n",
     )
     changes = {
         "modules": ["bulky", "toy"], "model.name": "Thin", "metrics": None,

@@ -966,7 +966,7 @@ def test_a_kill_before_any_single_file_operation_leaves_the_acknowledged_checkpo
     assert report["operations"] > 40  # all of: a first save, a replacement, a rotation
 
 
-def in_a_process(role, *arguments, timeout_seconds=120):
+def in_a_process(role, *arguments, timeout_seconds=400):
     """Run one of the functions below in a fresh interpreter, which may fork as it likes, and read its report."""
     command = [sys.executable, __file__, role, *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -1309,7 +1309,7 @@ def test_the_payloads_below_would_work(tmp_path):
         marker = tmp_path / name
         with contextlib.suppress(Exception):
             pickle.loads(pickle.dumps(payloads(marker)[name]))
-        for _ in range(200):  # Popen's touch may take a moment
+        for _ in range(4000):  # Popen's touch may take a moment
             if marker.exists():
                 break
             time.sleep(0.05)

@@ -146,7 +146,7 @@ def test_a_folder_without_checkpoints_is_refused(folder, tmp_path):
 
 @pytest.mark.parametrize("resume", ["auto", "none"])
 def test_a_folder_that_another_training_writes_is_busy(folder, resume):
-    with subprocess.Popen(["sleep", "60"]) as other:
+    with subprocess.Popen(["sleep", "600"]) as other:
         facts = {"pid": other.pid, "host": socket.gethostname(), "attempt_started": time.time()}
         update_run(folder, **facts)
         assert f"process {other.pid}" in start(folder, resume).busy

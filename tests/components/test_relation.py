@@ -150,6 +150,7 @@ def test_half_precision_sees_the_same_geometry(dtype):
 
 
 def test_without_relations_an_object_is_told_by_its_own_features():
+    torch.manual_seed(0)
     model, (features, boxes, mask) = small(relations=False), objects()
     logits = model(features, boxes, mask)
     torch.testing.assert_close(real(logits, mask), real(model(features, boxes + torch.rand_like(boxes), mask), mask))

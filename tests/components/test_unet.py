@@ -251,6 +251,7 @@ def test_every_parameter_gets_a_finite_gradient(model):
 @pytest.mark.parametrize("kernel", [(3, 3, 3), (1, 3, 3), (5, 1, 3), (1, 1, 1)], ids=str)
 @pytest.mark.parametrize("depth", [1, 2, 5, 8])
 def test_a_large_volume_in_two_halves_is_convolved_as_in_one(kernel, depth):
+    torch.manual_seed(0)
     conv = Conv3d(2, 3, kernel, padding=tuple(side // 2 for side in kernel), cut_from=1).double()
     x = torch.randn(1, 2, depth, 6, 7, dtype=torch.float64, requires_grad=True)
     whole = F.conv3d(x, conv.weight, conv.bias, padding=conv.padding)
@@ -262,7 +263,51 @@ def test_a_large_volume_in_two_halves_is_convolved_as_in_one(kernel, depth):
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_channels_that_were_doubled_are_convolved_as_they_are(batch, has_bias):
+    torch.manual_seed(0)
+    conv = Conv3d(5, 4, (3, 3, 3), padding=(1, 1, 1), bias=has_bias, cut_from=1).double()
+    conv.doubled = 3
+    skip = torch.randn(batch, 2, 4, 6, 2, dtype=torch.float64, requires_grad=True)
+    below = torch.randn(batch, 3, 2, 3, 1, dtype=torch.float64, requires_grad=True)
+    x = torch.cat((skip, F.interpolate(below, size=(4, 6, 2))), 1)
+    whole = F.conv3d(x, conv.weight, conv.bias, padding=1)
+    made = conv(x)
+    assert not torch.equal(made, whole), "by other sums"
+    torch.testing.assert_close(made, whole)
+    slope, inputs = torch.randn_like(whole), (skip, below, *conv.parameters())
+    expected = torch.autograd.grad(whole, inputs, slope, retain_graph=True)
+    for found, wanted in zip(torch.autograd.grad(made, inputs, slope, retain_graph=True), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+    with torch.no_grad():
+        assert torch.equal(conv(x), made), "a validation's as a training's"
+
+
+def test_only_channels_of_equal_voxels_count_as_doubled():
+    def doubled(**changes):
+        model = UNet3D(1, 1, **{"f_maps": [8, 16, 32], **changes})
+        return [each.doubled for each in model.modules() if isinstance(each, Conv3d) and each.doubled]
+
+    assert (
+        doubled() == doubled(layer_order="bcr") == doubled(layer_order="crd") == doubled(layer_order="Dcr") == [32, 16]
+    )
+    assert doubled(layer_order="dcr") == doubled(upsample="trilinear") == doubled(upsample="deconv") == []
+    assert (
+        doubled(pool_kernel_size=[1, 2, 2]) == doubled(conv_kernel_size=5) == doubled(conv_kernel_size=[1, 3, 3]) == []
+    )
+    model = UNet3D(1, 1, f_maps=[2, 4], num_groups=1)
+    odd, even = torch.randn(1, 1, 7, 8, 9), torch.randn(1, 1, 6, 8, 10)
+    torch.manual_seed(0)
+    made = [model(x) for x in (odd, even)]
+    model.decoders[0].basic_module.SingleConv1.conv.doubled = 0
+    assert torch.equal(model(odd), made[0]), "an odd side was enlarged by other factors"
+    torch.testing.assert_close(model(even), made[1])
+
+
 def test_a_large_volume_is_left_to_no_slow_kernel_on_any_level():
+    torch.manual_seed(0)
+
     def slow(model, x):
         with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             model(x)
@@ -317,6 +362,7 @@ def test_thick_slices_are_pooled_in_the_plane_only():
 
 
 def test_the_kernel_of_convolutions_is_real():
+    torch.manual_seed(0)
     module = ResidualUNet3D(
         1, 1, conv_kernel_size=[1, 3, 3], conv_padding=[0, 1, 1], pool_kernel_size=[1, 2, 2], **SMALL
     )
@@ -344,6 +390,7 @@ def test_average_pooling_is_real():
 
 
 def test_minus_one_group_is_one_group_per_channel():
+    torch.manual_seed(0)
     module = UNet3D(3, 1, f_maps=[6, 10], num_groups=-1)
     norms = [part for part in module.modules() if isinstance(part, nn.GroupNorm)]
     assert [(part.num_groups, part.num_channels) for part in norms] == [
@@ -378,6 +425,7 @@ def test_dropout_has_the_given_rate_and_acts_in_training_only(model, letter):
     ],
 )
 def test_the_residual_block_follows_its_definition(order, inner, outer):
+    torch.manual_seed(0)
     block = ResNetBlock(2, 3, Style(2, (3, 3), order), encoder=True)
     x = torch.randn(1, 2, 5, 4)
     projected = block.conv1(x)

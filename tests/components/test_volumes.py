@@ -19,7 +19,15 @@ from dtrain.components.datasets.hdf5 import LazyHDF5Dataset, StandardHDF5Dataset
 from dtrain.components.datasets.patches import PatchDataset, resampled
 from dtrain.components.datasets.slices import FilterSliceBuilder, Grid, SliceBuilder, Starts
 from dtrain.components.datasets.statistics import Statistics, blocks
-from dtrain.components.datasets.volumes import FILES, OPEN_FILES, ArrayVolume, HDF5Volume, open_hdf5, read_region
+from dtrain.components.datasets.volumes import (
+    FILES,
+    KEPT_BYTES,
+    OPEN_FILES,
+    ArrayVolume,
+    HDF5Volume,
+    open_hdf5,
+    read_region,
+)
 from dtrain.config.errors import ConfigError
 from dtrain.config.load import load_config
 from dtrain.dataloader import get_train_loaders
@@ -303,6 +311,26 @@ def test_no_more_files_stay_open_than_may(tmp_path: Path) -> None:
         for number in range(len(files)):
             np.testing.assert_array_equal(dataset[number][0], numbers((2, 3, 4), number))
     assert len(FILES.files) == OPEN_FILES
+    FILES.close()
+
+
+def test_chunks_are_kept_of_one_file_at_a_time(tmp_path: Path) -> None:
+    FILES.close()
+    volumes = [HDF5Volume(written(tmp_path / f"{number}.h5", raw=numbers((2, 3, 4), number))) for number in range(3)]
+    region = (slice(0, 2), slice(1, 3), slice(0, 4))
+    volumes[0].read(region)  # not kept yet
+    for volume in volumes[:2]:
+        volume.reads_in_order = True
+
+    def kept() -> dict[str, int]:
+        for number, volume in enumerate(volumes):
+            np.testing.assert_array_equal(volume.read(region)[0], numbers((2, 3, 4), number)[:, 1:])
+        names = {path.stem: datasets["raw"] for path, (_, datasets) in FILES.files.items()}
+        return {name: dataset.file.id.get_access_plist().get_cache()[2] for name, dataset in names.items()}
+
+    for _ in range(2):
+        found = kept()
+        assert found.keys() == {"1", "2"} and found["1"] == KEPT_BYTES and found["2"] < KEPT_BYTES
     FILES.close()
 
 

@@ -21,7 +21,7 @@ ARGUMENTS = {name: command[1] for name, command in COMMANDS.items()}
     [
         ("tra", ["train"]),
         ("test configfiles/digits.yaml --che", ["--checkpoint"]),
-        ("export runs/x --format ", ["onnx", "torch"]),
+        ("export runs/x --format ", ["onnx", "safetensors", "torch"]),
         ("completion z", ["zsh"]),
         ("train configfiles/dig", ["configfiles/digits.yaml"]),
         ("configfiles/digits.yaml optimizer.l", ["optimizer.lr=", "optimizer.layer_decay="]),

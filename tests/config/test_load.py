@@ -204,6 +204,8 @@ def test_files_that_are_no_config_are_refused_unread(here: Path) -> None:
     with Path("large.yaml").open("wb") as file:
         file.truncate(100_000_000)
     Path("loop.yaml").symlink_to("loop.yaml")
+    Path("run").mkdir()
+    Path("run/config.yaml").write_text("a: 1\n")
     expected = {
         "image.yaml": "image.yaml:2:118: not UTF-8 text: byte 0x80",
         "latin.yaml": "latin.yaml:2:8: not UTF-8 text: byte 0xfc",
@@ -213,6 +215,7 @@ def test_files_that_are_no_config_are_refused_unread(here: Path) -> None:
         "/dev/zero": "/dev/zero is larger than 1 MB; this is not a config",
         "loop.yaml": "cannot read loop.yaml: Too many levels of symbolic links",
         ".": ". is a folder, expected a YAML file",
+        "run": "run is a folder, expected a YAML file; a run's config is run/config.yaml",
         "latin.yam": "there is no file latin.yam; did you mean 'latin.yaml'?",
         "no/such/file.yaml": "there is no file no/such/file.yaml",
         "a\0b": "cannot read 'a\\x00b': embedded null byte",

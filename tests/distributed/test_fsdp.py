@@ -2,7 +2,10 @@
 
 import json
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +17,7 @@ from dtrain.checkpoint.checkpoint_files import load
 from dtrain.config.check import check
 from dtrain.config.errors import ConfigError
 from dtrain.config.load import load_config
-from dtrain.distributed.fsdp import units
+from dtrain.distributed.fsdp import FSDP, joined, units
 
 # Averages, clipping, accumulation, dropout, a buffer that acts in training; every layer is gathered by itself.
 SETTINGS: dict[str, Any] = {
@@ -74,8 +77,10 @@ def test_a_checkpoint_is_that_of_ddp(place: Place) -> None:
     alike(ddp.weights, fsdp.weights)
     alike(ddp.ema, fsdp.ema)
     alike(ddp.state, fsdp.state)
-    files = [sorted(file.name for file in (run(place) / "checkpoints/last").iterdir()) for run in (by_ddp, by_fsdp)]
-    assert files[0] == files[1]
+    folder = by_fsdp(place) / "checkpoints" / "last"
+    shards = [f"{part}/shard-0000{rank}-of-00002.safetensors" for part in ("ema", "model", "state") for rank in (1, 2)]
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    assert sorted(files) == [*shards[:4], "state.pt", *shards[4:]]
 
 
 @pytest.mark.slow
@@ -186,6 +191,71 @@ def test_what_is_gathered_at_a_time_is_called_as_a_module_and_shares_no_weights(
         units(model, ["Block"], 1)
 
 
+@pytest.mark.parametrize(("shape", "cure"), [((), r"give it the shape \(1,\)"), ((0, 4), "make it a buffer")])
+def test_a_parameter_that_cannot_be_divided_is_named(shape: tuple[int, ...], cure: str) -> None:
+    """torch itself fails at its first backward, in a function of its own."""
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0].register_parameter("odd", nn.Parameter(torch.zeros(shape)))
+    nobody: Any = None
+    with pytest.raises(ConfigError, match=rf"trainer\.strategy: fsdp cannot divide 0\.odd.*{cure}"):
+        FSDP.divide(nobody, model)
+
+
 def test_a_checkpoint_of_shards_is_read_without_them(place: Place) -> None:
     loaded = load(by_fsdp(place) / "checkpoints" / "last")
     assert {type(value) for value in loaded.weights.values()} == {torch.Tensor}
+
+
+def test_what_ranks_have_of_a_sharded_tree_is_joined_to_the_whole_of_it() -> None:
+    whole = torch.arange(21.0).view(7, 3)
+    rows = [whole[:3], whole[3:6], whole[6:], whole[:0]]  # as torch.chunk divides 7 among 4, the last one empty
+    trees = []
+    for number, part in enumerate(rows):
+        shard = {"dtrain.shard": part, "shape": [7, 3], "offset": [min(7, 3 * number), 0]}
+        trees.append({"w": shard, "tied": shard, "state": [(number, shard)], "buffer": torch.full((2,), number)})
+    found = joined(trees)
+    assert torch.equal(found["w"], whole) and found["tied"] is found["w"] and found["state"][0][1] is found["w"]
+    assert found["state"][0][0] == 0 and found["buffer"].tolist() == [0, 0], "what is not sharded is the first one's"
+
+
+class Thread:
+    """A rank among threads: each collective is one number or batch of all, between two barriers."""
+
+    def __init__(self, rank: int, barrier: threading.Barrier, said: list[Any]) -> None:
+        self.rank, self.world_size, self._barrier, self._said = rank, barrier.parties, barrier, said
+
+    def _all(self, value: Any) -> list[Any]:
+        self._said[self.rank] = value
+        self._barrier.wait(200)
+        found = list(self._said)
+        self._barrier.wait(200)
+        return found
+
+    def max_(self, tensor: torch.Tensor) -> torch.Tensor:
+        assert tensor.numel() <= 4, "what ranks say before each batch must not grow with their number"
+        return torch.stack(self._all(tensor)).amax(0)
+
+    def broadcast(self, value: Any, source: int) -> Any:
+        return self._all(value)[source]
+
+
+def test_a_rank_without_samples_gets_the_batch_of_the_first_rank_that_has_some() -> None:
+    """Ranks of 0, 3, 1 and 2 batches; a batch of 0 samples, as rank 3's second one, counts as none."""
+    batches: list[list[tuple[Any, int]]] = [[], [("b0", 2), ("b1", 2), ("b2", 2)], [("c0", 2)], [("d0", 1), (None, 0)]]
+    barrier, said = threading.Barrier(4), [None] * 4
+
+    def rounds(rank: int, stops_at: int) -> list[Any]:
+        seen: list[Any] = []
+        fsdp: Any = SimpleNamespace(_ranks=Thread(rank, barrier, said))
+        for batch, samples, stops in FSDP.rounds(fsdp, batches[rank], lambda: rank == 2 and len(seen) == stops_at):
+            seen.append((batch, samples, stops))
+        return seen
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(rounds, range(4), [9] * 4))
+        assert found[0] == [("b0", 0, False), ("b1", 0, False), ("b2", 0, False)]
+        assert found[1] == [("b0", 2, False), ("b1", 2, False), ("b2", 2, False)]
+        assert found[2] == [("c0", 2, False), ("b1", 0, False), ("b2", 0, False)]
+        assert found[3] == [("d0", 1, False), ("b1", 0, False), ("b2", 0, False)]
+        stopped = list(pool.map(rounds, range(4), [1] * 4))
+    assert [[stops for _, _, stops in rank] for rank in stopped] == [[False, True, False]] * 4

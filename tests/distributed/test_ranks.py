@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from whole_runs import Place, close, figures
 
 from dtrain.config.errors import ConfigError
+from dtrain.distributed.ddp import DDP, ddp_options
 from dtrain.distributed.device import choose_device
 from dtrain.distributed.environment import Environment, environment, export_rank_variables
 from dtrain.distributed.process_group import set_up
@@ -306,6 +308,25 @@ def test_one_process_needs_no_process_group():
 
 def _refuse(text):
     raise ConfigError(text)
+
+
+@pytest.mark.slow
+def test_gradients_are_compressed_by_torchs_own_hooks():
+    """In a group of one rank, which has all that a wrapper needs."""
+    names = {"fp16": "fp16_compress_hook", "power_sgd": "powerSGD_hook", "batched_power_sgd": "batched_powerSGD_hook"}
+    assert {*names, "no", "bf16"} == set(get_args(get_args(get_type_hints(ddp_options)["comm_hook"])[0]))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        ranks = Ranks(0, 0, 2, torch.device("cpu"))  # of one, no model is wrapped
+        for name, hook in names.items():
+            wrapped = DDP(ranks, {"comm_hook": name, "bucket_cap_mb": 3}).wrap(torch.nn.Linear(2, 2))
+            assert [found.__name__ for found, _ in wrapped._comm_hooks] == [hook]
+            assert wrapped.bucket_bytes_cap == 3 * 1024 * 1024
+        with pytest.raises(TypeError, match="BF16"):  # which gloo cannot
+            DDP(ranks, {"comm_hook": "bf16"}).wrap(torch.nn.Linear(2, 2))
+        assert DDP(ranks, {"comm_hook": "no"}).wrap(torch.nn.Linear(2, 2))._comm_hooks == []
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float32, torch.bfloat16)])

@@ -68,7 +68,8 @@ sys.exit(run_to_end(work))
     assert (done.returncode, done.stdout) == (1, ""), done.stderr
 
 
-def test_a_launcher_that_sends_a_signal_several_times_is_asking_once():
+def test_a_launcher_that_sends_a_signal_several_times_is_asking_once(monkeypatch):
+    monkeypatch.setattr(interrupt, "REPEAT_SECONDS", 1000)  # however long this process is not let run
     request = StopRequest()
     with request.listening():
         for _ in range(4):
@@ -96,6 +97,25 @@ def test_a_request_is_not_lost_where_python_drops_what_a_handler_raises(monkeypa
     request = StopRequest(alone=False)
     with request.listening(), pytest.raises(StopWaiting):
         next(request.waiting(items()))
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_request_that_came_before_a_wait_ends_it_where_nothing_comes(monkeypatch, alone):
+    """A step of two batches of which the second one hangs, or another rank that has not voted yet."""
+    monkeypatch.setattr(interrupt, "NEXT_WAIT_SECONDS", 0.05)
+    request = StopRequest(alone=alone)
+
+    def items():
+        yield "there"
+        time.sleep(1000)
+        yield "never"
+
+    with request.listening():
+        batches = request.waiting(items())
+        assert next(batches) == "there"
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(StopWaiting):
+            next(batches)
 
 
 def test_a_second_ctrl_c_ends_at_once(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 import subprocess
 from typing import Any
@@ -11,12 +12,14 @@ import pytest
 import yaml
 from conftest import REPOSITORY
 from jsonschema import Draft202012Validator
+from jsonschema.validators import validator_for
 
 from dtrain.cli import parse
 from dtrain.distributed.exit_status import FAILED, STOPPED_EARLY, WRONG_CONFIG
 
 RECIPES = REPOSITORY / "scripts" / "cluster"
 SCHEMAS = yaml.safe_load((REPOSITORY / "tests" / "data" / "clusters" / "schemas.yaml").read_text())
+PUBLISHED = json.loads((REPOSITORY / "tests" / "data" / "clusters" / "published.json").read_text())["schemas"]
 KINDS = {"skypilot.yaml": "SkyPilotTask", "skypilot-volume.yaml": "SkyPilotVolume", "digits.dstack.yml": "DstackTask"}
 
 
@@ -25,9 +28,8 @@ def documents(name: str) -> list[dict[str, Any]]:
 
 
 def schema_of(kind: str) -> dict[str, Any]:
+    """What a server checks beyond names and types, in a form condensed by hand."""
     described = SCHEMAS[kind]
-    if "apiVersion" not in described:
-        return described
     own = {"spec": described["spec"]} if "spec" in described else described["top"]
     about = {"apiVersion": {"const": described["apiVersion"]}, "kind": {"const": kind}}
     return {
@@ -40,9 +42,15 @@ def schema_of(kind: str) -> dict[str, Any]:
 
 
 def mistakes(document: dict[str, Any], kind: str) -> list[str]:
-    return [
-        f"{error.json_path}: {error.message}" for error in Draft202012Validator(schema_of(kind)).iter_errors(document)
-    ]
+    schemas = [PUBLISHED[kind]] if kind in PUBLISHED else []
+    if kind in SCHEMAS:
+        schemas.append(schema_of(kind))
+    assert schemas, f"no schema of {kind}"
+    found = [error for schema in schemas for error in validator_for(schema)(schema).iter_errors(document)]
+    if kind == "SkyPilotTask":  # whose schema leaves them open
+        resources = Draft202012Validator(PUBLISHED["SkyPilotResources"])
+        found += resources.iter_errors(document["resources"])
+    return [f"{error.json_path}: {error.message}" for error in found]
 
 
 @pytest.mark.parametrize("name", ["trainjob.yaml", "kueue.yaml", *KINDS])
@@ -61,6 +69,29 @@ def test_what_does_not_fit_is_found() -> None:
         "action"
     ] = "Fail"
     assert mistakes(runtime, "TrainingRuntime")
+    runtime, _ = documents("trainjob.yaml")
+    runtime["spec"]["mlPolicy"]["torch"] = {"numProcPerNode": "auto"}  # of an earlier Trainer; a server refuses it
+    assert mistakes(runtime, "TrainingRuntime")
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "key"),
+    [
+        ("skypilot.yaml", (), "num_node"),
+        ("skypilot.yaml", ("resources",), "use_spott"),
+        ("skypilot.yaml", ("resources", "job_recovery"), "max_restarts_on_error"),
+        ("digits.dstack.yml", (), "node"),
+        ("digits.dstack.yml", ("retry",), "on_event"),
+        ("trainjob.yaml", ("spec", "trainer", "resourcesPerNode"), "limit"),
+    ],
+)
+def test_a_key_that_nobody_reads_is_found(name: str, place: tuple[str, ...], key: str) -> None:
+    document = documents(name)[-1]
+    part = document
+    for each in place:
+        part = part[each]
+    part[key] = 1
+    assert mistakes(document, KINDS.get(name) or document["kind"])
 
 
 def test_the_parts_belong_together() -> None:

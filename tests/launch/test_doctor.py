@@ -20,6 +20,7 @@ import torch
 from conftest import Tagged
 from whole_runs import worlds_of
 
+from dtrain.distributed.environment import Environment
 from dtrain.launch import doctor as doctor_module
 from dtrain.launch.doctor import Finding, _as_text, _merged, disk, fabric, files, gpus, in_time, nccl, store, versions
 from dtrain.tracking import mlflow_store as sender
@@ -35,9 +36,19 @@ if os.environ.get("SLURM_PROCID") == "1":
 """
 
 
+# `dtrain doctor` with limits that a busy machine does not reach.
+PATIENT = """
+import sys
+from dtrain import cli
+from dtrain.launch import doctor
+doctor.LOCAL_SECONDS = doctor.STORE_SECONDS = doctor.TOGETHER_SECONDS = 200.0
+sys.exit(cli.main(["doctor", *sys.argv[1:]]))
+"""
+
+
 def doctor(arguments: list[str], env: dict[str, str], folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "dtrain", "doctor", *arguments],
+        [sys.executable, "-c", PATIENT, *arguments],
         cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -118,7 +129,7 @@ def test_a_probe_that_hangs_or_breaks_is_a_finding() -> None:
     def broken() -> Finding:
         raise OSError("stale file handle")
 
-    found = in_time({"stuck": lambda: never.wait() and Finding("stuck", "ok", ""), "broken": broken}, 0.2)
+    found = in_time({"stuck": lambda: never.wait() and Finding("stuck", "ok", ""), "broken": broken}, 2.0)
     never.set()
     assert [(one.probe, one.status) for one in found] == [("stuck", "fail"), ("broken", "fail")]
     assert "no answer" in found[0].found
@@ -133,13 +144,29 @@ def test_a_full_disk_fails(mounted: Callable[[str], Path]) -> None:
 
 def test_few_open_files_are_reported_with_the_limit() -> None:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = before[1] // 8  # ranks of a node of which each needs 4
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (1024, before[1]))
-        found, of_many_ranks = files(), files(8000)
+        found, of_many_ranks = files(), files(Environment(2 * few, 0, 10 * few, 2 * few))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
-    assert (found.status, of_many_ranks.status) == ("warn", "fail")
-    assert "ulimit -n" in found.cure
+    assert (found.status, of_many_ranks.status) == ("ok", "fail"), "ranks take what the hard limit allows"
+    assert f"{before[1]} open files at most" in found.found and "at first 1024" in found.found
+    assert "260 are needed" in found.found and f"{256 + 8 * few} are needed" in of_many_ranks.found
+    assert "ulimit -Hn" in of_many_ranks.cure
+
+
+def test_the_node_with_the_launchers_store_needs_a_file_for_each_rank_of_the_job(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """1,000 nodes of 8: elsewhere a rank is connected with some; torchrun, unlike ranks, stays at its first limit."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 20_000))
+    monkeypatch.setattr(resource, "prlimit", lambda *_: (1024, 20_000))
+    first, other = (files(Environment(rank, 0, 8000, 8, "torchrun")) for rank in (0, 16))
+    assert (first.status, other.status) == ("fail", "ok")
+    assert "8288 are needed" in first.found and "288 are needed" in other.found
+    assert "ulimit -Sn 20000 before torchrun, which may have 1024" in first.cure
+    assert files(Environment(0, 0, 8000, 8, "srun")).status == "ok", "there rank 0 has the store, and raises its limit"
 
 
 def test_ranks_that_do_not_come_are_reported_within_the_limit(

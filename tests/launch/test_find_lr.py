@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import Result
 from PIL import Image
 from torch import nn
 from whole_runs import Place, equal
@@ -58,12 +59,21 @@ def by_hand() -> tuple[list[float], list[float]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "strategy"), [(1, "ddp"), (2, "ddp"), (2, "fsdp")])
-def test_the_curve_and_the_suggestion_are_those_of_a_plain_loop(place: Place, ranks: int, strategy: str) -> None:
-    (place.folder / "fixed.py").write_text(MODEL)
-    config = place.config(f"find-lr-{ranks}", **SETTINGS | {"trainer.strategy": strategy})
-    done = place.run("check", config, "--find-lr", ranks=ranks)
-    picture = Image.open(place.folder / "find-lr.png")
+def test_the_curve_and_the_suggestion_are_those_of_a_plain_loop(place: Place) -> None:
+    place.write("fixed.py", MODEL)
+    picture = place.folder / "find-lr.png"  # of one after another
+    for ranks, strategy in ((1, "ddp"), (2, "ddp"), (2, "fsdp")):
+        name = f"find-lr-{ranks}-{strategy}"
+        done = place.run(
+            "check", place.config(name, **SETTINGS | {"trainer.strategy": strategy}), "--find-lr", ranks=ranks
+        )
+        check_curve(picture, done)
+        picture.unlink()
+        assert not place.path(name).exists()
+
+
+def check_curve(file: Path, done: Result) -> None:
+    picture = Image.open(file)
     rates, losses = by_hand()
     assert json.loads(picture.info["rates"]) == pytest.approx(rates)
     assert json.loads(picture.info["losses"]) == pytest.approx(losses, rel=1e-4)
@@ -75,7 +85,6 @@ def test_the_curve_and_the_suggestion_are_those_of_a_plain_loop(place: Place, ra
     steepest = 10 + int(np.argmin(np.gradient(np.array(smooth[10:-1]))))
     (found,) = re.findall(r"optimizer\.lr=(\S+) is suggested", done.stdout)
     assert math.isclose(float(found), rates[steepest], rel_tol=0.05), done.text
-    assert not place.path(f"find-lr-{ranks}").exists()
 
 
 @pytest.mark.slow

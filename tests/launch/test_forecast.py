@@ -58,7 +58,7 @@ def rows(result: Result) -> list[tuple[str, str, str]]:
 
 @pytest.fixture(scope="module")
 def parts(place: Place) -> Iterator[Place]:
-    (place.folder / "forecast_parts.py").write_text(PARTS)
+    place.write("forecast_parts.py", PARTS)
     yield place
 
 
@@ -84,8 +84,8 @@ def test_what_a_training_on_two_ranks_would_cost_and_fail_of(parts: Place) -> No
     # A multiplication and an addition for each of 4 x 3 weights; backward does as many for their gradients.
     assert text["model"] == "ok: Half, 35 parameters; FLOPs per sample: 24 forward, 48 with backward"
     assert text["steps"] == "ok: 5 per epoch, 10 in all; 4 x 2 rank(s)"
-    # Two moments and two step numbers of what got a gradient; DDP's buckets are as large as all gradients.
-    held = "weights 140 B, gradients 140 B, optimizer 128 B, exchange 140 B"
+    # Two moments and two step numbers of what got a gradient; these live in DDP's buckets.
+    held = "weights 140 B, gradients 140 B, optimizer 128 B, activations "
     assert f"per rank (4 samples per rank, fp32, ddp): {held}" in text["memory"]
     assert "samples per rank in 1 GB" in text["largest batch"]
     assert text["labels"] == "ok: train 0 to 2, val 0 to 2; 3 classes (52 samples looked at)"
@@ -181,11 +181,18 @@ def test_the_peak_of_a_rank_follows_its_strategy(
     strategy: str, fsdp: dict[str, object], world_size: int, expected: int
 ) -> None:
     held = Held(weights=100, gradients=80, optimizer=160, averages=0, largest=10, gathered=50, unit=20)
-    options = {"strategy": strategy, "fsdp": fsdp, "ddp": None}
+    options = {"strategy": strategy, "fsdp": fsdp, "ddp": None, "accumulate": 1}
     assert peak_of(Step(8, 1000, ()), held, world_size, options).total == expected
     # Of a tiny batch the step takes most: gradients and two temporary tensors of the largest parameter.
     if strategy == "ddp" and world_size == 1:
         assert peak_of(Step(1, 101, ()), held, world_size, options).total == 100 + 160 + 80 + 20
+    # Several ranks have them in DDP's buckets, or beside them: where that is asked for, or where they are added up.
+    if strategy == "ddp" and world_size == 4:
+        tiny, least = Step(1, 101, ()), 100 + 160 + 80 + 20
+        assert peak_of(tiny, held, world_size, options).total == least
+        assert peak_of(tiny, held, world_size, options | {"accumulate": 2}).total == least + 80
+        apart = {"gradient_as_bucket_view": False}
+        assert peak_of(tiny, held, world_size, options | {"ddp": apart}).total == least + 80
     # A model that is one unit: its gradients, their copy for the ranks, and no other's.
     if strategy == "fsdp" and not fsdp:
         one = held._replace(gathered=100, unit=80)

@@ -202,15 +202,15 @@ def test_a_real_sweep_is_killed_resumed_and_pruned(
     words = ["trainer.max_epochs=2,100000", "sweep.pruner={name: ThresholdPruner, lower: 2, n_warmup_steps: 4}"]
     run = place.path("sweep-killed")
     (killed,) = place.start("sweep", config, *words, do="train 3 rank 0 sleep")
-    end = time.monotonic() + 120
+    end = time.monotonic() + 250
     while not (
         run / "max_epochs=2/checkpoints/last/manifest.json"
     ).exists():  # of its second step: in the third it sleeps
         assert time.monotonic() < end, killed.output().text
         time.sleep(0.05)
     os.kill(killed.pid, signal.SIGKILL)
-    killed.result(60)
-    assert place.tagged.wait_gone(60)  # the trial has ended with it
+    killed.result(200)
+    assert place.tagged.wait_gone(200)  # the trial has ended with it
 
     class Fork:
         def __init__(self, arguments: list[str], _env: Any, _log: Any, _descriptors: Any) -> None:

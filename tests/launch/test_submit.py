@@ -80,6 +80,31 @@ def test_dry_run_prints_a_script_and_writes_nothing(workspace: Path, run_cli: Ru
     assert complaints([workspace / "job.sbatch"]) == ""
 
 
+def test_spares_are_asked_for_beside_the_nodes(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A job with spares outlives a node, and its step waits for the rest without end."""
+    cases = (
+        ("2", 1, "3", "--nnodes 2 --spares 1"),
+        ("2-4", 2, "4-6", "--nnodes 4 --spares 2"),
+        ("3", 0, "3", "--nnodes 3 --spares 0"),
+    )
+    for nodes, spares, asked, words in cases:
+        assert submit("toy.yaml", [], {"nodes": nodes, "spares": spares}, dry_run=True) == 0
+        text = capsys.readouterr().out
+        assert f"--nodes={asked}" in directives(text) and ("--no-kill" in directives(text)) == bool(spares)
+        printer = workspace / "bin" / "printer"
+        write_program(printer, '#!/bin/sh\necho "$@"\n')
+        (workspace / "job.sbatch").write_text(re.sub("^python=.*", f"python={printer}", text, flags=re.M))
+        write_program(workspace / "bin" / "scontrol", "#!/bin/sh\necho node1\n")
+        node = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n", "SLURM_JOB_NUM_NODES": asked.rpartition("-")[2]}
+        inherited = {"spares": "9", "preflight": "yes"}  # of the shell that submits
+        done = subprocess.check_output(
+            ["bash", workspace / "job.sbatch"], env={**os.environ, **node, **inherited}, text=True, timeout=200
+        )
+        assert words in done, done
+        assert (" --wait=0 --no-kill " in done, " --wait=600 " in done) == (bool(spares), not spares), done
+        assert f" --spares {spares} -- srun" in done and "preflight" not in done
+
+
 def complaints(scripts: list[Path]) -> str:
     """What bash and shellcheck say against scripts; that in quotes something looks like an expansion is meant."""
     found = [subprocess.run(["bash", "-n", script], capture_output=True, text=True).stderr for script in scripts]
@@ -432,6 +457,52 @@ def test_only_what_was_stopped_early_is_requeued(
 ) -> None:
     vars(batch).update(facts)
     assert (batch.status(step), batch.requeued) == (status, requeued), batch.output
+
+
+@pytest.mark.parametrize(
+    ("facts", "srun", "status", "requeued"),
+    [
+        ({"state": "FINISHED", "exit_status": 0, "attempt": 2}, 137, 0, 0),  # a node was lost on the way
+        ({"state": "FINISHED", "exit_status": 0, "attempt": 1}, 137, 137, 0),  # that was an earlier start
+        ({"state": "KILLED", "exit_status": 75, "attempt": 2}, 1, 75, 1),
+        ({"state": "FAILED", "exit_status": 1, "attempt": 2}, 137, 1, 0),
+        ({"state": "RUNNING", "attempt": 2}, 1, 1, 0),
+        ({"state": "RUNNING", "attempt": 2, "lost": "n3 down*"}, 1, 75, 1),  # more nodes than spares
+        ({"state": "FINISHED", "exit_status": 0, "attempt": 2, "lost": "n3 down*"}, 1, 0, 0),
+        ({"state": "FAILED", "exit_status": 2, "attempt": 2, "lost": "n3 down*"}, 2, 2, 0),
+    ],
+)
+def test_with_spares_the_trainings_own_end_counts(
+    batch: Batch, facts: dict[str, Any], srun: int, status: int, requeued: int
+) -> None:
+    batch.checkpoint(3, attempt=1)
+    lost = facts.pop("lost", "n3 idle")
+    write_program(batch.workspace / "bin" / "sinfo", f"#!/bin/sh\necho n1 alloc\necho '{lost}'\n")
+    step = f"echo {shlex.quote(json.dumps({'id': 'a training', **facts}))} > run/run.json; exit {srun}"
+    assert (batch.status(step, "--spares", "1"), batch.requeued) == (status, requeued), batch.output
+
+
+@pytest.mark.parametrize(
+    ("bad", "spares", "goes_ahead"),
+    [(["n2"], 1, True), (["n2", "n3"], 1, False), (["n1"], 1, False), (["n2"], 0, False)],
+    ids=["a spare for it", "more than spares", "the first one, where the ranks meet", "no spares"],
+)
+def test_a_spare_takes_the_place_of_a_node_that_the_preflight_finds_bad(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch, bad: list[str], spares: int, goes_ahead: bool
+) -> None:
+    """Else the job is requeued without it."""
+    batch.run.mkdir()
+    batch.run.joinpath("run.json").write_text("{}")
+    node = {"SLURM_JOB_NODELIST": "n[1-3]", "SLURMD_NODENAME": "n1", "SLURM_JOB_PARTITION": "p"}
+    for name, value in {**node, "SLURM_JOB_NUM_NODES": "3"}.items():
+        monkeypatch.setenv(name, value)
+    write_program(batch.workspace / "bin" / "sinfo", "#!/bin/sh\nfor n in 1 2 3 4 5 6; do echo n$n idle; done\n")
+    look = "".join(f"echo {name} 2026-11-29 11:00:00 slow >> run/bad-nodes; " for name in bad) + "exit 1"
+    words = [f"--preflight={word}" for word in ("sh", "-c", look)]
+    status = batch.status('echo "uses:$DTRAIN_USES_BAD_NODES without:$DTRAIN_LEFT_OUT"', f"--spares={spares}", *words)
+    assert (status, batch.requeued) == ((0, 0) if goes_ahead else (75, 1)), batch.output
+    assert ("uses: without:n2\n" in batch.output) == goes_ahead
+    assert ("n2 is not used, a spare takes its place: 2026" in batch.output) == goes_ahead
 
 
 def test_of_an_array_one_task_is_asked_for_and_requeued(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ def test_the_patches_of_a_voxel_share_it_whole(sizes: Any, blend: Any) -> None:
     grid = Grid(shape, patch, stride, blend)
     total, most = np.zeros(shape), np.zeros(shape, int)
     for index in range(len(grid)):
-        weight = grid.weight(index)
+        weight = reduce(np.multiply.outer, grid.weights(index))
         assert (weight > 0).all()
         place = tuple(slice(at, at + side) for at, side in zip(grid.corner(index), weight.shape, strict=True))
         total[place] += weight
@@ -59,7 +60,7 @@ def test_the_last_patch_of_a_voxel_may_have_it_alone(sizes: Any) -> None:
     grid = Grid(shape, patch, stride, "last")
     owner, total = np.zeros(shape, int), np.zeros(shape)
     for index in range(len(grid)):
-        weight = grid.weight(index)
+        weight = reduce(np.multiply.outer, grid.weights(index))
         place = tuple(slice(at, at + side) for at, side in zip(grid.corner(index), weight.shape, strict=True))
         total[place] += weight * index
         owner[place] = index  # what is written last stays
@@ -68,6 +69,6 @@ def test_the_last_patch_of_a_voxel_may_have_it_alone(sizes: Any) -> None:
 
 
 def test_the_gaussian_is_the_published_one() -> None:
-    weights = [Grid((32,), (16,), (8,), "gaussian").weight(index) for index in range(3)]
+    weights = [Grid((32,), (16,), (8,), "gaussian").weights(index)[0] for index in range(3)]
     ratio = weights[0][11] / weights[1][3]  # voxel 11: 3.5 from the first patch's middle, 4.5 from the second's
     assert ratio == pytest.approx(np.exp(-0.5 * (3.5**2 - 4.5**2) / 2**2))

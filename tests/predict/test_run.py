@@ -29,7 +29,7 @@ from dtrain.distributed.ranks import Ranks
 from dtrain.modelloader import Forward
 from dtrain.predict.inference import Inference
 from dtrain.predict.predictor import Predictor
-from dtrain.predict.run import logits, predict
+from dtrain.predict.run import at_once, logits, predict
 from dtrain.reporting.progress import Progress
 
 
@@ -118,3 +118,12 @@ def test_data_are_predicted_also_where_this_rank_has_no_batch_of_them(tmp_path: 
     surroundings = replace(inference(Predictor(activation="none"), nn.Identity()), has_weights=True)
     result = predict(surroundings, Loaders(predict=second), Checkpoints(tmp_path), None, tmp_path / "out", False)
     assert np.array_equal(read(result.files[0]), data.volumes[0].image)
+
+
+def test_large_patches_go_one_by_one_on_a_cpu() -> None:
+    viewer, small, large = inference(Predictor()), random_volume(6, 6, 6), np.zeros((1, 64, 64, 32), np.float32)
+    assert at_once(viewer, Predictor().source(dataset_of(large)), 4) == 1
+    assert at_once(viewer, Predictor().source(dataset_of(large, small)), 4) == 4
+    assert at_once(replace(viewer, is_training=True), Predictor().source(dataset_of(large)), 4) == 4
+    wish = inference(Predictor(batch_size=3))
+    assert at_once(wish, wish.predictor.source(dataset_of(large)), 4) == 3

@@ -14,11 +14,28 @@ def events_of(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+def trained_folder(result: Result) -> str:
+    return str(events_of(result.stdout)[0]["run_folder"])
+
+
+CHANGES = {"trainer.max_epochs": 2, "trainer.log_every_steps": 2, "loaders.test": {"size": 4, "seed": 2}}
+
+
 @pytest.fixture(scope="module")
 def trained(place: Place) -> Result:
     """Two epochs of three steps, each validated; a print of the model's code is not an event."""
-    changes = {"trainer.max_epochs": 2, "trainer.log_every_steps": 2, "loaders.test": {"size": 4, "seed": 2}}
-    return place.run(place.config("events", **changes), "--json")
+
+    def make() -> tuple[int, str, str]:
+        done = place.run(place.config("events", **CHANGES), "--json")
+        return done.rc, done.stdout, done.stderr
+
+    return Result(*place.once("events", make))
+
+
+@pytest.fixture
+def file(place: Place, trained: Result) -> str:
+    """The config of that training."""
+    return place.config("events", **CHANGES)
 
 
 def test_stdout_holds_events_alone_in_their_order(trained: Result) -> None:
@@ -54,20 +71,38 @@ def test_the_end_says_how_it_went(trained: Result, place: Place) -> None:
     assert all((place.folder / event["path"]).is_dir() for event in saved[-1:])
 
 
-def test_a_mistake_ends_with_its_status_and_reason(place: Place, trained: Result) -> None:
-    result = place.run(place.config("events"), "optimizer.lrr=1", "--json", expect=2)
+def test_a_mistake_ends_with_its_status_and_reason(place: Place, file: str) -> None:
+    result = place.run(file, "optimizer.lrr=1", "--json", expect=2)
     (end,) = events_of(result.stdout)
     assert (end["event"], end["status"], end["exit_status"]) == ("end", "FAILED", 2)
     assert "did you mean 'lr'?" in end["reason"] and end["reason"] in result.stderr
 
 
-def test_quiet_prints_the_result_alone(place: Place, trained: Result) -> None:
-    result = place.run("test", place.config("events", **{"loaders.test": {"size": 4, "seed": 2}}), "-q")
+def test_a_finished_and_a_failing_training_end_with_their_reason_and_quietly(
+    place: Place, trained: Result, file: str
+) -> None:
+    """--quiet beside --json leaves stderr to errors."""
+    result = place.run(file, "--json", "-q")
+    (end,) = events_of(result.stdout)
+    assert (end["status"], end["exit_status"], end["run_folder"]) == ("FINISHED", 0, trained_folder(trained))
+    assert "holds a finished training" in end["reason"] and result.stderr == ""
+    result = place.run(place.config("events-fail"), "--json", "-q", env={"TOY_LOAD": "sample 3 rank 0 raise"}, expect=1)
+    end = events_of(result.stdout)[-1]
+    assert (end["event"], end["status"], end["exit_status"]) == ("end", "FAILED", 1)
+    assert (
+        end["reason"] == "RuntimeError: the toy is broken (while loading sample 3 of Points)"
+        and "failed at step" in result.stderr
+    )
+    assert "Traceback" not in result.stderr and "epoch" not in result.stderr, result.stderr
+
+
+def test_quiet_prints_the_result_alone(place: Place, trained: Result, file: str) -> None:
+    result = place.run("test", file, "-q")
     figures = events_of(trained.stdout)[-1]["test"]
     (line,) = result.stdout.splitlines()
     assert line.startswith("test  step ") and f"loss {figures['test/loss']:.4f}" in line
     assert result.stderr == ""
-    result = place.run(place.config("silent", **{"trainer.max_epochs": 1}), "--quiet")
+    result = place.run(place.config("events-quiet", **{"trainer.max_epochs": 1}), "--quiet")
     names = [line.partition(":")[0] for line in result.stdout.splitlines()]
     assert names[:2] == ["status", "steps"] and "epoch" not in result.stdout
-    assert "epoch 1/1" in (place.path("silent") / "logs/rank-0.log").read_text(), "the log has everything"
+    assert "epoch 1/1" in (place.path("events-quiet") / "logs/rank-0.log").read_text(), "the log has everything"

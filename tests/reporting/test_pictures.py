@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from dtrain.modelloader import Outcome
 from dtrain.reporting import png_drawing, sample_panel, validation_pictures
 from dtrain.reporting.classification_errors import confusion_matrix
 from dtrain.reporting.number_text import short_count
+from dtrain.reporting.picture_time import PictureTime
 from dtrain.reporting.png_drawing import (
     ERROR,
     IGNORED,
@@ -337,6 +339,7 @@ def validate(dataset: Dataset, model: Callable[[Any], Any], folder: Path, ranks:
     seen = [album.seen() for album in albums if album]
     assert isinstance(albums[0], Album)
     albums[0].draw(seen, model, forward)  # type: ignore[arg-type]
+    albums[0]._pictures.finish()
     return notes
 
 
@@ -419,6 +422,7 @@ def test_no_row_is_taken_for_another_sample_where_some_were_left_out(labelled: T
     for number, (images, truths, samples) in enumerate(batches):
         album.see(Outcome(images, scores(images), truths), number, samples)
     album.draw([album.seen()], torch.nn.Identity(), lambda module, batch: None)
+    drawer.finish()
     folder = tmp_path / "pictures" / "step-00000005"
     known = (y[8:16] >= 0) & (scores(x[8:16]).argmax(1) != y[8:16])
     assert sorted(json.loads(facts_of(folder / "worst.png")["samples"])) == (known.nonzero()[:, 0] + 8).tolist()
@@ -445,6 +449,7 @@ def test_a_sample_that_the_collate_function_leaves_out_is_not_drawn(tmp_path: Pa
 
     album.see(forward(None, without_3([dataset[n] for n in range(6)]))[2], 0, 5)
     album.draw([album.seen()], torch.nn.Identity(), forward)
+    drawer.finish()
     assert drawn_in(tmp_path) == ["step-00000005/sample-2.png"] and notes.lines == []
 
 
@@ -511,7 +516,7 @@ def test_what_goes_wrong_costs_one_line(
         (tmp_path / "pictures").write_text("a file where the folder should be")
         text = "Not a directory"
     loader, notes = loader_of(dataset, 8), Notes()
-    drawer = Pictures(loader, tmp_path, {})
+    drawer = Pictures(loader, tmp_path, {"every_validations": 1})
     for step in (1, 2):
         album = drawer.album(step, notes, notes.lines.append)
         assert album is not None
@@ -522,6 +527,7 @@ def test_what_goes_wrong_costs_one_line(
         for number, (batch, samples) in enumerate(loader.counted()):
             album.see(forward(model, batch)[2], number, samples)
         album.draw([album.seen()], model, forward)  # type: ignore[arg-type]
+    drawer.finish()
     (line,) = notes.lines
     assert line.startswith("warning: no pictures of the validation: ") and text in line
 
@@ -535,9 +541,153 @@ def test_the_newest_stay_and_some_validations_may_be_left_out(labelled: TensorDa
             for number, (x, y) in enumerate(drawer.loader):
                 album.see(Outcome(x, scores(x), y), number, len(x))
             album.draw([album.seen()], torch.nn.Identity(), lambda module, batch: None)
+    drawer.finish()
     assert drawn == [100, 400, 700, 1000]
     assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["step-00000700", "step-00001000"]
     assert len(notes.images) == 8
+
+
+class Clocks:
+    """A clock and a thread's processor time that stand still until a test moves them."""
+
+    def __init__(self) -> None:
+        self.clock, self.worked = 1000.0, 0.0
+
+    def time(self, ranks: Any = None) -> PictureTime:
+        return PictureTime(ranks, lambda: self.clock, lambda: self.worked)
+
+    def validate(self, time: PictureTime, step: int, loop: float, thread: float, is_last: bool = False) -> bool:
+        """A validation whose pictures, where it has some, keep the loop and then a thread for so long."""
+        if is_drawn := time.allows(step, is_last):
+            with time.spent_by_loop():
+                self.clock += loop
+
+            def draw() -> None:
+                self.worked += thread
+
+            time.in_thread(draw)()
+        return is_drawn
+
+
+@pytest.mark.parametrize(
+    ("epoch", "loop", "thread", "drawn"),
+    [
+        (100.0, 0.5, 1.4, [1, 2, 3, 4, 5, 6, 7]),  # 1.9 %
+        (10.0, 0.1, 0.2, [1, 3, 5, 7]),  # 3 %, of two epochs 1.5 %
+        (1.0, 0.04, 0.06, [1, 6]),
+        (10.0, 60.0, 0.0, [1]),
+    ],
+)
+def test_a_validation_is_drawn_where_its_pictures_take_at_most_2_percent_of_the_time_since_the_last_one(
+    epoch: float, loop: float, thread: float, drawn: list[int]
+) -> None:
+    clocks = Clocks()
+    time, found = clocks.time(), []
+    for step in range(1, 8):
+        clocks.clock += epoch
+        if clocks.validate(time, step, loop, thread):
+            found.append(step)
+    assert found == drawn
+    assert bool(time.left_out) == (len(drawn) < 7)
+    clocks.clock += epoch
+    assert clocks.validate(time, 8, loop, thread, is_last=True), "the training's last one"
+
+
+def test_what_a_thread_still_draws_is_not_paid_for_and_a_failure_costs_as_well() -> None:
+    clocks = Clocks()
+    time = clocks.time()
+    assert time.allows(1, False) and time.allows(1, False), "of one step all sets are drawn"
+    work = time.in_thread(lambda: None)
+    clocks.clock += 1e6
+    assert not time.allows(2, False)
+    work()
+    assert not time.allows(2, False), "decided once for all sets"
+    assert time.allows(3, False)
+    with pytest.raises(ValueError), time.spent_by_loop():
+        clocks.clock += 10
+        raise ValueError
+    clocks.clock += 400
+    assert not time.allows(4, False)
+    clocks.clock += 100
+    assert time.allows(5, False)
+
+
+def test_what_is_left_out_is_said_once_and_a_setting_of_the_users_wins(labelled: TensorDataset, tmp_path: Path) -> None:
+    for every, drawn in ((None, [1, 4, 6]), (1, [1, 2, 3, 4, 5, 6]), (2, [1, 3, 5])):
+        clocks, notes = Clocks(), Notes()
+        settings = {} if every is None else {"every_validations": every}
+        drawer = Pictures(loader_of(labelled, 8), tmp_path / str(every), settings, time=clocks.time())
+        found = []
+        for step in range(1, 7):
+            clocks.clock += 10
+            if album := drawer.album(step, notes, notes.lines.append, is_last=step == 6):
+                found.append(step)
+                with drawer.time.spent_by_loop():
+                    clocks.clock += 0.6
+                for number, (x, y) in enumerate(drawer.loader):
+                    album.see(Outcome(x, scores(x), y), number, len(x))
+                album.draw([album.seen()], torch.nn.Identity(), lambda module, batch: None)
+                drawer.finish()
+        assert (
+            found == drawn == [int(path.name[-8:]) for path in sorted((tmp_path / str(every) / "pictures").iterdir())]
+        )
+        expected = [
+            "pictures take 0.6 s, and validations come every 11 s: some are left out, so that pictures take at most 2% "
+            "of the time (trainer.pictures.every_validations=1 draws each)"
+        ]
+        assert notes.lines == (expected if every is None else [])
+
+
+def test_pictures_are_drawn_beside_the_next_steps_and_of_one_validation_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_draw, threads, own = threading.Event(), [], sample_panel.panel
+
+    def slow(*arrays: Any) -> Any:
+        threads.append(threading.current_thread())
+        assert may_draw.wait(300)
+        return own(*arrays)
+
+    monkeypatch.setattr(validation_pictures, "panel", slow)
+    data = TensorDataset(torch.rand(6, 1, 8, 8), torch.randint(2, (6, 8, 8)))
+    drawer, notes, shown = (
+        Pictures(loader_of(data, 6), tmp_path, {"samples": [2], "every_validations": 1}),
+        Notes(),
+        torch.rand(1, 1, 8, 8),
+    )
+
+    def forward(module: Any, batch: Any) -> Any:
+        return None, {}, Outcome(batch[0], torch.cat([shown, 1 - shown], 1), batch[1])
+
+    def validate_at(step: int) -> None:
+        album = drawer.album(step, notes, notes.lines.append)
+        assert album is not None
+        album.see(Outcome(data.tensors[0], torch.cat([data.tensors[0]] * 2, 1), data.tensors[1]), 0, 6)
+        album.draw([album.seen()], torch.nn.Identity(), forward)
+
+    before = shown.clone()
+    validate_at(5)  # it returns, though nothing can be drawn
+    assert drawn_in(tmp_path) == [] and notes.images == []
+    shown.zero_()  # what a next step does to a tensor that a model keeps
+    second = threading.Thread(target=validate_at, args=(6,))
+    second.start()  # it waits for the first one's
+    may_draw.set()
+    second.join(300)
+    drawer.finish()
+    assert drawn_in(tmp_path) == ["step-00000005/sample-2.png", "step-00000006/sample-2.png"] and notes.lines == []
+    assert [step for _, _, step in notes.images] == [5, 6]
+    assert threading.main_thread() not in threads and len(set(threads)) == 1
+    shown.copy_(before)
+    validate_at(7)
+    drawer.finish()
+    one, other = (pixels_of(Image.open(tmp_path / f"pictures/step-0000000{step}/sample-2.png")) for step in (5, 7))
+    assert np.array_equal(one[60:], other[60:])  # below the title, which names the step
+
+
+def test_the_largest_channel_is_that_of_argmax() -> None:
+    output = np.round(RNG.standard_normal((5, 40, 50)) * 2)
+    output[RNG.random(output.shape) < 0.05] = np.nan
+    assert np.array_equal(sample_panel._largest(output), output.argmax(axis=0))
 
 
 def test_switched_off_there_is_no_album(labelled: TensorDataset, tmp_path: Path) -> None:
@@ -628,7 +778,7 @@ def drawn_in(folder: Path) -> list[str]:
 
 @pytest.mark.timeout(600)
 def test_a_segmentation_is_drawn_at_each_validation_and_learns_the_same_without(run_small: RunSmall) -> None:
-    done, folder = run_small("on", pictures={"samples": [1, 7]})
+    done, folder = run_small("on", pictures={"samples": [1, 7], "every_validations": 1})
     assert done.rc == 0 and "warning" not in done.stdout, done.text
     steps = ("step-00000003", "step-00000006", "step-00000009")
     assert drawn_in(folder) == [f"{step}/sample-{sample}.png" for step in steps for sample in (1, 7)]
@@ -698,8 +848,8 @@ def test_digits_on_one_and_two_ranks_and_in_mlflow(run_cli: RunCli, tmp_path: Pa
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'store' / 'mlflow.db'}")
     run_id = json.loads((one / "run.json").read_text())["run_id"]
     stored = [item.path for item in client.list_artifacts(run_id, "images")]
-    full = sorted(path.split("+timestamp")[0] for path in stored if path.endswith(".png"))
-    assert full == [f"images/val~{name}+step+{step}" for name in ("confusion", "worst") for step in (10, 20)]
+    full = {path.split("+timestamp")[0] for path in stored if path.endswith(".png")}
+    assert full == {f"images/val~{name}+step+{step}" for name in ("confusion", "worst") for step in (0, 10, 20)}
     steps = {item.step for item in client.get_metric_history(run_id, "val/Accuracy")}
     assert steps == {10, 20}
     assert client.get_run(run_id).data.tags["mlflow.loggedImages"].lower() == "true"

@@ -20,6 +20,8 @@ from typing import NamedTuple
 import pytest
 
 from dtrain.reporting import progress as progress_module
+from dtrain.reporting import terminal_progress as terminal_module
+from dtrain.reporting import time_left as time_left_module
 from dtrain.reporting.number_text import count_text, duration_text, figure_text
 from dtrain.reporting.progress import Progress
 from dtrain.reporting.terminal_progress import TerminalProgress, get_progress
@@ -68,17 +70,37 @@ class Screen(NamedTuple):
     rc: int
 
 
-def shown(raw: str, columns: int) -> list[str]:
-    """The lines a terminal shows for a text with carriage returns, line feeds, cursor up, erase line and colours."""
+def folded(lines: list[list[str]], columns: int, row: int, column: int) -> tuple[list[list[str]], int, int]:
+    """Lines in a narrower terminal, and where the cursor is then."""
+    folds = [range(0, max(1, len(line)), columns) for line in lines]
+    rows = [line[at : at + columns] for line, each in zip(lines, folds, strict=True) for at in each]
+    return rows, sum(map(len, folds[:row])) + column // columns, column % columns
+
+
+def erase(lines: list[list[str]], row: int, column: int, what: str) -> None:
+    assert what in ("K2", "J"), "erased are whole lines, or all from the cursor on"
+    if what == "K2":
+        lines[row] = []
+    else:
+        lines[row:] = [lines[row][:column]]
+
+
+def shown(raw: str, columns: int, narrowed: tuple[int, int] = (-1, 0)) -> list[str]:
+    """The lines a terminal shows for a text with carriage returns, line feeds, cursor up, erase line and colours.
+
+    At the place `narrowed[0]` of the text it is made narrower, and folds its lines as tmux, VTE and kitty do.
+    """
     lines: list[list[str]] = [[]]
     row = column = 0
     for match in re.finditer(r"\x1b\[([?\d;]*)([A-Za-z])|(.)", raw, re.DOTALL):
+        if match.start() == narrowed[0]:
+            columns = narrowed[1]
+            lines, row, column = folded(lines, columns, row, column)
         argument, code, letter = match.groups()
         if code == "A":
             row = max(0, row - int(argument or 1))
-        elif code == "K":
-            assert argument == "2", "only whole lines are erased"
-            lines[row] = []
+        elif code in ("K", "J"):
+            erase(lines, row, column, code + argument)
         elif code in ("m", "h", "l"):
             continue
         elif code:
@@ -87,8 +109,7 @@ def shown(raw: str, columns: int) -> list[str]:
             column = 0
         elif letter == "\n" or column == columns:
             row, column = row + 1, 0
-            if row == len(lines):
-                lines.append([])
+            lines += [[] for _ in range(row + 1 - len(lines))]
         if letter and letter not in "\r\n":
             lines[row] += " " * (column + 1 - len(lines[row]))
             lines[row][column] = letter
@@ -115,7 +136,7 @@ def on_terminal(code: str, columns: int = 80, stderr_elsewhere: bool = False, **
         env={**kept, "TERM": "xterm-256color", "PYTHONUTF8": "1", **env},
     )
     os.close(theirs)
-    raw, end = b"", time.monotonic() + 60
+    raw, end = b"", time.monotonic() + 250
     while time.monotonic() < end:
         if select.select([ours], [], [], 1)[0]:
             try:
@@ -264,8 +285,8 @@ def test_it_redraws_at_most_twice_a_second(terminal: Terminal) -> None:
     bar.start_epoch(1, 1, 30_000)
     for _ in range(30_000):
         bar.step()
-    seconds = time.perf_counter() - began
     drawn = terminal.getvalue().count("epoch 1/1")
+    seconds = time.perf_counter() - began
     bar.close()
     assert 1 <= drawn <= 1 + seconds / progress_module.REFRESH_SECONDS
 
@@ -295,6 +316,53 @@ def test_a_full_bar_says_that_it_evaluates(terminal: Terminal, monkeypatch: pyte
     bar.step()
     assert re.search(r"━ 1/1 .*evaluating$", terminal.rows()[-1])
     bar.close()
+
+
+def test_a_terminal_that_is_made_narrower_shows_one_bar(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress_module, "REFRESH_SECONDS", 0.0)
+    bar = opened(terminal)
+    bar.note("above")
+    bar.start_epoch(1, 1, 3)
+    bar.step()
+    at = len(terminal.getvalue().replace("\n", "\r\n"))
+    assert len(shown(terminal.getvalue().replace("\n", "\r\n"), 80)[-1]) > 40
+    bar._console.width = 40
+    bar.note("between")
+    bar.step()
+    rows = shown(terminal.getvalue().replace("\n", "\r\n"), 80, narrowed=(at, 40))
+    assert rows[:2] == ["above", "between"] and re.match(r"epoch 1/1 ━+─+ 2/3", rows[2]) and len(rows) == 3, rows
+    bar.close()
+
+
+def test_what_is_waited_for_after_the_first_step_stands_in_the_bar_and_not_in_the_time_left(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    for module in (time_left_module, terminal_module, progress_module):
+        monkeypatch.setattr(module, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(progress_module, "REFRESH_SECONDS", 0.0)
+    bar = opened(terminal)
+    bar.start_epoch(1, 1, 100)
+    assert terminal.rows()[-1].endswith("first batch"), "at once: it may be long in coming"
+    bar.step()
+    bar.waits_for("making the metrics")
+    now[0] += 60
+    bar._live.refresh()
+    assert re.search(r"1/100  making the metrics \.\.\. 1 min 00 s$", terminal.rows()[-1])
+    bar.waits_for("")
+    assert bar._ticks is None and bar._live.is_started
+    bar.step()
+    now[0] += 1
+    bar.step()
+    assert terminal.rows()[-1].endswith("1 min 37 s left"), "97 steps of a second"
+    bar.close()
+
+
+def test_an_address_longer_than_a_line_is_left_in_one_piece(terminal: Terminal) -> None:
+    bar, address = opened(terminal), "http://127.0.0.1:5000/" + 40 * "runs/"
+    bar.note(f"this run in MLflow: {address}")
+    bar.close()
+    assert f"this run in MLflow: {address}\n" in terminal.getvalue()
 
 
 def test_epochs_without_validation_have_rows_too(terminal: Terminal) -> None:
@@ -393,6 +461,21 @@ def test_close_gives_standard_output_back(monkeypatch: pytest.MonkeyPatch, termi
     assert sys.stdout is terminal
 
 
+def test_what_comes_after_a_wait_does_not_wait_for_the_line_that_named_it(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal_module, "REFRESH_SECONDS", 1e6)  # for which the thread would sleep now
+    bar = opened(terminal)
+    bar.waits_for("building the model")
+    bar.waits_for("")
+    assert bar._ticks is None
+    bar.waits_for("making the metrics")
+    bar.close()
+    assert (
+        terminal.getvalue().count("building the model ...") == terminal.getvalue().count("making the metrics ...") == 1
+    )
+
+
 def test_what_is_waited_for_is_named_until_the_table_is_there(terminal: Terminal) -> None:
     bar = opened(terminal)
     bar.waits_for("importing PyTorch")
@@ -402,7 +485,7 @@ def test_what_is_waited_for_is_named_until_the_table_is_there(terminal: Terminal
     assert bar._ticks is None, "no thread is left where workers may be forked"
     bar.start_epoch(1, 1, 2)
     bar.close()
-    assert "importing PyTorch ... 0.0 s" in terminal.getvalue() and "first batch" in terminal.getvalue()
+    assert re.search(r"importing PyTorch \.\.\. \d", terminal.getvalue()) and "first batch" in terminal.getvalue()
     assert not [row for row in terminal.rows() if "..." in row]
     assert "a note above it" in terminal.rows()
 
@@ -429,7 +512,7 @@ def test_a_pipe_gets_one_plain_line_per_event() -> None:
     texts = [re.sub(STAMP, "", line) for line in lines]
     assert f"MLflow: {URI}" in texts
     assert "epoch 1/3  step 10  loss 0.2000  lr 0.001  12.3k samples/s" in texts
-    assert len([text for text in texts if re.match(r"epoch \d/3  step \d+  loss .*\d+\.\d s left$", text)]) == 5
+    assert len([text for text in texts if re.match(r"epoch \d/3  step \d+  loss .*\d \w+ left$", text)]) == 5
     assert "val  step 40  loss 0.0250  Accuracy 0.6557  best so far" in texts
     assert "test  step 60  loss 0.1200  Accuracy 0.9852" in texts
     assert texts[-2:] == ["best: val/Accuracy 0.9836", f"MLflow: {COMMAND}"]
@@ -525,7 +608,7 @@ def test_a_copy_has_the_lines_while_it_lasts(terminal: Terminal) -> None:
     bar.close()
     texts = [re.sub(STAMP, "", line) for line in copy.getvalue().splitlines()]
     assert texts[:2] == ["model: ViT", "epoch 1/2  step 1  loss 0.5000"]
-    assert re.fullmatch(r"epoch 1/2  step 2  loss 0\.5000  [\d.]+ s left", texts[2])
+    assert re.fullmatch(r"epoch 1/2  step 2  loss 0\.5000  [\d.]+ \w+( \d+ \w+)? left", texts[2])
     assert texts[3:] == ["val  step 2  loss 0.2500  best so far", "best: val/loss 0.25"]
     shown = terminal.getvalue()
     assert all(text in shown for text in ("before", "after", "1/2", "best"))

@@ -33,6 +33,7 @@ from dtrain.config.errors import ConfigError, to_plain
 from dtrain.config.load import load_config, place_of, to_yaml
 from dtrain.config.rules import TOP_LEVEL
 from dtrain.config.schema import PHASES
+from dtrain.config.signatures import SOURCE
 from dtrain.config.yaml12 import scalar
 from dtrain.dataloader import loader_settings
 from dtrain.distributed.ddp import ddp_options
@@ -60,8 +61,9 @@ NOT_RUN = (
 )
 TIMEOUT_SECONDS = 240
 # Pages that take minutes. Other tests do the same in every run, from Python or with words of their own
-# (test_configfiles.py, test_members.py, tests/predict/, tests/training/); that the commands work, only --soak shows.
-SLOW = ("systems", "predict", "folds", "from-lightning", "training")
+# (test_configfiles.py, test_members.py, tests/predict/, tests/training/; test_own_loop.py and test_mixins.py take their
+# code from own-loop); that the commands work, only --soak shows. Their configs are checked always.
+SLOW = ("systems", "predict", "folds", "from-lightning", "training", "own-loop")
 # Commands are forked from a process that has imported torch: most of a short command's time is that import. Only
 # those of the first page a user works through are processes of their own.
 COLD = "getting-started"
@@ -206,17 +208,23 @@ def run_python(block: Block, folder: PageFolder) -> None:
         assert rc == 0, f"{block.text}\n{output}"
 
 
-def check_yaml(block: Block, folder: PageFolder) -> None:
-    file = folder.path / (block.file or "fragment.yaml")
+def config_of(block: Block, folder: Path) -> Path:
+    """The file of a config: the block, or what it becomes laid over configfiles/digits.yaml."""
+    file = folder / (block.file or "fragment.yaml")
     if not block.file:
         file.write_text(block.text)
         config = to_plain(load_config(file))
         if "model" not in config:
-            base = to_plain(load_config(folder.path / "configfiles" / "digits.yaml"))
+            base = to_plain(load_config(folder / "configfiles" / "digits.yaml"))
             if "metrics" in config:
                 del base["trainer"]["monitor"], base["trainer"]["mode"]
             trainer = base["trainer"] | config.get("trainer", {})
             file.write_text(to_yaml(base | config | {"trainer": trainer}))
+    return file
+
+
+def check_yaml(block: Block, folder: PageFolder) -> None:
+    file = config_of(block, folder.path)
     rc, output = folder.run("dtrain", "config", str(file))  # it checks everything that needs no import
     assert rc == 0, f"{block.text}\n{output}"
 
@@ -228,6 +236,22 @@ READERS: dict[str, Callable[[Block, PageFolder], None]] = {
     "python": run_python,
     "yaml": check_yaml,
 }
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.stem in SLOW], ids=name_of)
+def test_the_configs_of_a_page_that_takes_minutes_have_no_mistake(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    shutil.copytree(REPOSITORY / "configfiles", tmp_path / "configfiles")
+    SOURCE.forget()  # a page of before may have had modules of these names
+    for block in blocks(page):
+        if block.file:
+            (tmp_path / block.file).write_text(block.text)
+        if block.language == "yaml":
+            check(load_config(config_of(block, tmp_path)))
+    SOURCE.forget()
 
 
 def test_every_block_has_a_language_that_is_checked() -> None:

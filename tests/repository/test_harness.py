@@ -1,6 +1,7 @@
 """The fixtures of conftest.py do what the other tests trust them to do."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from conftest import TAG, RunCli, StartCli, Tagged
 from whole_runs import Place
 
 # Stands before `-m dtrain ...`, which python -c then takes for the script's arguments.
-PLUGINS = 'pytest_plugins = ["published", "stores", "whole_runs"]'  # a folder of its own does not have them
+PLUGINS = 'pytest_plugins = ["machines", "published", "stores", "whole_runs"]'  # a folder of its own does not have them
 SLEEPER = [sys.executable, "-c", "import time; print('awake', flush=True); time.sleep(1000)"]
 ARGUMENTS = [sys.executable, "-c", "import os, sys; print(sys.argv[1:], os.getcwd()); sys.exit(7)"]
 
@@ -26,9 +27,12 @@ def test_a_command_line_reports_its_status_output_and_folder(run_cli: RunCli, tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_command_line_that_takes_too_long_is_killed_and_shown(run_cli: RunCli, tagged: Tagged) -> None:
-    with pytest.raises(pytest.fail.Exception, match="still running after 1 s") as failure:
-        run_cli([], launcher=SLEEPER, timeout=1)
+def test_a_command_line_that_takes_too_long_is_killed_and_shown(start_cli: StartCli, tagged: Tagged) -> None:
+    running = start_cli([], launcher=SLEEPER)
+    while "awake" not in running.output().stdout:
+        time.sleep(0.01)
+    with pytest.raises(pytest.fail.Exception, match=r"still running after 0\.1 s") as failure:
+        running.result(0.1)
     assert "awake" in str(failure.value)
     assert tagged.pids() == []
 
@@ -131,6 +135,33 @@ def test_the_tag_is_the_tests_own(tagged: Tagged, clean_env: dict[str, str]) -> 
     process.wait(200)
 
 
+PROBED = r"( *)with socket\.socket\(\) as (\w+):\n\1 {4}\2\.bind\(.*, 0\)\)\n\1 {4}.*getsockname.*\n(?!\1 {4})"
+
+
+def test_what_workers_share_is_written_whole_and_ports_are_not_asked_of_the_system() -> None:
+    """A module that is there in half, or a port that another connection was given meanwhile, fails at times."""
+    in_part = r"\w+\.folder / \"[^\"]+\.(?:py|yaml)\"\)\.write_text\("
+    for file in Path(__file__).parents[1].rglob("*.py"):
+        text = file.read_text()
+        assert not re.findall(in_part, text), f"{file.name}: Place.write writes what others may be reading"
+        probed = re.findall(PROBED, text)
+        assert not probed, f"{file.name}: ports.free_port gives ports that stay free"
+
+
+def test_a_config_of_another_test_is_not_written_over(
+    tmp_path: Path, tagged: Tagged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place(tmp_path, tagged)
+    monkeypatch.setenv("PYTEST_CURRENT_TEST", "tests/a.py::test_one (call)")
+    for seed in (1, 2):
+        place.config("shared", seed=seed)
+    monkeypatch.setenv("PYTEST_CURRENT_TEST", "tests/b.py::test_other (call)")
+    place.config("shared", seed=2)
+    with pytest.raises(AssertionError, match=r"shared is the name of a config of .*test_one, too"):
+        place.config("shared", seed=3)
+    assert {path.name for path in tmp_path.glob("*.part")} == set()
+
+
 ASKS = """
 import json, os, sys
 from toy import MLP
@@ -149,8 +180,8 @@ class Asking(MLP):
 )
 def test_a_forked_process_is_what_one_of_its_own_would_be(place: Place, colour: str, override: str, rc: int) -> None:
     """By what a module of the user sees."""
-    (place.folder / "asks.py").write_text(ASKS)
-    file = place.config("asks", modules=["asks", "toy"], **{"model.name": "Asking"})
+    place.write("asks.py", ASKS)
+    file = place.config(f"asks-{colour}", modules=["asks", "toy"], **{"model.name": "Asking"})
     found = []
     for cold in (True, False):
         words = (override, "trainer.max_epochs=1", "trainer.resume=none")

@@ -99,7 +99,7 @@ FALLING: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def here(place: Place) -> Place:
-    (place.folder / "best_own.py").write_text(OWN)
+    place.write("best_own.py", OWN)
     return place
 
 

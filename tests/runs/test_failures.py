@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from ml_collections import ConfigDict
-from whole_runs import TORCHRUN, Place, figures, last, same_training
+from whole_runs import TORCHRUN, WAIT_SECONDS, Place, figures, last, same_training
 
 from dtrain.distributed.mailbox import Mailbox
 from dtrain.launch import rank
@@ -105,12 +105,13 @@ def test_the_first_failure_is_the_one_that_is_no_consequence(notes: list[dict[st
 
 
 def test_ddps_own_complaint_of_unused_parameters_gets_their_names_and_the_cure(place: Place) -> None:
-    (place.folder / "idle.py").write_text(
+    place.write(
+        "idle.py",
         "import torch\nfrom toy import MLP\n\n\n"
         "class Idle(MLP):\n"
         "    def __init__(self):\n"
         "        super().__init__()\n"
-        "        self.aside = torch.nn.Linear(8, 3)\n"
+        "        self.aside = torch.nn.Linear(8, 3)\n",
     )
     place.run(place.config("idle", modules=["idle", "toy"], **{"model.name": "Idle"}), expect=1, ranks=2)
     failure = failure_of(place.path("idle"))
@@ -129,12 +130,13 @@ def test_unused_parameters_are_named_not_numbered() -> None:
 
 def test_the_phase_is_what_the_loop_wrote_whatever_the_functions_are_called(place: Place) -> None:
     """An error of forward, within functions that are called as the trainer's own and as torch's."""
-    (place.folder / "misleading.py").write_text(
+    place.write(
+        "misleading.py",
         "import toy, torch\n\n\nclass Misleading(toy.MLP):\n"
         "    def forward(self, images):\n        return self.backward(images)\n\n"
         "    def backward(self, images):\n"
         "        return self.validate(images) if self.training else super().forward(images)\n\n"
-        "    def validate(self, images):\n        raise RuntimeError('misled')\n"
+        "    def validate(self, images):\n        raise RuntimeError('misled')\n",
     )
     place.run(place.config("misled", modules=["misleading", "toy"], **{"model.name": "Misleading"}), expect=1)
     failure = failure_of(place.path("misled"))
@@ -208,9 +210,11 @@ def test_work_that_somebody_left_is_not_done(code: Any, monkeypatch: pytest.Monk
 
 # ----------------------------------------------------------------------------------------------------------- the hang
 
+LIMIT = 15  # seconds, within which ranks that are well do something, however busy the machine
+
 
 def test_a_sample_that_never_comes_is_named_and_ends_the_job(place: Place) -> None:
-    file = place.config("hang", **{"trainer.hang_timeout_seconds": 4})
+    file = place.config("hang", **{"trainer.hang_timeout_seconds": LIMIT})
     place.run(file, expect=1, env={"TOY_LOAD": "sample 7 rank 0 sleep"})
     failure = failure_of(place.path("hang"))
     assert failure["rank"] == 0 and failure["phase"] == "waiting for data" and 7 in failure["samples"]
@@ -220,7 +224,7 @@ def test_a_sample_that_never_comes_is_named_and_ends_the_job(place: Place) -> No
 
 
 def test_a_worker_that_hangs_says_where(place: Place) -> None:
-    changes = {"trainer.hang_timeout_seconds": 4, "loaders.num_workers": 2, "loaders.batch_size": 2}
+    changes = {"trainer.hang_timeout_seconds": LIMIT, "loaders.num_workers": 2, "loaders.batch_size": 2}
     file = place.config("worker-hangs", **changes)
     place.run(file, expect=None, env={"TOY_LOAD": "sample 7 rank 1 sleep"}, **TWO)
     assert failure_of(place.path("worker-hangs"))["rank"] == 1
@@ -241,10 +245,8 @@ def test_a_worker_that_hangs_says_where(place: Place) -> None:
 )
 def test_a_stuck_rank_is_named_with_the_stacks_of_all(place: Place, rank: int, action: str, word: str) -> None:
     name = f"stuck-{rank}-{action}"
-    file = place.config(name, **{"trainer.hang_timeout_seconds": 4})
-    began = time.monotonic()
+    file = place.config(name, **{"trainer.hang_timeout_seconds": LIMIT})
     place.run(file, expect=None, do=f"train 3 rank {rank} {action}", **TWO)
-    assert time.monotonic() - began < 120
     text = (place.path(name) / "hang.txt").read_text()
     assert f"rank {rank}" in text.splitlines()[0] and "stuck" in text.splitlines()[0]
     assert word in text and f"rank {1 - rank}, thread MainThread" in text
@@ -254,14 +256,16 @@ def test_a_stuck_rank_is_named_with_the_stacks_of_all(place: Place, rank: int, a
 
 def test_of_ranks_that_share_a_model_the_one_that_the_others_wait_for_is_named(place: Place) -> None:
     shared = {"trainer.strategy": "fsdp", "trainer.fsdp": {"layers": ["Linear"]}}  # so rank 0 waits in its forward, too
-    file = place.config("shared-hang", **shared, **{"trainer.hang_timeout_seconds": 4})
+    file = place.config("shared-hang", **shared, **{"trainer.hang_timeout_seconds": LIMIT})
     place.run(file, expect=None, do="train 3 rank 1 sleep", **TWO)
-    assert (place.path("shared-hang") / "hang.txt").read_text().startswith("no progress for 4 s; rank 1 is stuck\n")
+    told = (place.path("shared-hang") / "hang.txt").read_text()
+    assert told.startswith(f"no progress for {LIMIT} s; rank 1 is stuck\n"), told
 
 
 def test_a_slow_training_is_no_hang(place: Place) -> None:
-    file = place.config("slow", **{"trainer.hang_timeout_seconds": 3, "trainer.max_steps": 3})
-    place.run(file, do="train 2 rank 0 CONT")
+    """It takes longer than the limit, but no step of it does."""
+    file = place.config("slow", **{"trainer.hang_timeout_seconds": LIMIT, "trainer.max_steps": LIMIT + 1})
+    place.run(file, do="train all rank 0 lag", env={"TOY_LAG": "1"})
     assert not (place.path("slow") / "hang.txt").exists()
 
 
@@ -270,6 +274,7 @@ def test_a_slow_training_is_no_hang(place: Place) -> None:
     [
         ({0: (4, "forward", 0), 1: (4, "waiting for data", 0)}, [1]),
         ({0: (4, "backward", 0), 1: (4, "forward", 0)}, [1]),
+        ({0: (4, "waiting for ranks", 0), 1: (4, "waiting for data", 0)}, [1]),
         ({0: (4, "waiting for data", 0), 1: (3, "optimizer step", 0)}, [1]),
         ({0: (4, "validation", 7), 1: (4, "validation", 7)}, [0, 1]),
         ({0: (4, "validation", 8), 1: (4, "validation", 7), 2: (4, "validation", 8)}, [1]),
@@ -341,19 +346,15 @@ def asked_while_loading(place: Place, name: str, ranks: int, sample: int = 7, **
     }
     Path(options["env"]["TOY_SEEN"]).mkdir()
     started = place.start(place.config(name, **changes), **options)
-    end = time.monotonic() + 120
-    while time.monotonic() < end:
-        seen = [int(line) for file in Path(options["env"]["TOY_SEEN"]).iterdir() for line in file.read_text().split()]
-        if sample in seen and (place.path(name) / "metrics.jsonl").exists():
-            break
+    end, seen = time.monotonic() + WAIT_SECONDS, list[int]()
+    while sample not in seen or not (place.path(name) / "metrics.jsonl").exists():
+        assert time.monotonic() < end, "".join(running.output().text for running in started)
         time.sleep(0.1)
-    time.sleep(1.0)
+        seen = [int(line) for file in Path(options["env"]["TOY_SEEN"]).iterdir() for line in file.read_text().split()]
     for running in started:
         os.kill(running.pid, signal.SIGTERM)
-    began = time.monotonic()
     results = [running.result(200) for running in started]
     assert [result.rc for result in results] == [75] * ranks, "".join(result.text for result in results)
-    assert time.monotonic() - began < 45
 
 
 @pytest.mark.parametrize(
@@ -384,17 +385,17 @@ def test_a_stop_while_the_validation_waits_for_data_loses_no_step(place: Place) 
 
 
 def test_a_time_limit_ends_a_start_with_everything_saved(place: Place) -> None:
-    file = place.config("limit", **{"trainer.time_limit": 20, "trainer.max_epochs": 100000, "loaders.train.size": 8})
-    place.run(file, expect=75)
+    file = place.config("limit", **{"trainer.time_limit": 30, "trainer.max_epochs": 100000, "loaders.train.size": 8})
+    place.run(file, expect=75, do="train all rank 0 lag")
     facts = read_run(place.path("limit"))
-    assert facts["state"] == "KILLED" and facts["reason"] == "the time limit (20)"
+    assert facts["state"] == "KILLED" and facts["reason"] == "the time limit (30)"
     steps = figures(place.path("limit"))["train/loss"]
     assert last(place.path("limit")).state["step"] == max(steps)
 
 
 def test_a_batch_systems_limit_is_kept_clear_of(place: Place) -> None:
     file = place.config("slurm", **{"trainer.max_epochs": 100000, "loaders.train.size": 8})
-    place.run(file, expect=75, env={"SLURM_JOB_END_TIME": str(int(time.time()) + 25)})
+    place.run(file, expect=75, do="train all rank 0 lag", env={"SLURM_JOB_END_TIME": str(int(time.time()) + 40)})
     assert read_run(place.path("slurm"))["reason"] == "the batch system's time limit"
 
 
@@ -421,7 +422,7 @@ class Deaf(MLP):
 
 def test_ctrl_c_is_heard_while_a_library_is_imported_that_swallows_it(place: Place) -> None:
     """As torch's did, once in some forty times."""
-    (place.folder / "swallows.py").write_text(SWALLOWS)
+    place.write("swallows.py", SWALLOWS)
     file = place.config("deaf-import", modules=["swallows", "toy"], **{"model.name": "Deaf"})
     assert place.run(file, expect=130).stderr == ""
     assert not place.path("deaf-import").exists()
@@ -437,14 +438,15 @@ def test_checkpoints_by_the_clock(place: Place) -> None:
 
 
 def test_ranks_that_drifted_apart_are_found_and_named(place: Place) -> None:
-    (place.folder / "drifting.py").write_text(
+    place.write(
+        "drifting.py",
         "import os\nimport torch\nfrom toy import MLP\n\n\n"
         "class Drifting(MLP):\n"
         "    def forward(self, x):\n"
         "        if os.environ.get('RANK') == '1' and self.training:\n"
         "            with torch.no_grad():\n"
         "                self.layers[0].weight += 1e-3\n"
-        "        return super().forward(x)\n"
+        "        return super().forward(x)\n",
     )
     file = place.config("drift", modules=["drifting", "toy"], **{"model.name": "Drifting"})
     place.run(file, expect=None, ranks=2)

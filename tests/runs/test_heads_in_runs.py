@@ -116,7 +116,7 @@ SCENES: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def here(place: Place) -> Place:
-    (place.folder / "heads_own.py").write_text(OWN)
+    place.write("heads_own.py", OWN)
     return place
 
 
@@ -170,13 +170,14 @@ def test_what_keys_do_not_decide_is_refused_with_the_keys_that_there_are(here: P
 def test_two_entries_that_may_be_the_target_are_refused_before_the_first_step(here: Place, command: str) -> None:
     changes = SCENES | {"model": {"name": "Heads", "form": "label"}, "metrics": ACCURACY}
     changes |= {"loaders": SCENES["loaders"] | {"form": "flat"}}
-    result = here.run(command, here.config("two-targets", **changes), expect=2)
+    name = f"two-targets-{command}"
+    result = here.run(command, here.config(name, **changes), expect=2)
     text = "trainer.target_key: missing: of a batch with the keys 'image', 'label', 'mask', 'label' and 'mask' may be"
     assert text in result.stderr
     assert "Traceback" not in result.stderr
     if command == "train":
-        here.run(here.config("two-targets", **changes, **{"trainer.target_key": "label"}))
-        assert figures(here.path("two-targets"))["val/Accuracy"][3] == pytest.approx(LABEL_RIGHT)
+        here.run(here.config(name, **changes, **{"trainer.target_key": "label"}))
+        assert figures(here.path(name))["val/Accuracy"][3] == pytest.approx(LABEL_RIGHT)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

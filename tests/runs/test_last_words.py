@@ -23,6 +23,7 @@ def decode(index):
 class Files(Dataset):
     def __init__(self, cut: bool = False):
         self.cut = cut
+        self.paths = [f"day one/{index:02}.bin" for index in range(64)]
 
     def __len__(self):
         return 64
@@ -116,11 +117,11 @@ def test_the_guilty_sample_and_its_line_are_named_also_from_a_worker(run_cli, pr
     raising = MINE.splitlines().index('        raise ValueError("the file is cut")') + 1
     assert result.rc == 1
     card = result.stderr[result.stderr.index("rank 0 failed at") :]
-    assert "(waiting for data): ValueError: the file is cut (while loading sample 37 of Files)" in card
+    assert "(waiting for data): ValueError: the file is cut (while loading sample 37 of Files, day one/37.bin)" in card
     assert f"at {project}/mine.py:{raising} in decode" in card
     assert "torch/_utils.py" not in result.text
     reason = json.loads((project / "run/run.json").read_text())["reason"]
-    assert reason == "ValueError: the file is cut (while loading sample 37 of Files)"
+    assert reason == "ValueError: the file is cut (while loading sample 37 of Files, day one/37.bin)"
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ import posixpath
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ports import free_port
 from stores import wait_until
 from whole_runs import Place, last
 
@@ -68,7 +68,7 @@ def shown(place: Place) -> dict[str, Any]:
     """A run of two epochs, then two more: its folder, its store's address, and what the second start printed."""
 
     def make() -> dict[str, Any]:
-        (place.folder / "own_trackers.py").write_text(OWN)
+        place.write("own_trackers.py", OWN)
         place.run(place.config("shown", **CHANGES), "optimizer.lr=0.2", mlflow=True)
         config = place.config("shown", **CHANGES | {"trackers": TRACKERS + FAILING})
         told = place.run(config, "optimizer.lr=0.2", "trainer.max_epochs=4", mlflow=True)
@@ -181,7 +181,7 @@ def test_a_confusion_matrix_is_a_table_and_pictures_and_no_figure(shown: dict[st
     images = mlflow.MlflowClient().list_artifacts(run.info.run_id, "images")
     names = [posixpath.basename(image.path) for image in images]
     found = [re.fullmatch(r"val[~#]ConfusionMatrix[+%]step[+%](\d+)[+%].*", name) for name in names]
-    assert {int(match[1]) for match in found if match} == {8, 16, 24, 32}
+    assert {int(match[1]) for match in found if match} == {0, 8, 16, 24, 32}  # 0: where the page begins
 
 
 # Other trackers
@@ -264,9 +264,7 @@ def pages(shown: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> It
     """`mlflow ui` on the run's store, at its address."""
     if not shutil.which("chromium"):
         pytest.skip("SKIPPED, NOT TESTED HERE: chromium is not installed (apt-get install chromium)")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     command = [
         sys.executable,
         "-m",
@@ -303,12 +301,13 @@ def pages(shown: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 def dom(address: str, profile: Path) -> str:
-    """The text of a page as a browser shows it."""
+    """The text of a page as a browser shows it, and the addresses of the pictures in it."""
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
-    command += [f"--user-data-dir={profile}", "--window-size=1400,1000", "--virtual-time-budget=30000", "--dump-dom"]
+    command += [f"--user-data-dir={profile}", "--window-size=1400,5000", "--virtual-time-budget=30000", "--dump-dom"]
     done = subprocess.run([*command, address], capture_output=True, text=True, timeout=240, check=False)
     text = re.sub(r"<[^>]*>", " ", re.sub(r"(?s)<(script|style)\b.*?</\1>", "", done.stdout))
-    return " ".join(text.split())
+    pictures = re.findall(r'<img [^>]*src="get-artifact\?path=([^&"]+)', done.stdout)
+    return " ".join(text.split() + pictures)
 
 
 # Of the charts' page: a section for each group with the number of its charts, pictures included.
@@ -317,7 +316,10 @@ def dom(address: str, profile: Path) -> str:
     [
         ("runs", ["shown-lr0.2-", "Points (", "Model training"]),
         ("runs/{run}", ["Finished", "Points (", "toy-net", "shown", "val/right", "optimizer.lr"]),
-        ("runs/{run}/model-metrics", ["test (3)", "train (1)", "val (5)"]),
+        (
+            "runs/{run}/model-metrics",
+            ["test (3)", "train (1)", "val (5)", "images%2Fval~ConfusionMatrix%2Bstep%2B0%2B"],
+        ),
         ("models/{model}", ["Ready", "toy-net", "val/right", "test/loss", "shown-lr0.2-"]),
     ],
 )

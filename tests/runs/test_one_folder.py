@@ -130,7 +130,7 @@ def stopped(place: Place) -> str:
     """The config of a training that was stopped after step 3 of 16."""
     place.once(
         "stopped",
-        lambda: place.run(place.config("stopped", **STOPPED), do="train 3 rank 0 TERM", expect=75, mlflow=True).rc,
+        lambda: place.run(place.config("stopped", **STOPPED), do="train 3 rank 0 TERM", expect=75).rc,
     )
     return str(place.folder / "stopped.yaml")
 
@@ -232,12 +232,13 @@ def test_new_optimizer_settings_hold_with_every_scheduler(
 
 
 def test_last_takes_the_new_values_which_are_logged_from_there_and_stand_in_the_tags(
-    place: Place, stopped: str, monkeypatch: pytest.MonkeyPatch
+    place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlflow import MlflowClient
 
-    run = place.path("stopped")
-    result = place.run(stopped, "optimizer.lr=0.025", "trainer.resume=last", mlflow=True)
+    config, run = place.config("retuned", **STOPPED), place.path("retuned")
+    place.run(config, do="train 3 rank 0 TERM", expect=75, mlflow=True)
+    result = place.run(config, "optimizer.lr=0.025", "trainer.resume=last", mlflow=True)
     assert "changed since the last start: optimizer.lr: 0.1 -> 0.025" in result.stdout
     rates = [rate for start in logged(run, "lr") for _, rate in start]
     at = last(run).state["step"]
@@ -249,8 +250,8 @@ def test_last_takes_the_new_values_which_are_logged_from_there_and_stand_in_the_
     assert all(torch.equal(by_id[name], value) for name, value in load(run / "checkpoints" / "best").weights.items())
     assert "lr: 0.025" in (run / "config.yaml").read_text()
     # From now on these are its settings.
-    assert "holds a finished training" in place.run(stopped, "optimizer.lr=0.025").stdout
-    assert "optimizer.lr: 0.025 -> 0.1" in place.run(stopped, expect=2).stderr, "also of a finished one"
+    assert "holds a finished training" in place.run(config, "optimizer.lr=0.025").stdout
+    assert "optimizer.lr: 0.025 -> 0.1" in place.run(config, expect=2).stderr, "also of a finished one"
 
 
 def test_a_start_that_had_computed_nothing_may_be_mended_freely(place: Place) -> None:
@@ -262,7 +263,8 @@ def test_a_start_that_had_computed_nothing_may_be_mended_freely(place: Place) ->
 
 # -------------------------------------------------------------------------------------------------- two starts at once
 
-SLOW = {**STOPPED, "loaders.num_workers": 1, "trainer.max_epochs": 60}
+# With a lag it takes a quarter of an hour, in which others come.
+SLOW = {**STOPPED, "loaders.num_workers": 1, "trainer.max_epochs": 600}
 
 # What a test's processes are told at their start: a disk without locks, another host.
 ELSEWHERE = """
@@ -283,9 +285,7 @@ if host := os.environ.get("TOY_HOST"):
 
 def elsewhere(place: Place, **variables: str) -> dict[str, str]:
     """The environment of a process on another host or disk."""
-    folder = place.folder / "elsewhere"
-    folder.mkdir(exist_ok=True)
-    (folder / "sitecustomize.py").write_text(ELSEWHERE)
+    folder = place.write("elsewhere/sitecustomize.py", ELSEWHERE).parent
     return {"PYTHONPATH": f"{folder}:{place.folder / 'stubs'}", **variables}
 
 
@@ -300,8 +300,8 @@ def begun(place: Place, name: str, **options: Any) -> Any:
 
 
 def refusal(place: Place, name: str, pid: int, host: str = socket.gethostname()) -> str:
-    day = time.strftime("%Y-%m-%d")
-    return rf"run-{name} is being written by another training \(process {pid} on {host}, since {day} \d\d:\d\d:\d\d\)"
+    since = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+    return rf"run-{name} is being written by another training \(process {pid} on {host}, since {since}\)"
 
 
 @pytest.mark.parametrize(
@@ -356,8 +356,14 @@ def test_of_several_starts_in_the_same_moment_one_trains(place: Place, resume: s
     config = place.config(name, **STOPPED)
     if resume == "none":
         place.run(config)
-    env = elsewhere(place, TOY_LOCKS=locks)
-    started = [place.start(config, f"trainer.resume={resume}", do="train all rank 0 lag", env=env)[0] for _ in range(4)]
+    hold = place.folder / f"{name}.hold"  # the one that trains does not end before the others have come
+    hold.touch()
+    env, end = elsewhere(place, TOY_LOCKS=locks, TOY_HOLD=str(hold)), time.monotonic() + WAIT_SECONDS
+    started = [place.start(config, f"trainer.resume={resume}", do="train 1 rank 0 wait", env=env)[0] for _ in range(4)]
+    while sum(one.process.poll() is None for one in started) > 1:
+        assert time.monotonic() < end, "".join(one.output().text for one in started)
+        time.sleep(0.05)
+    hold.unlink()
     results = [one.result(WAIT_SECONDS) for one in started]
     assert sorted(one.rc for one in results) == [0, 2, 2, 2], "".join(one.text for one in results)
     for one in results:

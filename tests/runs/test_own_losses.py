@@ -173,7 +173,7 @@ BERT = {
 
 @pytest.fixture(scope="module")
 def here(place: Place) -> Place:
-    (place.folder / "own_loss.py").write_text(OWN)
+    place.write("own_loss.py", OWN)
     return place
 
 

@@ -60,7 +60,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def sampled(place: Place) -> Place:
-    (place.folder / "sampling.py").write_text(MODULE)
+    place.write("sampling.py", MODULE)
     return place
 
 

@@ -82,6 +82,33 @@ def test_pictures_test_check_and_predict_know_the_sets(place: Place) -> None:
     assert "loaders.test: holds several sets; name what is predicted" in result.stderr
 
 
+CLOCKS = '''"""The clock by which validations are drawn: each look at it takes a second on rank 1, none on rank 0."""
+import itertools
+import os
+from dtrain.reporting.picture_time import PictureTime
+from toy import MLP
+
+ticks = itertools.count(0, int(os.environ["RANK"]))
+PictureTime.__init__.__defaults__ = (None, lambda: next(ticks), lambda: 0.0)
+PictureTime.in_thread = lambda self, work: work  # whether a thread still draws does not count
+
+class Net(MLP):
+    """So that this module is imported."""
+'''
+
+
+def test_rank_0_decides_by_its_clock_which_validations_are_drawn_of_all_sets(place: Place) -> None:
+    place.write("clocks_of_ranks.py", CLOCKS)
+    keys = {"modules": ["toy", "clocks_of_ranks"], "model.name": "clocks_of_ranks.Net", "trainer.max_epochs": 3}
+    done = place.run(place.config("sets-by-time", **SETS | keys), ranks=2)
+    drawn = sorted((place.path("sets-by-time") / "pictures").iterdir())
+    steps = sorted(figures(place.path("sets-by-time"))["val/near/loss"])
+    assert len(steps) == 3 and [path.name for path in drawn] == [f"step-{step:08d}" for step in steps]
+    for path in drawn:  # rank 1 alone would leave the second one out, and rank 0 would miss what it saw
+        assert {each.name for each in path.iterdir()} >= {"near-confusion.png", "far-confusion.png"}
+    assert "warning" not in done.text and "left out" not in done.text, done.text
+
+
 def test_the_first_metric_of_the_first_set_is_monitored_where_nothing_else_is_said(place: Place) -> None:
     file = place.config("sets-first", **{key: value for key, value in SETS.items() if key != "trainer.monitor"})
     place.run(file, "trainer.max_epochs=1")
@@ -112,6 +139,9 @@ def test_a_list_of_one_set_without_a_label_is_that_set(place: Place) -> None:
         ({"loaders.train": [{"size": 2}]}, "loaders.train: expected a mapping, found list"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_said_in_a_line(changes: dict[str, Any], text: str, place: Place) -> None:
-    result = place.run("config", place.config("sets-wrong", **SETS | changes), expect=2)
+def test_a_mistake_is_said_in_a_line(
+    changes: dict[str, Any], text: str, place: Place, request: pytest.FixtureRequest
+) -> None:
+    name = f"sets-wrong-{request.node.callspec.indices['changes']}"
+    result = place.run("config", place.config(name, **SETS | changes), expect=2)
     assert text in result.stderr and "Traceback" not in result.text

@@ -1,6 +1,7 @@
 """Trainings as jobs of a real SLURM with two nodes: preempted, out of time, cancelled, off a broken node; and back."""
 
 import json
+import shlex
 import shutil
 import sqlite3
 import subprocess
@@ -12,7 +13,9 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY
 from slurm_cluster import UNDER_WAY, Cluster, cluster_or_skip
-from whole_runs import EXACT, Place, close, figures, last, same_training
+from whole_runs import EXACT, Place, close, figures, last, same_training, worlds_of
+
+from dtrain.tracking.bad_nodes import bad_nodes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -47,7 +50,7 @@ class Jobs:
 
     def __init__(self, cluster: Cluster, place: Place) -> None:
         self.cluster, self.place, self.folder = cluster, place, place.folder
-        (place.folder / "slow.py").write_text(SLOW)
+        place.write("slow.py", SLOW)
 
     def config(self, name: str, **changes: Any) -> Path:
         """Write the config file NAME.yaml; returns its run folder, of which an earlier test's is gone."""
@@ -280,6 +283,37 @@ def test_a_failing_config_and_a_crash_are_not_requeued(jobs: Jobs) -> None:
     assert "learning rate" in Path(f"{crash}.log").read_text()  # what was printed before a kill is there
 
 
+# Stands for `dtrain doctor --preflight --note-bad-nodes`.
+LOOK = """[ "$SLURMD_NODENAME" != {node} ] || {{ echo "{node}  {found}" >> {note}; exit 1; }}"""
+FOUND = "2026-11-29 11:00:00  preflight: broken"
+
+
+def test_a_node_that_is_found_bad_is_left_out_at_the_next_start(jobs: Jobs) -> None:
+    """Where others can take its place; else the job ends, and says so."""
+    first, other = jobs.cluster.nodes
+    run = jobs.folder / "run-slurm-bad"
+    run.mkdir(exist_ok=True)
+    note, done = run / "bad-nodes", jobs.folder / "slurm-bad.done"
+    note.unlink(missing_ok=True)
+    look = shlex.quote(LOOK.format(node=first, found=FOUND, note=shlex.quote(str(note))))
+    job = [shlex.quote(sys.executable), "-m", "dtrain", "job", f"--run-folder={shlex.quote(str(run))}"]
+    job += ['--requeue="scontrol requeue $SLURM_JOB_ID"', "--preflight=srun --preflight=sh --preflight=-c"]
+    job += [f"--preflight={look}", f"-- srun sh -c 'hostname >> {shlex.quote(str(done))}'"]
+    script = jobs.folder / "slurm-bad.sh"
+    script.write_text(f"#!/bin/bash\nexec {' '.join(job)}\n")
+    options = ("--requeue", "--open-mode=append", "--time=10")
+    one = jobs.sbatch("--nodes=1", *options, f"--output={run}.log", str(script))
+    ended = jobs.cluster.ended(one)
+    assert (ended["JobState"], ended["Restarts"], ended["ExcNodeList"]) == ("COMPLETED", "1", first), ended
+    assert f"{first} is left out from now on: {FOUND}" in Path(f"{run}.log").read_text()
+    assert done.read_text().splitlines() == [other] or not jobs.cluster.namespaces
+    both = jobs.sbatch("--nodes=2", *options, f"--output={run}-2.log", str(script))
+    ended = jobs.cluster.ended(both)
+    assert (ended["JobState"], ended["Restarts"], ended["ExitCode"]) == ("FAILED", "0", "1:0"), ended
+    log = Path(f"{run}-2.log").read_text()
+    assert f"bad-nodes names {first}; too few nodes are left to go without: ended" in log, log
+
+
 @pytest.mark.soak
 def test_an_array_trains_each_of_its_overrides(jobs: Jobs) -> None:
     array = jobs.config("slurm-array", **{"trainer.max_epochs": 1})
@@ -327,6 +361,100 @@ def test_a_job_resumes_on_another_number_of_nodes(jobs: Jobs) -> None:
     facts = json.loads((run / "run.json").read_text())
     assert (facts["state"], facts["world_size"]) == ("FINISHED", 1), jobs.log(run)
     close(figures(run), figures(whole))
+
+
+ELASTIC = """#!/bin/bash
+srun --no-kill --kill-on-bad-exit=0 --wait=0 --output={log}.%N dtrain launch \\
+    {config} --nnodes 1:2 --nproc-per-node 1 --rdzv-endpoint "$(hostname):{port}"
+"""
+
+
+@pytest.mark.soak
+def test_a_job_continues_without_a_node_that_has_lost_its_power(jobs: Jobs) -> None:
+    """`--no-kill`: the job lives on with the node of its batch script; each step is that of an undisturbed training."""
+    if not jobs.cluster.namespaces:
+        pytest.skip("SKIPPED, NOT TESTED HERE: nodes without namespaces have no processes of their own")
+    changes = {"model.dropout": 0.0, "model.norm": False, "trainer.max_epochs": 20, "loaders.seconds": 0.0}
+    whole = jobs.config("slurm-both", **changes)
+    jobs.place.run("train", "slurm-both.yaml", ranks=2)
+    run = jobs.config("slurm-elastic", **changes | {"loaders.seconds": 0.05})
+    script = jobs.place.folder / "elastic.sbatch"
+    port = worlds_of(1)[0]["MASTER_PORT"]
+    script.write_text(ELASTIC.format(log=f"{run}.log", config="slurm-elastic.yaml", port=port))
+    number = jobs.sbatch(
+        "--no-kill", "--nodes=2", "--ntasks-per-node=1", "--time=20", f"--output={run}.log", str(script)
+    )
+    jobs.at_step(number, run, 4)
+    lost = jobs.cluster.nodes[1]
+    jobs.cluster.lose(lost)
+    try:
+        job = jobs.cluster.ended(number, 600)
+    finally:
+        jobs.cluster.start(lost)
+    said = "".join(path.read_text() for path in sorted(run.parent.glob(f"{run.name}.log*")))
+    facts = json.loads((run / "run.json").read_text())
+    assert (facts["state"], facts["world_size"], facts["batch_ranks"], job["Restarts"]) == ("FINISHED", 1, 2, "0"), said
+    assert "a node is lost" in said and "dtrain launch: 1 node(s), 1 rank(s)" in said
+    close(figures(run), figures(whole))
+
+
+@pytest.mark.soak
+def test_a_spare_takes_the_place_of_a_node_that_has_lost_its_power(jobs: Jobs) -> None:
+    """`dtrain submit --spares`: the job is neither ended nor requeued, and ends as its training does."""
+    if not jobs.cluster.namespaces:
+        pytest.skip("SKIPPED, NOT TESTED HERE: nodes without namespaces have no processes of their own")
+    run = jobs.config("slurm-spare", **{"loaders.seconds": 0.2, "trainer.checkpoint_every_steps": 1})
+    number = jobs.submit("slurm-spare.yaml", "--spares", "1", "--time", "20m", mlflow=True)
+    ready = "1 node(s) are at work; {} is a spare, and ready"
+    jobs.at_step(number, run, 2)
+    first, other = jobs.cluster.nodes
+    jobs.cluster.wait(number, lambda _: any(ready.format(node) in jobs.log(run) for node in (first, other)))
+    jobs.cluster.lose(other)  # the one that trains, where the first one was slower to come
+    try:
+        job = jobs.cluster.ended(number, 600)
+    finally:
+        jobs.cluster.start(other)
+    assert (job["JobState"], job["Restarts"], job["ExitCode"]) == ("COMPLETED", "0", "0:0"), f"{job}\n{jobs.log(run)}"
+    assert json.loads((run / "run.json").read_text())["state"] == "FINISHED"
+    whole = jobs.config("slurm-alone")
+    jobs.place.run("train", "slurm-alone.yaml")
+    assert figures(run) == figures(whole)
+    with sqlite3.connect(jobs.store("slurm-spare")) as store:
+        assert store.execute("select status from runs").fetchall() == [("FINISHED",)]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("nodes", "spares"), [(2, 0), (1, 1)], ids=["none to spare", "a spare"])
+def test_a_preflight_leaves_out_a_node_that_does_not_see_the_run_folder(jobs: Jobs, nodes: int, spares: int) -> None:
+    """`dtrain submit --preflight`: first on sound nodes; then one node has another disk in the run folder's place."""
+    if not jobs.cluster.namespaces:
+        pytest.skip("SKIPPED, NOT TESTED HERE: nodes without namespaces see the same files")
+    name = f"slurm-preflight-{spares}"
+    run = jobs.config(name, **{"trainer.max_epochs": 1})
+    words = (f"{name}.yaml", "--preflight", "--nodes", str(nodes), "--spares", str(spares), "--time", "20m")
+    job = jobs.cluster.ended(jobs.submit(*words), 400)
+    assert job["JobState"] == "COMPLETED" and "all nodes are good" in jobs.log(run), f"{job}\n{jobs.log(run)}"
+    run = jobs.config(name, **{"trainer.max_epochs": 1})
+    run.mkdir()
+    other = jobs.cluster.nodes[1]
+    slurmd = (jobs.cluster.folder / f"slurmd.{other}.pid").read_text().strip()
+    inside = ["nsenter", f"--mount=/proc/{slurmd}/ns/mnt"]
+    subprocess.run([*inside, "mount", "-t", "tmpfs", "none", str(run)], check=True, timeout=200)
+    try:
+        job = jobs.cluster.ended(jobs.submit(*words), 400)
+    finally:
+        subprocess.run([*inside, "umount", "-l", str(run)], check=True, timeout=200)
+    log = jobs.log(run)
+    assert job["Restarts"] == "0" and f"{run} is not the disk of the first node" in log, log
+    assert list(bad_nodes(run)) == [other], log
+    if spares:
+        assert job["JobState"] == "COMPLETED", log
+        assert f"{other} is left out: a spare takes its place" in log
+        assert json.loads((run / "run.json").read_text())["state"] == "FINISHED"
+    else:
+        assert (job["JobState"], job["ExitCode"]) == ("FAILED", "1:0"), log
+        assert f"bad-nodes names {other}; too few nodes are left to go without: ended" in log
+        assert not (run / "run.json").exists()
 
 
 @pytest.mark.soak

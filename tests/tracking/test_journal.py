@@ -213,7 +213,7 @@ for step in range(10**9):
             break
     rank0.kill()
     acknowledged = [int(line), *map(int, rank0.stdout.read().split())]
-    rank0.wait(10)
+    rank0.wait(200)
     rank0.stdout.close()
     written = (tmp_path / "metrics.jsonl").read_text().count('"metrics"')
     assert written >= acknowledged[-1] + 1

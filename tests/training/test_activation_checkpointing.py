@@ -125,7 +125,7 @@ SHARDED = {"trainer.strategy": "fsdp", "trainer.fsdp": {"layers": ["Block"]}}
 
 @pytest.fixture(scope="module")
 def blocks(place: Place) -> Place:
-    (place.folder / "blocks.py").write_text(BLOCKS)
+    place.write("blocks.py", BLOCKS)
     return place
 
 

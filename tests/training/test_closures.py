@@ -100,7 +100,7 @@ def train(here: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_lbfgs_is_given_the_loss_of_the_whole_step(place: Place) -> None:
     """One rank, and two; each step is of two batches per rank, the last one of an epoch of five points."""
-    (place.folder / "bent.py").write_text(MINE)
+    place.write("bent.py", MINE)
     config = place.config("lbfgs", **PLAIN | {"optimizer": LBFGS, "trainer.max_epochs": 1})
     place.run(config)
     two = ["loaders.batch_size=2", "trainer.checkpoint_dir=run-lbfgs-two", "loaders.train.batch_size=2"]
@@ -117,7 +117,7 @@ def test_lbfgs_is_given_the_loss_of_the_whole_step(place: Place) -> None:
 
 
 def test_lbfgs_resumes_with_its_history_and_the_same_dropout(place: Place) -> None:
-    (place.folder / "bent.py").write_text(MINE)
+    place.write("bent.py", MINE)
     settings = PLAIN | {"model": {"name": "Line", "dropout": 0.3}, "optimizer": LBFGS, "loaders.batch_size": 2}
     settings |= {"loaders.shuffle": True, "lr_scheduler": None}
     whole, parts = place.config("lbfgs-whole", **settings), place.config("lbfgs-parts", **settings)

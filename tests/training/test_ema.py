@@ -30,7 +30,7 @@ STEPS = 24
 
 @pytest.fixture(scope="module")
 def normed(place: Place) -> Place:
-    (place.folder / "normed.py").write_text(NORMED)
+    place.write("normed.py", NORMED)
     return place
 
 

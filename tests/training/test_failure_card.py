@@ -104,7 +104,7 @@ def test_a_usual_mistake_has_its_cure(
 
 
 def test_parameters_have_the_numbers_that_the_wrapper_gave_them(place: Place) -> None:
-    (place.folder / "wrong.py").write_text(WRONG)
+    place.write("wrong.py", WRONG)
     changes: dict[str, Any] = {"modules": ["wrong", "toy"], "model": {"name": "FrozenLater"}}
     place.run(place.config("frozen", **changes), expect=1, ranks=2)
     failure = json.loads((place.path("frozen") / "failure.json").read_text())

@@ -87,7 +87,7 @@ def settings(**changes: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def odd(place: Place) -> Place:
-    (place.folder / "odd.py").write_text(ODD)
+    place.write("odd.py", ODD)
     return place
 
 

@@ -156,7 +156,7 @@ RUN: dict[str, Any] = {
 
 @pytest.fixture
 def with_body(place: Place) -> Place:
-    (place.folder / "body.py").write_text(BODY)
+    place.write("body.py", BODY)
     return place
 
 

@@ -71,7 +71,7 @@ def train(here: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_two_extensions_work_together_and_resume(place: Place) -> None:
     """Four of eight steps, in the docs' order; by hand: decay, and the norms of a part before clipping."""
     assert EXTENSIONS is not None
-    (place.folder / "my_extensions.py").write_text(EXTENSIONS[1])
+    place.write("my_extensions.py", EXTENSIONS[1])
     own = {"name": ["GradientStatistics", "DecaySchedule"], "decay_end": 0.4, "decay_steps": 10, "clip_grad_norm": 1e-3}
     settings: dict[str, Any] = {f"trainer.{key}": value for key, value in own.items()} | {"trainer.pictures": False}
     settings |= {"modules": ["my_extensions", "toy"], "model": {"name": "MLP", "dropout": 0.2}, "loaders.batch_size": 2}

@@ -35,7 +35,7 @@ def test_a_training_resumes_with_another_way_to_compute_the_same_step(
     place: Place, optimizer: dict[str, Any], before: str
 ) -> None:
     """The config says nothing of it. torch has fused kernels for CPUs, too."""
-    (place.folder / "ways.py").write_text(WAYS)
+    place.write("ways.py", WAYS)
     name = f"way-{optimizer['name']}-{before}"
     settings = {"modules": ["toy", "ways"], "optimizer": optimizer, "trainer.pictures": False}
     place.run(place.config(name, **settings, **{"trainer.max_epochs": 1}), env={"TOY_DEVICE": before})

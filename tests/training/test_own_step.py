@@ -198,7 +198,7 @@ def test_mistakes(changes: dict[str, Any], error: type[Exception], message: str,
 
 
 def test_sam_of_a_sharded_model_is_that_of_a_whole_one(place: Place) -> None:
-    (place.folder / "steps.py").write_text(MINE)
+    place.write("steps.py", MINE)
     settings = {"modules": ["steps", "toy"], "trainer.name": "SAM", "trainer.pictures": False, "trainer.max_steps": 6}
     runs = [place.config(f"sam-{each}", **settings | {"trainer.strategy": each}) for each in ("ddp", "fsdp")]
     for run in runs:
@@ -211,7 +211,7 @@ def test_sam_of_a_sharded_model_is_that_of_a_whole_one(place: Place) -> None:
 
 
 def test_a_failed_step_of_ones_own_is_replayed(place: Place) -> None:
-    (place.folder / "steps.py").write_text(MINE)
+    place.write("steps.py", MINE)
     settings = {"modules": ["steps", "toy"], "trainer.name": "Own", "trainer.pictures": False, "loss.name": "Terms"}
     config = place.config("own-failed", **settings)
     place.run(config, do="train 3 rank 0 nan", expect=1)

@@ -57,7 +57,7 @@ def test_an_error_is_in_the_log_with_its_traceback_and_the_run_is_closed_as_fail
 
 def test_a_second_training_does_not_write_into_the_first_ones_folder(config, tmp_path):
     early = dtrain.create_trainer(config)
-    with subprocess.Popen(["sleep", "60"]) as other:
+    with subprocess.Popen(["sleep", "600"]) as other:
         facts = {"pid": other.pid, "host": socket.gethostname(), "attempt_started": time.time()}
         (tmp_path / "run").mkdir()
         update_run(tmp_path / "run", state="RUNNING", **facts)

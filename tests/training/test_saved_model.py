@@ -89,6 +89,10 @@ def test_what_it_says_of_mistakes(trained: Path, tmp_path: Path, monkeypatch: py
     assert "modules.0: there is no module 'toyy' here or installed" in refusal(copy)
     (copy / "config.yaml").write_text(config.replace("name: MLP", "name: toy.MLP\n  _object_: {given: in Python}"))
     assert refusal(copy) == "model: toy.MLP was an object made in Python: make one again, and give it as model="
+    for file in copy.glob("checkpoints/step-*/state.pt"):
+        file.write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match="state.pt: .*there is no other"):
+        assert refusal(copy).startswith(f"no checkpoint in {copy / 'checkpoints'} is whole")
 
 
 def test_a_test_names_the_step_of_the_weights(trained: Path, place: Place) -> None:

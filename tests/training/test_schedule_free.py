@@ -86,7 +86,7 @@ def by_hand(steps: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_the_averages_are_what_is_validated_tested_and_saved(place: Place) -> None:
-    (place.folder / "without_schedule.py").write_text(MINE)
+    place.write("without_schedule.py", MINE)
     config = place.config("schedule-free", **SETTINGS)
     place.run(config, "trainer.max_steps=6", ranks=2)
     run = last(place.path("schedule-free"))
@@ -105,7 +105,7 @@ def test_the_averages_are_what_is_validated_tested_and_saved(place: Place) -> No
 
 
 def test_it_resumes_bit_for_bit_however_often_it_was_validated(place: Place) -> None:
-    (place.folder / "without_schedule.py").write_text(MINE)
+    place.write("without_schedule.py", MINE)
     settings = SETTINGS | {"model": {"name": "Line", "dropout": 0.3}}
     whole, parts = place.config("free-whole", **settings), place.config("free-parts", **settings)
     place.run(whole, "trainer.max_steps=6", ranks=2)
@@ -118,7 +118,7 @@ def test_it_resumes_bit_for_bit_however_often_it_was_validated(place: Place) -> 
 
 
 def test_a_second_average_is_refused(place: Place) -> None:
-    (place.folder / "without_schedule.py").write_text(MINE)
+    place.write("without_schedule.py", MINE)
     config = place.config("free-ema", **SETTINGS | {"trainer.ema_decay": 0.9})
     result = place.run(config, expect=2)
     assert "trainer.ema_decay: SGDScheduleFree averages the weights itself; remove one of the two" in result.stderr

@@ -57,7 +57,7 @@ class Root(nn.Module):
 
 @pytest.fixture(scope="module")
 def small(place: Place) -> Place:
-    (place.folder / "small_parts.py").write_text(PARTS)
+    place.write("small_parts.py", PARTS)
     return place
 
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from whole_runs import Place, equal, figures, last, write_config
 
+from dtrain.checkpoint.checkpoint_files import load
 from dtrain.config.check import check
 from dtrain.config.errors import ConfigError
 from dtrain.config.load import load_config
@@ -46,7 +47,7 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def averaged(place: Place) -> Place:
-    (place.folder / "averaged.py").write_text(MODEL)
+    place.write("averaged.py", MODEL)
     return place
 
 
@@ -59,7 +60,8 @@ def whole(place: Place) -> Path:
 
 
 def weights(run: Path, epoch: int, file: str = "model") -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / f"step-{epoch * PER_EPOCH:08d}" / f"{file}.safetensors")
+    loaded = load(run / "checkpoints" / f"step-{epoch * PER_EPOCH:08d}")
+    return (loaded.ema or {}) if file == "ema" else loaded.weights
 
 
 @pytest.mark.slow

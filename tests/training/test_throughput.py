@@ -33,12 +33,34 @@ def test_a_slow_rank_is_named_once_with_what_is_slow(place: Place, what: dict, k
     changes = {"trainer.log_every_steps": 10, "trainer.max_steps": 30, "loaders.batch_size": 1, "trainer.max_epochs": 9}
     changes |= {"trainer.profile": {"steps": 3}} if kind == "waiting for data" else {}
     text = place.run(place.config(name, **changes), ranks=2, **what).text
-    (line,) = re.findall(r"warning: rank (\d) is slow: ([\d.]+) s per step .* ([\d.]+) s\s+of them (.*);", text)
+    (line,) = re.findall(r"warning: rank (\d) is slow: ([\d.]+) s per step .* ([\d.]+) s\s+of them ([^;]*);", text)
     assert (line[0], line[3]) == ("1", kind)
     assert float(line[1]) >= 0.2 and 0.2 <= float(line[2]) < 0.3
     if kind == "waiting for data":
         check_times(place.path(name), text)
         check_trace(place, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_rank_that_waits_in_its_forward_for_the_slow_one_is_not_called_slow(place: Place, strategy: str) -> None:
+    """Rank 0 does so: for the one to which it gives its buffers, or of which it gathers weights."""
+    changes = {"model.norm": True, "trainer.strategy": strategy, "trainer.log_every_steps": 10, "trainer.max_steps": 11}
+    changes |= {"trainer.fsdp": {"min_parameters": 10}} if strategy == "fsdp" else {}
+    file = place.config(f"waits-{strategy}", **changes, **{"loaders.batch_size": 1, "trainer.max_epochs": 9})
+    text = place.run(file, ranks=2, env={"TOY_LOAD": "sample all rank 1 lag"}).text
+    (line,) = re.findall(r"warning: rank (\d) is slow: ([\d.]+) s per step .* ([\d.]+) s\s+of them ([^;]*);", text)
+    assert (line[0], line[3]) == ("1", "waiting for data") and 0.2 <= float(line[2]) < 0.3
+
+
+def test_where_ranks_meet_in_the_forward_their_waiting_for_the_slow_one_does_not_count() -> None:
+    """Rank 1 has its data 0.4 s later than rank 0, and 0.1 s later than rank 2; the forward of each takes 0.1 s."""
+    times = row((0.0, 0.5), (0.4, 0.1), (0.3, 0.2))
+    assert Throughput(0, 3).judge(times) == "", "as it was: all took as long until they had a loss"
+    text = Throughput(0, 3, meets_in_forward=True).judge(times)
+    assert text.startswith("rank 1 is slow: 0.5 s per step until it has its loss, 0.4 s of them waiting for data; ")
+    assert "the others take 0.25 s" in text
+    assert Throughput(0, 2, meets_in_forward=True).judge(row((0.0, 0.0), (0.1, 0.4))) == ""
 
 
 def check_times(run: Path, text: str) -> None:
@@ -92,6 +114,16 @@ def test_each_rank_and_kind_is_told_once() -> None:
     assert throughput.judge(times) == ""
     assert throughput.judge(row((0.1, 0.1), (0.9, 0.1), (0.1, 0.1))).startswith("rank 1 is slow: 1 s per step")
     assert throughput.judge(row((0.1, 0.1), (0.1, 0.1), (0.1, 0.5))).startswith("rank 2 is slow")
+
+
+def test_a_rank_that_is_slow_again_and_again_is_told_once_more() -> None:
+    throughput, slow, even = Throughput(0, 3), row((0.1, 0.1), (0.1, 0.4), (0.1, 0.1)), row(*[(0.1, 0.1)] * 3)
+    other = row((0.1, 0.1), (0.1, 0.1), (0.1, 0.4))
+    told = []
+    for times in [slow] * 4 + [even] + [slow] * 4 + [other] + [slow] * 7:
+        throughput.judge(times)
+        told.append(throughput.always_slow)
+    assert [point for point, rank in enumerate(told) if rank is not None] == [14] and told[14] == 1
 
 
 class Clock:

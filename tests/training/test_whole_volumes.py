@@ -49,13 +49,16 @@ def write(path: Path, shape: tuple[int, ...], seed: int, has_foreground: bool = 
         file["raw"], file["label"] = label + rng.normal(0, 0.5, shape).astype(np.float32), label
 
 
+def write_data(folder: Path) -> None:
+    for number, (stem, shape) in enumerate({"a": (10, 12, 9), "small": (6, 10, 9), "empty": (9, 9, 9)}.items()):
+        write(folder / "wv-train" / f"{stem}.h5", shape, number, stem != "empty")
+    for number, (stem, shape) in enumerate(VAL.items()):
+        write(folder / "wv-val" / f"{stem}.h5", shape, 10 + number)
+
+
 def config(place: Place, name: str, **changes: Any) -> str:
-    if not (place.folder / "net3d.py").exists():
-        for number, (stem, shape) in enumerate({"a": (10, 12, 9), "small": (6, 10, 9), "empty": (9, 9, 9)}.items()):
-            write(place.folder / "wv-train" / f"{stem}.h5", shape, number, stem != "empty")
-        for number, (stem, shape) in enumerate(VAL.items()):
-            write(place.folder / "wv-val" / f"{stem}.h5", shape, 10 + number)
-        (place.folder / "net3d.py").write_text(NET)
+    place.write("net3d.py", NET)
+    place.once("wv-data", lambda: write_data(place.folder))
     foreground = {"name": "ForegroundSlices", "patch_shape": [8, 8, 8], "patches_per_volume": 4, "pad": "reflect"}
     sections = {
         "modules": ["toy", "net3d"], "model": {"name": "Net"},
@@ -116,7 +119,7 @@ def test_the_figures_are_those_of_what_predict_writes(place: Place, run: Path) -
 
 
 def test_two_ranks_train_and_measure_the_same(place: Place, run: Path) -> None:
-    place.run(config(place, "wv-two", **{"trainer.pictures": True}), ranks=2)
+    place.run(config(place, "wv-two", **{"trainer.pictures": {"every_validations": 1}}), ranks=2)
     close(figures(place.path("wv-two")), figures(run))
     drawn = {path.name for path in (place.path("wv-two") / "pictures").glob("step-*")}
     assert len(drawn) == 4, f"of each validation, of patches and of volumes: {drawn}"
@@ -167,7 +170,7 @@ def test_patches_may_decide_what_is_best_and_each_set_is_measured_in_its_own_way
 
 
 def mistakes(folder: Path, changes: dict[str, Any]) -> list[str]:
-    (folder / "net3d.py").write_text(NET)
+    (folder / "wv-data.made").write_text("null")  # nothing is read
     place = Place.__new__(Place)
     place.folder = folder
     try:

@@ -1,18 +1,17 @@
 """ForegroundSlices: patches at drawn places, a share of which hold foreground, found once per file."""
 
-import fcntl
 import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from dtrain.components.datasets.folder_lock import one_at_a_time
 from dtrain.components.datasets.slices import Draws, Places, SliceBuilder
 from dtrain.components.datasets.statistics import BLOCK, blocks
 from dtrain.components.datasets.volumes import Region, Volume
@@ -206,7 +205,7 @@ def _kept(volume: Volume, ignore_index: int | None) -> tuple[Foreground, str]:
     file, part = label
     name = hashlib.sha256(json.dumps([part, ignore_index]).encode()).hexdigest()[:8]
     path = file.with_name(f".{file.name}.{name}.foreground.npz")
-    with _one_at_a_time(file.parent):
+    with one_at_a_time(file.parent):
         identity = json.dumps([VERSION, part, ignore_index, volume.shape, *_version_of(file)])
         if (foreground := _read(path, identity)) is not None:
             return foreground, ""
@@ -222,18 +221,6 @@ def _version_of(file: Path) -> list[int]:
     """What tells one version of a file from another without reading it."""
     status = file.stat()
     return [status.st_size, status.st_mtime_ns]
-
-
-@contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Ranks that read the same files find a volume's foreground once; without locks in a file system, each does."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _read(path: Path, identity: str) -> Foreground | None:

@@ -4,9 +4,11 @@ from typing import Any, ClassVar
 
 from dtrain.components.datasets.files import found_files, unique_names
 from dtrain.components.datasets.flat import Axis
+from dtrain.components.datasets.kept_facts import kept_facts
 from dtrain.components.datasets.patches import PatchDataset
-from dtrain.components.datasets.slices import SliceBuilder
+from dtrain.components.datasets.slices import SliceBuilder, settings_of
 from dtrain.components.datasets.volumes import Checks, HDF5Volume, Volume
+from dtrain.components.transforms.pipeline import Pipeline
 
 SUFFIXES = (".h5", ".hdf", ".hdf5", ".hd5")
 
@@ -67,20 +69,27 @@ class LazyHDF5Dataset(PatchDataset):
             raise ValueError("raw_internal_path is empty; expected the name of a dataset, or several")
         if weight_internal_path is not None and not label:
             raise ValueError("weight_internal_path needs a label_internal_path: a weight weighs labels")
-        volumes: list[Volume] = []
-        for file, name in zip(files, unique_names(files, [file.stem for file in files]), strict=True):
-            volume = HDF5Volume(file, raw, label, weight_internal_path, name, checks)
-            volumes.append(volume.load() if self.in_memory else volume)
-        super().__init__(
-            volumes,
-            files,
-            slice_builder,
-            transforms,
-            global_normalization,
-            random_scale,
-            random_scale_probability,
-            axis,
-        )  # fmt: skip  # fmt: skip
+        percents = Pipeline(transforms).percents if global_normalization else None
+        about = [raw, label, weight_internal_path, vars(checks), percents, axis, settings_of(slice_builder)]
+        with kept_facts(files, about) as facts:
+            volumes: list[Volume] = []
+            names = unique_names(files, [file.stem for file in files])
+            for file, name, known in zip(files, names, facts, strict=True):
+                volume = HDF5Volume(file, raw, label, weight_internal_path, name, checks, known)
+                volumes.append(volume.load() if self.in_memory else volume)
+            super().__init__(
+                volumes,
+                files,
+                slice_builder,
+                transforms,
+                global_normalization,
+                random_scale,
+                random_scale_probability,
+                axis,
+            )  # fmt: skip
+        read: Any
+        for read in volumes:
+            read.facts = {}
 
 
 class StandardHDF5Dataset(LazyHDF5Dataset):

@@ -9,10 +9,11 @@ import numpy as np
 
 from dtrain.components.datasets.files import found_files, one_line, paired, stem_of, unique_names
 from dtrain.components.datasets.flat import Axis
+from dtrain.components.datasets.kept_facts import facts_of
 from dtrain.components.datasets.patches import PatchDataset, whole
 from dtrain.components.datasets.slices import SliceBuilder
 from dtrain.components.datasets.volumes import ArrayVolume, Checks, Region, Volume, read_region
-from dtrain.components.transforms.pipeline import NEAR
+from dtrain.components.transforms.pipeline import NEAR, Pipeline
 
 SUFFIXES = (".nii", ".nii.gz")
 
@@ -75,16 +76,12 @@ class NiftiDataset(PatchDataset):
             volume = NiftiVolume(image, label, name, checks)
             volumes.append(volume.load() if in_memory else volume)
         files = [file for pair in pairs for file in pair if file]
-        super().__init__(
-            volumes,
-            files,
-            slice_builder,
-            transforms,
-            global_normalization,
-            random_scale,
-            random_scale_probability,
-            axis,
-        )  # fmt: skip  # fmt: skip
+        percents = Pipeline(transforms).percents if global_normalization else None
+        with facts_of(volumes, pairs, [vars(checks), percents, axis], slice_builder, global_normalization):
+            super().__init__(
+                volumes, files, slice_builder, transforms, global_normalization, random_scale, random_scale_probability,
+                axis,
+            )  # fmt: skip
 
 
 class NiftiVolume:

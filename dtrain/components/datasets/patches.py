@@ -88,7 +88,8 @@ class PatchDataset(Dataset[Any]):
         self.random = (
             self.pipeline.random or bool(self.random_scale and random_scale_probability) or self.places.are_drawn
         )
-        self.stats = [Statistics(volume) for volume in self.volumes] if global_normalization else None
+        percents = self.pipeline.percents
+        self.stats = [Statistics(volume, percents) for volume in self.volumes] if global_normalization else None
 
     def _placed(self, slice_builder: SliceBuilder | None) -> Places:
         if slice_builder:

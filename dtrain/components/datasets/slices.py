@@ -4,7 +4,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, product
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 
@@ -134,10 +134,15 @@ class FilterSliceBuilder(SliceBuilder):
         assert isinstance(grid, Grid)
         if not volume.has_label:
             raise ValueError(f"FilterSliceBuilder needs labels, and {volume.path} is read without; use SliceBuilder")
-        shares = np.concatenate([self._shares(volume, row, grid.starts[-1]) for row in grid.rows()])
-        # RandomState's stream is frozen for good (NEP 19), that of default_rng may change with numpy's version.
-        accepted = np.random.RandomState(self.seed).random_sample(len(shares)) < self.slack_acceptance
-        return Chosen(grid, np.flatnonzero((shares > self.threshold) | accepted), float(shares.max()))
+        facts: dict[str, Any] = getattr(volume, "facts", {}) if settings_of(self) else {}
+        if "chosen" not in facts:
+            shares = np.concatenate([self._shares(volume, row, grid.starts[-1]) for row in grid.rows()])
+            # RandomState's stream is frozen for good (NEP 19), that of default_rng may change with numpy's version.
+            accepted = np.random.RandomState(self.seed).random_sample(len(shares)) < self.slack_acceptance
+            chosen = np.flatnonzero((shares > self.threshold) | accepted)
+            facts["chosen"] = [chosen.tolist(), float(shares.max())]
+        numbers, most = facts["chosen"]
+        return Chosen(grid, np.array(numbers, np.int64), most)
 
     def places_of(self, volumes: Sequence[Volume]) -> "Places":
         """The patches of several volumes; one of them may have none.
@@ -163,6 +168,11 @@ class FilterSliceBuilder(SliceBuilder):
         sums = np.concatenate(([0], counts.reshape(-1, counts.shape[-1]).sum(axis=0).cumsum()))
         lows = np.array(starts)
         return (sums[lows + patch] - sums[lows]) / (counts.size // counts.shape[-1] * patch)
+
+
+def settings_of(builder: SliceBuilder | None) -> dict[str, Any]:
+    """All that the patches which a FilterSliceBuilder keeps follow from; of another class's code nothing is known."""
+    return vars(builder) if type(builder) is FilterSliceBuilder else {}
 
 
 class Grid(Sequence[Region]):

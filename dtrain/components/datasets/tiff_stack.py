@@ -12,9 +12,11 @@ import numpy as np
 
 from dtrain.components.datasets.files import found_files, one_line, paired, stem_of, unique_names
 from dtrain.components.datasets.flat import Axis
+from dtrain.components.datasets.kept_facts import facts_of
 from dtrain.components.datasets.patches import PatchDataset
 from dtrain.components.datasets.slices import SliceBuilder
 from dtrain.components.datasets.volumes import Checks, StoredVolume, Volume
+from dtrain.components.transforms.pipeline import Pipeline
 
 SUFFIXES = (".tif", ".tiff", ".ome.tif", ".ome.tiff")
 PAGE_BYTES = 1 << 26  # of unpacked pages that a process keeps
@@ -77,10 +79,12 @@ class TiffStackDataset(PatchDataset):
             volume = TiffVolume(image, label, axes, name, checks)
             volumes.append(volume.load() if in_memory else volume)
         files = [file for pair in pairs for file in pair if file]
-        super().__init__(
-            volumes, files, slice_builder, transforms, global_normalization, random_scale, random_scale_probability,
-            axis,
-        )  # fmt: skip
+        percents = Pipeline(transforms).percents if global_normalization else None
+        with facts_of(volumes, pairs, [axes, vars(checks), percents, axis], slice_builder, global_normalization):
+            super().__init__(
+                volumes, files, slice_builder, transforms, global_normalization, random_scale, random_scale_probability,
+                axis,
+            )  # fmt: skip
 
 
 class TiffVolume(StoredVolume):

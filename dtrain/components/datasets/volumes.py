@@ -18,6 +18,8 @@ Pad = Literal["reflect", "edge", "constant"] | float
 """What lies outside of a volume: reflected, the border's values, or a number; constant: 0."""
 
 Check = Callable[[np.ndarray, str, Region, tuple[int, ...]], np.ndarray]
+KEPT_BYTES = 1 << 26  # of decompressed chunks, where neighbours are read one after another
+CHUNK_SLOTS = 20_011  # of HDF5's table of these chunks: a prime number, of a hundred times as many as usual ones are
 OPEN_FILES = 32  # that a process keeps open; one more closes the one that was longest unused
 
 
@@ -150,10 +152,13 @@ class ArrayVolume:
     Attributes:
         checks: What the values were found to be where they come from a file.
         label_file: The file that the label is of, and which part of it that is; None where there is none.
+        facts: What is known of the file, for as long as a dataset is made of it.
 
     Raises:
         ValueError: The shapes do not fit.
     """
+
+    facts: dict[str, Any]
 
     checks = Checks()
     label_file: tuple[Path, str] | None = None
@@ -314,11 +319,17 @@ class HDF5Volume(StoredVolume):
         weight: The dataset of the weight, (*spatial), or None.
         name: Default: the path's stem.
         checks: What each value that is read must be. Default: finite.
+        facts: What is known of the file already; what is found is added. Default: nothing.
+
+    Attributes:
+        reads_in_order: Whether neighbours are read one after another, so that chunks are worth keeping.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: It is not an HDF5 file, lacks a dataset, or the datasets are not numbers or do not fit together.
     """
+
+    reads_in_order = False
 
     def __init__(
         self,
@@ -328,13 +339,17 @@ class HDF5Volume(StoredVolume):
         weight: str | None = None,
         name: str = "",
         checks: Checks | None = None,
+        facts: dict[str, Any] | None = None,
     ) -> None:
         self.path, self.name = path, name or path.stem
         self.raw, self.label, self.weight = tuple(raw), tuple(label), weight
         self.checks = checks or Checks()
-        with open_hdf5(path) as file:
+        self.facts = {} if facts is None else facts
+        if "shapes" not in self.facts:
             parts = (self.raw, self.label, () if weight is None else (weight,))
-            shapes = [[_shape(path, file, item) for item in items] for items in parts]
+            with open_hdf5(path) as file:
+                self.facts["shapes"] = [[_shape(path, file, item) for item in items] for items in parts]
+        shapes = [[tuple(shape) for shape in of_part] for of_part in self.facts["shapes"]]
         self._fit(shapes[0], shapes[1], shapes[2])
 
     def load(self) -> ArrayVolume:
@@ -344,11 +359,12 @@ class HDF5Volume(StoredVolume):
             ValueError: See the readers.
         """
         loaded = super().load()
+        loaded.facts = self.facts
         FILES.close()
         return loaded
 
     def _array(self, name: str) -> Any:
-        return FILES.dataset(self.path, name)
+        return FILES.dataset(self.path, name, KEPT_BYTES // len(self.raw) if self.reads_in_order else 0)
 
 
 def _single(values: np.ndarray) -> np.ndarray:
@@ -361,20 +377,28 @@ class OpenFiles:
     def __init__(self) -> None:
         self.process = os.getpid()
         self.files: OrderedDict[Path, tuple[Any, dict[str, Any]]] = OrderedDict()
+        self.keeping: Path | None = None  # the file of which chunks are kept
 
-    def dataset(self, path: Path, name: str) -> Any:
-        """An open dataset.
+    def dataset(self, path: Path, name: str, kept_bytes: int = 0) -> Any:
+        """An open dataset, of which HDF5 keeps so many bytes of chunks, decompressed; 0: as it does by default, 1 MB.
+
+        Chunks of one file at a time are kept.
 
         Raises:
             FileNotFoundError: There is no such file.
             ValueError: The file cannot be opened, or lacks the dataset.
         """
         if self.process != os.getpid():  # forked: these handles are the parent's
-            self.process, self.files = os.getpid(), OrderedDict()
+            self.process, self.files, self.keeping = os.getpid(), OrderedDict(), None
+        if kept_bytes and path != self.keeping:
+            for other in (path, self.keeping or path):
+                if other in self.files:
+                    self.files.pop(other)[0].close()
+            self.keeping = path
         if path not in self.files:
             while len(self.files) >= OPEN_FILES:
                 self.files.popitem(last=False)[1][0].close()
-            self.files[path] = open_hdf5(path), {}
+            self.files[path] = open_hdf5(path, kept_bytes), {}
         self.files.move_to_end(path)
         file, datasets = self.files[path]
         if name not in datasets:
@@ -387,13 +411,14 @@ class OpenFiles:
         for file, _ in self.files.values() if self.process == os.getpid() else ():
             file.close()
         self.files.clear()
+        self.keeping = None
 
 
 FILES = OpenFiles()
 
 
-def open_hdf5(path: Path) -> Any:
-    """The file, opened read-only.
+def open_hdf5(path: Path, kept_bytes: int = 0) -> Any:
+    """The file, opened read-only; see `OpenFiles.dataset`.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -407,7 +432,8 @@ def open_hdf5(path: Path) -> Any:
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
     try:
-        return h5py.File(path, "r")
+        kept = {"rdcc_nbytes": kept_bytes, "rdcc_nslots": CHUNK_SLOTS, "rdcc_w0": 0} if kept_bytes else {}
+        return h5py.File(path, "r", **kept)
     except OSError as error:
         why = "it is empty, 0 bytes" if path.is_file() and not path.stat().st_size else one_line(error)
         raise ValueError(f"{path} cannot be read as HDF5: {why}") from error

@@ -5,12 +5,15 @@ Shapes: N samples, C channels or classes, any spatial dimensions *, such as (H, 
 
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
+from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from dtrain.components.losses.targets import Read, TargetReader, as_label, main_of, other_than, precise
 
+_COUNTS = WeakIdKeyDictionary()  # of each output that still lives: what a reader has counted in it, for the next metric
 Activation = Literal["auto", "softmax", "sigmoid", "none"]
 
 
@@ -107,8 +110,14 @@ class ClassReader:
         """
         output, target = main_logits(output), main_of(target)
         self._check_channels(output)
-        independent = output.shape[1] > 1 and self.activation == "sigmoid"
-        return (self.channel_counts if independent else self.label_counts)(output, target)
+        known_counts = _COUNTS.setdefault(output, {})
+        seen, versions, counts = known_counts.get(self, (None, (), None))
+        now = _versions(output, target)
+        if seen is None or seen() is not target or versions != now or not now:
+            independent = output.shape[1] > 1 and self.activation == "sigmoid"
+            counts = (self.channel_counts if independent else self.label_counts)(output, target)
+            known_counts[self] = ref(target), now, counts
+        return counts
 
     def channel_counts(self, output: Tensor, target: Tensor) -> Tensor:
         """The same with each channel by itself, there above the threshold."""
@@ -121,7 +130,7 @@ class ClassReader:
     def label_counts(self, output: Tensor, target: Tensor) -> Tensor:
         """The same with one class for each voxel: the largest channel, or of a single one what the threshold says."""
         if output.shape[1] > 1:
-            return self._label_counts(output.argmax(dim=1), *self._labels(output, target), output.shape[1])
+            return self._label_counts(output.max(dim=1).indices, *self._labels(output, target), output.shape[1])
         read = TargetReader(self.ignore_index).read(output, target, "shares", wait=True)
         label, valid = read.target[:, 0].round().long(), None if read.valid is None else read.valid[:, 0] > 0
         found = probabilities(output, self.activation)[:, 0] > self.threshold
@@ -176,6 +185,11 @@ class ClassReader:
         return torch.stack([torch.bincount(part, minlength=samples * classes) for part in parts], -1).view(
             -1, classes, 3
         )
+
+
+def _versions(*tensors: Tensor) -> tuple[int, ...]:
+    """How often each was changed in place; () where torch does not count it."""
+    return () if any(tensor.is_inference() for tensor in tensors) else tuple(tensor._version for tensor in tensors)
 
 
 def _sums(*parts: Tensor) -> Tensor:

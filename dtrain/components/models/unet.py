@@ -13,7 +13,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from dtrain.components.models.unet_blocks import BLOCKS, LAYERS, SE_MODULES, Deconvolution, Interpolation, Style
+from dtrain.components.models.unet_blocks import (
+    BLOCKS,
+    LAYERS,
+    SE_MODULES,
+    Deconvolution,
+    Interpolation,
+    Style,
+    mark_doubled,
+)
 
 LARGE = 2**16  # voxels of a volume that is worth being cut on a CPU; see Conv3d
 
@@ -241,6 +249,8 @@ class _Decoder(nn.Module):
             in_channels = out_channels
         joined = in_channels if self.adds else in_channels + out_channels
         self.basic_module = BLOCKS[block](joined, out_channels, style, encoder=False)
+        if block == "DoubleConv" and upsample == "nearest" and style.dims == 3:
+            mark_doubled(self.basic_module, in_channels, style, pool)
 
     def forward(self, skip: Tensor, below: Tensor) -> Tensor:
         above = self.upsampling(below, skip.shape[2:])

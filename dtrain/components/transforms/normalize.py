@@ -92,6 +92,7 @@ class PercentileNormalizer:
         self.pmin, self.pmax, self.eps = pmin, pmax, eps
         self.channelwise, self.use_stats = channelwise, use_stats
         self.key = known("PercentileNormalizer", "key", key, KEYS)
+        self.percents_of_file = [pmin, pmax]
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         """The sample with float32 values; draws nothing."""

@@ -44,6 +44,7 @@ class Pipeline:
 
     Attributes:
         random: Whether any of them draws.
+        percents: Which percentiles of the whole file they take, where `stats` tells them.
 
     Raises:
         TypeError: One of them is not a transform.
@@ -53,6 +54,8 @@ class Pipeline:
     def __init__(self, transforms: Sequence[Any] | None = None) -> None:
         self.steps = [_step(transform, place) for place, transform in _flat(transforms or (), "transforms")]
         self.random = any(step.random for step in self.steps)
+        of_steps = (getattr(step.transform, "percents_of_file", ()) for step in self.steps)
+        self.percents: list[float] = [percent for percents in of_steps for percent in percents]
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         """The sample after all transforms.

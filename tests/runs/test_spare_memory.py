@@ -1,0 +1,124 @@
+"""Trainings that keep their newest steps in memory: killed, they resume there, and nothing of it is left at the end."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import warm_memory
+from warm import in_warm_process
+from whole_runs import Place, figures, last
+
+from dtrain.checkpoint.spare_memory import SpareMemory
+from dtrain.distributed.ranks import Ranks
+from dtrain.tracking.run_folder import read_run
+
+pytestmark = pytest.mark.timeout(7200)
+
+KEPT = {"trainer.spare_memory_every_steps": 1, "trainer.pictures": False, "loaders.train.size": 60}
+
+
+def can_mount() -> bool:
+    if (child := os.fork()) == 0:
+        try:
+            warm_memory.enter_namespace()
+        except OSError:
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
+
+
+needs_mounts = pytest.mark.skipif(not can_mount(), reason="SKIPPED, NOT TESTED HERE: mount namespaces need root")
+
+
+def disturbed(folder: Path, **counts: int) -> dict[str, Any]:
+    reports = in_warm_process(folder, 7000, warm_memory.__file__, **counts)
+    for name, report in reports.items():
+        assert report["kills"] == counts[name] and max(report["lost"]) <= 1, report
+    return reports
+
+
+@pytest.mark.slow
+@needs_mounts
+def test_a_lost_node_costs_a_step_at_most(tmp_path: Path) -> None:
+    """And all is bit for bit as if nothing had been."""
+    disturbed(tmp_path, node_losses=1)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("role", ["rank_kills", "node_losses", "shard_losses"])
+@needs_mounts
+def test_of_sixty_disturbances_each_costs_a_step_at_most(tmp_path: Path, role: str) -> None:
+    print(disturbed(tmp_path, **{role: 60}))
+
+
+def kept_at_7(place: Place, name: str, **changes: Any) -> tuple[str, Path]:
+    """A training whose only process was killed in its 8th step; the 7th may not have been sealed yet."""
+    memory = place.folder / f"memory-{name}"
+    memory.mkdir(exist_ok=True)
+    file = place.config(name, **{**KEPT, "trainer.spare_memory_dir": str(memory), **changes})
+    place.run(file, expect=-9, do="train 8 rank 0 KILL")
+    assert not [*place.path(name).glob("checkpoints/step-*")] and [*memory.iterdir()]
+    return file, memory
+
+
+def test_the_next_start_resumes_also_on_more_ranks_and_gives_the_memory_back(place: Place) -> None:
+    file, memory = kept_at_7(place, "more-ranks", **{"loaders.batch_size": None, "loaders.global_batch_size": 4})
+    text = place.run(file, ranks=2).text
+    assert re.search(r"resumes from step [67], which was kept in memory; on the disk, there is no checkpoint", text)
+    place.run(place.config("one-rank", **{**KEPT, "loaders.batch_size": 4}))
+    one, other = figures(place.path("one-rank")), figures(place.path("more-ranks"))
+    assert one["train/loss"].keys() == other["train/loss"].keys() == {*range(1, 31)}
+    assert one["train/loss"] == pytest.approx(other["train/loss"], rel=1e-5)
+    assert [*memory.iterdir()] == []
+    assert read_run(place.path("more-ranks"))["attempt"] == 2 and last(place.path("more-ranks")).state["step"] == 30
+
+
+def test_what_another_training_has_kept_is_never_taken(place: Place) -> None:
+    """Neither does a start that begins again, nor one whose last start was another way on from an older step."""
+    file, memory = kept_at_7(place, "fresh")
+    (old,) = memory.iterdir()
+    copy = shutil.copytree(old, memory / "copy")
+    text = place.run(file, "trainer.resume=none", "trainer.max_steps=3").text
+    assert "kept in memory" not in text and not old.exists()
+    identity = json.loads((place.path("fresh") / "run.json").read_text())["id"]
+    copy.rename(memory / f"dtrain-{os.getuid()}-{identity}")  # as if it were this training's, of its first start
+    place.run(file, "trainer.max_steps=4", "trainer.spare_memory_every_steps=null")
+    text = place.run(file, "trainer.max_steps=5").text
+    assert "kept in memory" not in text and last(place.path("fresh")).state["step"] == 5 and [*memory.iterdir()] == []
+
+
+def test_where_the_launcher_gives_up_what_was_kept_becomes_a_checkpoint(place: Place) -> None:
+    memory = place.folder / "memory-launcher"
+    memory.mkdir()
+    file = place.config("launcher-keeps", **{**KEPT, "trainer.spare_memory_dir": str(memory)})
+    (running,) = place.start("launch", file, "--nproc-per-node", "2", do="train 6 rank 1 KILL")
+    result = running.result(200)
+    assert result.rc == 1 and "was kept in memory, and is now a checkpoint in" in result.stderr, result.text
+    (path,) = place.path("launcher-keeps").glob("checkpoints/step-*")
+    step = last(place.path("launcher-keeps")).state["step"]
+    assert path.name == f"step-{step:08d}" and step in (4, 5) and [*memory.iterdir()] == []
+
+
+def test_memory_that_is_too_small_or_not_there_is_a_mistake_before_the_first_step(place: Place) -> None:
+    for changes, message in (
+        ({"trainer.spare_memory_dir": "/nowhere"}, "trainer.spare_memory_dir: there is no folder /nowhere on this"),
+        ({"trainer.spare_memory_every_steps": 0}, "trainer.spare_memory_every_steps: must be at least 1, found 0"),
+    ):
+        result = place.run(place.config("no-memory", **{**KEPT, **changes}), expect=2)
+        assert message in result.stderr and "no-memory.yaml:" in result.stderr and "Traceback" not in result.text
+
+
+def test_memory_that_does_not_suffice_is_said(place: Place, mounted: Any) -> None:
+    """Before the first step what is known then; later the training continues without."""
+    small = mounted("size=8k")
+    (alone,) = [SpareMemory(Ranks(0, 0, 1, torch.device("cpu")), 1, small, print)]
+    assert alone.check(4000) == ""
+    assert re.match(rf"{small} of \S+ has 8.19e-06 GB free, and at least 8.2e-06 GB are needed", alone.check(4100))
+    result = place.run(place.config("full-memory", **KEPT, **{"trainer.spare_memory_dir": str(small)}))
+    assert result.text.count("keeps nothing in memory from now on: ") == 1, result.text
+    assert [*small.iterdir()] == []
