@@ -887,9 +887,7 @@ class Trainer:
         """The means over all samples since the last point, and where the time went."""
         sums = self.state.sums
         peaks = peak_gb(self.ranks)
-        own = torch.tensor([*self.throughput.row(), *peaks], dtype=torch.float64)
-        stacked = self.state.stacked_sums
-        values = self.ranks.sum_(torch.cat([stacked, own.to(stacked)])).tolist()
+        values = self.state.summed(self.ranks, [*self.throughput.row(), *peaks])
         if slow := self.throughput.judge(values[len(sums) :]):
             self.progress.note(f"warning: {slow}{cause_in_clock(self.ranks, self.throughput.slow_rank)}")
         if (rank := self.throughput.always_slow) is not None and self.ranks.is_main:

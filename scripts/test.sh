@@ -54,4 +54,5 @@ cores=$(getconf _NPROCESSORS_ONLN)
 # One thread per worker: the tests start processes of their own, and none depends on speed. Two workers more than cores,
 # since many wait; each takes a stretch of neighbours, which share what takes long to make, then some of another's.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$python" -m pytest --numprocesses $((cores < 7 ? cores + 2 : 8)) --dist worksteal "$@"
+# Thousands of processes share the machine: what fails is tried once more, and the summary shows what the first try said.
+exec "$python" -m pytest --numprocesses $((cores < 7 ? cores + 2 : 8)) --dist worksteal --reruns 1 "$@"

@@ -54,6 +54,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="a soak test: run with --soak"))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """A test that failed and then passed depends on something that it should not: what it said is not lost."""
+    for report in terminalreporter.stats.get("rerun", []):
+        terminalreporter.section(f"failed at first: {report.nodeid}")
+        terminalreporter.line(report.longreprtext)
+
+
 def _is_fast(item: pytest.Item) -> bool:
     is_marked = any(item.get_closest_marker(name) for name in ("slow", "soak")) or item.path.parent.name == "runs"
     return not is_marked and STARTS_PROCESSES.isdisjoint(getattr(item, "fixturenames", ()))

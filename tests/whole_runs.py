@@ -145,6 +145,13 @@ class Place:
     def path(self, name: str) -> Path:
         return self.folder / f"run-{name}"
 
+    def forget(self, test: str) -> None:
+        """What the first try of a test left is not there for the second."""
+        self.tagged.kill()
+        for writer in self.folder.glob(".*.writer"):
+            if writer.read_text() == test:
+                shutil.rmtree(self.path(writer.stem.removeprefix(".")), ignore_errors=True)
+
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """What `make` returns (as JSON keeps it), made by the first worker that asks for it."""
         kept = self.folder / f"{name}.made"
@@ -311,6 +318,13 @@ def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     yield mount
     while os.path.ismount(folder):
         subprocess.run(["umount", "-l", str(folder)], timeout=200, check=True)
+
+
+@pytest.fixture(autouse=True)
+def second_try(request: pytest.FixtureRequest) -> None:
+    """Where a failed test is tried once more, as scripts/test.sh has it, it begins as the first try did."""
+    if getattr(request.node, "execution_count", 1) > 1 and "place" in request.fixturenames:
+        request.getfixturevalue("place").forget(request.node.nodeid)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,8 @@ NEXT_WAIT_SECONDS = 10.0  # a wait that begins after the request takes no longer
 # A batch system's own limit is kept clear of by so much, or a tenth of what there is: a step and a save must fit in.
 MARGIN_SECONDS = 120.0
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+# Without the members of enums that Python makes of what it finds: that takes a tenth of a log step.
+_getsignal: Callable[[int], Any] = getattr(signal.getsignal, "__wrapped__", signal.getsignal)
 _ends_at_once: list[object] = []  # the handlers of `end_at_once`
 T = TypeVar("T")
 
@@ -98,7 +100,7 @@ class StopRequest:
     def keep_listening(self, say: Callable[[str], object]) -> None:
         """Takes back, for good, signals that other code ignores; says so once, and of those with another handler."""
         for number in self._taken if threading.current_thread() is threading.main_thread() else ():
-            handler = signal.getsignal(number)
+            handler = _getsignal(number)
             if handler == self._handle or (number == signal.SIGALRM and not self._limit):
                 continue
             if is_dead := handler in (signal.SIG_IGN, signal.SIG_DFL):

@@ -2,7 +2,7 @@
 
 import copy
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -123,6 +123,14 @@ class TrainState:
         return torch.stack(
             [torch.as_tensor(value, dtype=self._dtype, device=self.device) for value in self.sums.values()]
         )
+
+    def summed(self, ranks: Ranks, others: Sequence[float] = ()) -> list[float]:
+        """The sums of all ranks in their order, and of other numbers behind them. All ranks call it."""
+        if self.is_on_cpu and ranks.world_size == 1:  # four tensors fewer
+            return [*self.sums.values(), *others]
+        stacked = self.stacked_sums
+        rest = torch.tensor(others, dtype=torch.float64).to(stacked)
+        return ranks.sum_(torch.cat([stacked, rest])).tolist()
 
     def _as_sum(self, value: float) -> Any:
         return value if self.is_on_cpu else torch.full((), value, dtype=self._dtype, device=self.device)
@@ -271,7 +279,7 @@ def capture(
     assert trainables.schedule is not None
     values = state.state_dict()
     if generators is None:
-        values["sums"] = dict(zip(state.sums, ranks.sum_(state.stacked_sums).tolist(), strict=True))
+        values["sums"] = dict(zip(state.sums, state.summed(ranks), strict=True))
         generator_states = _generators_of_all(trainables.all, ranks)
     else:
         generator_states = list(generators.values())

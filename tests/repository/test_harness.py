@@ -87,6 +87,36 @@ def test_a_test_that_leaves_a_process_behind_fails(pytester: pytest.Pytester) ->
     outcome.stdout.fnmatch_lines(["*processes were left behind*", "*sleep 1000*"])
 
 
+def test_what_fails_is_tried_once_more_and_what_the_first_try_said_is_shown(pytester: pytest.Pytester) -> None:
+    shutil.copy(Path(__file__).parents[1].joinpath("forks.py"), pytester.path)
+    pytester.makeconftest(Path(__file__).parents[1].joinpath("conftest.py").read_text().replace(PLUGINS, ""))
+    pytester.makepyfile(
+        """
+        tries = []
+
+        def test_fails_at_first():
+            tries.append(1)
+            assert len(tries) > 1, "the first try's own words"
+
+        def test_fails():
+            assert tries == "never so"
+        """
+    )
+    outcome = pytester.runpytest_subprocess("--reruns", "1", timeout=200)
+    assert outcome.parseoutcomes() == {"passed": 1, "failed": 1, "rerun": 2}
+    outcome.stdout.fnmatch_lines(["*failed at first: *test_fails_at_first*", "*the first try's own words*"])
+
+
+def test_a_second_try_finds_nothing_of_the_first(place: Place, tmp_path: Path) -> None:
+    name = f"PYTEST_{tmp_path.name}"
+    place.config(name)
+    (place.path(name) / "checkpoints").mkdir(parents=True)
+    place.forget("another.py::test")
+    assert place.path(name).is_dir()
+    place.forget("tests/repository/test_harness.py::test_a_second_try_finds_nothing_of_the_first")
+    assert not place.path(name).exists()
+
+
 def test_soak_tests_run_only_when_asked_for(pytester: pytest.Pytester) -> None:
     shutil.copy(Path(__file__).parents[1].joinpath("forks.py"), pytester.path)
     pytester.makeconftest(Path(__file__).parents[1].joinpath("conftest.py").read_text().replace(PLUGINS, ""))
