@@ -10,8 +10,8 @@ it, bare and with the same features as far as it has them (contestants.py); `pip
 one that is not installed is named and left out.
 
 Time per step is taken inside the processes and in the same way for all, by the optimizer that all use (workload.py).
-All programs of one kind of run are there at the same time, and take turns of some hundred steps, so that each round has
-them all on the same machine (turns.py). Figures are medians over the rounds; ratios are medians of each round's ratio
+All programs of one kind of run are there at the same time, and take turns of a thousand steps, so that each round has
+them all on the same machine (turns.py); in much shorter ones, what happens once a second would happen in each. Figures are medians over the rounds; ratios are medians of each round's ratio
 to the hand-written loop, with the quartiles beside them; of several ranks the slowest or largest counts. Processor time
 is that of the rank itself; on a busy machine it says more than the clock on the wall. Start-up is from the start of the
 command to the end of the first optimizer step, one program at a time.
@@ -212,7 +212,7 @@ def options() -> argparse.Namespace:
         description=(__doc__ or "").partition("\n")[0], epilog="example: python scripts/bench/overhead.py --rounds 9"
     )
     parser.add_argument("--rounds", type=int, default=9, help="turns of each program (default 9)")
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of a turn (default 200)")
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of a turn (default 1000)")
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2], help="numbers of processes (default 1 2)")
     parser.add_argument("--datasets", nargs="+", default=DATASETS, choices=DATASETS, help="see workload.py (all)")
     parser.add_argument("--only", nargs="*", choices=[peer.name for peer in PEERS], help="besides both loops")
