@@ -11,10 +11,11 @@ one that is not installed is named and left out.
 
 Time per step is taken inside the processes and in the same way for all, by the optimizer that all use (workload.py).
 All programs of one kind of run are there at the same time, and take turns of a thousand steps, so that each round has
-them all on the same machine (turns.py); in much shorter ones, what happens once a second would happen in each. Figures are medians over the rounds; ratios are medians of each round's ratio
-to the hand-written loop, with the quartiles beside them; of several ranks the slowest or largest counts. Processor time
-is that of the rank itself; on a busy machine it says more than the clock on the wall. Start-up is from the start of the
-command to the end of the first optimizer step, one program at a time.
+them all on the same machine (turns.py); in much shorter ones, what happens once a second would happen in each. Figures
+are medians over the rounds; ratios are medians of each round's ratio to the hand-written loop, with the quartiles
+beside them; of several ranks the slowest or largest counts. Processor time is that of the rank itself; on a busy
+machine it says more than the clock on the wall. Start-up is from the start of the command to the end of the first
+optimizer step, one program at a time.
 
 Without --all the peers are bare only where one process reads Items, and left out where two read a TensorDataset. The
 figures of several shorter runs come into one set of tables by --json and --add; `--ranks --add FILE` measures nothing.
