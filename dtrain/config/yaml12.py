@@ -254,6 +254,8 @@ def _syntax_mistake(error: Any, text: str, file: str, fixed_place: Place | None)
         begun = error.context_mark.line + 1 if error.context_mark else line
         context = f" ({error.context}{f' begun on line {begun}' if begun != line else ''})" if error.context else ""
         problem = (error.problem or "cannot be read") + context
+        if error.problem == "but found another document":
+            problem = "a second document begins here; a config is one"
         lines = text.splitlines() or [""]
         if "${" in lines[min(line, len(lines)) - 1]:
             problem += "; inside {...} or [...] a reference needs quotes: '${...}'"

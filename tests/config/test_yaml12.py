@@ -197,7 +197,7 @@ def test_a_fixed_place_is_everywhere() -> None:
         ("a:\n\tb: 1", "a.yaml:2:1: not valid YAML: found character '\\t' that cannot start any token (while scanning for the next token); indent with spaces"),
         ("a: *x", "a.yaml:1:4: not valid YAML: found undefined alias 'x'"),
         ("a: 'x", "a.yaml:1:6: not valid YAML: found unexpected end of stream (while scanning a quoted scalar)"),
-        ("a: 1\n---\nb: 2", "a.yaml:2:1: not valid YAML: but found another document (expected a single document in the stream begun on line 1)"),
+        ("a: 1\n---\nb: 2", "a.yaml:2:1: not valid YAML: a second document begins here; a config is one"),
         ("a: @x", "a.yaml:1:4: not valid YAML: found character '@' that cannot start any token (while scanning for the next token)"),
         ("a: {T: ${b.c}}", "a.yaml:1:9: not valid YAML: expected ',' or '}', but got '{' (while parsing a flow mapping); inside {...} or [...] a reference needs quotes: '${...}'"),
         ("a: 1\nb: x\0y", "a.yaml:2:5: not valid YAML: the character '\\x00' is not allowed"),
