@@ -212,6 +212,10 @@ def test_a_fixed_place_is_everywhere() -> None:
         ("!x a: 1", "a.yaml:1:1: the tag '!x' is not allowed; a config holds plain values, lists and mappings only"),
         ("a: !!int 1.5", "a.yaml:1:4: '1.5' is not an integer"),
         ("a: !!int true", "a.yaml:1:4: 'true' is not an integer"),
+        (
+            "a:\n b: 1\n\n  c: 2",
+            "a.yaml:4:4: not valid YAML: mapping values are not allowed here; this line is indented by 2 spaces, the one above it by 1",
+        ),
         ("a: !!bool yes", "a.yaml:1:4: 'yes' is not true or false"),
         ("a: !!float x", "a.yaml:1:4: 'x' is not a number"),
         ("a: !!map [1]", "a.yaml:1:4: the tag 'map' is not allowed; a config holds plain values, lists and mappings only"),
