@@ -11,6 +11,7 @@ import shlex
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,7 +26,7 @@ from dtrain.distributed.process import run_to_end
 from dtrain.distributed.stop_request import end_at_once
 from dtrain.reporting import events
 from dtrain.reporting.events import OUTPUT
-from dtrain.reporting.own_frames import SHOWS_ALL
+from dtrain.reporting.own_frames import SHOWS_ALL, warning_line
 from dtrain.reporting.terminal_progress import begin_early, end_early
 
 NEVER = 2**31 - 1  # so many younger collections come before an older one
@@ -52,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.path.insert(0, str(Path.cwd()))
     if forms := getattr(options, "output_form", None):
         os.environ[OUTPUT] = " ".join(sorted(set(forms)))
+    warnings.formatwarning = warning_line
+    if "quiet" in os.environ.get(OUTPUT, "") and not sys.warnoptions:
+        warnings.simplefilter("ignore")
     if not hasattr(options, "output_form"):
         return _run(options)
     if "json" not in os.environ.get(OUTPUT, ""):
@@ -74,6 +78,12 @@ def _run(options: argparse.Namespace) -> int:
         return INTERRUPTED
     except BrokenPipeError:  # `dtrain config ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except OSError as error:  # a full disk, a folder of somebody else's
+        if os.environ.get(SHOWS_ALL):
+            raise
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(one_line(f"dtrain {options.command}: {what}"), file=sys.stderr)
         return FAILED
 
 
@@ -117,10 +127,17 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         if word.startswith("-") or not hasattr(options, "overrides"):
             known = [name for name in commands[options.command]._option_string_actions if name.startswith("--")]
             near = did_you_mean(word.partition("=")[0], known) if word.startswith("--") else ""
+            near = near or _as_override(word, options)
             commands[options.command].error(f"unexpected argument {word!r}{near}")
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
+
+
+def _as_override(word: str, options: argparse.Namespace) -> str:
+    """`--lr=1e-3`, as other programs have it."""
+    is_setting = hasattr(options, "overrides") and word.startswith("--")
+    return "; settings of the config are written without dashes, such as optimizer.lr=1e-3" if is_setting else ""
 
 
 def _with_dashes(words: Sequence[str]) -> list[str]:
@@ -193,7 +210,7 @@ def _nodes(text: str) -> _Nodes:
 def _seconds(text: str) -> float:
     if text in ("0", "0s"):
         return 0.0
-    from dtrain.distributed.stop_request import seconds_of
+    from dtrain.config.durations import seconds_of
 
     try:
         return seconds_of(text)
@@ -488,6 +505,8 @@ def _export(options: argparse.Namespace) -> int:
         options.folder = options.config
         options.config = str(_run_folder(options, "config.yaml") / "config.yaml")
         options.overrides = [*options.overrides, f"trainer.checkpoint_dir={options.folder}"]  # it may have been moved
+    elif not options.config.endswith((".yaml", ".yml")):
+        raise ConfigError(f"dtrain export: {options.config} is neither a run folder nor a YAML file")
     config = _checked(options, "export")
     from dtrain.launch.export import export
 

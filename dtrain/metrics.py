@@ -389,6 +389,10 @@ def _mean(weighted: list[tuple[int, Any]]) -> Any:
     if isinstance(first, dict):
         return {key: _mean([(count, value[key]) for count, value in weighted]) for key in first}
     if isinstance(first, list):
+        lengths = sorted({len(value) for _, value in weighted})
+        if len(lengths) > 1:
+            text = f"returned a list of {lengths[0]} for one batch and of {lengths[-1]} for another"
+            raise ValueError(f"{text}; a metric of a batch is one number (the mean), or one for each class")
         return [_mean([(count, value[index]) for count, value in weighted]) for index in range(len(first))]
     return sum(count * value for count, value in weighted) / sum(count for count, _ in weighted)
 

@@ -592,6 +592,34 @@ def test_an_error_in_a_sample_names_the_sample(workers: int, error: str, phase: 
     assert ("the file is cut" if error == "ValueError" else "image") in shown
 
 
+@pytest.mark.parametrize(
+    ("sample", "said"),
+    [
+        (None, "it is None, most are (tensor (2,), int)"),
+        ((torch.zeros(3), 1), "it is (tensor (3,), int), most are (tensor (2,), int)"),
+        ({"image": np.zeros((1, 2))}, "it is {image: ndarray (1, 2)}, most are (tensor (2,), int)"),
+    ],
+)
+def test_a_batch_that_cannot_be_made_names_the_sample_that_is_not_like_the_others(sample: Any, said: str) -> None:
+    class Odd(Numbers):
+        def __getitem__(self, index: int) -> Any:
+            return sample if index == 6 else (torch.zeros(2), index)
+
+    with pytest.raises((TypeError, RuntimeError, AttributeError)) as failure:
+        list(loader(dataset=Odd(12), shuffle=False, batch_size=4).epoch(0))
+    assert failure.value.__notes__ == [f"while loading sample 6 of Odd: {said}"]
+
+
+def test_where_all_samples_differ_none_is_named() -> None:
+    class Uneven(Numbers):
+        def __getitem__(self, index: int) -> Any:
+            return torch.zeros(index + 1)
+
+    with pytest.raises(RuntimeError, match="equal size") as failure:
+        list(loader(dataset=Uneven(8), shuffle=False, batch_size=4).epoch(0))
+    assert not getattr(failure.value, "__notes__", [])
+
+
 def test_a_dataset_that_gives_whole_batches_names_them() -> None:
     class Batched(Numbers):
         def __getitems__(self, indices: list[int]) -> list[int]:

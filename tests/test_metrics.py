@@ -304,6 +304,15 @@ def test_a_class_without_samples_does_not_spoil_the_mean() -> None:
     assert math.isnan(found["metric_1"])
 
 
+def test_a_figure_for_each_sample_is_refused_once_a_batch_is_shorter() -> None:
+    metrics = metrics_of(lambda: lambda output, target: (output == target).float())
+    for number, size in enumerate([4, 4, 1]):
+        metrics.update(torch.zeros(size), torch.zeros(size), number, size)
+    with pytest.raises(ValueError, match=r"a list of 1 for one batch and of 4 for another") as refusal:
+        metrics.compute()
+    assert refusal.value.__notes__ == ["in the metric metric"]
+
+
 # Around the figures
 
 

@@ -118,8 +118,11 @@ def _called(call: Call, imported: Callable[..., Any], positional: tuple[Any, ...
         raise
     except (Exception, SystemExit) as error:
         own = isinstance(call.target, Callee) and is_own(call.target)
+        # What dtrain's own settings refuse is said for a user, who needs no line of ours.
+        is_said = own and isinstance(error, ValueError)
         subject = "" if own else f"{call.name}({_arguments_text(call)}) raised "
-        raise refused(call.config, _key_at_fault(call, error), subject + _explained(error)) from error
+        text = str(error) if is_said else subject + _explained(error)
+        raise refused(call.config, _key_at_fault(call, error), text) from error
 
 
 def _arguments_text(call: Call) -> str:

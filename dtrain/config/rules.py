@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from dtrain.config.annotations import wrong_type
 from dtrain.config.did_you_mean import did_you_mean
+from dtrain.config.durations import POSSIBLE, seconds_of
 from dtrain.config.errors import ConfigError, KeyPath, Mistake, found, is_mapping, shown
 from dtrain.config.folds import are_folds, fold_mistakes
 from dtrain.config.schema import PHASES, SLOTS, Call, has_several, mistake, own_loop, read
@@ -92,7 +93,9 @@ def rule_mistakes(config: ConfigDict, purpose: str | None) -> Iterator[Mistake]:
 def _top_level_mistakes(config: ConfigDict) -> Iterator[Mistake]:
     """Unknown sections, and wrong values of the keys that are not sections."""
     for key in config:
-        if key not in TOP_LEVEL:
+        if key == "_base_":
+            yield mistake(config, (key,), "stands in the file, which names what it extends; not on the command line")
+        elif key not in TOP_LEVEL:
             text = f"unknown section{did_you_mean(key, TOP_LEVEL)}; possible: {', '.join(TOP_LEVEL)}"
             yield mistake(config, (key,), text)
         elif wrong := TOP_LEVEL[key] and wrong_type(config[key], ast.parse(TOP_LEVEL[key], mode="eval").body):
@@ -124,6 +127,7 @@ def value_mistakes(config: ConfigDict) -> Iterator[Mistake]:
     loaders = config.get("loaders")
     for key, text in fold_mistakes(loaders["folds"]) if are_folds(loaders) else ():
         yield mistake(config, ("loaders", "folds", key), text)
+    yield from _time_mistakes(config)
     yield from _limit_mistakes(config)
     yield from _scheme_mistakes(config)
     for path in _sums(config):
@@ -144,6 +148,17 @@ def _in_phases(path: KeyPath, values: Any) -> Iterator[tuple[KeyPath, Any]]:
         yield from (
             (((*path, phase, index), item) for index, item in enumerate(own)) if several else [((*path, phase), own)]
         )
+
+
+def _time_mistakes(config: ConfigDict) -> Iterator[Mistake]:
+    """A `trainer.time_limit` that is not a time."""
+    limit = _at(config.get("trainer"), "time_limit")
+    if type(limit) not in (int, float, str):
+        return  # none, or of a wrong type, which is told anyway
+    try:
+        seconds_of(limit)
+    except ValueError:
+        yield mistake(config, ("trainer", "time_limit"), f"expected a time above 0: {POSSIBLE}; {found(limit)}")
 
 
 def _limit_mistakes(config: ConfigDict) -> Iterator[Mistake]:

@@ -254,12 +254,21 @@ def _syntax_mistake(error: Any, text: str, file: str, fixed_place: Place | None)
         begun = error.context_mark.line + 1 if error.context_mark else line
         context = f" ({error.context}{f' begun on line {begun}' if begun != line else ''})" if error.context else ""
         problem = (error.problem or "cannot be read") + context
+        if error.problem == "but found another document":
+            problem = "a second document begins here; a config is one"
         lines = text.splitlines() or [""]
         if "${" in lines[min(line, len(lines)) - 1]:
             problem += "; inside {...} or [...] a reference needs quotes: '${...}'"
         if "found character '\\t'" in problem:
             problem += "; indent with spaces"
+        problem += _indentation(lines[: max(line, 1)]) if "mapping values are not allowed" in problem else ""
     return Mistake(f"not valid YAML: {problem}", fixed_place or Place(file, line, column))
+
+
+def _indentation(lines: list[str]) -> str:
+    """That the last line is indented more than the one above it, which takes no keys of its own."""
+    *_, above, own = [0, 0, *(len(line) - len(line.lstrip()) for line in lines if line.strip())]
+    return f"; this line is indented by {own} spaces, the one above it by {above}" if own > above else ""
 
 
 class _Dumper(yaml.SafeDumper):

@@ -7,6 +7,7 @@ import multiprocessing
 import operator
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import resource_tracker
 from typing import Any, cast
@@ -203,12 +204,24 @@ class SeededBatches(Dataset):
         one_by_one = seeding is not None or not self._gives_lists
         items = self._one_by_one(indices, seeding or itertools.repeat(None)) if one_by_one else self._as_list(indices)
         if self.may_leave_out:
-            batch = self.collate(items)
+            batch = self._collated(items, indices)
             return batch, kept_samples(batch, items, len(indices))
         if len(items) != len(indices):
             text = f"{type(self.dataset).__name__}.__getitems__ gave {len(items)} samples for {len(indices)} indices"
             raise ValueError(f"{text}; a collate_fn may leave samples out, see docs/data.md")
-        return self.collate(items), len(indices)
+        return self._collated(items, indices), len(indices)
+
+    def _collated(self, items: list[Any], indices: list[int]) -> Any:
+        """The batch; an error names the sample that is not like most others."""
+        try:
+            return self.collate(items)
+        except Exception as error:
+            forms = [_form(item) for item in items]
+            usual, count = Counter(forms).most_common(1)[0]
+            if len(items) == len(indices) and len(items) / 2 < count < len(items):
+                odd = next(number for number, form in enumerate(forms) if form != usual)
+                error.add_note(f"{self._while_loading(indices[odd])}: it is {forms[odd]}, most are {usual}")
+            raise
 
     def _as_list(self, indices: list[int]) -> list[Any]:
         try:
@@ -250,6 +263,17 @@ class SeededBatches(Dataset):
         with contextlib.suppress(Exception):  # of a dataset that has just raised, nothing is certain
             file = file_of(self.dataset, index)
         return f"while loading sample {index} of {type(self.dataset).__name__}{file and f', {file}'}"
+
+
+def _form(item: Any) -> str:
+    """What a sample consists of, with shapes: `(tensor (3, 8, 8), int)`."""
+    if hasattr(item, "shape"):
+        return f"{type(item).__name__.lower()} {tuple(item.shape)}"
+    if isinstance(item, dict):
+        return f"{{{', '.join(f'{key}: {_form(value)}' for key, value in item.items())}}}"
+    if isinstance(item, list | tuple):
+        return f"({', '.join(map(_form, item))})"
+    return "None" if item is None else type(item).__name__
 
 
 def _with_epochs(dataset: Any) -> Any:

@@ -1,7 +1,6 @@
 """A request to stop, by a signal or a time limit: only a flag, read between two steps."""
 
 import os
-import re
 import signal
 import threading
 import time
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar
 
+from dtrain.config.durations import seconds_of
 from dtrain.distributed.exit_status import INTERRUPTED, STOPPED_EARLY
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -18,7 +18,6 @@ OTHERS_WAIT_SECONDS = 3.0  # a rank that is asked to stop while it waits for dat
 NEXT_WAIT_SECONDS = 10.0  # a wait that begins after the request takes no longer: the data may never come
 # A batch system's own limit is kept clear of by so much, or a tenth of what there is: a step and a save must fit in.
 MARGIN_SECONDS = 120.0
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 # Without the members of enums that Python makes of what it finds: that takes a tenth of a log step.
 _getsignal: Callable[[int], Any] = getattr(signal.getsignal, "__wrapped__", signal.getsignal)
 _ends_at_once: list[object] = []  # the handlers of `end_at_once`
@@ -180,17 +179,3 @@ def end_at_once(say: Callable[[str], object]) -> None:
     for number in SIGNALS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, end)
-
-
-def seconds_of(time_limit: float | str) -> float:
-    """Seconds of 5400, '90m', '1.5h', '01:30:00' or '1-12:00:00' (days-hours:...); ValueError for others and 0."""
-    text = str(time_limit).strip()
-    seconds = 0.0
-    if clock := re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text):
-        days, hours, minutes, rest = (int(part or 0) for part in clock.groups())
-        seconds = ((days * 24 + hours) * 60 + minutes) * 60 + rest
-    elif number := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", text):
-        seconds = float(number[1]) * _UNITS[number[2] or "s"]
-    if seconds <= 0:
-        raise ValueError(f"time_limit is {time_limit!r}; possible: seconds, 90m, 1.5h, 2d, 01:30:00 or 1-12:00:00")
-    return seconds

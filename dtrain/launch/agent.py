@@ -7,7 +7,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from dtrain.distributed.launched_rank import LAUNCH_VARIABLE, Launch
 
 STORE_SECONDS = 300  # a node waits so long for the one that holds the rendezvous,
 NODES_SECONDS = 900  # and so long for all others
+NOTHING_TO_SAVE_SECONDS = 3.0  # ranks that have not begun have so long to end, as after a second Ctrl-C
 CUT_OFF_SECONDS = 25.0  # without an answer of the rendezvous a node is cut off: the others take it for lost by then
 
 
@@ -153,12 +154,23 @@ class Agent(LocalElasticAgent):
 
         def mark_and_close(*arguments: Any, **options: Any) -> None:
             mark.touch()
-            if self._patience is not None:
-                arguments, options = (signal.SIGTERM, self._patience), {}
+            if (seconds := self.seconds_to_end(worker.local_rank for worker in worker_group.workers)) is not None:
+                arguments, options = (signal.SIGTERM, seconds), {}
             close(*arguments, **options)
 
         self._pcontext.close = mark_and_close  # type: ignore[method-assign]
         return dict(self.processes)
+
+    def seconds_to_end(self, local_ranks: Iterable[int]) -> float | None:
+        """How long ranks may take that end because others did, before they are killed; None: as torchrun has it.
+
+        Where this node was asked to stop and none has done a step, nothing is to be saved, and one that is still
+        joining the process group hears no signal: it waits in C++ for those that are gone.
+        """
+        if self._patience is not None:
+            return self._patience
+        has_begun = any(self._launch.mark(local_rank).exists() for local_rank in local_ranks)
+        return None if has_begun or not self._supervisor.is_asked() else NOTHING_TO_SAVE_SECONDS
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)

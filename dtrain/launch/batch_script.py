@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from dtrain.config.durations import seconds_of
 from dtrain.config.errors import ConfigError, Mistake, found
 from dtrain.config.schema import mistake
-from dtrain.distributed.stop_request import seconds_of
 
 WORDS = ("partition", "account", "qos", "constraint")  # settings of the queue, named as sbatch has them
 

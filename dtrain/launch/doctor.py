@@ -300,6 +300,7 @@ def store(given: str | None, experiment: str) -> Finding:
     else:
         error = probe_store(uri, experiment, STORE_SECONDS)
     if error:
+        cure = cure.partition(";")[0] if error.startswith("the server answers ") else cure
         return Finding("mlflow", "fail", f"{redact(uri)}: {error}", cure)
     return Finding("mlflow", "ok", f"{redact(uri)} can be {'made' if file and not file.exists() else 'written'}")
 

@@ -32,8 +32,9 @@ from dtrain.distributed.stop_request import REPEAT_SECONDS, stop_signals
 from dtrain.launch.agent import CUT_OFF_SECONDS, Agent, End, Site, Supervisor
 from dtrain.launch.console import Console
 from dtrain.launch.rendezvous import address_towards, is_held_here, set_gloo_interface
+from dtrain.reporting.own_frames import in_one_line
 from dtrain.tracking.bad_nodes import LEFT_OUT, USES_BAD_NODES, bad_nodes, note_failed_node
-from dtrain.tracking.run_folder import RunFolder, close_run_of, lives, read_run, why_not_writable
+from dtrain.tracking.run_folder import RunFolder, close_run_of, file_instead, lives, read_run, why_not_writable
 from dtrain.tracking.run_lock import writer_of
 from dtrain.tracking.whole_file import read_json
 
@@ -105,6 +106,8 @@ def _ranks_here(options: argparse.Namespace, config: Mapping[str, Any]) -> int:
 def _refuse_folder(config: Mapping[str, Any], machines: int) -> None:
     """Raise a ConfigError where no rank could write the run folder, before this launcher writes a log in it."""
     folder = run_folder(config)
+    if file := file_instead(folder):
+        raise ConfigError(f"trainer.checkpoint_dir: {file} is a file, expected a folder")
     # Of several machines, another one's rank 0 may have begun already.
     if machines == 1 and (busy := writer_of(folder)):
         raise ConfigError(busy)
@@ -392,8 +395,7 @@ class NodeRun:
         if silent := card.get("silent_ranks"):
             rank, error = silent[0], ""
         elif card:
-            first_line = (card["message"].splitlines() or [""])[0]
-            rank, error = card["rank"], f": {card['error']}: {first_line}"
+            rank, error = card["rank"], f": {in_one_line(card['error'], card['message'])}"
             error += f" at {card['where']}" if card.get("where") else ""
         else:
             rank, error = min(self.ends, key=_likelihood).rank, ""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from ml_collections import ConfigDict
 
 from dtrain.checkpoint.background_saver import WRITER
@@ -131,9 +132,19 @@ def replay(config: ConfigDict, folder: Path) -> int:
 
 
 def _run_and_note(config: ConfigDict, action: Callable[[Trainer], Iterator[str]]) -> int:
-    """Show the lines that an action finds; it writes nothing and is not stopped early."""
+    """Show the lines that an action finds; it writes nothing and is not stopped early.
+
+    A GPU that the config asks for may be elsewhere: then the CPU does, which a line says.
+    """
+    asked = config.get("device", "auto")
+    if falls_back := asked != "auto" and not torch.cuda.device_count():
+        with config.ignore_type():
+            config.device = [*([asked] if isinstance(asked, str) else asked), "cpu"]
 
     def note_all(trainer: Trainer) -> bool:
+        if falls_back:  # what is compared with another run is what was asked for
+            with config.ignore_type():
+                config.device = asked
         trainer.journal = NoJournal()
         for line in action(trainer):
             trainer.progress.note(line)

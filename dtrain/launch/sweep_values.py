@@ -55,6 +55,8 @@ def values_of(override: str) -> list[str] | Draw:
                 raise _wrong(override, f"{part.strip()} draws numbers, so it stands alone")
             else:
                 return meant
+        elif (open_call := re.match(r"\s*(\w+)\(", part)) and open_call[1] in FORMS:
+            raise _wrong(override, f"{shown(part.strip())} has no closing bracket; expected {FORMS[open_call[1]]}")
         else:
             result.append(part)
     return result

@@ -54,6 +54,8 @@ def checkpoints_of(wishes: Sequence[str | Path]) -> list[Path]:
         paths = sorted(anchor.glob(str(path.relative_to(anchor)))) if is_pattern else [path]
         if not paths:
             raise ConfigError(f"--checkpoint: nothing fits the pattern {wish}")
+        if not all(each.exists() for each in paths):
+            raise ConfigError(f"--checkpoint {wish}: there is no such file or folder")
         found += [checkpoint for each in paths for checkpoint in _in_folder(each)]
     return found
 

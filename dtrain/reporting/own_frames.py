@@ -8,11 +8,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from dtrain.config.errors import one_line
+
 SHOWS_ALL = "DTRAIN_TRACEBACK"  # in the environment, so that ranks have it, too: what --traceback asks for
 MOST_FRAMES = 3  # of the user's own on the screen, the innermost
 CONTEXT_LINES = 2  # before each frame's line
+MOST_CHARACTERS = 500  # of a line of an error's message
 # Components apart: a config names them as it names a user's own.
 _ENGINE = re.compile(rf"{re.escape(str(Path(__file__).resolve().parents[1]))}/(?!components/)")
+_WRAPPER = re.compile(r"/_?contextlib\.py$")  # decorators such as no_grad, around what is called
 _INSTALLED = re.compile(r"/(site|dist)-packages/")
 # What torch makes of an error in a loader's worker (torch/_utils.py, ExceptionWrapper): the traceback is its message.
 _IN_WORKER = re.compile(r"Caught \S+ in DataLoader worker process \d+\.\nOriginal (?=Traceback)")
@@ -59,16 +63,24 @@ def own_frames(error: BaseException) -> list[Frame]:
 def only_own(frames: Iterable[Frame]) -> list[Frame]:
     """Those in files that are neither dtrain's engine nor installed."""
     standard = tuple(map(sysconfig.get_path, ("stdlib", "platstdlib")))
-    return [
+    own = [
         frame
         for frame in frames
         if not (_ENGINE.match(frame.file) or _INSTALLED.search(frame.file) or frame.file.startswith(("<", *standard)))
     ]
+    # A comprehension is a frame of its own before Python 3.12, at the line of the function that it is in.
+    return [frame for outer, frame in zip([None, *own], own, strict=False) if not _is_within(frame, outer)]
+
+
+def _is_within(frame: Frame, outer: Frame | None) -> bool:
+    is_nameless = frame.function in ("<listcomp>", "<dictcomp>", "<setcomp>", "<genexpr>")
+    return is_nameless and outer is not None and frame[:2] == outer[:2]
 
 
 def place_of_error(error: BaseException) -> str:
     """The innermost line of the user's own, else the innermost of all but the engine; '' if there is none."""
-    frames = own_frames(error) or [frame for frame in frames_of(error) if not _ENGINE.match(frame.file)]
+    others = (frame for frame in frames_of(error) if not (_ENGINE.match(frame.file) or _WRAPPER.search(frame.file)))
+    frames = own_frames(error) or list(others)
     return str(frames[-1]) if frames else ""
 
 
@@ -84,10 +96,14 @@ def message_of(error: BaseException) -> str:
 
 def one_line_of(error: BaseException) -> str:
     """`ValueError: the first line (while loading sample 37 of Digits)`."""
-    first, *rest = message_of(error).splitlines() or [""]
+    return in_one_line(type(error).__name__, message_of(error))
+
+
+def in_one_line(kind: str, message: str) -> str:
+    """The same of an error's class and its message with notes."""
+    first, *rest = message.splitlines() or [""]
     sample = next((line for line in reversed(rest) if line.startswith("while loading ")), "")
-    kind = type(error).__name__
-    return f"{kind}: {first}" + (f" ({sample})" if sample else "") if first else kind
+    return (f"{kind}: {first[:MOST_CHARACTERS]}" if first else kind) + (f" ({sample})" if sample else "")
 
 
 def frame_lines(error: BaseException) -> list[str]:
@@ -96,6 +112,15 @@ def frame_lines(error: BaseException) -> list[str]:
     lines = [line for frame in frames[-MOST_FRAMES:] for line in frame.lines()]
     more = len(frames) - MOST_FRAMES
     return [f"({more} more of your own files above these)", *lines] if more > 0 else lines
+
+
+def warning_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning in one line, without the source line that Python adds; of dtrain's own without a place."""
+    place = "" if _ENGINE.match(filename) else f" ({filename}:{lineno})"
+    kind = "warning" if category is UserWarning else category.__name__
+    return one_line(f"{kind}: {message}{place}") + "\n"
 
 
 def whole_traceback(error: BaseException) -> str:

@@ -283,7 +283,9 @@ class MlflowRun:
         with _long_timeout():
             self._client.log_model_artifacts(model.model_id, str(folder))
         self._client.finalize_logged_model(model.model_id, "READY")
-        self._client.log_outputs(self.id, [LoggedModelOutput(model.model_id, int(facts["step"]))])
+        outputs = self._client.get_run(self.id).outputs  # which a database takes once: a sender may have died since
+        if model.model_id not in {each.model_id for each in (outputs.model_outputs if outputs else ())}:
+            self._client.log_outputs(self.id, [LoggedModelOutput(model.model_id, int(facts["step"]))])
         linked = []
         for key, value, time_ms, step in figures:
             name, digest = self._data.get(key.rpartition("/")[0].removesuffix("/volume"), (None, None))

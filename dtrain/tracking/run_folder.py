@@ -145,6 +145,11 @@ def overwrite_run(folder: Path, **changes: Any) -> None:
         run.truncate()
 
 
+def file_instead(folder: Path) -> Path | None:
+    """A file that stands where a run folder, or a folder that it is in, should be."""
+    return next((path for path in (folder, *folder.absolute().parents) if path.is_file()), None)
+
+
 def why_not_writable(folder: Path) -> str:
     """Why a run folder cannot be made or written, in the system's words; '' where it can. Nothing is left there."""
     above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))

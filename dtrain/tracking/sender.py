@@ -160,6 +160,9 @@ def _deliver_rest(folder: Path, uri: str) -> int:
         print(f"{tracker} does not have all of it: {problem}")
     if exit_status == 0:
         print(f"all of {folder} is in MLflow: run {delivery.memory.run_id} in {redact(uri)}")
+    elif delivery.memory.problem:
+        text = f"dtrain sync: MLflow ({redact(uri)}) does not have all of {folder}: {delivery.memory.problem}"
+        print(f"{text}; nothing is lost, try again later", file=sys.stderr)
     if read_run(folder).get("state") == "RUNNING":
         print(f"its status is RUNNING: on {facts.get('host')}, process {facts.get('pid')} may still be at work")
     return exit_status

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from dtrain.tracking.outage import with_cure
 from dtrain.tracking.run_folder import RunFolder
 from dtrain.tracking.secrets import redact, secrets_for_child
 from dtrain.tracking.uri import resolve_tracking_uri
@@ -80,7 +81,8 @@ def _ask(uri: str, option: str, value: str, timeout_seconds: float) -> dict[str,
         done = subprocess.run(
             command, env=environment, input="", capture_output=True, text=True, timeout=timeout_seconds
         )
-        return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+        answer = dict(json.loads(done.stdout.strip().splitlines()[-1]))
+        return answer | ({"error": with_cure(answer["error"])} if answer.get("error") else {})
     except subprocess.TimeoutExpired:
         return {"error": f"no answer within {timeout_seconds:g} s"}
     except (ValueError, IndexError):

@@ -20,7 +20,7 @@ def resolve_tracking_uri(uri: str | None) -> str:
     MLFLOW_TRACKING_URI, else sqlite in the current folder, as MLflow does. Raises ValueError for `file:` (MLflow 3
     refuses it), an unknown scheme or a database in memory; the text holds the cure.
     """
-    what = "tracking URI" if uri else "MLFLOW_TRACKING_URI"
+    what = "tracking_uri" if uri else "MLFLOW_TRACKING_URI"
     text = str(uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db")
     if text in _SERVERS:  # MLflow takes a bare `databricks`
         return text
@@ -35,9 +35,7 @@ def resolve_tracking_uri(uri: str | None) -> str:
         head, _, rest = text.partition(":///")
         path, mark, query = rest.partition("?")
         if path in ("", ":memory:"):
-            raise ValueError(
-                f"tracking URI {text!r}: the sender is a process of its own, name a file: sqlite:///mlflow.db"
-            )
+            raise ValueError(f"{what} {text!r}: the sender is a process of its own, name a file: sqlite:///mlflow.db")
         return f"{head}:///{_absolute(path)}{mark}{query}"
     if scheme == "file":
         folder = _absolute(re.sub(r"^file:(//(localhost(?=/))?)?", "", text, flags=re.IGNORECASE))

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import json
 import logging
 import os
@@ -29,6 +30,10 @@ def whole_file(path: Path, durable: bool = False) -> Iterator[Path]:
         if path.is_dir():  # the one thing that no rename replaces
             remove(path)
         temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk says so at a write, which knows no name
+        remove(temporary)
+        raise
     except BaseException:
         remove(temporary)
         raise
@@ -88,6 +93,12 @@ def write_json(path: Path, value: Mapping[str, Any], durable: bool = False) -> N
     write_text(path, json.dumps(value, indent=1, default=str) + "\n", durable)
 
 
+@functools.lru_cache(maxsize=64)
+def _warn_once(text: str) -> None:
+    """A file is read several times of which it is enough to hear once what is wrong with it."""
+    _log.warning("%s", text)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """What a JSON file holds; {} when it is not there, and, with a warning, when it is damaged."""
     try:
@@ -95,6 +106,6 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        _log.warning("%s is damaged and is taken as empty: %s", path, error)
+        _warn_once(f"{path.absolute()} is damaged and is taken as empty: {error}")
         value = None
     return value if isinstance(value, dict) else {}

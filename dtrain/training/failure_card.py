@@ -18,7 +18,16 @@ import torch
 from dtrain.distributed.launched_rank import leaves_to_launcher
 from dtrain.distributed.ranks import is_lost_rank
 from dtrain.distributed.stop_request import Interrupted
-from dtrain.reporting.own_frames import Frame, frame_lines, message_of, only_own, place_of_error, whole_traceback
+from dtrain.reporting.own_frames import (
+    MOST_CHARACTERS,
+    Frame,
+    frame_lines,
+    in_one_line,
+    message_of,
+    only_own,
+    place_of_error,
+    whole_traceback,
+)
 from dtrain.tracking.run_folder import RunFolder
 from dtrain.tracking.secrets import redact
 from dtrain.tracking.whole_file import read_json, write_json
@@ -27,7 +36,7 @@ from dtrain.training.evidence import Evidence
 OTHERS_SECONDS = 3.0  # so long rank 0 waits for the word of the rank that failed first
 NUMBERS_SECONDS = 2.0  # and for the others' random numbers, where it failed itself
 _MOST_SAMPLES = 64
-_MOST_CHARACTERS, _MOST_LINES = 500, 4  # of an error's message: of a line, and of the lines after the first
+_MOST_LINES = 4  # of an error's message, after the first
 STEP_PHASES = ("forward", "backward", "optimizer step", "logging")  # these can be repeated
 _CURES = {  # by what the error says; the first that applies
     r"out of memory|OutOfMemory": "lower loaders.batch_size and raise trainer.accumulate; trainer.precision=bf16",
@@ -184,20 +193,19 @@ def first_failure(folder: Path, rank: int) -> str:
     note = read_json(RunFolder(folder).failure)
     if silent := note.get("silent_ranks"):
         return f"rank {', '.join(map(str, silent))} exited without reporting an error"
-    return f"rank {note['rank']}: {note['error']}: {note['message']}" if note and note["rank"] != rank else ""
+    is_of_another = bool(note) and note["rank"] != rank
+    return f"rank {note['rank']}: {in_one_line(note['error'], note['message'])}" if is_of_another else ""
 
 
 def card(note: Mapping[str, Any], folder: Path) -> list[str]:
     """A failure in a few lines, after those of the user's own files that led to it."""
-    first, *rest = note["message"].splitlines() or [""]
-    what = f"{note['error']}: {first[:_MOST_CHARACTERS]}" if first else note["error"]
-    what += next((f" ({line})" for line in rest if line.startswith("while loading ")), "")
+    what, rest = in_one_line(note["error"], note["message"]), note["message"].splitlines()[1:]
     rest = [line for line in rest if line.strip() and not line.startswith("while loading ")]
     ranks = f"rank {note['rank']}"
     if also := [str(rank) for rank in note.get("ranks_alike", ()) if rank != note["rank"]]:
         ranks += f" (and {', '.join(also[:8])}{', ...' if len(also) > 8 else ''} alike)"
     lines = [f"{ranks} failed at step {note['step'] + 1} ({note['phase']}): {what}"]
-    lines += [f"  {line[:_MOST_CHARACTERS]}" for line in rest[:_MOST_LINES]]
+    lines += [f"  {line[:MOST_CHARACTERS]}" for line in rest[:_MOST_LINES]]
     if note.get("silent_ranks"):
         lines.append(f"  exited without reporting an error: rank {', '.join(map(str, note['silent_ranks']))}")
     if note["where"]:

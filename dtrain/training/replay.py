@@ -14,7 +14,9 @@ from dtrain.checkpoint.checkpoint_folder import Checkpoints
 from dtrain.config.errors import ConfigError
 from dtrain.data import rng
 from dtrain.dataloader import MicroBatch, TrainLoader
+from dtrain.reporting.own_frames import in_one_line
 from dtrain.tracking.run_folder import RunFolder
+from dtrain.tracking.whole_file import read_json
 from dtrain.training.state import SAMPLES_OF, Trainables, TrainState
 
 
@@ -50,8 +52,15 @@ def replay(step: Step, loader: TrainLoader, folder: Path) -> Iterator[str]:
     yield f"step {state['step'] + 1} in epoch {state['epoch'] + 1}, as on {state['world_size']} rank(s)"
     if not state["exact"]:
         yield "it was found some steps later: running statistics and dropout, with fp16 also weights, are those of then"
+    is_clean = True
     for rank in range(state["world_size"]):
-        yield from _of_rank(step, loader, state, rank)
+        for line in _of_rank(step, loader, state, rank):
+            is_clean = is_clean and not line.startswith("  ")
+            yield line
+    failure = read_json(RunFolder(folder).failure)
+    if is_clean and failure:
+        what = in_one_line(failure["error"], failure["message"])
+        yield f"forward and backward did not fail this time; the training failed in {failure['phase']}: {what}"
 
 
 def _restore_loss(criterion: Any, loaded: Loaded) -> None:

@@ -75,7 +75,7 @@ from dtrain.reporting.progress import Progress
 from dtrain.reporting.terminal_progress import get_progress
 from dtrain.reporting.validation_pictures import Pictures
 from dtrain.tracking.journal import Journal, NoJournal, flatten
-from dtrain.tracking.run_folder import RunFolder, read_run, why_not_writable
+from dtrain.tracking.run_folder import RunFolder, file_instead, read_run, why_not_writable
 from dtrain.tracking.run_lock import RunLock
 from dtrain.tracking.secrets import redact, redacted_tree
 from dtrain.tracking.start_mirror import Mirror
@@ -489,6 +489,8 @@ def _start(
     kept = spare.look(folder) if spare else None
 
     def decided(ask: Callable[[Path], list[Any]]) -> Start:
+        if file := file_instead(folder):
+            raise refused(config, ("trainer", "checkpoint_dir"), f"{file} is a file, expected a folder")
         busy = other_writer(folder) if purpose == "train" else ""
         until = time.monotonic() + (LOST_WRITER_SECONDS if is_restart else 0.0)
         while busy and time.monotonic() < until:  # a lost node's lock lives on for a while

@@ -633,6 +633,11 @@ MISTAKES: list[tuple[str, ...]] = [
     ("+", "seed: a", "c.yaml:14:1: seed: expected int or null, found string 'a'"),
     ("+", "seed: -1", "c.yaml:14:1: seed: must be at least 0, found -1"),
     ("+", "seed: 1.5", "c.yaml:14:1: seed: expected int or null, found float 1.5"),
+    (
+        "trainer: {max_epochs: 2}",
+        "trainer: {time_limit: soon, max_epochs: 2}",
+        "c.yaml:13:11: trainer.time_limit: expected a time above 0: seconds, 90m, 1.5h, 2d, 01:30:00 or 1-12:00:00; found string 'soon'",
+    ),
     ("+", "experiment: 3", "c.yaml:14:1: experiment: expected string or null, found int 3"),
     ("+", "run_name: [a]", "c.yaml:14:1: run_name: expected string or null, found list ['a']"),
     ("+", "mlflow: {uri: x}", "c.yaml:14:10: mlflow.uri: mlflow got an unexpected argument 'uri'; <mlflow>"),
@@ -817,6 +822,14 @@ mlflow: {tracking: x}
         (
             "metrics.name.1=Recal",
             "argument 'metrics.name.1=Recal': metrics.name.1: there is no 'Recal'; did you mean 'Recall'?; <searched metrics>",
+        ),
+        (
+            "_base_=other.yaml",
+            "argument '_base_=other.yaml': _base_: stands in the file, which names what it extends; not on the command line",
+        ),
+        (
+            "trainer.time_limit=0",
+            "argument 'trainer.time_limit=0': trainer.time_limit: expected a time above 0: seconds, 90m, 1.5h, 2d, 01:30:00 or 1-12:00:00; found int 0",
         ),
         (
             "modle.dim=1",

@@ -5,6 +5,7 @@ import inspect
 import os
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 
 from dtrain import launch
 from dtrain.distributed.environment import node_name
-from dtrain.launch.agent import NODES_SECONDS, Agent, Site
+from dtrain.distributed.launched_rank import Launch
+from dtrain.launch.agent import NODES_SECONDS, NOTHING_TO_SAVE_SECONDS, Agent, Site
 from dtrain.launch.elastic import LAST_CALL_SECONDS, ElasticAgent, Members
 
 # What dtrain takes of torch's private names, by the class or module that has them.
@@ -161,3 +163,17 @@ def test_torch_knows_nodes_that_wait_as_spares() -> None:
     names = ("participants", "wait_list", "redundancy_list")
     missing = [name for name in names if not hasattr(state, name)]
     assert missing == [], f"torch {torch.__version__}'s rendezvous knows no {', '.join(missing)}"
+
+
+def test_ranks_that_have_done_no_step_have_little_time_once_they_were_asked_to_stop(tmp_path: Path) -> None:
+    """One that joins the process group hears no signal; torchrun would wait 30 s for it after a Ctrl-C."""
+    agent, asked = object.__new__(Agent), [False]
+    agent._patience, agent._launch = None, Launch(os.getpid(), str(tmp_path), 1, "", 0)
+    agent._supervisor = SimpleNamespace(is_asked=lambda: asked[0])  # type: ignore[assignment]
+    assert agent.seconds_to_end([0, 1]) is None
+    asked[0] = True
+    assert agent.seconds_to_end([0, 1]) == NOTHING_TO_SAVE_SECONDS < 30
+    agent._launch.mark(1).touch()
+    assert agent.seconds_to_end([0, 1]) is None
+    agent._patience = 7.0  # of ranks whose others are gone
+    assert agent.seconds_to_end([0, 1]) == 7.0

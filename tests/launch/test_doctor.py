@@ -273,6 +273,15 @@ def test_a_database_is_asked_without_being_changed(tmp_path: Path) -> None:
     assert "not a database" in store(f"sqlite:///{file}", "mine").found
 
 
+def test_a_server_that_refuses_is_told_with_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "API request to endpoint /x failed with error code 401 != 200. Response body: 'who?"
+    answer = SimpleNamespace(stdout=json.dumps({"error": said}), stderr="")
+    monkeypatch.setattr("dtrain.tracking.start_sender.subprocess.run", lambda *_, **__: answer)
+    found = store("http://127.0.0.1:9", "mine")
+    assert found.found.startswith("http://127.0.0.1:9: the server answers 401: who?; MLFLOW_TRACKING_USERNAME and ")
+    assert (found.status, found.cure) == ("fail", "figures wait in the run folder until `dtrain sync RUN_FOLDER`")
+
+
 @pytest.mark.slow
 def test_mlflow_is_written_to_and_left_as_it_was(uri: str) -> None:
     client = sender.connect(uri)

@@ -163,3 +163,20 @@ def test_what_is_wrong_with_the_command(
     with pytest.raises(SystemExit):
         cli.main(["export", str(run), "--input-shape", "3x4"])
     assert "expected sizes with commas between them, such as 3,224,224, not '3x4'" in capsys.readouterr().err
+
+
+def test_what_is_neither_a_run_nor_a_config_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["export", "runs/gone"]) == 2
+    assert capsys.readouterr().err == "dtrain export: runs/gone is neither a run folder nor a YAML file\n"
+
+
+def test_a_full_disk_is_one_line_with_the_file(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dtrain.launch.export._write_onnx", full)
+    assert cli.main(["export", "run", "--output", "model.onnx"]) == 1
+    assert capsys.readouterr().err == "dtrain export: model.onnx: No space left on device\n"
+    assert not Path("model.onnx").exists()

@@ -97,9 +97,13 @@ def test_what_would_fail_later_is_one_line_now(run_cli: RunCli, override: str, t
     assert re.search(told, lines[0])
 
 
-def test_a_loss_with_parameters_of_its_own_can_be_resumed(run_cli: RunCli) -> None:
-    result = run_cli(["check", "c.yaml", "loss={name: Loss}"], timeout=200)
+def test_a_loss_with_parameters_of_its_own_can_be_resumed_and_the_gpu_may_be_elsewhere(run_cli: RunCli) -> None:
+    result = run_cli(
+        ["check", "c.yaml", "loss={name: Loss}", "device=cuda"], timeout=200, env={"CUDA_VISIBLE_DEVICES": ""}
+    )
     assert result.rc == 0, result.text
+    first = result.stdout.splitlines()[0]
+    assert "'cuda' was asked for, but " in first and first.endswith("sees no GPU; one process on the CPU"), result.text
 
 
 def test_an_optimizer_whose_step_fails_fails_the_check(run_cli: RunCli) -> None:

@@ -70,6 +70,7 @@ def test_values(text: str, values: list[str] | Draw) -> None:
         ("int(1.5,3)", r"int\(...\) takes integers"),
         ("range(1,2,0)", "must not be 0"),
         ("range(2,2)", r"range\(2,2\) has no values"),
+        ("range(2", r"'range\(2' has no closing bracket; expected range\(first, end, step\)"),
         ("range(a,b)", "expected numbers as in range"),
         ("1,uniform(1,2)", r"uniform\(1,2\) draws numbers, so it stands alone"),
     ],

@@ -207,6 +207,8 @@ def test_which_checkpoints_are_meant(tmp_path: Path) -> None:
     ]
     with pytest.raises(ConfigError, match=r"nothing fits the pattern .*x\*"):
         checkpoints_of([f"{tmp_path}/x*"])
+    with pytest.raises(ConfigError, match=r"^--checkpoint .*/gone\.pt: there is no such file or folder$"):
+        checkpoints_of([tmp_path / "gone.pt"])
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     (tmp_path / "run/run.json").write_text("{}")
     with pytest.raises(ConfigError, match="run/checkpoints holds no checkpoint"):

@@ -179,9 +179,11 @@ def test_a_step_that_failed_is_repeated_with_the_same_samples_and_loss(place: Pl
     place.run(place.config(name, **changes), expect=None, do="train 3 rank 0 nan", **(TWO if ranks > 1 else {}))
     text = place.run("replay", str(place.path(name))).text
     assert f"step 3 in epoch 1, as on {ranks} rank(s)" in text
-    found = [float(line.split("loss ")[1].split(",")[0]) for line in text.splitlines() if ": loss " in line]
+    found = [float(line.split("loss ")[1].split(",")[0]) for line in text.splitlines() if ", samples " in line]
     assert len(found) == ranks
     assert sum(found) / ranks == pytest.approx(expected, rel=1e-4)
+    said = "forward and backward did not fail this time; the training failed in optimizer step: NonFiniteError: "
+    assert said in text
 
 
 def test_the_replay_names_the_module_whose_output_is_bad_first(place: Place) -> None:

@@ -19,6 +19,9 @@ from ports import free_port
 from stores import wait_until
 from whole_runs import Place, last
 
+from dtrain.tracking.logged_model import send_entity
+from dtrain.tracking.mlflow_store import MlflowStore
+
 pytestmark = pytest.mark.slow
 
 OWN = '''"""Trackers of a user's own."""
@@ -133,6 +136,24 @@ def test_one_model_of_the_best_checkpoint_is_loaded_and_predicts_what_the_networ
     inputs, outputs = loaded.metadata.signature.inputs, loaded.metadata.signature.outputs
     assert (inputs.inputs[0].shape, outputs.inputs[0].shape) == ((-1, 8), (-1, 3))
     assert type(loaded.get_raw_model()).__name__ == "MLP"
+
+
+def test_a_model_whose_sender_died_before_it_was_done_is_sent_again(
+    shown: dict[str, Any], run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # as in a sender
+    client, experiment, folder = mlflow.MlflowClient(), run.info.experiment_id, Path(shown["folder"])
+    (model,) = mlflow.search_logged_models([experiment], output_format="list")
+    client.delete_logged_model_tag(model.model_id, "dtrain.whole")  # the last thing that a sender sets
+    known = MlflowStore(shown["uri"]).known(run.info.run_id)
+    assert known is not None
+    send_entity(known, folder, "model", lines_of(folder, "model")[-1])
+    (again,) = mlflow.search_logged_models([experiment], output_format="list")
+    assert (again.model_id, again.tags["dtrain.whole"]) == (model.model_id, "true")
+    outputs = [each.model_id for each in client.get_run(run.info.run_id).outputs.model_outputs]
+    assert outputs.count(model.model_id) == 1
 
 
 def test_the_models_figures_are_those_of_its_own_validation_and_of_the_test(shown: dict[str, Any], run: Any) -> None:

@@ -3,7 +3,7 @@
 import threading
 from pathlib import Path
 
-from dtrain.tracking.run_folder import RunFolder, read_run, update_run
+from dtrain.tracking.run_folder import RunFolder, file_instead, read_run, update_run
 
 
 def test_the_names_are_those_that_earlier_versions_wrote(tmp_path: Path) -> None:
@@ -58,3 +58,10 @@ def test_run_facts_change_only_while_what_was_seen_holds(tmp_path: Path) -> None
     assert read_run(tmp_path)["state"] == "RUNNING"
     assert update_run(tmp_path, when={"pid": 1, "state": "RUNNING"}, state="FAILED")
     assert read_run(tmp_path) == {"pid": 1, "state": "FAILED"}
+
+
+def test_a_file_in_place_of_a_run_folder_or_above_it_is_found(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.touch()
+    assert file_instead(file) == file_instead(file / "run" / "x") == file
+    assert file_instead(tmp_path) is None and file_instead(tmp_path / "gone" / "run") is None

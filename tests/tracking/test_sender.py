@@ -88,6 +88,25 @@ def test_a_replay_adds_nothing(tmp_path: Path, uri: str) -> None:
     assert run_of(folder, uri).data.params == {"lr": "1"}
 
 
+def test_a_sync_that_fails_ends_with_where_and_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, uri = tmp_path / "run", "http://me:secret@127.0.0.1:9"
+    folder.mkdir()
+    (folder / "metrics.jsonl").touch()
+    (folder / "run.json").write_text('{"state": "FINISHED"}')
+
+    def refused(work: Delivery) -> int:
+        work.report("Connection refused")
+        return 1
+
+    monkeypatch.setattr(sender, "follow", refused)
+    monkeypatch.setattr(mlflow_store, "CLIENT_SETTINGS", {})  # which a sender puts into its environment
+    assert sender.main([str(folder), "--tracking-uri", uri]) == 1
+    text = f"MLflow (http://***@127.0.0.1:9) does not have all of {folder}: Connection refused"
+    assert capsys.readouterr().err.splitlines()[-1] == f"dtrain sync: {text}; nothing is lost, try again later"
+
+
 @pytest.mark.usefixtures("quiet_journal")
 def test_an_image_is_mlflows_image_of_its_step_however_often_it_is_sent(tmp_path: Path, uri: str) -> None:
     from PIL import Image

@@ -58,7 +58,7 @@ def test_a_file_address_in_the_environment_is_refused_too(monkeypatch: pytest.Mo
 
 
 def test_other_wrong_addresses_say_what_is_possible(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"unknown kind 'htp'.*a folder, sqlite, http"):
+    with pytest.raises(ValueError, match=r"^tracking_uri 'htp://host': unknown kind 'htp'.*a folder, sqlite, http"):
         resolve_tracking_uri("htp://host")
     with pytest.raises(ValueError, match="name a file"):
         resolve_tracking_uri("sqlite:///:memory:")
