@@ -168,7 +168,7 @@ class _Pickled:
 
     def __init__(self, value: Any) -> None:
         self.content, parts = _pickled(value)
-        self.buffers = [np.frombuffer(part.raw(), np.uint8).copy() for part in parts]
+        self.buffers: list[Any] = [np.frombuffer(part.raw(), np.uint8).copy() for part in parts]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _of_pickled, (self.content, [pickle.PickleBuffer(buffer) for buffer in self.buffers])
