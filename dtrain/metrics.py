@@ -6,6 +6,7 @@ order), a plain function f(output, target) (mean over samples).
 """
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
@@ -295,8 +296,8 @@ class _Averaged:
         self.values = []
 
     def update(self, batch: Batch, number: int, samples: int) -> None:
-        value = self.metric(batch.output, batch.target)
-        self.values.append((number, samples, value.detach() if isinstance(value, torch.Tensor) else value))
+        # As numbers at the end alone: a device would be waited for.
+        self.values.append((number, samples, _copied(self.metric(batch.output, batch.target))))
 
     def compute(self, ranks: Ranks) -> Any:
         values = _gathered_in_order(ranks, [(number, count, _plain(value)) for number, count, value in self.values])
@@ -403,6 +404,15 @@ def _moved(value: Any, device: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _moved(item, device) for key, item in value.items()}
     return [_moved(item, device) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _copied(value: Any) -> Any:
+    """What a function returned as it is now: it may return the same tensor, array or dict again, with other values."""
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_copied(item) for item in value]
+    return value.detach().clone() if isinstance(value, torch.Tensor) else copy.copy(value)
 
 
 def _plain(value: Any) -> Any:

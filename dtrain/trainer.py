@@ -54,7 +54,7 @@ from dtrain.training.gpu_memory import peak_gb
 from dtrain.training.held_folder import keep_whole
 from dtrain.training.model_signature import signature_of
 from dtrain.training.optimizer import require_one_optimizer, require_trained
-from dtrain.training.optimizer_step import drop_gradients
+from dtrain.training.optimizer_step import drop_gradients, may_keep_gradients
 from dtrain.training.own_step import OwnStep, trained
 from dtrain.training.profile import Profiler
 from dtrain.training.rescue import LastStep, rescue
@@ -69,6 +69,8 @@ from dtrain.training.step_clock import clock_of
 from dtrain.training.swa import SWA
 from dtrain.training.throughput import Throughput, meets_in_forward
 from dtrain.training.watchdog import watchdog
+
+_SEE_GRADIENTS = ("learn", "backward", "take_step", "optimizer_step")  # methods that have a step's at hand
 
 _tensor = functools.lru_cache(torch.tensor)  # of a batch's weight, of which there are few different ones
 
@@ -255,6 +257,11 @@ class Trainer:
     def _take_over(self, parts: Parts) -> None:
         """The objects that it works with, and those that it makes whatever its settings."""
         given: Any = parts.trainables  # the purpose at hand has what it takes
+        overrides = any(getattr(type(self), name) is not getattr(Trainer, name) for name in _SEE_GRADIENTS)
+        hooked = any(getattr(item, "_post_accumulate_grad_hooks", None) for item in given.module.parameters())
+        self.may_keep_gradients = overrides or hooked or any(map(may_keep_gradients, given.optimizers.values()))
+        if self.may_keep_gradients and given.model is not None:
+            given.model = parts.ranks.strategy.with_gradients_apart(given.model, given.compiled)
         self.parts, self.ranks, self.loaders, self.metrics = parts, parts.ranks, parts.loaders, parts.metrics
         self.trainables, self.module, self.model = parts.trainables, given.module, given.model
         self.optimizers, self.optimizer, self.schedule = given.optimizers, given.optimizer, given.schedule

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -329,6 +330,24 @@ def test_a_validation_forgets_the_one_before() -> None:
             metrics.update(torch.full((2,), value), torch.zeros(2), 0)
             found.append(metrics.compute())
         assert found[0] == found[2] != found[1]
+
+
+@pytest.mark.parametrize("form", ["tensor", "array", "dict"])
+def test_a_function_may_return_the_same_object_for_each_batch(form: str) -> None:
+    held: dict[str, Any] = {"tensor": torch.zeros(()), "array": np.zeros(()), "dict": {"part": 0.0}}
+
+    def largest(output: Tensor, target: Tensor) -> Any:
+        if form == "dict":
+            held["dict"]["part"] = float(output.max())
+        else:
+            held[form][...] = float(output.max())
+        return held[form]
+
+    metrics = Metrics({"Largest": lambda: largest}, Ranks(0, 0, 1, CPU), CPU)
+    metrics.reset()
+    for number, (values, count) in enumerate([([1.0, 2.0, 6.0], 3), ([2.0], 1)]):
+        metrics.update(torch.tensor(values), torch.zeros(count), number, count)
+    assert [*metrics.compute().values()] == [(3 * 6.0 + 2.0) / 4]
 
 
 def test_metrics_are_made_when_first_needed_and_once() -> None:

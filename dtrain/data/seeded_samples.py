@@ -139,7 +139,9 @@ class SeededBatches(Dataset):
 
     def __getitems__(self, request: list[Any]) -> Counted | Made:
         """What torch's loader asks for: a batch, or in a worker several of them."""
-        return made(self.in_turn(request)) if isinstance(request, Group) else self.counted(request)
+        if not isinstance(request, Group):
+            return self.counted(request)
+        return made(self.in_turn(request), may_share=self.may_leave_out and len(request) > 1)
 
     def in_turn(self, requests: Iterable[list[Any]]) -> Iterator[Counted]:
         """Batches one after the other, whose seeds are computed for several at once."""

@@ -8,6 +8,7 @@ go of all tensors in it; the rank copies nothing.
 
 import contextlib
 import ctypes
+import functools
 import io
 import itertools
 import multiprocessing
@@ -77,11 +78,14 @@ class Groups:
             yield batch
 
 
-def made(group: Iterator[Counted]) -> Made:
-    """The batches of a group, up to the first that cannot be made."""
+def made(group: Iterator[Counted], may_share: bool = False) -> Made:
+    """The batches of a group, up to the first that cannot be made.
+
+    Those that may share memory, which a dataset fills anew for each sample, are taken down one by one.
+    """
     began, batches = time.perf_counter(), list[Any]()
     try:
-        batches.extend(group)
+        batches.extend(map(_Pickled, group) if may_share else group)
     except Exception:
         if not batches:
             raise
@@ -116,15 +120,22 @@ def _column(values: Any) -> Any:
 def _collate_map() -> dict[Any, Any]:
     if default_collate_fn_map[torch.Tensor] is not collate_tensor_fn:  # a user's own
         return default_collate_fn_map
-    return {**default_collate_fn_map, torch.Tensor: _stacked}
+    # What a function of a user's own makes of a tensor may outlive the message.
+    are_torchs = all(getattr(each, "__module__", "") == collate.__module__ for each in default_collate_fn_map.values())
+    return {**default_collate_fn_map, torch.Tensor: _stacked_in_block if are_torchs else _stacked}
 
 
-def _stacked(batch: Any, *, collate_fn_map: Any = None) -> torch.Tensor:
+def _stacked(batch: Any, *, collate_fn_map: Any = None, has_space: bool = False) -> torch.Tensor:
+    """Without workers torch gives samples of several dtypes the one that holds all; in a worker the first one's."""
     first = batch[0]
     if first.is_nested or first.layout is not torch.strided or first.device.type != "cpu":
         stacked: torch.Tensor = default_collate_fn_map[torch.Tensor](batch, collate_fn_map=collate_fn_map)
         return stacked
-    return torch.stack(batch, 0, out=_blocks.space((len(batch), *first.shape), first.dtype))
+    is_plain = has_space and all(type(each) is torch.Tensor and each.dtype is first.dtype for each in batch)
+    return torch.stack(batch, 0, out=_blocks.space((len(batch), *first.shape), first.dtype) if is_plain else None)
+
+
+_stacked_in_block = functools.partial(_stacked, has_space=True)
 
 
 def packed(value: Any) -> "Message | Any":
@@ -150,6 +161,28 @@ class _Pickler(ForkingPickler):
             return NotImplemented
         buffer: Any = value.reshape(-1).view(torch.uint8).numpy()
         return _tensor, (pickle.PickleBuffer(buffer), value.dtype, tuple(value.shape))
+
+
+class _Pickled:
+    """A value as it is now, whatever becomes of the memory that it lies in."""
+
+    def __init__(self, value: Any) -> None:
+        self.content, parts = _pickled(value)
+        self.buffers: list[Any] = [np.frombuffer(part.raw(), np.uint8).copy() for part in parts]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _of_pickled, (self.content, [pickle.PickleBuffer(buffer) for buffer in self.buffers])
+
+
+def _pickled(value: Any) -> tuple[bytes, list[pickle.PickleBuffer]]:
+    parts: list[pickle.PickleBuffer] = []
+    file = io.BytesIO()
+    _Pickler(file, 5, True, parts.append).dump(value)
+    return file.getvalue(), parts
+
+
+def _of_pickled(content: bytes, buffers: list[Any]) -> Any:
+    return pickle.loads(content, buffers=buffers)
 
 
 def _is_plain(value: torch.Tensor) -> bool:
@@ -215,9 +248,7 @@ class _Blocks:
 
     def packed(self, value: Any) -> Message:
         """A message of a value; the next one's block is open then."""
-        parts: list[pickle.PickleBuffer] = []
-        file = io.BytesIO()
-        _Pickler(file, 5, True, parts.append).dump(value)
+        content, parts = _pickled(value)
         buffers = [np.frombuffer(part.raw(), np.uint8) for part in parts]
         sizes = [buffer.nbytes for buffer in buffers]
         size = sum(map(_aligned, sizes))
@@ -226,7 +257,7 @@ class _Blocks:
             for place, buffer in zip(places, buffers, strict=True):
                 memory[place : place + buffer.nbytes] = buffer
             self._open(0)
-            return Message(_from_bytes, file.getvalue(), places, sizes, memory.tobytes())
+            return Message(_from_bytes, content, places, sizes, memory.tobytes())
         block = self.open
         if block is None or block.lacks(buffers):  # then it is passed over, whatever was made in it
             block = self._free(size)
@@ -235,7 +266,7 @@ class _Blocks:
         known, block.is_known = block.is_known, True
         self._open(size)
         shared = None if known else block.shared
-        return Message(_from_block, file.getvalue(), places, sizes, (os.getpid(), block.slot), shared)
+        return Message(_from_block, content, places, sizes, (os.getpid(), block.slot), shared)
 
     def _open(self, size: int) -> None:
         """Have a block for a message of that size, where there is one already; 0: it has none."""

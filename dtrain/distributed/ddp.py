@@ -37,8 +37,9 @@ def ddp_options(  # noqa: PLR0913
         broadcast_buffers: Give all ranks rank 0's buffers before each forward (default true).
         bucket_cap_mb: Size of the buckets in which gradients are reduced.
         find_unused_parameters: For models that leave some parameters out of some steps.
-        gradient_as_bucket_view: Let gradients live in the buckets, which spares a copy and its memory (default true).
-            false where an optimizer keeps gradients themselves, not copies of them, from step to step.
+        gradient_as_bucket_view: Let gradients live in the buckets, which spares a copy and its memory; the next step
+            overwrites them. Default: true, but for optimizers that are not torch's, trainers with their own backward
+            or step, and parameters with hooks that see gradients.
         static_graph: Promise that every step uses the same parameters.
         comm_hook: How gradients are compressed on the way.
     """
@@ -102,6 +103,7 @@ class DDP:
 
     def __init__(self, ranks: Collectives, options: Mapping[str, Any] | None = None, accelerator: Any = None) -> None:
         self._ranks, self._options, self._accelerator = ranks, dict(options or {}), accelerator
+        self._in_buckets: bool | None = self._options.pop("gradient_as_bucket_view", None)  # None: it does not say
         self._found_inf, self._one = torch.zeros(()), torch.ones(())
         self.parameters: dict[str, torch.nn.Parameter] = {}  # by name, in the order in which the wrapper numbers them
         self.clock: PhaseClock | None = None
@@ -113,13 +115,18 @@ class DDP:
         # Those of now: the wrapper keeps its list where some are frozen later.
         named = model.named_parameters()
         self.parameters = {name.replace("_orig_mod.", ""): item for name, item in named if item.requires_grad}
-        wrapped = self._distributed(model) if self._accelerator is None else self._accelerator.prepare_model(model)
+        in_buckets = self._in_buckets is not False
+        if self._accelerator is None:
+            wrapped = self._distributed(model, in_buckets)
+        else:
+            self._accelerator.ddp_handler.gradient_as_bucket_view = in_buckets
+            wrapped = self._accelerator.prepare_model(model)
         self._set_waiting_apart(wrapped)
         _leave_out_label(wrapped)
         return wrapped
 
-    def _distributed(self, model: torch.nn.Module) -> torch.nn.Module:
-        options, device = dict(self._options), self._ranks.device
+    def _distributed(self, model: torch.nn.Module, in_buckets: bool) -> torch.nn.Module:
+        options, device = {**self._options, "gradient_as_bucket_view": in_buckets}, self._ranks.device
         hook = HOOKS[options.pop("comm_hook", "no")]
         devices = [device.index] if device.type == "cuda" else None
         wrapped = DistributedDataParallel(model, device_ids=devices, **options)
@@ -159,6 +166,13 @@ class DDP:
         if wrapped is not model:
             wrapped.reducer = wrapped.logger = None
         return self.wrap(model)
+
+    def with_gradients_apart(self, wrapped: torch.nn.Module, model: torch.nn.Module) -> torch.nn.Module:
+        """The same with gradients that no later step overwrites, unless the options say where they live."""
+        if self._in_buckets is not None:
+            return wrapped
+        self._in_buckets = False
+        return self.rewrap(wrapped, model)
 
     def divide(self, module: torch.nn.Module) -> torch.nn.Module:
         """The module as it is: every rank has all of it."""

@@ -172,6 +172,10 @@ class FSDP:
         """As it is: each gathering of weights asks the shards whether they require a gradient."""
         return wrapped
 
+    def with_gradients_apart(self, wrapped: torch.nn.Module, _model: torch.nn.Module) -> torch.nn.Module:
+        """The same: they live nowhere else."""
+        return wrapped
+
     def _begin_with_same_buffers(self, model: torch.nn.Module, _inputs: Any) -> None:
         """What DistributedDataParallel does before the first forward of each step."""
         if model.training and not self._is_amid_step:

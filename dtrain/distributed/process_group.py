@@ -48,7 +48,6 @@ def set_up(
     options = {key: value for key, value in ddp_options(**(ddp or {})).items() if value is not None}
     backend = options.pop("backend", None)
     timeout_seconds = options.pop("timeout_seconds", None)
-    options.setdefault("gradient_as_bucket_view", True)
     if found.world_size == 1 and not leaves_to_launcher():
         notes += _alone_by_mistake()
     raise_open_files()

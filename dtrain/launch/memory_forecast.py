@@ -166,6 +166,7 @@ class Held(NamedTuple):
     largest: int  # parameter, whose step takes temporary tensors
     gathered: int  # of a sharded model at a time
     unit: int  # the largest part of it whose gradients are summed over the ranks at a time
+    may_keep_gradients: bool = False  # so that they do not live in DDP's buckets
 
 
 class NoForecastError(Exception):
@@ -311,6 +312,7 @@ class FakeSteps:
         return Held(
             weights, sum(trained), of_trainer.optimizer, weights if of_trainer.averages else 0,
             max(trained, default=0), max(0, outer) + 2 * max(inner, default=0), max([outer, *inner]),
+            of_trainer.may_keep_gradients,
         )  # fmt: skip
 
 
@@ -322,7 +324,8 @@ def held_by(trainer: Trainer) -> Held:
     state = sum(_bytes(leaf) for each in states for values in each.values() for leaf in tree_iter(values))
     weights = sum(map(_bytes, (*parameters, *trainer.module.buffers())))
     averages = weights if trainer.trainables.ema is not None else 0
-    return Held(weights, sum(trained), state, averages, max(trained, default=0), weights, weights)
+    largest = max(trained, default=0)
+    return Held(weights, sum(trained), state, averages, largest, weights, weights, trainer.may_keep_gradients)
 
 
 def _least(options: dict[str, Any]) -> int:
@@ -376,7 +379,9 @@ def peak_of(step: Step, held: Held, world_size: int, options: dict[str, Any]) ->
             exchange //= 2
     elif world_size > 1:
         # Those of a step's first batches are added up beside the buckets.
-        is_apart = (options["ddp"] or {}).get("gradient_as_bucket_view") is False or options["accumulate"] > 1
+        in_buckets_asked = (options["ddp"] or {}).get("gradient_as_bucket_view")
+        is_apart = held.may_keep_gradients if in_buckets_asked is None else not in_buckets_asked
+        is_apart = is_apart or options["accumulate"] > 1
         exchange, in_buckets = (gradients, 0) if is_apart else (0, gradients)
     if fsdp.get("cpu_offload") and is_sharded:
         weights = gradients = optimizer = 0

@@ -32,6 +32,11 @@ def take_step(optimizer: Any) -> None:
         optimizer.step()
 
 
+def may_keep_gradients(optimizer: Any) -> bool:
+    """Whether it may hold on to gradients themselves from step to step: torch's own keep copies alone."""
+    return not f"{type(optimizer).__module__}.".startswith("torch.optim.")
+
+
 def drop_gradients(optimizer: Optimizer) -> None:
     """zero_grad()."""
     if type(optimizer).zero_grad is not Optimizer.zero_grad or "zero_grad" in vars(optimizer):

@@ -3,6 +3,7 @@
 import fcntl
 import multiprocessing
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,16 @@ import nibabel
 import numpy as np
 import pytest
 import tifffile
+import zarr
 
 from dtrain.components.datasets import kept_facts, volumes
 from dtrain.components.datasets.folder_lock import one_at_a_time
+from dtrain.components.datasets.foreground import ForegroundDraws, ForegroundSlices
 from dtrain.components.datasets.hdf5 import LazyHDF5Dataset, StandardHDF5Dataset
 from dtrain.components.datasets.nifti import NiftiDataset, NiftiVolume
 from dtrain.components.datasets.slices import FilterSliceBuilder
 from dtrain.components.datasets.tiff_stack import TiffStackDataset, TiffVolume
+from dtrain.components.datasets.zarr_store import ZarrDataset
 from dtrain.components.transforms import PercentileNormalizer
 
 COUNT = 5
@@ -100,6 +104,106 @@ def test_what_changed_is_found_anew(opened: Path) -> None:
     assert made(opened)[1] == [*after[1], after[1][0]]
     assert {*read(opened)} == {"new.h5"}
     assert made(opened, threshold=0.35)[0] != made(opened)[0], "other settings choose other patches"
+
+
+def test_a_file_of_the_same_size_and_time_in_anothers_place_is_found_anew(opened: Path) -> None:
+    """As `cp -p`, `rsync -t` and archives leave it."""
+    before = made(opened)
+    write(opened.parent, 0, 77)
+    other, path = opened.parent / "0.h5", opened / "3.h5"
+    assert other.stat().st_size == path.stat().st_size
+    os.utime(other, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+    other.replace(path)
+    read(opened)
+    after = made(opened)
+    assert {*read(opened)} == {"3.h5"}
+    with h5py.File(path) as file:
+        mean = float(np.asarray(file["raw"]).mean(dtype=np.float64))
+    assert after[1][3][0]["mean"] == pytest.approx(mean)
+    assert after[1][3] != before[1][3]
+
+
+@pytest.mark.parametrize("kind", ["link", "virtual", "external"])
+def test_of_what_lies_in_another_file_nothing_is_kept(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of the file that names it changes with it."""
+    monkeypatch.setattr(kept_facts, "WORTH_SECONDS", 0.0)
+    (tmp_path / "files").mkdir()
+    outer, inner = tmp_path / "files/outer.h5", tmp_path / "inner"
+
+    def fill(share: float) -> None:
+        draw = np.random.default_rng(0)
+        image, label = draw.standard_normal((4, 6, 8)) + share, draw.random((4, 6, 8)) < share
+        if kind == "external":
+            inner.write_bytes(image.astype("<f4").tobytes() + label.astype("u1").tobytes())
+        else:
+            with h5py.File(inner, "w") as file:
+                file["raw"], file["label"] = image.astype("f4"), label.astype("u1")
+
+    fill(0.3)
+    with h5py.File(outer, "w") as file:
+        begin = 0
+        for name, dtype in {"raw": np.dtype("f4"), "label": np.dtype("u1")}.items():
+            if kind == "link":
+                file[name] = h5py.ExternalLink(str(inner), name)
+            elif kind == "virtual":
+                layout = h5py.VirtualLayout((4, 6, 8), dtype)
+                layout[:] = h5py.VirtualSource(str(inner), name, (4, 6, 8))
+                file.create_virtual_dataset(name, layout)
+            else:
+                size = 192 * dtype.itemsize
+                file.create_dataset(name, (4, 6, 8), dtype, external=[(str(inner), begin, size)])
+                begin += size
+
+    def found() -> tuple[int, float, int]:
+        places, ((figures, *_),), _ = made(tmp_path / "files")
+        (draws,) = ForegroundSlices([2, 2, 2]).places_of(LazyHDF5Dataset(str(outer)).volumes).parts
+        assert isinstance(draws, ForegroundDraws)
+        volumes.FILES.close()
+        return len(places), figures["mean"], int(draws.foreground.counts.sum())
+
+    one = found()
+    fill(0.6)
+    other = found()
+    assert other[0] > one[0]
+    assert other[1] == pytest.approx(one[1] + 0.3, abs=1e-6)
+    draw = np.random.default_rng(0)
+    draw.standard_normal((4, 6, 8))
+    assert other[2] == (draw.random((4, 6, 8)) < 0.6).sum() > one[2]
+
+
+@pytest.mark.parametrize("kind", ["hdf5", "nifti", "tiff", "zarr"])
+def test_one_process_reads_a_file_that_was_replaced(kind: str, tmp_path: Path) -> None:
+    """As a notebook does, whose cells make the data once more; what is open, or known of it, is of the file before."""
+    path = tmp_path / {"hdf5": "a.h5", "nifti": "a.nii", "tiff": "a.tif", "zarr": "a.zarr"}[kind]
+
+    def write_one(factor: int) -> None:
+        values = np.arange(192, dtype=np.int16).reshape(4, 6, 8)
+        new = tmp_path / f"new{path.suffix}"
+        if kind == "hdf5":
+            with h5py.File(new, "w") as file:
+                file["raw"] = values * factor
+        elif kind == "nifti":
+            image = nibabel.Nifti1Image(values, np.eye(4))
+            image.header.set_slope_inter(factor, 0)  # the numbers on the disk are the same
+            image.to_filename(new)
+        elif kind == "tiff":
+            tifffile.imwrite(new, values * factor, photometric="minisblack", compression="zlib")
+        else:
+            zarr.open_group(str(new), mode="w").create_array("raw", data=values.astype(f"i{2 * factor}") * factor)
+            shutil.rmtree(path, ignore_errors=True)
+        new.replace(path)
+
+    for factor in (1, 2):
+        write_one(factor)
+        dataset: Any = {
+            "hdf5": lambda: LazyHDF5Dataset(str(path), label_internal_path=None),
+            "nifti": lambda: NiftiDataset(str(path), in_memory=False),
+            "tiff": lambda: TiffStackDataset(str(path)),
+            "zarr": lambda: ZarrDataset(str(path), label_internal_path=None),
+        }[kind]()
+        assert float(dataset[0].sum()) == factor * 191 * 192 / 2
 
 
 def test_where_nothing_can_be_written_beside_the_files_it_is_kept_at_home(opened: Path) -> None:

@@ -142,6 +142,77 @@ def test_an_error_comes_after_the_batches_before_it(monkeypatch: pytest.MonkeyPa
     assert "while loading sample 1503 of Numbers" in str(raised.value)
 
 
+class Refilled(Numbers):
+    """A data set that reads each sample into the same memory."""
+
+    def __init__(self, samples: int, width: int) -> None:
+        super().__init__(samples, width)
+        self.tensor, self.array = torch.zeros(width), np.zeros(width)
+
+    def __getitem__(self, index: int) -> Any:
+        self.tensor[:] = self.array[:] = index
+        return self.tensor, self.array
+
+
+def as_it_is(items: list[Any]) -> Any:
+    return {"tensor": items[0][0], "array": items[0][1]}
+
+
+def test_batches_in_memory_that_the_dataset_fills_again_are_those_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_messages, "GROUP_SECONDS", 1e9)  # so that groups grow on the busiest machine
+    batches = loader(Refilled(300, 4), batch_size=1, workers=1, collate_fn=as_it_is)
+    seen = [(batch["tensor"].tolist(), batch["array"].tolist()) for batch in batches]
+    assert seen == [([float(index)] * 4, [float(index)] * 4) for index in range(300)]
+    assert batches.groups.size > 1
+
+
+@pytest.fixture
+def block(monkeypatch: pytest.MonkeyPatch) -> worker_messages._Block:
+    """What a worker has open, in which a rank may be given its next batch."""
+    block = worker_messages._Block(1 << 12, 0)
+    monkeypatch.setattr(worker_messages, "get_worker_info", object)
+    monkeypatch.setattr(worker_messages._blocks, "open", block)
+    return block
+
+
+def is_in(block: worker_messages._Block, tensor: torch.Tensor) -> bool:
+    return 0 <= tensor.data_ptr() - block.begin < block.size
+
+
+class Special(torch.Tensor):
+    """A user's own."""
+
+
+def test_tensors_of_a_users_own_are_not_in_memory_that_is_used_again(
+    block: worker_messages._Block, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are passed on by torch, and nothing would tell when the rank lets go of them."""
+    items = [(torch.full((2,), float(n)), torch.full((2,), float(n)).as_subclass(Special)) for n in range(3)]
+    plain_one, special = worker_messages.collated(items)
+    assert is_in(block, plain_one)
+    assert not is_in(block, special)
+    assert type(special) is Special
+    assert torch.equal(special.as_subclass(torch.Tensor), torch.tensor([[0.0] * 2, [1.0] * 2, [2.0] * 2]))
+
+    def turned(batch: Any, *, collate_fn_map: Any = None) -> Any:
+        rows = [torch.full((2,), float(value.real)) for value in batch]
+        return collate_fn_map[torch.Tensor](rows, collate_fn_map=collate_fn_map).T
+
+    monkeypatch.setitem(default_collate_fn_map, complex, turned)
+    made = worker_messages.collated([1j, 1 + 1j])
+    assert made.tolist() == [[0.0, 1.0]] * 2
+    assert not is_in(block, made)
+
+
+@pytest.mark.parametrize("first", [torch.bool, torch.uint8, torch.int32, torch.float16, torch.float32])
+def test_samples_of_two_dtypes_lose_nothing_in_a_worker(first: torch.dtype, block: worker_messages._Block) -> None:
+    third = torch.full((2,), 1 / 3, dtype=torch.float64)
+    (batch,) = worker_messages.collated([(torch.ones(2, dtype=first),), (third,)])
+    assert batch.dtype is torch.float64
+    assert batch.tolist() == [[1.0, 1.0], [1 / 3, 1 / 3]]
+    assert not is_in(block, batch)
+
+
 def test_a_group_is_what_is_worth_a_message() -> None:
     groups = Groups(range(100))
     quick, slow = GROUP_SECONDS / 100, 10 * GROUP_SECONDS

@@ -14,13 +14,17 @@ import torch
 from dtrain.distributed.process_group import set_up
 
 folder, options = sys.argv[1], json.loads(sys.argv[2])
+may_keep = options.pop("may_keep", False)
 ranks = set_up("cpu", options)
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
 wrapped = ranks.strategy.wrap(model)
+if may_keep:
+    wrapped = ranks.strategy.with_gradients_apart(wrapped, model)
 generator = torch.Generator().manual_seed(1)
-batches = torch.randn(2, 3, 2, 5, 3, generator=generator)  # step, batch of it, rank, sample, channel
+batches = torch.randn(3, 3, 2, 5, 3, generator=generator)  # step, batch of it, rank, sample, channel
 found = {"apart": [], "close": []}
+kept, values = [], []
 for step in batches:
     expected = [0 for _ in model.parameters()]
     for number, batch in enumerate(step):  # by hand: each rank's share of the mean, one after the other
@@ -35,8 +39,11 @@ for step in batches:
     got = [item.grad for item in model.parameters()]
     found["apart"].append(len({item.untyped_storage().data_ptr() for item in got}))
     found["close"].append(all(torch.allclose(one, other) for one, other in zip(got, expected)))
+    kept += got
+    values += [item.clone() for item in got]
     for item in model.parameters():
         item.grad = None
+found["kept"] = all(map(torch.equal, kept, values))
 
 inputs, entered = torch.ones(1, 3), []
 label = torch.autograd.profiler.record_function
@@ -61,13 +68,21 @@ def seen(folder: Path, options: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("options", "storages"), [({}, 1), ({"gradient_as_bucket_view": False}, 4)])
+@pytest.mark.parametrize(
+    ("options", "storages"),
+    [
+        ({}, 1),
+        ({"gradient_as_bucket_view": False}, 4),
+        ({"may_keep": True}, 4),
+    ],
+)
 def test_gradients_are_the_mean_over_the_ranks_and_live_in_the_bucket_unless_told_otherwise(
     tmp_path: Path, options: dict[str, Any], storages: int
 ) -> None:
     for found in seen(tmp_path, options):
-        assert found["close"] == [True] * 2
-        assert found["apart"] == [storages] * 2
+        assert found["close"] == [True] * 3
+        assert found["apart"] == [storages] * 3
+        assert found["kept"] == (storages > 1), "whether what was kept of a step outlives the next one"
         assert found["labels without a profiler"] == []
         assert found["labels"] == found["seen"] == ["DistributedDataParallel.forward"]
         assert found["same"]

@@ -193,6 +193,10 @@ def test_the_peak_of_a_rank_follows_its_strategy(
         assert peak_of(tiny, held, world_size, options | {"accumulate": 2}).total == least + 80
         apart = {"gradient_as_bucket_view": False}
         assert peak_of(tiny, held, world_size, options | {"ddp": apart}).total == least + 80
+        keeps = held._replace(may_keep_gradients=True)
+        assert peak_of(tiny, keeps, world_size, options).total == least + 80
+        within = {"gradient_as_bucket_view": True}
+        assert peak_of(tiny, keeps, world_size, options | {"ddp": within}).total == least
     # A model that is one unit: its gradients, their copy for the ranks, and no other's.
     if strategy == "fsdp" and not fsdp:
         one = held._replace(gathered=100, unit=80)

@@ -4,6 +4,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -12,8 +13,11 @@ import torch
 from torch import nn
 from torch.optim import optimizer as of_torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import TensorDataset
 
-from dtrain.training.optimizer_step import drop_gradients, take_step
+import dtrain
+from dtrain.training.optimizer_step import drop_gradients, may_keep_gradients, take_step
 
 CLASSES: list[Callable[[Any], torch.optim.Optimizer]] = [
     lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
@@ -139,3 +143,81 @@ def test_torch_has_what_this_relies_on() -> None:
     text = inspect.getsource(torch.optim.lr_scheduler.LRScheduler)
     assert "_wrapped_by_lr_sched" in text
     assert "_opt_called" in text
+
+
+OF_TORCH = [
+    kind for kind in vars(torch.optim).values()
+    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OF_TORCH, ids=lambda kind: kind.__name__)
+def test_torchs_own_optimizers_keep_no_gradient_itself(kind: Any) -> None:
+    layer = nn.Linear(3, 3, bias=kind.__name__ != "Muon")  # which takes matrices alone
+    optimizer = kind(layer.parameters(), lr=0.1)
+    seen: list[int] = []
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = layer(torch.ones(2, 3)).square().mean()
+        loss.backward()
+        if kind.__name__ == "SparseAdam":
+            for item in layer.parameters():
+                item.grad = item.grad.to_sparse()  # type: ignore[union-attr]
+        seen.extend(
+            (item.grad._values() if item.grad.is_sparse else item.grad).untyped_storage().data_ptr()  # type: ignore[union-attr]
+            for item in layer.parameters()
+        )
+        return loss
+
+    for _ in range(2):
+        optimizer.step(closure)
+        held = [item for item in tree_leaves([*optimizer.state.values()]) if isinstance(item, torch.Tensor)]
+        places = {item.untyped_storage().data_ptr() for item in held}
+        assert not places & set(seen[-2:])
+    assert not may_keep_gradients(optimizer)
+    assert may_keep_gradients(type("Own", (kind,), {"__module__": "own"})(layer.parameters(), lr=0.1))
+
+
+OWN_TRAINER = """
+import dtrain.trainer
+
+
+class Looks(dtrain.trainer.Trainer):
+    def optimizer_step(self):
+        self.before = [item.grad for item in self.module.parameters()]
+        super().optimizer_step()
+
+
+class Counts(dtrain.trainer.Trainer):
+    def after_step(self, position):
+        super().after_step(position)
+"""
+
+
+def test_what_may_keep_gradients_is_known_of_optimizer_trainer_and_hooks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "trainer_that_looks.py").write_text(OWN_TRAINER)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def may_keep(optimizer: Any = torch.optim.SGD, trainer: str | None = None, hook: Any = None) -> bool:
+        model = nn.Linear(3, 2)
+        if hook:
+            model.weight.register_post_accumulate_grad_hook(hook)
+        config = {
+            "modules": ["trainer_that_looks"],
+            "trainer": {"checkpoint_dir": str(tmp_path / "run"), "max_steps": 1}
+            | ({"name": trainer} if trainer else {}),
+        }
+        made = dtrain.create_trainer(
+            config, model=model, datasets={"train": TensorDataset(torch.ones(4, 3), torch.ones(4, 2))},
+            loss=nn.MSELoss(), optimizer=functools.partial(optimizer, lr=0.1),
+        )  # fmt: skip
+        return made.may_keep_gradients
+
+    assert not may_keep()
+    assert may_keep(Counted)
+    assert may_keep(trainer="Looks")
+    assert not may_keep(trainer="Counts")
+    assert may_keep(hook=lambda item: None)

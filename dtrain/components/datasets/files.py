@@ -107,6 +107,19 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def version_of(file: Path) -> list[int]:
+    """What tells one version of a file from another without reading it; nothing of a file that is not there.
+
+    The time of its last change of any kind is in it, which no program can set: a copy with the time of the original
+    (`cp -p`, `rsync -t`, an archive), put in the file's place, is of the same size and time as that may be.
+    """
+    try:
+        status = file.stat()
+    except OSError:
+        return []
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
 def unique_names(paths: Sequence[Path], stems: Sequence[str]) -> list[str]:
     """A name for each file: its stem; with as many folders in front as tell all apart, or else with its number.
 

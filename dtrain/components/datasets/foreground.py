@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from dtrain.components.datasets.files import version_of
 from dtrain.components.datasets.folder_lock import one_at_a_time
 from dtrain.components.datasets.slices import Draws, Places, SliceBuilder
 from dtrain.components.datasets.statistics import BLOCK, blocks
@@ -206,7 +207,7 @@ def _kept(volume: Volume, ignore_index: int | None) -> tuple[Foreground, str]:
     name = hashlib.sha256(json.dumps([part, ignore_index]).encode()).hexdigest()[:8]
     path = file.with_name(f".{file.name}.{name}.foreground.npz")
     with one_at_a_time(file.parent):
-        identity = json.dumps([VERSION, part, ignore_index, volume.shape, *_version_of(file)])
+        identity = json.dumps([VERSION, part, ignore_index, volume.shape, *version_of(file)])
         if (foreground := _read(path, identity)) is not None:
             return foreground, ""
         foreground = find(volume, ignore_index)
@@ -215,12 +216,6 @@ def _kept(volume: Volume, ignore_index: int | None) -> tuple[Foreground, str]:
         except OSError as error:
             return foreground, f"{path.parent} cannot be written ({error.strerror})"
     return foreground, ""
-
-
-def _version_of(file: Path) -> list[int]:
-    """What tells one version of a file from another without reading it."""
-    status = file.stat()
-    return [status.st_size, status.st_mtime_ns]
 
 
 def _read(path: Path, identity: str) -> Foreground | None:

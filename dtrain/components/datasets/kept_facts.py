@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dtrain.components.datasets.files import version_of
 from dtrain.components.datasets.folder_lock import one_at_a_time
 from dtrain.components.datasets.slices import settings_of
 
@@ -25,7 +26,7 @@ def kept_facts(
     """Facts about each of the files, to look up and to add to; what was added is kept where that is worth it.
 
     They lie in a hidden file in the folder of the first of them, or where nothing can be written there, in
-    ~/.cache/dtrain. A file that changed (its size or time) has none. While one process finds out what is missing, the
+    ~/.cache/dtrain. A file that changed (see `version_of`) has none. While one process finds out what is missing, the
     others wait; without locks in a file system, each does it itself.
 
     Args:
@@ -37,9 +38,9 @@ def kept_facts(
     name = f".{hashlib.sha256(json.dumps([VERSION, *about]).encode()).hexdigest()[:12]}.facts.json"
     beside = f"{folder}{os.sep}"
     names = [path.removeprefix(beside) for path in map(str, files)]
-    versions = [_version_of(file) for file in files]
+    versions: list[list[Any]] = [version_of(file) for file in files]
     if any(labels):
-        others = [_version_of(file) if file else [] for file in labels]
+        others = [[str(file), *version_of(file)] if file else [] for file in labels]
         versions = [own and own + other for own, other in zip(versions, others, strict=True)]
     homes = [folder / name, _cache() / hashlib.sha256(str(folder).encode()).hexdigest()[:12] / name]
     facts = _known(homes, names, versions)
@@ -80,20 +81,11 @@ def facts_of(
         volume.facts = {}
 
 
-def _version_of(file: Path) -> list[int]:
-    """What tells one version of a file from another without reading it."""
-    try:
-        status = file.stat()
-    except OSError:
-        return []
-    return [status.st_size, status.st_mtime_ns]
-
-
 def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dtrain" / "facts"
 
 
-def _known(homes: Sequence[Path], names: Sequence[str], versions: Sequence[list[int]]) -> list[Facts]:
+def _known(homes: Sequence[Path], names: Sequence[str], versions: Sequence[list[Any]]) -> list[Facts]:
     """What is kept of these very versions."""
     found: dict[str, Any] = {}
     for home in homes:

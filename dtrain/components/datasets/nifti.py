@@ -108,6 +108,7 @@ class NiftiVolume:
         self.path, self.label, self.name = path, label, name or stem_of(path, SUFFIXES)
         self.checks, self.has_label = checks or Checks(), label is not None
         self.label_file = (label, "") if label else None
+        _values.cache_clear()  # another file may lie in a known one's place
         image = opened(path)
         self.affine, self.header = image.affine, image.header
         shape = _shape(path, image)

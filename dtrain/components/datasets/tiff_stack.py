@@ -114,6 +114,8 @@ class TiffVolume(StoredVolume):
         self.path, self.name, self.axes = path, name or stem_of(path, SUFFIXES), axes
         self.raw, self.label, self.weight = (str(path),), (() if label is None else (str(label),)), None
         self.checks = checks or Checks()
+        _stack.cache_clear()  # another file may lie in a known one's place
+        PAGES.clear()
         image, labels = ([_stack(Path(file), axes, 0).shape for file in files] for files in (self.raw, self.label))
         self._fit(image, labels, [])
         self.label_file = (label, axes or "") if label is not None else None
@@ -155,6 +157,10 @@ class Pages:
     """The pages that this process unpacked last: neighbouring patches need the same ones."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all of them."""
         self.known: OrderedDict[tuple[Path, int], np.ndarray] = OrderedDict()
         self.bytes = 0
 

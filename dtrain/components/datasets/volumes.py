@@ -151,7 +151,7 @@ class ArrayVolume:
 
     Attributes:
         checks: What the values were found to be where they come from a file.
-        label_file: The file that the label is of, and which part of it that is; None where there is none.
+        label_file: The file that the label is of, and which part of it that is; None where no file holds it alone.
         facts: What is known of the file, for as long as a dataset is made of it.
 
     Raises:
@@ -345,12 +345,19 @@ class HDF5Volume(StoredVolume):
         self.raw, self.label, self.weight = tuple(raw), tuple(label), weight
         self.checks = checks or Checks()
         self.facts = {} if facts is None else facts
+        FILES.forget(path)
+        is_whole = True
         if "shapes" not in self.facts:
             parts = (self.raw, self.label, () if weight is None else (weight,))
             with open_hdf5(path) as file:
-                self.facts["shapes"] = [[_shape(path, file, item) for item in items] for items in parts]
+                shapes = [[_shape(path, file, item) for item in items] for items in parts]
+                is_whole = all(_is_within(file, item) for items in parts for item in items)
+            if not is_whole:  # nothing here tells whether the other file has changed: what is found is not kept
+                self.facts = {}
+            self.facts["shapes"] = shapes
         shapes = [[tuple(shape) for shape in of_part] for of_part in self.facts["shapes"]]
         self._fit(shapes[0], shapes[1], shapes[2])
+        self.label_file = self.label_file if is_whole else None
 
     def load(self) -> ArrayVolume:
         """All of it in memory, in the types that are stored (double precision as single).
@@ -406,6 +413,11 @@ class OpenFiles:
             datasets[name] = file[name]
         return datasets[name]
 
+    def forget(self, path: Path) -> None:
+        """Open a file anew when it is needed next: another one may lie in its place."""
+        if self.process == os.getpid() and path in self.files:
+            self.files.pop(path)[0].close()
+
     def close(self) -> None:
         """Close all that this process has opened."""
         for file, _ in self.files.values() if self.process == os.getpid() else ():
@@ -453,6 +465,12 @@ def _shape(path: Path, file: Any, name: str) -> tuple[int, ...]:
     if not dataset.size:
         raise ValueError(f"{path}: dataset '{name}' is empty, its shape is {dataset.shape}")
     return dataset.shape
+
+
+def _is_within(file: Any, name: str) -> bool:
+    """Whether the values of a dataset lie in the file: neither a link, nor a virtual or external dataset."""
+    dataset = file[name]
+    return dataset.file.filename == file.filename and not dataset.is_virtual and not dataset.external
 
 
 def check_extent(what: str, shape: tuple[int, ...], other: str, spatial: tuple[int, ...], *, channels: bool) -> None:

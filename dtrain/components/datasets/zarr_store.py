@@ -136,6 +136,7 @@ class ZarrVolume(StoredVolume):
         self.path, self.name = path, name or stem_of(path, SUFFIXES)
         self.raw, self.label, self.weight = tuple(raw) or (_default(path),), tuple(label), weight
         self.checks = checks or Checks()
+        _opened_array.cache_clear()  # another store may lie in a known one's place
         parts = (self.raw, self.label, () if weight is None else (weight,))
         self.views = {item: _view_of(path, item, level, timepoint) for part in parts for item in part}
         self._fit(*([self.views[item].shape for item in part] for part in parts))
