@@ -27,22 +27,31 @@ def seed_generator(generator: Any, name: str, seed: int) -> None:
 
     A seed sequence keeps its entropy, and with it what is made of that; what it spawns next follows the seed.
     """
-    seeds, none = np.array([seed], np.uint64), np.zeros(1, np.uint32)
-    next(seeding_of(generator, name, Seeds(seeds, none, none)))
+    next(seeding_of(generator, name, Seeds([seed], [], [])))
 
 
 def seeding_of(generator: Any, name: str, seeds: Seeds) -> Iterator[Any]:
     """The same for one sample after the other, at each step."""
     bits = getattr(generator, "bit_generator", generator)
-    if type(bits) in _WRITTEN and seeds.in_block >= FEW and _can_be_written(type(bits)):
-        states = seeds.derived(_pcg64_states, name)
-        return map(_memory_of(bits).write, states["own"].tolist(), [*states["pool"]], states["state"].tolist())
-    own = seeds.derived(_own_seeds, name)
-    return map(_seeder(generator), (own % 2**32 if _is_twister(generator) else own).tolist())
+    kind: Any = type(bits)
+    if kind in _WRITTEN and seeds.in_block >= FEW and _can_be_written(kind):
+        return map(_memory_of(bits).write, seeds.derived(_pcg64_states, name))
+    return map(_seeder(generator), seeds.derived(_short_seeds if _is_twister(generator) else _own_seeds, name))
 
 
-def _own_seeds(torchs: np.ndarray, name: str) -> np.ndarray:
-    """Of 64 bits, as those that they are made of."""
+def _own_seeds(torchs: np.ndarray, name: str) -> list[int]:
+    own: list[int] = _own(torchs, name).tolist()
+    return own
+
+
+def _short_seeds(torchs: np.ndarray, name: str) -> list[int]:
+    """Of 32 bits."""
+    own: list[int] = (_own(torchs, name) % 2**32).tolist()
+    return own
+
+
+def _own(torchs: np.ndarray, name: str) -> np.ndarray:
+    """The seeds of a generator of that name, of 64 bits, as torch's are, of which they are made."""
     return torchs + np.uint64(zlib.crc32(name.encode()) * 0x9E3779B97F4A7C15 % 2**64)
 
 
@@ -108,7 +117,7 @@ def _seed_bits(bits: Any, own: int) -> None:
 
 # ------------------------------------------------------------------------------------------------------ NumPy's PCG64
 
-_STATES = np.dtype([("own", np.uint64), ("pool", np.uint32, 4), ("state", "V32")])
+_State = tuple[int, np.ndarray, bytes]  # what it is seeded with, the pool of that seed sequence, and its own state
 _FACTOR = 2549297995355413924 << 64 | 4865540595714422341  # of PCG64's step
 
 
@@ -133,15 +142,15 @@ class _Memory:
         """Have the generator spawn from this sequence, which only unpickling replaces."""
         self.bits.__setstate__((self.bits.state, self.sequence))
 
-    def write(self, own: int, pool: np.ndarray, state: bytes) -> None:
-        """Let it be what its class makes of a seed, given what follows from that."""
-        self.sequence.__setstate__((own, 0, pool, 4, ()))  # type: ignore[attr-defined]
-        self.state.raw = state
+    def write(self, state: _State) -> None:
+        """Let it be what its class makes of a seed."""
+        own, pool, self.state.raw = state
+        self.sequence.__setstate__((own, 0, pool, 4, ()))  # type: ignore[attr-defined]  # as in `_set`
         self.kept.raw = b"\0\0\0\0\0\0\0\0"
 
 
 def _memory_of(bits: Any) -> _Memory:
-    memory = _kept_memory_of(bits)
+    memory: _Memory = _kept_memory_of(bits)
     if bits.seed_seq is not memory.sequence:
         memory.take_sequence()
     return memory
@@ -157,13 +166,13 @@ def _can_be_written(kind: Any) -> bool:
         return False
     try:
         bits = kind(1)
-        memory, states = _Memory(bits), _pcg64_states(np.array([0, 7, 2**32, 2**64 - 1], np.uint64), "")
-        for own, pool, words in zip(states["own"].tolist(), states["pool"], states["state"].tolist(), strict=True):
+        memory, seeds = _Memory(bits), [0, 7, 2**32, 2**64 - 1]
+        for seed, state in zip(seeds, _pcg64_states(np.array(seeds, np.uint64), ""), strict=True):
             np.random.Generator(bits).integers(9, dtype=np.int32)  # keeps a half
             if memory.state.raw + memory.kept.raw != _expected(bits):
                 return False
-            memory.write(own, pool, words)
-            new = kind(own)
+            memory.write(state)
+            new = kind(seed)  # no name adds 0 to it
             if (bits.state, _all_of(bits.seed_seq)) != (new.state, _all_of(new.seed_seq)):
                 return False
     except Exception:  # another version's
@@ -178,19 +187,16 @@ def _expected(bits: Any) -> bytes:
     return b"".join([*wide, *(state[part].to_bytes(4, order) for part in ("has_uint32", "uinteger"))])
 
 
-def _pcg64_states(torchs: np.ndarray, name: str) -> np.ndarray:
-    """What makes up a PCG64 with each sample's own seed: seed, its sequence's pool, and its state as bytes."""
-    states = np.empty(len(torchs), _STATES)
-    states["own"] = own = _own_seeds(torchs, name)
+def _pcg64_states(torchs: np.ndarray, name: str) -> list[_State]:
+    """Of one with each sample's own seed."""
+    own = _own(torchs, name)
     pool = pools(_halves(own))
-    states["pool"] = pool.T
     words = generated(pool, 8)
     high, low, more, less = words[::2] | words[1::2].astype(np.uint64) << np.uint64(32)
     increment = more << np.uint64(1) | less >> np.uint64(63), less << np.uint64(1) | np.uint64(1)
     state = _sum(_product(_sum(increment, (high, low))), increment)
-    whole = np.stack([state[1], state[0], increment[1], increment[0]], axis=1)
-    states["state"] = whole.view("V32")[:, 0]
-    return states
+    whole = np.stack([state[1], state[0], increment[1], increment[0]], axis=1).view("V32")[:, 0]
+    return [*zip(own.tolist(), pool.T.copy(), whole.tolist(), strict=True)]
 
 
 _Wide = tuple[np.ndarray, np.ndarray]  # numbers of 128 bits: their high and low halves

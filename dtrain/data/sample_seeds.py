@@ -17,10 +17,10 @@ FEW = 8  # samples, whose seeds and generators NumPy makes sooner than its array
 class Seeds:
     """Of some samples, as `rng.seed_sample` has them; what else follows from them is computed for a whole block."""
 
-    def __init__(self, torchs: np.ndarray, pythons: np.ndarray, numpys: np.ndarray) -> None:
+    def __init__(self, torchs: list[int], pythons: list[int], numpys: list[int]) -> None:
         self.torch, self.python, self.numpy = torchs, pythons, numpys
         self._block, self._place = self, slice(None)
-        self._derived: dict[Any, np.ndarray] = {}
+        self._derived: dict[Any, list[Any]] = {}
 
     @property
     def in_block(self) -> int:
@@ -33,11 +33,11 @@ class Seeds:
         part._block, part._place = self, slice(low, high)
         return part
 
-    def derived(self, make: Callable[[np.ndarray, str], np.ndarray], name: str) -> np.ndarray:
-        """What `make` gives for torch's seeds and a name, of which it makes a row for each sample."""
+    def derived(self, make: Callable[[np.ndarray, str], list[Any]], name: str) -> list[Any]:
+        """What `make` gives for torch's seeds and a name, of which it makes something for each sample."""
         block = self._block
         if (make, name) not in block._derived:
-            block._derived[make, name] = make(block.torch, name)
+            block._derived[make, name] = make(np.array(block.torch, np.uint64), name)
         return block._derived[make, name][self._place]
 
 
@@ -93,9 +93,9 @@ _SEEDERS: list[Callable[[int], Any]] = [torch.default_generator.manual_seed, ran
 def _seeding(seeds: Seeds, wanted: Sequence[bool]) -> Iterator[Any]:
     """Seeds the wanted generators for one sample after the other, at each step; and MONAI's, where it is imported."""
     own = (seeds.torch, seeds.python, seeds.numpy)
-    chosen = [map(seeder, each.tolist()) for seeder, each, want in zip(_SEEDERS, own, wanted, strict=True) if want]
+    chosen = [map(seeder, each) for seeder, each, want in zip(_SEEDERS, own, wanted, strict=True) if want]
     if rng.has_monai():
-        chosen.append(map(rng.set_seed_of_monai, (seeds.torch % 2**32).tolist()))
+        chosen.append(map(rng.set_seed_of_monai, (seed % 2**32 for seed in seeds.torch)))
     return zip(*chosen, strict=True) if chosen else itertools.repeat(None)
 
 
@@ -112,7 +112,7 @@ def seeds_of(seed: int, epoch: int, indices: Sequence[int], positions: Sequence[
         entropy[len(shared) :] = columns
         words = generated(pools(entropy), 4)
     torchs = words[2].astype(np.uint64) << np.uint64(32) | words[3]
-    return Seeds(torchs, words[0], words[1])
+    return Seeds(torchs.tolist(), words[0].tolist(), words[1].tolist())
 
 
 def seeds_ahead(seed: int, requests: Sequence[list[Any]]) -> list[Seeds]:

@@ -179,8 +179,8 @@ def main() -> None:
                      for each in (theirs, ours)]  # fmt: skip
             ratios = sorted(sum(one[ours][1:]) / sum(one[theirs][1:]) for one in found)
             spread = f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
-            line = f"{kind:>15}, {workers} workers: torch {' '.join(shown[0])}, dtrain {' '.join(shown[1])}, ratio {spread}"
-            print(line, flush=True)
+            times = f"torch {' '.join(shown[0])}, dtrain {' '.join(shown[1])}"
+            print(f"{kind:>15}, {workers} workers: {times}, ratio {spread}", flush=True)
 
 
 if __name__ == "__main__":
