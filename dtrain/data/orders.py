@@ -17,7 +17,8 @@ from torch import tensor
 from torch.utils.data import DistributedSampler, WeightedRandomSampler
 
 from dtrain.data import rng
-from dtrain.data.own_generators import generators_in, seed_generator
+from dtrain.data.own_generators import generators_in
+from dtrain.data.own_seeding import seed_generator
 from dtrain.data.samplers import mixed, permuted
 from dtrain.distributed import by_node
 

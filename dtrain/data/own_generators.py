@@ -1,4 +1,4 @@
-"""The random number generators that a dataset holds: found once per process, seeded for each sample.
+"""The random number generators that a dataset holds: found once per process; `own_seeding` seeds them.
 
 What a constructor makes is cloned into every worker: without this all of them would draw the same numbers, and others
 than one process draws.
@@ -9,9 +9,8 @@ import functools
 import itertools
 import random
 import sys
-import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from types import BuiltinFunctionType, FunctionType, MethodDescriptorType, MethodType, ModuleType
 from typing import Any
 
@@ -66,51 +65,6 @@ def generators_in(**roots: Any) -> tuple[dict[str, Any], bool]:
                 for part, item in data.parts_without_data(value):
                     (first if waiting is first or _is_for_transforms(part) else others).append((name + part, item))
     return found, not (first or others or data.is_cut)
-
-
-def seed_generator(generator: Any, name: str, seed: int) -> None:
-    """Seed one of them, in place, from a seed of 64 bits; another name gives other numbers.
-
-    A seed sequence keeps its entropy, and with it what is made of that; what it spawns next follows the seed.
-    """
-    next(seeding_of(generator, name, [seed]))
-
-
-def seeding_of(generator: Any, name: str, seeds: Sequence[int]) -> Iterator[Any]:
-    """The same from one seed after the other, at each step."""
-    others = zlib.crc32(name.encode()) * 0x9E3779B97F4A7C15
-    size = 2**32 if _is_twister(generator) else 2**64
-    return map(_seeder(generator), [(seed + others) % 2**64 % size for seed in seeds])
-
-
-def _is_twister(generator: Any) -> bool:
-    """Whether it is a RandomState of the usual kind, whose seeds have 32 bits."""
-    return isinstance(generator, np.random.RandomState) and isinstance(generator._bit_generator, np.random.MT19937)
-
-
-def _seeder(generator: Any) -> Callable[[int], Any]:
-    if isinstance(generator, torch.Generator):
-        return generator.manual_seed
-    if isinstance(generator, random.Random) or _is_twister(generator):
-        return generator.seed
-    if isinstance(generator, np.random.Generator | np.random.BitGenerator):
-        return functools.partial(_seed_bits, getattr(generator, "bit_generator", generator))
-    if isinstance(generator, np.random.SeedSequence):
-        return functools.partial(_seed_sequence, generator)
-    kind = type(generator._bit_generator)
-    return lambda own: generator.set_state(np.random.RandomState(kind(own)).get_state(legacy=False))
-
-
-def _seed_sequence(sequence: np.random.SeedSequence, own: int) -> None:
-    spawned = own % 2**31  # half of what that counter holds: a sample may count on
-    entropy, key, size = sequence.entropy, sequence.spawn_key, sequence.pool_size
-    np.random.SeedSequence.__init__(sequence, entropy, spawn_key=key, pool_size=size, n_children_spawned=spawned)
-
-
-def _seed_bits(bits: Any, own: int) -> None:
-    """As if it was made with this seed: `spawn` asks its seed sequence, which only unpickling replaces."""
-    new = type(bits)(own)
-    bits.__setstate__((new.state, new.seed_seq))
 
 
 def _is_shared(generator: Any) -> bool:

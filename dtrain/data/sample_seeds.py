@@ -3,26 +3,42 @@
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from dtrain.data import rng
+from dtrain.data.seed_sequences import MASK, generated, pools, words_of
 
-_MASK = 2**32 - 1
+FEW = 8  # samples, whose seeds and generators NumPy makes sooner than its arrays do
 
 
-class Seeds(NamedTuple):
-    """Of some samples, as `rng.seed_sample` has them."""
+class Seeds:
+    """Of some samples, as `rng.seed_sample` has them; what else follows from them is computed for a whole block."""
 
-    torch: list[int]
-    python: list[int]
-    numpy: list[int]
+    def __init__(self, torchs: list[int], pythons: list[int], numpys: list[int]) -> None:
+        self.torch, self.python, self.numpy = torchs, pythons, numpys
+        self._block, self._place = self, slice(None)
+        self._derived: dict[Any, list[Any]] = {}
+
+    @property
+    def in_block(self) -> int:
+        """The number of all samples of the block."""
+        return len(self._block.torch)
 
     def part(self, low: int, high: int) -> "Seeds":
-        """Those of some of the samples."""
-        return Seeds(*(each[low:high] for each in self))
+        """Those of some samples of the block."""
+        part = Seeds(self.torch[low:high], self.python[low:high], self.numpy[low:high])
+        part._block, part._place = self, slice(low, high)
+        return part
+
+    def derived(self, make: Callable[[np.ndarray, str], list[Any]], name: str) -> list[Any]:
+        """What `make` gives for torch's seeds and a name, of which it makes something for each sample."""
+        block = self._block
+        if (make, name) not in block._derived:
+            block._derived[make, name] = make(np.array(block.torch, np.uint64), name)
+        return block._derived[make, name][self._place]
 
 
 class SampleSeeds:
@@ -76,27 +92,25 @@ _SEEDERS: list[Callable[[int], Any]] = [torch.default_generator.manual_seed, ran
 
 def _seeding(seeds: Seeds, wanted: Sequence[bool]) -> Iterator[Any]:
     """Seeds the wanted generators for one sample after the other, at each step; and MONAI's, where it is imported."""
-    chosen = [map(seeder, own) for seeder, own, want in zip(_SEEDERS, seeds, wanted, strict=True) if want]
+    own = (seeds.torch, seeds.python, seeds.numpy)
+    chosen = [map(seeder, each) for seeder, each, want in zip(_SEEDERS, own, wanted, strict=True) if want]
     if rng.has_monai():
         chosen.append(map(rng.set_seed_of_monai, (seed % 2**32 for seed in seeds.torch)))
     return zip(*chosen, strict=True) if chosen else itertools.repeat(None)
 
 
 def seeds_of(seed: int, epoch: int, indices: Sequence[int], positions: Sequence[int] = ()) -> Seeds:
-    """What `rng.seed_sample` seeds with for each of some samples, in a tenth of the time.
-
-    The words of NumPy's SeedSequence, whose algorithm no version changes (NEP 19), are computed for all at once.
-    """
+    """What `rng.seed_sample` seeds with for each of some samples, in a tenth of the time."""
     columns = [indices, positions] if positions else [indices]
-    if max(map(max, columns)) > _MASK:
+    if len(indices) < FEW or max(map(max, columns)) > MASK:
         rows = zip(*columns, strict=True)
         words = np.array([np.random.SeedSequence((seed, epoch, *row)).generate_state(4) for row in rows]).T
     else:
-        shared = [*_words(seed), *_words(epoch)]
+        shared = [*words_of(seed), *words_of(epoch)]
         entropy = np.empty((len(shared) + len(columns), len(indices)), np.uint32)
         entropy[: len(shared)] = np.array(shared, np.uint32)[:, None]
         entropy[len(shared) :] = columns
-        words = _generated(_mixed(entropy))
+        words = generated(pools(entropy), 4)
     torchs = words[2].astype(np.uint64) << np.uint64(32) | words[3]
     return Seeds(torchs.tolist(), words[0].tolist(), words[1].tolist())
 
@@ -109,54 +123,3 @@ def seeds_ahead(seed: int, requests: Sequence[list[Any]]) -> list[Seeds]:
     positions = [position for request in requests for position in request[0][1:]] if first else []
     seeds, ends = seeds_of(seed, epoch, indices, positions), [0, *itertools.accumulate(sizes)]
     return [seeds.part(low, high) for low, high in itertools.pairwise(ends)]
-
-
-def _words(number: int) -> list[int]:
-    """A non-negative integer in words of 32 bits, the lowest first."""
-    words = [number & _MASK]
-    while number := number >> 32:
-        words.append(number & _MASK)
-    return words
-
-
-def _powers(first: int, factor: int, count: int) -> np.ndarray:
-    """first, first * factor, ..., as a column."""
-    return np.array([first * pow(factor, power, 2**32) & _MASK for power in range(count)], np.uint32)[:, None]
-
-
-# SeedSequence's own numbers; what it mixes with goes through these, one step further for each word.
-_POOL = 4
-_A, _B = _powers(0x43B0D7E5, 0x931E8875, 64), _powers(0x8B51F9DD, 0x58F38DED, _POOL + 1)
-_LEFT, _RIGHT = np.uint32(0xCA01F9DD), np.uint32(0x4973F715)
-_HALF = np.uint32(16)
-_OTHERS = [[place for place in range(_POOL) if place != source] for source in range(_POOL)]
-
-
-def _hashed(value: np.ndarray, constants: np.ndarray) -> np.ndarray:
-    value = (value ^ constants[:-1]) * constants[1:]
-    return value ^ (value >> _HALF)
-
-
-def _mixed(entropy: np.ndarray) -> np.ndarray:
-    """SeedSequence.mix_entropy for each column of words; (4, samples)."""
-    pool = np.zeros((_POOL, entropy.shape[1]), np.uint32)
-    pool[: len(entropy)] = entropy[:_POOL]
-    pool = _hashed(pool, _A[: _POOL + 1])
-    used = _POOL
-    for source, others in enumerate(_OTHERS):
-        pool[others] = _both(pool[others], _hashed(pool[source], _A[used : used + _POOL]))
-        used += _POOL - 1
-    for more in entropy[_POOL:]:
-        pool = _both(pool, _hashed(more, _A[used : used + _POOL + 1]))
-        used += _POOL
-    return pool
-
-
-def _both(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    result: np.ndarray = one * _LEFT - other * _RIGHT
-    return result ^ (result >> _HALF)
-
-
-def _generated(pool: np.ndarray) -> np.ndarray:
-    """SeedSequence.generate_state(4)."""
-    return _hashed(pool, _B)

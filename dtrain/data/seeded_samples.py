@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, get_wor
 from dtrain.data import rng
 from dtrain.data.batch import kept_samples
 from dtrain.data.loader_workers import begin_worker, signals_blocked
-from dtrain.data.own_generators import generators_in, seeding_of
+from dtrain.data.own_generators import generators_in
+from dtrain.data.own_seeding import seeding_of
 from dtrain.data.sample_files import file_of
 from dtrain.data.sample_seeds import SampleSeeds, Seeds, seeds_ahead
 from dtrain.data.worker_messages import Counted, Group, Groups, Made, collated, made, packed
@@ -237,7 +238,7 @@ class SeededBatches(Dataset):
         seeds, indices = known or seeds_ahead(self.seed, [request])[0], request[1:]
 
         def made(seeding: Iterator[Any]) -> Counted:
-            held = [seeding_of(each, name, seeds.torch) for name, each in self.generators.items()]
+            held = [seeding_of(each, name, seeds) for name, each in self.generators.items()]
             return self._loaded(indices, zip(seeding, *held, strict=False) if held else seeding)
 
         return self.sample_seeds.made(seeds, made)

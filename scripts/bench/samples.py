@@ -1,22 +1,26 @@
 """Batches of a user's own dataset by torch's DataLoader with its defaults and by dtrain's loader, in turn.
 
-    python scripts/bench/samples.py [--kinds Items Images Noise Crops] [--workers 0 2] [--rounds 5] [--batches 300]
+    python scripts/bench/samples.py [--kinds Items Images Noise Crops ...] [--workers 0 2] [--rounds 5] [--batches 300]
 
 Microseconds a batch: clock, processor time of this process, and of its workers. Ratios are medians of each round's,
-of the processor time of all. Items are 64 numbers, Images 3 x 32 x 32; Noise and Crops draw random numbers (one vector;
-flip, crop, brightness), which dtrain gives each sample of its own and torch does not.
+of the processor time of all. Items are 64 numbers, Images 3 x 32 x 32; all others draw random numbers, which dtrain
+gives each sample of its own and torch does not. Noise draws a vector from torch, NumPyNoise from NumPy's global
+generator, PythonFlip a flip and a factor from Python's, Held... the same from a generator that the dataset holds; Crops
+draws a flip, a crop and a brightness from torch, HeldCrops from a `numpy.random.Generator`.
 """
 
 import argparse
 import multiprocessing
 import os
+import random
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from overhead import machine
 from torch.utils.data import DataLoader, Dataset
@@ -50,18 +54,73 @@ class Noise(Items):
         return vector + 0.1 * torch.randn(64), label
 
 
+class HeldNoise(Items):
+    """A vector with noise from a generator that the dataset holds."""
+
+    def __init__(self, samples: int, held: Any = np.random) -> None:
+        super().__init__(samples)
+        self.held = held
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        vector, label = super().__getitem__(index)
+        if isinstance(self.held, torch.Generator):
+            return vector + 0.1 * torch.randn(64, generator=self.held), label
+        return vector + 0.1 * torch.from_numpy(self.held.normal(size=64)).float(), label
+
+
+class Flip(Items):
+    """A vector, turned round or not, and a factor, by Python's generator or one of its kind."""
+
+    def __init__(self, samples: int, held: Any = random) -> None:
+        super().__init__(samples)
+        self.held = held
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        vector, label = super().__getitem__(index)
+        vector = vector.flip(0) if self.held.random() < 0.5 else vector
+        return vector * self.held.uniform(0.8, 1.2), label
+
+
 class Crops(Images):
     """Flip, crop and brightness, as for CIFAR."""
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        image, label = super().__getitem__(index)
-        image = image.flip(-1) if torch.rand(()) < 0.5 else image
-        padded = torch.nn.functional.pad(image[None], (4, 4, 4, 4), mode="reflect")[0]
         top, left = torch.randint(0, 9, (2,)).tolist()
-        return padded[:, top : top + 32, left : left + 32] * (0.8 + 0.4 * torch.rand(())), label
+        return self.crop(index, torch.rand(()) < 0.5, top, left, torch.rand(()))
+
+    def crop(self, index: int, is_flipped: Any, top: int, left: int, brightness: Any) -> tuple[torch.Tensor, int]:
+        """What was drawn, applied."""
+        image, label = super().__getitem__(index)
+        image = image.flip(-1) if is_flipped else image
+        padded = torch.nn.functional.pad(image[None], (4, 4, 4, 4), mode="reflect")[0]
+        return padded[:, top : top + 32, left : left + 32] * (0.8 + 0.4 * brightness), label
 
 
-KINDS: dict[str, Any] = {"Items": Items, "Images": Images, "Noise": Noise, "Crops": Crops}
+class HeldCrops(Crops):
+    """The same by a generator of NumPy's."""
+
+    def __init__(self, samples: int) -> None:
+        super().__init__(samples)
+        self.rng = np.random.default_rng(1)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        top, left = self.rng.integers(0, 9, 2).tolist()
+        return self.crop(index, self.rng.random() < 0.5, top, left, self.rng.random())
+
+
+KINDS: dict[str, Callable[[int], Any]] = {
+    "Items": Items,
+    "Images": Images,
+    "Noise": Noise,
+    "NumPyNoise": HeldNoise,
+    "PythonFlip": Flip,
+    "HeldGenerator": lambda samples: HeldNoise(samples, np.random.default_rng(1)),
+    "HeldRandomState": lambda samples: HeldNoise(samples, np.random.RandomState(1)),
+    "HeldTorch": lambda samples: HeldNoise(samples, torch.Generator()),
+    "HeldPython": lambda samples: Flip(samples, random.Random(1)),
+    "Crops": Crops,
+    "HeldCrops": HeldCrops,
+}
 
 
 def theirs(dataset: Any, workers: int, batch_size: int) -> Iterator[Any]:
@@ -120,10 +179,8 @@ def main() -> None:
                      for each in (theirs, ours)]  # fmt: skip
             ratios = sorted(sum(one[ours][1:]) / sum(one[theirs][1:]) for one in found)
             spread = f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
-            line = (
-                f"{kind:>8}, {workers} workers: torch {' '.join(shown[0])}, dtrain {' '.join(shown[1])}, ratio {spread}"
-            )
-            print(line, flush=True)
+            times = f"torch {' '.join(shown[0])}, dtrain {' '.join(shown[1])}"
+            print(f"{kind:>15}, {workers} workers: {times}, ratio {spread}", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from test_dataloader import Numbers, draws, loader
 from torch.utils.data import get_worker_info
 from whole_runs import Place, figures
 
-from dtrain.data.own_generators import MOST_OBJECTS, generators_in, seed_generator
+from dtrain.data.own_generators import MOST_OBJECTS, generators_in
+from dtrain.data.own_seeding import seed_generator
 
 RNG = np.random.default_rng(0)  # a module's own
 

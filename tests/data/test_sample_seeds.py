@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from dtrain.data import rng, sample_seeds
-from dtrain.data.sample_seeds import seeds_ahead, seeds_of
+from dtrain.data.sample_seeds import Seeds, seeds_ahead, seeds_of
 from dtrain.data.seeded_samples import SeededBatches
 
 
@@ -26,26 +26,50 @@ def by_numpy(*entropy: int) -> tuple[int, int, int]:
     return words[2] * 2**32 + words[3], words[0], words[1]
 
 
+def rows(seeds: Seeds) -> list[tuple[int, int, int]]:
+    return [*zip(seeds.torch, seeds.python, seeds.numpy, strict=True)]
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**32, 2**70 + 3])
 @pytest.mark.parametrize("epoch", [0, 5, 2**32 + 1])
 def test_they_are_the_words_of_numpys_seed_sequence(seed: int, epoch: int) -> None:
     drawn = random.Random(seed + epoch)
     indices = [0, 1, 2**32 - 1, *(drawn.getrandbits(drawn.randrange(1, 33)) for _ in range(30))]
     places = drawn.sample(range(10**9), len(indices))
-    assert [*zip(*seeds_of(seed, epoch, indices), strict=True)] == [by_numpy(seed, epoch, each) for each in indices]
+    assert rows(seeds_of(seed, epoch, indices)) == [by_numpy(seed, epoch, each) for each in indices]
     both = [by_numpy(seed, epoch, *each) for each in zip(indices, places, strict=True)]
-    assert [*zip(*seeds_of(seed, epoch, indices, places), strict=True)] == both
-    assert [*zip(*seeds_of(seed, epoch, [7, 2**33]), strict=True)] == [by_numpy(seed, epoch, i) for i in (7, 2**33)]
+    assert rows(seeds_of(seed, epoch, indices, places)) == both
+    assert rows(seeds_of(seed, epoch, indices[:2], places[:2])) == both[:2], "of few samples"
+    large = [*range(20), 2**33]
+    assert rows(seeds_of(seed, epoch, large)) == [by_numpy(seed, epoch, index) for index in large]
 
 
 def test_those_of_several_batches_are_told_apart() -> None:
-    plain = seeds_ahead(3, [[1, 5, 6], [1, 7], [1, 8, 9, 5]])
-    assert [[*zip(*each, strict=True)] for each in plain] == [
-        [by_numpy(3, 1, index) for index in indices] for indices in ([5, 6], [7], [8, 9, 5])
-    ]
-    placed = seeds_ahead(3, [[(1, 40, 41), 5, 6], [(1, 42), 5]])
-    expected = [[by_numpy(3, 1, 5, 40), by_numpy(3, 1, 6, 41)], [by_numpy(3, 1, 5, 42)]]
-    assert [[*zip(*each, strict=True)] for each in placed] == expected
+    for shift in (0, 20):  # few samples, and more
+        more = [[1, *range(100, 100 + shift)]] if shift else []
+        plain = seeds_ahead(3, [[1, 5, 6], [1, 7], [1, 8, 9, 5], *more])
+        assert [rows(each) for each in plain[:3]] == [
+            [by_numpy(3, 1, index) for index in indices] for indices in ([5, 6], [7], [8, 9, 5])
+        ]
+        more = [[(1, *range(100, 100 + shift)), *range(shift)]] if shift else []
+        placed = seeds_ahead(3, [[(1, 40, 41), 5, 6], [(1, 42), 5], *more])
+        expected = [[by_numpy(3, 1, 5, 40), by_numpy(3, 1, 6, 41)], [by_numpy(3, 1, 5, 42)]]
+        assert [rows(each) for each in placed[:2]] == expected
+
+
+def test_what_follows_from_them_is_computed_once_for_all_batches() -> None:
+    calls: list[str] = []
+
+    def doubled(torchs: np.ndarray, name: str) -> list[int]:
+        calls.append(name)
+        return [2 * seed for seed in torchs.tolist()]
+
+    batches = seeds_ahead(3, [[1, 5, 6], [1, 7]])
+    for name in ("a", "b"):
+        found = [value for batch in batches for value in batch.derived(doubled, name)]
+        assert found == [2 * by_numpy(3, 1, index)[0] for index in (5, 6, 7)]
+    assert calls == ["a", "b"]
+    assert [batch.in_block for batch in batches] == [3, 3]
 
 
 class LateDraws(Dataset[Any]):
