@@ -25,7 +25,18 @@ from torch import Tensor
 from dtrain.checkpoint.checkpoint_files import Loaded, read_manifest
 from dtrain.checkpoint.checkpoint_folder import Checkpoints
 from dtrain.checkpoint.contents import CheckpointError, Snapshot, Weights, take_snapshot
-from dtrain.checkpoint.memory_slot import DATA, HEAD, Facts, Slot, facts_of, found_in, free_bytes, mapped, snapshot_of
+from dtrain.checkpoint.memory_slot import (
+    DATA,
+    HEAD,
+    Facts,
+    Slot,
+    damaged_in,
+    facts_of,
+    found_in,
+    free_bytes,
+    mapped,
+    snapshot_of,
+)
 from dtrain.distributed.fsdp import joined
 from dtrain.distributed.ranks import Ranks
 from dtrain.tracking.run_folder import RunFolder, read_run, update_run
@@ -237,6 +248,9 @@ class SpareMemory:
         training, attempt = self._ranks.decide(partial(_last_start, run_folder))
         self._home = home_of(self.memory, training)
         own = kept_in(self._home, attempt) if training and self._is_first else []
+        if training and self._is_first and _is_own(self._home):
+            for path in damaged_in(self._home):
+                self._say(f"warning: {path} is damaged: it differs from its checksum, and is not used")
         found = self._ranks.gather(own)
         return newest(found) if found else None
 
@@ -310,9 +324,9 @@ def kept_in(home: Path, attempt: int) -> list[tuple[str, Facts]]:
 
     What an earlier start has kept is older than what the training is now, which may have gone another way.
     """
-    return (
-        [(path.stem, facts) for path, facts in found_in(home) if facts["attempt"] == attempt] if _is_own(home) else []
-    )
+    if not _is_own(home):
+        return []
+    return [(path.stem, facts) for path, facts in found_in(home) if facts["attempt"] == attempt]
 
 
 def save_what_is_kept(run_folder: Path, memory: Path) -> str:

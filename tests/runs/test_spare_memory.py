@@ -15,7 +15,7 @@ from whole_runs import Place, figures, last
 
 from dtrain.checkpoint.spare_memory import ALL, SpareMemory, home_of
 from dtrain.distributed.ranks import Ranks
-from dtrain.tracking.run_folder import read_run
+from dtrain.tracking.run_folder import read_run, update_run
 
 pytestmark = pytest.mark.timeout(7200)
 
@@ -144,6 +144,32 @@ def test_what_stands_where_the_steps_are_to_lie_ends_no_training(
         assert [path.name for path in home.iterdir()] == ["file"]
     else:
         assert said == [] and not os.path.lexists(home)
+
+
+@pytest.mark.parametrize("ending", [".head", ".data"])
+def test_a_bit_that_changed_in_memory_is_named_and_the_step_before_is_taken(tmp_path: Path, ending: str) -> None:
+    said: list[str] = []
+    run, memory = tmp_path / "run", tmp_path / "memory"
+    run.mkdir()
+    memory.mkdir()
+    update_run(run, id="training", attempt=1)
+    spare = SpareMemory(Ranks(0, 0, 1, torch.device("cpu")), 1, memory, said.append)
+    spare.open("training", 1)
+    for step in (1, 2):
+        spare.take(ALL, {"step": step}, {"w": torch.full((600,), float(step))}, None, {})
+        spare.seal((step, 0, 0), tmp_path / "journal")
+        spare.wait()
+    kept = spare.look(run)
+    assert kept is not None and kept.place == (2, 0, 0) and said == []
+    file = home_of(memory, "training") / f"all-0-1{ending}"  # the second of the two that take turns
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    file.write_bytes(content)
+    kept = spare.look(run)
+    assert kept is not None and kept.place == (1, 0, 0)
+    head = file.with_suffix(".head")
+    assert said == [f"warning: {head} is damaged: it differs from its checksum, and is not used"]
+    spare.close(is_saved=True)
 
 
 def test_where_nothing_was_kept_no_folder_stays(tmp_path: Path) -> None:
