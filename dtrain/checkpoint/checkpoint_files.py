@@ -132,6 +132,20 @@ def verify(path: Path, contents: Contents | None = None) -> list[str]:
     return found
 
 
+def require_sealed(path: Path) -> None:
+    """CheckpointError where a file, or a folder of shards, is not what the manifest of its checkpoint says.
+
+    Where there is no manifest beside it that can be read, nothing is known of it, and nothing is said.
+    """
+    try:
+        files: dict[str, dict[str, Any]] = read_manifest(path.parent)["files"]
+    except CheckpointError:
+        return
+    for name, sealed in files.items():
+        if path.name in (name, name.partition("/")[0]) and (problem := _compare(path.parent / name, sealed)):
+            raise CheckpointError(f"{path.parent / name}: {problem}")
+
+
 def _files_in(path: Path) -> set[str]:
     """The paths of all files in a checkpoint folder, as its manifest has them."""
     entries = [entry for entry in path.iterdir() if not entry.name.startswith(".")]

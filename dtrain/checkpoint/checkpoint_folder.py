@@ -162,6 +162,13 @@ class Checkpoints:
         readable, unreadable = self._scan()
         return _first_good([*unreadable, *self._chosen_first(readable)], self._verify)
 
+    def to_use(self) -> Path | None:
+        """What is tested, predicted with or exported: `best`, else `last`; what is taken is named in the warning."""
+        readable, unreadable = self._scan()
+        by_score = self._chosen_first(readable)
+        others = [path for path, _ in readable if path not in by_score]
+        return _first_good([*unreadable, *by_score, *others], self._verify)
+
     def chosen(self) -> Path | None:
         """The best checkpoint, else the last one, or None; unlike `best` and `last` it reads none of their files."""
         readable, _ = self._scan()

@@ -9,7 +9,7 @@ import os
 import pickle
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -208,13 +208,26 @@ def mapped(data: Path, sizes: Sequence[int]) -> list[Tensor]:
     return extents
 
 
-def found_in(folder: Path) -> Iterator[tuple[Path, Facts]]:
+def found_in(folder: Path) -> list[tuple[Path, Facts]]:
     """The heads in a folder whose snapshots are whole, with what they say."""
-    for path in sorted(folder.glob(f"*{HEAD}")):
-        with contextlib.suppress(CheckpointError, OSError, ValueError):
-            facts = facts_of(path.read_bytes())
-            if [*map(checksum, mapped(path.with_suffix(DATA), facts["sizes"]))] == facts["sums"]:
-                yield path, facts
+    return [(path, facts) for path in _heads_in(folder) if (facts := _whole(path)) is not None]
+
+
+def damaged_in(folder: Path) -> list[Path]:
+    """The heads of which something is not what was sealed; a process that was killed leaves none of these."""
+    return [path for path in _heads_in(folder) if _whole(path) is None]
+
+
+def _heads_in(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"[!.]*{HEAD}"))
+
+
+def _whole(head: Path) -> Facts | None:
+    with contextlib.suppress(CheckpointError, OSError, ValueError):
+        facts = facts_of(head.read_bytes())
+        if [*map(checksum, mapped(head.with_suffix(DATA), facts["sizes"]))] == facts["sums"]:
+            return facts
+    return None
 
 
 class _Reader(pickle.Unpickler):

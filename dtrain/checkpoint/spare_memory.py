@@ -25,7 +25,18 @@ from torch import Tensor
 from dtrain.checkpoint.checkpoint_files import Loaded, read_manifest
 from dtrain.checkpoint.checkpoint_folder import Checkpoints
 from dtrain.checkpoint.contents import CheckpointError, Snapshot, Weights, take_snapshot
-from dtrain.checkpoint.memory_slot import DATA, HEAD, Facts, Slot, facts_of, found_in, free_bytes, mapped, snapshot_of
+from dtrain.checkpoint.memory_slot import (
+    DATA,
+    HEAD,
+    Facts,
+    Slot,
+    damaged_in,
+    facts_of,
+    found_in,
+    free_bytes,
+    mapped,
+    snapshot_of,
+)
 from dtrain.distributed.fsdp import joined
 from dtrain.distributed.ranks import Ranks
 from dtrain.tracking.run_folder import RunFolder, read_run, update_run
@@ -88,11 +99,15 @@ class SpareMemory:
         home = home_of(self.memory, training)
         if self._is_first:
             for old in {home, self._home or home}:
-                remove(old)
-            home.mkdir(mode=0o700)
+                with contextlib.suppress(OSError):  # another user's
+                    remove(old)
+            with contextlib.suppress(OSError):
+                home.mkdir(mode=0o700)
         self._home, self._slots, self._turn, self._is_full = home, {}, 0, False
         self._facts = {"attempt": attempt, "world_size": self._ranks.world_size, "rank": self._ranks.rank}
         self._agree()
+        if not _is_own(home):
+            self._give_up(f"{home} cannot be made a folder of this user's")
 
     def check(self, need_bytes: int) -> str:
         """Which node has no space for two copies of what this rank and the others of its node keep; '' if all have."""
@@ -150,8 +165,12 @@ class SpareMemory:
     def close(self, is_saved: bool) -> None:
         """End; where all that was kept is saved elsewhere, the memory is given back. No collective."""
         self.wait(None if is_saved else _CLOSE_SECONDS)
-        if is_saved and self._is_first and self._home is not None:
-            remove(self._home)
+        if self._is_first and self._home is not None and _is_own(self._home):
+            if is_saved:
+                remove(self._home)
+            else:
+                with contextlib.suppress(OSError):  # where nothing was kept, no folder stays
+                    self._home.rmdir()
         with contextlib.suppress(ValueError):
             _AT_WORK.remove(self)
 
@@ -229,6 +248,9 @@ class SpareMemory:
         training, attempt = self._ranks.decide(partial(_last_start, run_folder))
         self._home = home_of(self.memory, training)
         own = kept_in(self._home, attempt) if training and self._is_first else []
+        if training and self._is_first and _is_own(self._home):
+            for path in damaged_in(self._home):
+                self._say(f"warning: {path} is damaged: it differs from its checksum, and is not used")
         found = self._ranks.gather(own)
         return newest(found) if found else None
 
@@ -281,9 +303,20 @@ def home_of(memory: Path, training: str) -> Path:
 
 
 def remove(home: Path) -> None:
-    """Give a training's memory back, if it has any."""
+    """Give a training's memory back, if it has any; of what somebody put in its place, nothing but the name."""
     with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(home)
+        if home.is_symlink() or not home.is_dir():
+            home.unlink()
+        else:
+            shutil.rmtree(home)
+
+
+def _is_own(home: Path) -> bool:
+    """Whether it is a folder, no link to one, and this user's."""
+    with contextlib.suppress(FileNotFoundError):
+        found = home.lstat()
+        return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+    return False
 
 
 def kept_in(home: Path, attempt: int) -> list[tuple[str, Facts]]:
@@ -291,11 +324,9 @@ def kept_in(home: Path, attempt: int) -> list[tuple[str, Facts]]:
 
     What an earlier start has kept is older than what the training is now, which may have gone another way.
     """
-    with contextlib.suppress(FileNotFoundError):
-        found = home.lstat()
-        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
-            return [(path.stem, facts) for path, facts in found_in(home) if facts["attempt"] == attempt]
-    return []
+    if not _is_own(home):
+        return []
+    return [(path.stem, facts) for path, facts in found_in(home) if facts["attempt"] == attempt]
 
 
 def save_what_is_kept(run_folder: Path, memory: Path) -> str:
@@ -306,7 +337,7 @@ def save_what_is_kept(run_folder: Path, memory: Path) -> str:
     """
     training, attempt = _last_start(run_folder)
     home = home_of(memory, training)
-    if not training or not home.is_dir() or _is_in_use(home):
+    if not training or not _is_own(home) or _is_in_use(home):
         return ""
     try:
         if writer_of(run_folder):

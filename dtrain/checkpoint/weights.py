@@ -22,6 +22,7 @@ from dtrain.checkpoint.checkpoint_files import (
     read_tensors,
     read_torch_file,
     read_weights,
+    require_sealed,
     require_whole,
     write_tensors,
 )
@@ -58,7 +59,7 @@ def load_for_use(
 
     def read(ask: Callable[[Path], list[bool]]) -> int | None:
         nonlocal weights, of_loss, kept
-        chosen = path or checkpoints.best() or checkpoints.last()
+        chosen = path or checkpoints.to_use()
         if chosen is None and is_required:
             raise ConfigError(f"{checkpoints.folder} holds no checkpoint; train first, or name one: --checkpoint")
         if chosen is None:
@@ -119,11 +120,13 @@ def load_weights(
     in AVERAGES. 'module.' (DDP) before all names and '_orig_mod.' (torch.compile) anywhere are taken out of a file's
     names; a checkpoint folder's are kept.
 
-    A checkpoint folder that was just verified is not read twice. `averaged`: whether the averaged weights are taken;
+    A checkpoint folder that was just verified is not read twice; a file or a folder of shards in one is compared with
+    its manifest, too. `averaged`: whether the averaged weights are taken;
     None: where there are some, since it is they that a training with averaged weights has validated and tested.
     Raises CheckpointError where there is no such file or no such weights in it, or it is damaged or holds code.
     """
     if is_folder_of_shards(path):
+        require_sealed(path)
         return _unwrapped_names(whole(stored_in(path)))
     if path.is_dir():
         require_whole(path, is_verified)
@@ -139,6 +142,7 @@ def load_weights(
             raise CheckpointError(
                 f"{path} holds one set of weights; the averaged ones of a checkpoint are in its {EMA}"
             )
+        require_sealed(path)
         return _unwrapped_names(read_tensors(path, {}))
     return _unwrapped_names(_find_weights(path, read_torch_file(path), averaged))
 
@@ -158,6 +162,8 @@ def write_weights(source: Path, target: Path, averaged: bool | None = None, is_v
         file, key = (EMA, "ema") if has_averaged(source) and averaged is not False else (MODEL, "weights")
         left = [*read_torch_file(source / STATE, mmap=True)[key]]
         source /= file if (source / file).is_file() else file.removesuffix(".safetensors")
+    else:
+        require_sealed(source)
     write_whole(target, stored_in(source))
     return left
 

@@ -88,6 +88,24 @@ def _leave_out_label(wrapped: Any) -> None:
         wrapped.forward = forward  # type: ignore[method-assign]
 
 
+class _InFixedBuckets(DistributedDataParallel):
+    """Reduces gradients in the same buckets from the first step on, those of the layers that backward reaches first.
+
+    Torch sorts them anew after the first step of each start, by the order in which gradients came. From three ranks on,
+    another place in a bucket is another order of summation, so a start that resumes would differ in the last bits from
+    a training that was not interrupted.
+    """
+
+    def __init__(self, model: torch.nn.Module, **options: Any) -> None:
+        super().__init__(model, **options)
+        self.reducer._push_all_rebuilt_params()
+        self.reducer._rebuild_buckets()
+
+    def _build_params_for_reducer(self) -> tuple[list[torch.nn.Parameter], list[bool]]:
+        parameters, gives_sparse_gradient = super()._build_params_for_reducer()
+        return parameters[::-1], gives_sparse_gradient[::-1]
+
+
 class DDP:
     """Every rank has the whole model and the ranks average its gradients; also one process on its own.
 
@@ -113,14 +131,16 @@ class DDP:
         if self._ranks.world_size == 1 or not any(item.requires_grad for item in model.parameters()):
             return model
         # Those of now: the wrapper keeps its list where some are frozen later.
-        named = model.named_parameters()
-        self.parameters = {name.replace("_orig_mod.", ""): item for name, item in named if item.requires_grad}
+        named = [
+            (name.replace("_orig_mod.", ""), item) for name, item in model.named_parameters() if item.requires_grad
+        ]
         in_buckets = self._in_buckets is not False
         if self._accelerator is None:
             wrapped = self._distributed(model, in_buckets)
         else:
             self._accelerator.ddp_handler.gradient_as_bucket_view = in_buckets
             wrapped = self._accelerator.prepare_model(model)
+        self.parameters = dict(named[::-1] if isinstance(wrapped, _InFixedBuckets) else named)
         self._set_waiting_apart(wrapped)
         _leave_out_label(wrapped)
         return wrapped
@@ -129,7 +149,9 @@ class DDP:
         options, device = {**self._options, "gradient_as_bucket_view": in_buckets}, self._ranks.device
         hook = HOOKS[options.pop("comm_hook", "no")]
         devices = [device.index] if device.type == "cuda" else None
-        wrapped = DistributedDataParallel(model, device_ids=devices, **options)
+        # Where parameters may be left out, torch keeps the buckets that it begins with.
+        wrapper = DistributedDataParallel if options.get("find_unused_parameters") else _InFixedBuckets
+        wrapped = wrapper(model, device_ids=devices, **options)
         if hook:
             from torch.distributed.algorithms.ddp_comm_hooks import DDPCommHookType, register_ddp_comm_hook
 

@@ -47,6 +47,8 @@ NO_RENDEZVOUS = {  # torch's exceptions in words; of the site's attributes
     "RendezvousConnectionError": "no rendezvous at {endpoint}: its node has not started, or is gone",
     "RendezvousTimeoutError": "not all of the {nodes_text} nodes joined at {endpoint}",
     "RendezvousClosedError": "another node has ended the job",
+    "DistNetworkError": "the rendezvous at {endpoint} is gone, and the job with it; start it again on all nodes",
+    "DistStoreError": "the rendezvous at {endpoint} has not answered in time; start the job again on all nodes",
 }
 
 

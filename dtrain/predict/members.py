@@ -64,7 +64,7 @@ def _in_folder(path: Path) -> list[Path]:
     """The checkpoints of one path; neither a run folder nor one of runs, it is itself one, or will be refused later."""
     if _is_run(path):
         checkpoints = Checkpoints(RunFolder(path).checkpoints)
-        chosen = checkpoints.best() or checkpoints.last()
+        chosen = checkpoints.to_use()
         if chosen is None:
             raise ConfigError(f"{RunFolder(path).checkpoints} holds no checkpoint")
         return [chosen]

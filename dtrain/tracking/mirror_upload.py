@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dtrain.tracking.mirror_store import MirrorStore
+from dtrain.tracking.mirror_store import MirrorError, MirrorStore
 from dtrain.tracking.run_folder import RunFolder, read_line, read_run
 from dtrain.tracking.start_mirror import shown
 from dtrain.tracking.whole_file import read_json, write_json
@@ -49,6 +49,7 @@ class Upload:
         self._sent: dict[str, list[int]] = known.get("files") or {}  # by name: size and time of change in ns
         self._whole: dict[str, str] = {}  # checkpoints there, by name: the SHA-256 of the manifest
         self._there: dict[str, int] | None = None  # what the far side has: sizes by name
+        self._was_there = False  # the mirror, to this process's own knowledge
         self._damaged: set[str] = set()  # checkpoints here that differ from their manifest
         self._files_at = 0.0  # when files that change are due again, by the clock
         self.waiting = 0  # checkpoints and files that are still to be sent
@@ -90,9 +91,17 @@ class Upload:
                 self._whole[folder] = hashlib.sha256(text).hexdigest()
 
     def _require_own(self) -> None:
-        """Raise where the far side is another training's, or a later start's of this one on another machine."""
+        """Raise where the far side is another training's, or a later start's of this one on another machine.
+
+        So too where what was there is gone, which a disk that is no longer mounted looks like: what is sent meanwhile
+        would lie in the empty folder below it.
+        """
+        text = self._store.read("run.json")
+        if self._was_there and not text:
+            raise MirrorError("what was mirrored there is gone; is its disk still mounted?", is_mistake=False)
+        self._was_there = self._was_there or bool(text)
         try:
-            far = dict(json.loads(self._store.read("run.json") or b"{}"))
+            far = dict(json.loads(text or b"{}"))
         except ValueError:  # damaged: it is written anew
             return
         if not far or far.get("attempt_started") in {self._accepts, *self._own_starts()}:
@@ -157,6 +166,7 @@ class Upload:
             raise _DamagedError(f"{name} is not what its {MANIFEST} says")
         self.progressed_at = time.monotonic()
         self._there_now[name] = size
+        self._was_there = self._was_there or name == self._name(self._files.run)
         if sealed is None:
             self._sent[name] = [found.st_size, found.st_mtime_ns]
 

@@ -80,7 +80,7 @@ def find_saved(source: str | Path, tracking_uri: str | None = None) -> Saved:
         return Saved(path, _config_above(path))
     folder = path.parent if path.name == "checkpoints" else path
     checkpoints = Checkpoints(RunFolder(folder).checkpoints)
-    found = checkpoints.best() or checkpoints.last()
+    found = checkpoints.to_use()
     if found is None:
         if checkpoints.folders():
             raise ConfigError(f"no checkpoint in {checkpoints.folder} is whole; those that are damaged are named above")

@@ -1,11 +1,13 @@
 """Weights for use: the averaged ones of the best checkpoint, or those of a file; what does not fit is one message."""
 
+import hashlib
 import json
+import re
 import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from whole_runs import Place, figures, last
 
@@ -13,7 +15,7 @@ from dtrain.checkpoint import checkpoint_files
 from dtrain.checkpoint.checkpoint_files import load
 from dtrain.checkpoint.checkpoint_folder import Checkpoints
 from dtrain.checkpoint.contents import CheckpointError
-from dtrain.checkpoint.weights import load_for_use, load_weights, misfits_of
+from dtrain.checkpoint.weights import load_for_use, load_weights, misfits_of, write_weights
 from dtrain.config.errors import ConfigError
 from dtrain.distributed.ranks import Ranks
 
@@ -72,6 +74,42 @@ def test_damage_is_found_before_a_named_checkpoint_is_used(checkpoints):
     file.write_bytes(file.read_bytes()[:-1] + b"\xff")
     with pytest.raises(ConfigError, match=r"not a whole checkpoint: model.safetensors: damaged"):
         load_for_use(nn.Linear(2, 1), ALONE, checkpoints, file.parent)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model"])
+def test_damage_to_a_file_of_a_checkpoint_is_found_where_the_file_is_named(checkpoints, tmp_path, name):
+    path = checkpoints.folder / "step-00000002"
+    weights = load_file(path / "model.safetensors")
+    if name == "model":  # as the shards of a sharded model lie
+        (path / "model.safetensors").unlink()
+        (path / "model").mkdir()
+        file = path / "model" / "shard-00001-of-00001.safetensors"
+        save_file(weights, file)
+    else:
+        file = path / name
+    sealed = file.read_bytes()
+    facts = json.loads((path / "manifest.json").read_text())
+    seal = {"bytes": len(sealed), "sha256": hashlib.sha256(sealed).hexdigest()}
+    facts["files"] = {file.relative_to(path).as_posix(): seal}
+    del facts["sha256"]
+    own = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps({**facts, "sha256": own}, indent=2) + "\n")
+    assert load_weights(path / name).keys() == weights.keys()
+    file.write_bytes(sealed[:-1] + bytes([sealed[-1] ^ 1]))
+    damaged = re.escape(f"{file}: damaged, its SHA-256 is not the manifest's")
+    for use in (load_weights, lambda source: write_weights(source, tmp_path / "one.safetensors")):
+        with pytest.raises(CheckpointError, match=damaged):
+            use(path / name)
+    (path / "manifest.json").unlink()  # which may be all that is damaged
+    assert load_weights(path / name).keys() == weights.keys()
+
+
+def test_what_is_used_instead_of_the_best_checkpoint_is_named(checkpoints):
+    best, last = checkpoints.best(), checkpoints.last()
+    assert checkpoints.to_use() == best != last
+    (best / "model.safetensors").write_bytes(b"cut")
+    with pytest.warns(UserWarning, match=f"{best.name}/model.safetensors: damaged.*; {last.name} is used instead"):
+        assert checkpoints.to_use() == last
 
 
 def test_what_was_verified_is_not_hashed_again(checkpoints, hashed):

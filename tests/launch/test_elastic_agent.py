@@ -15,6 +15,7 @@ from dtrain.distributed.launched_rank import Launch
 from dtrain.launch import elastic
 from dtrain.launch.agent import End, Site, Supervisor
 from dtrain.launch.elastic import ElasticAgent
+from dtrain.launch.launcher import NodeRun
 
 SITE = Site(2, 4, "localhost:0", True, "127.0.0.1", "job", ("true",), max_restarts=2, fewest=1, join_every=50.0)
 NEVER = float("inf")
@@ -199,3 +200,20 @@ def test_a_node_that_waited_learns_how_the_job_ended(tmp_path: Path, monkeypatch
         assert not last.over(*statuses, state=state, monkeypatch=monkeypatch), "not before the first step"
         last.agent.finish(is_over=True)
         assert waits.agent.ended_with() == told
+
+
+def test_a_rendezvous_that_is_gone_is_told_in_words(tmp_path: Path) -> None:
+    """Of a store whose process is killed, torch's own error is another one than of a store that was never there."""
+    held = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    reached = dist.TCPStore("127.0.0.1", held.port, is_master=False, wait_for_workers=False)
+    del held
+    run = NodeRun(SITE._replace(endpoint="node1:29500"), tmp_path, None, is_new=True)
+    try:
+        reached.check(["note"])
+    except dist.DistError as error:
+        run.raised = error
+    text = "the rendezvous at node1:29500 is gone, and the job with it; start it again on all nodes"
+    assert run._first_failure() == f"dtrain launch: {text}"
+    run.raised = dist.DistStoreError("wait timeout after 20000ms, keys: /dtrain/job/forming/1")
+    text = "the rendezvous at node1:29500 has not answered in time; start the job again on all nodes"
+    assert run._first_failure() == f"dtrain launch: {text}"

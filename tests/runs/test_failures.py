@@ -115,7 +115,7 @@ def test_ddps_own_complaint_of_unused_parameters_gets_their_names_and_the_cure(p
     )
     place.run(place.config("idle", modules=["idle", "toy"], **{"model.name": "Idle"}), expect=1, ranks=2)
     failure = failure_of(place.path("idle"))
-    assert "aside.weight, aside.bias" in failure["message"] and "layers" not in failure["message"]
+    assert "aside.bias, aside.weight" in failure["message"] and "layers" not in failure["message"]
     assert "trainer.ddp.find_unused_parameters=true" in failure["cure"]
 
 

@@ -13,9 +13,9 @@ import warm_memory
 from warm import in_warm_process
 from whole_runs import Place, figures, last
 
-from dtrain.checkpoint.spare_memory import SpareMemory
+from dtrain.checkpoint.spare_memory import ALL, SpareMemory, home_of
 from dtrain.distributed.ranks import Ranks
-from dtrain.tracking.run_folder import read_run
+from dtrain.tracking.run_folder import read_run, update_run
 
 pytestmark = pytest.mark.timeout(7200)
 
@@ -111,6 +111,73 @@ def test_memory_that_is_too_small_or_not_there_is_a_mistake_before_the_first_ste
     ):
         result = place.run(place.config("no-memory", **{**KEPT, **changes}), expect=2)
         assert message in result.stderr and "no-memory.yaml:" in result.stderr and "Traceback" not in result.text
+
+
+@pytest.mark.parametrize("what", ["a link", "a file", "another user's"])
+def test_what_stands_where_the_steps_are_to_lie_ends_no_training(
+    tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    ranks = Ranks(0, 0, 1, torch.device("cpu"))
+    spare = SpareMemory(ranks, 1, tmp_path, said.append)
+    home, other = home_of(tmp_path, "training"), tmp_path / "other"
+    other.mkdir()
+    (other / "kept.head").write_text("of another program")
+    if what == "a link":
+        home.symlink_to(other)
+    elif what == "a file":
+        home.write_text("in the way")
+    else:
+        home.mkdir()
+        (home / "file").write_text("theirs")
+        monkeypatch.setattr("shutil.rmtree", lambda path: [*(path / "not permitted").iterdir()])
+        monkeypatch.setattr("os.getuid", lambda: home.stat().st_uid + 1)
+        monkeypatch.setattr("dtrain.checkpoint.spare_memory.home_of", lambda *_: home)
+    spare.open("training", 1)
+    spare.take(ALL, {"step": 1}, {"w": torch.ones(2)}, None, {})
+    spare.seal((1, 0, 0), tmp_path / "journal")
+    spare.close(is_saved=True)
+    assert (other / "kept.head").read_text() == "of another program"
+    if what == "another user's":
+        assert said == [f"warning: {ranks.host} keeps nothing in memory from now on: {home} cannot be made a folder of "
+                        "this user's"]  # fmt: skip
+        assert [path.name for path in home.iterdir()] == ["file"]
+    else:
+        assert said == [] and not os.path.lexists(home)
+
+
+@pytest.mark.parametrize("ending", [".head", ".data"])
+def test_a_bit_that_changed_in_memory_is_named_and_the_step_before_is_taken(tmp_path: Path, ending: str) -> None:
+    said: list[str] = []
+    run, memory = tmp_path / "run", tmp_path / "memory"
+    run.mkdir()
+    memory.mkdir()
+    update_run(run, id="training", attempt=1)
+    spare = SpareMemory(Ranks(0, 0, 1, torch.device("cpu")), 1, memory, said.append)
+    spare.open("training", 1)
+    for step in (1, 2):
+        spare.take(ALL, {"step": step}, {"w": torch.full((600,), float(step))}, None, {})
+        spare.seal((step, 0, 0), tmp_path / "journal")
+        spare.wait()
+    kept = spare.look(run)
+    assert kept is not None and kept.place == (2, 0, 0) and said == []
+    file = home_of(memory, "training") / f"all-0-1{ending}"  # the second of the two that take turns
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    file.write_bytes(content)
+    kept = spare.look(run)
+    assert kept is not None and kept.place == (1, 0, 0)
+    head = file.with_suffix(".head")
+    assert said == [f"warning: {head} is damaged: it differs from its checksum, and is not used"]
+    spare.close(is_saved=True)
+
+
+def test_where_nothing_was_kept_no_folder_stays(tmp_path: Path) -> None:
+    spare = SpareMemory(Ranks(0, 0, 1, torch.device("cpu")), 1, tmp_path, print)
+    spare.open("training", 1)
+    assert [*tmp_path.iterdir()] == [home_of(tmp_path, "training")]
+    spare.close(is_saved=False)
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_memory_that_does_not_suffice_is_said(place: Place, mounted: Any) -> None:

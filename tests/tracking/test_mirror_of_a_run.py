@@ -1,5 +1,6 @@
 """A run folder's mirror: what is brought there, in what order, whose it is; on a real S3 server and in a folder."""
 
+import io
 import json
 import os
 import random
@@ -142,6 +143,30 @@ def test_a_run_folder_that_lost_its_checkpoints_takes_none_from_the_mirror(run: 
     mirrored(run, far)
     assert "checkpoints/step-00000020/manifest.json" in far.files()
     assert far.files()["config.yaml"] == b"seed: 1"
+
+
+def test_nothing_is_sent_to_where_the_mirror_was(run: Path, far: Far, tmp_path: Path) -> None:
+    """The folder below a disk that is no longer mounted would take it all, and hide it once the disk is back."""
+    upload = mirrored(run, far)
+    there = far.files()
+    store, is_folder = MirrorStore(far.address), not far.address.startswith("s3")
+    if is_folder:
+        Path(far.address).rename(tmp_path / "away")
+    else:
+        store.remove(there)
+    save(run, 30)
+    for _ in range(2):
+        with pytest.raises(MirrorError, match="what was mirrored there is gone; is its disk still mounted"):
+            upload.step(is_last=True)
+        upload.remember("gone")
+    assert not store.sizes()
+    if is_folder:
+        (tmp_path / "away").rename(far.address)
+    else:
+        for name, content in there.items():
+            store.upload(name, io.BytesIO(content), len(content))
+    assert upload.step(is_last=True)
+    assert "checkpoints/step-00000030/manifest.json" in far.files()
 
 
 def test_the_manifest_comes_last_and_goes_first_and_the_journal_is_never_older_than_a_checkpoint(

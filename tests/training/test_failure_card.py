@@ -108,9 +108,9 @@ def test_parameters_have_the_numbers_that_the_wrapper_gave_them(place: Place) ->
     changes: dict[str, Any] = {"modules": ["wrong", "toy"], "model": {"name": "FrozenLater"}}
     place.run(place.config("frozen", **changes), expect=1, ranks=2)
     failure = json.loads((place.path("frozen") / "failure.json").read_text())
-    names = "norm.weight, norm.bias, backbone.weight, backbone.bias"
+    names = "backbone.bias, backbone.weight, norm.bias, norm.weight"  # as the wrapper numbers them
     found = (
-        f"these parameters had no part in the loss: {names}; frozen since the training began: norm.weight, norm.bias"
+        f"these parameters had no part in the loss: {names}; frozen since the training began: norm.bias, norm.weight"
     )
     assert failure["message"].startswith(f"{found}\n"), failure["message"]
     assert "trainer.ddp.find_unused_parameters=true" in failure["cure"]
