@@ -46,7 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words and words[0].endswith((".yaml", ".yml")):
         words.insert(0, "train")
     options = parse(words)
-    warnings.formatwarning = _warning
     if getattr(options, "traceback", False):
         os.environ[SHOWS_ALL] = "1"
     # For `modules:` of the current folder, as `python -m` has it; a job has a copy of them, and says so.
@@ -86,16 +85,6 @@ def _run(options: argparse.Namespace) -> int:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         print(one_line(f"dtrain {options.command}: {what}"), file=sys.stderr)
         return FAILED
-
-
-_pythons_warning = warnings.formatwarning
-
-
-def _warning(message: Any, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
-    """What dtrain itself warns of, as one line; Python's own form adds a line of the program."""
-    if category is UserWarning and Path(filename).is_relative_to(Path(__file__).parent):
-        return f"warning: {message}\n"
-    return _pythons_warning(message, category, filename, lineno, line)
 
 
 def _refuse(error: ConfigError) -> int:

@@ -452,10 +452,3 @@ def test_sync_runs_the_sender_of_its_own_checkout(tmp_path: Path, run_cli: RunCl
     (tmp_path / "run" / "run.json").write_text("{}")
     result = run_cli(["sync", tmp_path / "run"], env={"PYTHONPATH": None})
     assert (result.rc, result.stderr.strip()) == (1, "this one")
-
-
-def test_what_dtrain_itself_warns_of_is_one_line() -> None:
-    assert cli._warning("2 damaged", UserWarning, cli.__file__, 7) == "warning: 2 damaged\n"
-    assert cli._warning("of a user's", UserWarning, "theirs.py", 7).startswith(
-        "theirs.py:7: UserWarning: of a user's\n"
-    )
