@@ -206,25 +206,23 @@ class SeededBatches(Dataset):
         """The batch and how many samples count; before each, the next of `seeding` is taken, which seeds for it."""
         one_by_one = seeding is not None or not self._gives_lists
         items = self._one_by_one(indices, seeding or itertools.repeat(None)) if one_by_one else self._as_list(indices)
-        if self.may_leave_out:
-            batch = self._collated(items, indices)
-            return batch, kept_samples(batch, items, len(indices))
-        if len(items) != len(indices):
+        if len(items) != len(indices) and not self.may_leave_out:
             text = f"{type(self.dataset).__name__}.__getitems__ gave {len(items)} samples for {len(indices)} indices"
             raise ValueError(f"{text}; a collate_fn may leave samples out, see docs/data.md")
-        return self._collated(items, indices), len(indices)
-
-    def _collated(self, items: list[Any], indices: list[int]) -> Any:
-        """The batch; an error names the sample that is not like most others."""
         try:
-            return self.collate(items)
+            batch = self.collate(items)
         except Exception as error:
-            forms = [_form(item) for item in items]
-            usual, count = Counter(forms).most_common(1)[0]
-            if len(items) == len(indices) and len(items) / 2 < count < len(items):
-                odd = next(number for number, form in enumerate(forms) if form != usual)
-                error.add_note(f"{self._while_loading(indices[odd])}: it is {forms[odd]}, most are {usual}")
+            self._name_odd_sample(error, items, indices)
             raise
+        return batch, kept_samples(batch, items, len(indices)) if self.may_leave_out else len(indices)
+
+    def _name_odd_sample(self, error: Exception, items: list[Any], indices: list[int]) -> None:
+        """Name the sample that is not like most others of a batch that cannot be made."""
+        forms = [_form(item) for item in items]
+        usual, count = Counter(forms).most_common(1)[0]
+        if len(items) == len(indices) and len(items) / 2 < count < len(items):
+            odd = next(number for number, form in enumerate(forms) if form != usual)
+            error.add_note(f"{self._while_loading(indices[odd])}: it is {forms[odd]}, most are {usual}")
 
     def _as_list(self, indices: list[int]) -> list[Any]:
         try:
