@@ -10,6 +10,10 @@ TRIM_THRESHOLD, MMAP_MAX = -1, -4
 KEPT = {MMAP_MAX: 0, TRIM_THRESHOLD: -1}
 USUAL = {MMAP_MAX: 65_536, TRIM_THRESHOLD: 1 << 26}
 
+# Bytes of the blocks that glibc keeps in lists of a thread's own when they are freed, so many of each size. The sizes
+# are those of what is left over beside a large block, whose place in memory is a multiple of 64.
+_SMALL, _IN_A_LIST = range(24, 160, 16), 7
+
 _users = 0
 _lock = threading.Lock()
 
@@ -40,5 +44,18 @@ def _change(count: int) -> None:
             return
         for name, value in (KEPT if _users else USUAL).items():
             library.mallopt(name, value)
-        if not _users:
+        if _users:
+            _fill_lists(library)
+        else:
             library.malloc_trim(0)
+
+
+def _fill_lists(library: ctypes.CDLL) -> None:
+    """Have the lists full: what lay in them would part a large block, once it is free, from the free memory beside it.
+
+    Then the next block of its size, which needs a little more for its place, would not fit, and take new memory.
+    """
+    library.malloc.restype, library.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    blocks = [library.malloc(ctypes.c_size_t(size)) for size in _SMALL for _ in range(_IN_A_LIST)]
+    for block in blocks:
+        library.free(block)
