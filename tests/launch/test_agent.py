@@ -69,11 +69,17 @@ def test_every_private_name_of_torchs_agent_that_is_used_is_in_the_table() -> No
     assert used | own_names() >= ALL_PRIVATE, "the table has what nobody uses"
 
 
-@pytest.mark.parametrize("name", ["_rendezvous", "_start_workers", "_monitor_workers"])
-def test_torch_has_the_methods_that_are_overridden(name: str) -> None:
+@pytest.mark.parametrize(
+    ("agent", "name"),
+    [
+        *((Agent, name) for name in ("_rendezvous", "_start_workers", "_monitor_workers")),
+        *((ElasticAgent, name) for name in ("_rendezvous", "_monitor_workers", "_exit_barrier")),
+    ],
+)
+def test_torch_has_the_methods_that_are_overridden(agent: type[Agent], name: str) -> None:
     base = getattr(LocalElasticAgent, name, None)
-    assert base is not None, f"torch {torch.__version__} has no LocalElasticAgent.{name}, which Agent overrides"
-    own = list(inspect.signature(getattr(Agent, name)).parameters)
+    assert base is not None, f"torch {torch.__version__} has no LocalElasticAgent.{name}, which dtrain overrides"
+    own = list(inspect.signature(getattr(agent, name)).parameters)
     assert own == list(inspect.signature(base).parameters), f"torch {torch.__version__} calls {name} otherwise"
 
 
@@ -135,14 +141,6 @@ def test_torch_has_what_nodes_that_come_and_go_need(tmp_path: Path) -> None:
         assert not members.is_closed(), "the others may go on"
     finally:
         members.shutdown()
-
-
-@pytest.mark.parametrize("name", ["_rendezvous", "_monitor_workers", "_exit_barrier"])
-def test_torch_has_the_methods_that_nodes_that_come_and_go_override(name: str) -> None:
-    base = getattr(LocalElasticAgent, name, None)
-    assert base is not None, f"torch {torch.__version__} has no LocalElasticAgent.{name}, which ElasticAgent overrides"
-    own = list(inspect.signature(getattr(ElasticAgent, name)).parameters)
-    assert own == list(inspect.signature(base).parameters), f"torch {torch.__version__} calls {name} otherwise"
 
 
 def test_torch_asks_for_restarts_and_for_nodes_that_wait_as_is_relied_on() -> None:
